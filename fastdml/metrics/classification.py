@@ -1,0 +1,147 @@
+"""Top-1, top-5, calibration error, NLL and entropy of K peers and of their ensemble.
+
+Batches add to one float64 tensor on the device, (K + 1) rows of 21 sums; nothing returns to the
+host before `compute`, which is one transfer. A batch costs about four passes over each peer's
+(N, C) logits, and one (N, C) buffer of fp32 probabilities for the ensemble.
+
+Rules, the same for every peer and for the ensemble (the mean of the peers' probabilities):
+- Ties: of equal scores the lowest class index ranks first, as numpy's argmax has it.
+- Top-5 is top-min(5, C).
+- Expected calibration error (Guo et al. 2017): 15 bins of equal width over the confidence
+  max_c p, the m-th holding ((m - 1) / 15, m / 15]; the mean over rows of |accuracy - confidence|
+  of the row's bin.
+- A row without probabilities (a NaN, a +inf, or nothing but -inf among its logits) counts as
+  wrong and is counted in `nonfinite`; it turns NLL, entropy and calibration error into NaN, so
+  that it cannot hide in a mean. The ensemble has no probabilities where any peer has none.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from fastdml.errors import InputError
+
+BINS = 15
+# Columns of the totals: five sums over rows, the rows whose label is out of range, then the bins'
+# sums of (right - confidence).
+TOP1, TOP5, NLL, ENTROPY, NONFINITE, BAD_LABEL = range(6)
+
+
+@dataclass(frozen=True)
+class ClassificationScores:
+    """Fractions of 1 (top1, top5, ece) and nats (nll, entropy); a value a peer, in order."""
+
+    rows: int
+    top1: list[float]
+    top5: list[float]
+    ece: list[float]
+    nll: list[float]
+    entropy: list[float]
+    nonfinite: list[int]
+    ensemble_top1: float
+    ensemble_top5: float
+    ensemble_ece: float
+    ensemble_nll: float
+    ensemble_entropy: float
+
+
+class Classification:
+    """Sums over a test set of C classes for K peers: `update` with each batch, then `compute`."""
+
+    def __init__(self, K: int, C: int, device: torch.device | str = "cpu") -> None:
+        if K < 1 or C < 1:
+            raise InputError(f"scores need at least one peer and one class, not K={K} and C={C}")
+        self.K, self.C = K, C
+        self.rows = 0
+        self.totals = torch.zeros(K + 1, 6 + BINS, dtype=torch.float64, device=device)
+
+    @torch.no_grad()
+    def update(self, logits: Sequence[Tensor], labels: Tensor) -> None:
+        """Adds a batch: K logits (N, C) of any floating dtype, labels (N,) within 0..C-1."""
+        N = len(labels)
+        if len(logits) != self.K or any(z.shape != (N, self.C) for z in logits):
+            shapes = ", ".join(str(tuple(z.shape)) for z in logits)
+            raise InputError(
+                f"logits of shape {shapes} for {N} labels; expected {self.K} of ({N}, {self.C})"
+            )
+        bad_label = (labels < 0) | (labels >= self.C)
+        labels = labels.long().clamp(0, self.C - 1)  # (N,): a gather out of range kills a GPU
+
+        sums = []
+        p_sum = torch.zeros(N, self.C, device=self.totals.device)
+        log_p_true = []
+        for z in logits:
+            z = z.float()
+            log_p = z.log_softmax(dim=1)
+            p = log_p.exp()
+            p_sum += p
+            log_p_true.append(log_p.gather(1, labels[:, None])[:, 0])
+            sums.append(_batch_sums(z, p, log_p_true[-1], labels, bad_label))
+        # log of the mean probability from the logs, so that an underflow does not make it -inf.
+        log_mean = torch.stack(log_p_true).logsumexp(dim=0) - math.log(self.K)
+        p_mean = p_sum / self.K
+        sums.append(_batch_sums(p_mean, p_mean, log_mean, labels, bad_label))
+        self.totals += torch.stack(sums)
+        self.rows += N
+
+    def compute(self) -> ClassificationScores:
+        """The scores over everything added so far, as plain numbers."""
+        if self.rows == 0:
+            raise InputError("there is nothing to score: the test set gave no rows")
+        totals = self.totals.cpu()
+        if bad := int(totals[0, BAD_LABEL]):
+            raise InputError(f"{bad} of {self.rows} labels lie outside 0..{self.C - 1}")
+        ece = totals[:, 6:].abs().sum(dim=1)
+        ece[totals[:, NONFINITE] > 0] = torch.nan
+        means = torch.cat([totals[:, :NONFINITE], ece[:, None]], dim=1) / self.rows
+        top1, top5, nll, entropy, ece = means.T.tolist()
+        return ClassificationScores(
+            rows=self.rows,
+            top1=top1[:-1],
+            top5=top5[:-1],
+            ece=ece[:-1],
+            nll=nll[:-1],
+            entropy=entropy[:-1],
+            nonfinite=[int(n) for n in totals[:-1, NONFINITE]],
+            ensemble_top1=top1[-1],
+            ensemble_top5=top5[-1],
+            ensemble_ece=ece[-1],
+            ensemble_nll=nll[-1],
+            ensemble_entropy=entropy[-1],
+        )
+
+
+def _batch_sums(
+    ranked_by: Tensor,  # (N, C): logits, or the ensemble's probabilities
+    p: Tensor,  # (N, C)
+    log_p_true: Tensor,  # (N,): log-probability of the label
+    labels: Tensor,  # (N,)
+    bad_label: Tensor,  # (N,)
+) -> Tensor:
+    """One row of the totals, (21,), in float64."""
+    C = p.shape[1]
+    true = ranked_by.gather(1, labels[:, None])
+    before = torch.arange(C, device=p.device) < labels[:, None]
+    # How many classes come before the true one; comparisons with NaN are all false, hence `finite`.
+    rank = ((ranked_by > true) | ((ranked_by == true) & before)).sum(dim=1)  # (N,)
+    confidence = p.amax(dim=1)  # (N,): amax keeps NaN
+    finite = confidence.isfinite()
+    top1 = (rank == 0) & finite
+    top5 = (rank < min(5, C)) & finite
+
+    # Comparing with every bin instead of scattering: the sum's order, and so its value, is fixed.
+    bins = (confidence * BINS).ceil().sub(1).clamp(0, BINS - 1)
+    in_bin = bins[:, None] == torch.arange(BINS, device=p.device)  # (N, 15); NaN is in none
+    gap = torch.where(finite, top1.double() - confidence, 0.0)
+    gaps = (in_bin * gap[:, None]).sum(dim=0)
+
+    entropy = torch.special.entr(p).sum(dim=1)
+    columns = torch.stack(
+        [c.double().sum() for c in (top1, top5, -log_p_true, entropy, ~finite, bad_label)]
+    )
+    return torch.cat([columns, gaps])
