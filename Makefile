@@ -1,0 +1,79 @@
+# Needs Python 3.10 or newer and nothing else; everything it installs lands in .venv and .venv-oldest.
+# `make PYTHON=python3.12 demo` picks the interpreter a venv is made from.
+
+PYTHON ?= python3
+PYTEST = -m pytest --durations=5
+
+BIN = .venv/bin
+OLDEST = .venv-oldest/bin
+
+# A stamp is newer than pyproject.toml while its venv holds what pyproject.toml asks for.
+TRAIN = .venv/train.stamp
+DEV = .venv/dev.stamp
+OLDEST_STAMP = .venv-oldest/installed.stamp
+
+.NOTPARALLEL:
+.PHONY: help demo test test-slow test-gpu test-oldest lint bench clean
+
+help:
+	@echo "make demo         train two peers on real handwritten digits, mutually and independently"
+	@echo "make test         the default tests"
+	@echo "make test-slow    the tests of more than 20 seconds"
+	@echo "make test-gpu     the tests that need a CUDA device"
+	@echo "make test-oldest  the kernel and loss tests on the oldest supported torch and triton"
+	@echo "make lint         ruff: rules and formatting"
+	@echo "make bench        the benchmarks this machine can run"
+	@echo "make clean        remove both venvs and every cache"
+
+demo: $(TRAIN)
+	$(BIN)/fastdml train digits --independent
+
+test: $(DEV)
+	$(BIN)/python $(PYTEST)
+
+test-slow: $(DEV)
+	$(BIN)/python $(PYTEST) -m slow
+
+test-gpu: $(DEV)
+	$(BIN)/python $(PYTEST) -m gpu
+
+test-oldest: $(OLDEST_STAMP)
+	PYTHONPATH=.:kernels $(OLDEST)/python $(PYTEST) tests/kernels tests/test_loss.py
+
+lint: $(DEV)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+bench: $(DEV)
+	$(BIN)/python $(PYTEST) bench
+
+clean:
+	rm -rf .venv .venv-oldest build dist *.egg-info kernels/*.egg-info
+	rm -rf .pytest_cache .ruff_cache .hypothesis .benchmarks
+	find fastdml kernels tests bench -name __pycache__ -prune -exec rm -rf {} +
+
+$(TRAIN): pyproject.toml setup.py
+	$(call venv,.venv)
+	$(BIN)/python -m pip install --quiet -e '.[train]'
+	@touch $@
+
+$(DEV): pyproject.toml setup.py
+	$(call venv,.venv)
+	$(BIN)/python -m pip install --quiet -e '.[dev]'
+	@touch $(TRAIN) $@
+
+$(OLDEST_STAMP): pyproject.toml
+	$(call venv,.venv-oldest)
+	$(OLDEST)/python -m pip install --quiet torch==2.11.0 triton==3.6.0 'numpy<2.4' pytest hypothesis
+	@touch $@
+
+# Makes the venv $(1) unless a working one is there; says what to do where Python cannot.
+define venv
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' || { \
+	  echo "fastdml needs Python 3.10 or newer, and $(PYTHON) is $$($(PYTHON) --version 2>&1);" \
+	    "name one that is: make PYTHON=python3.12 $(MAKECMDGOALS)" >&2; exit 1; }
+	@$(1)/bin/python -m pip --version >/dev/null 2>&1 || $(PYTHON) -m venv --clear $(1) || { \
+	  echo "$(PYTHON) cannot make a venv (on Debian and Ubuntu: apt install python3-venv)" >&2; \
+	  exit 1; }
+	@echo "installing into $(1): torch is several GB the first time"
+endef
