@@ -1,0 +1,437 @@
+"""What a run leaves to read: metrics.jsonl, TensorBoard events, two pictures, a summary, a table.
+
+Everything here takes plain numbers, lists and folders; the loop fetches device tensors first, in
+one transfer a log point. One log point costs a flushed line and a queued TensorBoard event.
+
+A run folder holds, from this module:
+    metrics.jsonl      one object a line, in order of step; all else is drawn from it
+        {"kind": "peers", "step": 0, "names": ["resnet20", "resnet20-1"]}
+        {"kind": "train", "step": 20, "epoch": 0.13, "time": ..., "ce": [K], "kl": [K],
+         "pairwise_kl": [[K] * K], ...}        means since the log point before, losses in nats
+        {"kind": "test", "step": 156, "epoch": 1.0, "time": ..., "top1": [K], "ensemble_top1": ..}
+        `step` counts batches done, `time` is in seconds since 1970, null stands for NaN and inf.
+    tensorboard/       the same scalars: KIND/NAME, with /PEER where there is one a peer
+    curves.png, pairwise_kl.png, summary.json
+    independent/       the comparison without the KL term, a run folder of the same form
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import platform
+import time
+from collections.abc import Sequence
+from importlib import metadata
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+from fastdml.errors import InputError, require
+
+METRICS = "metrics.jsonl"
+SUMMARY = "summary.json"
+INDEPENDENT = "independent"
+VERSIONED = ("fastdml", "torch", "triton", "numpy")
+DPI = 100
+MARKED_POINTS = 40  # a curve of this many points or fewer shows each of them
+CURVE_POINTS = 150  # more than these log points are averaged in equal spans: noise hides the course
+
+
+class MetricsLog:
+    """Appends log points to a run folder's metrics.jsonl and TensorBoard events.
+
+    A new run needs a folder without metrics. `resume_step=n` keeps what was logged up to and
+    including step n and forgets the rest, in both places, so that a step done again is there once:
+    log a step before the checkpoint of that step is written.
+    """
+
+    def __init__(
+        self,
+        folder: str | Path,
+        names: Sequence[str],
+        *,
+        resume_step: int | None = None,
+        tensorboard: bool = True,
+    ) -> None:
+        self.path = Path(folder) / METRICS
+        self.names = list(names)
+        events = self.path.parent / "tensorboard"
+        if resume_step is None:
+            if self.path.exists():
+                raise InputError(f"{self.path} holds another run's metrics: choose a new folder")
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            kept = [{"kind": "peers", "step": 0, "names": self.names}]
+        else:
+            kept = [r for r in read_metrics(folder) if r["step"] <= resume_step]
+            for old in events.glob("events.out.tfevents.*"):
+                old.unlink()  # an event file cannot be cut, so it is written anew from what is kept
+        write_atomically(self.path, "".join(_json_line(record) for record in kept))
+        self.file = self.path.open("a")
+        self.events = None
+        if tensorboard:
+            writer = require("torch.utils.tensorboard", "train").SummaryWriter
+            self.events = writer(str(events), flush_secs=10)
+        for record in kept:
+            self._to_tensorboard(record)
+
+    def log(self, kind: str, step: int, epoch: float, **values: Any) -> None:
+        """Adds one log point: numbers, lists of one number a peer, or matrices (K, K)."""
+        record = {"kind": kind, "step": step, "epoch": epoch, "time": time.time(), **values}
+        self.file.write(_json_line(record))
+        self.file.flush()
+        self._to_tensorboard(record)
+
+    def close(self) -> None:
+        self.file.close()
+        if self.events:
+            self.events.close()
+
+    def __enter__(self) -> MetricsLog:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self.close()
+
+    def _to_tensorboard(self, record: dict[str, Any]) -> None:
+        if self.events is None:
+            return
+        at = {"global_step": record["step"], "walltime": record.get("time")}
+        for key, value in record.items():
+            tag = f"{record['kind']}/{key}"
+            if key in ("kind", "step", "time", "names"):
+                continue
+            if isinstance(value, (int, float)):
+                self.events.add_scalar(tag, value, **at)
+            elif isinstance(value, (list, tuple)):
+                for name, one in zip(self.names, value, strict=True):
+                    if isinstance(one, (int, float)):  # rows of a matrix are for pairwise_kl.png
+                        self.events.add_scalar(f"{tag}/{name}", one, **at)
+
+
+def read_metrics(folder: str | Path) -> list[dict[str, Any]]:
+    """Every log point of a run; a last line cut short by a killed process is left out."""
+    path = Path(folder) / METRICS
+    if not path.exists():
+        raise InputError(f"{path} does not exist: {folder} is not the folder of a run")
+    lines = path.read_text().splitlines()
+    records = []
+    for number, line in enumerate(lines, 1):
+        try:
+            records.append(json.loads(line))
+        except json.JSONDecodeError:
+            if number < len(lines):
+                raise InputError(f"{path}, line {number}, is not a JSON object") from None
+    return records
+
+
+def write_summary(
+    folder: str | Path,
+    *,
+    config: dict[str, Any],
+    peers: Sequence[str],
+    parameters: Sequence[int],
+    device: str,
+    mutual: dict[str, Any],
+    independent: dict[str, Any] | None = None,
+) -> dict[str, Any]:
+    """Writes summary.json and returns what it holds.
+
+    `mutual` and `independent` are each {"scores": ClassificationScores as a dict, or None where
+    nothing was evaluated, "images_per_second": float, "wall_seconds": float} and whatever else is
+    worth keeping.
+    """
+    summary = {
+        "config": config,
+        "versions": versions(),
+        "device": device,
+        "peers": [
+            {
+                "name": name,
+                "parameters": count,
+                "accuracy_mutual": _score(mutual, "top1", k),
+                "accuracy_independent": _score(independent, "top1", k),
+            }
+            for k, (name, count) in enumerate(zip(peers, parameters, strict=True))
+        ],
+        "ensemble_mutual": _score(mutual, "ensemble_top1"),
+        "ensemble_independent": _score(independent, "ensemble_top1"),
+        "mutual": mutual,
+        "independent": independent,
+    }
+    summary = _finite_or_none(summary)
+    write_atomically(Path(folder) / SUMMARY, json.dumps(summary, indent=2) + "\n")
+    return summary
+
+
+def summary_table(summary: dict[str, Any]) -> str:
+    """The comparison every paper's table makes, accuracies in % of the test set."""
+    ensemble = _percent(summary["ensemble_mutual"])
+    rate = f"{summary['mutual']['images_per_second']:,.0f}"
+    rows = [("peer", "parameters", "independent %", "mutual %", "ensemble %", "images/s")]
+    rows += [
+        (
+            peer["name"],
+            f"{peer['parameters']:,}",
+            _percent(peer["accuracy_independent"]),
+            _percent(peer["accuracy_mutual"]),
+            ensemble,
+            rate,
+        )
+        for peer in summary["peers"]
+    ]
+    note = "ensemble: mean of the mutual peers' probabilities"
+    if summary["independent"]:
+        note += (
+            f" (independent peers': {_percent(summary['ensemble_independent'])} %)"
+            f"; images/s: all peers together (independent:"
+            f" {summary['independent']['images_per_second']:,.0f})"
+        )
+    else:
+        note += "; images/s: all peers together"
+    return f"{fixed_columns(rows)}\n{note}"
+
+
+def scores_table(names: Sequence[str], scores: dict[str, Any]) -> str:
+    """Every score of each peer and of the ensemble, from a ClassificationScores as a dict."""
+    columns = ("top1", "top5", "ece", "nll", "entropy")
+    rows = [("peer", "top-1 %", "top-5 %", "ECE %", "NLL nats", "entropy nats")]
+    per_peer = [[scores[c][k] for c in columns] for k in range(len(names))]
+    per_peer.append([scores[f"ensemble_{c}"] for c in columns])
+    for name, (top1, top5, ece, nll, entropy) in zip([*names, "ensemble"], per_peer, strict=True):
+        rows.append(
+            (name, _percent(top1), _percent(top5), _percent(ece), f"{nll:.4f}", f"{entropy:.4f}")
+        )
+    table = f"{fixed_columns(rows)}\n{scores['rows']:,} test images"
+    broken = [f"{n}: {bad}" for n, bad in zip(names, scores["nonfinite"], strict=True) if bad]
+    return table + (f"; outputs that are not finite: {', '.join(broken)}" if broken else "")
+
+
+def fixed_columns(rows: Sequence[Sequence[str]]) -> str:
+    """Rows of text in columns: the first to the left, numbers to the right, a rule under row 0."""
+    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
+    lines = [
+        "  ".join(
+            cell.ljust(width) if i == 0 else cell.rjust(width)
+            for i, (cell, width) in enumerate(zip(row, widths, strict=True))
+        ).rstrip()
+        for row in rows
+    ]
+    return "\n".join([lines[0], "-" * len(lines[0]), *lines[1:]])
+
+
+def plot_curves(folder: str | Path) -> Path:
+    """Draws curves.png: training losses and test accuracy, mutual beside independent."""
+    runs = _runs(folder)
+    names = _names(runs["mutual"])
+    colours = _colours(len(names))
+    panels = [("train", "ce", "training cross-entropy (nats)", 1.0)]
+    if len(names) > 1:
+        panels.append(("train", "kl", "training KL from the other peers (nats)", 1.0))
+    panels.append(("test", "top1", "test accuracy (%)", 100.0))
+
+    figure, axes = _figure(5.0 * len(panels), 4.6, 1, len(panels))
+    for axis, (kind, key, title, unit) in zip(axes[0], panels, strict=True):
+        for run, records in runs.items():
+            XX            for k in range(len(names)):
+                x, y = _series(records, kind, key, k)
+                axis.plot(x, [unit * v for v in y], color=colours[k], **style)
+            if kind == "test" and len(names) > 1:
+                x, y = _series(records, kind, "ensemble_top1")
+                axis.plot(x, [unit * v for v in y], color="black", **style)
+        axis.set(title=title, xlabel="epoch")
+        axis.set_xlim(left=0)
+        axis.grid(alpha=0.3)
+        axis.spines[["top", "right"]].set_visible(False)
+    lines = require("matplotlib.lines", "train")
+    entries = [(c, "-", name) for c, name in zip(colours, names, strict=True)]
+    if len(names) > 1:
+        entries.append(("black", "-", "ensemble"))
+    if len(runs) > 1:
+        entries += [("0.5", "-", "mutual"), ("0.5", "--", "independent")]
+    figure.legend(
+        handles=[
+            lines.Line2D([], [], color=c, linestyle=s, linewidth=1.6, label=label)
+            for c, s, label in entries
+        ],
+        loc="outside lower center",
+        ncols=min(len(entries), 8),
+        frameon=False,
+    )
+    return _save(figure, Path(folder) / "curves.png")
+
+
+def plot_pairwise_kl(folder: str | Path) -> Path | None:
+    """Draws pairwise_kl.png: KL(teacher || student) of every pair, over four spans of training.
+
+    One row of heat maps for the mutual run and one for the independent run, all on one scale.
+    None, and no picture, where there is no pair: a single peer, or nothing logged.
+    """
+    runs = {run: _pairwise_spans(records) for run, records in _runs(folder).items()}
+    runs = {run: spans for run, spans in runs.items() if spans}
+    if not runs:
+        return None
+    names = _names(read_metrics(folder))
+    K, columns = len(names), max(len(spans) for spans in runs.values())
+    side = max(2.6, 0.5 * K + 1.2)
+    figure, axes = _figure(side * columns + 1.4, side * len(runs) + 0.6, len(runs), columns)
+    values = [v for spans in runs.values() for _, m in spans for row in m for v in row if v == v]
+    top = max(values, default=0.0) or 1.0
+    image = None
+    for row, (run, spans) in zip(axes, runs.items(), strict=True):
+        for column, axis in enumerate(row):
+            if column >= len(spans):
+                axis.set_axis_off()
+                continue
+            label, matrix = spans[column]
+            image = axis.imshow(matrix, vmin=0, vmax=top, cmap="viridis")
+            axis.set_facecolor("0.9")  # shows on the diagonal, where there is no pair
+            axis.set_title(f"{run}, {label}", fontsize=10)
+            axis.set_xticks(range(K), names, rotation=45, ha="right", fontsize=9)
+            axis.set_yticks(range(K), names, fontsize=9)
+            axis.set(xlabel="student", ylabel="teacher")
+            axis.label_outer()
+            for teacher, line in enumerate(matrix):
+                for student, v in enumerate(line):
+                    if v == v:
+                        axis.text(
+                            *(student, teacher),
+                            f"{v:.2f}",
+                            ha="center",
+                            va="center",
+                            fontsize=9,
+                            color="black" if v > 0.6 * top else "white",
+                        )
+    bar = figure.colorbar(image, ax=axes, fraction=0.03)
+    bar.set_label("KL(teacher || student) (nats)")
+    return _save(figure, Path(folder) / "pairwise_kl.png")
+
+
+def versions() -> dict[str, str]:
+    """Versions of Python and of the packages that decide a run's numbers."""
+    found = {"python": platform.python_version()}
+    for package in VERSIONED:
+        try:
+            found[package] = metadata.version(package)
+        except metadata.PackageNotFoundError:
+            found[package] = "not installed"
+    return found
+
+
+def device_name(device: Any) -> str:
+    """The hardware behind a torch device, as a table names it."""
+    import torch
+
+    device = torch.device(device)
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    model = platform.processor() or platform.machine()
+    cpuinfo = Path("/proc/cpuinfo")
+    if cpuinfo.exists():
+        fields = (line.partition(":") for line in cpuinfo.read_text().splitlines())
+        model = next((v.strip() for k, _, v in fields if k.strip() == "model name"), model)
+    return f"{model}, {torch.get_num_threads()} threads"
+
+
+def write_atomically(path: Path, text: str) -> None:
+    """Replaces a file's text in one rename, so that a reader never meets half of it."""
+    temporary = path.with_name(path.name + ".tmp")
+    temporary.write_text(text)
+    os.replace(temporary, path)
+
+
+def _json_line(record: dict[str, Any]) -> str:
+    return json.dumps(_finite_or_none(record)) + "\n"
+
+
+def _finite_or_none(value: Any) -> Any:
+    """JSON has no NaN and no inf: null in their place keeps the file readable by every parser."""
+    if isinstance(value, dict):
+        return {key: _finite_or_none(v) for key, v in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_finite_or_none(v) for v in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def _score(run: dict[str, Any] | None, name: str, peer: int | None = None) -> float | None:
+    if run is None or run["scores"] is None:
+        return None
+    return run["scores"][name] if peer is None else run["scores"][name][peer]
+
+
+def _percent(fraction: float | None) -> str:
+    return "-" if fraction is None else f"{100 * fraction:.2f}"
+
+
+def _runs(folder: str | Path) -> dict[str, list[dict[str, Any]]]:
+    runs = {"mutual": read_metrics(folder)}
+    if (Path(folder) / INDEPENDENT / METRICS).exists():
+        runs["independent"] = read_metrics(Path(folder) / INDEPENDENT)
+    return runs
+
+
+def _names(records: list[dict[str, Any]]) -> list[str]:
+    return next(r["names"] for r in records if r["kind"] == "peers")
+
+
+def _series(
+    records: list[dict[str, Any]], kind: str, key: str, peer: int | None = None
+) -> tuple[list[float], list[float]]:
+    """Epochs and values of one curve, averaged in equal spans where there are very many points."""
+    points = [
+        (r["epoch"], r[key] if peer is None else r[key][peer])
+        for r in records
+        if r["kind"] == kind and r.get(key) is not None
+    ]
+    points = [(x, math.nan if y is None else y) for x, y in points]
+    size = math.ceil(len(points) / CURVE_POINTS) or 1
+    spans = [points[i : i + size] for i in range(0, len(points), size)]
+    return [s[-1][0] for s in spans], [sum(y for _, y in s) / len(s) for s in spans]
+
+
+def _pairwise_spans(records: list[dict[str, Any]]) -> list[tuple[str, list[list[float]]]]:
+    """Up to four equal spans of training, each with its mean (K, K) matrix, NaN on the diagonal."""
+    points = [r for r in records if r["kind"] == "train" and len(r.get("pairwise_kl") or ()) > 1]
+    if not points:
+        return []
+    count = min(4, len(points))
+    bounds = [round(i * len(points) / count) for i in range(count + 1)]
+    K = len(points[0]["pairwise_kl"])
+    spans, start = [], 0.0
+    for first, end in pairwise(bounds):
+        span = [r["pairwise_kl"] for r in points[first:end]]
+        mean = [
+            [
+                math.nan
+                if i == j or any(m[i][j] is None for m in span)
+                else sum(m[i][j] for m in span) / len(span)
+                for j in range(K)
+            ]
+            for i in range(K)
+        ]
+        stop = points[end - 1]["epoch"]
+        spans.append((f"epochs {start:.3g}-{stop:.3g}", mean))
+        start = stop
+    return spans
+
+
+def _colours(count: int) -> list[Any]:
+    colormaps = require("matplotlib", "train").colormaps
+    qualitative = [colormaps["tab10"](i) for i in range(10) if i != 7]  # without its grey
+    if count <= len(qualitative):
+        return qualitative[:count]
+    return [colormaps["turbo"]((i + 0.5) / count) for i in range(count)]
+
+
+def _figure(width: float, height: float, rows: int, columns: int) -> tuple[Any, Any]:
+    # Figure by itself, not pyplot: no global state, no display, no backend to choose.
+    figure = require("matplotlib.figure", "train").Figure((width, height), layout="constrained")
+    return figure, figure.subplots(rows, columns, squeeze=False)
+
+
+def _save(figure: Any, path: Path) -> Path:
+    temporary = path.with_name(path.name + ".tmp")
+    figure.savefig(temporary, dpi=DPI, format="png")
+    os.replace(temporary, path)
+    return path
