@@ -234,7 +234,10 @@ def plot_curves(folder: str | Path) -> Path:
     figure, axes = _figure(5.0 * len(panels), 4.6, 1, len(panels))
     for axis, (kind, key, title, unit) in zip(axes[0], panels, strict=True):
         for run, records in runs.items():
-            XX            for k in range(len(names)):
+            style = {"linestyle": "-" if run == "mutual" else "--", "linewidth": 1.6}
+            if sum(r["kind"] == kind for r in records) <= MARKED_POINTS:
+                style |= {"marker": "o", "markersize": 3}
+            for k in range(len(names)):
                 x, y = _series(records, kind, key, k)
                 axis.plot(x, [unit * v for v in y], color=colours[k], **style)
             if kind == "test" and len(names) > 1:
