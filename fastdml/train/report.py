@@ -245,6 +245,7 @@ def plot_curves(folder: str | Path) -> Path:
                 axis.plot(x, [unit * v for v in y], color="black", **style)
         axis.set(title=title, xlabel="epoch")
         axis.set_xlim(left=0)
+        axis.xaxis.get_major_locator().set_params(integer=True)
         axis.grid(alpha=0.3)
         axis.spines[["top", "right"]].set_visible(False)
     lines = require("matplotlib.lines", "train")
