@@ -1,0 +1,111 @@
+"""The distribution: one wheel, two import names, the command, the licence; no machine's paths."""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+import subprocess
+import sys
+import zipfile
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+PARTS = ["pyproject.toml", "setup.py", "README.md", "LICENSE", "fastdml", "kernels"]
+
+
+def build(hook: str, tmp_path: Path) -> Path:
+    """A wheel from a copy of the sources, with what is installed: no network, no file left here."""
+    setuptools = pytest.importorskip("setuptools", minversion="77", reason="needs setuptools >= 77")
+    source, out = tmp_path / "source", tmp_path / "wheels"
+    source.mkdir()
+    out.mkdir()
+    for part in PARTS:
+        copy = shutil.copytree if (ROOT / part).is_dir() else shutil.copy
+        copy(ROOT / part, source / part)
+    code = f"from setuptools import build_meta as b; b.{hook}({str(out)!r})"
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=source, capture_output=True, text=True, timeout=120
+    )
+    assert done.returncode == 0, f"setuptools {setuptools.__version__}:\n{done.stderr}"
+    (wheel,) = out.glob("*.whl")
+    return wheel
+
+
+def test_the_wheel_holds_both_import_names_and_nothing_else(tmp_path):
+    wheel = zipfile.ZipFile(build("build_wheel", tmp_path))
+    names = set(wheel.namelist())
+    expected = {str(p.relative_to(ROOT)) for p in (ROOT / "fastdml").rglob("*.py")}
+    expected |= {str(p.relative_to(ROOT / "kernels")) for p in (ROOT / "kernels").rglob("*.py")}
+    assert {"fastdml/__init__.py", "fastdml_kernels/__init__.py"} <= expected
+    info = next(n.split("/")[0] for n in names if ".dist-info/" in n)
+    assert {n for n in names if not n.startswith(info)} == expected
+    assert f"{info}/licenses/LICENSE" in names
+    entry_points = wheel.read(f"{info}/entry_points.txt").decode()
+    assert "fastdml = fastdml.cli:main" in entry_points
+    metadata = wheel.read(f"{info}/METADATA").decode()
+    assert "License-Expression: Apache-2.0" in metadata
+    assert "Requires-Python: >=3.10" in metadata
+    for extra in ("train", "dev", "bench", "onnx", "reid"):
+        assert f"Provides-Extra: {extra}" in metadata
+
+    # Away from the sources, the wheel alone must do.
+    wheel.extractall(tmp_path / "site")
+    code = "import fastdml, fastdml_kernels, fastdml.cli; print(fastdml.__file__)"
+    done = subprocess.run(
+        [sys.executable, "-P" if sys.version_info >= (3, 11) else "-s", "-c", code],
+        cwd=tmp_path,
+        env={**os.environ, "PYTHONPATH": str(tmp_path / "site")},
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    assert done.returncode == 0, done.stderr
+    assert Path(done.stdout.strip()).is_relative_to(tmp_path / "site")
+
+
+def test_an_editable_install_finds_both_import_names(tmp_path):
+    wheel = zipfile.ZipFile(build("build_editable", tmp_path))
+    finders = "".join(
+        wheel.read(n).decode() for n in wheel.namelist() if n.endswith((".py", ".pth"))
+    )
+    source = tmp_path / "source"
+    for name, folder in (("fastdml", source), ("fastdml_kernels", source / "kernels")):
+        assert str(folder / name) in finders or f"{folder}\n" in finders, name
+
+
+def sources() -> list[Path]:
+    kept = [ROOT / n for n in ("Makefile", "README.md", "pyproject.toml", "setup.py", ".ci/run")]
+    for folder in ("fastdml", "kernels", "bench", "tests"):
+        kept += [p for p in (ROOT / folder).rglob("*") if p.suffix in (".py", ".md", ".sh")]
+    return kept
+
+
+def test_sources_name_no_folder_of_one_machine():
+    pattern = re.compile(r"(?<![\w.])/(?:work|root|home|Users|mnt|scratch)/\w+")
+    found = [
+        f"{path.relative_to(ROOT)}:{number}: {line.strip()}"
+        for path in sources()
+        for number, line in enumerate(path.read_text().splitlines(), 1)
+        if pattern.search(line)
+    ]
+    assert not found, "\n".join(found)
+
+
+def test_every_source_file_says_what_it_is():
+    bare = [
+        str(path.relative_to(ROOT))
+        for folder in ("fastdml", "kernels", "bench")
+        for path in (ROOT / folder).rglob("*.py")
+        if not path.read_text().startswith('"""')
+    ]
+    assert not bare, f"no docstring at the top of {', '.join(bare)}"
+
+
+def test_licence_is_the_whole_apache_text():
+    text = (ROOT / "LICENSE").read_text()
+    assert "Version 2.0, January 2004" in text
+    assert "END OF TERMS AND CONDITIONS" in text
+    assert len(text) > 11_000
