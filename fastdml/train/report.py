@@ -67,7 +67,7 @@ class MetricsLog:
             kept = [r for r in read_metrics(folder) if r["step"] <= resume_step]
             for old in events.glob("events.out.tfevents.*"):
                 old.unlink()  # an event file cannot be cut, so it is written anew from what is kept
-        write_atomically(self.path, "".join(_json_line(record) for record in kept))
+        write_atomically(self.path, "".join(f"{to_json(record)}\n" for record in kept))
         self.file = self.path.open("a")
         self.events = None
         if tensorboard:
@@ -79,7 +79,7 @@ class MetricsLog:
     def log(self, kind: str, step: int, epoch: float, **values: Any) -> None:
         """Adds one log point: numbers, lists of one number a peer, or matrices (K, K)."""
         record = {"kind": kind, "step": step, "epoch": epoch, "time": time.time(), **values}
-        self.file.write(_json_line(record))
+        self.file.write(f"{to_json(record)}\n")
         self.file.flush()
         self._to_tensorboard(record)
 
@@ -160,9 +160,9 @@ def write_summary(
         "mutual": mutual,
         "independent": independent,
     }
-    summary = _finite_or_none(summary)
-    write_atomically(Path(folder) / SUMMARY, json.dumps(summary, indent=2) + "\n")
-    return summary
+    text = to_json(summary, indent=2)
+    write_atomically(Path(folder) / SUMMARY, f"{text}\n")
+    return json.loads(text)
 
 
 def summary_table(summary: dict[str, Any]) -> str:
@@ -345,12 +345,12 @@ def write_atomically(path: Path, text: str) -> None:
     os.replace(temporary, path)
 
 
-def _json_line(record: dict[str, Any]) -> str:
-    return json.dumps(_finite_or_none(record)) + "\n"
+def to_json(value: Any, indent: int | None = None) -> str:
+    """JSON that every parser reads: it has no NaN and no inf, null stands in their place."""
+    return json.dumps(_finite_or_none(value), indent=indent)
 
 
 def _finite_or_none(value: Any) -> Any:
-    """JSON has no NaN and no inf: null in their place keeps the file readable by every parser."""
     if isinstance(value, dict):
         return {key: _finite_or_none(v) for key, v in value.items()}
     if isinstance(value, (list, tuple)):
