@@ -1,0 +1,116 @@
+"""One optimizer for all peers, a parameter group each, and its learning rate on the device.
+
+The fused implementation updates all tensors of a peer in a few launches. The learning rate is one
+0-d tensor shared by the groups, so a schedule never re-captures a CUDA graph, and the schedule is a
+table on the device, so a step that fp16 skipped holds it back without the host knowing.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+from torch.optim import SGD, Adam, AdamW, Optimizer
+
+from fastdml.errors import InputError
+
+if TYPE_CHECKING:
+    from fastdml.cohort import Cohort
+
+FUSED_DEVICES = ("cpu", "cuda")
+
+
+def make_optimizer(
+    cohort: Cohort,
+    name: str = "sgd",
+    *,
+    lr: float,
+    momentum: float = 0.9,
+    nesterov: bool = True,
+    weight_decay: float = 0.0,
+) -> Optimizer:
+    """name: "sgd", "adam" or "adamw"; `momentum` is the first beta of the last two."""
+    groups = [
+        {"params": [w for w in peer.parameters() if w.requires_grad]} for peer in cohort.peers
+    ]
+    tensors = [w for group in groups for w in group["params"]]
+    if not tensors:
+        raise InputError("no peer has a parameter to train: all have requires_grad=False")
+    device = tensors[0].device
+    rate = torch.tensor(lr, dtype=torch.float32, device=device)
+    fused = device.type in FUSED_DEVICES
+    if name == "sgd":
+        nesterov = nesterov and momentum > 0
+        optimizer = SGD(
+            groups, rate, momentum, weight_decay=weight_decay, nesterov=nesterov, fused=fused
+        )
+        if momentum > 0:
+            # The fused kernel fills buffers it makes itself on the first step only, and not when
+            # that step overflows: fp16 would then go on with uninitialised memory.
+            for w in tensors:
+                optimizer.state[w]["momentum_buffer"] = torch.zeros_like(w)
+        return optimizer
+    if name in ("adam", "adamw"):
+        kind = Adam if name == "adam" else AdamW
+        return kind(groups, rate, (momentum, 0.999), weight_decay=weight_decay, fused=fused)
+    raise InputError(f"optimizer must be one of sgd, adam, adamw, not {name!r}")
+
+
+def learning_rates(
+    *,
+    lr: float,
+    epochs: int,
+    steps: int,  # an epoch
+    schedule: str = "step",
+    drop_every: int = 60,  # epochs
+    drop_factor: float = 0.1,
+    warmup_epochs: float = 0.0,
+) -> Tensor:
+    """The rate of every step of a run, (epochs * steps,) fp32 on the host.
+
+    "step": lr * drop_factor**(epoch // drop_every). "cosine": half a cosine from lr to 0 over the
+    steps after the warm-up. Warm-up rises linearly to the full rate at its last step.
+    """
+    total = epochs * steps
+    warmup = min(round(warmup_epochs * steps), total)
+    step = torch.arange(total, dtype=torch.float64)
+    if schedule == "step":
+        factor = drop_factor ** (step // (drop_every * steps))
+    elif schedule == "cosine":
+        past = ((step - warmup) / max(total - warmup, 1)).clamp(min=0)
+        factor = (1 + (math.pi * past).cos()) / 2
+    else:
+        raise InputError(f"schedule must be step or cosine, not {schedule!r}")
+    if warmup:
+        factor = factor * ((step + 1) / warmup).clamp(max=1)
+    return (lr * factor).float()
+
+
+class Schedule:
+    """Feeds the optimizer's learning rate from a table on the device; `advance` after each step."""
+
+    def __init__(self, optimizer: Optimizer, rates: Tensor) -> None:
+        device = optimizer.param_groups[0]["params"][0].device
+        self.optimizer = optimizer
+        self.rates = rates.to(device)  # (steps of the run,)
+        self.lr = torch.empty((), dtype=torch.float32, device=device)
+        self.updates = torch.zeros((), dtype=torch.int64, device=device)  # updates made so far
+        self._publish()
+
+    def advance(self, skipped: Tensor | None = None) -> None:
+        """Moves on by one update, or by none where `skipped` (0-d, 0 or 1) is 1. Never waits."""
+        self.updates += 1 if skipped is None else (1 - skipped).long()
+        self._publish()
+
+    def load(self, updates: Tensor) -> None:
+        """Goes to a saved position; call after the optimizer has loaded its own state."""
+        self.updates.copy_(updates)
+        self._publish()
+
+    def _publish(self) -> None:
+        last = len(self.rates) - 1
+        self.lr.copy_(self.rates.index_select(0, self.updates.clamp(max=last).view(1))[0])
+        for group in self.optimizer.param_groups:  # an optimizer that loaded has copies of its own
+            group["lr"] = self.lr

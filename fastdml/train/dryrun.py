@@ -1,0 +1,72 @@
+"""`--dry-run`: one real step in memory, then what the run would be. Writes nothing."""
+
+from __future__ import annotations
+
+import resource
+import sys
+import time
+from typing import TYPE_CHECKING
+
+import torch
+
+from fastdml.train import report
+from fastdml.train.config import run_name
+
+if TYPE_CHECKING:
+    from fastdml.train.phase import Phase
+
+MB = 1e6
+
+
+def plan(phase: Phase) -> str:
+    """Runs the first step of `phase`, which changes its peers' weights, and describes the run."""
+    config, device, cohort = phase.config, phase.device, phase.cohort
+    cohort.train()
+    images, labels = next(iter(phase.train.epoch(0)))
+    started = time.perf_counter()
+    losses = phase.step(images, labels).losses.tolist()
+    seconds = time.perf_counter() - started
+    counts = phase.parameters()
+    held = sum(v.nbytes for v in cohort.state_dict().values())
+    held += sum(
+        v.nbytes
+        for state in phase.optimizer.state.values()
+        for v in state.values()
+        if torch.is_tensor(v)
+    )
+    if device.type == "cuda":
+        memory = f"{torch.cuda.max_memory_allocated(device) / MB:,.0f} MB on the device at most"
+    else:
+        # ru_maxrss is in kilobytes, on macOS in bytes.
+        unit = 1 if sys.platform == "darwin" else 1024
+        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+        memory = f"{peak / MB:,.0f} MB of this process at most, the data included"
+    phases = 2 if config.independent else 1
+    folder = config.folder or f"runs/{run_name(config)}-NNN, the next free number"
+    files = (
+        f"config.yaml metrics.jsonl last.ckpt ({held / MB:,.1f} MB) cohort.json peers/ best/ "
+        "curves.png pairwise_kl.png summary.json"
+    )
+    rows = [
+        ("dry run", "nothing was written"),
+        *(
+            (f"peer {k}", f"{name}, {count:,} parameters, loss of the first step {loss:.4f}")
+            for k, (name, count, loss) in enumerate(zip(cohort.names, counts, losses, strict=True))
+        ),
+        ("device", f"{report.device_name(device)}, {phase.amp.name}, {config.update} updates"),
+        (
+            "steps",
+            f"{phase.steps:,} an epoch of {len(labels)} images, {config.epochs} epochs, "
+            f"{phase.total * phases:,} in all" + (" (mutual and independent)" * (phases - 1)),
+        ),
+        ("first step", f"{seconds:.2f} s, start-up included"),
+        ("memory", memory),
+        ("run folder", folder + (" (resumed)" if config.resume else "")),
+        (
+            "files",
+            files
+            + " tensorboard/" * config.tensorboard
+            + " initial.ckpt independent/" * (phases - 1),
+        ),
+    ]
+    return "\n".join(f"{name:<11} {text}" for name, text in rows)

@@ -1,0 +1,252 @@
+"""Whole runs: data, peers and one or two phases of training, into a folder.
+
+A run folder holds config.yaml, metrics.jsonl, tensorboard/, last.ckpt, and at the end cohort.json
+and peers/ (the last weights), curves.png, pairwise_kl.png and summary.json; best/ has the weights
+of the epoch with the highest mean test accuracy of the peers (chosen on the test images, so its
+accuracy flatters; the summary's table reports the last weights). With `independent` there is also
+initial.ckpt, the weights both phases start from, and independent/, a run folder of its own.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from fastdml.cohort import Cohort
+from fastdml.data import ImageSet, ResidentLoader, load
+from fastdml.engine.amp import Amp, resolve
+from fastdml.errors import InputError
+from fastdml.metrics import Classification, ClassificationScores
+from fastdml.train import checkpoint, report
+from fastdml.train.batches import Batches, as_batches
+from fastdml.train.config import (
+    TrainConfig,
+    check_resumable,
+    load_config,
+    numbered_folders,
+    resume_folder,
+    run_name,
+)
+from fastdml.train.dryrun import plan
+from fastdml.train.phase import Evaluate, Phase, Stop, listening, load_weights
+from fastdml.train.result import TrainResult
+
+INITIAL_CHECKPOINT = "initial.ckpt"
+EVALUATION_BATCH = 500  # images; divides CIFAR's test sets
+
+
+def run(config: TrainConfig) -> TrainResult | None:
+    """The run that `config` describes: data, peers, training. None after a dry run."""
+    device = choose_device(config)
+    download = config.download and not config.dry_run
+    train_set, test_set = load(config.data, config.root, download=download)
+    if config.subset:
+        train_set = train_set.subset(config.subset, config.seed)
+    cohort = Cohort(
+        config.peers,
+        train_set.num_classes,
+        in_channels=train_set.images.shape[1],
+        seed=config.seed,
+    ).to(device)
+    train = ResidentLoader(
+        train_set,
+        config.batch_size,
+        seed=config.seed,
+        train=True,
+        pad=config.pad,
+        flip=config.flip,
+        device=device,
+    )
+    test = ResidentLoader(test_set, EVALUATION_BATCH, train=False, device=device)
+    return fit(cohort, train, test, config)
+
+
+def fit(
+    cohort: Cohort, train: Any, test: Any | Evaluate | None, config: TrainConfig
+) -> TrainResult | None:
+    """Trains `cohort` in place, on the device it is on, and leaves it with the last mutual weights.
+
+    train: a `data.ResidentLoader`, or any sized iterable of (images, labels) such as a DataLoader;
+    `train.batches` says what resuming asks of it. test: the same for evaluation, or a function from
+    the cohort to its scores, or None. `config`'s data, peers and device are recorded, not used.
+    Returns None after a dry run.
+    """
+    device = next(cohort.parameters()).device
+    cohort.to(memory_format=torch.channels_last)
+    train = as_batches(train, device)
+    amp = resolve(config.amp, device)
+    evaluate = test
+    if test is not None and not callable(test):
+        evaluate = partial(_score, as_batches(test, device), amp)
+    with _reproducible(config, device):
+        if config.dry_run:
+            _refuse_overwriting(config)
+            print(plan(Phase(cohort, train, evaluate, config, Path(), amp)))
+            return None
+        folder = _open_folder(config)
+        config = config.replace(folder=str(folder), resume=False)
+        if config.independent:
+            _load_or_save_initial(folder / INITIAL_CHECKPOINT, cohort)
+        with listening() as stop:
+            phase = Phase(cohort, train, evaluate, config, folder, amp)
+            mutual = phase.run(stop)
+            independent = None
+            if config.independent:
+                independent = _independent(phase, stop)
+    return _conclude(mutual, independent)
+
+
+@contextmanager
+def _reproducible(config: TrainConfig, device: torch.device) -> Iterator[None]:
+    """The caller's generators and determinism settings are as before afterwards."""
+    was = (
+        torch.are_deterministic_algorithms_enabled(),
+        torch.is_deterministic_algorithms_warn_only_enabled(),
+        torch.backends.cudnn.deterministic,
+        torch.backends.cudnn.benchmark,
+    )
+    if config.deterministic:
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # read when cuBLAS starts
+        torch.use_deterministic_algorithms(True)
+        torch.backends.cudnn.deterministic, torch.backends.cudnn.benchmark = True, False
+    try:
+        with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
+            yield
+    finally:
+        torch.use_deterministic_algorithms(was[0], warn_only=was[1])
+        torch.backends.cudnn.deterministic, torch.backends.cudnn.benchmark = was[2:]
+
+
+def _open_folder(config: TrainConfig) -> Path:
+    """The run's folder: a new one, or with `resume` the one to go on in."""
+    if config.resume:
+        folder = resume_folder(config)
+        check_resumable(load_config(folder / "config.yaml").to_dict(), config)
+        return folder
+    try:
+        if config.folder is not None:
+            folder = Path(config.folder)
+            _refuse_overwriting(config)
+            folder.mkdir(parents=True, exist_ok=True)
+            return folder
+        while True:
+            number = max(numbered_folders(config), default=0) + 1
+            folder = Path("runs") / f"{run_name(config)}-{number:03d}"
+            try:
+                folder.mkdir(parents=True)
+            except FileExistsError:
+                continue  # another run took the number just now
+            return folder
+    except OSError as error:
+        raise InputError(f"cannot make the run's folder {folder}: {error.strerror}") from None
+
+
+def _refuse_overwriting(config: TrainConfig) -> None:
+    if config.folder is None or config.resume:
+        return
+    folder = Path(config.folder)
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise InputError(
+            f"{folder} is there already and is not overwritten: resume it, choose another folder, "
+            "or leave folder out for a new numbered one"
+        )
+
+
+def _load_or_save_initial(path: Path, cohort: Cohort) -> None:
+    """Both phases start from this file, also when a resumed run builds its cohort otherwise."""
+    if path.exists():
+        load_weights(cohort, checkpoint.load(path)["cohort"], path)
+    else:
+        checkpoint.save(path, {"cohort": cohort.state_dict()})
+
+
+def _independent(mutual: Phase, stop: Stop) -> TrainResult:
+    """The same peers from the same weights on the same batches, each by itself."""
+    cohort, folder = mutual.cohort, mutual.folder / report.INDEPENDENT
+    trained = {key: value.clone() for key, value in cohort.state_dict().items()}
+    initial = mutual.folder / INITIAL_CHECKPOINT
+    load_weights(cohort, checkpoint.load(initial)["cohort"], initial)
+    folder.mkdir(exist_ok=True)
+    config = mutual.config.replace(kl_weight=0.0, independent=False, folder=str(folder))
+    amp = resolve(config.amp, mutual.device)  # with a scaler of its own
+    try:
+        return Phase(cohort, mutual.train, mutual.evaluate, config, folder, amp).run(stop)
+    finally:
+        cohort.load_state_dict(trained)
+
+
+def _conclude(mutual: TrainResult, independent: TrainResult | None) -> TrainResult:
+    """Pictures and summaries, of the independent run too."""
+    for result in (independent, mutual):
+        if result is None:
+            continue
+        report.plot_curves(result.folder)
+        report.plot_pairwise_kl(result.folder)
+        if result.scores is None:
+            continue  # nothing to sum up
+        beside = independent if result is mutual else None
+        report.write_summary(
+            result.folder,
+            config=result.config.to_dict(),
+            peers=result.peers,
+            parameters=result.parameters,
+            device=result.device,
+            mutual=_summary(result),
+            independent=beside and _summary(beside),
+        )
+    return dataclasses.replace(mutual, independent=independent)
+
+
+def _summary(result: TrainResult) -> dict[str, Any]:
+    return {
+        "scores": dataclasses.asdict(result.scores),
+        "images_per_second": result.images_per_second,
+        "data_wait": result.data_wait,
+        "wall_seconds": result.seconds,
+        "epochs": result.config.epochs,
+        "precision": result.precision,
+        "skipped_steps": result.skipped_steps,
+        "weights": {name: str(folder) for name, folder in result.weights.items()},
+        "best_epoch": result.best_epoch,
+        "best_scores": dataclasses.asdict(result.best_scores),
+    }
+
+
+def choose_device(config: TrainConfig) -> torch.device:
+    if config.device == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(config.device)
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError):
+        raise InputError(
+            f"there is no device {config.device!r} here: use auto, cpu, cuda or cuda:N"
+        ) from None
+    return device
+
+
+def evaluate_batches(
+    cohort: Cohort, test: ImageSet, batch_size: int = EVALUATION_BATCH, amp: str = "auto"
+) -> ClassificationScores:
+    """Scores of a cohort, in evaluation mode, on the device it is on."""
+    device = next(cohort.parameters()).device
+    loader = ResidentLoader(test, batch_size, train=False, device=device)
+    cohort.eval().to(memory_format=torch.channels_last)
+    return _score(loader, resolve(amp, device), cohort)
+
+
+def _score(test: Batches, amp: Amp, cohort: Cohort) -> ClassificationScores:
+    scores = Classification(len(cohort), cohort.num_classes, amp.device)
+    with torch.inference_mode():
+        for images, labels in test.epoch(0):
+            with amp.autocast():
+                logits = cohort(images)
+            scores.update(logits, labels)
+    return scores.compute()

@@ -1,0 +1,425 @@
+"""One training of a cohort into one folder: steps, readings, evaluations, checkpoints, signals.
+
+Inside the step loop nothing waits for the device. It is waited for every `log_every` steps to read
+the losses, at checkpoints, and at the end of an epoch. A loss that is not finite is noted on the
+device at its step and noticed at the next reading; a checkpoint is written only after such a
+reading, so the last one is always good.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import signal
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fastdml.cohort import Cohort
+from fastdml.engine import Schedule, learning_rates, make_optimizer, make_step
+from fastdml.engine.amp import Amp
+from fastdml.errors import InputError, require
+from fastdml.loss import MutualLoss
+from fastdml.metrics import ClassificationScores
+from fastdml.train import checkpoint, report
+from fastdml.train.batches import Batches
+from fastdml.train.config import TrainConfig, check_resumable
+from fastdml.train.result import TrainResult
+from fastdml.train.statistics import Clock, Totals
+
+BEST = "best"
+LAST_CHECKPOINT = "last.ckpt"
+LOSS_NAMES = {"ce": "cross-entropy", "kl": "KL divergence"}
+
+Evaluate = Callable[[Cohort], ClassificationScores]
+
+
+class TrainingDiverged(InputError):
+    """A loss is no longer finite; the message names the peer, the step and the loss."""
+
+
+class TrainingStopped(SystemExit):
+    """A signal ended training; the checkpoint is written and `resume` goes on from it."""
+
+    def __init__(self, number: int, message: str) -> None:
+        super().__init__(128 + number)
+        self.message = message
+
+    def __str__(self) -> str:
+        return self.message
+
+
+class Phase:
+    """One training of a cohort into one folder, from its checkpoint if there is one."""
+
+    def __init__(
+        self,
+        cohort: Cohort,
+        train: Batches,
+        evaluate: Evaluate | None,
+        config: TrainConfig,
+        folder: Path,
+        amp: Amp,
+    ) -> None:
+        self.cohort, self.peers = cohort, list(cohort.peers)
+        self.train, self.evaluate = train, evaluate
+        self.config, self.folder, self.amp = config, folder, amp
+        self.label = "independent" if folder.name == report.INDEPENDENT else "mutual"
+        self.device = amp.device
+        self.steps = len(train)  # an epoch
+        self.total = config.epochs * self.steps
+        self.optimizer = make_optimizer(
+            cohort,
+            config.optimizer,
+            lr=config.lr,
+            momentum=config.momentum,
+            nesterov=config.nesterov,
+            weight_decay=config.weight_decay,
+        )
+        rates = learning_rates(
+            lr=config.lr,
+            epochs=config.epochs,
+            steps=self.steps,
+            schedule=config.schedule,
+            drop_every=config.lr_drop_every,
+            drop_factor=config.lr_drop_factor,
+            warmup_epochs=config.warmup_epochs,
+        )
+        self.rates = rates.tolist()
+        self.schedule = Schedule(self.optimizer, rates)
+        loss = MutualLoss(
+            temperature=config.temperature,
+            ce_weight=config.ce_weight,
+            kl_weight=config.kl_weight,
+            label_smoothing=config.label_smoothing,
+        )
+        self.step = make_step(
+            cohort,
+            loss,
+            self.optimizer,
+            execution=config.execution,
+            amp=amp,
+            compile=config.compile,
+            update=config.update,
+            grad_clip=config.grad_clip,
+        )
+        self.totals = Totals(len(cohort), self.device)
+        self.clock = Clock(self.device)
+        self.position = 0  # steps done in the run
+        self.seconds = 0.0
+        self.history: list[dict[str, Any]] = []
+        self.scores: ClassificationScores | None = None
+        self.best_epoch = 0
+        self.best_scores: ClassificationScores | None = None
+
+    def run(self, stop: Stop) -> TrainResult:
+        """Trains to the end, or until a signal: then saves and raises TrainingStopped."""
+        seed_generators(self.config.seed, self.device)
+        if (self.folder / LAST_CHECKPOINT).is_file():
+            self._restore()
+        self.config.save(self.folder / "config.yaml")
+        metrics = self.folder / report.METRICS
+        self.started = self.saved = time.monotonic()
+        with (
+            report.MetricsLog(
+                self.folder,
+                self.cohort.names,
+                resume_step=self.position if metrics.exists() else None,
+                tensorboard=self.config.tensorboard,
+            ) as self.log,
+            self._bar() as self.bar,
+        ):
+            self.cohort.train()
+            while self.position < self.total:
+                self._epoch(stop)
+                self._end_epoch()
+                if self.position < self.total:
+                    stop.leave_if_asked(self)
+        return self._finish()
+
+    def _epoch(self, stop: Stop) -> None:
+        """The steps of an epoch, from wherever the run stands."""
+        config, steps, totals, clock = self.config, self.steps, self.totals, self.clock
+        epoch, start = divmod(self.position, steps)
+        batches = iter(self.train.epoch(epoch, start))
+        clock.start()
+        for done in range(start + 1, steps + 1):
+            clock.ask()
+            images, labels = next(batches)
+            clock.got()
+            output = self.step(images, labels)
+            self.schedule.advance(self.step.skipped)
+            self.position += 1
+            totals.add(output, len(labels), self.position)
+            clock.step(len(labels))
+            self.bar.update(len(labels))
+            if done == steps:
+                break  # the end of the epoch reads, saves and heeds signals anyway
+            if config.log_every and self.position % config.log_every == 0:
+                self._read()
+            if stop.signal or self._save_due():
+                clock.stop()
+                self._save()
+                stop.leave_if_asked(self)
+                clock.start()
+        clock.stop()
+
+    def _end_epoch(self) -> None:
+        self._read()
+        epoch = self.position // self.steps
+        updates = int(self.schedule.updates)
+        record = {
+            **self.totals.epoch(),
+            "lr": self.rates[max(updates - 1, 0)],  # of the epoch's last update
+            "skipped_steps": self.position - updates,
+            "images_per_second": self.clock.images_per_second,
+            "data_wait": self.clock.data_wait,
+        }
+        self.log.log("epoch", self.position, epoch, **record)
+        self.history.append({"epoch": epoch, "step": self.position, **record})
+        self.totals.reset()
+        last = self.position == self.total
+        if self.evaluate and (last or epoch % self.config.eval_every == 0):
+            self._evaluate(epoch)
+        self.bar.write(self._line(epoch, record), file=sys.stderr)
+        self._save()
+
+    def _evaluate(self, epoch: int) -> None:
+        self.cohort.eval()
+        try:
+            self.scores = self.evaluate(self.cohort)
+        finally:
+            self.cohort.train()  # BatchNorm left in evaluation mode would go unnoticed
+        scores = dataclasses.asdict(self.scores)
+        self.log.log("test", self.position, epoch, **scores)
+        self.history[-1]["test"] = scores
+        if self.best_scores is None or _mean(self.scores.top1) > _mean(self.best_scores.top1):
+            self.best_epoch, self.best_scores = epoch, self.scores
+            self.cohort.save(self.folder / BEST)
+
+    def _read(self) -> None:
+        """Logs the losses since the last reading and stops a run that has diverged."""
+        if self.totals.unread:
+            means = self.totals.read()
+            self.log.log("train", self.position, self.position / self.steps, **means)
+            self.bar.set_postfix_str("loss " + " ".join(f"{x:.3f}" for x in means["loss"]))
+        self._check_losses()
+
+    def _check_losses(self) -> None:
+        if bad := self.totals.bad():
+            step, loss, k = bad
+            name = self.cohort.names[k]
+            raise self._diverged(f"the {LOSS_NAMES[loss]} of peer {k} ({name})", step)
+
+    def _diverged(self, what: str, step: int) -> TrainingDiverged:
+        path = self.folder / LAST_CHECKPOINT
+        kept = f"{path}, from before it, is kept" if path.exists() else "no checkpoint exists yet"
+        return TrainingDiverged(
+            f"training diverged: at step {step} (epoch {(step - 1) // self.steps + 1}) {what} "
+            f"is not finite; {kept}; try a lower lr, warmup_epochs or grad_clip"
+        )
+
+    def _save_due(self) -> bool:
+        every, minutes = self.config.save_every_steps, self.config.save_every_minutes
+        return bool(
+            (every and self.position % every == 0)
+            or (minutes and time.monotonic() - self.saved >= 60 * minutes)
+        )
+
+    def _save(self) -> None:
+        """Replaces the checkpoint, unless a loss or a weight has gone bad."""
+        self._check_losses()
+        fine = [torch.stack([w.isfinite().all() for w in p.parameters()]).all() for p in self.peers]
+        for k, good in enumerate(torch.stack(fine).tolist()):
+            if not good:  # the update of the last step; its loss was still finite
+                raise self._diverged(
+                    f"a weight of peer {k} ({self.cohort.names[k]})", self.position
+                )
+        checkpoint.save(self.folder / LAST_CHECKPOINT, self._state())
+        self.saved = time.monotonic()
+
+    def _state(self) -> dict[str, Any]:
+        return {
+            "config": self.config.to_dict(),
+            "precision": self.amp.name,
+            "peers": list(self.cohort.names),
+            "steps_per_epoch": self.steps,
+            "position": self.position,
+            "cohort": self.cohort.state_dict(),
+            "optimizer": self.optimizer.state_dict(),
+            "scaler": self.amp.scaler.state_dict() if self.amp.scaler else None,
+            "updates": self.schedule.updates,
+            "rng": _rng_state(self.device),
+            "totals": self.totals.state(),
+            "clock": self.clock.state(),
+            "seconds": self._elapsed(),
+            "history": self.history,
+            "scores": self.scores and dataclasses.asdict(self.scores),
+            "best_epoch": self.best_epoch,
+            "best_scores": self.best_scores and dataclasses.asdict(self.best_scores),
+        }
+
+    def _restore(self) -> None:
+        path = self.folder / LAST_CHECKPOINT
+        state = checkpoint.load(path)
+        check_resumable(state["config"], self.config)
+        for key, what, now in (
+            ("peers", "peers", list(self.cohort.names)),
+            ("precision", "the precision (set amp)", self.amp.name),
+            ("steps_per_epoch", "steps an epoch", self.steps),
+        ):
+            if state[key] != now:
+                raise InputError(f"cannot resume {path}: {what} was {state[key]} and is now {now}")
+        if state["position"] > self.total:
+            raise InputError(
+                f"cannot resume: the run has done {state['position'] // self.steps} epochs, more "
+                f"than epochs={self.config.epochs}"
+            )
+        load_weights(self.cohort, state["cohort"], path)
+        self.optimizer.load_state_dict(state["optimizer"])
+        if self.amp.scaler:
+            self.amp.scaler.load_state_dict(state["scaler"])
+        self.schedule.load(state["updates"])
+        self.totals.load(state["totals"])
+        self.clock.load(state["clock"])
+        self.position, self.seconds = state["position"], state["seconds"]
+        self.history, self.best_epoch = state["history"], state["best_epoch"]
+        self.scores, self.best_scores = (
+            state[key] and ClassificationScores(**state[key]) for key in ("scores", "best_scores")
+        )
+        torch.set_rng_state(state["rng"]["cpu"])
+        if self.device.type == "cuda" and state["rng"]["cuda"] is not None:
+            torch.cuda.set_rng_state(state["rng"]["cuda"], self.device)
+
+    def parameters(self) -> tuple[int, ...]:
+        return tuple(sum(w.numel() for w in peer.parameters()) for peer in self.peers)
+
+    def _elapsed(self) -> float:
+        return self.seconds + time.monotonic() - self.started
+
+    def _bar(self) -> Any:
+        tqdm = require("tqdm", "train").tqdm
+        size = self.train.batch_size
+        return tqdm(
+            total=self.total * size,
+            initial=self.position * size,
+            unit=" images",
+            unit_scale=True,
+            desc=self.label,
+            dynamic_ncols=True,
+            disable=not (self.config.progress or sys.stderr.isatty()),
+        )
+
+    def _line(self, epoch: int, record: dict[str, Any]) -> str:
+        parts = [
+            f"{self.label} epoch {epoch}/{self.config.epochs}",
+            "loss " + " ".join(f"{x:.3f}" for x in record["loss"]),
+        ]
+        if test := self.history[-1].get("test"):
+            parts.append("test top-1 % " + " ".join(f"{100 * x:.2f}" for x in test["top1"]))
+            parts.append(f"ensemble {100 * test['ensemble_top1']:.2f}")
+        if record["images_per_second"]:
+            parts.append(
+                f"{record['images_per_second']:,.0f} images/s, "
+                f"data wait {100 * record['data_wait']:.1f} %"
+            )
+        return "  ".join(parts)
+
+    def _finish(self) -> TrainResult:
+        """Writes the last weights, where Cohort.load finds them."""
+        self.cohort.save(self.folder)
+        weights = {"last": self.folder}
+        if self.best_scores:
+            weights["best"] = self.folder / BEST
+        return TrainResult(
+            folder=self.folder,
+            config=self.config,
+            peers=tuple(self.cohort.names),
+            parameters=self.parameters(),
+            history=self.history,
+            scores=self.scores,
+            best_epoch=self.best_epoch,
+            best_scores=self.best_scores,
+            weights=weights,
+            images_per_second=self.clock.images_per_second,
+            data_wait=self.clock.data_wait,
+            seconds=self._elapsed(),
+            skipped_steps=self.position - int(self.schedule.updates),
+            device=report.device_name(self.device),
+            precision=self.amp.name,
+        )
+
+
+class Stop:
+    """The signal that asked training to end, if one did."""
+
+    def __init__(self) -> None:
+        self.signal: int | None = None
+
+    def leave_if_asked(self, phase: Phase) -> None:
+        """Call right after a checkpoint."""
+        if self.signal is None:
+            return
+        epoch, step = divmod(phase.position, phase.steps)
+        raise TrainingStopped(
+            self.signal,
+            f"stopped by {signal.Signals(self.signal).name} in epoch {epoch + 1}, after {step} of "
+            f"{phase.steps} steps; saved to {phase.folder / LAST_CHECKPOINT}: resume goes on there",
+        )
+
+
+@contextmanager
+def listening() -> Iterator[Stop]:
+    """SIGINT and SIGTERM set `signal`; a second one acts as if nobody listened."""
+    stop = Stop()
+    if threading.current_thread() is not threading.main_thread():
+        yield stop  # only the main thread may listen
+        return
+    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+
+    def restore() -> None:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+    def note(number: int, frame: FrameType | None) -> None:
+        stop.signal = number
+        restore()
+
+    for number in before:
+        signal.signal(number, note)
+    try:
+        yield stop
+    finally:
+        restore()
+
+
+def seed_generators(seed: int, device: torch.device) -> None:
+    """For what the peers themselves draw, such as dropout; the data has its own generator."""
+    torch.default_generator.manual_seed(seed)
+    if device.type == "cuda":
+        with torch.cuda.device(device):
+            torch.cuda.manual_seed(seed)
+
+
+def _rng_state(device: torch.device) -> dict[str, Tensor | None]:
+    cuda = torch.cuda.get_rng_state(device) if device.type == "cuda" else None
+    return {"cpu": torch.get_rng_state(), "cuda": cuda}
+
+
+def load_weights(cohort: Cohort, weights: dict[str, Tensor], path: Path) -> None:
+    try:
+        cohort.load_state_dict(weights)
+    except RuntimeError as error:  # names the tensors
+        reason = " ".join(str(error).split())
+        raise InputError(f"{path} was written for other peers: {reason}") from None
+
+
+def _mean(values: list[float]) -> float:
+    return sum(values) / len(values)

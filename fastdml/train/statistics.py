@@ -1,0 +1,186 @@
+"""What the step loop measures without waiting for the device: loss statistics and time.
+
+`Totals` adds each step's statistics to float64 sums on the device and notes the first step whose
+loss is not finite; the host reads them when it wants to. About seven small launches a step.
+`Clock` measures images a second and the wait for batches; on CUDA by events.
+"""
+
+from __future__ import annotations
+
+import time
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fastdml.engine import StepOutput
+
+NEVER = 2**62  # a step number that no run reaches
+PER_PEER = ("loss", "ce", "kl", "entropy", "top1")
+
+
+class Totals:
+    """Sums over the steps of an epoch, for K peers."""
+
+    def __init__(self, K: int, device: torch.device) -> None:
+        self.K = K
+        # loss (K), ce (K), kl (K), entropy (K), correct (K), ensemble_correct (1), pairwise (K*K)
+        self.sums = torch.zeros(5 * K + 1 + K * K, dtype=torch.float64, device=device)
+        self.first_bad = torch.full((2 * K,), NEVER, dtype=torch.int64, device=device)  # of ce, kl
+        self.steps = 0
+        self.rows = 0
+        self._mark()
+
+    def add(self, output: StepOutput, rows: int, step: int) -> None:
+        """Takes in one step of `rows` images; `step` is its number in the run, from 1."""
+        losses, stats = output
+        values = torch.cat(
+            [
+                losses,
+                stats.ce,
+                stats.kl,
+                stats.entropy,
+                stats.correct,
+                stats.ensemble_correct.view(1),
+                stats.pairwise_kl.reshape(-1),
+            ]
+        )
+        self.sums += values
+        watched = values[self.K : 3 * self.K]
+        fine = (watched - watched) == 0  # inf - inf and NaN - NaN are NaN
+        self.first_bad = torch.where(fine, self.first_bad, self.first_bad.clamp(max=step))
+        self.steps += 1
+        self.rows += rows
+
+    def read(self) -> dict[str, Any]:
+        """Means since the last read. Waits for the device."""
+        sums = self.sums.to("cpu", copy=True)
+        means = self._means(
+            sums - self.marked_sums, self.steps - self.marked_steps, self.rows - self.marked_rows
+        )
+        self._mark(sums)
+        return means
+
+    def bad(self) -> tuple[int, str, int] | None:
+        """(step, "ce" or "kl", peer) of the first loss that was not finite. Waits for the device.
+
+        Of one step the cross-entropy comes first, since it spoils the KL of every other peer.
+        """
+        steps = self.first_bad.tolist()
+        i = min(range(len(steps)), key=steps.__getitem__)
+        return None if steps[i] == NEVER else (steps[i], ("ce", "kl")[i // self.K], i % self.K)
+
+    def epoch(self) -> dict[str, Any]:
+        """Means over the whole epoch so far. Waits for the device."""
+        return self._means(self.sums.cpu(), self.steps, self.rows)
+
+    @property
+    def unread(self) -> int:
+        """Steps since the last read."""
+        return self.steps - self.marked_steps
+
+    def reset(self) -> None:
+        self.sums.zero_()
+        self.steps = self.rows = 0
+        self._mark()
+
+    def state(self) -> dict[str, Any]:
+        return {
+            "sums": self.sums,
+            "first_bad": self.first_bad,
+            "counts": [self.steps, self.rows, self.marked_steps, self.marked_rows],
+            "marked_sums": self.marked_sums,
+        }
+
+    def load(self, state: dict[str, Any]) -> None:
+        self.sums.copy_(state["sums"])
+        self.first_bad.copy_(state["first_bad"])
+        self.steps, self.rows, self.marked_steps, self.marked_rows = state["counts"]
+        self.marked_sums = state["marked_sums"]
+
+    def _mark(self, sums: Tensor | None = None) -> None:
+        self.marked_sums = torch.zeros_like(self.sums, device="cpu") if sums is None else sums
+        self.marked_steps, self.marked_rows = self.steps, self.rows
+
+    def _means(self, sums: Tensor, steps: int, rows: int) -> dict[str, Any]:
+        K = self.K
+        count = torch.full_like(sums, max(steps, 1))
+        count[4 * K : 5 * K + 1] = max(rows, 1)  # counts of rows, the others are means over rows
+        means = (sums / count).tolist()
+        record = {name: means[i * K : (i + 1) * K] for i, name in enumerate(PER_PEER)}
+        record["ensemble_top1"] = means[5 * K]
+        pairwise = means[5 * K + 1 :]
+        record["pairwise_kl"] = [pairwise[i * K : (i + 1) * K] for i in range(K)]
+        return record
+
+
+class Clock:
+    """Time spent in training steps alone, the first `skip` of a process left out (they compile,
+    allocate and choose algorithms)."""
+
+    def __init__(self, device: torch.device, skip: int = 10) -> None:
+        self.cuda = device.type == "cuda"
+        self.device = device
+        self.skip = skip
+        self.images = 0
+        self.seconds = 0.0
+        self.waited = 0.0
+        self._waits: list[tuple[Any, Any]] = []
+        self._begin: Any = None
+        self._asked: Any = None
+
+    def start(self) -> None:
+        """Steps follow; the device is idle."""
+        self._begin = None if self.skip else self._now()
+
+    def ask(self) -> None:
+        """The loop asks for a batch."""
+        self._asked = self._now()
+
+    def got(self) -> None:
+        """The loop has the batch."""
+        if not self.skip:
+            self._waits.append((self._asked, self._now()))
+
+    def step(self, images: int) -> None:
+        """A step has been issued."""
+        if self.skip:
+            self.skip -= 1
+            self.start()
+        else:
+            self.images += images
+
+    def stop(self) -> None:
+        """No step follows for a while. Waits for the device."""
+        if self._begin is not None:
+            end = self._now()
+            if self.cuda:
+                end.synchronize()
+            self.seconds += self._between(self._begin, end)
+            self.waited += sum(self._between(a, b) for a, b in self._waits)
+        self._begin = None
+        self._waits.clear()
+
+    @property
+    def images_per_second(self) -> float:
+        return self.images / self.seconds if self.seconds else 0.0
+
+    @property
+    def data_wait(self) -> float:
+        return self.waited / self.seconds if self.seconds else 0.0
+
+    def state(self) -> list[float]:
+        return [self.images, self.seconds, self.waited]
+
+    def load(self, state: list[float]) -> None:
+        self.images, self.seconds, self.waited = state
+
+    def _now(self) -> Any:
+        if not self.cuda:
+            return time.perf_counter()
+        event = torch.cuda.Event(enable_timing=True)
+        event.record(torch.cuda.current_stream(self.device))
+        return event
+
+    def _between(self, a: Any, b: Any) -> float:
+        return a.elapsed_time(b) / 1000 if self.cuda else b - a
