@@ -1,0 +1,339 @@
+"""The cohort: K peers as one module, on disk and for export.
+
+A cohort on disk is `cohort.json` (what the peers are) and `peers/NN-name.safetensors` (their
+weights and nothing else). Building K peers costs their initialisation on the CPU; saving holds
+two copies of one peer in memory at a time.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import hashlib
+import io
+import json
+import os
+import re
+from collections import Counter
+from collections.abc import Sequence
+from itertools import combinations
+from numbers import Integral
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from fastdml.errors import InputError, require
+from fastdml.models import create_model
+
+FORMAT = 1  # of cohort.json
+
+
+class Cohort(nn.Module):
+    """K peers that see the same images and give K logits of the same shape.
+
+    peers: names for `create_model`, modules, or a mix. A module that is built twice from one seed,
+    or passed twice, would learn nothing from its twin and is refused.
+    num_classes: needed where the peers are names.
+    seed: peer k is built from (seed, k) alone, whatever its neighbours are; torch's global
+    generator is left as it was.
+
+    Attributes: `peers`, the modules; `names`, unique names for display; `models`, the name each
+    peer was built from (None for a module); `num_classes`; `in_channels`.
+    """
+
+    def __init__(
+        self,
+        peers: Sequence[str | nn.Module],
+        num_classes: int | None = None,
+        *,
+        in_channels: int = 3,
+        seed: int = 0,
+    ) -> None:
+        super().__init__()
+        if isinstance(peers, (str, nn.Module)):
+            raise InputError(f"peers must be a list, such as [{_quoted(peers)}], not a single one")
+        peers = list(peers)
+        if not peers:
+            raise InputError("a cohort needs at least one peer; name one, such as resnet32")
+        for k, peer in enumerate(peers):
+            if not isinstance(peer, (str, nn.Module)):
+                raise InputError(
+                    f"peer {k} is a {type(peer).__name__}, neither a model name nor a torch module"
+                )
+        if not isinstance(seed, Integral) or seed < 0:
+            raise InputError(f"seed must be a whole number of at least 0, not {seed!r}")
+
+        self.models = [peer if isinstance(peer, str) else None for peer in peers]
+        self.names = _unique([p if isinstance(p, str) else type(p).__name__ for p in peers])
+        self.in_channels = in_channels
+        self.num_classes = int(self._common_class_count(peers, num_classes))
+        self.peers = nn.ModuleList(
+            _build(p, self.num_classes, in_channels, seed, k) if isinstance(p, str) else p
+            for k, p in enumerate(peers)
+        )
+        self._check_peers_differ()
+
+    def __len__(self) -> int:
+        return len(self.peers)
+
+    def forward(self, x: Tensor) -> tuple[Tensor, ...]:
+        """x: (N, in_channels, H, W) -> K logits (N, C)."""
+        logits = tuple(peer(x) for peer in self.peers)
+        for name, z in zip(self.names, logits, strict=True):
+            # Shapes only: known without waiting for the device.
+            if not isinstance(z, Tensor) or z.shape != (x.shape[0], self.num_classes):
+                got = tuple(z.shape) if isinstance(z, Tensor) else type(z).__name__
+                raise InputError(
+                    f"peer {name} must return logits (N, {self.num_classes}), "
+                    f"and for {x.shape[0]} images returned {got}"
+                )
+        return logits
+
+    def ensemble(self, x: Tensor) -> Tensor:
+        """Mean of the peers' probabilities in float32, (N, C)."""
+        return torch.stack([z.float().softmax(dim=1) for z in self(x)]).mean(dim=0)
+
+    def save(self, folder: str | os.PathLike) -> None:
+        """Writes cohort.json and the weights; an interrupted save never leaves a file half written.
+
+        Files are completed under temporary names first and renamed together; cohort.json comes
+        last and holds each file's SHA-256, so `load` notices a mix of two saves.
+        """
+        safetensors = require("safetensors.torch", "train")
+        folder = Path(folder)
+        entries = []
+        with _Staged() as staged:
+            for k, (name, model) in enumerate(zip(self.names, self.models, strict=True)):
+                # A copy per tensor: safetensors wants them contiguous and refuses shared storage.
+                weights = {
+                    key: value.detach().to("cpu", copy=True, memory_format=torch.contiguous_format)
+                    for key, value in self.peers[k].state_dict().items()
+                }
+                data = safetensors.save(weights)
+                staged.write(folder / _peer_file(k, name), data)
+                digest = hashlib.sha256(data).hexdigest()
+                entries.append({"name": name, "model": model, "sha256": digest})
+            description = {
+                "format": FORMAT,
+                "num_classes": self.num_classes,
+                "in_channels": int(self.in_channels),
+                "peers": entries,
+            }
+            staged.write(folder / "cohort.json", json.dumps(description, indent=2).encode())
+
+    @classmethod
+    def load(
+        cls,
+        folder: str | os.PathLike,
+        device: str | torch.device = "cpu",
+        *,
+        peers: Sequence[str | nn.Module] | None = None,
+    ) -> Cohort:
+        """The cohort that `save` wrote, on `device`.
+
+        peers: what to load into, in order. Needed where a peer was a module, or came from
+        package.module:function: a file must not decide which code is imported.
+        """
+        safetensors = require("safetensors.torch", "train")
+        folder = Path(folder)
+        description = _read_description(folder / "cohort.json")
+        entries = description["peers"]
+        sources = [entry["model"] for entry in entries] if peers is None else list(peers)
+        if len(sources) != len(entries):
+            raise InputError(f"{folder} holds {len(entries)} peers, and peers= has {len(sources)}")
+
+        modules = []
+        for k, (entry, source) in enumerate(zip(entries, sources, strict=True)):
+            name, path = entry["name"], folder / _peer_file(k, entry["name"])
+            own = source is None or (
+                isinstance(source, str) and ":" in source and not source.startswith("timm:")
+            )
+            if own and peers is None:
+                raise InputError(
+                    f"peer {name} of {folder} is your own code ({source or 'a module'}): "
+                    "pass peers=[...] to Cohort.load, a name or a module for each"
+                )
+            if isinstance(source, str):
+                source = _build(
+                    source, description["num_classes"], description["in_channels"], seed=0, k=k
+                )
+            data = _read(path)
+            if hashlib.sha256(data).hexdigest() != entry["sha256"]:
+                raise InputError(
+                    f"{path} is not the file that cohort.json was written with "
+                    "(truncated, changed, or from an interrupted save): save the cohort again"
+                )
+            try:
+                source.load_state_dict(safetensors.load(data))
+            except RuntimeError as error:  # names every missing, surplus or misshapen tensor
+                reason = " ".join(str(error).split())[:300]
+                raise InputError(f"{path} does not fit peer {name}: {reason}") from None
+            modules.append(source)
+
+        cohort = cls(modules, description["num_classes"], in_channels=description["in_channels"])
+        cohort.names = [entry["name"] for entry in entries]
+        cohort.models = [entry["model"] for entry in entries]
+        return cohort.to(device)
+
+    def export(
+        self, folder: str | os.PathLike, example: Tensor, format: str = "onnx"
+    ) -> list[Path]:
+        """Writes each peer, in evaluation mode, as NN-name.onnx or (format="torch") NN-name.pt2.
+
+        example: images (N, in_channels, H, W); N stays free in the exported model, the rest is
+        fixed. Needs memory for two copies of one peer.
+        """
+        if format not in ("onnx", "torch"):
+            raise InputError(f"format must be 'onnx' or 'torch', not {format!r}")
+        if format == "onnx":
+            require("onnx", "onnx")
+            require("onnxscript", "onnx")
+        images = example.detach().cpu()[:1].repeat(2, 1, 1, 1)  # one row would be taken as fixed
+        paths = []
+        for k, (name, peer) in enumerate(zip(self.names, self.peers, strict=True)):
+            peer = copy.deepcopy(peer).to("cpu", memory_format=torch.contiguous_format).eval()
+            batch = torch.export.Dim("batch")
+            program = torch.export.export(peer, (images,), dynamic_shapes=({0: batch},))
+            buffer = io.BytesIO()
+            if format == "onnx":
+                onnx = torch.onnx.export(
+                    program, input_names=["images"], output_names=["logits"],
+                    dynamo=True, verbose=False,
+                )  # fmt: skip
+                buffer.write(onnx.model_proto.SerializeToString())
+            else:
+                torch.export.save(program, buffer)
+            suffix = ".onnx" if format == "onnx" else ".pt2"
+            path = Path(folder) / (Path(_peer_file(k, name)).stem + suffix)
+            with _Staged() as staged:
+                staged.write(path, buffer.getvalue())
+            paths.append(path)
+        return paths
+
+    def _common_class_count(self, peers: Sequence[str | nn.Module], num_classes: int | None) -> int:
+        counts = {}
+        for name, peer in zip(self.names, peers, strict=True):
+            if isinstance(peer, str):
+                continue
+            count = getattr(peer, "num_classes", None)
+            if not isinstance(count, int) and num_classes is None:
+                # The last linear layer, as registered, is the head of nearly every classifier;
+                # `forward` checks the shape and says so if it was not.
+                linear = [m for m in peer.modules() if isinstance(m, nn.Linear)]
+                count = linear[-1].out_features if linear else None
+            if isinstance(count, int):
+                counts[name] = count
+        found = {*counts.values()} | ({num_classes} - {None})
+        if not found:
+            raise InputError("num_classes is needed: nothing in the peers says how many there are")
+        if len(found) > 1:
+            each = ", ".join(f"{name} has {count}" for name, count in counts.items())
+            asked = "" if num_classes is None else f"num_classes is {num_classes}, "
+            raise InputError(
+                f"all peers must have the same number of classes: {asked}{each}; "
+                "build them with one num_classes"
+            )
+        return found.pop()
+
+    def _check_peers_differ(self) -> None:
+        remedy = "give names, as in Cohort(['resnet32', 'resnet32'], 100), or build each afresh"
+        for (a, first), (b, second) in combinations(enumerate(self.peers), 2):
+            if first is second:
+                raise InputError(f"peers {a} and {b} are the same module; {remedy}")
+            ours, theirs = [*first.parameters()], [*second.parameters()]
+            shared = {id(p) for p in ours} & {id(p) for p in theirs}
+            if shared:
+                raise InputError(f"peers {a} and {b} share {len(shared)} parameters; {remedy}")
+            if [p.shape for p in ours] != [p.shape for p in theirs]:
+                continue
+            pairs = zip(ours, theirs, strict=True)
+            if ours and all(torch.equal(p, q.to(p.device)) for p, q in pairs):
+                raise InputError(
+                    f"peers {a} and {b} start with identical parameters (a deepcopy?) and would "
+                    f"never differ; {remedy}"
+                )
+
+
+def _build(name: str, num_classes: int, in_channels: int, seed: int, k: int) -> nn.Module:
+    """The model `name` with the weights that belong to (seed, k), on the CPU."""
+    state = int(np.random.SeedSequence((seed, k)).generate_state(1)[0])
+    # Only the CPU generator is seeded, and restored: torch.manual_seed would also reset CUDA's.
+    with torch.random.fork_rng(devices=[]), torch.device("cpu"):
+        torch.default_generator.manual_seed(state)
+        return create_model(name, num_classes, in_channels=in_channels)
+
+
+def _unique(names: Sequence[str]) -> list[str]:
+    """Repeated names get -1, -2, ...; the others stay."""
+    total, seen, unique = Counter(names), Counter(), []
+    for name in names:
+        seen[name] += 1
+        unique.append(f"{name}-{seen[name]}" if total[name] > 1 else name)
+    return unique
+
+
+def _quoted(peer: str | nn.Module) -> str:
+    return repr(peer) if isinstance(peer, str) else type(peer).__name__
+
+
+def _peer_file(k: int, name: str) -> str:
+    """The number keeps files apart whose names differ only in what a file name cannot hold."""
+    return f"peers/{k:02d}-{re.sub(r'[^A-Za-z0-9_.-]', '_', name)}.safetensors"
+
+
+class _Staged:
+    """Files written under temporary names; all get their own names at the end, or none does."""
+
+    def __init__(self) -> None:
+        self.files: list[tuple[Path, Path]] = []
+
+    def __enter__(self) -> _Staged:
+        return self
+
+    def write(self, path: Path, data: bytes) -> None:
+        temporary = path.with_name(f".{path.name}.partial")
+        self.files.append((temporary, path))
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            with open(temporary, "wb") as file:
+                file.write(data)
+                file.flush()
+                os.fsync(file.fileno())
+        except OSError as error:
+            raise InputError(f"cannot write {path}: {error.strerror}") from None
+
+    def __exit__(self, kind: type | None, *_: object) -> None:
+        for temporary, path in self.files:
+            if kind is None:
+                os.replace(temporary, path)
+            else:
+                with contextlib.suppress(OSError):
+                    temporary.unlink()
+
+
+def _read(path: Path) -> bytes:
+    try:
+        return path.read_bytes()
+    except OSError as error:
+        raise InputError(f"cannot read {path}: {error.strerror}") from None
+
+
+def _read_description(path: Path) -> dict:
+    try:
+        description = json.loads(_read(path))
+        version = description["format"]
+        peers = [(e["name"], e["model"], e["sha256"]) for e in description["peers"]]
+        sizes = (description["num_classes"], description["in_channels"])
+    except (ValueError, KeyError, TypeError) as error:
+        if isinstance(error, InputError):
+            raise
+        raise InputError(f"{path} does not describe a cohort: {error!r}") from None
+    if version != FORMAT:
+        raise InputError(f"{path} has format {version!r}; this version of fastdml reads {FORMAT}")
+    if not all(isinstance(name, str) for name, _, _ in peers) or not all(
+        isinstance(size, int) for size in sizes
+    ):
+        raise InputError(f"{path} does not describe a cohort: a name or a number is of wrong type")
+    return description

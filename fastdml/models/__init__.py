@@ -1,0 +1,141 @@
+"""Models by name.
+
+    resnet20, resnet32, ...   CIFAR ResNet, any depth 6n + 2
+    wrn_28_10, wrn_16_4, ...  Wide ResNet, any depth 6n + 4 and width
+    mobilenet, googlenet      their CIFAR forms
+    package.module:function   your own, called with num_classes= and, if it takes it, in_channels=
+    timm:NAME                 any model of timm, without pretrained weights
+
+All of the first three kinds take images of 8x8 and up with any number of channels, return logits
+(N, C), and offer `forward_features`, `num_features` and `num_classes`.
+"""
+
+from __future__ import annotations
+
+import difflib
+import importlib
+import inspect
+import itertools
+import re
+from collections.abc import Callable, Iterable
+from numbers import Integral
+
+from torch import nn
+
+from fastdml.errors import InputError, require
+from fastdml.models.googlenet import GoogLeNetCifar
+from fastdml.models.mobilenet import MobileNetCifar
+from fastdml.models.resnet_cifar import ResNetCifar
+from fastdml.models.wide_resnet import WideResNet
+
+# Depths 6n + 2 that everybody reads as the ImageNet network of bottleneck blocks.
+IMAGENET_DEPTHS = (50, 152)
+
+
+def model_names() -> list[str]:
+    """Names for help texts and suggestions; other depths and widths work as well."""
+    return [
+        "resnet20", "resnet32", "resnet44", "resnet56", "resnet110",
+        "wrn_16_4", "wrn_28_10", "wrn_40_2", "mobilenet", "googlenet",
+    ]  # fmt: skip
+
+
+def create_model(name: str, num_classes: int, *, in_channels: int = 3) -> nn.Module:
+    """The model called `name`, with fresh weights from torch's global generator."""
+    for label, value in (("num_classes", num_classes), ("in_channels", in_channels)):
+        if not isinstance(value, Integral) or isinstance(value, bool) or value < 1:
+            raise InputError(f"{label} must be a whole number of at least 1, not {value!r}")
+    if name.startswith("timm:"):
+        return _from_timm(name.removeprefix("timm:"), num_classes, in_channels)
+    if ":" in name:
+        return _from_import(name, num_classes, in_channels)
+    if name == "mobilenet":
+        return MobileNetCifar(num_classes, in_channels)
+    if name == "googlenet":
+        return GoogLeNetCifar(num_classes, in_channels)
+    if match := re.fullmatch(r"resnet([1-9]\d{0,3})", name):
+        depth = int(match[1])
+        if _is_resnet_depth(depth):
+            return ResNetCifar(depth, num_classes, in_channels)
+        near = " or ".join(f"resnet{d}" for d in _neighbours(depth, _is_resnet_depth))
+        reason = (
+            "that name means the ImageNet network"
+            if depth in IMAGENET_DEPTHS
+            else "a CIFAR ResNet has 6n + 2 layers"
+        )
+        raise InputError(
+            f"no model {name!r}: {reason}; nearest: {near} (ImageNet form: timm:{name})"
+        )
+    if match := re.fullmatch(r"wrn_([1-9]\d{0,3})_([1-9]\d{0,2})", name):
+        depth, width = int(match[1]), int(match[2])
+        if _is_wide_depth(depth):
+            return WideResNet(depth, width, num_classes, in_channels)
+        near = " or ".join(f"wrn_{d}_{width}" for d in _neighbours(depth, _is_wide_depth))
+        raise InputError(f"no model {name!r}: a Wide ResNet has 6n + 4 layers; nearest: {near}")
+    raise InputError(
+        f"no model {name!r}; nearest: {_nearest(name, model_names())} "
+        "(or package.module:function for your own, timm:NAME for one of timm)"
+    )
+
+
+def _is_resnet_depth(depth: int) -> bool:
+    return depth >= 8 and depth % 6 == 2 and depth not in IMAGENET_DEPTHS
+
+
+def _is_wide_depth(depth: int) -> bool:
+    return depth >= 10 and depth % 6 == 4
+
+
+def _neighbours(depth: int, valid: Callable[[int], bool]) -> list[int]:
+    """The valid depths just below (where there is one) and just above `depth`."""
+    below = next(([d] for d in range(depth - 1, 0, -1) if valid(d)), [])
+    return [*below, next(d for d in itertools.count(depth + 1) if valid(d))]
+
+
+def _nearest(name: str, names: Iterable[str]) -> str:
+    """The names closest to `name`, ready for a message; all of them where nothing is close."""
+    names = list(names)
+    wanted = name.lower().replace("-", "_")
+    close = difflib.get_close_matches(wanted, names, n=3, cutoff=0.5)
+    return ", ".join(close or names[:12]) or "none"
+
+
+def _from_timm(name: str, num_classes: int, in_channels: int) -> nn.Module:
+    timm = require("timm", "reid")
+    if not timm.is_model(name):
+        near = _nearest(name, timm.list_models())
+        raise InputError(f"timm has no model {name!r}; nearest: {near}")
+    return timm.create_model(name, num_classes=num_classes, in_chans=in_channels)
+
+
+def _from_import(name: str, num_classes: int, in_channels: int) -> nn.Module:
+    module_name, _, function_name = name.partition(":")
+    if not all(part.isidentifier() for part in [*module_name.split("."), function_name]):
+        raise InputError(f"cannot read the model {name!r}: write package.module:function")
+    try:
+        module = importlib.import_module(module_name)
+    except ModuleNotFoundError as error:
+        if error.name is None or not f"{module_name}.".startswith(f"{error.name}."):
+            raise  # the module is there and something it imports is not: show that
+        raise InputError(
+            f"model {name!r}: no module {error.name!r}; install it, or put its folder on PYTHONPATH"
+        ) from None
+    function = getattr(module, function_name, None)
+    if not callable(function):
+        public = [n for n, v in vars(module).items() if callable(v) and not n.startswith("_")]
+        raise InputError(
+            f"model {name!r}: {module_name} has no function {function_name!r}; "
+            f"nearest: {_nearest(function_name, public)}"
+        )
+    arguments = {"num_classes": num_classes, "in_channels": in_channels}
+    parameters = inspect.signature(function).parameters
+    if not any(p.kind is p.VAR_KEYWORD for p in parameters.values()):
+        if "num_classes" not in parameters:
+            raise InputError(f"model {name!r}: the function must take an argument num_classes")
+        arguments = {key: value for key, value in arguments.items() if key in parameters}
+    model = function(**arguments)
+    if not isinstance(model, nn.Module):
+        raise InputError(
+            f"model {name!r}: the function returned {type(model).__name__}, not a torch nn.Module"
+        )
+    return model

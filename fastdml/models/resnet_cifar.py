@@ -1,0 +1,68 @@
+"""ResNet for CIFAR: He et al., "Deep Residual Learning", 2015, section 4.2.
+
+6n + 2 layers: a 3x3 stem, three stages of n basic blocks with 16, 32 and 64 channels on maps of
+the input's size, a half and a quarter of it.
+
+Shortcuts are the parameter-free ones (option A: every other pixel, new channels filled with zeros).
+Section 4.2 uses them for every CIFAR network, and so do the reproductions of mutual learning that
+reach the paper's ResNet-32; the 1x1 projections (option B) of many distillation benchmarks add
+2,752 parameters. Both round to the paper's 0.5M.
+
+At 100 classes and 32x32: ResNet-32 has 470,004 parameters and needs 69M multiply-adds an image.
+"""
+
+from __future__ import annotations
+
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from fastdml.models.layers import Classifier, conv3x3, init_weights
+
+
+class Shortcut(nn.Module):
+    """Option A: (N, ch, H, W) -> (N, 2 ch, H/2, W/2) without parameters."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        channels = x.shape[1]
+        return F.pad(x[:, :, ::2, ::2], (0, 0, 0, 0, 0, channels))
+
+
+class BasicBlock(nn.Module):
+    def __init__(self, channels_in: int, channels: int) -> None:
+        super().__init__()
+        grows = channels != channels_in
+        self.conv1 = conv3x3(channels_in, channels, stride=2 if grows else 1)
+        self.bn1 = nn.BatchNorm2d(channels)
+        self.conv2 = conv3x3(channels, channels)
+        self.bn2 = nn.BatchNorm2d(channels)
+        self.shortcut = Shortcut() if grows else nn.Identity()
+
+    def forward(self, x: Tensor) -> Tensor:
+        out = F.relu(self.bn1(self.conv1(x)), inplace=True)
+        out = self.bn2(self.conv2(out))
+        return F.relu(out + self.shortcut(x), inplace=True)
+
+
+class ResNetCifar(Classifier):
+    """`depth` counts the layers with weights: 6n + 2."""
+
+    def __init__(self, depth: int, num_classes: int, in_channels: int = 3) -> None:
+        super().__init__(num_features=64, num_classes=num_classes)
+        n = (depth - 2) // 6
+        self.conv1 = conv3x3(in_channels, 16)
+        self.bn1 = nn.BatchNorm2d(16)
+        self.stage1 = _stage(16, 16, n)
+        self.stage2 = _stage(16, 32, n)
+        self.stage3 = _stage(32, 64, n)
+        init_weights(self)
+
+    def forward_features(self, x: Tensor) -> Tensor:
+        x = F.relu(self.bn1(self.conv1(x)), inplace=True)
+        return self.stage3(self.stage2(self.stage1(x)))
+
+
+def _stage(channels_in: int, channels: int, blocks: int) -> nn.Sequential:
+    return nn.Sequential(
+        BasicBlock(channels_in, channels),
+        *(BasicBlock(channels, channels) for _ in range(blocks - 1)),
+    )

@@ -1,0 +1,164 @@
+"""Model names: what is refused and with which advice, a user's own function, timm."""
+
+from __future__ import annotations
+
+import importlib.util
+import sys
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import nn
+
+from fastdml.errors import InputError, MissingExtra
+from fastdml.models import create_model, model_names
+
+needs_timm = pytest.mark.skipif(
+    importlib.util.find_spec("timm") is None, reason="timm is not installed"
+)
+
+OWN = """
+from torch import nn
+
+def full(num_classes, in_channels=3): return nn.Linear(in_channels, num_classes)
+def classes_only(num_classes): return nn.Linear(3, num_classes)
+def anything(**kwargs): return nn.Linear(kwargs["in_channels"], kwargs["num_classes"])
+def none(width): return nn.Linear(3, width)
+def wrong(num_classes): return num_classes
+def broken(num_classes): raise ZeroDivisionError
+class Net(nn.Linear):
+    def __init__(self, num_classes): super().__init__(3, num_classes)
+constant = 3
+"""
+
+
+@pytest.fixture
+def own(tmp_path, monkeypatch) -> str:
+    """The name of an importable module with models of a user's."""
+    package = tmp_path / "fastdml_test_own"
+    package.mkdir()
+    (package / "__init__.py").write_text("")
+    (package / "nets.py").write_text(OWN)
+    (package / "broken.py").write_text("import not_installed_anywhere")
+    monkeypatch.syspath_prepend(tmp_path)
+    yield "fastdml_test_own.nets"
+    for name in [m for m in sys.modules if m.startswith("fastdml_test_own")]:
+        del sys.modules[name]
+
+
+@pytest.mark.parametrize(
+    ("name", "advice"),
+    [
+        ("resnet33", ["resnet32", "resnet38"]),
+        ("resnet7", ["resnet8"]),
+        ("resnet18", ["resnet14", "resnet20", "timm:resnet18"]),
+        ("resnet50", ["resnet44", "resnet56", "timm:resnet50"]),  # not silently the CIFAR form
+        ("resnet152", ["resnet146", "resnet158", "timm:resnet152"]),
+        ("wrn_28", ["wrn_28_10"]),
+        ("wrn_27_10", ["wrn_22_10", "wrn_28_10"]),
+        ("wrn_4_2", ["wrn_10_2"]),
+        ("wrn-28-10", ["wrn_28_10"]),
+        ("ResNet32", ["resnet32"]),
+        ("mobilnet", ["mobilenet"]),
+        ("inception", ["googlenet", "mobilenet"]),
+        ("", ["resnet20", "googlenet"]),
+        ("zzzz", ["resnet20", "googlenet", "package.module:function", "timm:NAME"]),
+    ],
+)
+def test_unknown_names_are_refused_with_the_nearest(name, advice):
+    with pytest.raises(InputError) as caught:
+        create_model(name, 100)
+    message = str(caught.value)
+    assert repr(name) in message
+    assert "\n" not in message
+    assert all(word in message for word in advice), message
+
+
+@given(st.text(max_size=20).filter(lambda s: not s.startswith("timm:")))
+def test_no_text_gives_anything_but_a_model_or_advice(name):
+    with pytest.raises(InputError, match=r"no model|cannot read|no module|no function"):
+        create_model(f"{name}?", 100)
+
+
+@given(st.integers(1, 9999))
+def test_advice_on_a_depth_can_be_followed(depth):
+    if depth % 6 == 2 and depth >= 8 and depth not in (50, 152):
+        return
+    with pytest.raises(InputError) as caught:
+        create_model(f"resnet{depth}", 10)
+    nearest = str(caught.value).split("nearest: ")[1].split(" (")[0].split(" or ")
+    depths = [int(word.removeprefix("resnet")) for word in nearest]
+    assert all(d % 6 == 2 and d >= 8 and d not in (50, 152) for d in depths)
+    assert min(abs(d - depth) for d in depths) <= 7
+    assert depth not in depths
+
+
+@pytest.mark.parametrize("value", [0, -1, 2.0, True, None, "10"])
+def test_class_and_channel_counts_are_checked(value):
+    with pytest.raises(InputError, match=r"num_classes must be .* not "):
+        create_model("resnet20", value)
+    with pytest.raises(InputError, match=r"in_channels must be .* not "):
+        create_model("resnet20", 10, in_channels=value)
+
+
+def test_listed_names_are_all_models():
+    with torch.device("meta"):
+        for name in model_names():
+            assert isinstance(create_model(name, 10), nn.Module)
+
+
+@pytest.mark.parametrize("function", ["full", "anything"])
+def test_own_function_is_given_channels_where_it_takes_them(own, function):
+    model = create_model(f"{own}:{function}", 5, in_channels=2)
+    assert (model.in_features, model.out_features) == (2, 5)
+
+
+@pytest.mark.parametrize("function", ["classes_only", "Net"])
+def test_own_function_without_channels(own, function):
+    model = create_model(f"{own}:{function}", 5, in_channels=2)
+    assert (model.in_features, model.out_features) == (3, 5)
+
+
+@pytest.mark.parametrize(
+    ("function", "message"),
+    [
+        ("clases_only", "nearest: classes_only"),
+        ("constant", "no function 'constant'"),
+        ("none", "must take an argument num_classes"),
+        ("wrong", "returned int, not a torch nn.Module"),
+        ("", "write package.module:function"),
+        ("a:b", "write package.module:function"),
+    ],
+)
+def test_own_function_that_cannot_be_used(own, function, message):
+    with pytest.raises(InputError, match=message):
+        create_model(f"{own}:{function}", 5)
+
+
+def test_missing_module_is_named_and_faults_of_its_own_are_shown(own):
+    with pytest.raises(InputError, match="no module 'not_there_at_all'"):
+        create_model("not_there_at_all.nets:net", 5)
+    with pytest.raises(InputError, match=r"no module 'fastdml_test_own.nest'"):
+        create_model("fastdml_test_own.nest:net", 5)
+    with pytest.raises(ModuleNotFoundError, match="not_installed_anywhere") as caught:
+        create_model("fastdml_test_own.broken:net", 5)
+    assert not isinstance(caught.value, InputError)
+    with pytest.raises(ZeroDivisionError):
+        create_model(f"{own}:broken", 5)
+
+
+def test_without_timm_the_message_is_the_command(monkeypatch):
+    monkeypatch.setitem(sys.modules, "timm", None)
+    with pytest.raises(MissingExtra, match=r"pip install 'fastdml\[reid\]'"):
+        create_model("timm:resnet18", 10)
+
+
+@needs_timm
+def test_timm_models():
+    model = create_model("timm:resnet10t", 7, in_channels=1)
+    assert model(torch.zeros(2, 1, 32, 32)).shape == (2, 7)
+    with pytest.raises(InputError, match=r"timm has no model 'resnet10x'; nearest: .*resnet10t"):
+        create_model("timm:resnet10x", 7)
+    with pytest.raises(InputError, match="timm has no model"):  # would fetch over the network
+        create_model("timm:hf-hub:someone/something", 7)

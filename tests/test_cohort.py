@@ -1,0 +1,402 @@
+"""The cohort: peers that differ, reproducibly; one class count; disk; export."""
+
+from __future__ import annotations
+
+import copy
+import importlib.util
+import json
+import os
+import sys
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import nn
+
+from fastdml.cohort import Cohort
+from fastdml.errors import InputError, MissingExtra
+
+needs_safetensors = pytest.mark.skipif(
+    importlib.util.find_spec("safetensors") is None, reason="safetensors is not installed"
+)
+needs_onnx = pytest.mark.skipif(
+    any(importlib.util.find_spec(m) is None for m in ("onnx", "onnxscript")),
+    reason="onnx and onnxscript are not installed",
+)
+
+
+def weights(module: nn.Module) -> list[torch.Tensor]:
+    return [value.clone() for value in module.state_dict().values()]
+
+
+def same(one: nn.Module, two: nn.Module) -> bool:
+    pairs = zip(weights(one), weights(two), strict=True)
+    return all(torch.equal(a, b) for a, b in pairs)
+
+
+def linear_net(num_classes: int = 4) -> nn.Module:
+    return nn.Sequential(nn.Flatten(), nn.Linear(3 * 8 * 8, num_classes))
+
+
+# ---- building ----
+
+
+def test_peers_of_one_architecture_start_different_and_a_seed_repeats_them():
+    one, two = (Cohort(["resnet8"] * 3, 10, seed=3) for _ in range(2))
+    for k in range(3):
+        assert same(one.peers[k], two.peers[k])
+        assert not same(one.peers[k], one.peers[(k + 1) % 3])
+    other = Cohort(["resnet8"] * 3, 10, seed=4)
+    assert not any(same(a, b) for a in one.peers for b in other.peers)
+
+
+def test_a_peer_does_not_depend_on_its_neighbours():
+    mixed, alike = Cohort(["wrn_10_1", "resnet8"], 10), Cohort(["resnet8", "resnet8"], 10)
+    assert same(mixed.peers[1], alike.peers[1])
+
+
+@given(seed=st.integers(0, 2**64), state=st.integers(0, 2**31))
+@settings(max_examples=10, deadline=None)
+def test_building_leaves_the_global_generator_alone(seed, state):
+    torch.manual_seed(state)
+    before = torch.get_rng_state()
+    first = Cohort(["resnet8", "resnet8"], 10, seed=seed)
+    assert torch.equal(torch.get_rng_state(), before)
+    torch.rand(5)
+    assert same(first.peers[1], Cohort(["resnet8", "resnet8"], 10, seed=seed).peers[1])
+
+
+def test_default_device_does_not_change_the_weights():
+    with torch.device("meta"):
+        cohort = Cohort(["resnet8"], 10)
+    assert same(cohort.peers[0], Cohort(["resnet8"], 10).peers[0])
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_building_leaves_the_cuda_generator_alone():
+    before = torch.cuda.get_rng_state()
+    Cohort(["resnet8"], 10)
+    assert torch.equal(torch.cuda.get_rng_state(), before)
+
+
+def test_names_and_modules_mix():
+    cohort = Cohort(["resnet8", linear_net(), "resnet8", nn.Sequential(linear_net())], 4)
+    assert cohort.names == ["resnet8-1", "Sequential-1", "resnet8-2", "Sequential-2"]
+    assert cohort.models == ["resnet8", None, "resnet8", None]
+    assert Cohort(["resnet8", "wrn_10_1"], 4).names == ["resnet8", "wrn_10_1"]
+    assert len(cohort) == len(cohort.peers) == 4
+    logits = cohort(torch.randn(5, 3, 8, 8))
+    assert [z.shape for z in logits] == [(5, 4)] * 4
+
+
+@given(st.lists(st.sampled_from(["resnet8", "wrn_10_1", "resnet14"]), min_size=1, max_size=6))
+@settings(max_examples=15, deadline=None)
+def test_names_are_unique_and_in_order(peers):
+    names = Cohort(peers, 3).names
+    assert len({*names}) == len(peers)
+    assert [name.split("-")[0] for name in names] == peers
+
+
+def test_class_count_is_found_in_modules():
+    assert Cohort([linear_net(6), linear_net(6)]).num_classes == 6
+    assert Cohort([Cohort(["resnet8"], 6).peers[0], "resnet8"]).num_classes == 6
+
+
+@pytest.mark.parametrize(
+    ("peers", "num_classes", "message"),
+    [
+        ([], 10, "at least one peer"),
+        ("resnet8", 10, r"must be a list, such as \['resnet8'\]"),
+        ([3], 10, "peer 0 is a int, neither"),
+        (["resnet8"], None, "num_classes is needed"),
+        ([nn.Flatten()], None, "num_classes is needed"),
+        (["resnet8"], 0, "num_classes must be .* not 0"),
+        (["resnet8", "resnet9"], 10, "no model 'resnet9'"),
+        ([linear_net(4), linear_net(5)], None, "Sequential-1 has 4, Sequential-2 has 5"),
+    ],
+)
+def test_peers_that_cannot_be_used(peers, num_classes, message):
+    with pytest.raises(InputError, match=message):
+        Cohort(peers, num_classes)
+
+
+def test_a_class_count_that_contradicts_a_module():
+    peer = Cohort(["resnet8"], 6).peers[0]
+    with pytest.raises(InputError, match="num_classes is 7, ResNetCifar has 6"):
+        Cohort([peer], 7)
+
+
+@pytest.mark.parametrize("seed", [-1, 1.5, None, "1"])
+def test_seed_is_checked(seed):
+    with pytest.raises(InputError, match="seed must be a whole number"):
+        Cohort(["resnet8"], 10, seed=seed)
+
+
+def test_twins_are_refused():
+    net = linear_net()
+    with pytest.raises(InputError, match="peers 0 and 1 are the same module"):
+        Cohort([net, net])
+    with pytest.raises(InputError, match=r"peers 1 and 2 start with identical .*deepcopy"):
+        Cohort([linear_net(), net, copy.deepcopy(net)])
+    with pytest.raises(InputError, match="peers 0 and 1 share 2 parameters"):
+        Cohort([net, nn.Sequential(net)])
+    nudged = copy.deepcopy(net)
+    with torch.no_grad():
+        nudged[1].bias[0] += 1
+    assert len(Cohort([net, nudged])) == 2
+
+
+# ---- forward ----
+
+
+def test_ensemble_is_the_mean_of_probabilities():
+    cohort = Cohort(["resnet8", "wrn_10_1"], 5).eval()
+    x = torch.randn(7, 3, 16, 16)
+    with torch.no_grad():
+        expected = sum(peer(x).double().softmax(1) for peer in cohort.peers) / 2
+        mean = cohort.ensemble(x)
+    assert mean.dtype == torch.float32
+    torch.testing.assert_close(mean.double(), expected, rtol=1e-5, atol=1e-7)
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+        half = cohort.ensemble(x)
+    assert half.dtype == torch.float32
+    torch.testing.assert_close(half.sum(1), torch.ones(7))
+
+
+def test_one_loss_reaches_its_own_peer_only():
+    cohort = Cohort(["resnet8", "resnet8"], 5)
+    cohort(torch.randn(4, 3, 8, 8))[0].sum().backward()
+    assert all(p.grad is not None for p in cohort.peers[0].parameters())
+    assert all(p.grad is None for p in cohort.peers[1].parameters())
+
+
+class TwoHeads(nn.Module):
+    num_classes = 4
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.net = linear_net()
+
+    def forward(self, x):
+        return self.net(x), self.net(x)
+
+
+def test_a_peer_with_other_outputs_is_named():
+    x = torch.randn(5, 3, 8, 8)
+    with pytest.raises(InputError, match=r"peer TwoHeads must return logits \(N, 4\).* tuple"):
+        Cohort([TwoHeads()])(x)
+    with pytest.raises(InputError, match=r"peer Sequential must .*\(N, 9\).*returned \(5, 4\)"):
+        Cohort([linear_net()], 9)(x)
+
+
+def test_training_mode_reaches_every_peer():
+    cohort = Cohort(["resnet8", "wrn_10_1"], 5)
+    assert all(not m.training for m in cohort.eval().modules())
+    assert all(m.training for m in cohort.train().modules())
+
+
+def test_compiles_without_graph_breaks():
+    cohort = Cohort(["resnet8", "mobilenet"], 5).eval()
+    compiled = torch.compile(cohort, backend="eager", fullgraph=True)
+    x = torch.randn(3, 3, 8, 8)
+    with torch.no_grad():
+        for z, expected in zip(compiled(x), cohort(x), strict=True):
+            assert torch.equal(z, expected)
+
+
+# ---- on disk ----
+
+
+@pytest.fixture
+def trained() -> Cohort:
+    cohort = Cohort(["resnet8", "wrn_10_1", "resnet8"], 5, in_channels=1, seed=1)
+    cohort(torch.randn(4, 1, 8, 8))  # BatchNorm statistics are part of what is saved
+    return cohort
+
+
+@needs_safetensors
+def test_save_and_load(trained, tmp_path):
+    trained = trained.to(memory_format=torch.channels_last)
+    trained.save(tmp_path / "run")
+    assert sorted(str(p.relative_to(tmp_path)) for p in tmp_path.rglob("*") if p.is_file()) == [
+        "run/cohort.json",
+        "run/peers/00-resnet8-1.safetensors",
+        "run/peers/01-wrn_10_1.safetensors",
+        "run/peers/02-resnet8-2.safetensors",
+    ]
+    before = torch.get_rng_state()
+    loaded = Cohort.load(tmp_path / "run")
+    assert torch.equal(torch.get_rng_state(), before)
+    assert loaded.names == trained.names
+    assert loaded.models == trained.models
+    assert (loaded.num_classes, loaded.in_channels) == (5, 1)
+    assert loaded.state_dict().keys() == trained.state_dict().keys()
+    assert same(loaded, trained)
+
+
+@needs_safetensors
+def test_saving_twice_gives_the_same_bytes_and_replaces_the_first(trained, tmp_path):
+    def files() -> dict[str, bytes]:
+        return {p.name: p.read_bytes() for p in tmp_path.rglob("*") if p.is_file()}
+
+    trained.save(tmp_path)
+    first = files()
+    trained.save(tmp_path)
+    assert files() == first
+    with torch.no_grad():
+        trained.peers[0].head.bias.add_(1)
+    trained.save(tmp_path)
+    assert same(Cohort.load(tmp_path), trained)
+
+
+@needs_safetensors
+def test_tied_weights_survive(tmp_path):
+    first, second = nn.Linear(4, 4), nn.Linear(4, 4)
+    second.weight = first.weight
+    net = nn.Sequential(first, second)
+    Cohort([net]).save(tmp_path)
+    fresh = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4))
+    assert same(Cohort.load(tmp_path, peers=[fresh]).peers[0], net)
+
+
+@needs_safetensors
+def test_own_modules_are_loaded_into_what_is_given(tmp_path):
+    cohort = Cohort([linear_net(), "resnet8"], 4)
+    cohort.save(tmp_path)
+    with pytest.raises(InputError, match=r"peer Sequential .*pass peers="):
+        Cohort.load(tmp_path)
+    assert same(Cohort.load(tmp_path, peers=[linear_net(), "resnet8"]), cohort)
+    with pytest.raises(InputError, match="holds 2 peers, and peers= has 1"):
+        Cohort.load(tmp_path, peers=[linear_net()])
+    with pytest.raises(InputError, match=r"does not fit peer Sequential: [^\n]*Missing key[^\n]*$"):
+        Cohort.load(tmp_path, peers=["resnet8", "resnet8"])
+
+
+@needs_safetensors
+def test_a_file_cannot_have_code_imported(trained, tmp_path, monkeypatch):
+    trained.save(tmp_path)
+    description = json.loads((tmp_path / "cohort.json").read_text())
+    (tmp_path / "evil_module_of_a_test.py").write_text("raise SystemExit('imported')")
+    monkeypatch.syspath_prepend(tmp_path)
+    description["peers"][0]["model"] = "evil_module_of_a_test:net"
+    (tmp_path / "cohort.json").write_text(json.dumps(description))
+    with pytest.raises(InputError, match="your own code"):
+        Cohort.load(tmp_path)
+    # nor have a file outside the folder read
+    description["peers"][0].update(model="resnet8", name="../../../etc/passwd")
+    (tmp_path / "cohort.json").write_text(json.dumps(description))
+    with pytest.raises(InputError, match=r"peers/00-.._.._.._etc_passwd\.safetensors"):
+        Cohort.load(tmp_path)
+
+
+@needs_safetensors
+@pytest.mark.parametrize("size", [0, 7, 1000, -1])
+def test_a_truncated_or_changed_file_is_named(trained, tmp_path, size):
+    trained.save(tmp_path)
+    path = tmp_path / "peers" / "01-wrn_10_1.safetensors"
+    data = path.read_bytes()
+    path.write_bytes(data[:size] if size >= 0 else data[:-1] + bytes([data[-1] ^ 1]))
+    with pytest.raises(InputError, match=r"01-wrn_10_1\.safetensors is not the file"):
+        Cohort.load(tmp_path)
+
+
+@needs_safetensors
+def test_a_save_that_fails_leaves_the_old_one(trained, tmp_path, monkeypatch):
+    trained.save(tmp_path)
+    old = copy.deepcopy(trained)
+    with torch.no_grad():
+        trained.peers[0].head.bias.add_(1)
+    synced, fsync = [], os.fsync
+
+    def full_disk(descriptor: int) -> None:
+        synced.append(descriptor)
+        if len(synced) == 2:
+            raise OSError(28, "No space left on device")
+        fsync(descriptor)
+
+    monkeypatch.setattr(os, "fsync", full_disk)
+    with pytest.raises(InputError, match=r"cannot write .*01-wrn_10_1.*No space left"):
+        trained.save(tmp_path)
+    assert same(Cohort.load(tmp_path), old)
+    assert not [*tmp_path.rglob("*.partial")]
+
+
+@needs_safetensors
+@pytest.mark.parametrize(
+    "text",
+    ["", "[]", "{", '{"format": 1}', '{"format": 1, "peers": 3}', "\x00", '"x"',
+     '{"format": 1, "num_classes": "5", "in_channels": 1, '
+     '"peers": [{"name": "a", "model": "resnet8", "sha256": ""}]}'],
+)  # fmt: skip
+def test_a_file_that_describes_no_cohort(tmp_path, text):
+    (tmp_path / "cohort.json").write_text(text)
+    with pytest.raises(InputError, match=r"cohort\.json does not describe a cohort"):
+        Cohort.load(tmp_path)
+
+
+@needs_safetensors
+def test_wrong_folders_and_versions(trained, tmp_path):
+    with pytest.raises(InputError, match=r"cannot read .*cohort\.json"):
+        Cohort.load(tmp_path / "nowhere")
+    (tmp_path / "file").write_text("")
+    with pytest.raises(InputError, match="cannot write"):
+        trained.save(tmp_path / "file")
+    trained.save(tmp_path)
+    path = tmp_path / "cohort.json"
+    path.write_text(path.read_text().replace('"format": 1', '"format": 2'))
+    with pytest.raises(InputError, match="has format 2"):
+        Cohort.load(tmp_path)
+
+
+def test_without_safetensors_the_message_is_the_command(trained, tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "safetensors.torch", None)
+    with pytest.raises(MissingExtra, match=r"pip install 'fastdml\[train\]'"):
+        trained.save(tmp_path)
+    assert not any(tmp_path.iterdir())
+
+
+# ---- export ----
+
+
+def test_torch_export_reproduces_each_peer_at_any_batch_size(trained, tmp_path):
+    paths = trained.export(tmp_path, torch.randn(1, 1, 8, 8), format="torch")
+    assert [p.name for p in paths] == ["00-resnet8-1.pt2", "01-wrn_10_1.pt2", "02-resnet8-2.pt2"]
+    assert trained.training, "exporting must not change the mode"
+    trained.eval()
+    for path, peer in zip(paths, trained.peers, strict=True):
+        program = torch.export.load(path).module()
+        for n in (1, 2, 5):
+            x = torch.randn(n, 1, 8, 8)
+            torch.testing.assert_close(program(x), peer(x), rtol=1e-4, atol=1e-5)
+
+
+@needs_onnx
+def test_onnx_export_computes_what_the_peer_computes(tmp_path):
+    import onnx
+    from onnx.reference import ReferenceEvaluator
+
+    cohort = Cohort(["resnet8"], 5, in_channels=1)
+    cohort(torch.randn(4, 1, 8, 8))
+    (path,) = cohort.export(tmp_path, torch.randn(3, 1, 8, 8))
+    assert path.name == "00-resnet8.onnx"
+    assert [*tmp_path.iterdir()] == [path]
+    model = onnx.load(path)
+    onnx.checker.check_model(model)
+    assert [i.name for i in model.graph.input] == ["images"]
+    assert [o.name for o in model.graph.output] == ["logits"]
+    x = torch.randn(2, 1, 8, 8)
+    (logits,) = ReferenceEvaluator(model).run(None, {"images": x.numpy()})
+    with torch.no_grad():
+        expected = cohort.eval()(x)[0]
+    torch.testing.assert_close(torch.from_numpy(logits), expected, rtol=1e-3, atol=1e-4)
+
+
+def test_export_without_onnx_or_with_another_format(trained, tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "onnx", None)
+    with pytest.raises(MissingExtra, match=r"pip install 'fastdml\[onnx\]'"):
+        trained.export(tmp_path, torch.zeros(1, 1, 8, 8))
+    with pytest.raises(InputError, match="format must be 'onnx' or 'torch', not 'tflite'"):
+        trained.export(tmp_path, torch.zeros(1, 1, 8, 8), format="tflite")
+    assert not any(tmp_path.iterdir())
