@@ -1,0 +1,51 @@
+"""Deep Mutual Learning as fast as the hardware allows.
+
+Names are imported when first used, so that `fastdml --help` does not wait for torch.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from fastdml import data, engine, metrics, models, train
+    from fastdml.cohort import Cohort
+    from fastdml.loss import MutualLoss, MutualStats, mutual_loss
+    from fastdml.models import create_model
+
+__version__ = "0.1.0"
+
+_HOMES = {
+    "Cohort": "fastdml.cohort",
+    "MutualLoss": "fastdml.loss",
+    "MutualStats": "fastdml.loss",
+    "create_model": "fastdml.models",
+    "mutual_loss": "fastdml.loss",
+}
+_MODULES = ("data", "engine", "metrics", "models", "train")
+
+__all__ = [
+    "Cohort",
+    "MutualLoss",
+    "MutualStats",
+    "create_model",
+    "data",
+    "engine",
+    "metrics",
+    "models",
+    "mutual_loss",
+    "train",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name in _HOMES:
+        return getattr(importlib.import_module(_HOMES[name]), name)
+    if name in _MODULES:
+        return importlib.import_module(f"fastdml.{name}")
+    raise AttributeError(f"module 'fastdml' has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

@@ -1,0 +1,245 @@
+"""`mutual_loss`: the Deep Mutual Learning loss of K peers, its options checked.
+
+One kernel launch on CUDA (a handful of torch calls on the CPU) computes every peer's cross-entropy,
+the KL divergences between the peers, the statistics and the gradients; see `fastdml_kernels`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+from fastdml_kernels import Call, Options
+from fastdml_kernels import evaluate as _evaluate
+from fastdml_kernels import mutual_loss as _mutual_loss
+from fastdml_kernels.options import Scalar
+from torch import Tensor, nn
+
+LOGIT_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+
+
+class MutualStats(NamedTuple):
+    """What the peers did on one batch: device tensors, without gradient; reading one waits."""
+
+    ce: Tensor  # (K,) cross-entropy, mean over the labelled rows
+    kl: Tensor  # (K,) the KL term before kl_weight, mean over the rows that take part
+    pairwise_kl: Tensor  # (K, K) T**2 KL(p_l || p_k) of [teacher l, student k], mean over rows
+    entropy: Tensor  # (K,) of softmax(z), in nats, mean over rows
+    correct: Tensor  # (K,) rows whose largest logit is the label's; ties go to the first class
+    ensemble_correct: Tensor  # () the same of the mean of the K probabilities
+
+
+def _unpack(packed: Tensor, K: int) -> MutualStats:
+    """Views of the packed statistics, in the order that `fastdml_kernels.options` gives."""
+    ce, kl, _, entropy, correct, ensemble, pairwise = packed[: 4 * K + 3 + K * K].split(
+        [K, K, 2, K, K, 1, K * K]
+    )
+    return MutualStats(ce, kl, pairwise.view(K, K), entropy, correct, ensemble[0])
+
+
+def _check(logits: Tensor | Sequence[Tensor], call: Call) -> list[Tensor]:
+    """The logits as K tensors (N, C) or one (K, N, C), after every check that needs no value on
+    the device."""
+    if isinstance(logits, Tensor):
+        if logits.dim() != 3:
+            raise ValueError(
+                f"logits of shape {tuple(logits.shape)}: give (K, N, C), or a list of K (N, C)"
+            )
+        tensors = [logits]
+        K, N, C = logits.shape
+    else:
+        tensors = list(logits)
+        if not tensors or any(not isinstance(z, Tensor) or z.dim() != 2 for z in tensors):
+            shapes = [tuple(z.shape) if isinstance(z, Tensor) else type(z).__name__ for z in tensors]
+            raise ValueError(f"logits {shapes}: give at least one tensor, each of shape (N, C)")
+        K, (N, C) = len(tensors), tensors[0].shape
+        if any(z.shape != tensors[0].shape for z in tensors):
+            shapes = [tuple(z.shape) for z in tensors]
+            raise ValueError(f"logits of shapes {shapes}: peers need the same rows and classes")
+    if K < 1 or C < 1:
+        raise ValueError(f"logits with K = {K} peers and C = {C} classes: at least one of each")
+    z = tensors[0]
+    for other in tensors:
+        if other.dtype not in LOGIT_DTYPES:
+            names = ", ".join(str(dtype).removeprefix("torch.") for dtype in LOGIT_DTYPES)
+            raise TypeError(f"logits of {other.dtype}: cast them to one of {names}")
+        if other.dtype == torch.float64 and other.device.type != "cpu":
+            raise TypeError("float64 logits are for the CPU: the kernels compute in float32")
+        if other.device != z.device:
+            raise ValueError(f"peers on {z.device} and {other.device}: bring the logits together")
+    if z.device.type not in ("cpu", "cuda"):
+        raise ValueError(f"logits on {z.device}: fastdml computes on CPU and CUDA devices")
+    labels = call.labels
+    if labels.shape != (N,):
+        raise ValueError(f"labels of shape {tuple(labels.shape)} for N = {N} rows: give ({N},)")
+    if labels.dtype not in (torch.int64, torch.int32):
+        raise TypeError(f"labels of {labels.dtype}: give class indices, int64 or int32")
+    if labels.device != z.device:
+        raise ValueError(f"labels on {labels.device}, logits on {z.device}: move the labels")
+    for name, tensor, shape in (
+        ("peer_weights", call.peer_weights, (K, K)),
+        ("class_weight", call.class_weight, (C,)),
+    ):
+        if tensor is None:
+            continue
+        if tensor.shape != shape or tensor.device != z.device:
+            raise ValueError(
+                f"{name} of shape {tuple(tensor.shape)} on {tensor.device}: "
+                f"give {shape} on {z.device}"
+            )
+        if tensor.requires_grad:
+            raise ValueError(f"{name} requires a gradient, which the loss does not compute")
+    for name in ("temperature", "ce_weight", "kl_weight"):
+        value = getattr(call, name)
+        if not isinstance(value, Tensor):
+            continue
+        if value.dim() != 0 or value.device != z.device:
+            raise ValueError(
+                f"{name} of shape {tuple(value.shape)} on {value.device}: give a number, or a 0-d "
+                f"tensor on {z.device}"
+            )
+        if value.requires_grad:
+            raise ValueError(f"{name} requires a gradient, which the loss does not compute")
+    if not isinstance(call.temperature, Tensor) and not call.temperature > 0:
+        raise ValueError(f"temperature={call.temperature}: it divides the logits and must be above 0")
+    return tensors
+
+
+def _count(tensors: list[Tensor]) -> int:
+    return tensors[0].shape[0] if tensors[0].dim() == 3 else len(tensors)
+
+
+def _losses(tensors: list[Tensor], call: Call) -> Tensor | tuple[Tensor, MutualStats]:
+    losses, packed = _mutual_loss(tensors, call)
+    return (losses, _unpack(packed, _count(tensors))) if call.want_stats else losses
+
+
+class MutualLoss(nn.Module):
+    """`mutual_loss` with its options kept: `MutualLoss(temperature=2.0)(logits, labels)`.
+
+    ce_weight, kl_weight and temperature are attributes that a schedule may assign or, as 0-d
+    tensors, fill in place. `peer_weights` and `class_weight` are buffers and move with the module.
+    """
+
+    def __init__(
+        self,
+        *,
+        temperature: Scalar = 1.0,
+        ce_weight: Scalar = 1.0,
+        kl_weight: Scalar = 1.0,
+        target: str = "peers",
+        peer_weights: Tensor | None = None,
+        gate: str = "none",
+        symmetric: bool = False,
+        detach_targets: bool = True,
+        label_smoothing: float = 0.0,
+        class_weight: Tensor | None = None,
+        ignore_index: int = -100,
+        mimic_ignored: bool = False,
+        reduction: str = "mean",
+        return_stats: bool = False,
+    ) -> None:
+        super().__init__()
+        self.options = Options(
+            target, gate, symmetric, detach_targets, label_smoothing, ignore_index, mimic_ignored,
+            reduction,
+        )  # fmt: skip
+        self.temperature = temperature
+        self.ce_weight = ce_weight
+        self.kl_weight = kl_weight
+        self.register_buffer("peer_weights", peer_weights, persistent=False)
+        self.register_buffer("class_weight", class_weight, persistent=False)
+        self.return_stats = return_stats
+
+    def forward(
+        self, logits: Tensor | Sequence[Tensor], labels: Tensor
+    ) -> Tensor | tuple[Tensor, MutualStats]:
+        """As `mutual_loss(logits, labels)` with this module's options."""
+        return _losses(*self._call(logits, labels, self.return_stats))
+
+    def value_and_grad(
+        self, logits: Tensor | Sequence[Tensor], labels: Tensor
+    ) -> tuple[Tensor, MutualStats, list[Tensor]]:
+        """Losses, statistics, and the gradient of `losses.sum()` with respect to the logits, in
+        their shape and dtype: K tensors (N, C), or one (K, N, C) for stacked logits.
+
+        For `torch.autograd.backward(logits, gradients)`: no loss graph, no backward launch.
+        """
+        tensors, call = self._call(logits, labels, True)
+        with torch.no_grad():
+            losses, packed, grads = _evaluate(tensors, call, True)
+        return losses, _unpack(packed, _count(tensors)), grads
+
+    def _call(
+        self, logits: Tensor | Sequence[Tensor], labels: Tensor, want_stats: bool
+    ) -> tuple[list[Tensor], Call]:
+        call = Call(
+            labels, self.options, self.temperature, self.ce_weight, self.kl_weight,
+            self.peer_weights, self.class_weight, want_stats,
+        )  # fmt: skip
+        return _check(logits, call), call
+
+    def extra_repr(self) -> str:
+        return f"temperature={self.temperature}, kl_weight={self.kl_weight}, {self.options}"
+
+
+def mutual_loss(
+    logits: Tensor | Sequence[Tensor],
+    labels: Tensor,
+    *,
+    temperature: Scalar = 1.0,
+    ce_weight: Scalar = 1.0,
+    kl_weight: Scalar = 1.0,
+    target: str = "peers",
+    peer_weights: Tensor | None = None,
+    gate: str = "none",
+    symmetric: bool = False,
+    detach_targets: bool = True,
+    label_smoothing: float = 0.0,
+    class_weight: Tensor | None = None,
+    ignore_index: int = -100,
+    mimic_ignored: bool = False,
+    reduction: str = "mean",
+    return_stats: bool = False,
+) -> Tensor | tuple[Tensor, MutualStats]:
+    """The Deep Mutual Learning loss of each of K peers (Zhang et al., CVPR 2018, section 3).
+
+    L_k = ce_weight CE(y, p_k) + kl_weight T**2 sum_l w_kl KL(p_l || p_k), w_kl = 1 / (K - 1),
+    with p_k = softmax(z_k / T) inside the KL. `loss.sum().backward()` trains all peers; with
+    constant teachers the k-th loss touches the k-th logits only. K = 1 is plain cross-entropy.
+
+    logits: (K, N, C), or a sequence of K tensors (N, C), which is not copied; float32, bfloat16,
+        float16, or float64 on the CPU; any strides; dtypes may differ between peers. Sums are in
+        float32 (float64 for float64 logits), gradients in each peer's dtype.
+    labels: (N,) int64 or int32. On the CPU a label that is no class raises ValueError. On CUDA,
+        where the host never waits for a value, its row's losses and gradients are NaN.
+    temperature: T, for the KL term only, which is multiplied by T**2 (Hinton et al. 2015).
+    ce_weight, kl_weight, temperature: numbers, or 0-d tensors on the logits' device, which a
+        schedule can change inside a captured graph.
+    target: what a peer learns from. "peers": each other peer, KL(p_l || p_k). "ensemble": the
+        probability mean of the others, the paper's DML_e: the same gradient as "peers", since
+        cross-entropy is linear in its target, and a smaller value. "ensemble_logits": the softmax
+        of the mean of the others' logits (Chen et al. 2020, OKDDip's baseline).
+    peer_weights: (K, K), not negative; row k says how much peer k learns from each peer, 0 is no
+        edge, the diagonal is not used. A mixed teacher is the weighted mean, times the row's sum.
+    gate: "none". "correct": a teacher counts only on rows that it classifies right (Minami et al.
+        2020). "best": on each row only the peer of lowest cross-entropy teaches, with weight 1
+        (or its peer weight). Rows without a label have no such teacher.
+    symmetric: (KL(t || p_k) + KL(p_k || t)) / 2 for every teacher t.
+    detach_targets: False lets gradients flow into the teachers as well.
+    label_smoothing, class_weight (C,), ignore_index: as in `torch.nn.functional.cross_entropy`.
+    mimic_ignored: True keeps rows without a label in the KL term (semi-supervised, section 3.4);
+        a batch without any label then has a cross-entropy of 0 instead of NaN.
+    reduction: "mean" over rows (the CE's weighted as in cross_entropy; the KL's as in
+        `kl_div(reduction="batchmean")`) or "sum", both (K,); "none", (K, N).
+    return_stats: also return `MutualStats`, from the same pass.
+
+    Raises ValueError and TypeError for shapes, dtypes, devices and values that do not fit;
+    RuntimeError for a second derivative and under torch.func transforms.
+    """
+    options = Options(target, gate, symmetric, detach_targets, label_smoothing, ignore_index,
+                      mimic_ignored, reduction)  # fmt: skip
+    call = Call(labels, options, temperature, ce_weight, kl_weight, peer_weights, class_weight,
+                return_stats)  # fmt: skip
+    return _losses(_check(logits, call), call)

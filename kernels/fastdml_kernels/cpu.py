@@ -1,0 +1,399 @@
+"""The same loss on the CPU: the closed form in a handful of torch calls.
+
+Rows are worked through in blocks whose intermediates stay in cache, so that a wide vocabulary
+reads each logit and writes each gradient about once, like the kernels. Two ways to the KL terms:
+
+- `_uniform_kl`: every peer learns equally from all others (the paper's loss). O(K C) a sample:
+  values from two BLAS calls over the whole block, gradients from differences to the first peer.
+- `_general_kl`: edge weights, gates, mixed teachers, symmetric divergence, gradients into the
+  teachers. One pass a pair, O(K**2 C), and careful with classes of probability 0; the uniform way
+  hands over to it where logits are not finite.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from .options import Options, Scalar, default_edge, stats_size
+
+BLOCK_BYTES = 1 << 19  # of float32 logits a block, so that it and its copies share one core's cache
+
+
+def _times(p: Tensor, gap: Tensor) -> Tensor:
+    """p * gap, where a class of probability 0 contributes 0, never 0 * inf."""
+    return torch.where(p == 0, 0.0, p * gap)
+
+
+def _find_labelled(labels: Tensor, ignore_index: int, C: int) -> Tensor | None:
+    """(N,) bool, or None where every row has a label; refuses labels that are no class."""
+    if labels.numel() == 0:
+        return None
+    low, high = (int(x) for x in torch.aminmax(labels))
+    if low >= 0 and high < C and not low <= ignore_index <= high:
+        return None
+    labelled = labels != ignore_index
+    misfit = labels[labelled & ((labels < 0) | (labels >= C))]
+    if misfit.numel():
+        raise ValueError(
+            f"labels hold {int(misfit[0])}, which is no class of logits with C = {C}: a label is in "
+            f"0..{C - 1}, or ignore_index={ignore_index} for a row without one"
+        )
+    return labelled
+
+
+class _BlockResult(NamedTuple):
+    ce: Tensor  # (K, n)
+    kl: Tensor  # (K, n), or (K,) summed over the rows
+    entropy: Tensor | None  # (K,) with statistics, else None
+    correct: Tensor | None  # (K,)
+    ensemble_correct: Tensor | None  # ()
+    pairwise: Tensor | None  # (K, K)
+
+
+@dataclass
+class _Problem:
+    """One call: tensors over all N rows, and the numbers every block shares."""
+
+    logits: Sequence[Tensor]  # K tensors (N, C)
+    y: Tensor  # (N,) int64, 0 where there is no label
+    labelled: Tensor | None  # (N,) bool; None: every row has a label
+    w_y: Tensor | None  # (N,) class weight of each label, 0 without one; None: all 1
+    w_c: Tensor | None  # (C,)
+    w_total: float
+    options: Options
+    edges: Tensor  # (K, K)
+    temperature: float
+    ce_factor: float
+    kl_factor: float
+    grads: Sequence[Tensor]
+    upstream: Tensor | None
+    want_stats: bool
+    uniform: bool
+    scratch: Tensor  # (2 or 4, K, step, C)
+
+    def block(self, rows: slice) -> _BlockResult:
+        """Loss terms of some rows; writes their gradients."""
+        K, n = len(self.logits), rows.stop - rows.start
+        log_p, p, *tempered = self.scratch[:, :, :n]
+        self._log_softmax(rows, 1.0, log_p)
+        torch.exp(log_p, out=p)
+        y = self.y[rows]
+        index = y.expand(K, n).unsqueeze(2)  # (K, n, 1)
+        labelled = None if self.labelled is None else self.labelled[rows]
+
+        nll = log_p.gather(2, index).squeeze(2).neg_()
+        ce = nll
+        if self.w_y is not None:
+            ce = _times(self.w_y[rows], ce)
+        eps = self.options.label_smoothing
+        spread = eps / max(log_p.shape[2], 1)
+        if eps:
+            towards_all = log_p.sum(2) if self.w_c is None else torch.matmul(log_p, self.w_c)
+            if labelled is not None:
+                towards_all = torch.where(labelled, towards_all, 0.0)
+            ce = (1 - eps) * ce - spread * towards_all
+
+        entropy = correct = ensemble_correct = pairwise = None
+        if self.want_stats:
+            has_label = slice(None) if labelled is None else labelled
+            entropy = torch.special.entr(p).sum((1, 2))
+            correct = (log_p.argmax(2) == y)[:, has_label].sum(1)
+            ensemble_correct = (p.sum(0).argmax(1) == y)[has_label].sum()
+            pairwise = torch.zeros(K, K, dtype=p.dtype)
+
+        kl, pull = torch.zeros(K, dtype=p.dtype), None
+        if K > 1:
+            log_q, q = log_p, p
+            if tempered:
+                log_q, q = tempered
+                self._log_softmax(rows, 1.0 / self.temperature, log_q)
+                torch.exp(log_q, out=q)
+            if self.uniform:
+                kl, pull = self._uniform_kl(log_q, q, pairwise)
+            else:
+                kl, pull = self._general_kl(rows, log_q, q, nll, pairwise)
+        if self.grads:
+            self._write_grads(rows, p, index, labelled, pull)
+        return _BlockResult(ce, kl, entropy, correct, ensemble_correct, pairwise)
+
+    def _log_softmax(self, rows: slice, scale: float, out: Tensor) -> None:
+        for k, z in enumerate(self.logits):
+            z_rows = z[rows]
+            if z_rows.dtype != out.dtype or scale != 1.0:
+                z_rows = z_rows.to(out.dtype) * scale
+            torch.log_softmax(z_rows, dim=1, out=out[k])
+
+    def _uniform_kl(
+        self, log_q: Tensor, q: Tensor, pairwise: Tensor | None
+    ) -> tuple[Tensor, Tensor | None]:
+        """KL terms, (K,) or (K, n), and sum_l w_kl (q_k - q_l), (K, n, C); overwrites log_q.
+
+        With gaps d_l = log q_l - max_l log q_l, exactly 0 for identical peers,
+        sum_l q_l (log q_l - log q_k) = sum_l q_l d_l - d_k sum_l q_l.
+        """
+        K, n, C = q.shape
+        edge = default_edge(K, "none")
+        gaps = log_q.sub_(log_q.amax(0))
+        mass = q.sum(0)
+        if self.options.reduction == "none":
+            energy = (q * gaps).sum((0, 2))
+            kl = (energy - (gaps * mass).sum(2)) * edge
+        else:
+            flat = gaps.view(K, n * C) if gaps.is_contiguous() else gaps.reshape(K, n * C)
+            energy = torch.dot(q.reshape(-1), flat.reshape(-1))
+            kl = (energy - torch.mv(flat, mass.view(-1))) * edge
+        if pairwise is not None:
+            for teacher in range(K):
+                cross = torch.mv(gaps.reshape(K, n * C), q[teacher].reshape(-1))
+                pairwise[teacher] = cross[teacher] - cross
+        if not self.grads:
+            return kl, None
+        away = torch.sub(q, q[0], out=gaps)
+        shared = away.sum(0)
+        return kl, away.mul_(K * edge).sub_(shared.mul_(edge))
+
+    def _general_kl(
+        self, rows: slice, log_q: Tensor, q: Tensor, nll: Tensor, pairwise: Tensor | None
+    ) -> tuple[Tensor, Tensor | None]:
+        """KL terms (K, n) and their gradient without the shared factor kl_weight T, (K, n, C)."""
+        K, n, _ = q.shape
+        options = self.options
+        edges = self._row_edges(rows, log_q, nll)  # (K, K, n)
+        up = torch.ones(K, n, dtype=q.dtype)
+        if self.upstream is not None:
+            up = self.upstream[:, rows] if self.upstream.dim() == 2 else self.upstream[:, None]
+            up = up.expand(K, n)
+        kl = torch.zeros(K, n, dtype=q.dtype)
+        pull = torch.zeros_like(q) if self.grads else None
+        half = 0.5 if options.symmetric else 1.0
+
+        def learn(k: int, log_t: Tensor, t: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
+            """Adds weight * divergence(t, q_k) to peer k; returns gap and value for the teachers."""
+            gap = log_t - log_q[k]
+            value = _times(t, gap).sum(1)
+            kl[k] += _times(weight, half * value)
+            if pull is not None:
+                pull[k] += _times((half * weight * up[k])[:, None], q[k] - t)
+            if options.symmetric:
+                back = _times(q[k], -gap)
+                back_value = back.sum(1)
+                kl[k] += _times(weight, half * back_value)
+                if pull is not None:
+                    slope = back - q[k] * back_value[:, None]
+                    pull[k] += _times((half * weight * up[k])[:, None], slope)
+            return gap, value
+
+        for k in range(K):
+            teachers = [teacher for teacher in range(K) if teacher != k]
+            if options.target == "peers":
+                for teacher in teachers:
+                    w = edges[k, teacher]
+                    gap, value = learn(k, log_q[teacher], q[teacher], w)
+                    if pull is None or options.detach_targets:
+                        continue
+                    slope = _times(q[teacher], gap) - q[teacher] * value[:, None]
+                    if options.symmetric:
+                        slope += q[teacher] - q[k]
+                    pull[teacher] += _times((half * w * up[k])[:, None], slope)
+                continue
+            w_sum = edges[k, teachers].sum(0)  # (n,)
+            log_t = self._mix(rows, log_q, edges[k], teachers, w_sum)
+            log_t = torch.where((w_sum != 0)[:, None], log_t, log_q[k])
+            t = log_t.exp()
+            gap, value = learn(k, log_t, t, w_sum)
+            if pull is None or options.detach_targets:
+                continue
+            for teacher in teachers:
+                if options.target == "ensemble":
+                    toward = _times(q[teacher], gap)
+                    slope = toward - q[teacher] * toward.sum(1, keepdim=True)
+                    if options.symmetric:
+                        ratio = torch.where(t == 0, 0.0, q[teacher] * q[k] / t)
+                        slope += q[teacher] * ratio.sum(1, keepdim=True) - ratio
+                else:
+                    slope = _times(t, gap) - t * value[:, None]
+                    if options.symmetric:
+                        slope += t - q[k]
+                pull[teacher] += _times((half * edges[k, teacher] * up[k])[:, None], slope)
+
+        if pairwise is not None:
+            for teacher in range(K):
+                for k in range(K):
+                    gap = log_q[teacher] - log_q[k]
+                    pairwise[teacher, k] = _times(q[teacher], gap).sum()
+        return (kl if options.reduction == "none" else kl.sum(1)), pull
+
+    def _row_edges(self, rows: slice, log_q: Tensor, nll: Tensor) -> Tensor:
+        """How much each peer learns from each on each row, (K student, K teacher, n)."""
+        K, n = nll.shape
+        edges = self.edges[:, :, None].expand(K, K, n)
+        if self.options.gate == "none":
+            return edges
+        if self.options.gate == "correct":  # temperature does not move the maximum
+            teaches = log_q.argmax(2) == self.y[rows]
+        else:
+            teaches = nll.argmin(0) == torch.arange(K)[:, None]
+        if self.labelled is not None:
+            teaches = teaches & self.labelled[rows]
+        return edges * teaches
+
+    def _mix(
+        self, rows: slice, log_q: Tensor, edges: Tensor, teachers: list[int], w_sum: Tensor
+    ) -> Tensor:
+        """log of the mixed teacher, (n, C): of probabilities, or of logits then normalised."""
+        shares = edges[teachers] / torch.where(w_sum != 0, w_sum, 1.0)  # (K-1, n)
+        if self.options.target == "ensemble":
+            top = log_q[teachers].amax(0)
+            top = torch.where(top == -torch.inf, 0.0, top)
+            mixed = sum(
+                s[:, None] * (log_q[teacher] - top).exp()
+                for s, teacher in zip(shares, teachers, strict=True)
+            )
+            return top + mixed.log()
+        # from differences to the first teacher: identical peers mix to themselves, exactly
+        base = self.logits[teachers[0]][rows].to(log_q.dtype)
+        mixed, lowest = torch.zeros_like(base), base
+        for s, teacher in zip(shares, teachers, strict=True):
+            z = self.logits[teacher][rows].to(log_q.dtype)
+            lowest = torch.where(s[:, None] != 0, torch.minimum(lowest, z), lowest)
+            mixed += _times(s[:, None], torch.where(z == base, 0.0, z - base))
+        mixed = torch.where(lowest == -torch.inf, lowest, base + mixed)
+        return torch.log_softmax(mixed / self.temperature, dim=1)
+
+    def _write_grads(
+        self, rows: slice, p: Tensor, index: Tensor, labelled: Tensor | None, pull: Tensor | None
+    ) -> None:
+        """dL/dz_k = ce_factor (w_y (p_k - y) ...) + kl_factor pull_k; overwrites p and pull."""
+        eps = self.options.label_smoothing
+        spread = self.ce_factor * eps / p.shape[2]
+        target: float | Tensor = self.ce_factor * (1 - eps)
+        if self.w_y is not None:
+            target = target * self.w_y[rows][:, None]  # (n, 1)
+        smooth: float | Tensor = spread
+        if eps and labelled is not None:
+            smooth = spread * labelled[:, None]
+        p.mul_(target + smooth * self.w_total)
+        if eps:
+            p.sub_(smooth if self.w_c is None else smooth * self.w_c)
+        minus = torch.as_tensor(target, dtype=p.dtype).neg().expand(index.shape)
+        p.scatter_add_(2, index, minus)
+        if self.upstream is not None:
+            up = self.upstream[:, rows] if self.upstream.dim() == 2 else self.upstream[:, None]
+            p.mul_(up[:, :, None])
+        for k, grad in enumerate(self.grads):
+            if pull is None:
+                grad[rows] = p[k]
+            elif grad.dtype == p.dtype:
+                torch.add(p[k], pull[k], alpha=self.kl_factor, out=grad[rows])
+            else:
+                grad[rows] = p[k].add_(pull[k], alpha=self.kl_factor)
+
+
+def mutual_loss_cpu(
+    logits: Sequence[Tensor],  # K tensors (N, C)
+    labels: Tensor,  # (N,)
+    options: Options,
+    *,
+    temperature: Scalar = 1.0,
+    ce_weight: Scalar = 1.0,
+    kl_weight: Scalar = 1.0,
+    peer_weights: Tensor | None = None,  # (K, K)
+    class_weight: Tensor | None = None,  # (C,)
+    grads: Sequence[Tensor] = (),  # K tensors (N, C) to be written, or () for no gradient
+    want_stats: bool = False,
+    upstream: Tensor | None = None,  # the losses' own gradient, (K,) or (K, N); None is 1
+) -> tuple[Tensor, Tensor]:
+    """Losses, (K,) or (K, N), and packed statistics (`options.stats_size`), both float32, or
+    float64 where any logits are."""
+    K, (N, C) = len(logits), logits[0].shape
+    dtype = torch.float64 if any(z.dtype == torch.float64 for z in logits) else torch.float32
+    temperature, ce_weight, kl_weight = float(temperature), float(ce_weight), float(kl_weight)
+    labelled = _find_labelled(labels, options.ignore_index, C)
+    if labelled is not None and not options.mimic_ignored:
+        # Rows without a label take no part: work on the others, then put their results in place.
+        rows = labelled.nonzero()[:, 0]
+        part = [torch.empty(len(rows), C, dtype=g.dtype) for g in grads]
+        losses, stats = mutual_loss_cpu(
+            [z[rows] for z in logits], labels[rows], options, temperature=temperature,
+            ce_weight=ce_weight, kl_weight=kl_weight, peer_weights=peer_weights,
+            class_weight=class_weight, grads=part, want_stats=want_stats,
+            upstream=upstream[:, rows] if upstream is not None and upstream.dim() == 2 else upstream,
+        )  # fmt: skip
+        for grad, grad_rows in zip(grads, part, strict=True):
+            grad.zero_()[rows] = grad_rows
+        if options.reduction == "none":
+            losses = torch.zeros(K, N, dtype=dtype).index_copy_(1, rows, losses)
+        return losses, stats
+
+    y = labels.long() if labelled is None else torch.where(labelled, labels, 0).long()
+    w_c = None if class_weight is None else class_weight.to(dtype)
+    w_y = None if w_c is None else w_c[y]
+    if labelled is not None:
+        w_y = torch.where(labelled, torch.ones(N, dtype=dtype) if w_y is None else w_y, 0.0)
+    labelled_rows = N if labelled is None else int(labelled.sum())
+    ce_count = float(N if w_y is None else w_y.sum())
+    if options.mimic_ignored and not labelled_rows:
+        ce_count = 1.0  # a batch without any label teaches by the KL term alone
+    by_row = options.reduction == "none"
+    averaged = options.reduction == "mean"
+    per_ce = 1 / ce_count if ce_count > 0 else 0.0
+
+    edges = torch.full((K, K), default_edge(K, options.gate), dtype=dtype)
+    tempered = temperature != 1.0 and K > 1
+    step = min(max(1, BLOCK_BYTES // (4 * K * max(C, 1))), max(N, 1))
+    problem = _Problem(
+        logits=logits, y=y, labelled=labelled, w_y=w_y, w_c=w_c,
+        w_total=float(C if w_c is None else w_c.sum()), options=options,
+        edges=edges if peer_weights is None else peer_weights.to(dtype), temperature=temperature,
+        ce_factor=ce_weight * (per_ce if averaged else 1.0),
+        kl_factor=kl_weight * temperature / (max(N, 1) if averaged else 1.0),
+        grads=grads, upstream=None if upstream is None else upstream.to(dtype),
+        want_stats=want_stats,
+        uniform=(options.target == "peers" and options.gate == "none" and peer_weights is None
+                 and not options.symmetric and options.detach_targets and upstream is None),
+        scratch=torch.empty(4 if tempered else 2, K, step, C, dtype=dtype),
+    )  # fmt: skip
+    careful = replace(problem, uniform=False) if problem.uniform else problem
+
+    kl_scale = temperature * temperature
+    ce_sum, kl_sum = torch.zeros(K, dtype=dtype), torch.zeros(K, dtype=dtype)
+    losses = torch.empty(K, N, dtype=dtype) if by_row else None
+    sums: list[Tensor] | None = None
+    for start in range(0, N, step):
+        rows = slice(start, min(start + step, N))
+        result = problem.block(rows)
+        if K > 1 and problem.uniform and not bool(torch.isfinite(result.kl.sum())):
+            result = careful.block(rows)
+        ce_sum += result.ce.sum(1)
+        kl_sum += result.kl.sum(1) if by_row else result.kl
+        if by_row:
+            losses[:, rows] = ce_weight * result.ce
+            if K > 1:
+                losses[:, rows] += kl_weight * kl_scale * result.kl
+        if want_stats:
+            sums = list(result[2:]) if sums is None else [
+                total + part for total, part in zip(sums, result[2:], strict=True)
+            ]  # fmt: skip
+
+    # 0 / 0 is NaN, as torch's cross_entropy without any label
+    ce_mean, kl_mean = ce_sum / ce_count, kl_sum * kl_scale / N if N else kl_sum / 0
+    if not by_row:
+        ce, kl = (ce_mean, kl_mean) if averaged else (ce_sum, kl_sum * kl_scale)
+        losses = ce_weight * ce
+        if K > 1:
+            losses += kl_weight * kl
+    stats = torch.zeros(stats_size(K), dtype=dtype)
+    if want_stats:
+        if sums is None:  # no rows at all
+            none, unknown = torch.zeros(K, dtype=dtype), torch.full((K, K), torch.nan, dtype=dtype)
+            sums = [unknown[0], none, none.sum(), unknown]
+        entropy, correct, together, pairwise = sums
+        packed = (ce_mean, kl_mean, torch.tensor([ce_count, labelled_rows], dtype=dtype), entropy / max(N, 1),
+                  correct, together[None], pairwise.flatten() * kl_scale / max(N, 1))  # fmt: skip
+        torch.cat(packed, out=stats[: 4 * K + 3 + K * K])
+    return losses, stats

@@ -1,0 +1,201 @@
+"""`mutual_loss`: one call from logits to losses and gradients, for eager code and torch.compile.
+
+The forward computes losses and gradients together; the backward hands the gradients over, scaled
+in place where the losses' own gradient is not 1. Eager calls go straight to the launcher; compiled
+code sees the operator `fastdml::mutual_loss`, whose autograd formula is traced around it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from .cpu import mutual_loss_cpu
+from .launch import launch
+from .options import Options, Scalar, stats_size
+from .scale import scale_
+
+NO_SECOND_DERIVATIVE = (
+    "mutual_loss has no second derivative (create_graph=True, torch.func.grad): its gradient comes "
+    "out of the forward kernel; use fastdml_kernels.reference for one"
+)
+
+
+class Call(NamedTuple):
+    """Everything of a call but the logits."""
+
+    labels: Tensor  # (N,) int32 or int64
+    options: Options
+    temperature: Scalar
+    ce_weight: Scalar
+    kl_weight: Scalar
+    peer_weights: Tensor | None  # (K, K)
+    class_weight: Tensor | None  # (C,)
+    want_stats: bool
+
+
+def peers_of(logits: Sequence[Tensor]) -> list[Tensor]:
+    """K tensors (N, C) of K such tensors, or of one stacked (K, N, C): views, no copy."""
+    return list(logits[0].unbind()) if logits[0].dim() == 3 else list(logits)
+
+
+def evaluate(
+    logits: Sequence[Tensor],  # K tensors (N, C), or one (K, N, C)
+    call: Call,
+    need_grad: bool,
+    upstream: Tensor | None = None,  # (K,) or (K, N); only for gradients into the teachers
+) -> tuple[Tensor, Tensor, list[Tensor]]:
+    """Losses (K,) or (K, N), packed statistics, and gradients shaped as `logits` ([] if not
+    needed). No autograd."""
+    grads = [torch.empty(z.shape, dtype=z.dtype, device=z.device) for z in logits if need_grad]
+    compute = mutual_loss_cpu if logits[0].device.type == "cpu" else launch
+    losses, stats = compute(
+        peers_of(logits), call.labels, call.options,
+        temperature=call.temperature, ce_weight=call.ce_weight, kl_weight=call.kl_weight,
+        peer_weights=call.peer_weights, class_weight=call.class_weight,
+        grads=peers_of(grads) if need_grad else (), want_stats=call.want_stats, upstream=upstream,
+    )  # fmt: skip
+    return losses, stats, grads
+
+
+class _EagerLoss(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, call: Call, *logits: Tensor) -> tuple[Tensor, Tensor]:
+        # Gradients into the teachers mix the K losses' own gradients, known only in the backward.
+        need_grad = any(ctx.needs_input_grad) and call.options.detach_targets
+        losses, stats, ctx.grads = evaluate(logits, call, need_grad)
+        ctx.call = call
+        ctx.save_for_backward(*logits)  # for a second backward; checked for changes only then
+        ctx.mark_non_differentiable(stats)
+        ctx.set_materialize_grads(False)
+        return losses, stats
+
+    @staticmethod
+    def backward(ctx, upstream: Tensor | None, _: None) -> tuple[Tensor | None, ...]:
+        if torch.is_grad_enabled():
+            raise RuntimeError(NO_SECOND_DERIVATIVE)
+        if upstream is None:
+            return (None,) * len(ctx.needs_input_grad)
+        if not ctx.call.options.detach_targets:
+            grads = evaluate(ctx.saved_tensors, ctx.call, True, upstream)[2]
+        else:
+            # The stored gradients are given away, as the next node may write into them; a second
+            # backward through a retained graph computes them again.
+            grads, ctx.grads = ctx.grads, None
+            if grads is None:
+                grads = evaluate(ctx.saved_tensors, ctx.call, True)[2]
+            scale_(peers_of(grads), upstream)
+        wanted = ctx.needs_input_grad[1:]
+        return None, *(g if w else None for g, w in zip(grads, wanted, strict=True))
+
+
+# ---- the operator that compiled code sees
+
+_SCHEMA = """(
+    Tensor[] logits, Tensor labels, Tensor? peer_weights, Tensor? class_weight, Tensor? upstream,
+    Tensor? temperature_tensor, Tensor? ce_weight_tensor, Tensor? kl_weight_tensor,
+    float temperature, float ce_weight, float kl_weight,
+    str target, str gate, bool symmetric, bool detach_targets, float label_smoothing,
+    SymInt ignore_index, bool mimic_ignored, str reduction, bool need_grad, bool want_stats
+) -> (Tensor, Tensor, Tensor[])"""
+
+torch.library.define("fastdml::mutual_loss", " ".join(_SCHEMA.split()))
+
+
+def _evaluate_flat(
+    logits, labels, peer_weights, class_weight, upstream, temperature_tensor, ce_weight_tensor,
+    kl_weight_tensor, temperature, ce_weight, kl_weight, target, gate, symmetric, detach_targets,
+    label_smoothing, ignore_index, mimic_ignored, reduction, need_grad, want_stats,
+):  # fmt: skip
+    options = Options(target, gate, symmetric, detach_targets, label_smoothing, ignore_index,
+                      mimic_ignored, reduction)  # fmt: skip
+    call = Call(
+        labels, options,
+        temperature if temperature_tensor is None else temperature_tensor,
+        ce_weight if ce_weight_tensor is None else ce_weight_tensor,
+        kl_weight if kl_weight_tensor is None else kl_weight_tensor,
+        peer_weights, class_weight, want_stats,
+    )  # fmt: skip
+    return evaluate(logits, call, need_grad, upstream)
+
+
+for _device in ("cpu", "cuda"):
+    torch.library.impl("fastdml::mutual_loss", _device, _evaluate_flat)
+
+
+@torch.library.register_fake("fastdml::mutual_loss")
+def _fake(logits, labels, *rest):
+    reduction, need_grad, _ = rest[-3:]
+    K = logits[0].shape[0] if logits[0].dim() == 3 else len(logits)
+    N = logits[0].shape[-2]
+    z = logits[0]
+    dtype = loss_dtype(logits)
+    losses = z.new_empty((K, N) if reduction == "none" else (K,), dtype=dtype)
+    grads = [torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in logits if need_grad]
+    return losses, z.new_empty(stats_size(K), dtype=dtype), grads
+
+
+def loss_dtype(logits: Sequence[Tensor]) -> torch.dtype:
+    """float32, and float64 where any peer's logits are."""
+    return torch.float64 if any(z.dtype == torch.float64 for z in logits) else torch.float32
+
+
+def _flat(call: Call, upstream: Tensor | None, need_grad: bool) -> tuple:
+    """The operator's arguments behind the logits."""
+    scalars = (call.temperature, call.ce_weight, call.kl_weight)
+    tensors = [s if isinstance(s, Tensor) else None for s in scalars]
+    numbers = [1.0 if isinstance(s, Tensor) else float(s) for s in scalars]
+    o = call.options
+    return (
+        call.labels, call.peer_weights, call.class_weight, upstream, *tensors, *numbers,
+        o.target, o.gate, o.symmetric, o.detach_targets, o.label_smoothing, o.ignore_index,
+        o.mimic_ignored, o.reduction, need_grad, call.want_stats,
+    )  # fmt: skip
+
+
+class _CompiledLoss(torch.autograd.Function):
+    """As `_EagerLoss`, in the form that a tracer follows: the compiler fuses the scaling away."""
+
+    @staticmethod
+    def forward(ctx, call: Call, *logits: Tensor) -> tuple[Tensor, Tensor]:
+        now = call.options.detach_targets
+        losses, stats, grads = torch.ops.fastdml.mutual_loss(logits, *_flat(call, None, now))
+        ctx.call = call
+        ctx.save_for_backward(*(grads if now else logits))
+        ctx.mark_non_differentiable(stats)
+        return losses, stats
+
+    @staticmethod
+    def backward(ctx, upstream: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
+        saved = ctx.saved_tensors
+        if not ctx.call.options.detach_targets:
+            return None, *torch.ops.fastdml.mutual_loss(saved, *_flat(ctx.call, upstream, True))[2]
+        if saved[0].dim() == 3:
+            shape = (*upstream.shape, *(1,) * (3 - upstream.dim()))
+            return None, (saved[0] * upstream.view(shape)).to(saved[0].dtype)
+        scaled = []
+        for grad, g in zip(saved, upstream.unbind(), strict=True):
+            g = g if g.dim() == 0 else g[:, None]
+            scaled.append((grad * g).to(grad.dtype))
+        return None, *scaled
+
+
+def mutual_loss(logits: Sequence[Tensor], call: Call) -> tuple[Tensor, Tensor]:
+    """Losses and packed statistics, differentiable in the logits: K tensors (N, C) or one
+    (K, N, C). Arguments are taken as checked."""
+    needs_grad = torch.is_grad_enabled() and any(z.requires_grad for z in logits)
+    if torch.compiler.is_compiling():
+        if needs_grad:
+            return _CompiledLoss.apply(call, *logits)
+        return torch.ops.fastdml.mutual_loss(logits, *_flat(call, None, False))[:2]
+    if torch._C._are_functorch_transforms_active():
+        raise RuntimeError(
+            "mutual_loss does not run under torch.func transforms (grad, vmap, ...): use autograd, "
+            "and a batch of problems as a longer batch of rows with reduction='none'"
+        )
+    if needs_grad:
+        return _EagerLoss.apply(call, *logits)
+    return evaluate(logits, call, False)[:2]

@@ -1,0 +1,55 @@
+"""The options of the mutual-learning loss, checked once and hashable.
+
+An `Options` holds what a kernel is specialised on; the tensors (logits, labels, weights) travel
+beside it. Everything numeric a schedule may change (ce_weight, kl_weight, temperature) is a float
+or a 0-d tensor, so that changing it never compiles or captures anything anew.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+from torch import Tensor
+
+TARGETS = ("peers", "ensemble", "ensemble_logits")
+GATES = ("none", "correct", "best")
+REDUCTIONS = ("mean", "sum", "none")
+
+Scalar = float | Tensor  # a number, or a 0-d tensor on the logits' device
+
+
+@dataclass(frozen=True)
+class Options:
+    """What the loss computes; the meaning of each is documented at `fastdml.mutual_loss`."""
+
+    target: Literal["peers", "ensemble", "ensemble_logits"] = "peers"
+    gate: Literal["none", "correct", "best"] = "none"
+    symmetric: bool = False
+    detach_targets: bool = True
+    label_smoothing: float = 0.0
+    ignore_index: int = -100
+    mimic_ignored: bool = False
+    reduction: Literal["mean", "sum", "none"] = "mean"
+
+    def __post_init__(self) -> None:
+        for name, allowed in (("target", TARGETS), ("gate", GATES), ("reduction", REDUCTIONS)):
+            value = getattr(self, name)
+            if value not in allowed:
+                raise ValueError(f"{name}={value!r}: choose one of {', '.join(map(repr, allowed))}")
+        if not 0.0 <= self.label_smoothing <= 1.0:
+            raise ValueError(
+                f"label_smoothing={self.label_smoothing}: it is a share of the target between 0 and 1"
+            )
+
+
+def default_edge(K: int, gate: str) -> float:
+    """The weight of one teacher when no `peer_weights` are given: the teachers' mean (paper,
+    section 3.3); with gate="best" a row has a single teacher, which counts in full."""
+    return 1.0 if gate == "best" else 1.0 / max(K - 1, 1)
+
+
+def stats_size(K: int) -> int:
+    """Length of the packed statistics, a power of two. Their order: ce K, kl K, weight of the
+    labelled rows, labelled rows, entropy K, correct K, ensemble_correct, pairwise KL (K, K)."""
+    return 1 << (4 * K + 3 + K * K - 1).bit_length()

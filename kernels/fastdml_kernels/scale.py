@@ -1,0 +1,65 @@
+"""Backward of the loss: multiplies the stored gradients by the losses' own gradient, in place.
+
+Where that gradient is 1, as after `loss.sum().backward()`, a program reads it and leaves at once:
+no gradient is read or written, and the host never waits to find out.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+BLOCK_N, BLOCK_C = 4, 1024
+
+
+@triton.jit(do_not_specialize=["N", "C", "g_stride_k", "g_stride_n"])
+def scale_rows(
+    grads,  # K pointers (N, C), rows STRIDES[k] apart
+    upstream,  # (K,) or (K, N), any strides
+    N, C, g_stride_k, g_stride_n,
+    K: tl.constexpr, STRIDES: tl.constexpr,
+    BLOCK_N: tl.constexpr, BLOCK_C: tl.constexpr,
+):  # fmt: skip
+    """Grid: (row blocks,); each program scales its rows of every peer."""
+    n = tl.program_id(0).to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)
+    inside = n < N
+    for k in tl.static_range(K):
+        g = tl.load(upstream + k * g_stride_k + n * g_stride_n, mask=inside, other=1.0)
+        g = g.to(tl.float32)
+        if tl.max(tl.where(g == 1.0, 0, 1), axis=0) == 1:
+            for start in range(0, C, BLOCK_C):
+                c = start + tl.arange(0, BLOCK_C)
+                at = grads[k] + n[:, None] * STRIDES[k] + c[None, :]
+                mask = inside[:, None] & (c < C)[None, :]
+                x = tl.load(at, mask=mask).to(tl.float32) * g[:, None]
+                tl.store(at, x.to(grads[k].dtype.element_ty), mask=mask)
+
+
+def scale_(grads: Sequence[Tensor], upstream: Tensor) -> None:
+    """grads[k] (N, C) *= upstream[k], (K,) or (K, N), in place; no host synchronisation on CUDA."""
+    if grads[0].device.type == "cpu":
+        for grad, g in zip(grads, upstream.unbind(), strict=True):
+            if g.dim() == 0:
+                if g != 1:
+                    grad.mul_(g)
+            elif not bool((g == 1).all()):
+                grad.mul_(g[:, None].to(grad.dtype))
+        return
+    launch_scale(grads, upstream)
+
+
+def launch_scale(grads: Sequence[Tensor], upstream: Tensor) -> None:
+    N, C = grads[0].shape
+    if N == 0:
+        return
+    with torch.cuda.device_of(grads[0]):
+        scale_rows[(triton.cdiv(N, BLOCK_N),)](
+            tuple(grads), upstream, N, C,
+            upstream.stride(0), upstream.stride(1) if upstream.dim() == 2 else 0,
+            K=len(grads), STRIDES=tuple(g.stride(0) for g in grads),
+            BLOCK_N=BLOCK_N, BLOCK_C=BLOCK_C,
+        )  # fmt: skip
