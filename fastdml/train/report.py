@@ -335,7 +335,8 @@ def device_name(device: Any) -> str:
     if cpuinfo.exists():
         fields = (line.partition(":") for line in cpuinfo.read_text().splitlines())
         model = next((v.strip() for k, _, v in fields if k.strip() == "model name"), model)
-    return f"{model}, {torch.get_num_threads()} threads"
+    threads = torch.get_num_threads()
+    return f"{model}, {threads} thread{'s' * (threads != 1)}"
 
 
 def write_atomically(path: Path, text: str) -> None:

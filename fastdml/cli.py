@@ -1,0 +1,263 @@
+"""The command `fastdml`: finds the subcommand, hands over, turns the user's mistakes into a line.
+
+Exit codes: 0 done; 2 the input is wrong (one line on stderr, nothing written); 130 interrupted;
+141 the reader of the output went away. Anything else is a defect and keeps its traceback.
+
+Subcommands import what they need when they are called, so that `fastdml --help` and a mistyped name
+answer at once.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import difflib
+import io
+import json
+import os
+import sys
+from collections.abc import Callable, Iterable, Sequence
+from importlib import metadata
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NoReturn
+
+from fastdml.errors import InputError
+
+if TYPE_CHECKING:
+    from fastdml.cohort import Cohort
+    from fastdml.train.config import TrainConfig
+
+DATA = ("digits", "cifar10", "cifar100")
+
+
+def train(args: list[str]) -> None:
+    """train peers together on digits, cifar10 or cifar100"""
+    usage = f"usage: fastdml train {{{','.join(DATA)}}} [OPTIONS]"
+    if not args or args[0] in ("-h", "--help"):
+        print(f"{usage}\n\nThe options of each: fastdml train {DATA[-1]} --help")
+        return
+    data, *options = args
+    if data not in DATA:
+        raise InputError(f"cannot train on {data!r}{_nearest(data, DATA)}")
+    config = _train_config(data, options)
+
+    from fastdml.train import report, run
+
+    result = run(config)
+    if result is not None:  # None after a dry run, which has said its part
+        summary = json.loads((result.folder / report.SUMMARY).read_text())
+        print(f"\n{report.summary_table(summary)}\n{result.device}; run folder: {result.folder}")
+
+
+def evaluate(args: list[str]) -> None:
+    """score the peers of a run on its test images"""
+    parser = Parser("evaluate", evaluate)
+    _add_run_options(parser)
+    parser.add_argument(
+        "--data-root",
+        metavar="DIR",
+        help="folder of the data set's files (default: the one that the run was trained from)",
+    )
+    parser.add_argument(
+        "--device", default="auto", help="auto, cpu, cuda or cuda:N (default: %(default)s)"
+    )
+    parser.add_argument("--json", action="store_true", help="print the scores as one JSON object")
+    options = parser.parse(args)
+
+    from dataclasses import asdict
+
+    from fastdml.data import load
+    from fastdml.train import loop, report
+
+    config = _run_config(options.run).replace(device=options.device)
+    device = loop.choose_device(config)
+    cohort = _run_cohort(options, device)
+    _, test = load(config.data, options.data_root or config.root)
+    scores = asdict(loop.evaluate_batches(cohort, test, amp=config.amp))
+    if options.json:
+        found = {"run": str(options.run), "weights": options.weights, "peers": cohort.names}
+        print(report.to_json({**found, "device": report.device_name(device), "scores": scores}))
+    else:
+        print(report.scores_table(cohort.names, scores))
+        print(f"{options.weights} weights of {options.run}, on {report.device_name(device)}")
+
+
+def export(args: list[str]) -> None:
+    """write the peers of a run as ONNX or torch.export files"""
+    parser = Parser("export", export)
+    _add_run_options(parser)
+    parser.add_argument(
+        "--format",
+        choices=("onnx", "torch"),
+        default="onnx",
+        help="onnx: NN-peer.onnx; torch: NN-peer.pt2, a torch.export program (default: onnx)",
+    )
+    parser.add_argument(
+        "--to", type=Path, metavar="DIR", help="folder to write into (default: RUN/export)"
+    )
+    options = parser.parse(args)
+    to = options.to or options.run / "export"
+
+    import torch
+
+    config = _run_config(options.run)
+    cohort = _run_cohort(options, "cpu")
+    side = 8 if config.data == "digits" else 32
+    example = torch.zeros(1, cohort.in_channels, side, side)
+    for path in cohort.export(to, example, options.format):
+        print(path)
+
+
+COMMANDS: dict[str, Callable[[list[str]], None]] = {
+    "train": train,
+    "evaluate": evaluate,
+    "export": export,
+}
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    args = list(sys.argv[1:] if argv is None else argv)
+    try:
+        code = _dispatch(args)
+        sys.stdout.flush()
+        return code
+    except InputError as error:
+        return _complain(f"error: {error}", 2)
+    except PermissionError as error:
+        return _complain(f"error: {error.filename}: {error.strerror}", 2)
+    except KeyboardInterrupt:
+        resume = "; the same command with --resume goes on" if args[:1] == ["train"] else ""
+        return _complain(f"interrupted{resume}", 130)
+    except BrokenPipeError:
+        # `fastdml ... | head`: nobody reads on, and the flush at exit must not say so again.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 141
+
+
+def _dispatch(args: list[str]) -> int:
+    if not args or args[0] in ("-h", "--help"):
+        print(_help())
+        return 0 if args else 2
+    if args[0] == "--version":
+        print(f"fastdml {_version()}")
+        return 0
+    if args[0] not in COMMANDS:
+        raise InputError(f"unknown command {args[0]!r}{_nearest(args[0], COMMANDS)}")
+    try:
+        COMMANDS[args[0]](args[1:])
+    except SystemExit as stop:  # after --help, from tyro, or because a signal ended training
+        if getattr(stop, "message", None):
+            return _complain(stop.message, stop.code)
+        return stop.code or 0
+    return 0
+
+
+def _help() -> str:
+    commands = "\n".join(f"  {name:<9} {run.__doc__}" for name, run in COMMANDS.items())
+    return (
+        "usage: fastdml COMMAND ...\n\n"
+        "Deep Mutual Learning: peers that learn from the labels and from each other.\n\n"
+        f"{commands}\n\n"
+        "fastdml COMMAND --help lists its options; fastdml --version prints the version."
+    )
+
+
+def _version() -> str:
+    try:
+        return metadata.version("fastdml")
+    except metadata.PackageNotFoundError:
+        return "from sources that are not installed"
+
+
+def _complain(message: str, code: int) -> int:
+    sys.stdout.flush()
+    print(f"fastdml: {' '.join(message.splitlines())}", file=sys.stderr)
+    return code
+
+
+class Parser(argparse.ArgumentParser):
+    """A subcommand's options; a mistake is an InputError, an unknown option names the nearest."""
+
+    def __init__(self, name: str, command: Callable[[list[str]], None]) -> None:
+        super().__init__(f"fastdml {name}", description=command.__doc__, allow_abbrev=False)
+
+    def parse(self, args: list[str]) -> argparse.Namespace:
+        _check_options(args, self._option_string_actions)
+        return self.parse_args(args)
+
+    def error(self, message: str) -> NoReturn:
+        raise InputError(f"{self.prog}: {message}")
+
+
+def _check_options(args: Iterable[str], known: Iterable[str]) -> None:
+    known = list(known)
+    for arg in args:
+        option = arg.partition("=")[0]
+        if option.startswith("--") and option.replace("_", "-") not in known:
+            raise InputError(f"unknown option {option}{_nearest(option, known)}")
+
+
+def _nearest(name: str, known: Iterable[str]) -> str:
+    known = list(known)
+    near = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
+    return f"; did you mean {near[0]}?" if near else f"; there is {', '.join(known)}"
+
+
+def _train_config(data: str, options: list[str]) -> TrainConfig:
+    from dataclasses import fields
+
+    from fastdml.train.config import TrainConfig, from_command_line
+
+    names = [field.name.replace("_", "-") for field in fields(TrainConfig)]
+    flags = [f"--no-{f.name.replace('_', '-')}" for f in fields(TrainConfig) if f.type == "bool"]
+    _check_options(options, ["--help", "--config", *(f"--{name}" for name in names), *flags])
+    shown = io.StringIO()
+    try:
+        with contextlib.redirect_stderr(shown):
+            return from_command_line(data, options)
+    except SystemExit as stop:
+        # tyro frames what a value's own check says; the check's one line is enough.
+        cause: BaseException | None = stop
+        while cause := cause.__cause__ or cause.__context__:
+            if isinstance(cause, InputError):
+                raise cause from None
+        sys.stderr.write(shown.getvalue())
+        raise
+
+
+def _add_run_options(parser: Parser) -> None:
+    parser.add_argument("run", type=Path, metavar="RUN", help="folder of a training run")
+    parser.add_argument(
+        "--weights",
+        choices=("last", "best"),
+        default="last",
+        help="last: after the last epoch; best: of the epoch with the best test accuracy, which "
+        "the test images chose and therefore flatter (default: last)",
+    )
+    parser.add_argument(
+        "--peers",
+        nargs="+",
+        metavar="MODEL",
+        help="what to load into, in order; needed where a peer is package.module:function, which "
+        "a file in a run folder does not get to import",
+    )
+
+
+def _run_config(run: Path) -> TrainConfig:
+    from fastdml.train.config import load_config
+
+    if not (run / "config.yaml").is_file():
+        raise InputError(f"{run} is not the folder of a run: it holds no config.yaml")
+    return load_config(run / "config.yaml")
+
+
+def _run_cohort(options: argparse.Namespace, device: Any) -> Cohort:
+    from fastdml.cohort import Cohort
+
+    folder = options.run if options.weights == "last" else options.run / "best"
+    if not (folder / "cohort.json").is_file():
+        raise InputError(
+            f"{options.run} holds no {options.weights} weights: they are written when "
+            f"{'training ends' if options.weights == 'last' else 'an epoch is evaluated'}"
+        )
+    return Cohort.load(folder, device, peers=options.peers)

@@ -1,0 +1,338 @@
+"""The command as a user types it: mistakes are one line and exit code 2, runs leave their scores.
+
+Most cases call `main(argv)` in this process; a few start the real command, where the process itself
+matters (start-up, signals, pipes, what is imported).
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from fastdml import cli
+
+ROOT = Path(__file__).resolve().parents[1]
+FASTDML = [sys.executable, "-m", "fastdml"]
+ENVIRONMENT = {**os.environ, "PYTHONPATH": f"{ROOT}{os.pathsep}{ROOT / 'kernels'}"}
+
+
+def tree(folder: Path) -> dict[str, tuple[int, int]]:
+    """Everything under a folder, with what changes when something is written."""
+    return {
+        str(path.relative_to(folder)): (path.stat().st_size, path.stat().st_mtime_ns)
+        for path in sorted(folder.rglob("*"))
+        if "__pycache__" not in path.parts
+    }
+
+
+@pytest.fixture
+def refused(tmp_path, monkeypatch, capfd):
+    """Runs a command that must fail: exit 2, one line that matches, nothing written."""
+    monkeypatch.chdir(tmp_path)  # so that a default folder `runs` would show
+
+    def check(argv: list[str], *patterns: str) -> None:
+        before = tree(tmp_path)
+        code = cli.main(argv)
+        out, err = capfd.readouterr()
+        assert code == 2, err
+        assert out == ""
+        assert err.startswith("fastdml: error: ")
+        assert err.count("\n") == 1, err
+        assert "Traceback" not in err
+        for pattern in patterns:
+            assert re.search(pattern, err), err
+        assert tree(tmp_path) == before
+
+    return check
+
+
+# --- the data ---
+
+
+def cifar10_files(root: Path, **contents: bytes) -> Path:
+    folder = root / "data" / "cifar-10-batches-bin"
+    folder.mkdir(parents=True)
+    for name in [*(f"data_batch_{k}" for k in range(1, 6)), "test_batch"]:
+        (folder / f"{name}.bin").write_bytes(contents.get(name, b""))
+    return folder
+
+
+def test_wrong_folder(refused, tmp_path):
+    refused(["train", "cifar100", "--root", "nowhere"], "nowhere", "--download")
+    (tmp_path / "empty").mkdir()
+    refused(["train", "cifar10", "--root", "empty"], "empty", "CIFAR-10", "cifar-10-batches-bin")
+
+
+def test_truncated_file(refused, tmp_path):
+    cifar10_files(tmp_path, data_batch_1=bytes(1000))
+    refused(["train", "cifar10"], r"data_batch_1\.bin", "1,000 bytes", "30,730,000")
+
+
+def test_labels_out_of_range(refused, tmp_path):
+    records = bytearray(10_000 * 3073)
+    records[7 * 3073] = 10
+    cifar10_files(tmp_path, data_batch_1=records)
+    refused(["train", "cifar10"], r"data_batch_1\.bin", "record 7 has label 10", "0 to 9")
+
+
+def test_wrong_md5(refused, tmp_path):
+    (tmp_path / "data").mkdir()
+    (tmp_path / "data" / "cifar-100-binary.tar.gz").write_bytes(b"not the official archive")
+    refused(["train", "cifar100", "--download"], r"cifar-100-binary\.tar\.gz", "MD5", "delete it")
+
+
+def test_batch_larger_than_the_data(refused):
+    refused(["train", "digits", "--batch-size", "5000"], "5,?000", "1,?442")
+    refused(["train", "digits", "--subset", "50"], "batch", "64", "50")
+
+
+# --- the peers ---
+
+
+def test_no_peers(refused):
+    refused(["train", "digits", "--peers"], "peers", "at least one", "resnet32")
+
+
+def test_unknown_model_names_the_nearest(refused):
+    refused(["train", "digits", "--peers", "mobilnet", "resnet20"], "mobilnet", "mobilenet")
+    refused(["train", "digits", "--peers", "resnet21"], "resnet21", "resnet20", "resnet26")
+
+
+def test_peers_with_different_class_counts(refused, tmp_path, monkeypatch):
+    (tmp_path / "own_models.py").write_text(
+        "from torch import nn\n"
+        "def small(num_classes):\n"
+        "    return nn.Sequential(nn.Flatten(), nn.Linear(64, num_classes + 2))\n"
+    )
+    monkeypatch.syspath_prepend(tmp_path)
+    refused(["train", "digits", "--peers", "resnet8", "own_models:small"], "10", "12", "class")
+
+
+# --- the settings ---
+
+
+@pytest.mark.parametrize(
+    ("options", "patterns"),
+    [
+        (["--epoch", "3"], ["--epoch", "did you mean --epochs"]),
+        (["--lerning-rate=1"], ["--lerning-rate"]),
+        (["--no-flop"], ["did you mean --no-flip"]),
+        (["--epochs", "0"], ["epochs must be 1 or more, not 0"]),
+        (["--device", "cuda:99"], ["cuda:99"]),
+        (["--config", "absent.yaml"], [r"absent\.yaml"]),
+        (["--config", "wrong.yaml"], [r"wrong\.yaml", "epochz", "did you mean epochs"]),
+        (["--resume"], ["nothing to resume"]),
+        (["--folder", "taken"], ["taken", "not overwritten"]),
+    ],
+)
+def test_wrong_settings(refused, tmp_path, options, patterns):
+    (tmp_path / "wrong.yaml").write_text("epochz: 3\n")
+    (tmp_path / "taken").mkdir()
+    (tmp_path / "taken" / "thesis.txt").write_text("years of work")
+    refused(["train", "digits", *options], *patterns)
+
+
+def test_usage_errors_of_the_parser_exit_2_too(capfd):
+    assert cli.main(["train", "digits", "--epochs", "many"]) == 2
+    err = capfd.readouterr().err
+    assert "many" in err
+    assert "Traceback" not in err
+
+
+def test_wrong_commands(refused):
+    refused(["trian"], "trian", "did you mean train")
+    refused(["train", "cifar1000"], "cifar1000", "did you mean cifar100")
+    refused(["train", "imagenet"], "imagenet", "digits, cifar10, cifar100")
+    refused(["evaluate"], "RUN")
+    refused(["evaluate", "run", "--weigths", "best"], "did you mean --weights")
+    refused(["evaluate", "nowhere"], "nowhere", "not the folder of a run")
+
+
+def test_missing_extra(refused, monkeypatch):
+    monkeypatch.setitem(sys.modules, "tyro", None)
+    refused(["train", "digits"], r"tyro is not installed: pip install 'fastdml\[train\]'")
+
+
+def test_help(capfd):
+    assert cli.main(["--help"]) == 0
+    out = capfd.readouterr().out
+    for name in cli.COMMANDS:
+        assert f"\n  {name} " in out
+    assert cli.main([]) == 2
+    assert cli.main(["train"]) == 0
+    assert "{digits,cifar10,cifar100}" in capfd.readouterr().out
+
+
+def test_help_of_training_states_the_papers_settings(capfd):
+    assert cli.main(["train", "cifar100", "--help"]) == 0
+    out = " ".join(re.sub(r"[│╭╮╰╯─]", " ", capfd.readouterr().out).split())
+    for text in ("--config", "Paper: 200. (default: 200)", "Paper: 64. (default: 64)"):
+        assert text in out
+    assert "(default: resnet32 resnet32)" in out
+    for unit in ("Images a step", "Pixels", "Epochs", "Minutes"):
+        assert unit in out
+
+
+def test_evaluate_help(capfd):
+    assert cli.main(["evaluate", "--help"]) == 0
+    out = capfd.readouterr().out
+    assert "--weights {last,best}" in out
+    assert "--json" in out
+
+
+# --- a whole run ---
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory) -> Path:
+    """Two peers trained on digits from the command line, mutually and independently."""
+    folder = tmp_path_factory.mktemp("cli") / "run"
+    options = "--independent --peers resnet8 resnet8 --epochs 2 --subset 320 --folder"
+    assert cli.main(["train", "digits", *options.split(), str(folder)]) == 0
+    return folder
+
+
+def test_training_prints_the_table_and_the_folder(tmp_path, capfd):
+    folder = tmp_path / "run"
+    options = "--peers resnet8 --epochs 1 --subset 128 --no-tensorboard --folder"
+    assert cli.main(["train", "digits", *options.split(), str(folder)]) == 0
+    out = capfd.readouterr().out
+    assert re.search(
+        r"^peer +parameters +independent % +mutual % +ensemble % +images/s$", out, re.M
+    )
+    assert re.search(r"^resnet8 +[\d,]+ +- +\d+\.\d\d +\d+\.\d\d +[\d,]+$", out, re.M)
+    assert f"run folder: {folder}" in out
+
+
+def test_a_run_leaves_what_it_promises(run):
+    for name in (
+        "config.yaml",
+        "metrics.jsonl",
+        "last.ckpt",
+        "curves.png",
+        "pairwise_kl.png",
+        "summary.json",
+        "cohort.json",
+        "independent/summary.json",
+    ):
+        assert (run / name).stat().st_size > 0, name
+    assert len(list((run / "peers").glob("*.safetensors"))) == 2
+    summary = json.loads((run / "summary.json").read_text())
+    assert summary["ensemble_independent"] is not None
+    assert all(0 < p["accuracy_independent"] <= 1 for p in summary["peers"])
+
+
+@pytest.mark.parametrize("weights", ["last", "best"])
+def test_evaluate_repeats_the_scores_of_the_run(run, capfd, weights):
+    assert cli.main(["evaluate", str(run), "--weights", weights, "--json"]) == 0
+    found = json.loads(capfd.readouterr().out)
+    mutual = json.loads((run / "summary.json").read_text())["mutual"]
+    assert found["scores"] == mutual["scores" if weights == "last" else "best_scores"]
+    assert found["peers"] == ["resnet8-1", "resnet8-2"]
+    assert found["weights"] == weights
+
+
+def test_evaluate_prints_a_table(run, capfd):
+    assert cli.main(["evaluate", str(run)]) == 0
+    lines = capfd.readouterr().out.splitlines()
+    assert lines[0].split("  ")[0] == "peer"
+    assert [line.split()[0] for line in lines[2:5]] == ["resnet8-1", "resnet8-2", "ensemble"]
+    assert "355 test images" in lines[5]
+
+
+def test_evaluate_refuses_damaged_weights(run, capfd):
+    path = next((run / "best" / "peers").glob("*.safetensors"))
+    whole = path.read_bytes()
+    try:
+        path.write_bytes(whole[: len(whole) // 2])
+        assert cli.main(["evaluate", str(run), "--weights", "best"]) == 2
+    finally:
+        path.write_bytes(whole)
+    err = capfd.readouterr().err
+    assert path.name in err
+    assert err.count("\n") == 1
+
+
+def test_evaluate_before_there_are_weights(refused, tmp_path, run):
+    (tmp_path / "young").mkdir()
+    (tmp_path / "young" / "config.yaml").write_bytes((run / "config.yaml").read_bytes())
+    refused(["evaluate", "young"], "young holds no last weights")
+
+
+def test_export(run, tmp_path, capfd):
+    assert cli.main(["export", str(run), "--format", "torch", "--to", str(tmp_path)]) == 0
+    paths = [Path(line) for line in capfd.readouterr().out.splitlines()]
+    assert [p.parent for p in paths] == [tmp_path, tmp_path]
+    assert all(p.stat().st_size > 0 for p in paths)
+
+
+# --- the process ---
+
+
+def test_the_real_command_refuses_in_one_line(tmp_path):
+    done = subprocess.run(
+        [*FASTDML, "train", "cifar100", "--root", "nowhere"],
+        cwd=tmp_path, env=ENVIRONMENT, capture_output=True, text=True, timeout=120,
+    )  # fmt: skip
+    assert done.returncode == 2
+    assert done.stderr.count("\n") == 1, done.stderr
+    assert done.stderr.startswith("fastdml: error: nowhere")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_top_level_help_and_typing_errors_need_no_torch(tmp_path):
+    code = (
+        "import sys; from fastdml.cli import main\n"
+        "codes = [main(a.split()) for a in ('--help', '--version', 'train', 'trian')]\n"
+        "assert codes == [0, 0, 0, 2], codes\n"
+        "assert 'torch' not in sys.modules, 'torch was imported'\n"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        cwd=tmp_path, env=ENVIRONMENT, capture_output=True, text=True, timeout=60,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+
+
+def test_a_reader_that_goes_away_is_no_error(tmp_path):
+    reader, writer = os.pipe()
+    os.close(reader)
+    with os.fdopen(writer, "w") as closed:
+        done = subprocess.run(
+            [*FASTDML, "--help"],
+            cwd=tmp_path, env=ENVIRONMENT, stdout=closed, stderr=subprocess.PIPE, timeout=60,
+        )  # fmt: skip
+    assert done.returncode == 141
+    assert done.stderr == b""
+
+
+def test_interrupting_says_how_to_go_on(tmp_path):
+    options = "--peers resnet8 --epochs 500 --folder run"
+    process = subprocess.Popen(
+        [*FASTDML, "train", "digits", *options.split()],
+        cwd=tmp_path, env=ENVIRONMENT, stdout=subprocess.DEVNULL,
+        stderr=subprocess.PIPE, text=True,
+    )  # fmt: skip
+    try:
+        deadline = time.monotonic() + 120
+        while not (tmp_path / "run" / "last.ckpt").exists():
+            assert process.poll() is None, process.stderr.read()
+            assert time.monotonic() < deadline
+            time.sleep(0.05)
+        process.send_signal(signal.SIGINT)
+        _, err = process.communicate(timeout=60)
+    finally:
+        process.kill()
+    assert process.returncode == 130
+    assert err.splitlines()[-1].startswith("fastdml: ")
+    assert "resume" in err.splitlines()[-1]
+    assert "Traceback" not in err
+    assert cli.main(["evaluate", str(tmp_path / "run")]) == 2  # no weights before the end
