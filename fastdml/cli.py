@@ -17,10 +17,10 @@ import json
 import os
 import sys
 from collections.abc import Callable, Iterable, Sequence
-from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
+from fastdml import __version__
 from fastdml.errors import InputError
 
 if TYPE_CHECKING:
@@ -139,7 +139,7 @@ def _dispatch(args: list[str]) -> int:
         print(_help())
         return 0 if args else 2
     if args[0] == "--version":
-        print(f"fastdml {_version()}")
+        print(f"fastdml {__version__}")
         return 0
     if args[0] not in COMMANDS:
         raise InputError(f"unknown command {args[0]!r}{_nearest(args[0], COMMANDS)}")
@@ -160,13 +160,6 @@ def _help() -> str:
         f"{commands}\n\n"
         "fastdml COMMAND --help lists its options; fastdml --version prints the version."
     )
-
-
-def _version() -> str:
-    try:
-        return metadata.version("fastdml")
-    except metadata.PackageNotFoundError:
-        return "from sources that are not installed"
 
 
 def _complain(message: str, code: int) -> int:

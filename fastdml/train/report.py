@@ -28,12 +28,13 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
+from fastdml import __version__
 from fastdml.errors import InputError, require
 
 METRICS = "metrics.jsonl"
 SUMMARY = "summary.json"
 INDEPENDENT = "independent"
-VERSIONED = ("fastdml", "torch", "triton", "numpy")
+VERSIONED = ("torch", "triton", "numpy")
 DPI = 100
 MARKED_POINTS = 40  # a curve of this many points or fewer shows each of them
 CURVE_POINTS = 150  # more than these log points are averaged in equal spans: noise hides the course
@@ -314,7 +315,7 @@ def plot_pairwise_kl(folder: str | Path) -> Path | None:
 
 def versions() -> dict[str, str]:
     """Versions of Python and of the packages that decide a run's numbers."""
-    found = {"python": platform.python_version()}
+    found = {"fastdml": __version__, "python": platform.python_version()}
     for package in VERSIONED:
         try:
             found[package] = metadata.version(package)
