@@ -1,0 +1,72 @@
+"""A labelled set of images, whole in memory as uint8 and checked on construction."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field, replace
+
+import torch
+from torch import Tensor
+
+from fastdml.data.counter import SUBSET, check_seed, draw, permutation
+from fastdml.errors import InputError
+
+
+@dataclass(frozen=True, eq=False)
+class ImageSet:
+    images: Tensor = field(repr=False)  # (N, ch, H, W) uint8
+    labels: Tensor = field(repr=False)  # (N,) int64, each in [0, num_classes)
+    num_classes: int
+    class_names: tuple[str, ...]
+    mean: tuple[float, ...]  # (ch,) in the units of the stored bytes
+    std: tuple[float, ...]  # (ch,)
+
+    def __post_init__(self) -> None:
+        images, labels = self.images, self.labels
+        if images.dtype != torch.uint8 or images.ndim != 4:
+            raise InputError(
+                f"images are {tuple(images.shape)} {images.dtype}: give (N, channels, H, W) uint8"
+            )
+        if labels.dtype != torch.int64 or labels.shape != images.shape[:1]:
+            raise InputError(
+                f"labels are {tuple(labels.shape)} {labels.dtype} for {len(images)} images: "
+                f"give ({len(images)},) int64"
+            )
+        if len(self.class_names) != self.num_classes:
+            raise InputError(
+                f"{len(self.class_names)} class names for {self.num_classes} classes: give one each"
+            )
+        channels = images.shape[1]
+        if len(self.mean) != channels or len(self.std) != channels or min(self.std) <= 0:
+            raise InputError(
+                f"mean {self.mean} and std {self.std} for {channels} channels: "
+                "give one of each a channel, std above zero"
+            )
+        if len(labels) == 0:
+            raise InputError("the set holds no images: give at least one")
+        low, high = (int(v) for v in labels.aminmax())
+        if low < 0 or high >= self.num_classes:
+            raise InputError(
+                f"labels run from {low} to {high}: with {self.num_classes} classes they must be "
+                f"from 0 to {self.num_classes - 1}"
+            )
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    def subset(self, n: int, seed: int = 0) -> ImageSet:
+        """`n` samples, as many of each class as there are, in the order of the set.
+
+        Classes differ by one sample at most until one runs out, and a smaller subset of the same
+        seed lies within a larger one.
+        """
+        if not 1 <= n <= len(self):
+            raise InputError(f"a subset of {n} images: the set allows 1 to {len(self)}")
+        labels = self.labels.cpu()
+        words = draw(check_seed(seed), 0, torch.arange(len(labels)), SUBSET)[0]
+        by_class = permutation((labels << 32) + words)
+        counts = torch.bincount(labels, minlength=self.num_classes)
+        first = counts.cumsum(0) - counts  # (C,) where each class starts in by_class
+        rank = torch.empty_like(labels)  # (N,) place of the sample within its class
+        rank[by_class] = torch.arange(len(labels)) - first[labels[by_class]]
+        chosen = permutation((rank << 32) + words)[:n].sort().values.to(self.labels.device)
+        return replace(self, images=self.images[chosen], labels=self.labels[chosen])

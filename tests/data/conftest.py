@@ -1,0 +1,52 @@
+"""Real CIFAR-100 for the tests that need it, and small sets for the others."""
+
+from __future__ import annotations
+
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from fastdml.data import ImageSet
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+@pytest.fixture(scope="session")
+def cifar100_root(tmp_path_factory):
+    """A folder with both versions of the real files, unpacked for the session if need be."""
+    if all(
+        (ROOT / "data" / f).is_file()
+        for f in ("cifar-100-python/train", "cifar-100-binary/train.bin")
+    ):
+        yield ROOT / "data"
+        return
+    unpack = ROOT.parent / "shared" / "data" / "unpack.py"
+    if not unpack.is_file():
+        pytest.skip("real CIFAR-100 is absent: put cifar-100-python and cifar-100-binary in ./data")
+    pytest.importorskip("PIL", reason="real CIFAR-100 is packed and needs Pillow to unpack")
+    folder = tmp_path_factory.mktemp("cifar100")
+    subprocess.run([sys.executable, unpack, folder], check=True)
+    yield folder
+    shutil.rmtree(folder)
+
+
+@pytest.fixture
+def make_set():
+    """Builds an `ImageSet` of random bytes."""
+
+    def make(n=50, ch=3, height=8, width=8, classes=10, seed=0) -> ImageSet:
+        random = torch.Generator().manual_seed(seed)
+        return ImageSet(
+            torch.randint(0, 256, (n, ch, height, width), dtype=torch.uint8, generator=random),
+            torch.randint(0, classes, (n,), generator=random),
+            classes,
+            tuple(f"class {c}" for c in range(classes)),
+            tuple(100.0 + 10 * c for c in range(ch)),
+            tuple(50.0 + 5 * c for c in range(ch)),
+        )
+
+    return make
