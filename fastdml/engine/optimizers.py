@@ -92,7 +92,7 @@ class Schedule:
     """Feeds the optimizer's learning rate from a table on the device; `advance` after each step."""
 
     def __init__(self, optimizer: Optimizer, rates: Tensor) -> None:
-        device = optimizer.param_groups[0]["params"][0].device
+        device = next(w for group in optimizer.param_groups for w in group["params"]).device
         self.optimizer = optimizer
         self.rates = rates.to(device)  # (steps of the run,)
         self.lr = torch.empty((), dtype=torch.float32, device=device)

@@ -7,7 +7,8 @@ A run folder holds, from this module:
     metrics.jsonl      one object a line, in order of step; all else is drawn from it
         {"kind": "peers", "step": 0, "names": ["resnet20", "resnet20-1"]}
         {"kind": "train", "step": 20, "epoch": 0.13, "time": ..., "ce": [K], "kl": [K],
-         "pairwise_kl": [[K] * K], ...}        means since the log point before, losses in nats
+         "pairwise_kl": [[K] * K], ...}        means since the reading before, losses in nats
+        {"kind": "epoch", ...}                 the same, means over a whole epoch
         {"kind": "test", "step": 156, "epoch": 1.0, "time": ..., "top1": [K], "ensemble_top1": ..}
         `step` counts batches done, `time` is in seconds since 1970, null stands for NaN and inf.
     tensorboard/       the same scalars: KIND/NAME, with /PEER where there is one a peer
@@ -37,7 +38,7 @@ INDEPENDENT = "independent"
 VERSIONED = ("torch", "triton", "numpy")
 DPI = 100
 MARKED_POINTS = 40  # a curve of this many points or fewer shows each of them
-CURVE_POINTS = 150  # more than these log points are averaged in equal spans: noise hides the course
+ENOUGH_EPOCHS = 10  # from here on training is drawn by epochs; readings between them are noisier
 
 
 class MetricsLog:
@@ -235,15 +236,17 @@ def plot_curves(folder: str | Path) -> Path:
     figure, axes = _figure(5.0 * len(panels), 4.6, 1, len(panels))
     for axis, (kind, key, title, unit) in zip(axes[0], panels, strict=True):
         for run, records in runs.items():
+            points = [r for r in _select(records, kind) if key in r]
+            epochs = [r["epoch"] for r in points]
             style = {"linestyle": "-" if run == "mutual" else "--", "linewidth": 1.6}
-            if sum(r["kind"] == kind for r in records) <= MARKED_POINTS:
+            if len(points) <= MARKED_POINTS:
                 style |= {"marker": "o", "markersize": 3}
             for k in range(len(names)):
-                x, y = _series(records, kind, key, k)
-                axis.plot(x, [unit * v for v in y], color=colours[k], **style)
+                values = [_scaled(r[key][k], unit) for r in points]
+                axis.plot(epochs, values, color=colours[k], **style)
             if kind == "test" and len(names) > 1:
-                x, y = _series(records, kind, "ensemble_top1")
-                axis.plot(x, [unit * v for v in y], color="black", **style)
+                values = [_scaled(r["ensemble_top1"], unit) for r in points]
+                axis.plot(epochs, values, color="black", **style)
         axis.set(title=title, xlabel="epoch")
         axis.set_xlim(left=0)
         axis.xaxis.get_major_locator().set_params(integer=True)
@@ -381,24 +384,21 @@ def _names(records: list[dict[str, Any]]) -> list[str]:
     return next(r["names"] for r in records if r["kind"] == "peers")
 
 
-def _series(
-    records: list[dict[str, Any]], kind: str, key: str, peer: int | None = None
-) -> tuple[list[float], list[float]]:
-    """Epochs and values of one curve, averaged in equal spans where there are very many points."""
-    points = [
-        (r["epoch"], r[key] if peer is None else r[key][peer])
-        for r in records
-        if r["kind"] == kind and r.get(key) is not None
-    ]
-    points = [(x, math.nan if y is None else y) for x, y in points]
-    size = math.ceil(len(points) / CURVE_POINTS) or 1
-    spans = [points[i : i + size] for i in range(0, len(points), size)]
-    return [s[-1][0] for s in spans], [sum(y for _, y in s) / len(s) for s in spans]
+def _scaled(value: float | None, unit: float) -> float:
+    return math.nan if value is None else unit * value
+
+
+def _select(records: list[dict[str, Any]], kind: str) -> list[dict[str, Any]]:
+    """The records of one kind; of "train", whole epochs instead of readings once there are many."""
+    epochs = [r for r in records if r["kind"] == "epoch"]
+    if kind == "train" and len(epochs) >= ENOUGH_EPOCHS:
+        return epochs
+    return [r for r in records if r["kind"] == kind]
 
 
 def _pairwise_spans(records: list[dict[str, Any]]) -> list[tuple[str, list[list[float]]]]:
     """Up to four equal spans of training, each with its mean (K, K) matrix, NaN on the diagonal."""
-    points = [r for r in records if r["kind"] == "train" and len(r.get("pairwise_kl") or ()) > 1]
+    points = [r for r in _select(records, "train") if len(r.get("pairwise_kl") or ()) > 1]
     if not points:
         return []
     count = min(4, len(points))

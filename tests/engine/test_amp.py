@@ -1,0 +1,48 @@
+"""Which precision "auto" chooses."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from fastdml.engine.amp import resolve
+
+CPU, CUDA = torch.device("cpu"), torch.device("cuda")
+
+
+@pytest.mark.parametrize(
+    ("capabilities", "name"),
+    [
+        ({}, "fp32"),
+        ({"avx512_bf16": False, "amx_bf16": False, "avx512_f": True}, "fp32"),
+        ({"avx512_bf16": True}, "bf16"),
+        ({"amx_bf16": True}, "bf16"),
+    ],
+)
+def test_auto_on_cpu_uses_bf16_where_the_cpu_has_it(monkeypatch, capabilities, name):
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: capabilities)
+    amp = resolve("auto", CPU)
+    assert amp.name == name
+    assert amp.scaler is None
+
+
+@pytest.mark.parametrize(
+    ("capability", "name"), [((7, 0), "fp16"), ((7, 5), "fp16"), ((8, 0), "bf16"), ((9, 0), "bf16")]
+)
+def test_auto_on_cuda_follows_the_compute_capability(monkeypatch, capability, name):
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+    monkeypatch.setattr("fastdml.engine.amp.GradScaler", lambda device: f"scaler on {device}")
+    amp = resolve("auto", CUDA)
+    assert amp.name == name
+    assert amp.scaler == ("scaler on cuda" if name == "fp16" else None)
+
+
+@pytest.mark.parametrize(
+    ("name", "dtype"), [("fp32", torch.float32), ("bf16", torch.bfloat16), ("fp16", torch.float16)]
+)
+def test_autocast_computes_in_the_named_precision(name, dtype):
+    amp = resolve("off" if name == "fp32" else name, CPU)
+    with amp.autocast():
+        assert torch.nn.Linear(2, 2)(torch.ones(1, 2)).dtype == dtype
+    assert amp.name == name
+    assert (amp.scaler is not None) == (name == "fp16")

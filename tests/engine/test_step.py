@@ -1,0 +1,376 @@
+"""The training step against loops written by hand, in both update modes and every precision."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+from torch.amp import GradScaler
+
+from fastdml.cohort import Cohort
+from fastdml.engine import Amp, Schedule, make_optimizer, make_step
+from fastdml.errors import InputError
+from fastdml.loss import MutualLoss
+
+C = 5
+RATE = 0.125  # exact in float32, as the learning rate is stored
+
+
+def linear_peer(seed: int, width: int = 0) -> nn.Module:
+    """Linear, or with a hidden layer of `width`."""
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        if width == 0:
+            return nn.Linear(6, C)
+        return nn.Sequential(nn.Linear(6, width), nn.Tanh(), nn.Linear(width, C))
+
+
+def norm_peer(seed: int) -> nn.Module:
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        return nn.Sequential(nn.Linear(6, 8), nn.BatchNorm1d(8), nn.ReLU(), nn.Linear(8, C))
+
+
+def batches(steps: int, dtype: torch.dtype = torch.float32):
+    generator = torch.Generator().manual_seed(1)
+    for _ in range(steps):
+        x = torch.randn(16, 6, generator=generator, dtype=torch.float64).to(dtype)
+        yield x, torch.randint(C, (16,), generator=generator)
+
+
+def step_for(peers, *, momentum=0.9, weight_decay=1e-3, **options):
+    cohort = Cohort(peers, C)
+    optimizer = make_optimizer(cohort, lr=RATE, momentum=momentum, weight_decay=weight_decay)
+    return make_step(cohort, MutualLoss(), optimizer, **{"amp": "off", **options})
+
+
+def loss_by_hand(k: int, logits: list[torch.Tensor], labels: torch.Tensor) -> torch.Tensor:
+    """CE plus the mean KL from the other peers, as section 3 of the paper has it."""
+    loss = F.cross_entropy(logits[k], labels)
+    for teacher, z in enumerate(logits):
+        if teacher != k:
+            kl = F.kl_div(logits[k].log_softmax(1), z.detach().softmax(1), reduction="batchmean")
+            loss = loss + kl / (len(logits) - 1)
+    return loss
+
+
+def train_by_hand(peers, steps, update, dtype):
+    """One SGD optimizer and one backward a peer; every prediction recomputed for each peer."""
+    optimizers = [
+        torch.optim.SGD(p.parameters(), RATE, 0.9, nesterov=True, weight_decay=1e-3) for p in peers
+    ]
+    for x, y in batches(steps, dtype):
+        logits = [p(x) for p in peers]
+        for k, optimizer in enumerate(optimizers):
+            if update == "sequential":
+                logits = [p(x) for p in peers]
+            optimizer.zero_grad()
+            loss_by_hand(k, logits, y).backward()
+            if update == "sequential":
+                optimizer.step()
+        if update == "simultaneous":
+            for optimizer in optimizers:
+                optimizer.step()
+
+
+@pytest.mark.parametrize("update", ["simultaneous", "sequential"])
+@pytest.mark.parametrize("K", [1, 2, 3])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+def test_three_steps_equal_the_loop_by_hand(update, K, dtype):
+    ours = [linear_peer(k, width=3 * k).to(dtype) for k in range(K)]
+    theirs = [copy.deepcopy(p).double() for p in ours]
+    step = step_for(ours, update=update)
+    for x, y in batches(3, dtype):
+        step(x, y)
+    train_by_hand(theirs, 3, update, torch.float64)
+    tolerance = 1e-6 if dtype == torch.float64 else 1e-5  # the loss computes in float32 at least
+    for mine, other in zip(ours, theirs, strict=True):
+        for w, v in zip(mine.parameters(), other.parameters(), strict=True):
+            assert w.dtype == dtype
+            torch.testing.assert_close(w.double(), v, rtol=tolerance, atol=tolerance)
+
+
+def test_sequential_and_simultaneous_differ():
+    results = []
+    for update in ("simultaneous", "sequential"):
+        peers = [linear_peer(0), linear_peer(1)]
+        step = step_for(peers, update=update)
+        step(*next(batches(1)))
+        results.append(peers)
+    assert torch.equal(results[0][0].weight, results[1][0].weight)  # the first to be updated
+    assert not torch.allclose(results[0][1].weight, results[1][1].weight, atol=1e-6)
+
+
+def test_sequential_recomputes_in_training_mode_and_records_statistics_once():
+    ours = [norm_peer(k) for k in range(3)]
+    theirs = [copy.deepcopy(p) for p in ours]
+    starts = [copy.deepcopy(p) for p in ours]
+    step = step_for(ours, update="sequential")
+    for x, y in batches(3):
+        step(x, y)
+    train_by_hand(theirs, 3, "sequential", torch.float32)
+    for mine, other in zip(ours, theirs, strict=True):
+        for w, v in zip(mine.parameters(), other.parameters(), strict=True):
+            # equal only if the recomputed predictions used the batch's own statistics
+            torch.testing.assert_close(w, v, rtol=1e-4, atol=1e-5)
+        assert mine[1].num_batches_tracked == 3
+        assert mine[1].track_running_stats
+
+    fresh = [copy.deepcopy(p) for p in starts]
+    step = step_for(fresh, update="sequential")
+    x, y = next(batches(1))
+    step(x, y)
+    for mine, start in zip(fresh, starts, strict=True):
+        start(x)  # one pass with the weights from before the update
+        torch.testing.assert_close(mine[1].running_mean, start[1].running_mean)
+        torch.testing.assert_close(mine[1].running_var, start[1].running_var)
+
+
+def test_sequential_steps_see_the_gradients_of_one_peer():
+    peers = [linear_peer(0), linear_peer(1, width=4)]
+    cohort = Cohort(peers, C)
+    optimizer = make_optimizer(cohort, lr=RATE, weight_decay=0.1)
+    seen = []
+    optimizer.register_step_pre_hook(
+        lambda *_: seen.append([p[0].weight.grad is not None if k else p.weight.grad is not None
+                                for k, p in enumerate(peers)])
+    )  # fmt: skip
+    step = make_step(cohort, MutualLoss(), optimizer, amp="off", update="sequential")
+    step(*next(batches(1)))
+    assert seen == [[True, False], [False, True]]
+    assert all(w.grad is None for w in cohort.parameters())
+
+
+@pytest.mark.parametrize("update", ["simultaneous", "sequential"])
+def test_statistics_belong_to_their_peers(update):
+    peers = [linear_peer(0), linear_peer(1, width=9), linear_peer(2, width=4)]
+    with torch.no_grad():
+        peers[1][2].weight.mul_(20)  # a peer that is confidently wrong: the largest loss by far
+    before = [copy.deepcopy(p) for p in peers]
+    step = step_for(peers, update=update, momentum=0.0)
+    x, y = next(batches(1))
+    output = step(x, y)
+    for k in range(3):
+        # peer k met the peers before it as they are now, if one is updated after the other
+        models = [*peers[:k], *before[k:]] if update == "sequential" else before
+        logits = [m(x) for m in models]
+        torch.testing.assert_close(output.losses[k], loss_by_hand(k, logits, y).detach())
+        torch.testing.assert_close(output.stats.ce[k], F.cross_entropy(logits[k], y).detach())
+        assert output.stats.correct[k] == (logits[k].argmax(1) == y).sum()
+        for teacher, z in enumerate(logits):
+            kl = F.kl_div(logits[k].log_softmax(1), z.softmax(1), reduction="batchmean").detach()
+            found = output.stats.pairwise_kl[teacher, k]
+            torch.testing.assert_close(found, kl, atol=1e-6, rtol=1e-4)
+    mean = sum(m(x).softmax(1) for m in before)
+    assert output.stats.ensemble_correct == (mean.argmax(1) == y).sum()
+    assert output.stats.ce.argmax() == 1
+
+
+def test_frozen_peer_teaches_and_stays():
+    peers = [linear_peer(0), linear_peer(1)]
+    peers[0].requires_grad_(False)
+    frozen, other = peers[0].weight.clone(), peers[1].weight.clone()
+    for update in ("simultaneous", "sequential"):
+        step_for(peers, update=update)(*next(batches(1)))
+        assert torch.equal(peers[0].weight, frozen)
+        assert not torch.equal(peers[1].weight, other)
+
+
+def test_gradients_are_clipped_a_peer_at_a_time():
+    peers = [linear_peer(0), linear_peer(1)]
+    before = [copy.deepcopy(p) for p in peers]
+    with torch.no_grad():
+        peers[1].weight.mul_(30)
+        before[1].weight.mul_(30)
+    step = step_for(peers, momentum=0.0, weight_decay=0.0, grad_clip=1e-3)
+    step(*next(batches(1)))
+    for p, q in zip(peers, before, strict=True):
+        moved = torch.cat(
+            [(a - b).flatten() for a, b in zip(p.parameters(), q.parameters(), strict=True)]
+        )
+        assert moved.norm().item() == pytest.approx(RATE * 1e-3, rel=0.05)
+
+
+@pytest.mark.parametrize("update", ["simultaneous", "sequential"])
+@pytest.mark.parametrize("amp", ["bf16", "fp16"])
+def test_half_precision_follows_float32(amp, update):
+    results = {}
+    for precision in ("off", amp):
+        peers = [linear_peer(0, width=16), linear_peer(1, width=16)]
+        step = step_for(peers, amp=precision, update=update)
+        for x, y in batches(5):
+            output = step(x, y)
+            assert output.losses.dtype == torch.float32
+        assert all(w.dtype == torch.float32 for p in peers for w in p.parameters())
+        results[precision] = torch.cat([w.flatten() for p in peers for w in p.parameters()])
+    assert not torch.equal(results[amp], results["off"])
+    error = (results[amp] - results["off"]).norm() / results["off"].norm()
+    assert error < (2e-2 if amp == "bf16" else 3e-3)
+
+
+class TestOverflow:
+    """fp16 with a scale so large that the first gradients overflow, as they do in practice."""
+
+    def build(self, update: str, fused: bool):
+        peers = [linear_peer(0), linear_peer(1, width=4)]
+        cohort = Cohort(peers, C)
+        scaler = GradScaler("cpu", init_scale=2.0**127)
+        amp = Amp(torch.device("cpu"), torch.float16, scaler)
+        if fused:
+            optimizer = make_optimizer(cohort, lr=RATE)
+        else:
+            optimizer = torch.optim.SGD(cohort.parameters(), RATE, 0.9, foreach=True)
+        step = make_step(cohort, MutualLoss(), optimizer, amp=amp, update=update)
+        return cohort, scaler, optimizer, step
+
+    @pytest.mark.parametrize("update", ["simultaneous", "sequential"])
+    @pytest.mark.parametrize("fused", [True, False])
+    def test_a_skipped_step_changes_nothing_but_the_scale(self, update, fused):
+        cohort, scaler, optimizer, step = self.build(update, fused)
+        schedule = Schedule(optimizer, torch.tensor([0.5, 0.25, 0.125]))
+        before = copy.deepcopy(cohort.state_dict())
+        x, y = next(batches(1))
+        step(x * 1000, y)
+        schedule.advance(step.skipped)
+        assert step.skipped == 1
+        assert schedule.updates == 0
+        assert schedule.lr == 0.5
+        for key, value in cohort.state_dict().items():
+            assert torch.equal(value, before[key])
+        assert scaler.get_scale() < 2.0**127
+
+    @pytest.mark.parametrize("fused", [True, False])
+    def test_training_goes_on_when_the_scale_has_come_down(self, fused):
+        cohort, _, optimizer, step = self.build("simultaneous", fused)
+        schedule = Schedule(optimizer, torch.full((300,), 0.01))
+        skipped = 0
+        for x, y in batches(200):
+            step(x, y)
+            schedule.advance(step.skipped)
+            skipped += int(step.skipped)
+            if not step.skipped:
+                break
+        assert 0 < skipped < 199
+        assert schedule.updates == 1
+        for state in optimizer.state.values():
+            # what the fused kernel makes itself on a first step that overflows is uninitialised
+            assert state["momentum_buffer"].isfinite().all()
+        assert all(w.isfinite().all() for w in cohort.parameters())
+
+    def test_one_overflowing_peer_holds_back_all_or_only_itself(self):
+        for update in ("simultaneous", "sequential"):
+            peers = [linear_peer(0), linear_peer(1)]
+            before = [p.weight.clone() for p in peers]
+            cohort = Cohort(peers, C)
+            peers[1].weight.register_hook(lambda g: g * torch.inf)
+            amp = Amp(torch.device("cpu"), torch.float16, GradScaler("cpu", init_scale=8.0))
+            optimizer = make_optimizer(cohort, lr=RATE)
+            step = make_step(cohort, MutualLoss(), optimizer, amp=amp, update=update)
+            step(*next(batches(1)))
+            sequential = update == "sequential"
+            assert torch.equal(peers[1].weight, before[1])
+            assert torch.equal(peers[0].weight, before[0]) != sequential
+            assert step.skipped == (0 if sequential else 1)
+
+    def test_gradients_below_fp16_are_scaled_before_they_are_rounded(self):
+        peers = [linear_peer(0), linear_peer(1)]
+        cohort = Cohort(peers, C)
+        optimizer = make_optimizer(cohort, lr=RATE, momentum=0.0)
+        loss = MutualLoss(ce_weight=1e-8, kl_weight=0.0)  # gradients of about 1e-10, fp16 has 6e-8
+        step = make_step(cohort, loss, optimizer, amp="fp16")
+        seen = []
+        optimizer.register_step_pre_hook(lambda *_: seen.append(peers[0].bias.grad.clone()))
+        x, y = next(batches(1))
+        expected = (peers[0](x).softmax(1) - F.one_hot(y, C)).mean(0) * 1e-8
+        step(x, y)
+        torch.testing.assert_close(seen[0], expected.detach(), rtol=0.05, atol=1e-11)
+
+
+@pytest.mark.parametrize("amp", ["off", "bf16", "fp16"])
+@pytest.mark.parametrize("update", ["simultaneous", "sequential"])
+def test_the_step_never_asks_for_a_value(monkeypatch, update, amp):
+    """The methods by which Python gets at a tensor's value all fail during the steps."""
+    watched = [False]
+
+    def refuse_while_watched(name):
+        original = getattr(torch.Tensor, name)
+
+        def method(self, *args, **kwargs):
+            assert not watched[0], f"Tensor.{name} during a step"
+            return original(self, *args, **kwargs)
+
+        return method
+
+    class Loss(MutualLoss):
+        def value_and_grad(self, logits, labels):
+            # On a CPU it looks at the labels, which are at hand there; the GPU test watches CUDA.
+            watched[0] = False
+            found = super().value_and_grad(logits, labels)
+            watched[0] = True
+            return found
+
+    for name in ("item", "tolist", "__float__", "__bool__", "__int__", "numpy", "cpu"):
+        monkeypatch.setattr(torch.Tensor, name, refuse_while_watched(name))
+    cohort = Cohort([norm_peer(0), norm_peer(1)], C)
+    optimizer = make_optimizer(cohort, lr=RATE)
+    schedule = Schedule(optimizer, torch.full((9,), RATE))
+    step = make_step(cohort, Loss(), optimizer, amp=amp, update=update, grad_clip=1.0)
+    data = list(batches(3))
+    watched[0] = True
+    for x, y in data:
+        step(x, y)
+        schedule.advance(step.skipped)
+    watched[0] = False
+    assert schedule.updates == 3
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("amp", ["off", "bf16", "fp16"])
+@pytest.mark.parametrize("update", ["simultaneous", "sequential"])
+def test_no_synchronisation_on_cuda(amp, update):
+    cohort = Cohort([norm_peer(0), norm_peer(1)], C).cuda()
+    optimizer = make_optimizer(cohort, lr=RATE)
+    schedule = Schedule(optimizer, torch.full((9,), RATE))
+    step = make_step(cohort, MutualLoss(), optimizer, amp=amp, update=update, grad_clip=1.0)
+    data = [(x.cuda(), y.cuda()) for x, y in batches(4)]
+    step(*data[0])  # the first step may allocate and compile
+    torch.cuda.synchronize()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        for x, y in data[1:]:
+            step(x, y)
+            schedule.advance(step.skipped)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    assert torch.cat([w.flatten() for w in cohort.parameters()]).isfinite().all()
+
+
+@pytest.mark.slow
+def test_compiled_peers_take_the_same_steps():
+    results = []
+    for compile in (False, True):
+        peers = [norm_peer(0), norm_peer(1)]
+        step = step_for(peers, compile=compile, update="sequential")
+        for x, y in batches(3):
+            step(x, y)
+        results.append(
+            torch.cat([v.flatten().double() for p in peers for v in p.state_dict().values()])
+        )
+        assert not any(key.startswith("_orig_mod") for p in peers for key in p.state_dict())
+    torch.testing.assert_close(results[0], results[1], rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"execution": "warp"}, "execution 'warp' does not exist"),
+        ({"update": "both"}, "update must be simultaneous or sequential, not 'both'"),
+        ({"amp": "half"}, "amp must be one of auto, off, bf16, fp16, not 'half'"),
+    ],
+)
+def test_unknown_options_are_refused(options, message):
+    with pytest.raises(InputError, match=message):
+        step_for([linear_peer(0)], **options)

@@ -1,0 +1,89 @@
+"""A checkpoint is whole or not there, and holds data only."""
+
+from __future__ import annotations
+
+import os
+import pickle
+from pathlib import Path
+
+import pytest
+import torch
+
+from fastdml.errors import InputError
+from fastdml.train import checkpoint
+
+
+@pytest.fixture
+def path(tmp_path):
+    path = tmp_path / "last.ckpt"
+    checkpoint.save(path, {"w": torch.arange(1000.0), "step": 7, "name": "a", "none": None})
+    return path
+
+
+def test_round_trip(path):
+    state = checkpoint.load(path)
+    assert torch.equal(state["w"], torch.arange(1000.0))
+    assert (state["step"], state["name"], state["none"]) == (7, "a", None)
+    assert [p.name for p in path.parent.iterdir()] == ["last.ckpt"]
+
+
+def test_a_save_that_dies_halfway_leaves_the_old_one(path, monkeypatch):
+    def die(state, file):
+        file.write(b"half")
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(torch, "save", die)
+    with pytest.raises(InputError, match=r"the one before it is kept.*No space left"):
+        checkpoint.save(path, {"step": 8})
+    assert checkpoint.load(path)["step"] == 7
+    assert [p.name for p in path.parent.iterdir()] == ["last.ckpt"]
+
+
+def test_the_file_is_on_disk_before_its_name_and_the_folder_after(path, monkeypatch):
+    order = []
+    fsync, replace = os.fsync, os.replace
+
+    def note_fsync(fd):
+        order.append("folder" if Path(f"/proc/self/fd/{fd}").resolve().is_dir() else "file")
+        fsync(fd)
+
+    def note_replace(a, b):
+        order.append("rename")
+        replace(a, b)
+
+    monkeypatch.setattr(os, "fsync", note_fsync)
+    monkeypatch.setattr(os, "replace", note_replace)
+    checkpoint.save(path, {"step": 8})
+    assert order == ["file", "rename", "folder"]
+
+
+@pytest.mark.parametrize("keep", [0, 10, 1000, -200])
+def test_truncated_files_are_named(path, keep):
+    path.write_bytes(path.read_bytes()[:keep])
+    with pytest.raises(InputError, match=r"last\.ckpt is not a checkpoint that can be read"):
+        checkpoint.load(path)
+
+
+class Attack:
+    def __reduce__(self):
+        return (os.mkdir, ("hacked",))
+
+
+@pytest.mark.parametrize("write", [torch.save, lambda x, p: p.write_bytes(pickle.dumps(x))])
+def test_code_in_a_file_is_not_run(path, monkeypatch, write):
+    monkeypatch.chdir(path.parent)
+    write({"format": 1, "x": Attack()}, path)
+    with pytest.raises(InputError, match="not a checkpoint that can be read"):
+        checkpoint.load(path)
+    assert not Path("hacked").exists()
+
+
+def test_other_files_are_refused(path, tmp_path):
+    torch.save({"format": 99}, path)
+    with pytest.raises(InputError, match="format 99, not 1"):
+        checkpoint.load(path)
+    torch.save(torch.ones(2), path)
+    with pytest.raises(InputError, match="format None, not 1"):
+        checkpoint.load(path)
+    with pytest.raises(InputError, match=r"there is no checkpoint .*none\.ckpt"):
+        checkpoint.load(tmp_path / "none.ckpt")

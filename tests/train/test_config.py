@@ -1,0 +1,234 @@
+"""One configuration for Python, YAML and the command line."""
+
+from __future__ import annotations
+
+import ast
+import dataclasses
+import inspect
+from itertools import pairwise
+from pathlib import Path
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from fastdml.errors import InputError
+from fastdml.train import TrainConfig, config
+from fastdml.train.config import (
+    FREE_ON_RESUME,
+    check_resumable,
+    from_command_line,
+    load_config,
+    numbered_folders,
+    preset,
+    resolve,
+    run_name,
+)
+
+FIELDS = [field.name for field in dataclasses.fields(TrainConfig)]
+
+
+def test_defaults_are_the_papers_settings_for_cifar100():
+    c = TrainConfig()
+    assert (c.data, c.peers, c.batch_size, c.epochs) == (
+        "cifar100", ("resnet32", "resnet32"), 64, 200,
+    )  # fmt: skip
+    assert (c.optimizer, c.momentum, c.nesterov, c.lr, c.weight_decay) == (
+        "sgd", 0.9, True, 0.1, 5e-4,
+    )  # fmt: skip
+    assert (c.schedule, c.lr_drop_every, c.lr_drop_factor, c.warmup_epochs) == ("step", 60, 0.1, 0)
+    assert (c.pad, c.flip, c.temperature, c.ce_weight, c.kl_weight) == (4, True, 1, 1, 1)
+    assert preset("cifar100") == c
+
+
+def test_every_setting_has_a_help_text():
+    body = ast.parse(inspect.getsource(TrainConfig)).body[0].body
+    documented = [
+        a.target.id
+        for a, b in pairwise(body)
+        if isinstance(a, ast.AnnAssign) and isinstance(b, ast.Expr)
+    ]
+    assert documented == FIELDS
+    assert set(FIELDS) >= FREE_ON_RESUME
+
+
+@pytest.mark.parametrize(
+    ("name", "near"),
+    [
+        ("epoch", "epochs"),
+        ("learning_rate", None),
+        ("batchsize", "batch_size"),
+        ("kl-weigth", "kl_weight"),
+    ],
+)
+def test_unknown_settings_are_refused_with_the_nearest(name, near, tmp_path):
+    expected = f"unknown setting '{name}'.*" + (f"did you mean {near}" if near else "")
+    file = tmp_path / "c.yaml"
+    file.write_text(f"{name}: 3\n")
+    for attempt in (
+        lambda: preset("digits", **{name: 3}),
+        lambda: TrainConfig().replace(**{name: 3}),
+        lambda: load_config(file),
+        lambda: resolve("digits", {name: 3}),
+    ):
+        with pytest.raises(InputError, match=expected) as caught:
+            attempt()
+        assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "message"),
+    [
+        ("epochs", 0, "epochs must be 1 or more, not 0"),
+        ("epochs", 2.5, "epochs must be a whole number, not 2.5"),
+        ("epochs", True, "epochs must be a whole number, not True"),
+        ("batch_size", "many", "batch_size must be a whole number, not 'many'"),
+        ("lr", 0, "lr must be above 0, not 0.0"),
+        ("lr", float("nan"), "lr must be a finite number, not nan"),
+        ("lr", float("inf"), "lr must be a finite number, not inf"),
+        ("lr", [0.1], r"lr must be a finite number, not \[0.1\]"),
+        ("momentum", 1, "momentum must be at least 0 and below 1, not 1.0"),
+        ("momentum", 0, "nesterov needs momentum above 0"),
+        ("label_smoothing", 1.5, r"label_smoothing must be within 0\.\.1, not 1.5"),
+        ("temperature", -1, "temperature must be above 0, not -1.0"),
+        ("amp", "half", "amp must be one of auto, off, bf16, fp16, not 'half'"),
+        ("update", None, "update must be one of simultaneous, sequential, not None"),
+        ("peers", (), "peers is empty: name at least one model"),
+        ("peers", "resnet32", "peers must be a list of names, not 'resnet32'"),
+        ("peers", [32], "peers must be text, not 32"),
+        ("flip", "no", "flip must be true or false, not 'no'"),
+        ("flip", 1, "flip must be true or false, not 1"),
+        ("root", 7, "root must be text, not 7"),
+        ("seed", -1, "seed must be within 0"),
+        ("warmup_epochs", 201, r"warmup_epochs \(201\) must not exceed epochs \(200\)"),
+    ],
+)
+def test_wrong_values_are_one_line(name, value, message):
+    with pytest.raises(InputError, match=message) as caught:
+        TrainConfig(**{name: value})
+    assert "\n" not in str(caught.value)
+
+
+def test_values_are_taken_as_people_write_them():
+    c = TrainConfig(epochs=3.0, lr="1e-3", root=Path("x"), peers=["a"], amp=False, subset="100")
+    assert (c.epochs, c.lr, c.root, c.peers, c.amp, c.subset) == (3, 1e-3, "x", ("a",), "off", 100)
+    assert isinstance(c.epochs, int)
+
+
+@given(
+    lr=st.floats(1e-8, 1e3),
+    epochs=st.integers(1, 10**6),
+    seed=st.integers(0, 2**63 - 1),
+    peers=st.lists(st.text(min_size=1), min_size=1),
+    flip=st.booleans(),
+    folder=st.none() | st.text(),
+)
+def test_yaml_returns_what_was_written(tmp_path_factory, lr, epochs, seed, peers, flip, folder):
+    c = TrainConfig(lr=lr, epochs=epochs, seed=seed, peers=peers, flip=flip, folder=folder)
+    path = tmp_path_factory.mktemp("yaml") / "config.yaml"
+    c.save(path)
+    assert load_config(path) == c
+
+
+def test_yaml_1_1_pitfalls(tmp_path):
+    path = tmp_path / "c.yaml"
+    path.write_text("amp: off\nlr: 1e-2\npeers: [resnet20, resnet8]\ndata: digits\n")
+    c = load_config(path)
+    assert (c.amp, c.lr, c.peers) == ("off", 0.01, ("resnet20", "resnet8"))
+    assert c.epochs == preset("digits").epochs  # the preset of the data set that the file names
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("lr: [", "is not YAML"),
+        ("- lr\n- 3\n", "must hold 'name: value' lines, not a list"),
+        ("5", "must hold 'name: value' lines, not a int"),
+        ("!!python/object/apply:os.system ['touch hacked']", "is not YAML"),
+    ],
+)
+def test_files_that_are_no_settings(tmp_path, monkeypatch, text, message):
+    monkeypatch.chdir(tmp_path)
+    Path("c.yaml").write_text(text)
+    with pytest.raises(InputError, match=message) as caught:
+        load_config("c.yaml")
+    assert "\n" not in str(caught.value)
+    assert not Path("hacked").exists()
+    with pytest.raises(InputError, match=r"cannot read the settings none\.yaml: No such file"):
+        load_config("none.yaml")
+
+
+def test_command_line_over_file_over_preset(tmp_path):
+    file = tmp_path / "c.yaml"
+    file.write_text("epochs: 7\nlr: 0.5\n")
+    c = from_command_line("digits", ["--config", str(file), "--lr", "0.25", "--independent"])
+    assert (c.data, c.epochs, c.lr, c.independent, c.flip) == ("digits", 7, 0.25, True, False)
+    c = from_command_line("cifar100", ["--peers", "resnet20", "wrn_16_4", "--no-flip"])
+    assert (c.peers, c.flip, c.epochs) == (("resnet20", "wrn_16_4"), False, 200)
+    with pytest.raises(InputError, match="--config needs the name"):
+        from_command_line("digits", ["--config"])
+    with pytest.raises(InputError, match="cannot train on data 'cifar10'"):
+        from_command_line("digits", ["--data", "cifar10"])
+
+
+def test_command_line_and_python_agree():
+    assert from_command_line("digits", []) == resolve("digits", {}) == preset("digits")
+    assert from_command_line("digits", ["--lr", "0.3"]) == resolve("digits", {"lr": 0.3})
+
+
+def test_help_names_units_and_the_papers_values(capsys):
+    with pytest.raises(SystemExit) as stop:
+        from_command_line("cifar100", ["--help"])
+    assert stop.value.code == 0
+    text = " ".join(capsys.readouterr().out.replace("│", " ").split())
+    for name in FIELDS:
+        assert f"--{name.replace('_', '-')}" in text
+    assert "Paper: 200. (default: 200)" in text
+    assert "Pixels of reflected border" in text
+    assert "Minutes between" in text
+
+
+def test_resume_takes_the_settings_of_the_run(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for number in (1, 3):
+        Path(f"runs/digits-resnet8-resnet8-{number:03d}").mkdir(parents=True)
+    Path("runs/digits-resnet8-resnet8-note").mkdir()
+    folder = "runs/digits-resnet8-resnet8-003"
+    preset("digits", lr=0.3, epochs=9, folder=folder).save(Path(folder) / "config.yaml")
+    expected = preset("digits", lr=0.3, epochs=9, folder=folder, resume=True)
+    assert resolve("digits", {"resume": True}) == expected
+    assert from_command_line("digits", ["--resume"]) == expected
+    assert from_command_line("digits", ["--resume", "--lr", "0.2"]).lr == 0.2
+    assert sorted(numbered_folders(expected)) == [1, 3]
+    with pytest.raises(InputError, match="no folder runs/cifar10-resnet32-resnet32-NNN"):
+        resolve("cifar10", {"resume": True})
+    with pytest.raises(InputError, match="is a run on digits, not on cifar10"):
+        resolve("cifar10", {"resume": True, "folder": folder})
+    with pytest.raises(
+        InputError, match=r"nothing to resume in elsewhere: it holds no config\.yaml"
+    ):
+        from_command_line("digits", ["--resume", "--folder", "elsewhere"])
+
+
+def test_what_may_change_on_resume():
+    saved = TrainConfig(epochs=10).to_dict()
+    check_resumable(saved, TrainConfig(epochs=10, log_every=3, device="cpu", folder="x"))
+    check_resumable(saved, TrainConfig(epochs=20))  # prolongs a step schedule
+    for name, value in [("lr", 0.2), ("seed", 1), ("peers", ("resnet20",)), ("kl_weight", 0.5)]:
+        with pytest.raises(InputError, match=f"cannot resume: {name} was .* and is now"):
+            check_resumable(saved, TrainConfig(epochs=10, **{name: value}))
+    cosine = TrainConfig(epochs=10, schedule="cosine")
+    with pytest.raises(InputError, match="cannot resume: epochs was 10 and is now 20"):
+        check_resumable(cosine.to_dict(), cosine.replace(epochs=20))
+
+
+def test_run_names_are_safe_as_folders():
+    assert run_name(TrainConfig()) == "cifar100-resnet32-resnet32"
+    assert run_name(TrainConfig(peers=["resnet8"] * 5)) == "cifar100-5xresnet8"
+    assert run_name(TrainConfig(peers=["my.mod:../f"])) == "cifar100-my.mod_.._f"
+    assert len(run_name(TrainConfig(peers=[f"wrn_{i}_1" for i in range(99)]))) <= 100
+
+
+def test_no_preset_has_an_unknown_setting():
+    for data in config.PRESETS:
+        assert preset(data).data == data

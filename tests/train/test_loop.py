@@ -1,0 +1,677 @@
+"""Training runs: what they leave, how they stop, and that they go on as if nothing had been."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+import os
+import signal
+import subprocess
+import sys
+import textwrap
+import time
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+from torch import nn
+from torch.utils.data import DataLoader, TensorDataset
+
+from fastdml import train as training
+from fastdml.cohort import Cohort
+from fastdml.data import ImageSet, ResidentLoader
+from fastdml.errors import InputError
+from fastdml.loss import MutualLoss
+from fastdml.metrics import ClassificationScores
+from fastdml.train import TrainConfig, TrainingDiverged, TrainingStopped, checkpoint, fit, report
+from fastdml.train.report import read_metrics
+
+# The cohort and the data are so small that a whole run takes a fraction of a second.
+CLASSES, SIDE = 4, 6
+
+
+class TinyPeer(nn.Module):
+    """Convolution, BatchNorm and dropout: everything with a state of its own."""
+
+    def __init__(self, width: int, seed: int) -> None:
+        super().__init__()
+        with torch.random.fork_rng():
+            torch.manual_seed(seed)
+            self.num_classes = CLASSES
+            self.conv = nn.Conv2d(1, width, 3)
+            self.norm = nn.BatchNorm2d(width)
+            self.drop = nn.Dropout(0.2)
+            self.head = nn.Linear(width, CLASSES)
+
+    def forward(self, x):
+        return self.head(self.drop(self.norm(self.conv(x)).relu().mean((2, 3))))
+
+
+def make_cohort(seed: int = 0, widths=(4, 7)) -> Cohort:
+    return Cohort([TinyPeer(w, seed + 10 * k) for k, w in enumerate(widths)], CLASSES)
+
+
+def make_images(n: int, seed: int) -> ImageSet:
+    """Class c is bright in quadrant c."""
+    generator = torch.Generator().manual_seed(seed)
+    labels = torch.randint(CLASSES, (n,), generator=generator)
+    images = torch.randint(0, 160, (n, 1, SIDE, SIDE), generator=generator)
+    half = SIDE // 2
+    for c in range(CLASSES):
+        rows, columns = half * (c // 2), half * (c % 2)
+        images[labels == c, :, rows : rows + half, columns : columns + half] += 90
+    names = tuple("abcd")
+    return ImageSet(images.to(torch.uint8), labels, CLASSES, names, (100.0,), (60.0,))
+
+
+def make_loaders(batch_size: int = 16) -> tuple[ResidentLoader, ResidentLoader]:
+    """Six steps an epoch."""
+    train = ResidentLoader(make_images(100, 1), batch_size, train=True, pad=1, flip=False)
+    return train, ResidentLoader(make_images(50, 2), 20, train=False)
+
+
+@pytest.fixture(autouse=True)
+def _no_pictures(monkeypatch):
+    """Drawing takes longer than these runs; a test that wants pictures calls undo."""
+    monkeypatch.setattr(report, "plot_curves", lambda folder: None)
+    monkeypatch.setattr(report, "plot_pairwise_kl", lambda folder: None)
+
+
+@pytest.fixture
+def settings(tmp_path):
+    """Makes settings for a run in the test's own folder."""
+
+    def make(**changes) -> TrainConfig:
+        values = {
+            "folder": str(tmp_path / "run"),
+            "batch_size": 16,
+            "epochs": 3,
+            "log_every": 4,
+            "amp": "off",
+            "device": "cpu",
+            "tensorboard": False,
+        }
+        return TrainConfig(**{**values, **changes})
+
+    return make
+
+
+ROOT = Path(__file__).parents[2]
+TIMES = ("time", "images_per_second", "data_wait")
+
+
+def metrics(folder) -> list[dict]:
+    records = read_metrics(folder)
+    return [{k: v for k, v in r.items() if k not in TIMES} for r in records]
+
+
+def same_weights(a: Cohort, b: Cohort) -> bool:
+    a, b = a.state_dict(), b.state_dict()
+    return a.keys() == b.keys() and all(torch.equal(a[key], b[key]) for key in a)
+
+
+class Crash(Exception):
+    pass
+
+
+class CrashingLoader:
+    """Another loader's batches, and at one step something else as well."""
+
+    def __init__(self, loader, at: int, action) -> None:
+        self.loader, self.at, self.action = loader, at, action
+        self.batch_size = loader.batch_size
+
+    def __len__(self):
+        return len(self.loader)
+
+    def epoch(self, epoch, start=0):
+        for step, batch in enumerate(self.loader.epoch(epoch, start), start):
+            if epoch * len(self) + step == self.at:
+                self.action()
+            yield batch
+
+
+def crash():
+    raise Crash
+
+
+def terminate():
+    os.kill(os.getpid(), signal.SIGTERM)
+
+
+class TestRunFolder:
+    def test_holds_everything_and_the_cohort_learns(self, settings, monkeypatch):
+        monkeypatch.undo()
+        cohort = make_cohort()
+        train, test = make_loaders()
+        result = fit(cohort, train, test, settings(epochs=12, tensorboard=True))
+        folder = result.folder
+        names = {p.name for p in folder.iterdir()}
+        assert names == {
+            "best", "cohort.json", "config.yaml", "curves.png", "last.ckpt", "metrics.jsonl",
+            "pairwise_kl.png", "peers", "summary.json", "tensorboard",
+        }  # fmt: skip
+        assert min(result.scores.top1) > 0.6
+        assert result.parameters == tuple(
+            sum(w.numel() for w in p.parameters()) for p in cohort.peers
+        )
+        assert len(result.history) == 12
+        assert [r["step"] for r in result.history] == [6 * e for e in range(1, 13)]
+        assert result.history[-1]["loss"][0] < result.history[0]["loss"][0]
+        assert (result.independent, result.skipped_steps, result.precision) == (None, 0, "fp32")
+        assert result.images_per_second > 0
+        assert 0 < result.data_wait < 1
+
+        saved = yaml.safe_load((folder / "config.yaml").read_text())
+        assert saved == settings(epochs=12, tensorboard=True).to_dict()
+        summary = json.loads((folder / "summary.json").read_text())
+        assert summary["mutual"]["scores"]["top1"] == result.scores.top1
+        assert summary["mutual"]["weights"] == {"last": str(folder), "best": str(folder / "best")}
+        assert summary["independent"] is None
+
+    def test_metrics_are_those_of_the_right_peer(self, settings):
+        """A large peer that learns beside one that can't; every figure follows its peer."""
+        for order in (0, 1):
+            cohort = make_cohort(widths=(3, 9)[:: 1 - 2 * order])
+            with torch.no_grad():
+                cohort.peers[order].head.weight.mul_(50)
+            cohort.peers[order].requires_grad_(False)
+            train, test = make_loaders()
+            folder = settings().folder + str(order)
+            result = fit(cohort, train, test, settings(folder=folder))
+            for record in (r for r in read_metrics(folder) if r["kind"] in ("train", "epoch")):
+                assert record["ce"][order] > 2 * record["ce"][1 - order]
+            assert result.scores.nll[order] > result.scores.nll[1 - order]
+
+    def test_existing_folders_are_not_touched(self, settings, tmp_path):
+        folder = tmp_path / "run"
+        folder.mkdir()
+        (folder / "thesis.txt").write_text("mine")
+        with pytest.raises(InputError, match="run is there already and is not overwritten"):
+            fit(make_cohort(), *make_loaders(), settings())
+        with pytest.raises(InputError, match="is there already"):
+            fit(make_cohort(), *make_loaders(), settings(dry_run=True))
+        assert [p.name for p in folder.iterdir()] == ["thesis.txt"]
+        with pytest.raises(InputError, match="is there already"):
+            fit(make_cohort(), *make_loaders(), settings(folder=str(folder / "thesis.txt")))
+        with pytest.raises(InputError, match="cannot make the run's folder"):
+            fit(make_cohort(), *make_loaders(), settings(folder=str(folder / "thesis.txt/run")))
+
+    def test_numbered_folders(self, settings, tmp_path, monkeypatch):
+        monkeypatch.chdir(tmp_path)
+        config = settings(folder=None, epochs=1, data="mine", peers=("a", "b"))
+        folders = [fit(make_cohort(), *make_loaders(), config).folder for _ in range(2)]
+        assert [str(f) for f in folders] == ["runs/mine-a-b-001", "runs/mine-a-b-002"]
+
+    def test_best_weights_are_those_of_the_best_epoch(self, settings):
+        scripted = iter([0.2, 0.9, 0.5])
+        seen = []
+
+        def evaluate(cohort):
+            assert not any(m.training for m in cohort.modules())
+            seen.append({k: v.clone() for k, v in cohort.state_dict().items()})
+            x = next(scripted)
+            values = {f.name: [x, x] for f in dataclasses.fields(ClassificationScores)}
+            values |= {k: x for k in values if k.startswith("ensemble")}
+            return ClassificationScores(**{**values, "rows": 9, "nonfinite": [0, 0]})
+
+        cohort = make_cohort()
+        result = fit(cohort, make_loaders()[0], evaluate, settings())
+        assert result.best_epoch == 2
+        assert (result.best_scores.top1, result.scores.top1) == ([0.9, 0.9], [0.5, 0.5])
+        for name, state in (("best", seen[1]), ("last", seen[2])):
+            loaded = Cohort.load(result.weights[name], peers=list(make_cohort(99).peers))
+            for key, value in loaded.state_dict().items():
+                assert torch.equal(value, state[key])
+        assert same_weights(cohort, Cohort.load(result.folder, peers=list(make_cohort(9).peers)))
+        assert all(m.training for m in cohort.modules())
+
+    def test_evaluations_every_few_epochs_and_at_the_end(self, settings):
+        fit(make_cohort(), *make_loaders(), settings(epochs=5, eval_every=2))
+        at = [r["epoch"] for r in read_metrics(settings().folder) if r["kind"] == "test"]
+        assert at == [2, 4, 5]
+
+    def test_without_evaluation(self, settings):
+        result = fit(make_cohort(), make_loaders()[0], None, settings())
+        assert (result.scores, result.best_epoch, list(result.weights)) == (None, 0, ["last"])
+
+    def test_batch_statistics_are_kept_up_after_an_evaluation(self, settings):
+        cohort = make_cohort()
+        fit(cohort, *make_loaders(), settings(epochs=3))
+        assert cohort.peers[0].norm.num_batches_tracked == 18
+
+    def test_plain_iterables_of_batches(self, settings):
+        images = make_images(64, 1)
+        data = TensorDataset(images.images.float() / 255, images.labels)
+        loader = DataLoader(data, batch_size=16)
+        result = fit(make_cohort(), loader, loader, settings(epochs=2))
+        assert result.scores.rows == 64
+        assert result.history[-1]["step"] == 8
+        with pytest.raises(InputError, match="a generator is not"):
+            fit(make_cohort(), (x for x in loader), None, settings(folder="unused"))
+        with pytest.raises(InputError, match="not one batch"):
+            fit(make_cohort(), [], None, settings(folder="unused"))
+
+
+class TestReproducible:
+    def test_twice_the_same_and_the_callers_generator_untouched(self, settings, tmp_path):
+        runs = []
+        for name in ("a", "b"):
+            torch.manual_seed(len(runs))  # must not matter
+            before = torch.get_rng_state()
+            cohort = make_cohort()
+            fit(cohort, *make_loaders(), settings(folder=str(tmp_path / name)))
+            assert torch.equal(torch.get_rng_state(), before)
+            runs.append(cohort)
+        assert same_weights(*runs)
+        assert metrics(tmp_path / "a") == metrics(tmp_path / "b")
+
+    def test_the_seed_matters(self, settings, tmp_path):
+        cohorts = [make_cohort(), make_cohort()]
+        for seed, cohort in enumerate(cohorts):  # seeds the dropout
+            folder = str(tmp_path / f"{seed}")
+            fit(cohort, *make_loaders(), settings(folder=folder, seed=seed))
+        assert not same_weights(*cohorts)
+
+    def test_deterministic_mode_ends_with_the_run(self, settings):
+        seen = []
+
+        def evaluate(cohort):
+            seen.append(torch.are_deterministic_algorithms_enabled())
+            raise Crash
+
+        with pytest.raises(Crash):
+            fit(make_cohort(), make_loaders()[0], evaluate, settings(deterministic=True))
+        assert seen == [True]
+        assert not torch.are_deterministic_algorithms_enabled()
+
+
+class TestResume:
+    @pytest.mark.parametrize(
+        ("at", "update"),
+        [
+            *[(at, "simultaneous") for at in (0, 1, 3, 5, 6, 8, 17)],
+            *[(at, "sequential") for at in (5, 9)],
+        ],
+    )
+    def test_a_crash_leaves_no_trace(self, settings, tmp_path, at, update):
+        whole = make_cohort()
+        options = {"update": update, "save_every_steps": 2, "warmup_epochs": 1.5}
+        unbroken = fit(whole, *make_loaders(), settings(**options))
+
+        config = settings(**options, folder=str(tmp_path / "broken"))
+        train, test = make_loaders()
+        with pytest.raises(Crash):
+            fit(make_cohort(), CrashingLoader(train, at, crash), test, config)
+        torch.rand(at)  # whatever the process drew
+        again = make_cohort()
+        resumed = fit(again, *make_loaders(), config.replace(resume=True))
+        assert same_weights(again, whole)
+        assert metrics(resumed.folder) == metrics(unbroken.folder)
+        assert resumed.scores == unbroken.scores
+        a, b = (
+            [{k: v for k, v in r.items() if k not in TIMES} for r in result.history]
+            for result in (resumed, unbroken)
+        )
+        assert a == b
+
+    @pytest.mark.parametrize("amp", ["bf16", "fp16"])
+    @pytest.mark.parametrize("optimizer", ["sgd", "adamw"])
+    def test_in_half_precision_too(self, settings, tmp_path, amp, optimizer):
+        options = {"amp": amp, "optimizer": optimizer, "lr": 0.01, "save_every_steps": 1}
+        whole, again = make_cohort(), make_cohort()
+        unbroken = fit(whole, *make_loaders(), settings(**options))
+        assert unbroken.precision == amp
+        config = settings(**options, folder=str(tmp_path / "broken"))
+        train, test = make_loaders()
+        with pytest.raises(Crash):
+            fit(make_cohort(), CrashingLoader(train, 8, crash), test, config)
+        fit(again, *make_loaders(), config.replace(resume=True))
+        assert same_weights(again, whole)
+
+    def test_a_finished_run_is_only_summed_up_again(self, settings):
+        first = fit(make_cohort(), *make_loaders(), settings())
+        stamp = (first.folder / "last.ckpt").stat().st_mtime_ns
+        again = make_cohort(seed=5)
+        second = fit(again, *make_loaders(), settings(resume=True))
+        assert second.scores == first.scores
+        assert second.history == first.history
+        assert (first.folder / "last.ckpt").stat().st_mtime_ns == stamp
+
+    def test_a_longer_run_equals_one_that_was_longer_from_the_start(self, settings, tmp_path):
+        whole, longer = make_cohort(), make_cohort()
+        fit(whole, *make_loaders(), settings(epochs=4, lr_drop_every=3))
+        config = settings(epochs=2, lr_drop_every=3, folder=str(tmp_path / "longer"))
+        fit(make_cohort(), *make_loaders(), config)
+        fit(longer, *make_loaders(), config.replace(epochs=4, resume=True))
+        assert same_weights(whole, longer)
+        assert yaml.safe_load((tmp_path / "longer/config.yaml").read_text())["epochs"] == 4
+        with pytest.raises(InputError, match="the run has done 4 epochs, more than epochs=3"):
+            fit(make_cohort(), *make_loaders(), config.replace(epochs=3, resume=True))
+
+    def test_changes_that_matter_are_refused(self, settings):
+        fit(make_cohort(), *make_loaders(), settings())
+        for changes, message in (
+            ({"lr": 0.2}, r"cannot resume: lr was 0\.1 and is now 0\.2"),
+            ({"amp": "bf16"}, r"the precision \(set amp\) was fp32 and is now bf16"),
+        ):
+            with pytest.raises(InputError, match=message):
+                fit(make_cohort(), *make_loaders(), settings(resume=True, **changes))
+        with pytest.raises(InputError, match="steps an epoch was 6 and is now 12"):
+            fit(make_cohort(), *make_loaders(8), settings(resume=True))
+        with pytest.raises(InputError, match=r"was written for other peers: .*size mismatch"):
+            fit(make_cohort(widths=(4, 8)), *make_loaders(), settings(resume=True))
+        with pytest.raises(InputError, match=r"peers was .* and is now"):
+            fit(make_cohort(widths=(4, 7, 8)), *make_loaders(), settings(resume=True))
+
+    def test_a_damaged_checkpoint_is_named(self, settings):
+        result = fit(make_cohort(), *make_loaders(), settings())
+        path = result.folder / "last.ckpt"
+        path.write_bytes(path.read_bytes()[:-100])
+        with pytest.raises(InputError, match=r"last\.ckpt is not a checkpoint that can be read"):
+            fit(make_cohort(), *make_loaders(), settings(resume=True))
+
+    @pytest.mark.parametrize("at", [4, 10])
+    @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+    def test_a_signal_saves_and_says_so(self, settings, tmp_path, at, number):
+        whole, again = make_cohort(), make_cohort()
+        fit(whole, *make_loaders(), settings())
+        before = signal.getsignal(signal.SIGTERM), signal.getsignal(signal.SIGINT)
+        config = settings(folder=str(tmp_path / "stopped"))
+        train, test = make_loaders()
+        loader = CrashingLoader(train, at, lambda: os.kill(os.getpid(), number))
+        with pytest.raises(TrainingStopped) as stopped:
+            fit(make_cohort(), loader, test, config)
+        assert stopped.value.code == 128 + number
+        assert signal.Signals(number).name in str(stopped.value)
+        assert f"in epoch {at // 6 + 1}, after {at % 6 + 1} of 6 steps" in str(stopped.value)
+        assert checkpoint.load(tmp_path / "stopped/last.ckpt")["position"] == at + 1
+        assert (signal.getsignal(signal.SIGTERM), signal.getsignal(signal.SIGINT)) == before
+        fit(again, *make_loaders(), config.replace(resume=True))
+        assert same_weights(whole, again)
+        assert metrics(tmp_path / "stopped") == metrics(tmp_path / "run")
+
+    def test_a_signal_in_the_last_step_of_an_epoch(self, settings, tmp_path):
+        train, test = make_loaders()
+        config = settings()
+        with pytest.raises(TrainingStopped, match="in epoch 2, after 0 of 6 steps"):
+            fit(make_cohort(), CrashingLoader(train, 5, terminate), test, config)
+        again, whole = make_cohort(), make_cohort()
+        fit(again, *make_loaders(), config.replace(resume=True))
+        fit(whole, *make_loaders(), settings(folder=str(tmp_path / "whole")))
+        assert same_weights(whole, again)
+        assert metrics(tmp_path / "whole") == metrics(tmp_path / "run")
+
+
+class TestIndependent:
+    def test_same_weights_same_batches_no_kl(self, settings, tmp_path):
+        mutual, both, alone = make_cohort(), make_cohort(), make_cohort()
+        fit(mutual, *make_loaders(), settings(folder=str(tmp_path / "mutual")))
+        result = fit(both, *make_loaders(), settings(independent=True))
+        fit(alone, *make_loaders(), settings(folder=str(tmp_path / "alone"), kl_weight=0))
+        assert same_weights(both, mutual)
+        loaded = Cohort.load(result.folder / "independent", peers=list(make_cohort(7).peers))
+        assert same_weights(loaded, alone)
+        assert not same_weights(alone, mutual)
+        assert metrics(result.folder / "independent") == metrics(tmp_path / "alone")
+        summary = json.loads((result.folder / "summary.json").read_text())
+        assert summary["mutual"]["scores"]["top1"] == result.scores.top1
+        assert summary["independent"]["scores"]["top1"] == result.independent.scores.top1
+        assert result.independent.config.kl_weight == 0
+
+    @pytest.mark.parametrize("at", [8, 17, 20, 35])
+    def test_resumes_in_either_phase(self, settings, tmp_path, at):
+        whole, again = make_cohort(), make_cohort()
+        unbroken = fit(whole, *make_loaders(), settings(independent=True, save_every_steps=4))
+        config = settings(
+            independent=True, save_every_steps=4, folder=str(tmp_path / "broken"), log_every=4
+        )
+        train, test = make_loaders()
+        count = iter(range(100))
+
+        def crash_later():
+            if next(count) == at // 18:  # the second phase draws the same steps again
+                raise Crash
+
+        with pytest.raises(Crash):
+            fit(make_cohort(), CrashingLoader(train, at % 18, crash_later), test, config)
+        other = make_cohort() if at < 18 else make_cohort(seed=3)  # the weights are in the folder
+        resumed = fit(other, *make_loaders(), config.replace(resume=True))
+        again = other
+        assert same_weights(again, whole)
+        assert metrics(resumed.folder) == metrics(unbroken.folder)
+        for sub in ("", "independent"):
+            a = checkpoint.load(resumed.folder / sub / "last.ckpt")["cohort"]
+            b = checkpoint.load(unbroken.folder / sub / "last.ckpt")["cohort"]
+            assert all(torch.equal(a[key], b[key]) for key in b)
+        assert resumed.independent.scores == unbroken.independent.scores
+
+
+class Bomb(nn.Module):
+    """A peer whose logits turn bad at one of its forward passes in training."""
+
+    def __init__(self, peer: nn.Module, at: int, value: float = math.nan) -> None:
+        super().__init__()
+        self.peer, self.at, self.value = peer, at, value
+        self.num_classes = CLASSES
+        self.passes = 0
+
+    def forward(self, x):
+        z = self.peer(x)
+        if self.training:
+            self.passes += 1
+            if self.passes == self.at:
+                z = z * self.value
+        return z
+
+
+class TestDivergence:
+    @pytest.mark.parametrize("log_every", [0, 1, 4])
+    def test_stops_with_peer_step_and_loss_and_keeps_the_checkpoint(self, settings, log_every):
+        peers = list(make_cohort(widths=(4, 5, 6)).peers)
+        cohort = Cohort([peers[0], Bomb(peers[1], at=9), peers[2]], CLASSES)
+        config = settings(log_every=log_every, save_every_steps=1 if log_every == 1 else 0)
+        with pytest.raises(TrainingDiverged) as stopped:
+            fit(cohort, *make_loaders(), config)
+        message = str(stopped.value)
+        assert "at step 9 (epoch 2) the cross-entropy of peer 1 (Bomb) is not finite" in message
+        assert "last.ckpt, from before it, is kept" in message
+        assert "\n" not in message
+        state = checkpoint.load(Path(config.folder) / "last.ckpt")
+        assert state["position"] == (8 if log_every == 1 else 6)
+        for value in state["cohort"].values():
+            assert value.isfinite().all()
+
+    def test_in_the_first_epoch_there_is_no_checkpoint_to_keep(self, settings):
+        peers = list(make_cohort().peers)
+        cohort = Cohort([Bomb(peers[0], at=2, value=math.inf), peers[1]], CLASSES)
+        with pytest.raises(TrainingDiverged, match=r"step 2 \(epoch 1\).*no checkpoint exists yet"):
+            fit(cohort, *make_loaders(), settings())
+        assert not (Path(settings().folder) / "last.ckpt").exists()
+
+    def test_weights_gone_bad_in_the_last_update_are_not_saved(self, settings):
+        cohort = make_cohort()
+        train, _ = make_loaders()
+
+        def spoil():
+            cohort.peers[1].head.bias.register_hook(lambda g: g * math.nan)
+
+        with pytest.raises(TrainingDiverged, match=r"step 12 \(epoch 2\) a weight of peer 1"):
+            fit(cohort, CrashingLoader(train, 11, spoil), None, settings())
+        state = checkpoint.load(Path(settings().folder) / "last.ckpt")
+        assert state["position"] == 6
+
+
+def test_overflow_in_fp16_holds_the_schedule_back(settings):
+    """Steps whose gradient overflows do not count in the learning rate's schedule."""
+    cohort = make_cohort()
+    train, test = make_loaders()
+    count = iter(range(1000))
+
+    def overflow(gradient):
+        return gradient * math.inf if next(count) in (1, 2, 3) else gradient
+
+    cohort.peers[0].head.bias.register_hook(overflow)
+    config = settings(amp="fp16", epochs=2, warmup_epochs=2, lr=0.12)
+    result = fit(cohort, train, test, config)
+    assert result.skipped_steps == 3
+    assert [r["skipped_steps"] for r in result.history] == [3, 3]
+    # 12 steps of warm-up, 9 updates made: the rate of the ninth
+    assert result.history[-1]["lr"] == pytest.approx(0.12 * 9 / 12)
+    assert all(w.isfinite().all() for w in cohort.parameters())
+
+
+def test_the_step_loop_never_asks_for_a_value(settings, monkeypatch):
+    """Python's ways to a tensor's value fail while steps run; reading and saving may use them."""
+    from fastdml.train.phase import Phase
+
+    running = [False]
+    calls = []
+
+    def guard(name):
+        original = getattr(torch.Tensor, name)
+
+        def method(self, *args, **kwargs):
+            calls.append(name)
+            assert not running[0], f"Tensor.{name} within the step loop"
+            return original(self, *args, **kwargs)
+
+        return method
+
+    for name in ("item", "tolist", "__float__", "__bool__", "__int__", "numpy", "cpu"):
+        monkeypatch.setattr(torch.Tensor, name, guard(name))
+
+    def with_running(owner, name, value):
+        original = getattr(owner, name)
+
+        def method(self, *args):
+            was, running[0] = running[0], value
+            try:
+                return original(self, *args)
+            finally:
+                running[0] = was
+
+        monkeypatch.setattr(owner, name, method)
+
+    with_running(Phase, "_epoch", True)
+    with_running(Phase, "_read", False)
+    with_running(Phase, "_save", False)
+    # On a CPU the loss looks at the labels, which are at hand there; the GPU test watches CUDA.
+    with_running(MutualLoss, "value_and_grad", False)
+    for amp, update in (("off", "simultaneous"), ("fp16", "sequential")):
+        config = settings(
+            amp=amp,
+            update=update,
+            folder=settings().folder + amp,
+            save_every_steps=4,
+            progress=True,
+        )
+        fit(make_cohort(), *make_loaders(), config)
+    assert calls  # the guard is in place: reading did use them
+
+
+class TestDryRun:
+    def test_says_what_would_happen_and_writes_nothing(
+        self, settings, tmp_path, monkeypatch, capsys
+    ):
+        monkeypatch.chdir(tmp_path)
+        config = settings(dry_run=True, independent=True, epochs=7)
+        assert fit(make_cohort(), *make_loaders(), config) is None
+        out = capsys.readouterr().out
+        assert "6 an epoch of 16 images, 7 epochs, 84 in all (mutual and independent)" in out
+        for part in ("TinyPeer-1", "parameters", "fp32", "MB", config.folder, "initial.ckpt"):
+            assert part in out
+        assert list(tmp_path.iterdir()) == []
+
+    def test_does_not_download(self, tmp_path, monkeypatch):
+        monkeypatch.chdir(tmp_path)
+        with pytest.raises(InputError):
+            training.cifar10(root=tmp_path / "none", download=True, dry_run=True)
+        assert list(tmp_path.iterdir()) == []
+
+
+class TestDataSets:
+    @pytest.fixture(autouse=True)
+    def _in_a_folder_of_its_own(self, tmp_path, monkeypatch):
+        monkeypatch.chdir(tmp_path)
+
+    def test_digits_from_python(self):
+        result = training.digits(epochs=2, subset=640, amp="off", tensorboard=False)
+        assert result.folder == Path("runs/digits-resnet8-resnet8-001")
+        assert result.history[-1]["step"] == 2 * 640 // 64
+        assert result.scores.rows > 300
+        assert result.scores.ensemble_top1 > 0.2
+
+    def test_mistakes_leave_nothing_behind(self):
+        for changes, message in (
+            ({"peers": ["resnet99"]}, "resnet"),
+            ({"peers": []}, "peers is empty"),
+            ({"batch_size": 5000}, "batch size 5000 is larger than"),
+            ({"subset": 10**6}, "subset of 1000000"),
+            ({"device": "tpu9"}, "there is no device 'tpu9' here"),
+            ({"epoch": 3}, "unknown setting 'epoch'; did you mean epochs"),
+        ):
+            with pytest.raises(InputError, match=message) as caught:
+                training.digits(**changes)
+            assert "\n" not in str(caught.value)
+        with pytest.raises(InputError):
+            training.cifar100(root="nowhere")
+        assert not Path("runs").exists()
+
+    def test_killed_in_mid_epoch(self, tmp_path):
+        """kill -9, for real: the weights end up the same, bit for bit, and so do the metrics."""
+        script = textwrap.dedent(
+            """
+            import json, sys, torch
+            from fastdml import train
+            torch.set_num_threads(int(sys.argv[1]))
+            train.digits(**json.loads(sys.argv[2]))
+            """
+        )
+        options = {
+            "epochs": 2, "subset": 640, "amp": "off", "device": "cpu", "tensorboard": False,
+            "log_every": 1, "save_every_steps": 3,
+        }  # fmt: skip
+        paths = os.pathsep.join([str(ROOT), str(ROOT / "kernels"), *sys.path])
+
+        def start(**settings):
+            threads = str(torch.get_num_threads())  # sums are split among them
+            return subprocess.Popen(
+                [sys.executable, "-c", script, threads, json.dumps(settings)],
+                env={**os.environ, "PYTHONPATH": paths},
+                stdout=subprocess.DEVNULL,
+                stderr=subprocess.PIPE,
+                text=True,
+            )
+
+        def lines():
+            path = Path("broken/metrics.jsonl")
+            return len(path.read_text().splitlines()) if path.exists() else 0
+
+        def wait_for(process, count):
+            deadline = time.monotonic() + 120
+            while lines() < count:
+                assert process.poll() is None, process.stderr.read()
+                assert time.monotonic() < deadline
+                time.sleep(0.002)
+
+        training.digits(folder="whole", **options)
+        process = start(folder="broken", **options)
+        wait_for(process, 6)
+        process.send_signal(signal.SIGKILL)
+        assert process.wait(60) == -signal.SIGKILL
+        assert checkpoint.load(Path("broken/last.ckpt"))["position"] < 20
+        process = start(folder="broken", resume=True)
+        assert process.wait(120) == 0, process.stderr.read()
+        a, b = (checkpoint.load(Path(f) / "last.ckpt")["cohort"] for f in ("whole", "broken"))
+        assert a.keys() == b.keys()
+        assert all(torch.equal(a[key], b[key]) for key in a)
+        assert metrics("whole") == metrics("broken")
+
+
+def test_config_is_recorded_as_plain_values(settings):
+    fit(make_cohort(), *make_loaders(), settings(epochs=1))
+    state = checkpoint.load(Path(settings().folder) / "last.ckpt")
+    assert TrainConfig(**state["config"]) == settings(epochs=1)
