@@ -145,12 +145,13 @@ def test_plots_of_a_run_that_logged_nothing(tmp_path):
     assert report.plot_pairwise_kl(tmp_path) is None
 
 
-def test_long_courses_are_averaged_and_keep_their_ends():
-    records = [{"kind": "train", "epoch": i / 10, "ce": [float(i)]} for i in range(1, 1001)]
-    x, y = report._series(records, "train", "ce", 0)
-    assert len(x) <= report.CURVE_POINTS
-    assert x[-1] == 100.0
-    assert sum(y) / len(y) == pytest.approx(500.5, rel=0.01)
+@pytest.mark.parametrize(("epochs", "drawn"), [(9, "train"), (10, "epoch")])
+def test_many_epochs_are_drawn_by_their_means(epochs, drawn):
+    records = [
+        {"kind": kind, "epoch": e} for e in range(epochs) for kind in ("train", "epoch", "test")
+    ]
+    assert {r["kind"] for r in report._select(records, "train")} == {drawn}
+    assert {r["kind"] for r in report._select(records, "test")} == {"test"}
 
 
 def test_pairwise_spans_cover_training_and_keep_teacher_and_student_apart():
