@@ -113,7 +113,12 @@ def test_peers_with_different_class_counts(refused, tmp_path, monkeypatch):
         "    return nn.Sequential(nn.Flatten(), nn.Linear(64, num_classes + 2))\n"
     )
     monkeypatch.syspath_prepend(tmp_path)
-    refused(["train", "digits", "--peers", "resnet8", "own_models:small"], "10", "12", "class")
+    refused(
+        ["train", "digits", "--peers", "resnet8", "own_models:small"],
+        "own_models:small",
+        "10",
+        "12",
+    )
 
 
 # --- the settings ---
