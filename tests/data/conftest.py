@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from fastdml.data import ImageSet
+from fastdml.data import ImageSet, load_digits
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -32,6 +32,12 @@ def cifar100_root(tmp_path_factory):
     subprocess.run([sys.executable, unpack, folder], check=True)
     yield folder
     shutil.rmtree(folder)
+
+
+@pytest.fixture
+def digits():
+    pytest.importorskip("sklearn", reason="the digits come with scikit-learn, which is absent")
+    return load_digits()
 
 
 @pytest.fixture

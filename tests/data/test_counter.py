@@ -7,7 +7,7 @@ import sys
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fastdml.data.counter import EPOCH, SUBSET, check_seed, draw, philox_4x32, uniform
@@ -56,12 +56,14 @@ def philox_by_definition(counter, key):
     return r0, l0, r1, l1
 
 
+@settings(deadline=None)
 @given(st.tuples(word, word, word, word), st.tuples(word, word))
 def test_tensors_agree_with_unbounded_integers(counter, key):
     got = philox_4x32(tuple(torch.tensor([c]) for c in counter), key)
     assert tuple(int(g) for g in got) == philox_by_definition(counter, key)
 
 
+@settings(deadline=None)
 @given(st.integers(0, 2**63 - 1), word, word, st.sampled_from([EPOCH, SUBSET]))
 def test_layout_of_a_draw(seed, epoch, sample, purpose):
     got = draw(seed, epoch, torch.tensor([sample]), purpose)
@@ -69,6 +71,7 @@ def test_layout_of_a_draw(seed, epoch, sample, purpose):
     assert tuple(int(g) for g in got) == expected
 
 
+@settings(deadline=None)
 @given(word, st.integers(1, 2**31 - 1))
 def test_uniform_is_the_high_word_of_the_product(w, n):
     value = int(uniform(torch.tensor([w]), n))

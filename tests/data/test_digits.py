@@ -9,8 +9,8 @@ from fastdml.data import load, load_digits
 from fastdml.errors import MissingExtra
 
 
-def test_digits_are_split_by_class():
-    train, test = load_digits()
+def test_digits_are_split_by_class(digits):
+    train, test = digits
     assert train.images.shape == (1442, 1, 8, 8)
     assert test.images.shape == (355, 1, 8, 8)
     assert int(train.images.max()) == int(test.images.max()) == 16
@@ -20,14 +20,14 @@ def test_digits_are_split_by_class():
     assert len(rows.unique(dim=0)) == 1797  # all there, none in both
 
 
-def test_split_is_fixed():
-    for a, b in zip(load_digits(), load("digits"), strict=True):
+def test_split_is_fixed(digits):
+    for a, b in zip(digits, load("digits"), strict=True):
         assert torch.equal(a.images, b.images)
         assert torch.equal(a.labels, b.labels)
 
 
-def test_normalisation_is_that_of_the_training_images():
-    train, test = load_digits()
+def test_normalisation_is_that_of_the_training_images(digits):
+    train, test = digits
     images = train.images.double()
     assert train.mean == test.mean == (round(float(images.mean()), 4),)
     assert train.std == test.std == (round(float(images.std(correction=0)), 4),)

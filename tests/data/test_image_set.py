@@ -4,7 +4,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fastdml.data import ImageSet, load
@@ -47,6 +47,7 @@ def test_repr_does_not_print_pixels(make_set):
     assert len(repr(make_set())) < 400
 
 
+@settings(deadline=None)
 @given(st.lists(st.integers(0, 4), min_size=1, max_size=80), st.data())
 def test_subset_is_balanced_and_nested(labels, data):
     whole = labelled(torch.tensor(labels), 5)

@@ -9,7 +9,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fastdml.data import ImageSet, ResidentLoader, load_cifar100, load_digits
+from fastdml.data import ImageSet, ResidentLoader, load_cifar100
 from fastdml.data.resident import epoch_choices
 from fastdml.errors import InputError
 
@@ -113,8 +113,8 @@ def test_real_images(cifar100_root):
     assert torch.equal(labels, test.labels[-16:])
 
 
-def test_real_digits():
-    train, _ = load_digits()
+def test_real_digits(digits):
+    train, _ = digits
     loader = ResidentLoader(train, 64, train=True, pad=1, flip=False)
     whole = torch.cat([images for images, _ in loader.epoch(0)])
     assert abs(float(whole.mean())) < 0.15  # cropping moves the statistics a little
