@@ -1,7 +1,7 @@
 """The settings of a training run: one frozen dataclass for Python, YAML and the command line.
 
-Defaults are the paper's for CIFAR-100; `PRESETS` holds what other data sets change. The docstring
-below each field is its help text on the command line. A value from anywhere passes the same checks;
+Defaults are the paper's for CIFAR-100; `PRESETS` holds what other data sets change. The line below
+each field is its help text on the command line. A value from anywhere passes the same checks;
 an unknown key is refused with the nearest known one.
 
 Layers, later ones win: defaults, the data set's preset (or, to resume, the run's own config.yaml),
@@ -55,11 +55,9 @@ class TrainConfig:
     label_smoothing: float = 0.0
     """Share of the label's probability spread over all classes, 0 to 1. Paper: 0."""
     update: Literal["simultaneous", "sequential"] = "simultaneous"
-    """All peers at once, or one after another with predictions recomputed in between: the paper's
-    Algorithm 1, K - 1 more forward passes a step."""
+    """Together, or one by one with predictions recomputed (Algorithm 1, 2K - 1 forward passes)."""
     independent: bool = False
-    """Also train the same peers without the KL term, from the same weights on the same batches,
-    into the run's folder `independent`, and report both."""
+    """Then train the same peers without KL, same start and batches; report both runs."""
 
     # --- optimizer ---
     optimizer: Literal["sgd", "adam", "adamw"] = "sgd"
@@ -71,8 +69,7 @@ class TrainConfig:
     nesterov: bool = True
     """Nesterov momentum (sgd only). Paper: yes."""
     weight_decay: float = 5e-4
-    """L2 penalty on all parameters (adamw: decoupled). Not stated in the paper; reproductions
-    use 5e-4."""
+    """L2 penalty on all parameters. Not stated in the paper; reproductions use 5e-4."""
     epochs: int = 200
     """Passes over the training images. Paper: 200."""
     schedule: Literal["step", "cosine"] = "step"
@@ -92,8 +89,7 @@ class TrainConfig:
     execution: Literal["auto", "eager"] = "auto"
     """How a step runs; auto takes the fastest available here."""
     amp: Literal["auto", "off", "bf16", "fp16"] = "auto"
-    """Precision of the networks; the loss is fp32 in all. auto: bf16 on CUDA from compute
-    capability 8.0 and on CPUs with avx512_bf16 or amx_bf16, fp16 on older CUDA, else off."""
+    """Precision of the peers. auto: bf16 if the hardware has it, fp16 on older CUDA, else off."""
     compile: bool = False
     """Compile the peers with torch.compile (minutes at the start, faster steps)."""
 
@@ -101,22 +97,19 @@ class TrainConfig:
     seed: int = 0
     """Fixes initial weights, order and augmentation."""
     deterministic: bool = False
-    """Allow deterministic algorithms alone: bit-for-bit runs on CUDA too, slower. On a CPU runs
-    repeat bit for bit without it."""
+    """Deterministic algorithms only: CUDA runs repeat bit for bit (CPU runs always do); slower."""
 
     # --- the run ---
     folder: str | None = None
     """Folder of the run, made anew. Default: runs/DATA-PEERS-NNN, the next free number."""
     resume: bool = False
-    """Go on from the last checkpoint of `folder` (default: the newest run of the same data and
-    peers), bit for bit."""
+    """Go on, bit for bit, with the run in `folder` (default: the newest of these peers)."""
     dry_run: bool = False
     """Build everything, run one step, print what would happen, write nothing."""
     eval_every: int = 1
     """Epochs between two evaluations on the test images; the last epoch always has one."""
     log_every: int = 50
-    """Steps between two readings of the loss, each of which waits for the device; 0: once an epoch.
-    A loss that is not finite is noticed at the next reading."""
+    """Steps between two readings of the losses (each waits for the device); 0: once an epoch."""
     save_every_steps: int = 0
     """Steps between two checkpoints; 0: none by count. Every epoch ends with one anyway."""
     save_every_minutes: float = 10.0

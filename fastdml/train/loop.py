@@ -86,6 +86,7 @@ def fit(
     if test is not None and not callable(test):
         evaluate = partial(_score, as_batches(test, device), amp)
     with _reproducible(config, device):
+        _check_peers(cohort, train)
         if config.dry_run:
             _refuse_overwriting(config)
             print(plan(Phase(cohort, train, evaluate, config, Path(), amp)))
@@ -101,6 +102,15 @@ def fit(
             if config.independent:
                 independent = _independent(phase, stop)
     return _conclude(mutual, independent)
+
+
+def _check_peers(cohort: Cohort, train: Batches) -> None:
+    """Peers whose logits do not fit each other are found before a folder is made for them."""
+    images, _ = next(iter(train.epoch(0)))
+    cohort.eval()
+    with torch.inference_mode():
+        cohort(images[:2])
+    cohort.train()
 
 
 @contextmanager

@@ -6,7 +6,7 @@ import math
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
@@ -73,6 +73,7 @@ def test_the_papers_schedule():
         torch.testing.assert_close(at, torch.full((781,), lr))
 
 
+@settings(deadline=None)
 @given(
     epochs=st.integers(1, 30),
     steps=st.integers(1, 40),

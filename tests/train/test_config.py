@@ -9,7 +9,7 @@ from itertools import pairwise
 from pathlib import Path
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fastdml.errors import InputError
@@ -115,6 +115,7 @@ def test_values_are_taken_as_people_write_them():
     assert isinstance(c.epochs, int)
 
 
+@settings(deadline=None)
 @given(
     lr=st.floats(1e-8, 1e3),
     epochs=st.integers(1, 10**6),
