@@ -51,7 +51,9 @@ def _check(logits: Tensor | Sequence[Tensor], call: Call) -> list[Tensor]:
     else:
         tensors = list(logits)
         if not tensors or any(not isinstance(z, Tensor) or z.dim() != 2 for z in tensors):
-            shapes = [tuple(z.shape) if isinstance(z, Tensor) else type(z).__name__ for z in tensors]
+            shapes = [
+                tuple(z.shape) if isinstance(z, Tensor) else type(z).__name__ for z in tensors
+            ]
             raise ValueError(f"logits {shapes}: give at least one tensor, each of shape (N, C)")
         K, (N, C) = len(tensors), tensors[0].shape
         if any(z.shape != tensors[0].shape for z in tensors):
@@ -102,7 +104,9 @@ def _check(logits: Tensor | Sequence[Tensor], call: Call) -> list[Tensor]:
         if value.requires_grad:
             raise ValueError(f"{name} requires a gradient, which the loss does not compute")
     if not isinstance(call.temperature, Tensor) and not call.temperature > 0:
-        raise ValueError(f"temperature={call.temperature}: it divides the logits and must be above 0")
+        raise ValueError(
+            f"temperature={call.temperature}: it divides the logits and must be above 0"
+        )
     return tensors
 
 

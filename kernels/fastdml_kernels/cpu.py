@@ -40,8 +40,8 @@ def _find_labelled(labels: Tensor, ignore_index: int, C: int) -> Tensor | None:
     misfit = labels[labelled & ((labels < 0) | (labels >= C))]
     if misfit.numel():
         raise ValueError(
-            f"labels hold {int(misfit[0])}, which is no class of logits with C = {C}: a label is in "
-            f"0..{C - 1}, or ignore_index={ignore_index} for a row without one"
+            f"labels hold {int(misfit[0])}, which is no class of logits with C = {C}: a label is "
+            f"in 0..{C - 1}, or ignore_index={ignore_index} for a row without one"
         )
     return labelled
 
@@ -173,7 +173,7 @@ class _Problem:
         half = 0.5 if options.symmetric else 1.0
 
         def learn(k: int, log_t: Tensor, t: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
-            """Adds weight * divergence(t, q_k) to peer k; returns gap and value for the teachers."""
+            """Adds weight * divergence(t, q_k) to peer k; gap and value are for the teachers."""
             gap = log_t - log_q[k]
             value = _times(t, gap).sum(1)
             kl[k] += _times(weight, half * value)
@@ -318,11 +318,12 @@ def mutual_loss_cpu(
         # Rows without a label take no part: work on the others, then put their results in place.
         rows = labelled.nonzero()[:, 0]
         part = [torch.empty(len(rows), C, dtype=g.dtype) for g in grads]
+        if upstream is not None and upstream.dim() == 2:
+            upstream = upstream[:, rows]
         losses, stats = mutual_loss_cpu(
             [z[rows] for z in logits], labels[rows], options, temperature=temperature,
             ce_weight=ce_weight, kl_weight=kl_weight, peer_weights=peer_weights,
-            class_weight=class_weight, grads=part, want_stats=want_stats,
-            upstream=upstream[:, rows] if upstream is not None and upstream.dim() == 2 else upstream,
+            class_weight=class_weight, grads=part, want_stats=want_stats, upstream=upstream,
         )  # fmt: skip
         for grad, grad_rows in zip(grads, part, strict=True):
             grad.zero_()[rows] = grad_rows
@@ -393,7 +394,8 @@ def mutual_loss_cpu(
             none, unknown = torch.zeros(K, dtype=dtype), torch.full((K, K), torch.nan, dtype=dtype)
             sums = [unknown[0], none, none.sum(), unknown]
         entropy, correct, together, pairwise = sums
-        packed = (ce_mean, kl_mean, torch.tensor([ce_count, labelled_rows], dtype=dtype), entropy / max(N, 1),
-                  correct, together[None], pairwise.flatten() * kl_scale / max(N, 1))  # fmt: skip
-        torch.cat(packed, out=stats[: 4 * K + 3 + K * K])
+        counts = torch.tensor([ce_count, labelled_rows], dtype=dtype)
+        packed = torch.cat((ce_mean, kl_mean, counts, entropy / max(N, 1), correct, together[None],
+                            pairwise.flatten() * (kl_scale / max(N, 1))))  # fmt: skip
+        stats[: len(packed)] = packed
     return losses, stats

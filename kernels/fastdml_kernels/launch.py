@@ -1,29 +1,39 @@
-"""Chooses the launch for a shape and makes it: blocks, grid, buffers, the finished-programs counter."""
+"""Chooses the kernel for a shape and launches it: tiles, grid, buffers, the counter of finished
+programs."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import cache
+from typing import Any, Literal
 
 import torch
 import triton
 from torch import Tensor
 
+from .label_counts import label_counts
 from .options import Options, Scalar, default_edge, stats_size
 from .register_rows import register_rows
+from .wide_rows import wide_rows
 
-# (K * BLOCK_C up to, rows a program, warps): 32 float32 values a thread for each row set, the
-# most that compiles without spills on sm_90 (kernels/README.md holds the compiler's figures).
-REGISTER_TILES = ((512, 4, 4), (1024, 4, 4), (2048, 2, 4), (4096, 1, 4), (8192, 1, 16),
-                  (1 << 30, 1, 16))  # fmt: skip
-COUNT_IN_KERNEL = 4096  # labels: up to here every program counts them itself, sparing a launch
+# Register rows: (K * BLOCK_C up to, samples a program, warps). Beyond the last limit rows are wide.
+# kernels/README.md holds the compiler's registers and spills for each.
+REGISTER_TILES = ((512, 4, 4), (1024, 4, 4), (2048, 2, 4), (4096, 1, 4), (8192, 1, 16))
+# Wide rows: (K up to, classes a block, warps).
+WIDE_TILES = ((1, 8192, 8), (2, 4096, 8), (4, 2048, 8), (8, 512, 8), (16, 256, 4))
+MOST_PEERS = WIDE_TILES[-1][0]  # more peers than this run on the last tile, with spills
+# Every program counts the labels itself up to here; beyond, one launch before counts them once.
+COUNT_IN_KERNEL = 4096
 PROGRAMS_PER_SM = 8
+CACHED_BYTES_PER_SM = 256 << 10  # of logits being walked a second time: a share of H100's 50 MB L2
 INTERPRETER_PROGRAMS = 6  # without a GPU: few, so that the walk over row blocks is exercised
 
 
 @dataclass(frozen=True)
 class Tile:
+    """How much a program takes at a time."""
+
     rows: int
     block_c: int
     warps: int
@@ -38,11 +48,25 @@ def register_tile(K: int, C: int) -> Tile | None:
     return None
 
 
-@lru_cache(maxsize=None)
-def _max_programs(device: torch.device) -> int:
-    if device.type != "cuda":
-        return INTERPRETER_PROGRAMS
-    return PROGRAMS_PER_SM * torch.cuda.get_device_properties(device).multi_processor_count
+def wide_tile(K: int, C: int) -> Tile:
+    block_c, warps = next(tile for limit, *tile in WIDE_TILES if K <= limit or limit == MOST_PEERS)
+    return Tile(1, min(block_c, triton.next_power_of_2(max(C, 2))), warps)
+
+
+def fits_registers(K: int, C: int, options: Options, upstream: Tensor | None) -> bool:
+    """Whether the register kernel has the options, and room for the rows."""
+    return (
+        options.target in ("peers", "ensemble")
+        and not options.symmetric
+        and options.detach_targets
+        and upstream is None
+        and register_tile(K, C) is not None
+    )
+
+
+@cache
+def _multiprocessors(device: torch.device) -> int:
+    return torch.cuda.get_device_properties(device).multi_processor_count
 
 
 class _Counters:
@@ -71,7 +95,7 @@ class _Counters:
         return self.of_stream[stream]
 
 
-@lru_cache(maxsize=None)
+@cache
 def _counters(device: torch.device) -> _Counters:
     return _Counters(device)
 
@@ -91,9 +115,9 @@ def _split(value: Scalar) -> tuple[Scalar, bool]:
     return (value, True) if isinstance(value, Tensor) else (float(value), False)
 
 
-def launch(
-    logits: Sequence[Tensor],  # K tensors (N, C) on one device
-    labels: Tensor,  # (N,)
+def arguments(
+    logits: Sequence[Tensor],
+    labels: Tensor,
     options: Options,
     *,
     temperature: Scalar = 1.0,
@@ -101,40 +125,94 @@ def launch(
     kl_weight: Scalar = 1.0,
     peer_weights: Tensor | None = None,
     class_weight: Tensor | None = None,
-    grads: Sequence[Tensor] = (),  # K tensors (N, C) to be written, or () for no gradient
+    grads: Sequence[Tensor] = (),
     want_stats: bool = False,
     upstream: Tensor | None = None,
+    regime: Literal["register", "wide"] | None = None,
     tile: Tile | None = None,
-    max_programs: int | None = None,
-) -> tuple[Tensor, Tensor]:
-    """Losses, (K,) or (K, N), and packed statistics (S,), both float32; fills `grads`."""
+    programs: int = 1,
+) -> tuple[Any, dict[str, Any], int]:
+    """The kernel, its arguments by name, outputs and buffers included, and its warps."""
     K, (N, C), device = len(logits), logits[0].shape, logits[0].device
-    tile = tile or register_tile(K, C)
+    if regime is None:
+        regime = "register" if fits_registers(K, C, options, upstream) else "wide"
     S = stats_size(K)
     shape = (K, N) if options.reduction == "none" else (K,)
-    losses = torch.empty(shape, dtype=torch.float32, device=device)
-    stats = torch.empty(S, dtype=torch.float32, device=device)
-    programs = max(min(triton.cdiv(N, tile.rows), max_programs or _max_programs(device)), 1)
-    partials = torch.empty((programs, S), dtype=torch.float32, device=device)
     temperature, t_pointer = _split(temperature)
     ce_weight, ce_pointer = _split(ce_weight)
     kl_weight, kl_pointer = _split(kl_weight)
-    register_rows[(programs,)](
-        tuple(logits), tuple(grads), labels, peer_weights, class_weight,
-        losses, stats, partials, _counters(device).take(), None,
-        N, labels.stride(0), options.ignore_index,
-        ce_weight, kl_weight, temperature, float(options.label_smoothing),
+    counted = N > COUNT_IN_KERNEL and bool(grads) and options.reduction == "mean"
+    named = dict(
+        logits=tuple(logits), grads=tuple(grads), labels=labels,
+        peer_weights=peer_weights, class_weight=class_weight,
+        losses=torch.empty(shape, dtype=torch.float32, device=device),
+        stats=torch.empty(S, dtype=torch.float32, device=device),
+        partials=torch.empty((programs, S), dtype=torch.float32, device=device),
+        counter=_counters(device).take(),
+        counts=label_counts(labels, class_weight, options.ignore_index, C) if counted else None,
+        N=N, label_stride=labels.stride(0), ignore_index=options.ignore_index,
+        ce_weight=ce_weight, kl_weight=kl_weight, temperature=temperature,
+        label_smoothing=float(options.label_smoothing),
         K=K, C=C,
         STRIDES=tuple((z.stride(0), z.stride(1), grads[k].stride(0) if grads else 0)
                       for k, z in enumerate(logits)),
         READABLE=tuple(_readable(z) for z in logits),
-        WRITABLE=C,
-        ROWS=tile.rows, BLOCK_C=tile.block_c, S=S, PROGRAMS_BLOCK=max(1, min(64, 2048 // S)),
+        BLOCK_C=tile.block_c, S=S, PROGRAMS_BLOCK=max(1, min(64, 2048 // S)),
         NEED_GRAD=bool(grads), STATS=want_stats, REDUCTION=options.reduction,
         TARGET=options.target, GATE=options.gate, EDGE=default_edge(K, options.gate),
         TEMPERED=t_pointer or temperature != 1.0, SMOOTHED=options.label_smoothing != 0.0,
         MIMIC_IGNORED=options.mimic_ignored,
         CE_POINTER=ce_pointer, KL_POINTER=kl_pointer, T_POINTER=t_pointer,
-        num_warps=tile.warps,
     )  # fmt: skip
-    return losses, stats
+    if regime == "register":
+        return register_rows, named | dict(ROWS=tile.rows), tile.warps
+    coupled = options.symmetric or not options.detach_targets
+    wide = dict(
+        upstream=upstream,
+        scratch=torch.empty((programs, 3 * K * K if coupled and grads else 1), device=device),
+        u_stride_k=0 if upstream is None else upstream.stride(0),
+        u_stride_n=upstream.stride(1) if upstream is not None and upstream.dim() == 2 else 0,
+        PAIRS=triton.next_power_of_2(max(K * K, 2)),
+        SYMMETRIC=options.symmetric, DETACH=options.detach_targets,
+    )  # fmt: skip
+    return wide_rows, named | wide, tile.warps
+
+
+def launch(
+    logits: Sequence[Tensor],  # K tensors (N, C) on one device
+    labels: Tensor,  # (N,)
+    options: Options,
+    *,
+    grads: Sequence[Tensor] = (),  # K tensors (N, C) to be written, or () for no gradient
+    upstream: Tensor | None = None,  # the losses' own gradient, (K,) or (K, N); None is 1
+    regime: Literal["register", "wide"] | None = None,
+    tile: Tile | None = None,
+    max_programs: int | None = None,
+    **rest: Any,
+) -> tuple[Tensor, Tensor]:
+    """Losses, (K,) or (K, N), and packed statistics (S,), both float32; fills `grads`.
+
+    `regime`, `tile` and `max_programs` are chosen by shape unless given; `rest` as in
+    `cpu.mutual_loss_cpu`.
+    """
+    K, (N, C), device = len(logits), logits[0].shape, logits[0].device
+    if regime is None:
+        regime = "register" if fits_registers(K, C, options, upstream) else "wide"
+    if tile is None:
+        tile = register_tile(K, C) if regime == "register" else wide_tile(K, C)
+    if max_programs is None:
+        max_programs = INTERPRETER_PROGRAMS
+        if device.type == "cuda":
+            per_sm = PROGRAMS_PER_SM
+            if regime == "wide":
+                row_bytes = sum(z.element_size() for z in logits) * C
+                per_sm = max(1, min(per_sm, CACHED_BYTES_PER_SM // row_bytes))
+            max_programs = per_sm * _multiprocessors(device)
+    programs = max(1, min(triton.cdiv(N, tile.rows), max_programs))
+    with torch.cuda.device_of(logits[0]):
+        kernel, named, warps = arguments(
+            logits, labels, options, grads=grads, upstream=upstream, regime=regime, tile=tile,
+            programs=programs, **rest,
+        )  # fmt: skip
+        kernel[(programs,)](**named, num_warps=warps)
+    return named["losses"], named["stats"]

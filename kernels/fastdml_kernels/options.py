@@ -39,7 +39,7 @@ class Options:
                 raise ValueError(f"{name}={value!r}: choose one of {', '.join(map(repr, allowed))}")
         if not 0.0 <= self.label_smoothing <= 1.0:
             raise ValueError(
-                f"label_smoothing={self.label_smoothing}: it is a share of the target between 0 and 1"
+                f"label_smoothing={self.label_smoothing}: give a share of the target, 0 to 1"
             )
 
 

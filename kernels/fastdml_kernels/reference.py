@@ -49,11 +49,9 @@ def mutual_loss_reference(
     nll = [-log_p[k][torch.arange(N), y] for k in range(K)]
     right = [(log_p[k].argmax(dim=1) == y) & labelled for k in range(K)]
     eps = options.label_smoothing
-    ce_rows = torch.stack(
-        [(1 - eps) * weight[y] * nll[k] - eps / C * (weight * log_p[k]).sum(dim=1) for k in range(K)]
-    ) if K else torch.zeros(0, N)
-    if not eps:  # 0 * (-inf) of a class nobody smooths towards
-        ce_rows = torch.stack([weight[y] * nll[k] for k in range(K)])
+    ce_rows = (1 - eps) * weight[y] * torch.stack(nll)
+    if eps:  # or 0 * (-inf) of a class nobody smooths towards
+        ce_rows = ce_rows - eps / C * (weight * torch.stack(log_p)).sum(dim=2)
     ce_rows = torch.where(labelled, ce_rows, 0.0)
 
     edges = torch.full((K, K), 1.0 if options.gate == "best" else 1.0 / max(K - 1, 1)).double()

@@ -17,100 +17,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-
-@triton.jit
-def scalar(x, IS_POINTER: tl.constexpr):
-    """A float32 that came as a number or as a 0-d tensor."""
-    if IS_POINTER:
-        return tl.load(x).to(tl.float32)
-    return tl.cast(x, tl.float32)
-
-
-@triton.jit
-def times(q, gap):
-    """q * gap, where a class that the teacher gives no probability contributes 0, never 0 * inf."""
-    return tl.where(q == 0.0, 0.0, q * gap)
-
-
-@triton.jit
-def put(packed, position: tl.constexpr, value, S: tl.constexpr):
-    """Adds a scalar to one of the S sums that a program carries, one register a thread for all."""
-    return packed + tl.where(tl.arange(0, S) == position, value, 0.0)
-
-
-@triton.jit
-def count_rows(labels, label_stride, class_weight, N, ignore_index,
-               HAS_CLASS_WEIGHT: tl.constexpr, C: tl.constexpr):  # fmt: skip
-    """(sum of the labelled rows' class weights, number of labelled rows) over all N labels."""
-    BLOCK: tl.constexpr = 1024
-    weight_sum = tl.zeros((BLOCK,), tl.float32)
-    rows = tl.zeros((BLOCK,), tl.float32)
-    for start in range(0, N, BLOCK):
-        n = start + tl.arange(0, BLOCK)
-        y = tl.load(labels + n.to(tl.int64) * label_stride, mask=n < N, other=ignore_index)
-        labelled = y != ignore_index
-        rows += tl.where(labelled, 1.0, 0.0)
-        if HAS_CLASS_WEIGHT:
-            known = labelled & (y >= 0) & (y < C)
-            weight_sum += tl.load(class_weight + y, mask=known, other=0.0).to(tl.float32)
-    count = tl.sum(rows, axis=0)
-    if HAS_CLASS_WEIGHT:
-        return tl.sum(weight_sum, axis=0), count
-    return count, count
-
-
-@triton.jit
-def inverse(count):
-    """1 / count, and 0 where nothing was counted: no row then has a gradient."""
-    return tl.where(count > 0, 1.0 / tl.maximum(count, 1e-38), 0.0)
-
-
-@triton.jit
-def reduce_programs(partials, losses, stats, ce_weight, kl_weight, kl_scale, N,
-                    K: tl.constexpr, S: tl.constexpr, PROGRAMS_BLOCK: tl.constexpr,
-                    REDUCTION: tl.constexpr, MIMIC_IGNORED: tl.constexpr,
-                    STATS: tl.constexpr):  # fmt: skip
-    """Adds the programs' sums in a fixed order and writes losses (K,) and statistics (S,).
-
-    The order of the sums, here and in `stats`: ce K, kl K, weight of labelled rows, labelled
-    rows; with STATS also entropy K, correct K, ensemble_correct, pairwise KL (K, K).
-    """
-    programs = tl.num_programs(0)
-    s = tl.arange(0, S)
-    total = tl.zeros((S,), tl.float32)
-    for start in range(0, programs, PROGRAMS_BLOCK):
-        b = start + tl.arange(0, PROGRAMS_BLOCK)
-        part = tl.load(partials + b[:, None] * S + s[None, :], mask=(b < programs)[:, None],
-                       other=0.0, cache_modifier=".cg")  # fmt: skip
-        total += tl.sum(part, axis=0)
-    ce_count = tl.sum(tl.where(s == 2 * K, total, 0.0), axis=0)
-    labelled = tl.sum(tl.where(s == 2 * K + 1, total, 0.0), axis=0)
-    kl_count = labelled
-    if MIMIC_IGNORED:
-        kl_count = tl.cast(N, tl.float32)
-        # a batch without any label teaches by the KL term alone
-        ce_count = tl.where(labelled == 0, 1.0, ce_count)
-    is_ce = s < K
-    is_kl = (s >= K) & (s < 2 * K)
-    is_count = (s == 2 * K) | (s == 2 * K + 1)
-    mean = total / tl.where(is_ce, ce_count, kl_count)
-    mean = tl.where(is_kl, mean * kl_scale, mean)
-    if STATS:
-        is_pair = (s >= 4 * K + 3) & (s < 4 * K + 3 + K * K)
-        mean = tl.where(is_pair, mean * kl_scale, mean)
-        is_count = is_count | ((s >= 3 * K + 2) & (s < 4 * K + 3))
-        tl.store(stats + s, tl.where(is_count, total, mean))
-    if REDUCTION != "none":
-        value = mean
-        if REDUCTION == "sum":
-            value = tl.where(is_kl, total * kl_scale, total)
-        for k in tl.static_range(K):
-            ce = tl.sum(tl.where(s == k, value, 0.0), axis=0)
-            kl = tl.sum(tl.where(s == K + k, value, 0.0), axis=0)
-            loss = ce_weight * ce
-            if K > 1:
-                loss += kl_weight * kl
-            tl.store(losses + k, loss)
+from .parts import count_rows, finish, inverse, put, scalar, times
 
 
 @triton.jit(do_not_specialize=["N", "ignore_index", "label_stride"])
@@ -130,7 +37,6 @@ def register_rows(
     K: tl.constexpr, C: tl.constexpr,
     STRIDES: tl.constexpr,  # per peer: logits row, logits column, gradient row
     READABLE: tl.constexpr,  # per peer: columns that may be read, C or more
-    WRITABLE: tl.constexpr,  # columns of a gradient row that may be written, C or more
     ROWS: tl.constexpr, BLOCK_C: tl.constexpr, S: tl.constexpr, PROGRAMS_BLOCK: tl.constexpr,
     NEED_GRAD: tl.constexpr, STATS: tl.constexpr, REDUCTION: tl.constexpr,
     TARGET: tl.constexpr, GATE: tl.constexpr, EDGE: tl.constexpr,
@@ -201,8 +107,8 @@ def register_rows(
         RIGHT = ()
         for k in tl.static_range(K):
             z = tl.load(logits[k] + n64[:, None] * STRIDES[k][0] + cols[None, :] * STRIDES[k][1],
-                        mask=inside[:, None] & (cols < READABLE[k])[None, :],
-                        other=0.0).to(tl.float32)  # fmt: skip
+                        mask=inside[:, None] & (cols < READABLE[k])[None, :], other=0.0,
+                        eviction_policy="evict_first").to(tl.float32)  # fmt: skip
             z = tl.where(is_class[None, :], z, float("-inf"))
             m = tl.max(z, axis=1)
             lse = m + tl.log(tl.sum(tl.exp(z - m[:, None]), axis=1))
@@ -227,8 +133,8 @@ def register_rows(
         for k in tl.static_range(K):
             ce = w_y * NLL[k]
             if SMOOTHED:
-                towards_all = tl.sum(
-                    times(w_c[None, :] + 0.0 * is_y, LSE[k][:, None] - Z[k]), axis=1)
+                below = times(w_c[None, :] + 0.0 * is_y, LSE[k][:, None] - Z[k])
+                towards_all = tl.sum(below, axis=1)
                 ce = (1.0 - label_smoothing) * ce + label_smoothing / C * towards_all
             CE = CE + (tl.where(labelled, ce, 0.0),)
 
@@ -324,8 +230,8 @@ def register_rows(
                     for k in tl.static_range(K):
                         if l != k:
                             pair = tl.sum(times(Q[l], D[l] - D[k]), axis=1)
-                            packed = put(packed, 4 * K + 3 + l * K + k,
-                                         tl.sum(tl.where(mimics, pair, 0.0), axis=0), S)  # fmt: skip
+                            pair = tl.where(mimics, pair, 0.0)
+                            packed = put(packed, 4 * K + 3 + l * K + k, tl.sum(pair, axis=0), S)
         if REDUCTION == "none":
             for k in tl.static_range(K):
                 loss = ce_weight * CE[k]
@@ -368,14 +274,8 @@ def register_rows(
                 g += bad
                 tl.store(grads[k] + n64[:, None] * STRIDES[k][2] + cols[None, :],
                          g.to(grads[k].dtype.element_ty),
-                         mask=inside[:, None] & (cols < WRITABLE)[None, :])  # fmt: skip
+                         mask=inside[:, None] & is_class[None, :],
+                         eviction_policy="evict_first")  # fmt: skip
 
-    # ---- the last program to finish adds up
-    if REDUCTION != "none" or STATS:
-        tl.store(partials + tl.program_id(0) * S + tl.arange(0, S), packed)
-        tl.debug_barrier()  # every thread's sums are written before this program counts as done
-        done = tl.atomic_add(counter, 1, sem="acq_rel")
-        if done == tl.num_programs(0) - 1:
-            reduce_programs(partials, losses, stats, ce_weight, kl_weight, kl_scale, N, K, S,
-                            PROGRAMS_BLOCK, REDUCTION, MIMIC_IGNORED, STATS)  # fmt: skip
-            tl.store(counter, 0)
+    finish(packed, partials, counter, losses, stats, ce_weight, kl_weight, kl_scale, N, K, S,
+           PROGRAMS_BLOCK, REDUCTION, MIMIC_IGNORED, STATS)  # fmt: skip

@@ -1,0 +1,29 @@
+"""Counts the labelled rows in one launch, for batches too long for every program to count."""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from .parts import count_rows
+
+
+@triton.jit(do_not_specialize=["N", "label_stride", "ignore_index"])
+def count_labels(labels, class_weight, counts, N, label_stride, ignore_index,
+                 C: tl.constexpr):  # fmt: skip
+    """Grid: (1,). counts[0]: sum of the labelled rows' class weights, counts[1]: labelled rows."""
+    weight, rows = count_rows(labels, label_stride, class_weight, N, ignore_index,
+                              class_weight is not None, C)  # fmt: skip
+    tl.store(counts, weight)
+    tl.store(counts + 1, rows)
+
+
+def label_counts(labels: Tensor, class_weight: Tensor | None, ignore_index: int, C: int) -> Tensor:
+    counts = torch.empty(2, dtype=torch.float32, device=labels.device)
+    count_labels[(1,)](
+        labels, class_weight, counts, labels.numel(), labels.stride(0), ignore_index, C,
+        num_warps=8,
+    )  # fmt: skip
+    return counts

@@ -1,0 +1,116 @@
+"""What the loss kernels share on the device: scalars, safe products, label counts, the last sum."""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+
+@triton.jit
+def scalar(x, IS_POINTER: tl.constexpr):
+    """A float32 that came as a number or as a 0-d tensor."""
+    if IS_POINTER:
+        return tl.load(x).to(tl.float32)
+    return tl.cast(x, tl.float32)
+
+
+@triton.jit
+def times(q, gap):
+    """q * gap, where a class that the teacher gives no probability contributes 0, never 0 * inf."""
+    return tl.where(q == 0.0, 0.0, q * gap)
+
+
+@triton.jit
+def put(packed, position: tl.constexpr, value, S: tl.constexpr):
+    """Adds a scalar to one of the S sums that a program carries, one register a thread for all."""
+    return packed + tl.where(tl.arange(0, S) == position, value, 0.0)
+
+
+@triton.jit
+def count_rows(labels, label_stride, class_weight, N, ignore_index,
+               HAS_CLASS_WEIGHT: tl.constexpr, C: tl.constexpr):  # fmt: skip
+    """(sum of the labelled rows' class weights, number of labelled rows) over all N labels."""
+    BLOCK: tl.constexpr = 1024
+    weight_sum = tl.zeros((BLOCK,), tl.float32)
+    rows = tl.zeros((BLOCK,), tl.float32)
+    for start in range(0, N, BLOCK):
+        n = start + tl.arange(0, BLOCK)
+        y = tl.load(labels + n.to(tl.int64) * label_stride, mask=n < N, other=ignore_index)
+        labelled = y != ignore_index
+        rows += tl.where(labelled, 1.0, 0.0)
+        if HAS_CLASS_WEIGHT:
+            known = labelled & (y >= 0) & (y < C)
+            weight_sum += tl.load(class_weight + y, mask=known, other=0.0).to(tl.float32)
+    count = tl.sum(rows, axis=0)
+    if HAS_CLASS_WEIGHT:
+        return tl.sum(weight_sum, axis=0), count
+    return count, count
+
+
+@triton.jit
+def inverse(count):
+    """1 / count, and 0 where nothing was counted: no row then has a gradient."""
+    return tl.where(count > 0, 1.0 / tl.maximum(count, 1e-38), 0.0)
+
+
+@triton.jit
+def reduce_programs(partials, losses, stats, ce_weight, kl_weight, kl_scale, N,
+                    K: tl.constexpr, S: tl.constexpr, PROGRAMS_BLOCK: tl.constexpr,
+                    REDUCTION: tl.constexpr, MIMIC_IGNORED: tl.constexpr,
+                    STATS: tl.constexpr):  # fmt: skip
+    """Adds the programs' sums in a fixed order and writes losses (K,) and statistics (S,).
+
+    The order of the sums, here and in `stats`: ce K, kl K, weight of labelled rows, labelled
+    rows; with STATS also entropy K, correct K, ensemble_correct, pairwise KL (K, K).
+    """
+    programs = tl.num_programs(0)
+    s = tl.arange(0, S)
+    total = tl.zeros((S,), tl.float32)
+    for start in range(0, programs, PROGRAMS_BLOCK):
+        b = start + tl.arange(0, PROGRAMS_BLOCK)
+        part = tl.load(partials + b[:, None] * S + s[None, :], mask=(b < programs)[:, None],
+                       other=0.0, cache_modifier=".cg")  # fmt: skip
+        total += tl.sum(part, axis=0)
+    ce_count = tl.sum(tl.where(s == 2 * K, total, 0.0), axis=0)
+    labelled = tl.sum(tl.where(s == 2 * K + 1, total, 0.0), axis=0)
+    kl_count = labelled
+    if MIMIC_IGNORED:
+        kl_count = tl.cast(N, tl.float32)
+        # a batch without any label teaches by the KL term alone
+        ce_count = tl.where(labelled == 0, 1.0, ce_count)
+    is_ce = s < K
+    is_kl = (s >= K) & (s < 2 * K)
+    is_count = (s == 2 * K) | (s == 2 * K + 1)
+    mean = total / tl.where(is_ce, ce_count, kl_count)
+    mean = tl.where(is_kl, mean * kl_scale, mean)
+    if STATS:
+        is_pair = (s >= 4 * K + 3) & (s < 4 * K + 3 + K * K)
+        mean = tl.where(is_pair, mean * kl_scale, mean)
+        is_count = is_count | ((s >= 3 * K + 2) & (s < 4 * K + 3))
+        tl.store(stats + s, tl.where(is_count, total, mean))
+    if REDUCTION != "none":
+        value = mean
+        if REDUCTION == "sum":
+            value = tl.where(is_kl, total * kl_scale, total)
+        for k in tl.static_range(K):
+            ce = tl.sum(tl.where(s == k, value, 0.0), axis=0)
+            kl = tl.sum(tl.where(s == K + k, value, 0.0), axis=0)
+            loss = ce_weight * ce
+            if K > 1:
+                loss += kl_weight * kl
+            tl.store(losses + k, loss)
+
+
+@triton.jit
+def finish(packed, partials, counter, losses, stats, ce_weight, kl_weight, kl_scale, N,
+           K: tl.constexpr, S: tl.constexpr, PROGRAMS_BLOCK: tl.constexpr,
+           REDUCTION: tl.constexpr, MIMIC_IGNORED: tl.constexpr, STATS: tl.constexpr):  # fmt: skip
+    """Stores a program's sums; the last program to finish adds up all and resets the counter."""
+    if REDUCTION != "none" or STATS:
+        tl.store(partials + tl.program_id(0) * S + tl.arange(0, S), packed)
+        tl.debug_barrier()  # every thread's sums are written before this program counts as done
+        done = tl.atomic_add(counter, 1, sem="acq_rel")
+        if done == tl.num_programs(0) - 1:
+            reduce_programs(partials, losses, stats, ce_weight, kl_weight, kl_scale, N, K, S,
+                            PROGRAMS_BLOCK, REDUCTION, MIMIC_IGNORED, STATS)  # fmt: skip
+            tl.store(counter, 0)

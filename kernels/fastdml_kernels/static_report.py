@@ -1,0 +1,235 @@
+"""What the compiler made of the kernels, read from the machine code: no GPU needed.
+
+For a (kernel, K, C, dtype, architecture): launches, registers, stack and spills, widths of the
+loads and stores of logits and gradients, and how often each logit is read and each gradient
+written. Logits and gradients are the only tensors accessed with an eviction policy, which the
+instructions carry (`LDG.E.EF.64`), so that they can be told from labels and sums.
+
+The kernels must not have been imported under TRITON_INTERPRET=1.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+import subprocess
+import tempfile
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import torch
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+
+from .launch import Tile, arguments, fits_registers, register_tile, wide_tile
+from .options import Options
+from .register_rows import register_rows
+
+TARGETS = {
+    "sm_80": GPUTarget("cuda", 80, 32),
+    "sm_90": GPUTarget("cuda", 90, 32),
+    "sm_100": GPUTarget("cuda", 100, 32),
+    "gfx942": GPUTarget("hip", "gfx942", 64),
+}
+DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
+_POINTER = {
+    torch.bfloat16: "*bf16", torch.float16: "*fp16", torch.float32: "*fp32",
+    torch.int64: "*i64", torch.int32: "*i32",
+}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class KernelReport:
+    """One compiled kernel. Widths are bytes a thread moves by one instruction, with their counts;
+    reads and writes are how often a logit is read and a gradient written, and bytes_per_row what
+    that makes for one peer's row against least_bytes, each read once and written once."""
+
+    kernel: str
+    K: int
+    C: int
+    dtype: str
+    arch: str
+    gradient: bool
+    rows: int
+    block_c: int
+    warps: int
+    launches: int
+    registers: int
+    stack_bytes: int
+    spills: int  # instructions that move a register to or from local memory
+    load_widths: dict[int, int] = field(default_factory=dict)
+    store_widths: dict[int, int] = field(default_factory=dict)
+    reads: int | None = None  # None where the machine code does not tell them apart
+    writes: int | None = None
+    bytes_per_row: int | None = None
+    least_bytes: int = 0
+    ratio: float | None = None
+
+    def as_dict(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+def compile_kernel(kernel: Any, named: dict[str, Any], warps: int, target: GPUTarget) -> Any:
+    """`triton.compile` of a launch's arguments; tensors are taken as 16-byte aligned, as torch's
+    allocators make them."""
+    if not hasattr(kernel, "arg_names") or not hasattr(kernel, "params"):
+        raise RuntimeError("the kernels were imported under TRITON_INTERPRET=1: unset it")
+    signature: dict[str, Any] = {}
+    constants: dict[tuple[int, ...], Any] = {}
+    attributes: dict[tuple[int, ...], Any] = {}
+    aligned = [["tt.divisibility", 16]]
+    for position, parameter in enumerate(kernel.params):
+        name, value = parameter.name, named[parameter.name]
+        if parameter.is_constexpr or value is None or value == ():
+            signature[name] = "constexpr"
+            constants[(position,)] = value
+        elif isinstance(value, tuple):
+            signature[name] = tuple(_POINTER[t.dtype] for t in value)
+            attributes |= {(position, k): aligned for k in range(len(value))}
+        elif isinstance(value, torch.Tensor):
+            signature[name] = _POINTER[value.dtype]
+            attributes[(position,)] = aligned
+        else:
+            signature[name] = "i32" if isinstance(value, int) else "fp32"
+    source = ASTSource(fn=kernel, signature=signature, constexprs=constants, attrs=attributes)
+    return triton.compile(source, target=target, options={"num_warps": warps})
+
+
+@cache
+def _cuobjdump() -> str | None:
+    found = sorted(Path(triton.__file__).parent.glob("backends/nvidia/bin/cuobjdump"))
+    return str(found[0]) if found else None
+
+
+def _cubin(compiled: Any, *flags: str) -> str:
+    tool = _cuobjdump()
+    if tool is None:
+        raise RuntimeError("triton's wheel holds no cuobjdump: the report needs a Linux CUDA build")
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(compiled.asm["cubin"])
+        file.flush()
+        return subprocess.run(
+            [tool, *flags, file.name], capture_output=True, text=True, check=True
+        ).stdout
+
+
+def _width(instruction: str) -> int:
+    """Bytes of LDG.E.EF.64 and the like."""
+    bits = re.search(r"\.(?:[US])?(8|16|64|128)\b", instruction)
+    return int(bits[1]) // 8 if bits else 4
+
+
+def _widths(sass: str, operation: str, policies: str) -> Counter[int]:
+    found = re.findall(rf"\b({operation}\.E\.(?:{policies})[.\w]*)", sass)
+    return Counter(_width(instruction) for instruction in found)
+
+
+def report(
+    K: int, C: int, dtype: str = "bf16", arch: str = "sm_90", *, gradient: bool = True,
+    stats: bool = False, options: Options = Options(), regime: str | None = None,  # noqa: B008
+    row_stride: int | None = None, tile: Tile | None = None,
+) -> KernelReport:  # fmt: skip
+    """Compiles the kernel that a launch of this shape would use, and reads its machine code.
+
+    dtype: "bf16", "fp16", "fp32". arch: one of `TARGETS`. row_stride: elements between rows, C
+    unless given.
+    """
+    N, stride = 64, row_stride or C
+    make = lambda: torch.empty(N, stride, dtype=DTYPES[dtype])[:, :C]  # noqa: E731
+    logits = [make() for _ in range(K)]
+    grads = [make() for _ in range(K)] if gradient else []
+    if regime is None:
+        regime = "register" if fits_registers(K, C, options, None) else "wide"
+    if tile is None:
+        tile = register_tile(K, C) if regime == "register" else wide_tile(K, C)
+    kernel, named, warps = arguments(
+        logits, torch.zeros(N, dtype=torch.int64), options, grads=grads, want_stats=stats,
+        regime=regime, tile=tile,
+    )  # fmt: skip
+    compiled = compile_kernel(kernel, named, warps, TARGETS[arch])
+    about = dict(
+        kernel="register_rows" if kernel is register_rows else "wide_rows", K=K, C=C, dtype=dtype,
+        arch=arch, gradient=gradient, rows=tile.rows, block_c=tile.block_c, warps=warps, launches=1,
+    )  # fmt: skip
+    if arch.startswith("gfx"):
+        return KernelReport(**about, **_read_amdgcn(compiled.asm["amdgcn"]))
+    usage = re.search(r"REG:(\d+) STACK:(\d+)", _cubin(compiled, "-res-usage"))
+    sass = _cubin(compiled, "-sass")
+    loads = _widths(sass, "LDG", "EF|EL")
+    stores = _widths(sass, "STG", "EF|EL")
+    # Every access runs once for each row block (register rows) or class block (wide rows), in
+    # which each of the program's threads moves `width` bytes an instruction. A pass over the rows
+    # covers at most the block: the compiler leaves out what lies past the last class altogether.
+    size = DTYPES[dtype].itemsize
+
+    def passes(widths: Counter[int]) -> int:
+        covered = sum(width * count for width, count in widths.items()) * 32 * warps
+        return math.ceil(covered / (K * tile.rows * tile.block_c * size))
+
+    reads, writes = passes(loads), passes(stores)
+    least = C * size * (2 if gradient else 1)
+    moved = (reads + writes) * C * size
+    return KernelReport(
+        **about, registers=int(usage[1]), stack_bytes=int(usage[2]),
+        spills=len(re.findall(r"\b(?:LDL|STL)\b", sass)),
+        load_widths=dict(sorted(loads.items())), store_widths=dict(sorted(stores.items())),
+        reads=reads, writes=writes, bytes_per_row=moved, least_bytes=least, ratio=moved / least,
+    )  # fmt: skip
+
+
+def _read_amdgcn(assembly: str) -> dict[str, int]:
+    def number(key: str) -> int:
+        return int(re.search(rf"\.{key}:\s*(\d+)", assembly)[1])
+
+    return {
+        "registers": number("vgpr_count"),
+        "stack_bytes": number("private_segment_fixed_size"),
+        "spills": number("vgpr_spill_count") + number("sgpr_spill_count"),
+    }
+
+
+SHAPES = (
+    (2, 10), (2, 100), (3, 100), (4, 100), (8, 100), (2, 751), (4, 751), (2, 1000), (4, 1000),
+    (8, 1000), (4, 2048), (2, 21841), (2, 32768), (4, 32768), (8, 32768), (2, 128256),
+)  # fmt: skip
+
+
+def reports(
+    shapes: Sequence[tuple[int, int]] = SHAPES,
+    dtypes: Sequence[str] = ("bf16",),
+    archs: Sequence[str] = tuple(TARGETS),
+) -> list[KernelReport]:
+    """Reports with gradient for every combination."""
+    return [
+        report(K, C, dtype, arch) for K, C in shapes for dtype in dtypes for arch in archs
+    ]  # fmt: skip
+
+
+def table(rows: Sequence[KernelReport]) -> str:
+    """Fixed columns, one kernel a line."""
+
+    def widths(counts: dict[int, int]) -> str:
+        return ",".join(f"{width}Bx{count}" for width, count in counts.items()) or "-"
+
+    def known(value: float | None) -> str:
+        return "-" if value is None else f"{value:g}"
+
+    lines = [
+        f"{'kernel':14}{'K':>3}{'C':>8} {'dtype':6}{'arch':8}{'tile':>12}{'warps':>6}{'launch':>7}"
+        f"{'regs':>6}{'stack':>6}{'spills':>7}  {'loads':14}{'stores':14}"
+        f"{'reads':>6}{'writes':>7}{'ratio':>6}"
+    ]
+    for r in rows:
+        tile = f"{r.rows}x{r.block_c}"
+        lines.append(
+            f"{r.kernel:14}{r.K:>3}{r.C:>8} {r.dtype:6}{r.arch:8}{tile:>12}{r.warps:>6}"
+            f"{r.launches:>7}{r.registers:>6}{r.stack_bytes:>6}{r.spills:>7}  "
+            f"{widths(r.load_widths):14}{widths(r.store_widths):14}"
+            f"{known(r.reads):>6}{known(r.writes):>7}{known(r.ratio):>6}"
+        )
+    return "\n".join(lines)

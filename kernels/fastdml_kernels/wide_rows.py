@@ -1,0 +1,617 @@
+"""Loss, statistics and gradient for rows of any length and for every option, a block of classes at
+a time.
+
+A program takes one sample. Its first pass over the K rows is online: running maximum and running
+sums, rescaled as the maximum grows. Without a gradient that pass is all the plain loss needs: one
+read. With one, a second pass walks the row backwards, so that it begins with what the cache still
+holds, and writes each gradient once: two reads, one write.
+
+More passes, and why:
+- target="ensemble" without gradient, or statistics without gradient: a second read, since a mean
+  of probabilities needs every peer's normaliser first.
+- target="ensemble_logits": one more, for the normaliser of the mixed logits, which depends on who
+  teaches on the row.
+- a mixed target with symmetric=True or detach_targets=False, with gradient: one more, since the
+  gradient holds the divergences themselves.
+
+Pair terms are O(K**2 C) here: with one read nothing is normalised yet, and each ordered pair needs
+its own running sum. They are kept packed in one tensor, spread over the program's threads.
+
+Notation as in `register_rows`.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from .parts import count_rows, finish, inverse, put, scalar, times
+
+
+@triton.jit
+def load_peers(logits, n64, c, K: tl.constexpr, C: tl.constexpr, STRIDES: tl.constexpr,
+               READABLE: tl.constexpr, LAST: tl.constexpr):  # fmt: skip
+    """K blocks of logits, float32, -inf past the last class."""
+    Z = ()
+    for k in tl.static_range(K):
+        at = logits[k] + n64 * STRIDES[k][0] + c * STRIDES[k][1]
+        if LAST:  # not needed again: leave the cache to what is
+            z = tl.load(at, mask=c < READABLE[k], other=0.0, eviction_policy="evict_first")
+        else:
+            z = tl.load(at, mask=c < READABLE[k], other=0.0, eviction_policy="evict_last")
+        Z = Z + (tl.where(c < C, z.to(tl.float32), float("-inf")),)
+    return Z
+
+
+@triton.jit
+def edge(k, l, peer_weights, GATES,  # noqa: E741
+         K: tl.constexpr, EDGE: tl.constexpr, GATED: tl.constexpr):  # fmt: skip
+    """How much peer k learns from peer l on this row."""
+    w = tl.cast(EDGE, tl.float32)
+    if peer_weights is not None:
+        w = tl.load(peer_weights + k * K + l).to(tl.float32)
+    if GATED:
+        w *= GATES[l]
+    return w
+
+
+@triton.jit
+def mixed_logits(k: tl.constexpr, Z, peer_weights, GATES, w_sum, inv_t,
+                 K: tl.constexpr, EDGE: tl.constexpr, GATED: tl.constexpr):  # fmt: skip
+    """Mean of the other peers' logits over T, from differences to the first of them: identical
+    peers mix to themselves, exactly."""
+    base = Z[(0 if k else 1)]
+    low = base
+    mixed = tl.zeros_like(base)
+    for l in tl.static_range(K):  # noqa: E741
+        if l != k:
+            w = edge(k, l, peer_weights, GATES, K, EDGE, GATED) / w_sum
+            low = tl.where(w != 0.0, tl.minimum(low, Z[l]), low)
+            mixed += times(w, tl.where(Z[l] == base, 0.0, Z[l] - base))
+    return tl.where(low == float("-inf"), low, base + mixed) * inv_t
+
+
+@triton.jit
+def mixed_teacher(k: tl.constexpr, Z, D, top, peer_weights, GATES, w_sum, mix_lse, inv_t,
+                  K: tl.constexpr, EDGE: tl.constexpr, GATED: tl.constexpr,
+                  TARGET: tl.constexpr):  # fmt: skip
+    """log t - max_l log q_l of peer k's mixed teacher t, and t itself."""
+    if TARGET == "ensemble":
+        mixed = tl.zeros_like(top)
+        for l in tl.static_range(K):  # noqa: E741
+            if l != k:
+                mixed += edge(k, l, peer_weights, GATES, K, EDGE, GATED) * tl.exp(D[l])
+        gap = tl.log(mixed / w_sum)
+    else:
+        log_t = mixed_logits(k, Z, peer_weights, GATES, w_sum, inv_t, K, EDGE, GATED) - mix_lse
+        gap = log_t - top
+    return gap, tl.exp(gap + top)
+
+
+@triton.jit
+def log_probabilities(Z, LSE_T, inv_t, K: tl.constexpr):
+    """max_l log q_l, then d_l = log q_l - max (0 for identical peers, exactly), and q_l."""
+    top = Z[0] * inv_t - LSE_T[0]
+    for k in tl.static_range(1, K):
+        top = tl.maximum(top, Z[k] * inv_t - LSE_T[k])
+    top = tl.where(top == float("-inf"), 0.0, top)
+    D = ()
+    Q = ()
+    for k in tl.static_range(K):
+        log_q = Z[k] * inv_t - LSE_T[k]
+        D = D + (log_q - top,)
+        Q = Q + (tl.exp(log_q),)
+    return top, D, Q
+
+
+@triton.jit
+def kl_terms(Z, D, Q, top, W_SUM, MIX_LSE, peer_weights, GATES, inv_t,
+             K: tl.constexpr, EDGE: tl.constexpr, GATED: tl.constexpr, UNIFORM: tl.constexpr,
+             TARGET: tl.constexpr, SYMMETRIC: tl.constexpr):  # fmt: skip
+    """One block's share of each student's KL term, weights included."""
+    OUT = ()
+    if UNIFORM and TARGET == "peers" and not SYMMETRIC:
+        mass = Q[0]
+        energy = times(Q[0], D[0])
+        for k in tl.static_range(1, K):
+            mass += Q[k]
+            energy += times(Q[k], D[k])
+        for k in tl.static_range(K):
+            OUT = OUT + (tl.sum(energy - times(mass, D[k]), axis=0) * EDGE,)
+    else:
+        for k in tl.static_range(K):
+            total = tl.cast(0.0, tl.float32)
+            if TARGET == "peers":
+                for l in tl.static_range(K):  # noqa: E741
+                    if l != k:
+                        w = edge(k, l, peer_weights, GATES, K, EDGE, GATED)
+                        pair = times(Q[l], D[l] - D[k])
+                        if SYMMETRIC:
+                            pair = 0.5 * (pair + times(Q[k], D[k] - D[l]))
+                        total += times(w, tl.sum(pair, axis=0))
+            else:
+                gap, t = mixed_teacher(k, Z, D, top, peer_weights, GATES, W_SUM[k], MIX_LSE[k],
+                                       inv_t, K, EDGE, GATED, TARGET)  # fmt: skip
+                pair = times(t, gap - D[k])
+                if SYMMETRIC:
+                    pair = 0.5 * (pair + times(Q[k], D[k] - gap))
+                total = tl.sum(pair, axis=0)
+            OUT = OUT + (total,)
+    return OUT
+
+
+@triton.jit(do_not_specialize=["N", "ignore_index", "label_stride", "u_stride_k", "u_stride_n"])
+def wide_rows(
+    logits,  # K pointers (N, C)
+    grads,  # K pointers (N, C), or () without NEED_GRAD
+    labels,  # (N,) int64 or int32
+    peer_weights,  # (K, K), or None
+    class_weight,  # (C,), or None
+    upstream,  # the losses' own gradient, (K,) or (K, N) by its strides, or None for 1
+    losses,  # (K,), or (K, N) with REDUCTION "none"
+    stats,  # (S,) float32
+    partials,  # (programs, S) float32
+    scratch,  # (programs, 3 K K) float32: one row's pair terms
+    counter,  # (1,) int32, zero before and after
+    counts,  # (2,) float32: label counts taken by an earlier launch, or None
+    N, label_stride, ignore_index, u_stride_k, u_stride_n,
+    ce_weight, kl_weight, temperature, label_smoothing,
+    K: tl.constexpr, C: tl.constexpr,
+    STRIDES: tl.constexpr,  # per peer: logits row, logits column, gradient row
+    READABLE: tl.constexpr,  # per peer: columns that may be read, C or more
+    BLOCK_C: tl.constexpr, S: tl.constexpr, PAIRS: tl.constexpr, PROGRAMS_BLOCK: tl.constexpr,
+    NEED_GRAD: tl.constexpr, STATS: tl.constexpr, REDUCTION: tl.constexpr,
+    TARGET: tl.constexpr, GATE: tl.constexpr, EDGE: tl.constexpr,
+    SYMMETRIC: tl.constexpr, DETACH: tl.constexpr,
+    TEMPERED: tl.constexpr, SMOOTHED: tl.constexpr, MIMIC_IGNORED: tl.constexpr,
+    CE_POINTER: tl.constexpr, KL_POINTER: tl.constexpr, T_POINTER: tl.constexpr,
+):  # fmt: skip
+    """Grid: any number of programs; program b takes samples b, b + programs, ..."""
+    GATED: tl.constexpr = GATE != "none"
+    UNIFORM: tl.constexpr = (peer_weights is None) and (not GATED)
+    HAS_CLASS_WEIGHT: tl.constexpr = class_weight is not None
+    MUTUAL: tl.constexpr = K > 1
+    MIXED: tl.constexpr = MUTUAL and TARGET != "peers"
+    # The gradient then holds the divergences themselves, and they must be known before it.
+    COUPLED: tl.constexpr = MUTUAL and NEED_GRAD and (SYMMETRIC or not DETACH)
+    SECOND: tl.constexpr = NEED_GRAD or STATS or MIXED
+    ONLINE_PAIRS: tl.constexpr = MUTUAL and TARGET == "peers" and (COUPLED or not SECOND)
+    VALUES_PASS: tl.constexpr = MIXED and COUPLED
+    HALF: tl.constexpr = 0.5 if SYMMETRIC else 1.0
+    LAST_BLOCK: tl.constexpr = (C - 1) // BLOCK_C * BLOCK_C
+
+    ce_weight = scalar(ce_weight, CE_POINTER)
+    kl_weight = scalar(kl_weight, KL_POINTER)
+    inv_t = 1.0
+    kl_scale = 1.0  # T**2
+    if TEMPERED:
+        t = scalar(temperature, T_POINTER)
+        inv_t = 1.0 / t
+        kl_scale = t * t
+
+    # What one row's gradient is multiplied by.
+    ce_factor = ce_weight
+    kl_factor = kl_weight * kl_scale * inv_t
+    if NEED_GRAD and REDUCTION == "mean":
+        if counts is None:
+            ce_count, labelled_rows = count_rows(labels, label_stride, class_weight, N,
+                                                 ignore_index, HAS_CLASS_WEIGHT, C)  # fmt: skip
+        else:
+            ce_count = tl.load(counts)
+            labelled_rows = tl.load(counts + 1)
+        ce_factor *= inverse(ce_count)
+        if MIMIC_IGNORED:
+            kl_factor *= 1.0 / tl.cast(N, tl.float32)
+        else:
+            kl_factor *= inverse(labelled_rows)
+
+    w_total = tl.cast(C, tl.float32)
+    if HAS_CLASS_WEIGHT and SMOOTHED:
+        w_total = tl.cast(0.0, tl.float32)
+        for start in range(0, C, BLOCK_C):
+            c = start + tl.arange(0, BLOCK_C)
+            w_total += tl.sum(tl.load(class_weight + c, mask=c < C, other=0.0).to(tl.float32))
+
+    pair_at = tl.arange(0, PAIRS)
+    packed = tl.zeros((S,), tl.float32)
+    for n in range(tl.program_id(0), N, tl.num_programs(0)):
+        n64 = tl.cast(n, tl.int64)
+        y = tl.load(labels + n64 * label_stride)
+        labelled = y != ignore_index
+        fits = (y >= 0) & (y < C)
+        # A label outside 0..C-1 is never used as an index; its row turns NaN, to be seen.
+        misfit = labelled & (fits == 0)
+        mimics = labelled
+        if MIMIC_IGNORED:
+            mimics = y == y
+        w_y = tl.where(labelled, 1.0, 0.0)
+        if HAS_CLASS_WEIGHT:
+            w_y = tl.load(class_weight + y, mask=labelled & fits, other=0.0).to(tl.float32)
+
+        # ---- first pass: normalisers, and with ONLINE_PAIRS sums of e_l (z_l - z_k) / T
+        M = ()
+        SUM = ()
+        SUM_T = ()
+        ENERGY = ()  # sum e z, for the entropy
+        SPREAD = ()  # sum w_c z, for label smoothing
+        FIRST = ()  # first class that reaches the maximum
+        for k in tl.static_range(K):
+            M = M + (tl.cast(float("-inf"), tl.float32),)
+            SUM = SUM + (tl.cast(0.0, tl.float32),)
+            SUM_T = SUM_T + (tl.cast(0.0, tl.float32),)
+            ENERGY = ENERGY + (tl.cast(0.0, tl.float32),)
+            SPREAD = SPREAD + (tl.cast(0.0, tl.float32),)
+            FIRST = FIRST + (tl.cast(0, tl.int32),)
+        cross = tl.zeros((PAIRS,), tl.float32)
+        for start in range(0, C, BLOCK_C):
+            c = start + tl.arange(0, BLOCK_C)
+            Z = load_peers(logits, n64, c, K, C, STRIDES, READABLE, not SECOND)
+            if SMOOTHED:
+                w_c = tl.where(c < C, 1.0, 0.0)
+                if HAS_CLASS_WEIGHT:
+                    w_c = tl.load(class_weight + c, mask=c < C, other=0.0).to(tl.float32)
+            NM = ()
+            NSUM = ()
+            NSUM_T = ()
+            NENERGY = ()
+            NSPREAD = ()
+            NFIRST = ()
+            rescale = tl.zeros((PAIRS,), tl.float32)
+            block_cross = tl.zeros((PAIRS,), tl.float32)
+            for k in tl.static_range(K):
+                z = Z[k]
+                here = tl.max(z, axis=0)
+                m = tl.maximum(M[k], here)
+                shift = tl.where(m == float("-inf"), 0.0, m)
+                e = tl.exp(z - shift)
+                shrink = tl.exp(M[k] - shift)
+                NM = NM + (m,)
+                NSUM = NSUM + (SUM[k] * shrink + tl.sum(e, axis=0),)
+                e_t = e
+                shrink_t = shrink
+                if TEMPERED:
+                    e_t = tl.exp((z - shift) * inv_t)
+                    shrink_t = tl.exp((M[k] - shift) * inv_t)
+                    NSUM_T = NSUM_T + (SUM_T[k] * shrink_t + tl.sum(e_t, axis=0),)
+                else:
+                    NSUM_T = NSUM_T + (SUM_T[k],)
+                if STATS:
+                    NENERGY = NENERGY + (ENERGY[k] * shrink + tl.sum(times(e, z), axis=0),)
+                else:
+                    NENERGY = NENERGY + (ENERGY[k],)
+                if SMOOTHED:
+                    weighted = tl.where(c < C, times(w_c, z), 0.0)
+                    NSPREAD = NSPREAD + (SPREAD[k] + tl.sum(weighted, axis=0),)
+                else:
+                    NSPREAD = NSPREAD + (SPREAD[k],)
+                if STATS or GATE == "correct":
+                    first = tl.min(tl.where(z == here, c, C), axis=0)
+                    NFIRST = NFIRST + (tl.where(here > M[k], first, FIRST[k]),)
+                else:
+                    NFIRST = NFIRST + (FIRST[k],)
+                if ONLINE_PAIRS:
+                    rescale += tl.where(pair_at // K == k, shrink_t, 0.0)
+                    for j in tl.static_range(K):
+                        if j != k:
+                            gap = tl.sum(times(e_t, (z - Z[j]) * inv_t), axis=0)
+                            block_cross = put(block_cross, k * K + j, gap, PAIRS)
+            M = NM
+            SUM = NSUM
+            SUM_T = NSUM_T
+            ENERGY = NENERGY
+            SPREAD = NSPREAD
+            FIRST = NFIRST
+            if ONLINE_PAIRS:
+                cross = times(rescale, cross) + block_cross
+
+        LSE = ()
+        LSE_T = ()
+        NLL = ()
+        RIGHT = ()
+        for k in tl.static_range(K):
+            shift = tl.where(M[k] == float("-inf"), 0.0, M[k])
+            lse = shift + tl.log(SUM[k])
+            lse_t = lse
+            if TEMPERED:
+                lse_t = shift * inv_t + tl.log(SUM_T[k])
+            z_y = tl.load(logits[k] + n64 * STRIDES[k][0] + tl.cast(y, tl.int64) * STRIDES[k][1],
+                          mask=fits, other=0.0).to(tl.float32)  # fmt: skip
+            LSE = LSE + (lse,)
+            LSE_T = LSE_T + (lse_t,)
+            NLL = NLL + (tl.where(misfit, float("nan"), lse - z_y),)
+            RIGHT = RIGHT + (labelled & (FIRST[k] == y),)
+
+        # ---- cross-entropy
+        CE = ()
+        for k in tl.static_range(K):
+            ce = times(w_y, NLL[k]) + tl.where(misfit, float("nan"), 0.0)
+            if SMOOTHED:
+                towards_all = w_total * LSE[k] - SPREAD[k]
+                ce = (1.0 - label_smoothing) * ce + label_smoothing / C * towards_all
+            CE = CE + (tl.where(labelled, ce, 0.0),)
+
+        # ---- who teaches on this row
+        GATES = ()
+        if GATE == "correct":
+            for k in tl.static_range(K):
+                GATES = GATES + (tl.where(RIGHT[k], 1.0, 0.0),)
+        elif GATE == "best":
+            best = NLL[0]
+            for k in tl.static_range(1, K):
+                best = tl.minimum(best, NLL[k])
+            free = labelled  # the first peer that reaches the minimum
+            for k in tl.static_range(K):
+                teaches = free & (NLL[k] == best)
+                free = free & (NLL[k] != best)
+                GATES = GATES + (tl.where(teaches, 1.0, 0.0),)
+        W_SUM = ()  # weight of each student's mixed teacher; 1 where it has none
+        TAUGHT = ()
+        MIX_LSE = ()
+        for k in tl.static_range(K):
+            w_sum = tl.cast(0.0, tl.float32)
+            if MIXED:
+                for l in tl.static_range(K):  # noqa: E741
+                    if l != k:
+                        w_sum += edge(k, l, peer_weights, GATES, K, EDGE, GATED)
+            TAUGHT = TAUGHT + (w_sum,)
+            W_SUM = W_SUM + (tl.where(w_sum != 0.0, w_sum, 1.0),)
+            MIX_LSE = MIX_LSE + (tl.cast(0.0, tl.float32),)
+        if MIXED and TARGET == "ensemble_logits":
+            MIX_M = ()
+            MIX_SUM = ()
+            for k in tl.static_range(K):
+                MIX_M = MIX_M + (tl.cast(float("-inf"), tl.float32),)
+                MIX_SUM = MIX_SUM + (tl.cast(0.0, tl.float32),)
+            for start in range(0, C, BLOCK_C):
+                c = start + tl.arange(0, BLOCK_C)
+                Z = load_peers(logits, n64, c, K, C, STRIDES, READABLE, False)
+                NM = ()
+                NSUM = ()
+                for k in tl.static_range(K):
+                    z = mixed_logits(k, Z, peer_weights, GATES, W_SUM[k], inv_t, K, EDGE, GATED)
+                    m = tl.maximum(MIX_M[k], tl.max(z, axis=0))
+                    shift = tl.where(m == float("-inf"), 0.0, m)
+                    total = MIX_SUM[k] * tl.exp(MIX_M[k] - shift)
+                    total += tl.sum(tl.exp(z - shift), axis=0)
+                    NM = NM + (m,)
+                    NSUM = NSUM + (total,)
+                MIX_M = NM
+                MIX_SUM = NSUM
+            MIX_LSE = ()
+            for k in tl.static_range(K):
+                shift = tl.where(MIX_M[k] == float("-inf"), 0.0, MIX_M[k])
+                MIX_LSE = MIX_LSE + (shift + tl.log(MIX_SUM[k]),)
+
+        # ---- divergences
+        pairs = tl.zeros((PAIRS,), tl.float32)  # KL(q_l || q_k) at l * K + k
+        KL = ()
+        for k in tl.static_range(K):
+            KL = KL + (tl.cast(0.0, tl.float32),)
+        if ONLINE_PAIRS:
+            of_teacher = tl.zeros((PAIRS,), tl.float32)
+            of_student = tl.zeros((PAIRS,), tl.float32)
+            total = tl.full((PAIRS,), 1.0, tl.float32)
+            for k in tl.static_range(K):
+                of_teacher = tl.where(pair_at // K == k, LSE_T[k], of_teacher)
+                of_student = tl.where(pair_at % K == k, LSE_T[k], of_student)
+                if TEMPERED:
+                    total = tl.where(pair_at // K == k, SUM_T[k], total)
+                else:
+                    total = tl.where(pair_at // K == k, SUM[k], total)
+            pairs = cross / total + (of_student - of_teacher)
+            distinct = (pair_at < K * K) & (pair_at // K != pair_at % K)
+            pairs = tl.where(distinct, pairs, 0.0)
+            KL = ()
+            for k in tl.static_range(K):
+                weights = tl.zeros((PAIRS,), tl.float32)
+                for l in tl.static_range(K):  # noqa: E741
+                    if l != k:
+                        w = edge(k, l, peer_weights, GATES, K, EDGE, GATED)
+                        weights = put(weights, l * K + k, HALF * w, PAIRS)
+                        if SYMMETRIC:
+                            weights = put(weights, k * K + l, HALF * w, PAIRS)
+                KL = KL + (tl.sum(times(weights, pairs), axis=0),)
+        FORWARD = ()  # sum_c t (log t - log q_k) of a mixed teacher, and the way back
+        BACK = ()
+        mine = scratch + tl.program_id(0) * (3 * K * K)
+        if VALUES_PASS:
+            for k in tl.static_range(K):
+                FORWARD = FORWARD + (tl.cast(0.0, tl.float32),)
+                BACK = BACK + (tl.cast(0.0, tl.float32),)
+            toward = tl.zeros((PAIRS,), tl.float32)  # sum_c q_l (log t_k - log q_k), l * K + k
+            ratios = tl.zeros((PAIRS,), tl.float32)  # sum_c q_l q_k / t_k
+            for start in range(0, C, BLOCK_C):
+                c = start + tl.arange(0, BLOCK_C)
+                Z = load_peers(logits, n64, c, K, C, STRIDES, READABLE, False)
+                top, D, Q = log_probabilities(Z, LSE_T, inv_t, K)
+                NFORWARD = ()
+                NBACK = ()
+                for k in tl.static_range(K):
+                    gap, t = mixed_teacher(k, Z, D, top, peer_weights, GATES, W_SUM[k],
+                                           MIX_LSE[k], inv_t, K, EDGE, GATED, TARGET)  # fmt: skip
+                    NFORWARD = NFORWARD + (FORWARD[k] + tl.sum(times(t, gap - D[k]), axis=0),)
+                    NBACK = NBACK + (BACK[k] + tl.sum(times(Q[k], D[k] - gap), axis=0),)
+                    if TARGET == "ensemble" and not DETACH:
+                        for l in tl.static_range(K):  # noqa: E741
+                            if l != k:
+                                part = tl.sum(times(Q[l], gap - D[k]), axis=0)
+                                toward = put(toward, l * K + k, part, PAIRS)
+                                if SYMMETRIC:
+                                    ratio = tl.where(t == 0.0, 0.0, Q[l] * Q[k] / t)
+                                    ratios = put(ratios, l * K + k, tl.sum(ratio, axis=0), PAIRS)
+                FORWARD = NFORWARD
+                BACK = NBACK
+            KL = ()
+            for k in tl.static_range(K):
+                total = FORWARD[k]
+                if SYMMETRIC:
+                    total = 0.5 * (total + BACK[k])
+                KL = KL + (times(TAUGHT[k], total),)
+            if TARGET == "ensemble" and not DETACH:
+                tl.store(mine + K * K + pair_at, toward, mask=pair_at < K * K)
+                tl.store(mine + 2 * K * K + pair_at, ratios, mask=pair_at < K * K)
+        if COUPLED and not MIXED:
+            tl.store(mine + pair_at, pairs, mask=pair_at < K * K)
+        if COUPLED:
+            tl.debug_barrier()
+
+        # ---- second pass, backwards: gradients, and what needs every normaliser
+        highest = tl.cast(-1.0, tl.float32)
+        together = tl.cast(0, tl.int32)
+        if SECOND:
+            if NEED_GRAD:
+                ce_row = tl.where(labelled, ce_factor, 0.0)
+                kl_row = tl.where(mimics, kl_factor, 0.0)
+                bad = tl.where(misfit, float("nan"), 0.0)
+                UP = ()
+                for k in tl.static_range(K):
+                    up = tl.cast(1.0, tl.float32)
+                    if upstream is not None:
+                        up = tl.load(upstream + k * u_stride_k + n64 * u_stride_n).to(tl.float32)
+                    UP = UP + (up,)
+            for back in range(0, C, BLOCK_C):
+                c = LAST_BLOCK - back + tl.arange(0, BLOCK_C)
+                Z = load_peers(logits, n64, c, K, C, STRIDES, READABLE, True)
+                if MUTUAL:
+                    top, D, Q = log_probabilities(Z, LSE_T, inv_t, K)
+                    if not ONLINE_PAIRS and not VALUES_PASS:
+                        PART = kl_terms(Z, D, Q, top, W_SUM, MIX_LSE, peer_weights, GATES, inv_t,
+                                        K, EDGE, GATED, UNIFORM, TARGET, SYMMETRIC)  # fmt: skip
+                        NKL = ()
+                        for k in tl.static_range(K):
+                            if MIXED:
+                                NKL = NKL + (KL[k] + times(TAUGHT[k], PART[k]),)
+                            else:
+                                NKL = NKL + (KL[k] + PART[k],)
+                        KL = NKL
+                    if STATS and not ONLINE_PAIRS:
+                        for l in tl.static_range(K):  # noqa: E741
+                            for k in tl.static_range(K):
+                                if l != k:
+                                    part = tl.sum(times(Q[l], D[l] - D[k]), axis=0)
+                                    pairs = put(pairs, l * K + k, part, PAIRS)
+                if STATS:
+                    p_sum = tl.zeros((BLOCK_C,), tl.float32)
+                    for k in tl.static_range(K):
+                        p_sum += tl.exp(Z[k] - LSE[k])
+                    p_sum = tl.where(c < C, p_sum, -1.0)
+                    here = tl.max(p_sum, axis=0)
+                    first = tl.min(tl.where(p_sum == here, c, C), axis=0)
+                    # walking backwards, an equal maximum is an earlier class: ties go to the first
+                    together = tl.where(here >= highest, first, together)
+                    highest = tl.maximum(highest, here)
+                if NEED_GRAD:
+                    w_c = tl.where(c < C, 1.0, 0.0)
+                    if HAS_CLASS_WEIGHT and SMOOTHED:
+                        w_c = tl.load(class_weight + c, mask=c < C, other=0.0).to(tl.float32)
+                    if MUTUAL and UNIFORM and not COUPLED:
+                        # q_k - mean of the others, from differences to the first peer
+                        away = tl.zeros((BLOCK_C,), tl.float32)
+                        for k in tl.static_range(1, K):
+                            away += Q[k] - Q[0]
+                    for j in tl.static_range(K):
+                        p = tl.exp(Z[j] - LSE[j])
+                        g = w_y * (p - tl.where(c == y, 1.0, 0.0))
+                        if SMOOTHED:
+                            g = ((1.0 - label_smoothing) * g
+                                 + label_smoothing / C * (w_total * p - w_c))  # fmt: skip
+                        g = tl.where(labelled, ce_row * UP[j] * g, 0.0)
+                        if MUTUAL and not COUPLED:
+                            if UNIFORM and TARGET != "ensemble_logits":
+                                pull = (K * (Q[j] - Q[0]) - away) * EDGE
+                            elif TARGET == "ensemble_logits":
+                                gap, t = mixed_teacher(j, Z, D, top, peer_weights, GATES, W_SUM[j],
+                                                       MIX_LSE[j], inv_t, K, EDGE, GATED,
+                                                       TARGET)  # fmt: skip
+                                pull = times(TAUGHT[j], Q[j] - t)
+                            else:
+                                pull = tl.zeros((BLOCK_C,), tl.float32)
+                                for l in tl.static_range(K):  # noqa: E741
+                                    if l != j:
+                                        w = edge(j, l, peer_weights, GATES, K, EDGE, GATED)
+                                        pull += times(w, Q[j] - Q[l])
+                            g += tl.where(mimics, kl_row * UP[j] * pull, 0.0)
+                        if COUPLED:
+                            pull = tl.zeros((BLOCK_C,), tl.float32)
+                            if MIXED:
+                                gap, t = mixed_teacher(j, Z, D, top, peer_weights, GATES, W_SUM[j],
+                                                       MIX_LSE[j], inv_t, K, EDGE, GATED,
+                                                       TARGET)  # fmt: skip
+                                slope = Q[j] - t
+                                if SYMMETRIC:
+                                    slope += times(Q[j], D[j] - gap) - times(Q[j], BACK[j])
+                                pull += times(HALF * UP[j] * TAUGHT[j], slope)
+                            for o in tl.static_range(K):
+                                if o != j:
+                                    if not MIXED:
+                                        # learning from o ...
+                                        w = edge(j, o, peer_weights, GATES, K, EDGE, GATED)
+                                        slope = Q[j] - Q[o]
+                                        if SYMMETRIC:
+                                            own = tl.load(mine + j * K + o)
+                                            slope += times(Q[j], D[j] - D[o]) - times(Q[j], own)
+                                        pull += times(HALF * UP[j] * w, slope)
+                                    if not DETACH:
+                                        # ... and teaching o
+                                        w = edge(o, j, peer_weights, GATES, K, EDGE, GATED)
+                                        if TARGET == "peers":
+                                            own = tl.load(mine + j * K + o)
+                                            slope = times(Q[j], D[j] - D[o]) - times(Q[j], own)
+                                            if SYMMETRIC:
+                                                slope += Q[j] - Q[o]
+                                        else:
+                                            gap, t = mixed_teacher(
+                                                o, Z, D, top, peer_weights, GATES, W_SUM[o],
+                                                MIX_LSE[o], inv_t, K, EDGE, GATED, TARGET,
+                                            )  # fmt: skip
+                                            if TARGET == "ensemble":
+                                                own = tl.load(mine + K * K + j * K + o)
+                                                slope = (times(Q[j], gap - D[o])
+                                                         - times(Q[j], own))  # fmt: skip
+                                                if SYMMETRIC:
+                                                    own = tl.load(mine + 2 * K * K + j * K + o)
+                                                    ratio = tl.where(t == 0.0, 0.0,
+                                                                     Q[j] * Q[o] / t)  # fmt: skip
+                                                    slope += times(Q[j], own) - ratio
+                                            else:
+                                                slope = (times(t, gap - D[o])
+                                                         - times(t, FORWARD[o]))  # fmt: skip
+                                                if SYMMETRIC:
+                                                    slope += t - Q[o]
+                                        pull += times(HALF * UP[o] * w, slope)
+                            g += tl.where(mimics, kl_row * pull, 0.0)
+                        g += bad
+                        tl.store(grads[j] + n64 * STRIDES[j][2] + c,
+                                 g.to(grads[j].dtype.element_ty), mask=c < C,
+                                 eviction_policy="evict_first")  # fmt: skip
+
+        # ---- this row's part of the sums
+        if REDUCTION != "none" or STATS:
+            for k in tl.static_range(K):
+                packed = put(packed, k, CE[k], S)
+                if MUTUAL:
+                    packed = put(packed, K + k, tl.where(mimics, KL[k], 0.0), S)
+            packed = put(packed, 2 * K, tl.where(labelled, w_y, 0.0), S)
+            packed = put(packed, 2 * K + 1, tl.where(labelled, 1.0, 0.0), S)
+        if STATS:
+            for k in tl.static_range(K):
+                entropy = LSE[k] - ENERGY[k] / SUM[k]
+                packed = put(packed, 2 * K + 2 + k, tl.where(mimics, entropy, 0.0), S)
+                packed = put(packed, 3 * K + 2 + k, tl.where(RIGHT[k], 1.0, 0.0), S)
+            packed = put(packed, 4 * K + 2, tl.where(labelled & (together == y), 1.0, 0.0), S)
+            if MUTUAL:
+                for l in tl.static_range(K):  # noqa: E741
+                    for k in tl.static_range(K):
+                        if l != k:
+                            own = tl.sum(tl.where(pair_at == l * K + k, pairs, 0.0), axis=0)
+                            packed = put(packed, 4 * K + 3 + l * K + k,
+                                         tl.where(mimics, own, 0.0), S)  # fmt: skip
+        if REDUCTION == "none":
+            for k in tl.static_range(K):
+                loss = ce_weight * CE[k]
+                if MUTUAL:
+                    loss += kl_weight * kl_scale * tl.where(mimics, KL[k], 0.0)
+                tl.store(losses + n64 + tl.cast(N, tl.int64) * k, loss)
+
+    finish(packed, partials, counter, losses, stats, ce_weight, kl_weight, kl_scale, N, K, S,
+           PROGRAMS_BLOCK, REDUCTION, MIMIC_IGNORED, STATS)  # fmt: skip
