@@ -1,0 +1,238 @@
+"""The loss against what people write today, forward alone and forward and backward.
+
+Each contender's losses and gradients are compared with ours before it is timed; one that differs
+fails. On CUDA wall time (what the host sees) and kernel time (graph replay, inputs cold in L2 at
+large shapes) are apart, with the peak memory beyond the logits. Quick set on two CPU cores: about
+two minutes, most of it torch.compile.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from functools import lru_cache, partial
+from itertools import product
+from typing import Any, NamedTuple
+
+import pytest
+import torch
+from torch import Tensor
+
+from bench import timing
+from bench.baselines import closed_form, pairwise, summed
+from bench.conftest import chosen_device
+from fastdml import MutualLoss, mutual_loss
+
+SECONDS = 2.0  # of timing for each (shape, direction, clock), all contenders together
+COLD_BYTES = 256 << 20  # of inputs that replay walks through: five times an H100's L2
+TOLERANCE = {"float32": 1e-4, "bfloat16": 3e-2}  # of the largest loss or gradient
+
+
+class Case(NamedTuple):
+    K: int
+    N: int
+    C: int
+    dtype: str
+
+    @property
+    def least_bytes(self) -> int:
+        """Of forward and backward: logits read once, gradients written once."""
+        return 2 * self.K * self.N * self.C * getattr(torch, self.dtype).itemsize
+
+
+def _cases(dtype: str, *shapes: tuple[int, int, int]) -> list[Case]:
+    return [Case(*shape, dtype) for shape in shapes]
+
+
+CIFAR = [(K, N, 100) for K, N in product((2, 3, 4, 8), (64, 128, 256, 1024))]
+MIDDLE = [(2, 64, 751), (4, 256, 751), (2, 256, 1000), (4, 1024, 1000)]
+WIDE = [(2, 128, 21841), (2, 512, 32000), (2, 128, 32768), (2, 64, 128256)]
+LARGE = [(4, 8192, 1000), (2, 8192, 16384), (2, 2048, 21841), (2, 4096, 32768), (2, 2048, 128256)]
+QUICK = {
+    "cpu": _cases(
+        "float32", (2, 64, 100), (4, 64, 100), (8, 128, 100), (4, 1024, 1000), (2, 512, 32000)
+    ),
+    "cuda": [
+        *_cases("float32", (2, 64, 100), (8, 128, 100)),
+        *_cases("bfloat16", (2, 64, 100), (4, 256, 751), (4, 8192, 1000), (2, 8192, 16384)),
+        *_cases("bfloat16", (2, 2048, 128256)),
+    ],
+}
+FULL = {
+    "cpu": _cases("float32", *CIFAR, *MIDDLE, *WIDE),
+    "cuda": [
+        *_cases("float32", *CIFAR, *MIDDLE, *LARGE),
+        *_cases("bfloat16", *CIFAR, *MIDDLE, *LARGE),
+    ],
+}
+
+Losses = Callable[[Sequence[Tensor], Tensor], Any]
+Call = Callable[[Sequence[Tensor], Tensor], Any]
+
+
+def _methods(device: torch.device) -> dict[str, tuple[Losses, Callable]]:
+    """name -> (losses, gradients); the optional ones where they are installed."""
+    methods = {
+        "ours": (mutual_loss, summed.gradients),
+        "pairwise": (pairwise.losses, pairwise.gradients),
+        "summed": (pairwise.losses, summed.gradients),
+        "pairwise-c": (pairwise.losses, summed.gradients),
+        "closed": (closed_form.losses, summed.gradients),
+        "closed-c": (closed_form.losses, summed.gradients),
+    }
+    try:
+        from bench.baselines import pytorch_dml
+
+        methods["pydml"] = (pytorch_dml.losses, pytorch_dml.gradients)
+    except ImportError:
+        pass
+    if device.type == "cuda":
+        try:
+            from bench.baselines import liger
+
+            methods["liger"] = (liger.losses, summed.gradients)
+        except ImportError:
+            pass
+        try:
+            from bench.baselines import apex_xentropy
+
+            methods["apex"] = (apex_xentropy.losses, summed.gradients)
+        except ImportError:
+            pass
+    return methods
+
+
+def _call(name: str, direction: str, methods: dict[str, tuple[Losses, Callable]]) -> Call:
+    """(logits, labels) -> (losses, gradients), or the losses alone."""
+    if name == "direct":
+        loss = MutualLoss()
+        return lambda logits, labels: loss.value_and_grad(logits, labels)[::2]
+    losses, gradients = methods[name]
+    if name.endswith("-c"):
+        losses = torch.compile(losses, dynamic=False)
+
+    def forward(logits: Sequence[Tensor], labels: Tensor) -> Any:
+        with torch.no_grad():
+            return losses(logits, labels)
+
+    def forward_backward(logits: Sequence[Tensor], labels: Tensor) -> Any:
+        values = losses(logits, labels)
+        return values, gradients(values, logits)
+
+    return forward if direction == "forward" else forward_backward
+
+
+def _names(direction: str, device: torch.device, full: bool) -> list[str]:
+    """Contenders of a row. "direct" takes gradients without autograd, as the training step does;
+    "summed" differs from "pairwise" in the backward alone. Compiling a forward for itself is left
+    to --full: it would double the quick set's time."""
+    names = list(_methods(device))
+    if direction == "forward":
+        names.remove("summed")
+        return [name for name in names if full or not name.endswith("-c")]
+    return ["ours", "direct", *names[1:]]
+
+
+def pytest_generate_tests(metafunc):
+    device = chosen_device(metafunc.config)
+    full = metafunc.config.getoption("--full")
+    cases = (FULL if full else QUICK)[device.type]
+    clocks = ("wall", "kernel") if device.type == "cuda" else ("wall",)
+    values, ids = [], []
+    for case, direction in product(cases, ("forward", "forward_backward")):
+        for clock, name in product(clocks, _names(direction, device, full)):
+            values.append((case, direction, clock, name))
+            shape = "x".join(map(str, case[:3]))
+            ids.append(f"{device.type}-{case.dtype}-{shape}-{direction}-{clock}-{name}")
+    metafunc.parametrize(("case", "direction", "clock", "name"), values, ids=ids)
+
+
+def _inputs(case: Case, device: torch.device, seed: int) -> tuple[list[Tensor], Tensor]:
+    generator = torch.Generator(device).manual_seed(seed)
+    logits = [
+        (2 * torch.randn(case.N, case.C, generator=generator, device=device))
+        .to(getattr(torch, case.dtype))
+        .requires_grad_()
+        for _ in range(case.K)
+    ]
+    return logits, torch.randint(case.C, (case.N,), generator=generator, device=device)
+
+
+def _check(result: Any, ours: Any, case: Case, direction: str) -> None:
+    """Raises AssertionError where losses or gradients differ."""
+
+    def flat(result: Any) -> list[Tensor]:
+        losses, gradients = (result, ()) if direction == "forward" else result
+        losses = losses if isinstance(losses, Tensor) else torch.stack(list(losses))
+        return [losses.detach(), *gradients]
+
+    tolerance = TOLERANCE[case.dtype]
+    for got, expected in zip(flat(result), flat(ours), strict=True):
+        error = (got.float() - expected.float()).abs().max() / expected.float().abs().max()
+        assert error <= tolerance, f"differs from ours by {error:.1e} of the largest value"
+
+
+class Measured(NamedTuple):
+    samples: dict[str, dict[str, list[float]]]  # clock -> name -> seconds a call, a round each
+    extra_bytes: dict[str, int]
+    errors: dict[str, Exception]  # of contenders that failed or differ
+    not_captured: dict[str, str]
+
+
+@lru_cache(maxsize=1)
+def measure(case: Case, direction: str, device: torch.device, full: bool) -> Measured:
+    """All contenders of one table row, interleaved."""
+    torch.compiler.reset()  # each shape is compiled for itself
+    methods = _methods(device)
+    logits, labels = _inputs(case, device, seed=0)
+    ours = _call("ours", direction, methods)(logits, labels)
+    timers, replays, extra, errors, not_captured = {}, {}, {}, {}, {}
+    if device.type == "cuda":
+        pool = torch.cuda.graph_pool_handle()
+        copies = min(timing.CALLS_A_GRAPH, max(1, COLD_BYTES // case.least_bytes))
+        inputs = [_inputs(case, device, seed) for seed in range(copies)]
+    for name in _names(direction, device, full):
+        call = _call(name, direction, methods)
+        try:
+            _check(call(logits, labels), ours, case, direction)
+        except Exception as error:  # a rival that does not run fails alone
+            errors[name] = error
+            continue
+        timers[name] = timing.wall(partial(call, logits, labels), device)
+        timers[name](2)
+        if device.type != "cuda":
+            continue
+        extra[name] = timing.extra_memory(partial(call, logits, labels), device)
+        try:
+            replays[name] = timing.replay([partial(call, *each) for each in inputs], pool)
+        except RuntimeError as error:
+            not_captured[name] = str(error).splitlines()[0]
+    samples = {"wall": timing.interleave(timers, SECONDS)}
+    if replays:
+        samples["kernel"] = timing.interleave(replays, SECONDS)
+    return Measured(samples, extra, errors, not_captured)
+
+
+@pytest.fixture(scope="session")
+def copy_bandwidth(device) -> float | None:
+    return timing.copy_bandwidth(device) if device.type == "cuda" else None
+
+
+def test_loss(case, direction, clock, name, device, copy_bandwidth, record, request):
+    measured = measure(case, direction, device, request.config.getoption("--full"))
+    if name in measured.errors:
+        raise measured.errors[name]
+    if clock == "kernel" and name in measured.not_captured:
+        pytest.skip(f"cannot be captured in a CUDA graph: {measured.not_captured[name]}")
+    record(
+        measured.samples[clock][name],
+        f"loss {device.type} {case.dtype} K{case.K} N{case.N} C{case.C} {direction} {clock}",
+        bench="loss",
+        **case._asdict(),
+        device=device.type,
+        direction=direction,
+        clock=clock,
+        name=name,
+        least_bytes=case.least_bytes // (2 if direction == "forward" else 1),
+        extra_bytes=measured.extra_bytes.get(name),
+        copy_bandwidth=copy_bandwidth,
+    )

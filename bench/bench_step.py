@@ -1,0 +1,184 @@
+"""Training steps: the loops people write, pytorch-dml's trainer, and ours in every execution.
+
+All contenders train the same peers from the same weights on the same batches, resident in memory,
+with the same SGD; their first losses are compared before they are timed. channels_last (nhwc) and
+mixed precision are shown with and without, so that the source of a gain can be seen; mixed
+precision is measured where the processor computes in it: emulated it is many times slower. Quick
+set on two CPU cores: half a minute.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import lru_cache
+from importlib.util import find_spec
+from itertools import product
+from typing import NamedTuple
+
+import pytest
+import torch
+from torch import Tensor
+
+from bench import timing
+from bench.baselines import pairwise, summed
+from bench.conftest import chosen_device
+from fastdml import Cohort, MutualLoss
+from fastdml.engine import EXECUTIONS, amp, make_optimizer, make_step
+from fastdml.errors import InputError
+
+SECONDS = 10.0  # of timing a case, all contenders together
+STEPS = {"cpu": 2, "cuda": 10}  # a sample
+SETTINGS = {"lr": 0.1, "momentum": 0.9, "weight_decay": 5e-4, "nesterov": True}
+CLASSES = 100
+TOLERANCE = {"fp32": 5e-3, "fp16": 2e-2, "bf16": 5e-2}  # of the first loss; fp32 may be TF32
+MIXED = ("resnet32", "mobilenet", "wrn_16_4")
+
+Batches = list[tuple[Tensor, Tensor]]
+Epoch = Callable[[Batches], list[float]]  # trains on the batches; the peers' losses on the last
+
+
+class Case(NamedTuple):
+    peers: tuple[str, ...]
+    batch: int
+
+    def __str__(self) -> str:
+        kinds = list(dict.fromkeys(self.peers))
+        return " + ".join(f"{self.peers.count(kind)} {kind}" for kind in kinds)
+
+
+QUICK = {
+    "cpu": [Case(("resnet32",) * 2, 64)],
+    "cuda": [Case(("resnet32",) * K, 64) for K in (2, 1, 4)],
+}
+FULL = [
+    *(Case(("resnet32",) * K, 64) for K in (1, 2, 3, 4, 8)),
+    *(Case(("resnet32",) * 2, batch) for batch in (128, 512)),
+    *(
+        Case((name,) * 2, batch)
+        for name, batch in product(
+            ("wrn_16_4", "wrn_28_10", "mobilenet", "googlenet"), (64, 128, 512)
+        )
+    ),
+    *(Case(MIXED, batch) for batch in (64, 128, 512)),
+]
+
+
+def _sgd(parameters: list[Tensor]) -> torch.optim.SGD:
+    return torch.optim.SGD(parameters, **SETTINGS)
+
+
+def _names(case: Case, device: torch.device) -> list[str]:
+    """Contenders; the eager step in both memory formats, the others in the one for speed."""
+    native = amp.resolve("auto", device).name
+    precisions = ["fp32"] if native == "fp32" else ["fp32", native]
+    names = ["pairwise", "summed"]
+    if native == "bf16":
+        names.append("pairwise bf16 nhwc")
+    if len(case.peers) > 1 and find_spec("pydml"):
+        names.append("pytorch-dml")
+    for execution, precision in product(EXECUTIONS, precisions):
+        formats = ("nchw", "nhwc") if execution == "eager" else ("nhwc",)
+        names += [f"ours {execution} {precision} {each}" for each in formats]
+    return names
+
+
+def _epoch(name: str, case: Case, device: torch.device) -> Epoch:
+    """Builds the contender: its own peers, always from the same weights."""
+    cohort = Cohort(case.peers, CLASSES, seed=0).to(device).train()
+    if name.endswith("nhwc"):
+        cohort.to(memory_format=torch.channels_last)
+    if name == "pytorch-dml":
+        from bench.baselines import pytorch_dml
+
+        return pytorch_dml.Loop(list(cohort.peers), _sgd, device).epoch
+    if name.startswith("ours"):
+        _, execution, precision, _ = name.split()
+        optimizer = make_optimizer(cohort, "sgd", **SETTINGS)
+        step = make_step(
+            cohort, MutualLoss(), optimizer, execution=execution,
+            amp="off" if precision == "fp32" else precision,
+        )  # fmt: skip
+        return lambda batches: [step(*batch).losses for batch in batches][-1].tolist()
+    if name == "summed":
+        loop = summed.Loop(cohort.peers, _sgd)
+    else:
+        loop = pairwise.Loop(cohort.peers, _sgd, torch.bfloat16 if "bf16" in name else None)
+    return lambda batches: [loop(*batch) for batch in batches][-1]
+
+
+def _batches(case: Case, device: torch.device) -> tuple[Batches, Batches]:
+    """The same batches in both memory formats."""
+    generator = torch.Generator(device).manual_seed(0)
+    steps = STEPS[device.type]
+    made = [
+        (
+            torch.randn(case.batch, 3, 32, 32, generator=generator, device=device),
+            torch.randint(CLASSES, (case.batch,), generator=generator, device=device),
+        )
+        for _ in range(min(steps, 4))
+    ]
+    made = (made * steps)[:steps]
+    return made, [(x.contiguous(memory_format=torch.channels_last), y) for x, y in made]
+
+
+def pytest_generate_tests(metafunc):
+    device = chosen_device(metafunc.config)
+    cases = FULL if metafunc.config.getoption("--full") else QUICK[device.type]
+    values = [(case, name) for case in cases for name in _names(case, device)]
+    ids = [
+        f"{device.type}-{case}-{case.batch}-{name}".replace(" + ", "+").replace(" ", "_")
+        for case, name in values
+    ]
+    metafunc.parametrize(("case", "name"), values, ids=ids)
+
+
+class Measured(NamedTuple):
+    samples: dict[str, list[float]]  # seconds a step
+    errors: dict[str, Exception]
+
+
+@lru_cache(maxsize=1)
+def measure(case: Case, device: torch.device) -> Measured:
+    """All contenders of one case, interleaved."""
+    nchw, nhwc = _batches(case, device)
+    timers, errors = {}, {}
+    expected = torch.tensor(_epoch("pairwise", case, device)(nchw[:1]))
+    for name in _names(case, device):
+        batches = nhwc if name.endswith("nhwc") else nchw
+        try:
+            epoch = _epoch(name, case, device)
+            _check(name, epoch(batches[:1]), expected)
+            epoch(batches)
+        except Exception as error:  # a contender that does not run fails alone
+            errors[name] = error
+            continue
+        timers[name] = timing.wall(lambda epoch=epoch, batches=batches: epoch(batches), device)
+    samples = timing.interleave(timers, SECONDS, fewest=3, most=30)
+    return Measured({n: [s / len(nchw) for s in each] for n, each in samples.items()}, errors)
+
+
+def _check(name: str, losses: list[float] | float, expected: Tensor) -> None:
+    """Raises AssertionError where the first losses are not the pairwise loop's."""
+    precision = next((p for p in ("bf16", "fp16") if p in name), "fp32")
+    if name == "summed":
+        expected = expected.sum()
+    error = ((torch.tensor(losses) - expected).abs() / expected).max()
+    assert error <= TOLERANCE[precision], f"the first losses differ by {error:.1e}: {losses}"
+
+
+def test_step(case, name, device, record):
+    measured = measure(case, device)
+    error = measured.errors.get(name)
+    if isinstance(error, (InputError, torch.OutOfMemoryError)):
+        pytest.skip(str(error))  # an execution that is not for this case, or a device too small
+    if error:
+        raise error
+    record(
+        measured.samples[name],
+        f"step {device.type} {case} batch {case.batch}",
+        bench="step",
+        name=name,
+        device=device.type,
+        peers=str(case),
+        batch=case.batch,
+    )

@@ -1,0 +1,57 @@
+#!/usr/bin/env bash
+# Every test marked `gpu` and a selection of all benchmarks on a machine with a CUDA device, in under
+# nine minutes. Nothing is installed or fetched: torch 2.11 or newer, triton, numpy, pytest,
+# pytest-benchmark, hypothesis, timm, torchvision, matplotlib and tqdm are enough.
+#
+#   bash bench/gpu.sh [FOLDER]      FOLDER (default: $OUT) receives log.txt, three JSON files and
+#                                   roofline.png; the tables come last on stdout
+#
+# A stage that fails or runs out of its time (what it measured until then is kept) does not stop the
+# others, and makes the exit code 1. PYTHON names the interpreter (default: python3).
+set -uo pipefail
+
+out=${1:-${OUT:-}}
+if [ -z "$out" ]; then
+  echo "usage: bash bench/gpu.sh FOLDER   (or set OUT)" >&2
+  exit 2
+fi
+mkdir -p "$out"
+out=$(cd "$out" && pwd)
+cd "$(dirname "$0")/.."
+export PYTHONPATH=.:kernels
+python=${PYTHON:-python3}
+failed=0
+: > "$out/log.txt"
+
+stage() {  # name, seconds, command...
+  local name=$1 limit=$2 start=$SECONDS status=0
+  shift 2
+  echo "==== $name: $*" >> "$out/log.txt"
+  # pytest stores its results when it is interrupted
+  timeout --signal=INT --kill-after=10 "$limit" "$@" >> "$out/log.txt" 2>&1 || status=$?
+  echo "$name: $([ $status = 0 ] && echo passed || echo "FAILED ($status)"), $((SECONDS - start)) s"
+  if [ $status != 0 ]; then
+    failed=1
+    grep -E '^(FAILED|ERROR)|^E  ' "$out/log.txt" | tail -n 20
+  fi
+}
+
+pytest() {
+  local name=$1 limit=$2
+  shift 2
+  stage "$name" "$limit" "$python" -m pytest -q -rs -p no:cacheprovider "$@"
+}
+
+"$python" -c 'import torch; print(torch.__version__, torch.cuda.get_device_name())' || exit 1
+pytest tests 140 tests -m gpu
+pytest loss 180 bench/bench_loss.py --device cuda --benchmark-json="$out/loss.json"
+pytest step 110 bench/bench_step.py --device cuda --benchmark-json="$out/step.json"
+pytest end-to-end 45 bench/bench_end_to_end.py --device cuda \
+  --benchmark-json="$out/end_to_end.json"
+
+stored=$(find "$out" -maxdepth 1 -name '*.json' -size +0 | sort)
+if [ -n "$stored" ]; then
+  # shellcheck disable=SC2086
+  timeout 20 "$python" -m bench.report --plot "$out/roofline.png" $stored || failed=1
+fi
+exit $failed

@@ -1,0 +1,210 @@
+"""Tables and the roofline plot, from the rows that the benchmarks recorded.
+
+python -m bench.report [--plot roofline.png] FILE.json ...     what --benchmark-json wrote
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import platform
+import sys
+from collections.abc import Iterable
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+import torch
+
+Row = dict[str, Any]  # a contender's facts and its median, in seconds
+
+LOSS_NAMES = (
+    "direct", "pairwise", "summed", "pairwise-c", "closed", "closed-c", "pydml", "liger", "apex",
+)  # fmt: skip
+LOSS_LEGEND = """\
+A rival's column: its time divided by ours; below 1 it is faster. "-": not installed, or has no such
+time. direct: ours, gradients without autograd (as our training step takes them); pairwise: kl_div a
+pair, a backward a peer; summed: the same, one backward; closed: O(K C) in plain torch; -c: under
+torch.compile (one backward); pydml: pytorch-dml."""
+
+
+def machine(device: torch.device) -> str:
+    """One line: the hardware and the versions that a figure depends on."""
+    if device.type == "cuda":
+        name = torch.cuda.get_device_name(device)
+    else:
+        name = platform.processor() or platform.machine()
+        cpuinfo = Path("/proc/cpuinfo")
+        if cpuinfo.exists():
+            fields = (line.partition(":") for line in cpuinfo.read_text().splitlines())
+            facts = {key.strip(): value.strip() for key, _, value in fields}
+            name = facts.get("model name", name)
+            if "avx512_bf16" in facts.get("flags", "").split():
+                name += " with avx512_bf16"
+    parts = [name, f"CPU threads {torch.get_num_threads()}", f"torch {torch.__version__}"]
+    for package in ("triton", "pytorch-dml"):
+        try:
+            parts.append(f"{package} {version(package)}")
+        except PackageNotFoundError:
+            continue
+    return ", ".join(parts)
+
+
+def tables(rows: list[Row], where: str) -> str:
+    """Every table that the rows allow, under the line that says where they were measured."""
+    parts = [where]
+    for kind, table in (("loss", _loss), ("step", _step), ("end_to_end", _end_to_end)):
+        if chosen := [row for row in rows if row["bench"] == kind]:
+            parts += table(chosen)
+    return "\n\n".join(parts)
+
+
+def _groups(rows: Iterable[Row], *keys: str) -> dict[tuple, dict[str, Row]]:
+    """Rows by the facts they share, then by name, in the order they came."""
+    groups: dict[tuple, dict[str, Row]] = {}
+    for row in rows:
+        groups.setdefault(tuple(row[key] for key in keys), {})[row["name"]] = row
+    return groups
+
+
+def _loss(rows: list[Row]) -> list[str]:
+    parts = []
+    for direction, clock in _groups(rows, "direction", "clock"):
+        lines = [
+            f"mutual loss, {direction.replace('_', ' + ')}, {clock} time",
+            f"{'dtype':<9}{'K':>3}{'N':>6}{'C':>8}{'ours us':>11}"
+            + "".join(f"{name:>12}" for name in LOSS_NAMES),
+        ]
+        memory = []
+        chosen = [r for r in rows if (r["direction"], r["clock"]) == (direction, clock)]
+        for (dtype, K, N, C), group in _groups(chosen, "dtype", "K", "N", "C").items():
+            ours = group.get("ours")
+            if ours is None:
+                continue
+            line = f"{dtype:<9}{K:>3}{N:>6}{C:>8}"
+            ratios = [
+                f"{group[name]['median'] / ours['median']:.2f}" if name in group else "-"
+                for name in LOSS_NAMES
+            ]
+            lines.append(
+                line + f"{1e6 * ours['median']:>11.1f}" + "".join(f"{r:>12}" for r in ratios)
+            )
+            if clock == "wall" and ours["extra_bytes"] is not None:
+                extra = [
+                    f"{group[name]['extra_bytes'] / 2**20:.1f}" if name in group else "-"
+                    for name in LOSS_NAMES
+                ]
+                own = f"{ours['extra_bytes'] / 2**20:>11.1f}"
+                memory.append(line + own + "".join(f"{each:>12}" for each in extra))
+        parts.append("\n".join(lines))
+        if memory:
+            title = f"{lines[0].rpartition(',')[0]}, peak memory beyond the logits, MiB, no ratios"
+            parts.append("\n".join([title, lines[1].replace("ours us", "   ours"), *memory]))
+    return [*parts, LOSS_LEGEND]
+
+
+def _step(rows: list[Row]) -> list[str]:
+    parts = []
+    for (peers, batch), group in _groups(rows, "peers", "batch").items():
+        lines = [
+            f"training step, {peers}, batch {batch}",
+            f"{'':<34}{'ms':>10}{'images/s':>11}{'x pairwise':>12}",
+        ]
+        base = group.get("pairwise")
+        for name, row in group.items():
+            ratio = f"{base['median'] / row['median']:.2f}" if base else "-"
+            lines.append(
+                f"{name:<34}{1e3 * row['median']:>10.2f}{batch / row['median']:>11,.0f}{ratio:>12}"
+            )
+        parts.append("\n".join(lines))
+    return parts
+
+
+def _end_to_end(rows: list[Row]) -> list[str]:
+    parts = []
+    for (peers, images, data), group in _groups(rows, "peers", "images", "data").items():
+        lines = [
+            f"one epoch, {peers}, {images:,} images: {data}",
+            f"{'':<34}{'s':>10}{'images/s':>11}{'x usual':>12}",
+        ]
+        base = group.get("usual loop")
+        for name, row in group.items():
+            ratio = f"{base['median'] / row['median']:.2f}" if base else "-"
+            lines.append(
+                f"{name:<34}{row['median']:>10.2f}{images / row['median']:>11,.0f}{ratio:>12}"
+            )
+        parts.append("\n".join(lines))
+    return parts
+
+
+def roofline(rows: list[Row], where: str, path: str) -> bool:
+    """Least bytes over kernel time, against the bandwidth of a device copy; False without rows."""
+    rows = [
+        row
+        for row in rows
+        if row["bench"] == "loss"
+        and (row["clock"], row["direction"]) == ("kernel", "forward_backward")
+    ]
+    if not rows:
+        return False
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    figure, axes = plt.subplots(figsize=(8, 5))
+    names = list(dict.fromkeys(row["name"] for row in rows))
+    for name in names:
+        chosen = sorted((r for r in rows if r["name"] == name), key=lambda r: r["least_bytes"])
+        axes.plot(
+            [row["least_bytes"] for row in chosen],
+            [row["least_bytes"] / row["median"] / 1e9 for row in chosen],
+            marker="o",
+            linewidth=2.5 if name == "ours" else 1,
+            zorder=3 if name == "ours" else 2,
+            label=name,
+        )
+    copy = rows[0]["copy_bandwidth"] / 1e9
+    axes.axhline(copy, color="black", linestyle="--", label=f"device copy, {copy:,.0f} GB/s")
+    axes.set(
+        xscale="log",
+        yscale="log",
+        xlabel="least bytes: logits read once, gradients written once",
+        ylabel="least bytes / kernel time, GB/s",
+        title=where,
+    )
+    axes.title.set_fontsize(8)
+    axes.grid(True, which="both", alpha=0.2)
+    axes.legend(fontsize=8)
+    figure.savefig(path, dpi=120, bbox_inches="tight")
+    plt.close(figure)
+    return True
+
+
+def load(path: str) -> tuple[list[Row], str]:
+    """Rows and the machine's line of a file that --benchmark-json wrote."""
+    stored = json.loads(Path(path).read_text())
+    rows = [{**b["extra_info"], "median": b["stats"]["median"]} for b in stored["benchmarks"]]
+    return rows, stored["machine_info"]["fastdml"]
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(prog="python -m bench.report", description=__doc__)
+    parser.add_argument("files", nargs="+", metavar="FILE.json")
+    parser.add_argument("--plot", metavar="PNG", help="write the roofline plot here")
+    arguments = parser.parse_args()
+    by_machine: dict[str, list[Row]] = {}
+    for path in arguments.files:
+        rows, where = load(path)
+        by_machine.setdefault(where, []).extend(rows)
+    print("\n\n".join(tables(rows, where) for where, rows in by_machine.items()))
+    if arguments.plot:
+        drawn = [roofline(rows, where, arguments.plot) for where, rows in by_machine.items()]
+        if not any(drawn):
+            print("no kernel times in these files: nothing to plot", file=sys.stderr)
+            return 1
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
