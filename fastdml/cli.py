@@ -108,10 +108,50 @@ def export(args: list[str]) -> None:
         print(path)
 
 
+def kernels(args: list[str]) -> None:
+    """what the compiler made of the kernels: registers, spills, bytes moved; no GPU needed"""
+    parser = Parser("kernels", kernels)
+    parser.add_argument(
+        "--shapes", nargs="+", metavar="KxC",
+        help="peers x classes, such as 2x100 (default: CIFAR to a language model's vocabulary)",
+    )  # fmt: skip
+    parser.add_argument("--dtypes", nargs="+", default=["bf16"], choices=("bf16", "fp16", "fp32"))
+    parser.add_argument(
+        "--archs", nargs="+", default=None, metavar="ARCH", help="of sm_80 sm_90 sm_100 gfx942"
+    )
+    parser.add_argument("--json", action="store_true", help="print the report as a JSON list")
+    options = parser.parse(args)
+
+    from fastdml_kernels import static_report
+
+    archs = options.archs or list(static_report.TARGETS)
+    unknown = [arch for arch in archs if arch not in static_report.TARGETS]
+    if unknown:
+        near = _nearest(unknown[0], static_report.TARGETS)
+        raise InputError(f"no report for {unknown[0]!r}{near}")
+    shapes = [_shape(text) for text in options.shapes or ()] or static_report.SHAPES
+    found = static_report.reports(shapes, options.dtypes, archs)
+    if options.json:
+        print(json.dumps([row.as_dict() for row in found], indent=1))
+    else:
+        print(static_report.table(found))
+
+
+def _shape(text: str) -> tuple[int, int]:
+    try:
+        K, C = (int(part) for part in text.lower().split("x"))
+    except ValueError:
+        K = C = 0
+    if K < 1 or C < 1:
+        raise InputError(f"--shapes {text!r}: give peers x classes, such as 2x100")
+    return K, C
+
+
 COMMANDS: dict[str, Callable[[list[str]], None]] = {
     "train": train,
     "evaluate": evaluate,
     "export": export,
+    "kernels": kernels,
 }
 
 

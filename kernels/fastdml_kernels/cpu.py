@@ -1,22 +1,24 @@
 """The same loss on the CPU: the closed form in a handful of torch calls.
 
 Rows are worked through in blocks whose intermediates stay in cache, so that a wide vocabulary
-reads each logit and writes each gradient about once, like the kernels. Two ways to the KL terms:
+reads each logit and writes each gradient about once, like the kernels. Two ways:
 
-- `_uniform_kl`: every peer learns equally from all others (the paper's loss). O(K C) a sample:
-  values from two BLAS calls over the whole block, gradients from differences to the first peer.
-- `_general_kl`: edge weights, gates, mixed teachers, symmetric divergence, gradients into the
-  teachers. One pass a pair, O(K**2 C), and careful with classes of probability 0; the uniform way
-  hands over to it where logits are not finite.
+- `_plain_loss`: the paper's loss, every peer learning equally from all others. O(K C) a sample
+  (O(K**2 C) with statistics): values from BLAS calls over a whole block.
+- `_Problem`: every option. Edge weights, gates, mixed teachers, symmetric divergence, gradients
+  into the teachers: one pass a pair, O(K**2 C), careful with classes of probability 0. The plain
+  way hands over to it where a logit is not finite.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from .options import Options, Scalar, default_edge, stats_size
@@ -48,7 +50,7 @@ def _find_labelled(labels: Tensor, ignore_index: int, C: int) -> Tensor | None:
 
 class _BlockResult(NamedTuple):
     ce: Tensor  # (K, n)
-    kl: Tensor  # (K, n), or (K,) summed over the rows
+    kl: Tensor  # (K, n)
     entropy: Tensor | None  # (K,) with statistics, else None
     correct: Tensor | None  # (K,)
     ensemble_correct: Tensor | None  # ()
@@ -73,14 +75,14 @@ class _Problem:
     grads: Sequence[Tensor]
     upstream: Tensor | None
     want_stats: bool
-    uniform: bool
     scratch: Tensor  # (2 or 4, K, step, C)
 
     def block(self, rows: slice) -> _BlockResult:
         """Loss terms of some rows; writes their gradients."""
         K, n = len(self.logits), rows.stop - rows.start
         log_p, p, *tempered = self.scratch[:, :, :n]
-        self._log_softmax(rows, 1.0, log_p)
+        z = [z_k[rows] for z_k in self.logits]
+        _log_softmax(z, 1.0, log_p)
         torch.exp(log_p, out=p)
         y = self.y[rows]
         index = y.expand(K, n).unsqueeze(2)  # (K, n, 1)
@@ -106,56 +108,17 @@ class _Problem:
             ensemble_correct = (p.sum(0).argmax(1) == y)[has_label].sum()
             pairwise = torch.zeros(K, K, dtype=p.dtype)
 
-        kl, pull = torch.zeros(K, dtype=p.dtype), None
+        kl, pull = torch.zeros_like(nll), None
         if K > 1:
             log_q, q = log_p, p
             if tempered:
                 log_q, q = tempered
-                self._log_softmax(rows, 1.0 / self.temperature, log_q)
+                _log_softmax(z, 1.0 / self.temperature, log_q)
                 torch.exp(log_q, out=q)
-            if self.uniform:
-                kl, pull = self._uniform_kl(log_q, q, pairwise)
-            else:
-                kl, pull = self._general_kl(rows, log_q, q, nll, pairwise)
+            kl, pull = self._general_kl(rows, log_q, q, nll, pairwise)
         if self.grads:
             self._write_grads(rows, p, index, labelled, pull)
         return _BlockResult(ce, kl, entropy, correct, ensemble_correct, pairwise)
-
-    def _log_softmax(self, rows: slice, scale: float, out: Tensor) -> None:
-        for k, z in enumerate(self.logits):
-            z_rows = z[rows]
-            if z_rows.dtype != out.dtype or scale != 1.0:
-                z_rows = z_rows.to(out.dtype) * scale
-            torch.log_softmax(z_rows, dim=1, out=out[k])
-
-    def _uniform_kl(
-        self, log_q: Tensor, q: Tensor, pairwise: Tensor | None
-    ) -> tuple[Tensor, Tensor | None]:
-        """KL terms, (K,) or (K, n), and sum_l w_kl (q_k - q_l), (K, n, C); overwrites log_q.
-
-        With gaps d_l = log q_l - max_l log q_l, exactly 0 for identical peers,
-        sum_l q_l (log q_l - log q_k) = sum_l q_l d_l - d_k sum_l q_l.
-        """
-        K, n, C = q.shape
-        edge = default_edge(K, "none")
-        gaps = log_q.sub_(log_q.amax(0))
-        mass = q.sum(0)
-        if self.options.reduction == "none":
-            energy = (q * gaps).sum((0, 2))
-            kl = (energy - (gaps * mass).sum(2)) * edge
-        else:
-            flat = gaps.view(K, n * C) if gaps.is_contiguous() else gaps.reshape(K, n * C)
-            energy = torch.dot(q.reshape(-1), flat.reshape(-1))
-            kl = (energy - torch.mv(flat, mass.view(-1))) * edge
-        if pairwise is not None:
-            for teacher in range(K):
-                cross = torch.mv(gaps.reshape(K, n * C), q[teacher].reshape(-1))
-                pairwise[teacher] = cross[teacher] - cross
-        if not self.grads:
-            return kl, None
-        away = torch.sub(q, q[0], out=gaps)
-        shared = away.sum(0)
-        return kl, away.mul_(K * edge).sub_(shared.mul_(edge))
 
     def _general_kl(
         self, rows: slice, log_q: Tensor, q: Tensor, nll: Tensor, pairwise: Tensor | None
@@ -226,7 +189,7 @@ class _Problem:
                 for k in range(K):
                     gap = log_q[teacher] - log_q[k]
                     pairwise[teacher, k] = _times(q[teacher], gap).sum()
-        return (kl if options.reduction == "none" else kl.sum(1)), pull
+        return kl, pull
 
     def _row_edges(self, rows: slice, log_q: Tensor, nll: Tensor) -> Tensor:
         """How much each peer learns from each on each row, (K student, K teacher, n)."""
@@ -294,6 +257,123 @@ class _Problem:
                 grad[rows] = p[k].add_(pull[k], alpha=self.kl_factor)
 
 
+def _plain_loss(
+    logits: Sequence[Tensor],  # K tensors (N, C), N > 0
+    y: Tensor,  # (N,) int64
+    dtype: torch.dtype,
+    temperature: float,
+    ce_weight: float,
+    kl_weight: float,
+    averaged: bool,
+    grads: Sequence[Tensor],
+    want_stats: bool,
+) -> tuple[Tensor, Tensor] | None:
+    """The paper's loss, every row labelled and weighted alike: as few torch calls as it takes,
+    since at CIFAR's sizes each costs more than its arithmetic. None where a logit is not finite.
+    """
+    K, (N, C) = len(logits), logits[0].shape
+    step = min(max(1, BLOCK_BYTES // (4 * K * C)), N)
+    kl_scale = temperature * temperature
+    per_row = 1 / N if averaged else 1.0
+    ce_factor, kl_factor = ce_weight * per_row, kl_weight * temperature * per_row
+    tempered = temperature != 1.0 and K > 1
+    memory = torch.empty(4 if tempered else 2, K * step * C, dtype=dtype)
+    buffers = memory.view(-1, K, step, C).unbind()
+    minus = torch.full((1,), -ce_factor, dtype=dtype)
+    ce = kl = entropy = correct = ensemble_correct = pairwise = 0.0
+    for start in range(0, N, step):
+        n = min(step, N - start)
+        if n < step:  # the last block
+            buffers = memory[:, : K * n * C].view(-1, K, n, C).unbind()
+        log_p, p, *tempered_buffers = buffers
+        z = logits if n == N else [z_k[start : start + n] for z_k in logits]
+        out = grads if n == N else [g[start : start + n] for g in grads]
+        _log_softmax(z, 1.0, log_p)
+        torch.exp(log_p, out=p)
+        index = (y if n == N else y[start : start + n]).expand(K, n).unsqueeze(2)  # (K, n, 1)
+        ce = log_p.gather(2, index).sum((1, 2)) + ce
+        if want_stats:
+            label = index[0, :, 0]
+            entropy = torch.special.entr(p).sum((1, 2)) + entropy
+            correct = (log_p.argmax(2) == label).sum(1) + correct
+            ensemble_correct = (p.sum(0).argmax(1) == label).sum() + ensemble_correct
+        if K == 1:
+            if grads:
+                p.mul_(ce_factor).scatter_add_(2, index, minus.expand(index.shape))
+                out[0].copy_(p[0])
+            continue
+        log_q, q = log_p, p
+        if tempered:
+            log_q, q = tempered_buffers
+            _log_softmax(z, 1 / temperature, log_q)
+            torch.exp(log_q, out=q)
+        block_kl, away, shared, pairs = _uniform_kl(log_q, q, want_stats, bool(grads))
+        kl = block_kl + kl
+        if want_stats:
+            pairwise = pairs + pairwise
+        if grads:
+            # ce_factor (p - y) + kl_factor (q_k - mean of the others)
+            p.mul_(ce_factor).scatter_add_(2, index, minus.expand(index.shape))
+            edge = kl_factor / (K - 1)
+            p.add_(away, alpha=K * edge)
+            for p_k, grad in zip(p.unbind(), out, strict=True):
+                if grad.dtype == dtype:
+                    torch.sub(p_k, shared, alpha=edge, out=grad)
+                else:
+                    grad.copy_(p_k.sub_(shared, alpha=edge))
+    if not math.isfinite(float((ce + kl).sum())):
+        return None
+    losses = ce * -ce_weight if K == 1 else torch.sub(kl * (kl_weight * kl_scale), ce * ce_weight)
+    if averaged:
+        losses *= 1 / N
+    if not want_stats:
+        return losses, losses.new_zeros(stats_size(K))
+    kl = torch.zeros(1, dtype=dtype) if K == 1 else kl * (kl_scale / N)
+    pairwise = kl if K == 1 else pairwise.flatten() * (kl_scale / N)
+    rows = torch.full((2,), N, dtype=dtype)
+    correct, together = correct.to(dtype), ensemble_correct.to(dtype)[None]
+    packed = (ce * (-1 / N), kl, rows, entropy / N, correct, together, pairwise)
+    return losses, F.pad(torch.cat(packed), (0, stats_size(K) - 4 * K - 3 - K * K))
+
+
+def _log_softmax(z: Sequence[Tensor], scale: float, out: Tensor) -> None:
+    """log softmax(scale z_k) of K tensors (n, C) into `out` (K, n, C)."""
+    for z_k, out_k in zip(z, out.unbind(), strict=True):
+        if z_k.dtype != out.dtype or scale != 1.0:
+            z_k = z_k.to(out.dtype) * scale
+        torch.log_softmax(z_k, dim=1, out=out_k)
+
+
+def _uniform_kl(
+    log_q: Tensor,  # (K, n, C), overwritten
+    q: Tensor,  # (K, n, C)
+    want_pairs: bool,
+    want_slope: bool,
+) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor | None]:
+    """KL terms (K,) summed over the rows; away (K, n, C) and shared (n, C), of which
+    (K away_k - shared) / (K - 1) is q_k minus the mean of the others; KL of every pair (K, K).
+
+    With gaps d_l = log q_l - max_l log q_l, exactly 0 for identical peers,
+    sum_l q_l (log q_l - log q_k) = sum_l q_l d_l - d_k sum_l q_l. Away is q_k - q_1: differences
+    come before sums.
+    """
+    K, n, C = q.shape
+    gaps = log_q.sub_(log_q.amax(0))
+    flat_gaps, flat_q = gaps.view(K, n * C), q.view(K, n * C)
+    pairs = None
+    if want_pairs:
+        cross = torch.stack([torch.mv(flat_gaps, teacher) for teacher in flat_q.unbind()])
+        pairs = cross.diagonal()[:, None] - cross
+        kl = pairs.sum(0).div_(K - 1)
+    else:
+        energy = torch.dot(flat_q.view(-1), flat_gaps.view(-1))
+        kl = torch.mv(flat_gaps, q.sum(0).view(-1)).sub_(energy).mul_(-1 / (K - 1))
+    if not want_slope:
+        return kl, None, None, pairs
+    away = torch.sub(q, q[0], out=gaps)
+    return kl, away, away.sum(0), pairs
+
+
 def mutual_loss_cpu(
     logits: Sequence[Tensor],  # K tensors (N, C)
     labels: Tensor,  # (N,)
@@ -331,6 +411,18 @@ def mutual_loss_cpu(
             losses = torch.zeros(K, N, dtype=dtype).index_copy_(1, rows, losses)
         return losses, stats
 
+    averaged = options.reduction == "mean"
+    plain = (
+        options.target == "peers" and options.gate == "none" and peer_weights is None
+        and not options.symmetric and options.detach_targets and options.reduction != "none"
+        and not options.label_smoothing and class_weight is None and labelled is None
+    )  # fmt: skip
+    if plain and N and C:
+        result = _plain_loss(logits, labels.long(), dtype, temperature, ce_weight, kl_weight,
+                             averaged, grads, want_stats)  # fmt: skip
+        if result is not None:
+            return result
+
     y = labels.long() if labelled is None else torch.where(labelled, labels, 0).long()
     w_c = None if class_weight is None else class_weight.to(dtype)
     w_y = None if w_c is None else w_c[y]
@@ -341,7 +433,6 @@ def mutual_loss_cpu(
     if options.mimic_ignored and not labelled_rows:
         ce_count = 1.0  # a batch without any label teaches by the KL term alone
     by_row = options.reduction == "none"
-    averaged = options.reduction == "mean"
     per_ce = 1 / ce_count if ce_count > 0 else 0.0
 
     edges = torch.full((K, K), default_edge(K, options.gate), dtype=dtype)
@@ -355,11 +446,8 @@ def mutual_loss_cpu(
         kl_factor=kl_weight * temperature / (max(N, 1) if averaged else 1.0),
         grads=grads, upstream=None if upstream is None else upstream.to(dtype),
         want_stats=want_stats,
-        uniform=(options.target == "peers" and options.gate == "none" and peer_weights is None
-                 and not options.symmetric and options.detach_targets and upstream is None),
         scratch=torch.empty(4 if tempered else 2, K, step, C, dtype=dtype),
     )  # fmt: skip
-    careful = replace(problem, uniform=False) if problem.uniform else problem
 
     kl_scale = temperature * temperature
     ce_sum, kl_sum = torch.zeros(K, dtype=dtype), torch.zeros(K, dtype=dtype)
@@ -368,10 +456,8 @@ def mutual_loss_cpu(
     for start in range(0, N, step):
         rows = slice(start, min(start + step, N))
         result = problem.block(rows)
-        if K > 1 and problem.uniform and not bool(torch.isfinite(result.kl.sum())):
-            result = careful.block(rows)
         ce_sum += result.ce.sum(1)
-        kl_sum += result.kl.sum(1) if by_row else result.kl
+        kl_sum += result.kl.sum(1)
         if by_row:
             losses[:, rows] = ce_weight * result.ce
             if K > 1:

@@ -49,7 +49,7 @@ def register_tile(K: int, C: int) -> Tile | None:
 
 
 def wide_tile(K: int, C: int) -> Tile:
-    block_c, warps = next(tile for limit, *tile in WIDE_TILES if K <= limit or limit == MOST_PEERS)
+    block_c, warps = next(tile for limit, *tile in WIDE_TILES if limit >= K or limit == MOST_PEERS)
     return Tile(1, min(block_c, triton.next_power_of_2(max(C, 2))), warps)
 
 
@@ -214,5 +214,5 @@ def launch(
             logits, labels, options, grads=grads, upstream=upstream, regime=regime, tile=tile,
             programs=programs, **rest,
         )  # fmt: skip
-        kernel[(programs,)](**named, num_warps=warps)
+        kernel[(programs,)](**named, num_warps=warps, enable_fp_fusion=True)
     return named["losses"], named["stats"]

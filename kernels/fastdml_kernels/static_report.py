@@ -39,7 +39,7 @@ TARGETS = {
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 _POINTER = {
     torch.bfloat16: "*bf16", torch.float16: "*fp16", torch.float32: "*fp32",
-    torch.int64: "*i64", torch.int32: "*i32",
+    torch.int64: "*i64", torch.int32: "*i32", torch.uint8: "*u8",
 }  # fmt: skip
 
 
@@ -97,7 +97,9 @@ def compile_kernel(kernel: Any, named: dict[str, Any], warps: int, target: GPUTa
         else:
             signature[name] = "i32" if isinstance(value, int) else "fp32"
     source = ASTSource(fn=kernel, signature=signature, constexprs=constants, attrs=attributes)
-    return triton.compile(source, target=target, options={"num_warps": warps})
+    return triton.compile(
+        source, target=target, options={"num_warps": warps, "enable_fp_fusion": True}
+    )
 
 
 @cache
