@@ -1,0 +1,447 @@
+"""What the loss is tested against, and how closely.
+
+A `Problem` is one call's input. `reference` answers it in float64 from the definitions; `pairwise`
+answers it as people write it today, torch's cross_entropy and kl_div for each pair, in any dtype.
+`check` holds an implementation to
+
+    |ours - float64| <= |torch in the same dtype - float64| + a little
+
+on every loss, statistic and gradient, and for half precision also with torch in float32 on the
+right: half-precision logits lose nothing before the sums. "A little" is `LITTLE` float32 roundings
+of the terms that are added up, and for a gradient the rounding to its own dtype.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field, fields, replace
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+import triton
+from fastdml_kernels import Options
+from fastdml_kernels.cpu import mutual_loss_cpu
+from fastdml_kernels.launch import Tile, launch
+from fastdml_kernels.reference import mutual_loss_reference
+from hypothesis import assume
+from hypothesis import strategies as st
+from torch import Tensor
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"  # where the kernels run
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+LITTLE = 16
+LAYOUTS = ("contiguous", "padded", "sliced", "every_other", "transposed", "expanded", "stacked",
+           "stacked_inside")  # fmt: skip
+OPTION_NAMES = {f.name for f in fields(Options)}
+
+
+@dataclass(frozen=True)
+class Problem:
+    logits: Sequence[Tensor]  # K tensors (N, C)
+    labels: Tensor  # (N,)
+    options: Options = Options()  # noqa: RUF009
+    weights: dict[str, Any] = field(default_factory=dict)  # temperature, ce_weight, ...
+
+    @property
+    def shape(self) -> tuple[int, int, int]:
+        return len(self.logits), *self.logits[0].shape
+
+    def on(self, device: str) -> Problem:
+        """The same values on a device, where it is another; views stay views on their own."""
+        if self.logits[0].device.type == device:
+            return self
+        move = {k: v.to(device) if isinstance(v, Tensor) else v for k, v in self.weights.items()}
+        logits = [place(z.to(device), z.stride()) for z in self.logits]
+        return Problem(logits, self.labels.to(device), self.options, move)
+
+
+@dataclass(frozen=True)
+class Answer:
+    losses: Tensor  # (K,) or (K, N)
+    grads: Sequence[Tensor] | None  # K tensors (N, C)
+    stats: dict[str, Tensor] | None = None
+
+
+def place(values: Tensor, strides: tuple[int, ...]) -> Tensor:
+    """(N, C) values with the given strides."""
+    if 0 in strides:
+        return values[:1].expand_as(values) if len(values) else values
+    return torch.empty_strided(values.shape, strides, dtype=values.dtype,
+                               device=values.device).copy_(values)  # fmt: skip
+
+
+def lay_out(z: Tensor, layout: str) -> list[Tensor]:
+    """K views (N, C) of the values (K, N, C); "expanded" repeats each peer's first row."""
+    K, N, C = z.shape
+    if layout == "stacked":
+        return list(z.clone().unbind())
+    if layout == "stacked_inside":
+        return list(z.transpose(0, 1).contiguous().unbind(1))
+    if layout == "contiguous":
+        return [x.clone() for x in z]
+    if layout == "padded":
+        wide = torch.full((K, N, -(-C // 8) * 8 + 8), torch.nan, dtype=z.dtype)
+        return [w[:, :C].copy_(x) for w, x in zip(wide.unbind(), z, strict=True)]
+    if layout == "sliced":
+        wide = [torch.full((N + 1, C + 3), torch.nan, dtype=z.dtype) for _ in z]
+        return [w[1:, 2 : C + 2].copy_(x) for w, x in zip(wide, z, strict=True)]
+    if layout == "every_other":
+        wide = [torch.full((N, 2, C, 2), torch.nan, dtype=z.dtype) for _ in z]
+        return [w[:, 0, :, 1].copy_(x) for w, x in zip(wide, z, strict=True)]
+    if layout == "transposed":
+        return [x.t().contiguous().t() for x in z]
+    return [x[:1].clone().expand(N, C) if N else x.clone() for x in z]
+
+
+def make(
+    K: int,
+    N: int,
+    C: int,
+    *,
+    dtype: torch.dtype | Sequence[torch.dtype] = torch.float32,
+    layout: str = "contiguous",
+    label_dtype: torch.dtype = torch.int64,
+    label_stride: int = 1,
+    ignored: float = 0.0,
+    spread: float = 3.0,
+    seed: int = 0,
+    peer_weights: bool = False,
+    class_weight: bool = False,
+    **settings: Any,
+) -> Problem:
+    """A random problem. `ignored` is the share of rows without a label; `settings` are options
+    and weights under their public names."""
+    generator = torch.Generator().manual_seed(seed)
+    dtypes = [dtype] * K if isinstance(dtype, torch.dtype) else list(dtype)
+    values = torch.randn(K, N, C, generator=generator, dtype=torch.float64) * spread
+    logits = [lay_out(values.to(d), layout)[k] for k, d in enumerate(dtypes)]
+    labels = torch.randint(0, C, (N, label_stride), generator=generator, dtype=label_dtype)
+    options = Options(**{k: v for k, v in settings.items() if k in OPTION_NAMES})
+    without = torch.rand(N, generator=generator) < ignored
+    labels[without] = options.ignore_index
+    weights = {k: v for k, v in settings.items() if k not in OPTION_NAMES}
+    if peer_weights:  # one edge is missing
+        weights["peer_weights"] = torch.rand(K, K, generator=generator)
+        weights["peer_weights"][0, -1] = 0
+    if class_weight:
+        weights["class_weight"] = torch.rand(C, generator=generator) + 0.1
+    return Problem(logits, labels[:, 0], options, weights)
+
+
+# ---- three ways to answer
+
+
+@contextlib.contextmanager
+def poisoned() -> Iterator[None]:
+    """`torch.empty` holds NaN, so that what nobody writes shows."""
+    before = torch.are_deterministic_algorithms_enabled()
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    try:
+        yield
+    finally:
+        torch.use_deterministic_algorithms(before)
+
+
+def unpack(packed: Tensor, K: int) -> dict[str, Tensor]:
+    """The statistics by name; their order is documented at `options.stats_size`."""
+    names = ("ce", "kl", "counts", "entropy", "correct", "ensemble_correct", "pairwise_kl")
+    parts = packed[: 4 * K + 3 + K * K].split([K, K, 2, K, K, 1, K * K])
+    stats = dict(zip(names, parts, strict=True))
+    stats["ensemble_correct"] = stats["ensemble_correct"][0]
+    stats["pairwise_kl"] = stats["pairwise_kl"].view(K, K)
+    return stats
+
+
+def run(compute: Callable, p: Problem, *, grad: bool = True, stats: bool = True,
+        **extra: Any) -> Answer:  # fmt: skip
+    """The answer of `mutual_loss_cpu` or `launch`, every buffer poisoned beforehand."""
+    grads = [torch.full(z.shape, torch.nan, dtype=z.dtype, device=z.device) for z in p.logits]
+    before = [z._version for z in p.logits]
+    with torch.no_grad(), poisoned():
+        losses, packed = compute(
+            list(p.logits), p.labels, p.options, grads=grads if grad else (), want_stats=stats,
+            **p.weights, **extra,
+        )  # fmt: skip
+    assert before == [z._version for z in p.logits], "the logits were written to"
+    named = unpack(packed, len(p.logits)) if stats else None
+    return Answer(losses, grads if grad else None, named)
+
+
+def cpu(p: Problem, **extra: Any) -> Answer:
+    return run(mutual_loss_cpu, p, **extra)
+
+
+def register(p: Problem, **extra: Any) -> Answer:
+    """The register kernel on the GPU; without one interpreted, in blocks of so many rows that a
+    few programs share them, since the interpreter pays for each block, not for each element."""
+    _, N, C = p.shape
+    if DEVICE == "cpu" and "tile" not in extra and N > 6:
+        rows = triton.next_power_of_2(triton.cdiv(N, 3))
+        extra["tile"] = Tile(rows, triton.next_power_of_2(max(C, 2)), 4)
+    return run(launch, p.on(DEVICE), regime="register", **extra)
+
+
+def wide(p: Problem, **extra: Any) -> Answer:
+    """The block-wise kernel in blocks of classes so small that a row has several."""
+    block_c = max(4, triton.next_power_of_2(p.shape[2]) // 4)
+    return run(launch, p.on(DEVICE), **{"regime": "wide", "tile": Tile(1, block_c, 4)} | extra)
+
+
+def launched(p: Problem, **extra: Any) -> Answer:
+    """The kernel and the tile that the launcher chooses."""
+    return run(launch, p.on(DEVICE), **extra)
+
+
+PATHS = {"cpu": cpu, "register": register, "wide": wide}
+
+
+def reference(p: Problem, upstream: Tensor | None = None, grad: bool = True) -> Answer:
+    """The float64 answer, with the gradient that autograd finds for it."""
+    p = p.on("cpu")
+    z = [x.double().requires_grad_() for x in p.logits]
+    losses, stats = mutual_loss_reference(z, p.labels, p.options, **p.weights)
+    up = torch.ones_like(losses) if upstream is None else upstream.to("cpu", torch.float64)
+    grads = torch.autograd.grad(losses, z, up) if grad else None
+    return Answer(losses.detach(), grads, stats)
+
+
+def pairwise(p: Problem, dtype: torch.dtype, upstream: Tensor | None = None) -> Answer:
+    """The loss as torch's own functions spell it, one pair of peers at a time, in `dtype`."""
+    p = p.on("cpu")
+    o, (K, N, _) = p.options, p.shape
+    T = float(p.weights.get("temperature", 1.0))
+    leaves = [x.detach().clone().requires_grad_() for x in p.logits]
+    z = [x.to(dtype) for x in leaves]
+    labelled = p.labels != o.ignore_index
+    mimics = torch.ones_like(labelled) if o.mimic_ignored else labelled
+    y = torch.where(labelled, p.labels, 0).long()
+    class_weight = p.weights.get("class_weight")
+    ce_options = {
+        "weight": None if class_weight is None else class_weight.to(dtype),
+        "ignore_index": o.ignore_index, "label_smoothing": o.label_smoothing,
+        "reduction": o.reduction,
+    }  # fmt: skip
+    ce = torch.stack([F.cross_entropy(x, p.labels.long(), **ce_options) for x in z])
+    if o.mimic_ignored and not labelled.any():
+        ce = torch.nan_to_num(ce)
+
+    exact = [x.detach().double() for x in p.logits]  # the gates' choices are discrete
+    edges = p.weights.get("peer_weights")
+    if edges is None:
+        edges = torch.full((K, K), 1.0 if o.gate == "best" else 1.0 / max(K - 1, 1))
+    edges = edges.to(dtype)[:, :, None].expand(K, K, N)
+    if o.gate == "correct":
+        right = torch.stack([x.argmax(1) == y for x in exact]) & labelled
+        edges = edges * right
+    elif o.gate == "best":
+        nll = torch.stack([F.cross_entropy(x, y, reduction="none") for x in exact])
+        edges = edges * ((nll.argmin(0) == torch.arange(K)[:, None]) & labelled)
+
+    log_q = [torch.log_softmax(x / T, 1) for x in z]
+    fixed = [x.detach() for x in log_q] if o.detach_targets else log_q
+    fixed_z = [x.detach() for x in z] if o.detach_targets else z
+
+    def divergence(log_t: Tensor, log_student: Tensor) -> Tensor:
+        rows = F.kl_div(log_student, log_t, log_target=True, reduction="none").sum(1)
+        if not o.symmetric:
+            return rows
+        back = F.kl_div(log_t, log_student, log_target=True, reduction="none").sum(1)
+        return (rows + back) / 2
+
+    kl = torch.zeros(K, N, dtype=dtype)
+    for k in range(K):
+        others = [i for i in range(K) if i != k]
+        total = torch.zeros(N, dtype=dtype)
+        if o.target == "peers":
+            for i in others:
+                total = total + edges[k, i] * divergence(fixed[i], log_q[k])
+        elif others:
+            w = edges[k, others]  # (K - 1, N)
+            w_sum = w.sum(0)
+            share = torch.where(w_sum > 0, w / w_sum, 1.0 / len(others))[:, :, None]
+            if o.target == "ensemble":
+                mixed = (share * torch.stack([fixed[i].exp() for i in others])).sum(0).log()
+            else:
+                mean = (share * torch.stack([fixed_z[i] for i in others])).sum(0)
+                mixed = torch.log_softmax(mean / T, 1)
+            total = w_sum * divergence(mixed, log_q[k])
+        kl[k] = torch.where(mimics, total * T**2, 0)
+    if o.reduction == "mean":
+        kl = kl.sum(1) / mimics.sum()
+    elif o.reduction == "sum":
+        kl = kl.sum(1)
+    ce_weight, kl_weight = (float(p.weights.get(n, 1.0)) for n in ("ce_weight", "kl_weight"))
+    losses = ce_weight * ce + kl_weight * kl if K > 1 else ce_weight * ce
+    up = torch.ones_like(losses) if upstream is None else upstream.to("cpu", dtype)
+    return Answer(losses.detach(), torch.autograd.grad(losses, leaves, up))
+
+
+# ---- how closely
+
+
+def scale_of(p: Problem) -> tuple[float, float, float]:
+    """Sizes of the terms added up in a row's loss, in its gradient, and the rows that a summed
+    loss adds up: what a float32 rounding is relative to."""
+    N = p.shape[1]
+    w = {k: v.cpu() if isinstance(v, Tensor) else v for k, v in p.weights.items()}
+    T = float(w.get("temperature", 1.0))
+    edges = w["peer_weights"].sum(1).max().item() if w.get("peer_weights") is not None else 1.0
+    class_weight = w["class_weight"].max().item() if w.get("class_weight") is not None else 1.0
+    ce = abs(float(w.get("ce_weight", 1.0))) * class_weight
+    kl = abs(float(w.get("kl_weight", 1.0))) * edges * T
+    z = torch.cat([x.double().flatten().cpu() for x in p.logits])
+    reach = 1.0 + z[z.isfinite()].abs().max().item() if z.isfinite().any() else 1.0
+    return (ce + kl * T) * reach, (ce + kl) * reach, float(max(N, 1))
+
+
+def within(
+    name: str, ours: Tensor, exact: Tensor, yardstick: Tensor | None, little: Tensor
+) -> None:
+    """|ours - exact| <= |yardstick - exact| + little, elementwise; NaN only where exact is NaN."""
+    ours, exact = ours.detach().double().cpu(), exact.detach().double()
+    assert ours.shape == exact.shape, (name, ours.shape, exact.shape)
+    error = (ours - exact).abs()
+    allowed = little if yardstick is None else (yardstick.double() - exact).abs() + little
+    same = (ours == exact) | (ours.isnan() & exact.isnan())  # infinities among them
+    bad = ~(same | (error <= allowed))
+    if bad.any():
+        at = tuple(int(i) for i in bad.nonzero()[0])
+        raise AssertionError(
+            f"{name}{list(at)}: {ours[at]:.9g}, exact {exact[at]:.9g}, error {error[at]:.3g} > "
+            f"{allowed.expand_as(exact)[at]:.3g}; {int(bad.sum())} of {bad.numel()} off"
+        )
+
+
+def check(p: Problem, compute: Callable[..., Answer] = cpu, *, upstream: Tensor | None = None,
+          yardsticks: bool = True, **extra: Any) -> Answer:  # fmt: skip
+    """Holds `compute` to the tolerance rule on losses, gradients and statistics."""
+    if upstream is not None:
+        extra["upstream"] = upstream.to("cpu" if compute is cpu else DEVICE)
+    ours, exact = compute(p, **extra), reference(p, upstream)
+    K = len(p.logits)
+    eps = torch.finfo(torch.float32).eps
+    if all(z.dtype == torch.float64 for z in p.logits):
+        eps = torch.finfo(torch.float64).eps
+    class_weight = p.weights.get("class_weight")
+    lightest = 1.0 if class_weight is None else min(1.0, class_weight.min().item())
+    loss_scale, grad_scale, rows = scale_of(p)
+    counted = max(int((p.labels != p.options.ignore_index).sum()), 1)
+    loss_little = LITTLE * eps * loss_scale * (rows if p.options.reduction == "sum" else 1.0)
+    if p.options.reduction == "mean":
+        grad_scale /= counted * lightest
+        loss_little /= lightest
+    if upstream is not None:
+        grad_scale *= max(1.0, K * upstream.abs().max().item() if upstream.numel() else 1.0)
+
+    dtypes = {z.dtype for z in p.logits}
+    used: list[torch.dtype] = []
+    if yardsticks:
+        used = list(dtypes) if len(dtypes) == 1 else [torch.float32]
+        if used[0].itemsize == 2:
+            used.append(torch.float32)
+    for torch_answer in [pairwise(p, d, upstream) for d in used] or [Answer(None, [None] * K)]:
+        within("losses", ours.losses, exact.losses, torch_answer.losses,
+               torch.as_tensor(loss_little))  # fmt: skip
+        for k, (g, want, theirs) in enumerate(
+            zip(ours.grads or (), exact.grads or (), torch_answer.grads or (), strict=False)
+        ):
+            assert g.dtype == p.logits[k].dtype
+            within(f"grads[{k}]", g, want, theirs,
+                   LITTLE * eps * grad_scale + rounding(want, g.dtype))  # fmt: skip
+    unweighted = {k: v for k, v in p.weights.items() if k not in ("ce_weight", "kl_weight")}
+    stats_little = LITTLE * eps * scale_of(replace(p, weights=unweighted))[0] / lightest
+    for name, want in exact.stats.items() if ours.stats else ():
+        little = float(close_calls(p)[1]) if name == "ensemble_correct" else stats_little
+        within(name, ours.stats[name], want, None, torch.as_tensor(little))
+    return ours
+
+
+def close_calls(p: Problem) -> tuple[int, int]:
+    """Rows in which float32 may pick another best peer, or another class of the ensemble."""
+    K, N, C = p.shape
+    log_p = torch.stack([torch.log_softmax(z.cpu().double(), 1) for z in p.logits])
+    y = p.labels.cpu().long().clamp(0, C - 1)
+    nll = -log_p.gather(2, y.expand(K, N).unsqueeze(2)).squeeze(2).T  # (N, K)
+
+    def ties(values: Tensor) -> int:
+        top = values.topk(min(2, values.shape[1]), dim=1).values
+        return int((top[:, 0] - top[:, -1] < 1e-5).sum()) if values.shape[1] > 1 else 0
+
+    return ties(-nll), ties(log_p.exp().sum(0))
+
+
+def rounding(values: Tensor, dtype: torch.dtype) -> Tensor:
+    """The largest error of writing float64 values in a dtype. The interpreter truncates where a
+    GPU rounds to nearest: a whole unit in the last place instead of half of one."""
+    info = torch.finfo(dtype)
+    return info.eps * values.abs().nan_to_num(0, 0) + info.smallest_normal * info.eps
+
+
+# ---- what hypothesis draws
+
+OPTIONS: dict[str, tuple] = {  # every option and weight away from its default
+    "temperature": (0.5, 4.0),
+    "ce_weight": (0.0, 0.7),
+    "kl_weight": (0.0, 2.5),
+    "target": ("ensemble", "ensemble_logits"),
+    "gate": ("correct", "best"),
+    "symmetric": (True,),
+    "detach_targets": (False,),
+    "label_smoothing": (0.1, 1.0),
+    "mimic_ignored": (True,),
+    "reduction": ("sum", "none"),
+    "ignore_index": (0, -1),
+    "peer_weights": (True,),
+    "class_weight": (True,),
+}
+REGISTER_OPTIONS = {
+    name: values[:1] if name == "target" else values
+    for name, values in OPTIONS.items()
+    if name not in ("symmetric", "detach_targets")
+}
+
+
+def settings_of(options: dict[str, tuple], most: int) -> st.SearchStrategy[dict[str, Any]]:
+    """Up to `most` options away from their defaults."""
+    names = st.lists(st.sampled_from(sorted(options)), unique=True, max_size=most)
+    return names.flatmap(
+        lambda chosen: st.fixed_dictionaries({n: st.sampled_from(options[n]) for n in chosen})
+    )
+
+
+@st.composite
+def problems(
+    draw: st.DrawFn,
+    *,
+    most_peers: int = 8,
+    most_rows: int = 130,
+    most_classes: int = 2100,
+    most_logits: int,
+    options: dict[str, tuple] = OPTIONS,
+) -> tuple[Problem, Tensor | None]:
+    """A problem with at most `most_logits` logits a peer, and the losses' own gradient where the
+    options need it in the forward pass."""
+    C = draw(st.integers(1, most_classes) | st.sampled_from([1, 2, 8, 10, 100]), label="C")
+    C = min(C, most_classes)
+    N = draw(st.integers(0, min(most_rows, most_logits // C)), label="N")
+    p = make(
+        draw(st.integers(1, most_peers), label="K"), N, C,
+        dtype=draw(st.sampled_from(DTYPES)), layout=draw(st.sampled_from(LAYOUTS)),
+        label_dtype=draw(st.sampled_from([torch.int64, torch.int32])),
+        label_stride=draw(st.sampled_from([1, 3])), ignored=draw(st.sampled_from([0.0, 0.3, 1.0])),
+        spread=draw(st.sampled_from([0.1, 3.0, 20.0])), seed=draw(st.integers(0, 2**16)),
+        **draw(settings_of(options, 3)),
+    )  # fmt: skip
+    assume(p.options.gate != "best" or close_calls(p)[0] == 0)
+    return p, upstream_of(p)
+
+
+def upstream_of(p: Problem, seed: int = 0) -> Tensor | None:
+    """A gradient of the losses for gradients into the teachers, which cannot wait for it."""
+    if p.options.detach_targets:
+        return None
+    K, N, _ = p.shape
+    shape = (K, N) if p.options.reduction == "none" else (K,)
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed))

@@ -1,0 +1,112 @@
+"""The kernels compile for every architecture on a machine without a GPU, within their budget.
+
+The compiling processes run without the interpreter, under which kernels have no machine code.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+
+CODE = """
+import json, sys
+from fastdml_kernels.options import Options
+from fastdml_kernels.static_report import report
+for (K, C), arch, settings in json.loads(sys.argv[1]):
+    options = Options(**settings.pop("options", {}))
+    print(json.dumps(report(K, C, arch=arch, options=options, **settings).as_dict()))
+"""
+CIFAR = [(2, 10), (2, 100), (3, 100), (4, 100), (8, 100)]
+MARKET = [(2, 751), (4, 751)]
+ARCHS = ["sm_80", "sm_90", "sm_100"]
+
+
+def reports(*cases: tuple) -> list[dict]:
+    """A report for each ((K, C), arch, settings of `report`)."""
+    done = subprocess.run(
+        [sys.executable, "-c", CODE, json.dumps(cases)], capture_output=True, text=True,
+        env={**os.environ, "TRITON_INTERPRET": "0", "PYTHONPATH": os.pathsep.join(sys.path)},
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr[-3000:]
+    found = [json.loads(line) for line in done.stdout.splitlines()]
+    for report in found:  # JSON has no whole numbers as keys
+        for name in ("load_widths", "store_widths"):
+            report[name] = {int(width): count for width, count in report[name].items()}
+    return found
+
+
+def hold_budget(report: dict, ratio: float = 1.0) -> None:
+    """Each logit read once and each gradient written once, in one launch, nothing spilled."""
+    assert report["spills"] == 0, report
+    assert report["stack_bytes"] == 0, report
+    assert report["launches"] == 1, report
+    assert report["ratio"] == ratio, report
+
+
+@pytest.mark.parametrize("arch", ARCHS)
+def test_the_main_shape_compiles_everywhere(arch):
+    (plain,) = reports(((2, 100), arch, {}))
+    assert plain["kernel"] == "register_rows"
+    hold_budget(plain)
+    assert min(plain["load_widths"]) >= 8  # bytes: 4 bfloat16 logits an instruction
+    assert min(plain["store_widths"]) >= 8
+
+
+def test_cifar_and_market_shapes_on_sm_90():
+    for report in reports(*((shape, "sm_90", {}) for shape in [(2, 10), (4, 100), *MARKET])):
+        hold_budget(report)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("arch", ARCHS)
+@pytest.mark.parametrize("stats", [False, True])
+def test_cifar_and_market_shapes_everywhere(arch, stats):
+    cases = [(s, arch, {"stats": stats, "dtype": d}) for s in CIFAR + MARKET
+             for d in ("bf16", "fp32")]  # fmt: skip
+    for report in reports(*cases):
+        hold_budget(report)
+
+
+@pytest.mark.slow
+def test_rows_of_padded_stride_load_vectors():
+    (padded,) = reports(((2, 751), "sm_90", {"row_stride": 752}))
+    assert min(padded["load_widths"]) >= 4
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("gradient", [True, False])
+@pytest.mark.parametrize("shape", [(2, 32_768), (4, 32_000), (2, 128_256)])
+def test_wide_rows_read_twice_and_write_once(shape, gradient):
+    """Without gradient one read is all."""
+    (wide,) = reports((shape, "sm_90", {"gradient": gradient}))
+    assert wide["kernel"] == "wide_rows"
+    hold_budget(wide, ratio=1.5 if gradient else 1.0)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("options", [
+    {"symmetric": True}, {"detach_targets": False}, {"target": "ensemble_logits"},
+    {"gate": "best"}, {"symmetric": True, "detach_targets": False, "target": "ensemble"},
+])  # fmt: skip
+def test_every_kind_of_option_compiles_without_spills(options):
+    for report in reports(((2, 100), "sm_90", {"options": options, "stats": True})):
+        assert report["spills"] == 0, report
+
+
+@pytest.mark.slow
+def test_the_kernels_compile_for_amd():
+    for report in reports(((2, 100), "gfx942", {}), ((2, 32_768), "gfx942", {})):
+        assert report["spills"] == 0, report
+
+
+def test_a_report_under_the_interpreter_says_what_is_wrong():
+    done = subprocess.run(
+        [sys.executable, "-c", CODE, json.dumps([((2, 100), "sm_90", {})])],
+        capture_output=True, text=True,
+        env={**os.environ, "TRITON_INTERPRET": "1", "PYTHONPATH": os.pathsep.join(sys.path)},
+    )  # fmt: skip
+    assert "imported under TRITON_INTERPRET=1" in done.stderr

@@ -1,0 +1,95 @@
+"""The wide kernel: every option, forced at small C into several ragged blocks; long rows."""
+
+from __future__ import annotations
+
+import itertools
+
+import pytest
+import torch
+from fastdml_kernels.launch import Tile, fits_registers, wide_tile
+from hypothesis import given, settings
+from oracle import OPTIONS, check, launched, make, problems, upstream_of, wide
+from test_reference import known_nan
+
+OPTION_VALUES = [(name, value) for name, values in OPTIONS.items() for value in values]
+
+
+@pytest.mark.parametrize(("name", "value"), OPTION_VALUES)
+def test_each_option(name, value):
+    p = make(3, 3, 7, ignored=0.2, **{name: value})
+    check(p, wide, upstream=upstream_of(p))
+
+
+@pytest.mark.parametrize("options", [
+    {"target": "ensemble", "detach_targets": False, "symmetric": True},
+    {"target": "ensemble_logits", "detach_targets": False, "symmetric": True, "temperature": 2.0},
+    {"target": "peers", "detach_targets": False, "symmetric": True, "peer_weights": True},
+    {"target": "ensemble_logits", "gate": "best", "peer_weights": True},
+    {"detach_targets": False, "gate": "correct", "reduction": "none"},
+])  # fmt: skip
+def test_options_that_share_a_pass(options):
+    p = make(3, 3, 10, ignored=0.2, seed=1, **options)
+    check(p, wide, upstream=upstream_of(p))
+
+
+@given(problems(most_peers=3, most_rows=4, most_classes=40, most_logits=60))
+@settings(max_examples=15, deadline=None)
+def test_any_shape_layout_dtype_and_three_options(drawn):
+    p, upstream = drawn
+    if not known_nan(p):
+        check(p, wide, upstream=upstream)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("one", "other"), itertools.combinations(OPTIONS, 2))
+def test_every_pair_of_options(one, other):
+    for values in itertools.product(OPTIONS[one], OPTIONS[other]):
+        p = make(3, 4, 10, ignored=0.2, **dict(zip((one, other), values, strict=True)))
+        if not known_nan(p):
+            check(p, wide, upstream=upstream_of(p))
+
+
+@pytest.mark.slow
+@given(problems(most_peers=5, most_rows=9, most_logits=5000))
+@settings(max_examples=300, deadline=None)
+def test_any_shape_layout_dtype_and_three_options_at_length(drawn):
+    p, upstream = drawn
+    if not known_nan(p):
+        check(p, wide, upstream=upstream)
+
+
+@pytest.mark.parametrize("programs", [1, 2])
+@pytest.mark.parametrize("block_c", [4, 8, 16])
+def test_blocks_and_programs(block_c, programs):
+    """C = 11: several blocks with a ragged last one, or one block larger than the row."""
+    check(make(2, 5, 11, ignored=0.3), wide, tile=Tile(1, block_c, 4), max_programs=programs)
+
+
+@pytest.mark.parametrize("grad", [False, True])
+def test_the_maximum_grows_from_block_to_block(grad):
+    """Running sums are rescaled each time; early blocks shrink to nothing."""
+    p = make(2, 2, 16)
+    for z in p.logits:
+        z += torch.arange(16) * 20.0
+    check(p, wide, tile=Tile(1, 4, 4), grad=grad, stats=grad)
+    for z in p.logits:
+        z -= torch.arange(16) * 40.0
+    check(p, wide, tile=Tile(1, 4, 4), grad=grad, stats=grad)
+
+
+@pytest.mark.parametrize(("K", "C"), [(2, 9000), (1, 20_001)])
+def test_long_rows(K, C):
+    check(make(K, 2, C, dtype=torch.bfloat16), launched)
+
+
+@pytest.mark.parametrize("K", range(1, 17))
+def test_any_number_of_peers_has_a_tile(K):
+    assert wide_tile(K, 262_144).block_c >= 128
+    assert wide_tile(K, 3).block_c == 4
+
+
+def test_options_beyond_the_register_kernel_go_wide():
+    for changes in ({"symmetric": True}, {"detach_targets": False}, {"target": "ensemble_logits"}):
+        p = make(2, 2, 5, **changes)
+        assert not fits_registers(2, 5, p.options, None)
+        check(p, launched, upstream=upstream_of(p))
