@@ -21,6 +21,14 @@ def times(q, gap):
 
 
 @triton.jit
+def log_probability(z, inv_t, lse, TEMPERED: tl.constexpr):
+    """log softmax(z / T) from its normaliser."""
+    if TEMPERED:
+        return z * inv_t - lse
+    return z - lse
+
+
+@triton.jit
 def put(packed, position: tl.constexpr, value, S: tl.constexpr):
     """Adds a scalar to one of the S sums that a program carries, one register a thread for all."""
     return packed + tl.where(tl.arange(0, S) == position, value, 0.0)

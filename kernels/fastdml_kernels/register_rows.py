@@ -17,7 +17,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from .parts import count_rows, finish, inverse, put, scalar, times
+from .parts import count_rows, finish, inverse, log_probability, put, scalar, times
 
 
 @triton.jit(do_not_specialize=["N", "ignore_index", "label_stride"])
@@ -157,14 +157,15 @@ def register_rows(
         # peers, and -inf only where a peer rules a class out and another does not.
         KL = ()
         if K > 1:
-            top = Z[0] * inv_t - LSE_T[0][:, None]
+            top = log_probability(Z[0], inv_t, LSE_T[0][:, None], TEMPERED)
             for k in tl.static_range(1, K):
-                top = tl.maximum(top, Z[k] * inv_t - LSE_T[k][:, None])
+                log_q = log_probability(Z[k], inv_t, LSE_T[k][:, None], TEMPERED)
+                top = tl.maximum(top, log_q)
             top = tl.where(top == float("-inf"), 0.0, top)
             Q = ()
             D = ()
             for k in tl.static_range(K):
-                log_q = Z[k] * inv_t - LSE_T[k][:, None]
+                log_q = log_probability(Z[k], inv_t, LSE_T[k][:, None], TEMPERED)
                 Q = Q + (tl.exp(log_q),)
                 D = D + (log_q - top,)
             if UNIFORM and TARGET == "peers":
@@ -213,8 +214,12 @@ def register_rows(
         if STATS:
             p_sum = tl.zeros((ROWS, BLOCK_C), tl.float32)
             for k in tl.static_range(K):
-                log_p = Z[k] - LSE[k][:, None]
-                p = tl.exp(log_p)
+                if K > 1 and not TEMPERED:
+                    p = Q[k]
+                    log_p = D[k] + top
+                else:
+                    log_p = Z[k] - LSE[k][:, None]
+                    p = tl.exp(log_p)
                 p_sum += p
                 entropy = -tl.sum(times(p, log_p), axis=1)
                 packed = put(packed, 2 * K + 2 + k,
@@ -251,7 +256,10 @@ def register_rows(
                 for k in tl.static_range(1, K):
                     away += Q[k] - Q[0]
             for k in tl.static_range(K):
-                p = tl.exp(Z[k] - LSE[k][:, None])
+                if K > 1 and not TEMPERED:
+                    p = Q[k]
+                else:
+                    p = tl.exp(Z[k] - LSE[k][:, None])
                 g = w_y[:, None] * (p - tl.where(is_y, 1.0, 0.0))
                 if SMOOTHED:
                     g = ((1.0 - label_smoothing) * g

@@ -26,7 +26,7 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from .launch import Tile, arguments, fits_registers, register_tile, wide_tile
+from .launch import Tile, arguments, compiler_options, fits_registers, register_tile, wide_tile
 from .options import Options
 from .register_rows import register_rows
 
@@ -74,9 +74,11 @@ class KernelReport:
         return asdict(self)
 
 
-def compile_kernel(kernel: Any, named: dict[str, Any], warps: int, target: GPUTarget) -> Any:
-    """`triton.compile` of a launch's arguments; tensors are taken as 16-byte aligned, as torch's
-    allocators make them."""
+def compile_kernel(
+    kernel: Any, named: dict[str, Any], options: dict[str, Any], target: GPUTarget
+) -> Any:
+    """`triton.compile` of a launch's arguments with its compiler options. Tensors are taken as
+    16-byte aligned, as torch's allocators make them."""
     if not hasattr(kernel, "arg_names") or not hasattr(kernel, "params"):
         raise RuntimeError("the kernels were imported under TRITON_INTERPRET=1: unset it")
     signature: dict[str, Any] = {}
@@ -97,9 +99,7 @@ def compile_kernel(kernel: Any, named: dict[str, Any], warps: int, target: GPUTa
         else:
             signature[name] = "i32" if isinstance(value, int) else "fp32"
     source = ASTSource(fn=kernel, signature=signature, constexprs=constants, attrs=attributes)
-    return triton.compile(
-        source, target=target, options={"num_warps": warps, "enable_fp_fusion": True}
-    )
+    return triton.compile(source, target=target, options=options)
 
 
 @cache
@@ -153,7 +153,8 @@ def report(
         logits, torch.zeros(N, dtype=torch.int64), options, grads=grads, want_stats=stats,
         regime=regime, tile=tile,
     )  # fmt: skip
-    compiled = compile_kernel(kernel, named, warps, TARGETS[arch])
+    built_with = compiler_options(regime, warps, nvidia=not arch.startswith("gfx"))
+    compiled = compile_kernel(kernel, named, built_with, TARGETS[arch])
     about = dict(
         kernel="register_rows" if kernel is register_rows else "wide_rows", K=K, C=C, dtype=dtype,
         arch=arch, gradient=gradient, rows=tile.rows, block_c=tile.block_c, warps=warps, launches=1,

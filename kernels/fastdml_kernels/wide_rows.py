@@ -25,7 +25,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from .parts import count_rows, finish, inverse, put, scalar, times
+from .parts import count_rows, finish, inverse, log_probability, put, scalar, times
 
 
 @triton.jit
@@ -89,16 +89,16 @@ def mixed_teacher(k: tl.constexpr, Z, D, top, peer_weights, GATES, w_sum, mix_ls
 
 
 @triton.jit
-def log_probabilities(Z, LSE_T, inv_t, K: tl.constexpr):
+def log_probabilities(Z, LSE_T, inv_t, K: tl.constexpr, TEMPERED: tl.constexpr):
     """max_l log q_l, then d_l = log q_l - max (0 for identical peers, exactly), and q_l."""
-    top = Z[0] * inv_t - LSE_T[0]
+    top = log_probability(Z[0], inv_t, LSE_T[0], TEMPERED)
     for k in tl.static_range(1, K):
-        top = tl.maximum(top, Z[k] * inv_t - LSE_T[k])
+        top = tl.maximum(top, log_probability(Z[k], inv_t, LSE_T[k], TEMPERED))
     top = tl.where(top == float("-inf"), 0.0, top)
     D = ()
     Q = ()
     for k in tl.static_range(K):
-        log_q = Z[k] * inv_t - LSE_T[k]
+        log_q = log_probability(Z[k], inv_t, LSE_T[k], TEMPERED)
         D = D + (log_q - top,)
         Q = Q + (tl.exp(log_q),)
     return top, D, Q
@@ -423,7 +423,7 @@ def wide_rows(
             for start in range(0, C, BLOCK_C):
                 c = start + tl.arange(0, BLOCK_C)
                 Z = load_peers(logits, n64, c, K, C, STRIDES, READABLE, False)
-                top, D, Q = log_probabilities(Z, LSE_T, inv_t, K)
+                top, D, Q = log_probabilities(Z, LSE_T, inv_t, K, TEMPERED)
                 NFORWARD = ()
                 NBACK = ()
                 for k in tl.static_range(K):
@@ -473,7 +473,7 @@ def wide_rows(
                 c = LAST_BLOCK - back + tl.arange(0, BLOCK_C)
                 Z = load_peers(logits, n64, c, K, C, STRIDES, READABLE, True)
                 if MUTUAL:
-                    top, D, Q = log_probabilities(Z, LSE_T, inv_t, K)
+                    top, D, Q = log_probabilities(Z, LSE_T, inv_t, K, TEMPERED)
                     if not ONLINE_PAIRS and not VALUES_PASS:
                         PART = kl_terms(Z, D, Q, top, W_SUM, MIX_LSE, peer_weights, GATES, inv_t,
                                         K, EDGE, GATED, UNIFORM, TARGET, SYMMETRIC)  # fmt: skip
@@ -510,7 +510,10 @@ def wide_rows(
                         for k in tl.static_range(1, K):
                             away += Q[k] - Q[0]
                     for j in tl.static_range(K):
-                        p = tl.exp(Z[j] - LSE[j])
+                        if MUTUAL and not TEMPERED:
+                            p = Q[j]
+                        else:
+                            p = tl.exp(Z[j] - LSE[j])
                         g = w_y * (p - tl.where(c == y, 1.0, 0.0))
                         if SMOOTHED:
                             g = ((1.0 - label_smoothing) * g
