@@ -1,26 +1,75 @@
 """One training step over a cohort, in several executions behind one call.
 
-Each execution is a small class in its own file with the same constructor and the same call.
+    eager     one peer after the other, launch by launch
+    streams   a CUDA stream a peer
+    graph     the step of `streams` captured as one CUDA graph
+    stacked   peers of one architecture as one network; on CUDA captured as one graph too
+
+Each is a small class in its own file with the same constructor and the same call.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import TYPE_CHECKING
 
+import torch
+from torch import Tensor
 from torch.optim import Optimizer
 
 from fastdml.engine.amp import Amp, resolve
+from fastdml.engine.choose import AutoStep
+from fastdml.engine.ema import Ema
+from fastdml.engine.graph import GraphStep
 from fastdml.engine.optimizers import Schedule, learning_rates, make_optimizer
-from fastdml.engine.step import EagerStep, SequentialStep, StepOutput
+from fastdml.engine.stacked import StackedStep
+from fastdml.engine.step import After, EagerStep, SequentialStep, StepOptions, StepOutput
+from fastdml.engine.streams import StreamsStep
 from fastdml.errors import InputError
 
 if TYPE_CHECKING:
     from fastdml.cohort import Cohort
     from fastdml.loss import MutualLoss
 
-__all__ = ["Amp", "Schedule", "StepOutput", "learning_rates", "make_optimizer", "make_step"]
+__all__ = [
+    "Amp",
+    "Ema",
+    "Schedule",
+    "StepOutput",
+    "executions",
+    "learning_rates",
+    "make_optimizer",
+    "make_step",
+]
 
-EXECUTIONS = {"eager": {"simultaneous": EagerStep, "sequential": SequentialStep}}
+Step = EagerStep | GraphStep | AutoStep
+
+
+def _graph(*arguments) -> GraphStep:
+    return GraphStep(StreamsStep(*arguments))
+
+
+def _sequential_graph(*arguments) -> GraphStep:
+    return GraphStep(SequentialStep(*arguments))
+
+
+def _stacked(*arguments) -> Step:
+    step = StackedStep(*arguments)
+    return GraphStep(step) if step.amp.device.type == "cuda" else step
+
+
+# How each execution updates. One peer after the other leaves nothing to overlap or to stack.
+EXECUTIONS: dict[str, dict[str, Callable[..., Step]]] = {
+    "eager": {"simultaneous": EagerStep, "sequential": SequentialStep},
+    "streams": {"simultaneous": StreamsStep},
+    "graph": {"simultaneous": _graph, "sequential": _sequential_graph},
+    "stacked": {"simultaneous": _stacked},
+}
+
+
+def executions(device: torch.device) -> list[str]:
+    """Those that run on this kind of device."""
+    return list(EXECUTIONS) if device.type == "cuda" else ["eager", "stacked"]
 
 
 def make_step(
@@ -33,22 +82,70 @@ def make_step(
     compile: bool = False,
     update: str = "simultaneous",
     grad_clip: float | None = None,
-) -> EagerStep:
+    accumulate: int = 1,
+    ema: Ema | None = None,
+    assemble: Callable[..., tuple[Tensor, Tensor]] | None = None,
+    after: After | None = None,
+) -> Step:
     """`step(images, labels) -> StepOutput(losses, stats)`; device tensors, no synchronisation.
 
-    execution: "eager", or "auto" for the fastest there is. amp: "auto", "off", "bf16", "fp16" or a
-    resolved `Amp`. update: "simultaneous" or "sequential" (the paper's Algorithm 1). grad_clip:
-    largest norm of one peer's gradient.
+    execution: "eager", "streams", "graph", "stacked", or "auto": eager on a CPU; on CUDA the one
+        that a short measurement at the first step finds fastest, in one line on stderr.
+    amp: "auto", "off", "bf16", "fp16" or a resolved `Amp`.
+    compile: the networks go through torch.compile first.
+    update: "simultaneous" or "sequential" (the paper's Algorithm 1; eager and graph only).
+    grad_clip: largest norm of one peer's gradient.
+    accumulate: parts of equal size that a batch is computed in, their gradients averaged: less
+        memory, and BatchNorm sees the parts. Losses are those of the whole batch where every row
+        has a label.
+    ema: averages that follow every step.
+    assemble: makes (images, labels) from what the step is called with, as `ResidentLoader.assemble`
+        does from an index; in a graph it is captured too, and only the index is copied.
+    after: called with the step's output and `step.update` at its end; captured too.
     """
-    name = "eager" if execution == "auto" else execution
-    if name not in EXECUTIONS:
-        raise InputError(
-            f"execution {execution!r} does not exist; use auto or {', '.join(EXECUTIONS)}"
-        )
-    if update not in EXECUTIONS[name]:
+    device = next(cohort.parameters()).device
+    if update not in ("simultaneous", "sequential"):
         raise InputError(f"update must be simultaneous or sequential, not {update!r}")
+    if accumulate < 1:
+        raise InputError(f"accumulate must be 1 or more, not {accumulate!r}")
+    if update == "sequential" and accumulate > 1:
+        raise InputError(
+            "accumulate does not go with update='sequential', which needs the predictions on the "
+            "whole batch at hand: use simultaneous, or a smaller batch"
+        )
+    if execution != "auto":
+        if execution not in EXECUTIONS:
+            raise InputError(
+                f"execution {execution!r} does not exist; use auto or {', '.join(EXECUTIONS)}"
+            )
+        if execution not in executions(device):
+            able = " or ".join(executions(device))
+            raise InputError(
+                f"execution {execution!r} needs a CUDA device, not {device}: use {able}"
+            )
+        if update not in EXECUTIONS[execution]:
+            able = [name for name, kinds in EXECUTIONS.items() if update in kinds]
+            raise InputError(
+                f"execution {execution!r} does not go with update={update!r}, one peer after the "
+                f"other: use {' or '.join(able)}"
+            )
     if isinstance(amp, str):
-        device = next(cohort.parameters()).device
         amp = resolve(amp, device)
-    kind = EXECUTIONS[name][update]
-    return kind(cohort, loss, optimizer, amp, compile=compile, grad_clip=grad_clip)
+    options = StepOptions(
+        compile=compile,
+        grad_clip=grad_clip,
+        accumulate=accumulate,
+        ema=ema,
+        assemble=assemble,
+        after=after,
+    )
+
+    def make(name: str) -> Step:
+        return EXECUTIONS[name][update](cohort, loss, optimizer, amp, options)
+
+    if execution != "auto":
+        return make(execution)
+    if device.type != "cuda":
+        return make("eager")
+    able = [name for name in executions(device) if update in EXECUTIONS[name]]
+    return AutoStep(able, make, device)

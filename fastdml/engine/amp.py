@@ -1,36 +1,83 @@
 """Mixed precision: which dtype the networks compute in, and fp16's gradient scaler.
 
 The loss computes in fp32 whatever the dtype. bf16 has fp32's range and needs no scaler. fp16 has
-one scaler for the whole cohort: an overflow in any peer skips the update of all that step with it,
-so the peers stay in step.
+one scaler for the whole cohort; a peer whose gradients overflow skips its own update (see
+`fastdml.engine.update`), and the scale comes down for all.
 """
 
 from __future__ import annotations
 
+from collections import defaultdict
+from collections.abc import Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
+from typing import Any
 
 import torch
-from torch.amp import GradScaler
+from torch import Tensor
 
 from fastdml.errors import InputError
 
 _NAMES = {None: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}
 
 
+class LossScale:
+    """What torch's GradScaler does, a peer at a time, with everything on the device.
+
+    GradScaler keeps one overflow flag for an optimizer; here every peer has its own, and one
+    optimizer serves them all. The scale halves at an overflow and doubles after 2000 training
+    steps without one, as GradScaler's does.
+    """
+
+    GROWTH, BACKOFF, INTERVAL = 2.0, 0.5, 2000
+
+    def __init__(self, device: torch.device, init: float = 2.0**16) -> None:
+        self.scale = torch.full((), init, dtype=torch.float32, device=device)
+        self.steps = torch.zeros((), dtype=torch.int32, device=device)  # since the last change
+
+    def unscale_(self, grads: Sequence[Tensor]) -> Tensor:
+        """Divides by the scale in place; 0-d, 1 where a gradient was not finite, else 0."""
+        found = torch.zeros_like(self.scale)
+        inverse = self.scale.double().reciprocal().float()
+        of_dtype = defaultdict(list)
+        for grad in grads:
+            of_dtype[grad.dtype].append(grad)
+        for same in of_dtype.values():
+            torch._amp_foreach_non_finite_check_and_unscale_(same, found, inverse)
+        return found
+
+    def update_(self, found: Tensor) -> None:
+        torch._amp_update_scale_(
+            self.scale, self.steps, found, self.GROWTH, self.BACKOFF, self.INTERVAL
+        )
+
+    def tensors(self) -> list[Tensor]:
+        return [self.scale, self.steps]
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"scale": self.scale, "steps": self.steps}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.scale.copy_(state["scale"])
+        self.steps.copy_(state["steps"])
+
+
 @dataclass(frozen=True)
 class Amp:
     device: torch.device
     dtype: torch.dtype | None  # None: no autocast
-    scaler: GradScaler | None  # with fp16 alone
+    scaler: LossScale | None  # with fp16 alone
 
     @property
     def name(self) -> str:
         return _NAMES[self.dtype]
 
     def autocast(self) -> AbstractContextManager:
-        """A fresh context each time: its cache of cast weights must not outlive an update."""
-        return torch.autocast(self.device.type, dtype=self.dtype, enabled=self.dtype is not None)
+        """Without the cache of cast weights: each is used once, and must not outlive an update or,
+        captured, a graph."""
+        return torch.autocast(
+            self.device.type, self.dtype, enabled=self.dtype is not None, cache_enabled=False
+        )
 
 
 def resolve(amp: str, device: torch.device) -> Amp:
@@ -42,7 +89,7 @@ def resolve(amp: str, device: torch.device) -> Amp:
     if amp == "bf16":
         return Amp(device, torch.bfloat16, None)
     if amp == "fp16":
-        return Amp(device, torch.float16, GradScaler(device.type))
+        return Amp(device, torch.float16, LossScale(device))
     raise InputError(f"amp must be one of auto, off, bf16, fp16, not {amp!r}")
 
 

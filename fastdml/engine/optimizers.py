@@ -1,8 +1,9 @@
 """One optimizer for all peers, a parameter group each, and its learning rate on the device.
 
-The fused implementation updates all tensors of a peer in a few launches. The learning rate is one
-0-d tensor shared by the groups, so a schedule never re-captures a CUDA graph, and the schedule is a
-table on the device, so a step that fp16 skipped holds it back without the host knowing.
+The fused implementation updates the tensors of all peers in a few launches. The learning rate is
+one 0-d tensor shared by the groups, so a schedule never re-captures a CUDA graph, and the schedule
+is a table on the device, so a step in which fp16 skipped every peer holds it back without the host
+knowing. Two of Apex's optimizers take a number instead; the host then counts, skipped or not.
 """
 
 from __future__ import annotations
@@ -14,6 +15,8 @@ import torch
 from torch import Tensor
 from torch.optim import SGD, Adam, AdamW, Optimizer
 
+from fastdml.engine.apex import NAMES as APEX_NAMES
+from fastdml.engine.apex import make_apex_optimizer, takes_number
 from fastdml.errors import InputError
 
 if TYPE_CHECKING:
@@ -31,7 +34,8 @@ def make_optimizer(
     nesterov: bool = True,
     weight_decay: float = 0.0,
 ) -> Optimizer:
-    """name: "sgd", "adam" or "adamw"; `momentum` is the first beta of the last two."""
+    """name: "sgd", "adam", "adamw", or with NVIDIA Apex "apex_sgd", "apex_adam", "apex_lamb";
+    `momentum` is the first beta of all but SGD."""
     groups = [
         {"params": [w for w in peer.parameters() if w.requires_grad]} for peer in cohort.peers
     ]
@@ -39,6 +43,16 @@ def make_optimizer(
     if not tensors:
         raise InputError("no peer has a parameter to train: all have requires_grad=False")
     device = tensors[0].device
+    if name in APEX_NAMES:
+        return make_apex_optimizer(
+            name,
+            [group for group in groups if group["params"]],
+            lr=lr,
+            momentum=momentum,
+            nesterov=nesterov,
+            weight_decay=weight_decay,
+            device=device,
+        )
     rate = torch.tensor(lr, dtype=torch.float32, device=device)
     fused = device.type in FUSED_DEVICES
     if name == "sgd":
@@ -55,7 +69,8 @@ def make_optimizer(
     if name in ("adam", "adamw"):
         kind = Adam if name == "adam" else AdamW
         return kind(groups, rate, (momentum, 0.999), weight_decay=weight_decay, fused=fused)
-    raise InputError(f"optimizer must be one of sgd, adam, adamw, not {name!r}")
+    known = ", ".join(("sgd", "adam", "adamw", *APEX_NAMES))
+    raise InputError(f"optimizer must be one of {known}, not {name!r}")
 
 
 def learning_rates(
@@ -89,28 +104,44 @@ def learning_rates(
 
 
 class Schedule:
-    """Feeds the optimizer's learning rate from a table on the device; `advance` after each step."""
+    """Feeds the optimizer's learning rate from a table on the device; `advance` after each step.
+
+    What `advance` changes on the device is in `tensors()`, so it can be part of a captured step.
+    """
 
     def __init__(self, optimizer: Optimizer, rates: Tensor) -> None:
         device = next(w for group in optimizer.param_groups for w in group["params"]).device
         self.optimizer = optimizer
         self.rates = rates.to(device)  # (steps of the run,)
-        self.lr = torch.empty((), dtype=torch.float32, device=device)
         self.updates = torch.zeros((), dtype=torch.int64, device=device)  # updates made so far
+        self.numbers: list[float] | None = None  # the same table, for an optimizer that needs it
+        if takes_number(optimizer):
+            self.numbers = rates.tolist()
+            self.position = 0
+        self.lr = torch.empty((), dtype=torch.float32, device=device)
         self._publish()
 
     def advance(self, skipped: Tensor | None = None) -> None:
         """Moves on by one update, or by none where `skipped` (0-d, 0 or 1) is 1. Never waits."""
+        if self.numbers is not None:
+            self.position += 1
+            skipped = None
         self.updates += 1 if skipped is None else (1 - skipped).long()
         self._publish()
 
     def load(self, updates: Tensor) -> None:
         """Goes to a saved position; call after the optimizer has loaded its own state."""
         self.updates.copy_(updates)
+        if self.numbers is not None:
+            self.position = int(updates)
         self._publish()
+
+    def tensors(self) -> list[Tensor]:
+        return [self.updates, self.lr]
 
     def _publish(self) -> None:
         last = len(self.rates) - 1
         self.lr.copy_(self.rates.index_select(0, self.updates.clamp(max=last).view(1))[0])
+        lr = self.lr if self.numbers is None else self.numbers[min(self.position, last)]
         for group in self.optimizer.param_groups:  # an optimizer that loaded has copies of its own
-            group["lr"] = self.lr
+            group["lr"] = lr

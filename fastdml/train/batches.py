@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any, Protocol
 
 import torch
@@ -16,6 +16,10 @@ class Batches(Protocol):
 
     A run resumes exactly within an epoch where these are the same each time they are asked for, as
     those of `data.ResidentLoader` are.
+
+    A source may also offer `index(e, step)`, small tensors on the device, and `assemble(*index)`,
+    which makes the batch from them and does nothing else: on CUDA the step then assembles its batch
+    itself, as part of its graph where it has one.
     """
 
     batch_size: int
@@ -49,6 +53,11 @@ class IterableBatches:
                     self.device, non_blocking=True, memory_format=torch.channels_last
                 )
                 yield images, labels.to(self.device, non_blocking=True)
+
+
+def assembler(source: Batches, device: torch.device) -> Callable[..., tuple[Tensor, Tensor]] | None:
+    """`source.assemble` where the step is to make its batches itself."""
+    return getattr(source, "assemble", None) if device.type == "cuda" else None
 
 
 def as_batches(source: Any, device: torch.device) -> Batches:

@@ -60,14 +60,14 @@ class TrainConfig:
     """Then train the same peers without KL, same start and batches; report both runs."""
 
     # --- optimizer ---
-    optimizer: Literal["sgd", "adam", "adamw"] = "sgd"
-    """One optimizer over all peers, a parameter group each. Paper: sgd."""
+    optimizer: Literal["sgd", "adam", "adamw", "apex_sgd", "apex_adam", "apex_lamb"] = "sgd"
+    """One optimizer over all peers; apex_* are NVIDIA Apex's fused ones. Paper: sgd."""
     lr: float = 0.1
     """Learning rate at the start. Paper: 0.1."""
     momentum: float = 0.9
-    """Momentum of sgd; the first beta of adam and adamw. Paper: 0.9."""
+    """Momentum of sgd and apex_sgd; the first beta of the others. Paper: 0.9."""
     nesterov: bool = True
-    """Nesterov momentum (sgd only). Paper: yes."""
+    """Nesterov momentum (sgd and apex_sgd only). Paper: yes."""
     weight_decay: float = 5e-4
     """L2 penalty on all parameters. Not stated in the paper; reproductions use 5e-4."""
     epochs: int = 200
@@ -82,16 +82,22 @@ class TrainConfig:
     """Epochs of linear warm-up from 0, fractions allowed. Paper: 0."""
     grad_clip: float = 0.0
     """Largest norm of one peer's gradient; 0 means no clipping. Paper: 0."""
+    accumulate: int = 1
+    """Equal parts that each batch is computed in, to use less memory. Paper: 1."""
+    ema: float = 0.0
+    """Decay of averaged weights, which are then what is evaluated and saved; 0: none. Paper: 0."""
 
     # --- speed ---
     device: str = "auto"
     """auto (cuda where there is one, else cpu), cpu, cuda or cuda:N."""
-    execution: Literal["auto", "eager"] = "auto"
-    """How a step runs; auto takes the fastest available here."""
+    execution: Literal["auto", "eager", "streams", "graph", "stacked"] = "auto"
+    """How a step runs. auto: on a GPU the fastest of them by a short measurement, else eager."""
     amp: Literal["auto", "off", "bf16", "fp16"] = "auto"
     """Precision of the peers. auto: bf16 if the hardware has it, fp16 on older CUDA, else off."""
     compile: bool = False
     """Compile the peers with torch.compile (minutes at the start, faster steps)."""
+    profile: bool = False
+    """Record ten steps: trace.json (for Chrome) and profile.txt, in the run's folder."""
 
     # --- reproducibility ---
     seed: int = 0
@@ -129,8 +135,15 @@ class TrainConfig:
                     raise InputError(f"{name} must be {meaning}, not {value!r}")
         if not self.peers:
             raise InputError("peers is empty: name at least one model, for instance resnet32")
-        if self.optimizer == "sgd" and self.nesterov and self.momentum == 0:
+        if self.optimizer in ("sgd", "apex_sgd") and self.nesterov and self.momentum == 0:
             raise InputError("nesterov needs momentum above 0: set momentum, or nesterov to false")
+        if self.batch_size % self.accumulate:
+            raise InputError(
+                f"batch_size ({self.batch_size}) must be a multiple of accumulate "
+                f"({self.accumulate})"
+            )
+        if self.accumulate > 1 and self.update == "sequential":
+            raise InputError("accumulate above 1 needs update simultaneous, not sequential")
         if self.warmup_epochs > self.epochs:
             raise InputError(
                 f"warmup_epochs ({self.warmup_epochs:g}) must not exceed epochs ({self.epochs})"
@@ -185,6 +198,8 @@ _LIMITS = {
     "lr_drop_factor": (lambda x: 0 < x <= 1, "above 0 and at most 1"),
     "warmup_epochs": _NOT_NEGATIVE,
     "grad_clip": _NOT_NEGATIVE,
+    "accumulate": _COUNT,
+    "ema": (lambda x: 0 <= x < 1, "at least 0 and below 1"),
     "seed": (lambda x: 0 <= x < 2**63, "within 0..2**63-1"),
     "eval_every": _COUNT,
     "log_every": _NOT_NEGATIVE,
@@ -193,8 +208,9 @@ _LIMITS = {
 }
 
 # A resumed run may change these: where it is, what it shows and how often it saves. None of them
-# touches a weight. `device` and `amp` are here because machines come and go; the checkpoint insists
-# on the precision itself, and a run repeats bit for bit on a device of the same kind.
+# touches a weight. `device`, `execution` and `amp` are here because machines come and go; the
+# checkpoint insists on the precision itself, "auto" goes on with the execution that the run began
+# with, and a run repeats bit for bit on a device of the same kind.
 FREE_ON_RESUME = frozenset(
     [
         "folder",
@@ -203,7 +219,9 @@ FREE_ON_RESUME = frozenset(
         "root",
         "download",
         "device",
+        "execution",
         "amp",
+        "profile",
         "log_every",
         "save_every_steps",
         "save_every_minutes",

@@ -22,9 +22,9 @@ def plan(phase: Phase) -> str:
     """Runs the first step of `phase`, which changes its peers' weights, and describes the run."""
     config, device, cohort = phase.config, phase.device, phase.cohort
     cohort.train()
-    images, labels = next(iter(phase.train.epoch(0)))
+    batch = next(phase.batches(0))
     started = time.perf_counter()
-    losses = phase.step(images, labels).losses.tolist()
+    losses = phase.step(*batch).losses.tolist()
     seconds = time.perf_counter() - started
     counts = phase.parameters()
     held = sum(v.nbytes for v in cohort.state_dict().values())
@@ -54,9 +54,10 @@ def plan(phase: Phase) -> str:
             for k, (name, count, loss) in enumerate(zip(cohort.names, counts, losses, strict=True))
         ),
         ("device", f"{report.device_name(device)}, {phase.amp.name}, {config.update} updates"),
+        ("execution", phase.step.name),
         (
             "steps",
-            f"{phase.steps:,} an epoch of {len(labels)} images, {config.epochs} epochs, "
+            f"{phase.steps:,} an epoch of {len(batch[-1])} images, {config.epochs} epochs, "
             f"{phase.total * phases:,} in all" + (" (mutual and independent)" * (phases - 1)),
         ),
         ("first step", f"{seconds:.2f} s, start-up included"),

@@ -87,9 +87,10 @@ def fit(
         evaluate = partial(_score, as_batches(test, device), amp)
     with _reproducible(config, device):
         _check_peers(cohort, train)
+        phase = Phase(cohort, train, evaluate, config, Path(), amp)  # refuses what cannot run
         if config.dry_run:
             _refuse_overwriting(config)
-            print(plan(Phase(cohort, train, evaluate, config, Path(), amp)))
+            print(plan(phase))
             return None
         folder = _open_folder(config)
         config = config.replace(folder=str(folder), resume=False)

@@ -14,7 +14,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -23,13 +23,23 @@ import torch
 from torch import Tensor
 
 from fastdml.cohort import Cohort
-from fastdml.engine import Schedule, learning_rates, make_optimizer, make_step
+from fastdml.engine import (
+    Ema,
+    Schedule,
+    StepOutput,
+    executions,
+    learning_rates,
+    make_optimizer,
+    make_step,
+)
 from fastdml.engine.amp import Amp
+from fastdml.engine.profile import Profile
+from fastdml.engine.update import Update
 from fastdml.errors import InputError, require
 from fastdml.loss import MutualLoss
 from fastdml.metrics import ClassificationScores
 from fastdml.train import checkpoint, report
-from fastdml.train.batches import Batches
+from fastdml.train.batches import Batches, assembler
 from fastdml.train.config import TrainConfig, check_resumable
 from fastdml.train.result import TrainResult
 from fastdml.train.statistics import Clock, Totals
@@ -54,6 +64,23 @@ class TrainingStopped(SystemExit):
 
     def __str__(self) -> str:
         return self.message
+
+
+class Record:
+    """The end of every step, on the device alone: schedule, statistics, updates left out."""
+
+    def __init__(self, schedule: Schedule, totals: Totals) -> None:
+        self.schedule, self.totals = schedule, totals
+        self.overflows = torch.zeros(totals.K, dtype=torch.int64, device=totals.sums.device)
+
+    def __call__(self, output: StepOutput, update: Update) -> None:
+        self.schedule.advance(update.skipped)
+        self.totals.add(output)
+        if update.overflow is not None:
+            self.overflows += update.overflow.long()
+
+    def tensors(self) -> list[Tensor]:
+        return [*self.schedule.tensors(), *self.totals.tensors(), self.overflows]
 
 
 class Phase:
@@ -94,23 +121,17 @@ class Phase:
         )
         self.rates = rates.tolist()
         self.schedule = Schedule(self.optimizer, rates)
-        loss = MutualLoss(
+        self.loss = MutualLoss(
             temperature=config.temperature,
             ce_weight=config.ce_weight,
             kl_weight=config.kl_weight,
             label_smoothing=config.label_smoothing,
         )
-        self.step = make_step(
-            cohort,
-            loss,
-            self.optimizer,
-            execution=config.execution,
-            amp=amp,
-            compile=config.compile,
-            update=config.update,
-            grad_clip=config.grad_clip,
-        )
         self.totals = Totals(len(cohort), self.device)
+        self.record = Record(self.schedule, self.totals)
+        self.ema = Ema(cohort, config.ema) if config.ema else None
+        self.assemble = assembler(train, self.device)
+        self.step = self._make_step(config.execution)
         self.clock = Clock(self.device)
         self.position = 0  # steps done in the run
         self.seconds = 0.0
@@ -118,6 +139,31 @@ class Phase:
         self.scores: ClassificationScores | None = None
         self.best_epoch = 0
         self.best_scores: ClassificationScores | None = None
+
+    def _make_step(self, execution: str) -> Any:
+        config = self.config
+        return make_step(
+            self.cohort,
+            self.loss,
+            self.optimizer,
+            execution=execution,
+            amp=self.amp,
+            compile=config.compile,
+            update=config.update,
+            grad_clip=config.grad_clip,
+            accumulate=config.accumulate,
+            ema=self.ema,
+            assemble=self.assemble,
+            after=self.record,
+        )
+
+    def batches(self, epoch: int, start: int = 0) -> Iterator[tuple[Tensor, ...]]:
+        """What the step takes: the batches of an epoch, or what it assembles them from."""
+        if self.assemble is None:
+            yield from self.train.epoch(epoch, start)
+            return
+        for step in range(start, self.steps):
+            yield self.train.index(epoch, step)
 
     def run(self, stop: Stop) -> TrainResult:
         """Trains to the end, or until a signal: then saves and raises TrainingStopped."""
@@ -135,6 +181,7 @@ class Phase:
                 tensorboard=self.config.tensorboard,
             ) as self.log,
             self._bar() as self.bar,
+            Profile(self.folder, self.device, self.config.profile, self.steps) as self.profile,
         ):
             self.cohort.train()
             while self.position < self.total:
@@ -148,18 +195,19 @@ class Phase:
         """The steps of an epoch, from wherever the run stands."""
         config, steps, totals, clock = self.config, self.steps, self.totals, self.clock
         epoch, start = divmod(self.position, steps)
-        batches = iter(self.train.epoch(epoch, start))
+        batches = self.batches(epoch, start)
         clock.start()
         for done in range(start + 1, steps + 1):
             clock.ask()
-            images, labels = next(batches)
+            batch = next(batches)
             clock.got()
-            output = self.step(images, labels)
-            self.schedule.advance(self.step.skipped)
+            self.step(*batch)
+            rows = len(batch[-1])
             self.position += 1
-            totals.add(output, len(labels), self.position)
-            clock.step(len(labels))
-            self.bar.update(len(labels))
+            totals.count(rows)
+            clock.step(rows)
+            self.bar.update(rows)
+            self.profile.step()
             if done == steps:
                 break  # the end of the epoch reads, saves and heeds signals anyway
             if config.log_every and self.position % config.log_every == 0:
@@ -179,6 +227,7 @@ class Phase:
             **self.totals.epoch(),
             "lr": self.rates[max(updates - 1, 0)],  # of the epoch's last update
             "skipped_steps": self.position - updates,
+            "skipped_updates": self.record.overflows.tolist(),
             "images_per_second": self.clock.images_per_second,
             "data_wait": self.clock.data_wait,
         }
@@ -192,17 +241,18 @@ class Phase:
         self._save()
 
     def _evaluate(self, epoch: int) -> None:
-        self.cohort.eval()
-        try:
-            self.scores = self.evaluate(self.cohort)
-        finally:
-            self.cohort.train()  # BatchNorm left in evaluation mode would go unnoticed
-        scores = dataclasses.asdict(self.scores)
-        self.log.log("test", self.position, epoch, **scores)
-        self.history[-1]["test"] = scores
-        if self.best_scores is None or _mean(self.scores.top1) > _mean(self.best_scores.top1):
-            self.best_epoch, self.best_scores = epoch, self.scores
-            self.cohort.save(self.folder / BEST)
+        with self.ema.applied() if self.ema else nullcontext():
+            self.cohort.eval()
+            try:
+                self.scores = self.evaluate(self.cohort)
+            finally:
+                self.cohort.train()  # BatchNorm left in evaluation mode would go unnoticed
+            scores = dataclasses.asdict(self.scores)
+            self.log.log("test", self.position, epoch, **scores)
+            self.history[-1]["test"] = scores
+            if self.best_scores is None or _mean(self.scores.top1) > _mean(self.best_scores.top1):
+                self.best_epoch, self.best_scores = epoch, self.scores
+                self.cohort.save(self.folder / BEST)
 
     def _read(self) -> None:
         """Logs the losses since the last reading and stops a run that has diverged."""
@@ -255,7 +305,10 @@ class Phase:
             "cohort": self.cohort.state_dict(),
             "optimizer": self.optimizer.state_dict(),
             "scaler": self.amp.scaler.state_dict() if self.amp.scaler else None,
+            "execution": self.step.name if self.position else None,
+            "ema": self.ema.state_dict() if self.ema else None,
             "updates": self.schedule.updates,
+            "overflows": self.record.overflows,
             "rng": _rng_state(self.device),
             "totals": self.totals.state(),
             "clock": self.clock.state(),
@@ -286,8 +339,13 @@ class Phase:
         self.optimizer.load_state_dict(state["optimizer"])
         if self.amp.scaler:
             self.amp.scaler.load_state_dict(state["scaler"])
+        if self.ema:
+            self.ema.load_state_dict(state["ema"])
         self.schedule.load(state["updates"])
+        self.record.overflows.copy_(state["overflows"])
         self.totals.load(state["totals"])
+        if self.config.execution == "auto" and state["execution"] in executions(self.device):
+            self.step = self._make_step(state["execution"])
         self.clock.load(state["clock"])
         self.position, self.seconds = state["position"], state["seconds"]
         self.history, self.best_epoch = state["history"], state["best_epoch"]
@@ -333,7 +391,9 @@ class Phase:
         return "  ".join(parts)
 
     def _finish(self) -> TrainResult:
-        """Writes the last weights, where Cohort.load finds them."""
+        """Writes the last weights, where Cohort.load finds them; with `ema` their averages."""
+        if self.ema:
+            self.ema.copy_to_cohort()
         self.cohort.save(self.folder)
         weights = {"last": self.folder}
         if self.best_scores:

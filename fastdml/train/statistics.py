@@ -1,7 +1,8 @@
 """What the step loop measures without waiting for the device: loss statistics and time.
 
 `Totals` adds each step's statistics to float64 sums on the device and notes the first step whose
-loss is not finite; the host reads them when it wants to. About seven small launches a step.
+loss is not finite; the host reads them when it wants to. About seven small launches a step, which
+become part of the step's graph where there is one: everything that `add` does is on the device.
 `Clock` measures images a second and the wait for batches; on CUDA by events.
 """
 
@@ -27,12 +28,22 @@ class Totals:
         # loss (K), ce (K), kl (K), entropy (K), correct (K), ensemble_correct (1), pairwise (K*K)
         self.sums = torch.zeros(5 * K + 1 + K * K, dtype=torch.float64, device=device)
         self.first_bad = torch.full((2 * K,), NEVER, dtype=torch.int64, device=device)  # of ce, kl
+        self.step = torch.zeros((), dtype=torch.int64, device=device)  # of the run, the last added
         self.steps = 0
         self.rows = 0
         self._mark()
 
-    def add(self, output: StepOutput, rows: int, step: int) -> None:
-        """Takes in one step of `rows` images; `step` is its number in the run, from 1."""
+    def tensors(self) -> list[Tensor]:
+        """Those that `add` changes."""
+        return [self.sums, self.first_bad, self.step]
+
+    def count(self, rows: int) -> None:
+        """The host's part of a step of `rows` images."""
+        self.steps += 1
+        self.rows += rows
+
+    def add(self, output: StepOutput) -> None:
+        """The device's part of a step."""
         losses, stats = output
         values = torch.cat(
             [
@@ -48,9 +59,10 @@ class Totals:
         self.sums += values
         watched = values[self.K : 3 * self.K]
         fine = (watched - watched) == 0  # inf - inf and NaN - NaN are NaN
-        self.first_bad = torch.where(fine, self.first_bad, self.first_bad.clamp(max=step))
-        self.steps += 1
-        self.rows += rows
+        self.step += 1
+        self.first_bad.copy_(
+            torch.where(fine, self.first_bad, torch.minimum(self.first_bad, self.step))
+        )
 
     def read(self) -> dict[str, Any]:
         """Means since the last read. Waits for the device."""
@@ -88,6 +100,7 @@ class Totals:
         return {
             "sums": self.sums,
             "first_bad": self.first_bad,
+            "step": self.step,
             "counts": [self.steps, self.rows, self.marked_steps, self.marked_rows],
             "marked_sums": self.marked_sums,
         }
@@ -95,6 +108,7 @@ class Totals:
     def load(self, state: dict[str, Any]) -> None:
         self.sums.copy_(state["sums"])
         self.first_bad.copy_(state["first_bad"])
+        self.step.copy_(state["step"])
         self.steps, self.rows, self.marked_steps, self.marked_rows = state["counts"]
         self.marked_sums = state["marked_sums"]
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from fastdml.engine.amp import resolve
+from fastdml.engine.amp import LossScale, resolve
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")
 
@@ -31,7 +31,7 @@ def test_auto_on_cpu_uses_bf16_where_the_cpu_has_it(monkeypatch, capabilities, n
 )
 def test_auto_on_cuda_follows_the_compute_capability(monkeypatch, capability, name):
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
-    monkeypatch.setattr("fastdml.engine.amp.GradScaler", lambda device: f"scaler on {device}")
+    monkeypatch.setattr("fastdml.engine.amp.LossScale", lambda device: f"scaler on {device}")
     amp = resolve("auto", CUDA)
     assert amp.name == name
     assert amp.scaler == ("scaler on cuda" if name == "fp16" else None)
@@ -46,3 +46,33 @@ def test_autocast_computes_in_the_named_precision(name, dtype):
         assert torch.nn.Linear(2, 2)(torch.ones(1, 2)).dtype == dtype
     assert amp.name == name
     assert (amp.scaler is not None) == (name == "fp16")
+
+
+def test_the_scale_is_torchs_grad_scalers():
+    """The same decisions from the same overflows, over more steps than the growth interval."""
+    ours = LossScale(CPU, init=2.0**10)
+    theirs = torch.amp.GradScaler("cpu", init_scale=2.0**10, growth_interval=LossScale.INTERVAL)
+    weight = torch.nn.Parameter(torch.zeros(3))
+    optimizer = torch.optim.SGD([weight], 0.0)
+    for step in range(LossScale.INTERVAL + 30):
+        gradient = torch.full((3,), torch.inf if step in (2, 3, 17) else 512.0)
+        weight.grad = gradient.clone()
+        theirs.scale(torch.ones(()))
+        theirs.unscale_(optimizer)
+        found = ours.unscale_([gradient])
+        assert torch.equal(gradient, weight.grad)
+        assert found == (1 if step in (2, 3, 17) else 0)
+        theirs.step(optimizer)
+        theirs.update()
+        ours.update_(found)
+        assert ours.scale == theirs.get_scale()
+    assert ours.scale == 2.0**8  # three overflows halve, the interval after them doubles
+
+
+def test_a_scale_is_loaded_in_place():
+    first, second = LossScale(CPU), LossScale(CPU)
+    first.update_(torch.ones(()))
+    tensors = second.tensors()
+    second.load_state_dict(first.state_dict())
+    assert [id(t) for t in second.tensors()] == [id(t) for t in tensors]
+    assert second.scale == first.scale == 2.0**15

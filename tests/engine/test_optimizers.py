@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import importlib
 import math
+import types
 
 import pytest
 import torch
@@ -11,7 +13,7 @@ from hypothesis import strategies as st
 from torch import nn
 
 from fastdml.cohort import Cohort
-from fastdml.engine import Schedule, learning_rates, make_optimizer
+from fastdml.engine import Schedule, apex, learning_rates, make_optimizer
 from fastdml.errors import InputError
 
 
@@ -61,8 +63,89 @@ def test_frozen_parameters_are_left_out(cohort):
 
 
 def test_unknown_optimizer(cohort):
-    with pytest.raises(InputError, match="sgd, adam, adamw, not 'lion'"):
+    known = "sgd, adam, adamw, apex_sgd, apex_adam, apex_lamb"
+    with pytest.raises(InputError, match=f"{known}, not 'lion'"):
         make_optimizer(cohort, "lion", lr=0.1)
+
+
+class FakeApex:
+    """Packages called apex, put in the place of the imports."""
+
+    def __init__(self, monkeypatch, **modules):
+        real = importlib.import_module
+
+        def import_module(name, *args):
+            if name.split(".")[0] not in ("apex", "amp_C"):
+                return real(name, *args)
+            if name not in modules:
+                raise ImportError(f"No module named {name!r}")
+            return modules[name]
+
+        monkeypatch.setattr(importlib, "import_module", import_module)
+
+
+NVIDIA = types.SimpleNamespace(__file__="apex/__init__.py", multi_tensor_apply=object())
+PYPI = types.SimpleNamespace(__file__="site-packages/apex/__init__.py")
+
+
+@pytest.mark.parametrize(
+    ("modules", "message"),
+    [
+        ({}, "optimizer 'apex_sgd' needs NVIDIA Apex: build it from https://github.com/NVIDIA/apex"),
+        ({"apex": PYPI}, "site-packages/apex/__init__.py\\) is not NVIDIA's but PyPI's"),
+        ({"apex": NVIDIA}, "Apex is installed without its CUDA extensions"),
+        ({"apex": NVIDIA, "apex.optimizers": object(), "amp_C": object()}, "needs a CUDA device"),
+    ],
+)
+def test_apex_that_is_not_there_is_one_clear_line(monkeypatch, cohort, modules, message):
+    FakeApex(monkeypatch, **modules)
+    with pytest.raises(InputError, match=message) as caught:
+        make_optimizer(cohort, "apex_sgd", lr=0.1)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("name", ["apex_sgd", "apex_adam", "apex_lamb"])
+def test_apex_optimizers_get_a_group_a_peer_and_the_settings(monkeypatch, cohort, name):
+    cohort.peers[0].requires_grad_(False)
+    calls = []
+
+    class Kind(torch.optim.SGD):
+        def __init__(self, groups, **settings):
+            calls.append((type(self).__name__, settings))
+            super().__init__(groups, settings["lr"])
+
+    kinds = {n: type(n, (Kind,), {}) for n in ("FusedSGD", "FusedAdam", "FusedLAMB")}
+    modules = {"apex": NVIDIA, "amp_C": object(), "apex.optimizers": types.SimpleNamespace(**kinds)}
+    FakeApex(monkeypatch, **modules)
+    groups = [{"params": list(cohort.peers[1].parameters())}]
+    optimizer = apex.make_apex_optimizer(
+        name, groups, lr=0.5, momentum=0.75, nesterov=True, weight_decay=0.25,
+        device=torch.device("cuda"),
+    )  # fmt: skip
+    kind, settings = calls[0]
+    assert kind == apex.NAMES[name]
+    assert (settings["lr"], settings["weight_decay"]) == (0.5, 0.25)
+    expected = {
+        "apex_sgd": {"momentum": 0.75, "nesterov": True},
+        "apex_adam": {"betas": (0.75, 0.999), "capturable": True},
+        "apex_lamb": {"betas": (0.75, 0.999)},
+    }
+    assert expected[name].items() <= settings.items()
+    assert len(optimizer.param_groups) == 1
+
+
+def test_a_rate_that_has_to_be_a_number_follows_the_same_table(cohort):
+    kind = type("FusedSGD", (torch.optim.SGD,), {"__module__": "apex.optimizers.fused_sgd"})
+    optimizer = kind(cohort.parameters(), 0.5)
+    schedule = Schedule(optimizer, torch.tensor([4.0, 2.0, 1.0]))
+    seen = []
+    for _ in range(5):
+        seen.append(optimizer.param_groups[0]["lr"])
+        schedule.advance(torch.tensor(1.0))  # what a device skipped the host does not know
+    assert seen == [4.0, 2.0, 1.0, 1.0, 1.0]
+    assert all(type(rate) is float for rate in seen)
+    schedule.load(torch.tensor(1))
+    assert optimizer.param_groups[0]["lr"] == 2.0
 
 
 def test_the_papers_schedule():

@@ -8,14 +8,15 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
-from torch.amp import GradScaler
 
 from fastdml.cohort import Cohort
 from fastdml.engine import Amp, Schedule, make_optimizer, make_step
+from fastdml.engine.amp import LossScale
 from fastdml.errors import InputError
 from fastdml.loss import MutualLoss
 
 C = 5
+CPU = torch.device("cpu")
 RATE = 0.125  # exact in float32, as the learning rate is stored
 
 
@@ -217,7 +218,7 @@ class TestOverflow:
     def build(self, update: str, fused: bool):
         peers = [linear_peer(0), linear_peer(1, width=4)]
         cohort = Cohort(peers, C)
-        scaler = GradScaler("cpu", init_scale=2.0**127)
+        scaler = LossScale(torch.device("cpu"), init=2.0**127)
         amp = Amp(torch.device("cpu"), torch.float16, scaler)
         if fused:
             optimizer = make_optimizer(cohort, lr=RATE)
@@ -234,13 +235,13 @@ class TestOverflow:
         before = copy.deepcopy(cohort.state_dict())
         x, y = next(batches(1))
         step(x * 1000, y)
-        schedule.advance(step.skipped)
-        assert step.skipped == 1
+        schedule.advance(step.update.skipped)
+        assert step.update.skipped == 1
         assert schedule.updates == 0
         assert schedule.lr == 0.5
         for key, value in cohort.state_dict().items():
             assert torch.equal(value, before[key])
-        assert scaler.get_scale() < 2.0**127
+        assert scaler.scale < 2.0**127
 
     @pytest.mark.parametrize("fused", [True, False])
     def test_training_goes_on_when_the_scale_has_come_down(self, fused):
@@ -249,9 +250,9 @@ class TestOverflow:
         skipped = 0
         for x, y in batches(200):
             step(x, y)
-            schedule.advance(step.skipped)
-            skipped += int(step.skipped)
-            if not step.skipped:
+            schedule.advance(step.update.skipped)
+            skipped += int(step.update.skipped)
+            if not step.update.skipped:
                 break
         assert 0 < skipped < 199
         assert schedule.updates == 1
@@ -260,20 +261,60 @@ class TestOverflow:
             assert state["momentum_buffer"].isfinite().all()
         assert all(w.isfinite().all() for w in cohort.parameters())
 
-    def test_one_overflowing_peer_holds_back_all_or_only_itself(self):
+    @pytest.mark.parametrize("update", ["simultaneous", "sequential"])
+    @pytest.mark.parametrize("kind", ["sgd", "adam", "adamw", "unfused"])
+    def test_an_overflowing_peer_skips_its_own_update_alone(self, update, kind):
+        """The other takes the very steps that it takes without an overflow beside it."""
+        results = []
+        for overflows in (False, True):
+            peers = [linear_peer(0), linear_peer(1), linear_peer(2)]
+            cohort = Cohort(peers, C)
+            amp = Amp(CPU, torch.float16, LossScale(CPU, init=8.0))
+            amp.scaler.BACKOFF = 1.0  # so that both go on with the same scale
+            if kind == "unfused":
+                weights = [{"params": list(p.parameters())} for p in peers]
+                optimizer = torch.optim.SGD(weights, RATE, 0.9, foreach=True)
+            else:
+                optimizer = make_optimizer(cohort, kind, lr=0.01)
+            loss = MutualLoss(kl_weight=0.0)
+            step = make_step(cohort, loss, optimizer, amp=amp, update=update, execution="eager")
+            count = iter(range(99))
+            if overflows:
+                spoil = (0, 2)
+                peers[1].weight.register_hook(
+                    lambda g, count=count, spoil=spoil: (
+                        g * torch.inf if next(count) in spoil else g
+                    )
+                )
+            before, seen = copy.deepcopy(peers[1].state_dict()), []
+            for i, (x, y) in enumerate(batches(4)):
+                step(x, y)
+                seen.append(step.update.overflow.tolist())
+                assert step.update.skipped == 0
+                if overflows and i == 0:
+                    for key, value in peers[1].state_dict().items():
+                        assert torch.equal(value, before[key])
+                    state = optimizer.state[peers[1].weight]
+                    assert all((v == 0).all() for v in state.values())
+            results.append(peers)
+            middle = [1.0, 0.0, 1.0, 0.0] if overflows else [0.0] * 4
+            assert seen == [[0.0, m, 0.0] for m in middle]
+        for k in (0, 2):
+            assert torch.equal(results[0][k].weight, results[1][k].weight)
+        assert not torch.equal(results[0][1].weight, results[1][1].weight)
+
+    def test_any_overflow_brings_the_scale_down_once(self):
         for update in ("simultaneous", "sequential"):
             peers = [linear_peer(0), linear_peer(1)]
-            before = [p.weight.clone() for p in peers]
+            for p in peers:
+                p.weight.register_hook(lambda g: g * torch.inf)
             cohort = Cohort(peers, C)
-            peers[1].weight.register_hook(lambda g: g * torch.inf)
-            amp = Amp(torch.device("cpu"), torch.float16, GradScaler("cpu", init_scale=8.0))
-            optimizer = make_optimizer(cohort, lr=RATE)
-            step = make_step(cohort, MutualLoss(), optimizer, amp=amp, update=update)
+            amp = Amp(CPU, torch.float16, LossScale(CPU, init=8.0))
+            step = make_step(cohort, MutualLoss(), make_optimizer(cohort, lr=RATE), amp=amp,
+                             update=update)  # fmt: skip
             step(*next(batches(1)))
-            sequential = update == "sequential"
-            assert torch.equal(peers[1].weight, before[1])
-            assert torch.equal(peers[0].weight, before[0]) != sequential
-            assert step.skipped == (0 if sequential else 1)
+            assert step.update.skipped == 1
+            assert amp.scaler.scale == 4.0
 
     def test_gradients_below_fp16_are_scaled_before_they_are_rounded(self):
         peers = [linear_peer(0), linear_peer(1)]
@@ -322,7 +363,7 @@ def test_the_step_never_asks_for_a_value(monkeypatch, update, amp):
     watched[0] = True
     for x, y in data:
         step(x, y)
-        schedule.advance(step.skipped)
+        schedule.advance(step.update.skipped)
     watched[0] = False
     assert schedule.updates == 3
 
@@ -342,7 +383,7 @@ def test_no_synchronisation_on_cuda(amp, update):
     try:
         for x, y in data[1:]:
             step(x, y)
-            schedule.advance(step.skipped)
+            schedule.advance(step.update.skipped)
     finally:
         torch.cuda.set_sync_debug_mode("default")
     assert torch.cat([w.flatten() for w in cohort.parameters()]).isfinite().all()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import json
 import math
 import os
@@ -21,10 +22,19 @@ from torch.utils.data import DataLoader, TensorDataset
 from fastdml import train as training
 from fastdml.cohort import Cohort
 from fastdml.data import ImageSet, ResidentLoader
+from fastdml.engine import Amp
 from fastdml.errors import InputError
 from fastdml.loss import MutualLoss
 from fastdml.metrics import ClassificationScores
-from fastdml.train import TrainConfig, TrainingDiverged, TrainingStopped, checkpoint, fit, report
+from fastdml.train import (
+    TrainConfig,
+    TrainingDiverged,
+    TrainingStopped,
+    checkpoint,
+    fit,
+    loop,
+    report,
+)
 from fastdml.train.report import read_metrics
 
 # The cohort and the data are so small that a whole run takes a fraction of a second.
@@ -516,23 +526,114 @@ class TestDivergence:
         assert state["position"] == 6
 
 
-def test_overflow_in_fp16_holds_the_schedule_back(settings):
-    """Steps whose gradient overflows do not count in the learning rate's schedule."""
+@pytest.mark.parametrize("peers", [(0,), (0, 1)])
+def test_overflow_in_fp16_holds_the_schedule_back_where_no_peer_is_updated(settings, peers):
+    """A peer that overflows alone skips its own update; the other and the schedule go on."""
     cohort = make_cohort()
     train, test = make_loaders()
-    count = iter(range(1000))
 
-    def overflow(gradient):
-        return gradient * math.inf if next(count) in (1, 2, 3) else gradient
+    def overflow_in(steps):
+        count = iter(range(1000))
+        return lambda g: g * math.inf if next(count) in steps else g
 
-    cohort.peers[0].head.bias.register_hook(overflow)
+    for k in peers:
+        cohort.peers[k].head.bias.register_hook(overflow_in((1, 2, 3)))
     config = settings(amp="fp16", epochs=2, warmup_epochs=2, lr=0.12)
     result = fit(cohort, train, test, config)
-    assert result.skipped_steps == 3
-    assert [r["skipped_steps"] for r in result.history] == [3, 3]
-    # 12 steps of warm-up, 9 updates made: the rate of the ninth
-    assert result.history[-1]["lr"] == pytest.approx(0.12 * 9 / 12)
+    held = 3 if len(peers) == 2 else 0
+    assert result.skipped_steps == held
+    assert [r["skipped_steps"] for r in result.history] == [held, held]
+    assert result.history[-1]["skipped_updates"] == [3, 3 if len(peers) == 2 else 0]
+    # 12 steps of warm-up; where 3 were held back, the rate of the ninth
+    assert result.history[-1]["lr"] == pytest.approx(0.12 * (12 - held) / 12)
     assert all(w.isfinite().all() for w in cohort.parameters())
+
+
+class TestAverages:
+    def test_averages_are_evaluated_and_saved_and_training_goes_on_without_them(self, settings):
+        seen = []
+
+        def evaluate(cohort):
+            seen.append({k: v.clone() for k, v in cohort.state_dict().items()})
+            return score(cohort)
+
+        train, test = make_loaders()
+        plain, averaged = make_cohort(), make_cohort()
+        plain_folder, folder = settings().folder + "-plain", settings().folder
+        score = functools.partial(loop._score, test, Amp(torch.device("cpu"), None, None))
+        fit(plain, train, evaluate, settings(folder=plain_folder))
+        own = checkpoint.load(Path(plain_folder) / "last.ckpt")["cohort"]
+        del seen[:]
+        fit(averaged, train, evaluate, settings(ema=0.75))
+        state = checkpoint.load(Path(folder) / "last.ckpt")
+        assert all(torch.equal(state["cohort"][key], own[key]) for key in own)
+        for key, value in state["ema"].items():
+            assert torch.equal(value, seen[-1][key])
+            assert torch.equal(value, averaged.state_dict()[key])
+        assert not torch.equal(own["peers.0.head.weight"], seen[-1]["peers.0.head.weight"])
+        loaded = Cohort.load(folder, peers=list(make_cohort(7).peers))
+        assert same_weights(loaded, averaged)
+
+    @pytest.mark.parametrize("at", [8, 17])
+    def test_resume(self, settings, tmp_path, at):
+        whole, again = make_cohort(), make_cohort()
+        options = {"ema": 0.9, "accumulate": 4, "grad_clip": 0.5, "save_every_steps": 1}
+        fit(whole, *make_loaders(), settings(**options))
+        config = settings(**options, folder=str(tmp_path / "broken"))
+        train, test = make_loaders()
+        with pytest.raises(Crash):
+            fit(make_cohort(), CrashingLoader(train, at, crash), test, config)
+        fit(again, *make_loaders(), config.replace(resume=True))
+        assert same_weights(again, whole)
+
+
+class TestExecutions:
+    def cohort(self):
+        return make_cohort(widths=(4, 4))
+
+    def test_stacked_runs_are_eager_runs_and_resume(self, settings, tmp_path):
+        cohorts = {}
+        for execution in ("eager", "stacked"):
+            cohorts[execution] = self.cohort()
+            folder = str(tmp_path / execution)
+            config = settings(execution=execution, folder=folder, lr=0.02)
+            fit(cohorts[execution], *make_loaders(), config)
+        for a, b in zip(*(c.state_dict().values() for c in cohorts.values()), strict=True):
+            torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-4)
+        config = settings(
+            execution="stacked", folder=str(tmp_path / "broken"), lr=0.02, save_every_steps=1
+        )
+        train, test = make_loaders()
+        with pytest.raises(Crash):
+            fit(self.cohort(), CrashingLoader(train, 8, crash), test, config)
+        again = self.cohort()
+        fit(again, *make_loaders(), config.replace(resume=True))
+        assert same_weights(again, cohorts["stacked"])
+
+    def test_auto_goes_on_with_the_execution_of_the_run(self, settings):
+        train, test = make_loaders()
+        config = settings(execution="stacked", save_every_steps=1)
+        with pytest.raises(Crash):
+            fit(self.cohort(), CrashingLoader(train, 8, crash), test, config)
+        result = fit(self.cohort(), train, test, config.replace(resume=True, execution="auto"))
+        assert checkpoint.load(result.folder / "last.ckpt")["execution"] == "stacked"
+
+    def test_what_cannot_run_here_makes_no_folder(self, settings):
+        for execution, message in (
+            ("graph", "execution 'graph' needs a CUDA device, not cpu: use eager or stacked"),
+            ("stacked", "needs peers of one architecture: conv differs between peers 0 and 1"),
+        ):
+            with pytest.raises(InputError, match=message):
+                fit(make_cohort(), *make_loaders(), settings(execution=execution, device="cpu"))
+            assert not Path(settings().folder).exists()
+
+    def test_profile_leaves_a_trace_and_a_page(self, settings):
+        result = fit(make_cohort(), *make_loaders(), settings(profile=True))
+        assert json.loads((result.folder / "trace.json").read_text())["traceEvents"]
+        text = (result.folder / "profile.txt").read_text()
+        assert "operators a step" in text
+        assert "aten::convolution_backward" in text
+        assert len(text.splitlines()) < 40
 
 
 def test_the_step_loop_never_asks_for_a_value(settings, monkeypatch):

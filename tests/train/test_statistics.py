@@ -59,7 +59,8 @@ def test_means_since_the_last_read_and_over_the_epoch(K):
             )
 
     for step, o in enumerate(outputs, 1):
-        totals.add(o, 10, step)
+        totals.add(o)
+        totals.count(10)
         if step == 3:
             close(totals.read(), expected(outputs[:3]))
             assert totals.unread == 0
@@ -72,7 +73,8 @@ def test_means_since_the_last_read_and_over_the_epoch(K):
     close(totals.epoch(), expected(outputs))
     totals.reset()
     assert totals.unread == 0
-    totals.add(outputs[0], 10, 8)
+    totals.add(outputs[0])
+    totals.count(10)
     close(totals.read(), expected(outputs[:1]))
 
 
@@ -88,7 +90,7 @@ def test_the_first_bad_loss_is_remembered(value, loss, peer):
         if step >= 5:  # what follows from it
             o.stats.ce.fill_(math.nan)
             o.stats.kl.fill_(math.nan)
-        totals.add(o, 10, step)
+        totals.add(o)
         if step == 3:
             assert totals.bad() is None
     assert totals.bad() == (4, loss, peer)
@@ -101,7 +103,7 @@ def test_of_one_step_the_cross_entropy_is_named_first():
     o.stats.kl.fill_(math.nan)  # a peer without probabilities spoils the KL of all
     o.stats.ce[1] = math.nan
     totals = Totals(3, CPU)
-    totals.add(o, 10, 1)
+    totals.add(o)
     assert totals.bad() == (1, "ce", 1)
 
 

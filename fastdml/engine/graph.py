@@ -1,0 +1,189 @@
+"""The whole training step as one CUDA graph: the host issues one launch instead of thousands.
+
+The first call copies its batch into static buffers, runs the step a few times to warm up (lazy
+initialisation, compilation, choice of algorithms), captures it, and restores every trace of this:
+weights, BatchNorm statistics, optimizer state, averages, loss scale, random generators. Each call
+then copies its batch, or the index that the batch is assembled from, into the buffers and replays.
+Peers run as parallel branches, since the step that is captured forks a stream for each.
+
+Nothing in a graph is a Python number: learning rate and loss scale are tensors already, and the
+loss's temperature and weights become tensors here, into which a value assigned later is copied.
+
+A batch of another shape runs without the graph. A step that cannot be captured (a model that looks
+at a value, a kernel that a capture refuses) runs without one for good, and a warning says why. What
+a model does in Python happens while capturing only: a model whose Python depends on the step must
+not be captured, and this cannot be noticed.
+
+Costs: the memory of one step's activations stays with the graph; about five steps at the start.
+"""
+
+from __future__ import annotations
+
+import gc
+import warnings
+import weakref
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor
+
+from fastdml.engine.snapshot import Snapshot
+from fastdml.engine.step import EagerStep, StepOutput
+from fastdml.errors import InputError
+from fastdml.loss import MutualStats
+
+WARM_UP = 3  # steps, the last under supervision
+SCALARS = ("temperature", "ce_weight", "kl_weight")
+
+
+class CudaCapture:
+    """The part that only a CUDA device can do."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
+        # Warm-up and capture share it: autograd's nodes remember the stream they were made on.
+        self.stream = torch.cuda.Stream(device)
+        self.graph = torch.cuda.CUDAGraph()
+
+    @contextmanager
+    def warm_up(self) -> Iterator[None]:
+        main = torch.cuda.current_stream(self.device)
+        self.stream.wait_stream(main)
+        with torch.cuda.stream(self.stream):
+            yield
+        main.wait_stream(self.stream)
+
+    @contextmanager
+    def supervised(self) -> Iterator[None]:
+        """Whatever waits for the device raises here, where it does no harm; inside a capture it
+        would leave the stream and the generators in a bad state."""
+        before = torch.cuda.get_sync_debug_mode()
+        torch.cuda.set_sync_debug_mode("error")
+        try:
+            yield
+        finally:
+            torch.cuda.set_sync_debug_mode(before)
+
+    def capture(self, run: Callable[[], Tensor]) -> Tensor:
+        torch.cuda.synchronize(self.device)
+        gc.collect()
+        # Other threads (a loader that pins memory) may go on with calls that a capture forbids.
+        with torch.cuda.graph(self.graph, stream=self.stream, capture_error_mode="thread_local"):
+            return run()
+
+    def replay(self) -> None:
+        self.graph.replay()
+
+
+class GraphStep:
+    """`step(images, labels)`, or what `assemble` takes, as one graph of the step `inner`."""
+
+    def __init__(self, inner: EagerStep, capture: type = CudaCapture) -> None:
+        device = inner.amp.device
+        check_capturable(inner)
+        self.inner, self.device, self.new_capture = inner, device, capture
+        self.update, self.tensors = inner.update, inner.tensors
+        self.name = "stacked" if inner.name == "stacked" else "graph"
+        self.failure: str | None = None  # why there is no graph
+        self.captured: object | None = None
+        self.inputs: list[Tensor] = []
+        self.scalars = {}
+        for name in SCALARS:
+            value = getattr(inner.loss, name)
+            own = value if isinstance(value, Tensor) else torch.tensor(float(value), device=device)
+            self.scalars[name] = own
+        # Loading replaces the state tensors that the graph writes to.
+        inner.optimizer.register_load_state_dict_post_hook(_forget(weakref.ref(self)))
+
+    def forget(self) -> None:
+        """The next call captures anew."""
+        self.captured = None
+
+    def __call__(self, *batch: Tensor) -> StepOutput:
+        if self.failure is None and self.captured is None:
+            self._capture(batch)
+        if self.failure is not None or not self._fits(batch):
+            return self.inner(*batch)
+        self._set_scalars()
+        for static, given in zip(self.inputs, batch, strict=True):
+            static.copy_(given, non_blocking=True)
+        self.captured.replay()
+        return self._unpack(self.packed.clone())  # the next replay overwrites the graph's own
+
+    def _fits(self, batch: tuple[Tensor, ...]) -> bool:
+        return [(t.shape, t.dtype) for t in batch] == [(t.shape, t.dtype) for t in self.inputs]
+
+    def _capture(self, batch: tuple[Tensor, ...]) -> None:
+        self.inputs = [torch.empty_like(t, device=self.device).copy_(t) for t in batch]
+        self._set_scalars()
+        for group in self.inner.optimizer.param_groups:
+            if "capturable" in group:
+                group["capturable"] = True
+        capture = self.new_capture(self.device)
+        snapshot = Snapshot(self.inner.tensors, self.device)
+        try:
+            with warnings.catch_warnings(), capture.warm_up():
+                warnings.filterwarnings("ignore", "This instance was constructed with capturable")
+                for _ in range(WARM_UP - 1):
+                    self._run()
+                with capture.supervised():
+                    self._run()
+            self.packed = capture.capture(self._run)
+            self.captured = capture
+        except RuntimeError as error:
+            first = error
+            while first.__context__ is not None:
+                first = first.__context__  # ending a capture that broke off fails as well
+            self.failure = f"{type(first).__name__}: {' '.join(str(first).split())[:300]}"
+            warnings.warn(
+                f"the step cannot be captured as a CUDA graph and runs as {self.inner.name!r}, "
+                f"which is slower: {self.failure}",
+                stacklevel=3,
+            )
+        finally:
+            for w in self.inner.cohort.parameters():
+                w.grad = None
+            snapshot.restore()
+
+    def _run(self) -> Tensor:
+        losses, stats = self.inner(*self.inputs)
+        values = (losses, *stats)
+        self.shapes = [v.shape for v in values]
+        return torch.cat([v.reshape(-1) for v in values])
+
+    def _unpack(self, packed: Tensor) -> StepOutput:
+        parts = packed.split([shape.numel() for shape in self.shapes])
+        losses, *stats = [v.view(shape) for v, shape in zip(parts, self.shapes, strict=True)]
+        return StepOutput(losses, MutualStats(*stats))
+
+    def _set_scalars(self) -> None:
+        """A number that someone assigned since the last step goes into the tensor in the graph."""
+        loss = self.inner.loss
+        for name, own in self.scalars.items():
+            value = getattr(loss, name)
+            if value is not own:
+                own.copy_(value) if isinstance(value, Tensor) else own.fill_(value)
+                setattr(loss, name, own)
+
+
+def _forget(step: weakref.ref[GraphStep]) -> Callable[[object], None]:
+    """A hook that does not keep the graph's memory alive."""
+
+    def hook(_: object) -> None:
+        if (found := step()) is not None:
+            found.forget()
+
+    return hook
+
+
+def check_capturable(inner: EagerStep) -> None:
+    """What would be frozen at its first value inside a graph is refused."""
+    optimizer = inner.optimizer
+    for group in optimizer.param_groups:
+        if not isinstance(group["lr"], Tensor):
+            raise InputError(
+                f"{type(optimizer).__name__} holds its learning rate as a number, which a CUDA "
+                "graph would freeze: give a 0-d tensor on the device (make_optimizer does where "
+                "the optimizer can take one), or use execution eager or streams"
+            )

@@ -1,0 +1,54 @@
+"""The whole state that a training step changes, kept and put back bit for bit.
+
+Warm-up and measurement run real steps; afterwards nothing may tell that they happened. Tensors are
+restored in place, so that whoever holds them (a captured graph, an optimizer) still does. Costs a
+copy of the weights and the optimizer's state while it lives.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+
+import torch
+from torch import Tensor
+from torch.optim import Optimizer
+
+
+class Snapshot:
+    """`tensors` lists the tensors of the state, then and now.
+
+    One that appears between the two was made by the first step, as an optimizer makes its
+    moments: it stays, since a graph may hold it, and becomes zero, which is how all optimizers in
+    use start theirs.
+    """
+
+    def __init__(self, tensors: Callable[[], Iterable[Tensor]], device: torch.device) -> None:
+        self.tensors, self.device = tensors, device
+        self.values = {id(t): (t, t.detach().clone()) for t in tensors()}
+        self.rng = torch.get_rng_state()
+        self.cuda_rng = torch.cuda.get_rng_state(device) if device.type == "cuda" else None
+
+    @torch.no_grad()
+    def restore(self) -> None:
+        for t in self.tensors():
+            t.copy_(self.values[id(t)][1]) if id(t) in self.values else t.zero_()
+        torch.set_rng_state(self.rng)
+        if self.cuda_rng is not None:
+            torch.cuda.set_rng_state(self.cuda_rng, self.device)
+
+    @torch.no_grad()
+    def restore_where(self, condition: Tensor) -> None:
+        """The tensors alone, and only where `condition` (0-d, 0 or 1) is 1. Never waits."""
+        condition = condition.bool()
+        for t in self.tensors():
+            was = self.values[id(t)][1] if id(t) in self.values else torch.zeros_like(t)
+            t.copy_(torch.where(condition, was, t))
+
+
+def optimizer_tensors(optimizer: Optimizer) -> list[Tensor]:
+    """Its state and what its groups hold beside the weights: learning rate, Apex's step count."""
+    values = [v for state in optimizer.state.values() for v in state.values()]
+    for group in optimizer.param_groups:
+        values += [v for name, v in group.items() if name != "params"]
+    distinct = {id(v): v for v in values if isinstance(v, Tensor)}
+    return list(distinct.values())

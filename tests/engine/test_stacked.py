@@ -1,0 +1,237 @@
+"""Peers of one architecture as one network, against the peers themselves."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from fastdml.cohort import Cohort
+from fastdml.engine import make_optimizer, make_step
+from fastdml.engine.stacked import Stack, prove
+from fastdml.errors import InputError
+from fastdml.loss import MutualLoss
+
+C = 5
+# name, image side: small maps keep these fast; every kind of layer of the models is in them
+MODELS = [
+    ("resnet8", 8), ("resnet14", 12), ("wrn_10_1", 8), ("wrn_10_2", 8), ("mobilenet", 8),
+    ("googlenet", 8),
+]  # fmt: skip
+
+
+def cohort_of(name, K=2, dtype=torch.float64, channels=3):
+    cohort = Cohort([name] * K, C, in_channels=channels, seed=3).to(dtype)
+    return cohort.to(memory_format=torch.channels_last).train()
+
+
+def batches(steps, side, n=8, dtype=torch.float64, channels=3):
+    generator = torch.Generator().manual_seed(1)
+    for _ in range(steps):
+        x = torch.randn(n, channels, side, side, generator=generator, dtype=torch.float64)
+        labels = torch.randint(C, (n,), generator=generator)
+        yield x.to(dtype).to(memory_format=torch.channels_last), labels
+
+
+def train(cohort, execution, data, **options):
+    optimizer = make_optimizer(cohort, lr=0.01, weight_decay=5e-4)
+    step = make_step(cohort, MutualLoss(), optimizer, execution=execution, amp="off", **options)
+    outputs = [step(*batch) for batch in data]
+    return step, optimizer, outputs
+
+
+@pytest.mark.parametrize(("name", "side"), MODELS)
+def test_every_model_stacks_exactly(name, side):
+    """In float64, so that what differs by rounding is far from what differs by mistake."""
+    steps = 2 if name in ("mobilenet", "googlenet") else 4
+    eager, stacked = cohort_of(name), cohort_of(name)
+    _, o, a = train(eager, "eager", batches(steps, side))
+    _, p, b = train(stacked, "stacked", batches(steps, side))
+    for x, y in zip(a, b, strict=True):
+        torch.testing.assert_close(y.losses, x.losses, rtol=1e-6, atol=1e-6)
+        torch.testing.assert_close(y.stats.pairwise_kl, x.stats.pairwise_kl, rtol=1e-6, atol=1e-6)
+    one, two = eager.state_dict(), stacked.state_dict()
+    assert one.keys() == two.keys()
+    for key in one:
+        torch.testing.assert_close(two[key], one[key], rtol=1e-6, atol=1e-8, msg=key)
+    for v, w in zip(eager.parameters(), stacked.parameters(), strict=True):
+        x, y = o.state[v]["momentum_buffer"], p.state[w]["momentum_buffer"]
+        torch.testing.assert_close(y, x, rtol=1e-5, atol=1e-8)
+
+
+@pytest.mark.parametrize("K", [1, 3])
+def test_fifty_steps_of_a_residual_network(K):
+    """Images of one channel; 50 steps magnify a difference by many orders, hence float64."""
+    results = []
+    for execution in ("eager", "stacked"):
+        cohort = cohort_of("resnet8", K, channels=1)
+        data = batches(50, 8, channels=1)
+        train(cohort, execution, data)
+        results.append(cohort.state_dict())
+    for key, value in results[0].items():
+        torch.testing.assert_close(results[1][key], value, rtol=1e-5, atol=1e-7, msg=key)
+
+
+class TestPeersStayOrdinary:
+    def test_weights_are_current_and_state_dicts_ordinary(self, tmp_path):
+        cohort = cohort_of("resnet8", dtype=torch.float32)
+        keys = list(cohort.state_dict())
+        before = copy.deepcopy(cohort.state_dict())
+        step, _, _ = train(cohort, "stacked", batches(2, 8, dtype=torch.float32))
+        assert list(cohort.state_dict()) == keys
+        assert all(type(p) is type(cohort.peers[0]) for p in cohort.peers)
+        assert not torch.equal(cohort.state_dict()[keys[0]], before[keys[0]])
+        assert cohort.peers[1].bn1.num_batches_tracked == 2
+        assert all(w.grad is None for w in cohort.parameters())
+        # the peers by themselves give what the stack gives
+        x = next(batches(1, 8, dtype=torch.float32))[0]
+        cohort.eval()
+        step.stack.eval()
+        with torch.no_grad():
+            torch.testing.assert_close(step.stack(x), torch.stack(cohort(x)), rtol=1e-4, atol=1e-5)
+        cohort.save(tmp_path)
+        loaded = Cohort.load(tmp_path)
+        for key, value in loaded.state_dict().items():
+            assert torch.equal(value, cohort.state_dict()[key])
+        # a deep copy is free of the stack
+        twin = copy.deepcopy(cohort.peers[0])
+        with torch.no_grad():
+            twin.conv1.weight.zero_()
+        assert cohort.peers[0].conv1.weight.abs().sum() > 0
+
+    def test_loading_weights_reaches_the_stack(self):
+        cohort, other = cohort_of("resnet8"), cohort_of("resnet8")
+        step, _, _ = train(cohort, "stacked", batches(2, 8))
+        cohort.load_state_dict(other.state_dict())
+        x = next(batches(1, 8))[0]
+        step.stack.eval()
+        with torch.no_grad():
+            torch.testing.assert_close(step.stack(x), torch.stack(other.eval()(x)))
+
+    def test_moved_peers_are_noticed(self):
+        cohort = cohort_of("resnet8", dtype=torch.float32)
+        step, _, _ = train(cohort, "stacked", batches(1, 8, dtype=torch.float32))
+        cohort.to(torch.float64)
+        with pytest.raises(InputError, match="move or cast a cohort before make_step"):
+            step(*next(batches(1, 8)))
+
+    def test_a_frozen_peer_teaches_and_stays(self):
+        cohort = cohort_of("resnet8")
+        cohort.peers[0].requires_grad_(False)
+        before = copy.deepcopy(dict(cohort.peers[0].named_parameters()))
+        other = cohort.peers[1].conv1.weight.clone()
+        train(cohort, "stacked", batches(2, 8))
+        assert all(torch.equal(w, before[k]) for k, w in cohort.peers[0].named_parameters())
+        assert not torch.equal(cohort.peers[1].conv1.weight, other)
+
+
+class Mixing(nn.Module):
+    """Uses its channels in a way that no layer tells."""
+
+    num_classes = C
+
+    def __init__(self):
+        super().__init__()
+        self.conv = nn.Conv2d(3, 4, 3)
+        self.head = nn.Linear(4, C)
+
+    def forward(self, x):
+        return self.head(F.softmax(self.conv(x).mean((2, 3)), dim=1))
+
+
+class Scaled(nn.Module):
+    num_classes = C
+
+    def __init__(self):
+        super().__init__()
+        self.scale = nn.Parameter(torch.ones(3))
+        self.head = nn.Linear(3, C)
+
+    def forward(self, x):
+        return self.head(x.mean((2, 3)) * self.scale)
+
+
+def hooked():
+    model = nn.Sequential(nn.Flatten(), nn.Linear(192, C))
+    model.register_forward_hook(lambda *_: None)
+    return model
+
+
+def dense(**options):
+    return nn.Sequential(nn.Conv2d(3, 4, 3, **options), nn.Flatten(), nn.Linear(144, C))
+
+
+@pytest.mark.parametrize(
+    ("peers", "message"),
+    [
+        (["resnet8", "resnet14"], "peers of one architecture: peers 0 and 1 have different layers"),
+        (["wrn_10_1", "wrn_10_2"], "different layers|differs between peers 0 and 1"),
+        ([dense, lambda: dense(dilation=1, bias=False)], "0 differs between peers 0 and 1"),
+        ([Mixing, Mixing], "does not know the way that Mixing combines its layers"),
+        ([Scaled, Scaled], "a layer of type Scaled with weights of its own; use another execution"),
+        ([hooked, hooked], "does not know a module with hooks"),
+        (
+            [lambda: dense(padding_mode="circular", padding=0)] * 2,
+            "a convolution with padding_mode='circular'",
+        ),
+        (
+            [lambda: nn.Sequential(nn.BatchNorm2d(3, momentum=None), dense())] * 2,
+            "BatchNorm with momentum=None",
+        ),
+    ],
+)
+def test_peers_that_do_not_stack_are_refused(peers, message):
+    cohort = Cohort([p if isinstance(p, str) else p() for p in peers], C)
+    before = copy.deepcopy(cohort.state_dict())
+    with pytest.raises(InputError, match=message) as caught:
+        train(cohort, "stacked", batches(1, 8, dtype=torch.float32))
+    assert "\n" not in str(caught.value)
+    assert all(torch.equal(v, before[k]) for k, v in cohort.state_dict().items())
+
+
+def test_the_proof_leaves_modes_as_they_were():
+    cohort = cohort_of("resnet8")
+    cohort.peers[1].bn1.eval()
+    stack = Stack([copy.deepcopy(cohort.peers[0]), copy.deepcopy(cohort.peers[0])])
+    modes = [m.training for m in cohort.modules()]
+    prove(stack, [cohort.peers[0], cohort.peers[0]], next(batches(1, 8))[0])
+    assert [m.training for m in cohort.modules()] == modes
+
+
+def test_vectors_and_images_that_all_peers_see():
+    """Linear and BatchNorm layers directly on the input, and a layer that is used twice."""
+
+    def build(seed):
+        torch.manual_seed(seed)
+        shared = nn.Linear(6, 6)
+        return nn.Sequential(
+            nn.BatchNorm1d(6), nn.Linear(6, 6, bias=False), nn.BatchNorm1d(6), nn.ReLU(),
+            shared, nn.Tanh(), shared, nn.Linear(6, C),
+        )  # fmt: skip
+
+    results = []
+    generator = torch.Generator().manual_seed(0)
+    data = [
+        (torch.randn(16, 6, generator=generator), torch.randint(C, (16,), generator=generator))
+        for _ in range(10)
+    ]
+    for execution in ("eager", "stacked"):
+        cohort = Cohort([build(k) for k in range(3)], C).train()
+        train(cohort, execution, data)
+        results.append(cohort.state_dict())
+    for key, value in results[0].items():
+        torch.testing.assert_close(results[1][key], value, rtol=1e-3, atol=1e-5, msg=key)
+
+
+@pytest.mark.slow
+def test_compiled_stacks_take_the_same_steps():
+    results = []
+    for compile in (False, True):
+        cohort = cohort_of("resnet8", dtype=torch.float32)
+        train(cohort, "stacked", batches(3, 8, dtype=torch.float32), compile=compile)
+        results.append(cohort.state_dict())
+    for key, value in results[0].items():
+        torch.testing.assert_close(results[1][key], value, rtol=1e-3, atol=1e-4, msg=key)
