@@ -1,29 +1,23 @@
 """The same loss on the CPU: the closed form in a handful of torch calls.
 
-Rows are worked through in blocks whose intermediates stay in cache, so that a wide vocabulary
-reads each logit and writes each gradient about once, like the kernels. Two ways:
-
-- `_plain_loss`: the paper's loss, every peer learning equally from all others. O(K C) a sample
-  (O(K**2 C) with statistics): values from BLAS calls over a whole block.
-- `_Problem`: every option. Edge weights, gates, mixed teachers, symmetric divergence, gradients
-  into the teachers: one pass a pair, O(K**2 C), careful with classes of probability 0. The plain
-  way hands over to it where a logit is not finite.
+The paper's loss goes to `cpu_plain`, which is made for speed. This file holds every other option:
+edge weights, gates, mixed teachers, symmetric divergence, gradients into the teachers; one pass a
+pair, O(K**2 C), careful with classes of probability 0. Either works through the rows in blocks
+whose intermediates stay in cache, so that a wide vocabulary reads each logit and writes each
+gradient about once, like the kernels.
 """
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
+from .cpu_plain import BLOCK_BYTES, log_softmax, plain_loss
 from .options import Options, Scalar, default_edge, stats_size
-
-BLOCK_BYTES = 1 << 19  # of float32 logits a block, so that it and its copies share one core's cache
 
 
 def _times(p: Tensor, gap: Tensor) -> Tensor:
@@ -35,7 +29,7 @@ def _find_labelled(labels: Tensor, ignore_index: int, C: int) -> Tensor | None:
     """(N,) bool, or None where every row has a label; refuses labels that are no class."""
     if labels.numel() == 0:
         return None
-    low, high = (int(x) for x in torch.aminmax(labels))
+    low, high = torch.stack(torch.aminmax(labels)).tolist()
     if low >= 0 and high < C and not low <= ignore_index <= high:
         return None
     labelled = labels != ignore_index
@@ -82,7 +76,7 @@ class _Problem:
         K, n = len(self.logits), rows.stop - rows.start
         log_p, p, *tempered = self.scratch[:, :, :n]
         z = [z_k[rows] for z_k in self.logits]
-        _log_softmax(z, 1.0, log_p)
+        log_softmax(z, 1.0, log_p)
         torch.exp(log_p, out=p)
         y = self.y[rows]
         index = y.expand(K, n).unsqueeze(2)  # (K, n, 1)
@@ -113,7 +107,7 @@ class _Problem:
             log_q, q = log_p, p
             if tempered:
                 log_q, q = tempered
-                _log_softmax(z, 1.0 / self.temperature, log_q)
+                log_softmax(z, 1.0 / self.temperature, log_q)
                 torch.exp(log_q, out=q)
             kl, pull = self._general_kl(rows, log_q, q, nll, pairwise)
         if self.grads:
@@ -257,123 +251,6 @@ class _Problem:
                 grad[rows] = p[k].add_(pull[k], alpha=self.kl_factor)
 
 
-def _plain_loss(
-    logits: Sequence[Tensor],  # K tensors (N, C), N > 0
-    y: Tensor,  # (N,) int64
-    dtype: torch.dtype,
-    temperature: float,
-    ce_weight: float,
-    kl_weight: float,
-    averaged: bool,
-    grads: Sequence[Tensor],
-    want_stats: bool,
-) -> tuple[Tensor, Tensor] | None:
-    """The paper's loss, every row labelled and weighted alike: as few torch calls as it takes,
-    since at CIFAR's sizes each costs more than its arithmetic. None where a logit is not finite.
-    """
-    K, (N, C) = len(logits), logits[0].shape
-    step = min(max(1, BLOCK_BYTES // (4 * K * C)), N)
-    kl_scale = temperature * temperature
-    per_row = 1 / N if averaged else 1.0
-    ce_factor, kl_factor = ce_weight * per_row, kl_weight * temperature * per_row
-    tempered = temperature != 1.0 and K > 1
-    memory = torch.empty(4 if tempered else 2, K * step * C, dtype=dtype)
-    buffers = memory.view(-1, K, step, C).unbind()
-    minus = torch.full((1,), -ce_factor, dtype=dtype)
-    ce = kl = entropy = correct = ensemble_correct = pairwise = 0.0
-    for start in range(0, N, step):
-        n = min(step, N - start)
-        if n < step:  # the last block
-            buffers = memory[:, : K * n * C].view(-1, K, n, C).unbind()
-        log_p, p, *tempered_buffers = buffers
-        z = logits if n == N else [z_k[start : start + n] for z_k in logits]
-        out = grads if n == N else [g[start : start + n] for g in grads]
-        _log_softmax(z, 1.0, log_p)
-        torch.exp(log_p, out=p)
-        index = (y if n == N else y[start : start + n]).expand(K, n).unsqueeze(2)  # (K, n, 1)
-        ce = log_p.gather(2, index).sum((1, 2)) + ce
-        if want_stats:
-            label = index[0, :, 0]
-            entropy = torch.special.entr(p).sum((1, 2)) + entropy
-            correct = (log_p.argmax(2) == label).sum(1) + correct
-            ensemble_correct = (p.sum(0).argmax(1) == label).sum() + ensemble_correct
-        if K == 1:
-            if grads:
-                p.mul_(ce_factor).scatter_add_(2, index, minus.expand(index.shape))
-                out[0].copy_(p[0])
-            continue
-        log_q, q = log_p, p
-        if tempered:
-            log_q, q = tempered_buffers
-            _log_softmax(z, 1 / temperature, log_q)
-            torch.exp(log_q, out=q)
-        block_kl, away, shared, pairs = _uniform_kl(log_q, q, want_stats, bool(grads))
-        kl = block_kl + kl
-        if want_stats:
-            pairwise = pairs + pairwise
-        if grads:
-            # ce_factor (p - y) + kl_factor (q_k - mean of the others)
-            p.mul_(ce_factor).scatter_add_(2, index, minus.expand(index.shape))
-            edge = kl_factor / (K - 1)
-            p.add_(away, alpha=K * edge)
-            for p_k, grad in zip(p.unbind(), out, strict=True):
-                if grad.dtype == dtype:
-                    torch.sub(p_k, shared, alpha=edge, out=grad)
-                else:
-                    grad.copy_(p_k.sub_(shared, alpha=edge))
-    if not math.isfinite(float((ce + kl).sum())):
-        return None
-    losses = ce * -ce_weight if K == 1 else torch.sub(kl * (kl_weight * kl_scale), ce * ce_weight)
-    if averaged:
-        losses *= 1 / N
-    if not want_stats:
-        return losses, losses.new_zeros(stats_size(K))
-    kl = torch.zeros(1, dtype=dtype) if K == 1 else kl * (kl_scale / N)
-    pairwise = kl if K == 1 else pairwise.flatten() * (kl_scale / N)
-    rows = torch.full((2,), N, dtype=dtype)
-    correct, together = correct.to(dtype), ensemble_correct.to(dtype)[None]
-    packed = (ce * (-1 / N), kl, rows, entropy / N, correct, together, pairwise)
-    return losses, F.pad(torch.cat(packed), (0, stats_size(K) - 4 * K - 3 - K * K))
-
-
-def _log_softmax(z: Sequence[Tensor], scale: float, out: Tensor) -> None:
-    """log softmax(scale z_k) of K tensors (n, C) into `out` (K, n, C)."""
-    for z_k, out_k in zip(z, out.unbind(), strict=True):
-        if z_k.dtype != out.dtype or scale != 1.0:
-            z_k = z_k.to(out.dtype) * scale
-        torch.log_softmax(z_k, dim=1, out=out_k)
-
-
-def _uniform_kl(
-    log_q: Tensor,  # (K, n, C), overwritten
-    q: Tensor,  # (K, n, C)
-    want_pairs: bool,
-    want_slope: bool,
-) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor | None]:
-    """KL terms (K,) summed over the rows; away (K, n, C) and shared (n, C), of which
-    (K away_k - shared) / (K - 1) is q_k minus the mean of the others; KL of every pair (K, K).
-
-    With gaps d_l = log q_l - max_l log q_l, exactly 0 for identical peers,
-    sum_l q_l (log q_l - log q_k) = sum_l q_l d_l - d_k sum_l q_l. Away is q_k - q_1: differences
-    come before sums.
-    """
-    K, n, C = q.shape
-    gaps = log_q.sub_(log_q.amax(0))
-    flat_gaps, flat_q = gaps.view(K, n * C), q.view(K, n * C)
-    pairs = None
-    if want_pairs:
-        cross = torch.stack([torch.mv(flat_gaps, teacher) for teacher in flat_q.unbind()])
-        pairs = cross.diagonal()[:, None] - cross
-        kl = pairs.sum(0).div_(K - 1)
-    else:
-        energy = torch.dot(flat_q.view(-1), flat_gaps.view(-1))
-        kl = torch.mv(flat_gaps, q.sum(0).view(-1)).sub_(energy).mul_(-1 / (K - 1))
-    if not want_slope:
-        return kl, None, None, pairs
-    away = torch.sub(q, q[0], out=gaps)
-    return kl, away, away.sum(0), pairs
-
-
 def mutual_loss_cpu(
     logits: Sequence[Tensor],  # K tensors (N, C)
     labels: Tensor,  # (N,)
@@ -384,7 +261,7 @@ def mutual_loss_cpu(
     kl_weight: Scalar = 1.0,
     peer_weights: Tensor | None = None,  # (K, K)
     class_weight: Tensor | None = None,  # (C,)
-    grads: Sequence[Tensor] = (),  # K tensors (N, C) to be written, or () for no gradient
+    grads: Tensor | Sequence[Tensor] = (),  # (K, N, C) or K (N, C) to be written; () for none
     want_stats: bool = False,
     upstream: Tensor | None = None,  # the losses' own gradient, (K,) or (K, N); None is 1
 ) -> tuple[Tensor, Tensor]:
@@ -397,6 +274,7 @@ def mutual_loss_cpu(
     if labelled is not None and not options.mimic_ignored:
         # Rows without a label take no part: work on the others, then put their results in place.
         rows = labelled.nonzero()[:, 0]
+        grads = list(grads)
         part = [torch.empty(len(rows), C, dtype=g.dtype) for g in grads]
         if upstream is not None and upstream.dim() == 2:
             upstream = upstream[:, rows]
@@ -417,11 +295,12 @@ def mutual_loss_cpu(
         and not options.symmetric and options.detach_targets and options.reduction != "none"
         and not options.label_smoothing and class_weight is None and labelled is None
     )  # fmt: skip
-    if plain and N and C:
-        result = _plain_loss(logits, labels.long(), dtype, temperature, ce_weight, kl_weight,
-                             averaged, grads, want_stats)  # fmt: skip
+    if plain and N:
+        result = plain_loss(logits, labels.long(), dtype, temperature, ce_weight, kl_weight,
+                            averaged, grads, want_stats)  # fmt: skip
         if result is not None:
             return result
+    grads = list(grads)
 
     y = labels.long() if labelled is None else torch.where(labelled, labels, 0).long()
     w_c = None if class_weight is None else class_weight.to(dtype)

@@ -47,29 +47,38 @@ def evaluate(
     call: Call,
     need_grad: bool,
     upstream: Tensor | None = None,  # (K,) or (K, N); only for gradients into the teachers
-) -> tuple[Tensor, Tensor, list[Tensor]]:
-    """Losses (K,) or (K, N), packed statistics, and gradients shaped as `logits` ([] if not
-    needed). No autograd."""
-    grads = [torch.empty(z.shape, dtype=z.dtype, device=z.device) for z in logits if need_grad]
-    compute = mutual_loss_cpu if logits[0].device.type == "cpu" else launch
+) -> tuple[Tensor, Tensor | None, list[Tensor]]:
+    """Losses (K,) or (K, N), packed statistics (None if not wanted), and gradients shaped as
+    `logits` ([] if not needed). No autograd."""
+    on_cpu = logits[0].device.type == "cpu"
+    grads: list[Tensor] = []
+    out: Tensor | Sequence[Tensor] = ()
+    if need_grad and on_cpu and logits[0].dim() == 2 and len({z.dtype for z in logits}) == 1:
+        out = logits[0].new_empty((len(logits), *logits[0].shape))  # one buffer, fewer calls
+        grads = list(out.unbind())
+    elif need_grad:
+        grads = [torch.empty(z.shape, dtype=z.dtype, device=z.device) for z in logits]
+        out = grads[0] if grads[0].dim() == 3 and on_cpu else peers_of(grads)
+    compute = mutual_loss_cpu if on_cpu else launch
     losses, stats = compute(
         peers_of(logits), call.labels, call.options,
         temperature=call.temperature, ce_weight=call.ce_weight, kl_weight=call.kl_weight,
         peer_weights=call.peer_weights, class_weight=call.class_weight,
-        grads=peers_of(grads) if need_grad else (), want_stats=call.want_stats, upstream=upstream,
+        grads=out, want_stats=call.want_stats, upstream=upstream,
     )  # fmt: skip
-    return losses, stats, grads
+    return losses, stats if call.want_stats else None, grads
 
 
 class _EagerLoss(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, call: Call, *logits: Tensor) -> tuple[Tensor, Tensor]:
+    def forward(ctx, call: Call, *logits: Tensor) -> tuple[Tensor, Tensor | None]:
         # Gradients into the teachers mix the K losses' own gradients, known only in the backward.
         need_grad = any(ctx.needs_input_grad) and call.options.detach_targets
         losses, stats, ctx.grads = evaluate(logits, call, need_grad)
         ctx.call = call
         ctx.save_for_backward(*logits)  # for a second backward; checked for changes only then
-        ctx.mark_non_differentiable(stats)
+        if stats is not None:
+            ctx.mark_non_differentiable(stats)
         ctx.set_materialize_grads(False)
         return losses, stats
 
@@ -119,7 +128,11 @@ def _evaluate_flat(
         kl_weight if kl_weight_tensor is None else kl_weight_tensor,
         peer_weights, class_weight, want_stats,
     )  # fmt: skip
-    return evaluate(logits, call, need_grad, upstream)
+    losses, stats, grads = evaluate(logits, call, need_grad, upstream)
+    if stats is None:  # an operator's results have fixed types
+        K = logits[0].shape[0] if logits[0].dim() == 3 else len(logits)
+        stats = losses.new_zeros(stats_size(K))
+    return losses, stats, grads
 
 
 for _device in ("cpu", "cuda"):
@@ -183,9 +196,9 @@ class _CompiledLoss(torch.autograd.Function):
         return None, *scaled
 
 
-def mutual_loss(logits: Sequence[Tensor], call: Call) -> tuple[Tensor, Tensor]:
-    """Losses and packed statistics, differentiable in the logits: K tensors (N, C) or one
-    (K, N, C). Arguments are taken as checked."""
+def mutual_loss(logits: Sequence[Tensor], call: Call) -> tuple[Tensor, Tensor | None]:
+    """Losses and packed statistics (None if not wanted), differentiable in the logits: K tensors
+    (N, C) or one (K, N, C). Arguments are taken as checked."""
     needs_grad = torch.is_grad_enabled() and any(z.requires_grad for z in logits)
     if torch.compiler.is_compiling():
         if needs_grad:

@@ -42,11 +42,12 @@ def scale_rows(
 def scale_(grads: Sequence[Tensor], upstream: Tensor) -> None:
     """grads[k] (N, C) *= upstream[k], (K,) or (K, N), in place; no host synchronisation on CUDA."""
     if grads[0].device.type == "cpu":
-        for grad, g in zip(grads, upstream.unbind(), strict=True):
-            if g.dim() == 0:
+        if upstream.dim() == 1:
+            for grad, g in zip(grads, upstream.tolist(), strict=True):
                 if g != 1:
                     grad.mul_(g)
-            elif not bool((g == 1).all()):
+        elif not bool((upstream == 1).all()):
+            for grad, g in zip(grads, upstream.unbind(), strict=True):
                 grad.mul_(g[:, None].to(grad.dtype))
         return
     launch_scale(grads, upstream)
