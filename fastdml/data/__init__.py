@@ -1,4 +1,4 @@
-"""Image sets, from checked files or from scikit-learn, and the loader that batches them."""
+"""Image sets, from checked files or from scikit-learn, and the loaders that batch them."""
 
 from __future__ import annotations
 
@@ -6,12 +6,33 @@ import difflib
 from pathlib import Path
 
 from fastdml.data.cifar import load_cifar10, load_cifar100
+from fastdml.data.dali import DALILoader
 from fastdml.data.digits import load_digits
 from fastdml.data.image_set import ImageSet
+from fastdml.data.loaders import make_loader
+from fastdml.data.per_image import TorchLoader
+from fastdml.data.reid import ImageFolderReID, Market1501, ReidSplit
 from fastdml.data.resident import ResidentLoader
+from fastdml.data.samplers import PKSampler, RandomSampler, RepeatedSampler
 from fastdml.errors import InputError
 
-__all__ = ["ImageSet", "ResidentLoader", "load", "load_cifar10", "load_cifar100", "load_digits"]
+__all__ = [
+    "DALILoader",
+    "ImageFolderReID",
+    "ImageSet",
+    "Market1501",
+    "PKSampler",
+    "RandomSampler",
+    "ReidSplit",
+    "RepeatedSampler",
+    "ResidentLoader",
+    "TorchLoader",
+    "load",
+    "load_cifar10",
+    "load_cifar100",
+    "load_digits",
+    "make_loader",
+]
 
 
 def load(

@@ -4,14 +4,17 @@ A counter-based generator has no state to save: the choices for any sample of an
 directly, the same on every device. Salmon et al., "Parallel random numbers: as easy as 1, 2, 3",
 SC 2011. About 120 elementwise int64 operations a call, done once an epoch for all samples.
 
-Layout, which a Triton kernel reproduces with `tl.philox(seed, epoch, sample, purpose, 0)`:
+Layout, as in `fastdml_kernels.augment`, `tl.philox(seed, epoch, sample, purpose, repetition)`:
 
     key      k0 = seed mod 2**32   k1 = seed div 2**32
-    counter  c0 = epoch            c1 = sample (index in the set)   c2 = purpose   c3 = 0
+    counter  c0 = epoch   c1 = sample (index in the set)   c2 = purpose
+             c3 = repetition: 0, unless an epoch may show a sample more than once
 
     purpose  EPOCH   word 0: place in the epoch (samples are sorted by it, stably)
                      word 1: crop's top row    word 2: crop's left column    word 3: flip
              SUBSET  word 0: place within its class (epoch is 0)
+             ERASE   word 0: whether   word 1: which shape   word 2: top row   word 3: left column
+             GROUP   word 0: place within its identity   word 1: when the identity's groups come
 
 A 32-bit word w becomes an integer in [0, n) as (w * n) >> 32, that is `tl.umulhi(w, n)`; no
 value's probability is off by more than 2**-32. The words live in int64 tensors, since torch does
@@ -25,7 +28,7 @@ from torch import Tensor
 
 from fastdml.errors import InputError
 
-EPOCH, SUBSET = 0, 1  # purposes; each opens an independent stream
+EPOCH, SUBSET, ERASE, GROUP = 0, 1, 2, 3  # purposes; each opens an independent stream
 
 MASK = 0xFFFFFFFF
 MULTIPLIERS = (0xD2511F53, 0xCD9E8D57)
@@ -47,9 +50,11 @@ def philox_4x32(counter: tuple[Word, Word, Word, Word], key: tuple[int, int]) ->
     return c0, c1, c2, c3
 
 
-def draw(seed: int, epoch: int, samples: Tensor, purpose: int) -> tuple[Tensor, ...]:
+def draw(
+    seed: int, epoch: int, samples: Tensor, purpose: int, repetition: Word = 0
+) -> tuple[Tensor, ...]:
     """Four words for each of `samples` (N,) int64: 4 tensors (N,)."""
-    return philox_4x32((epoch, samples, purpose, 0), (seed & MASK, seed >> 32))
+    return philox_4x32((epoch, samples, purpose, repetition), (seed & MASK, seed >> 32))
 
 
 def uniform(words: Tensor, n: int) -> Tensor:

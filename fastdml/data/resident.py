@@ -1,62 +1,46 @@
-"""Training and evaluation batches from a set that stays in memory, made by whole-batch torch calls.
+"""Training and evaluation batches from a set that stays in memory.
 
-A batch is a pure function of (seed, epoch, step): resuming means asking for the next step. Crop
-offsets, flips and order come from `fastdml.data.counter`, so they are the same on every device.
+A batch is a pure function of (seed, epoch, step, rank): resuming means asking for the next step.
+Order and augmentation come from `fastdml.data.counter`, so they are the same on every device. Three
+ways make the same batch, to the last bit:
 
-How: each row is stored with its reflected border, W + 2 pad pixels of ch bytes, and once more
-mirrored. A row of a crop is then W * ch bytes in one piece, flipped or not, and a batch is one
-`index_select` of B * H rows; reflection at the top and bottom is a matter of which row is taken.
-For CIFAR on one core of an AMD EPYC that is 0.04 ms at batch 64 and 0.06 ms at 128; gathering
-pixel by pixel took 0.34 and 0.62 ms, byte by byte 0.56 and 1.06 ms. With fp32 normalisation a batch
-takes 0.14 and 0.25 ms.
+- on CUDA with Triton, `fastdml_kernels.augment`: one launch a batch;
+- elsewhere, where images keep their size, `RowTable`;
+- elsewhere, where they are resized, `fastdml.data.augment` in plain torch.
 
-Memory: (1 + 2 pad / W) bytes a byte of the set, twice that with flips: 384 MB for CIFAR's training
-images and 31 MB for its test images, on the loader's device. The choices of an epoch are computed
-at its first batch, in about 10 ms, and kept: 24 bytes a sample.
+Memory: the set's bytes, once; RowTable's are more, see there. The order of an epoch is computed at
+its first batch, in about 10 ms, and kept: 8 bytes a sample, and 56 more for the choices without the
+kernel.
 """
 
 from __future__ import annotations
 
+import importlib.util
 from collections.abc import Iterator
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from fastdml.data.counter import EPOCH, check_seed, draw, permutation, uniform
+from fastdml.data import augment
+from fastdml.data.augment import Augment, Choices
+from fastdml.data.batching import Batching
 from fastdml.data.image_set import ImageSet
-from fastdml.errors import InputError
+from fastdml.data.samplers import Sampler
 
 
-class Choices(NamedTuple):
-    """What an epoch does with each sample, in the epoch's order. All (N,) int64."""
-
-    sample: Tensor  # index in the set
-    top: Tensor  # of the crop in the padded image, 0 to 2 pad
-    left: Tensor
-    flip: Tensor  # 0 or 1
+def has_kernel(device: torch.device) -> bool:
+    return device.type == "cuda" and importlib.util.find_spec("triton") is not None
 
 
-def epoch_choices(
-    seed: int, epoch: int, n: int, *, pad: int, flip: bool, device: torch.device | str = "cpu"
-) -> Choices:
-    order, top, left, mirror = draw(seed, epoch, torch.arange(n, device=device), EPOCH)
-    sample = permutation(order)
-    return Choices(
-        sample,
-        uniform(top[sample], 2 * pad + 1),
-        uniform(left[sample], 2 * pad + 1),
-        uniform(mirror[sample], 2 if flip else 1),
-    )
-
-
-class ResidentLoader:
+class ResidentLoader(Batching):
     """Batches of `images`, normalised, in `dtype` and (if asked) channels_last, on `device`.
 
-    In training every epoch has its own order, each sample is cropped from an image with a reflected
-    border of `pad` pixels and, with `flip`, mirrored half of the time, and a last short batch is
-    dropped. In evaluation the order is the set's, images stay as they are, and the last batch may
-    be short.
+    In training every epoch has its own order (`sampler`'s; by default each sample once), each image
+    is resized to `size` (height, width; default: as stored), cropped from a border of `pad` pixels,
+    reflected or black, with `flip` mirrored half of the time, and with probability `erase` loses a
+    rectangle of random size to the mean colour, or a square of `cutout` pixels. A last batch too
+    short for all ranks is dropped. In evaluation the order is the set's, images are resized only,
+    and the last batch may be short.
     """
 
     def __init__(
@@ -66,99 +50,99 @@ class ResidentLoader:
         *,
         seed: int = 0,
         train: bool,
+        size: tuple[int, int] | None = None,
         pad: int = 4,
+        padding: str = "reflect",
         flip: bool = True,
+        erase: float = 0.0,
+        cutout: int = 0,
+        sampler: Sampler | None = None,
+        rank: int = 0,
+        world: int = 1,
         device: torch.device | str = "cpu",
         dtype: torch.dtype = torch.float32,
         channels_last: bool = True,
     ) -> None:
-        n, ch, height, width = images.images.shape
-        if batch_size < 1:
-            raise InputError(f"batch size {batch_size}: give at least 1")
-        if train and batch_size > n:
-            raise InputError(
-                f"batch size {batch_size} is larger than the {n} training images: "
-                f"give {n} or less, or more images"
-            )
-        if train and not 0 <= pad < min(height, width):
-            raise InputError(
-                f"pad {pad}: reflection needs 0 to {min(height, width) - 1} for "
-                f"{height}x{width} images"
-            )
-        self.batch_size, self.seed, self.train = batch_size, check_seed(seed), train
-        self.pad, self.flip = (pad, flip) if train else (0, False)
+        n, _, height, width = images.images.shape
+        super().__init__(
+            n, batch_size, seed=seed, train=train, sampler=sampler, rank=rank, world=world
+        )
+        what = augment.options(
+            (height, width), train, size=size, pad=pad, padding=padding, flip=flip, erase=erase,
+            cutout=cutout,
+        )  # fmt: skip
+        self.augment = what
         self.device, self.dtype, self.channels_last = torch.device(device), dtype, channels_last
-        self.n, self.num_classes = n, images.num_classes
-        self.shape = (height, width, ch)
+        self.num_classes = images.num_classes
         self.labels = images.labels.to(self.device)  # (N,)
-        self._rows = self._lay_out(images.images.to(self.device))
-        # row t of the table: where the H rows of a crop with top t lie, in windows
-        self._tops = _reflect(height, self.pad, self.device).unfold(0, height, 1)
-        self._tops = self._tops * (width + 2 * self.pad)  # (2 pad + 1, H)
-        # a row of pixels at once, so that arithmetic runs over W * ch contiguous values
-        self._mean = torch.tensor(images.mean, device=self.device).repeat(width)  # (W * ch,)
-        self._scale = 1 / torch.tensor(images.std, device=self.device).repeat(width)
-        self._chosen: int | None = None  # the epoch that the three tensors of _choose are for
+        self._mean = torch.tensor(images.mean, device=self.device)  # (ch,)
+        self._scale = 1 / torch.tensor(images.std, device=self.device)
+        self._chosen: tuple[int, Choices] | None = None  # an epoch and its choices
+        self._epoch: tuple[int, Tensor] | None = None  # an epoch, and the same on the device
+        self._table = None
+        self._kernel = has_kernel(self.device)
+        if self._kernel:
+            from fastdml_kernels.augment import prepare
 
-    def _lay_out(self, images: Tensor) -> Tensor:
-        """(N, ch, H, W) to windows (M, W * ch): window m begins at pixel m of the padded rows."""
-        height, width, ch = self.shape
-        padded = width + 2 * self.pad
-        inside = slice(self.pad, self.pad + width)
-        rows = images.new_empty(1 + self.flip, self.n, height, padded, ch)
-        for c in range(ch):  # twice as fast as one permuted copy
-            rows[0, :, :, inside, c] = images[:, c]
-            if self.flip:
-                rows[1, :, :, inside, c] = images[:, c].flip(2)
-        for column, source in enumerate(_reflect(width, self.pad, "cpu").tolist()):
-            if column != self.pad + source:
-                rows[:, :, :, column] = rows[:, :, :, self.pad + source]
-        count = rows.numel() // ch - width + 1
-        return rows.as_strided((count, width * ch), (ch, 1))
-
-    def _choose(self, epoch: int) -> None:
-        epoch = epoch if self.train else 0
-        if epoch == self._chosen:
+            prepare(what, self.device)
+        elif (height, width) == (what.height, what.width):
+            self._table = RowTable(images.images.to(self.device), what, self._mean, self._scale)
             return
-        if self.train:
-            choices = epoch_choices(
-                self.seed, epoch, self.n, pad=self.pad, flip=self.flip, device=self.device
-            )
-        else:
-            nothing = torch.zeros(self.n, dtype=torch.int64, device=self.device)
-            choices = Choices(torch.arange(self.n, device=self.device), nothing, nothing, nothing)
-        sample, self._top, left, flip = choices
-        height, width, _ = self.shape
-        image = (flip * self.n + sample) * height  # the mirrored rows follow all others
-        # a crop at `left` of the mirrored rows is the mirror of the crop at 2 pad - left
-        left = torch.where(flip == 1, 2 * self.pad - left, left)
-        self._first = image * (width + 2 * self.pad) + left  # (N,) window of an image's row 0
-        self._labels = self.labels[sample]
-        self._chosen = epoch
+        self.images = images.images.to(self.device).permute(0, 2, 3, 1).contiguous()
 
-    def __len__(self) -> int:
-        """Steps an epoch."""
-        whole = self.n // self.batch_size
-        return whole if self.train or self.n % self.batch_size == 0 else whole + 1
+    @property
+    def nbytes(self) -> int:
+        """Of the images as they are kept."""
+        return (self.images if self._table is None else self._table.storage).nbytes
 
     def batch(self, epoch: int, step: int) -> tuple[Tensor, Tensor]:
         """Images (B, ch, H, W) normalised, and labels (B,) int64. Never waits for the device."""
-        pixels, labels = self.pixels(epoch, step)  # (B, H, W * ch)
-        height, width, ch = self.shape
-        images = pixels.float().sub_(self._mean).mul_(self._scale).to(self.dtype)
-        images = images.view(-1, height, width, ch).permute(0, 3, 1, 2)
+        return self.assemble(*self.index(epoch, step))
+
+    def index(self, epoch: int, step: int) -> tuple[Tensor, ...]:
+        """What `assemble` makes the batch from, on the device; the last of them is (B,)."""
+        part = self.part(epoch, step)
+        order = self.order(epoch, self.device)
+        if not self._kernel:
+            return *(c[part] for c in self._choices(epoch)), order.sample[part]
+        if self._epoch is None or self._epoch[0] != epoch:
+            at = torch.full((1,), epoch, dtype=torch.int64, device=self.device)
+            self._epoch = epoch, at
+        if order.repetition is None:
+            return self._epoch[1], order.sample[part]
+        return self._epoch[1], order.repetition[part], order.sample[part]
+
+    def assemble(self, *index: Tensor) -> tuple[Tensor, Tensor]:
+        """The batch for an index; with the kernel one launch, which a CUDA graph may hold."""
+        samples = index[-1]
+        if self._kernel:
+            from fastdml_kernels.augment import augment as launch
+
+            images, labels = launch(
+                self.images, self.labels, samples, self._mean, self._scale, self.augment,
+                seed=self.seed, epoch=index[0], dtype=self.dtype,
+                repetitions=index[1] if len(index) == 3 else None,
+            )  # fmt: skip
+        else:
+            choices = Choices(*index[:-1])
+            if self._table is not None:
+                images = self._table.batch(samples, choices)
+            else:
+                images = augment.batch(
+                    self.images, samples, self._mean, self._scale, self.augment, choices
+                )
+            images, labels = images.to(self.dtype).permute(0, 3, 1, 2), self.labels[samples]
         return (images if self.channels_last else images.contiguous()), labels
 
-    def pixels(self, epoch: int, step: int) -> tuple[Tensor, Tensor]:
-        """The same before normalisation: bytes (B, H, W * ch), and labels (B,) int64."""
-        if epoch < 0 or not 0 <= step < len(self):
-            raise IndexError(f"epoch {epoch}, step {step}: an epoch has steps 0 to {len(self) - 1}")
-        height, width, ch = self.shape
-        part = slice(step * self.batch_size, (step + 1) * self.batch_size)
-        self._choose(epoch)
-        rows = self._first[part, None] + self._tops[self._top[part]]  # (B, H)
-        pixels = self._rows.index_select(0, rows.view(-1)).view(-1, height, width * ch)
-        return pixels, self._labels[part]
+    def _choices(self, epoch: int) -> Choices:
+        """Of the whole epoch: drawing them batch by batch would cost more than the batch."""
+        if self._chosen is None or self._chosen[0] != epoch:
+            order = self.order(epoch, self.device)
+            self._chosen = (
+                epoch,
+                augment.choose(self.augment, self.seed, epoch, order.sample, order.repetition),
+            )
+        return self._chosen[1]
 
     def epoch(self, epoch: int, start: int = 0) -> Iterator[tuple[Tensor, Tensor]]:
         """The batches of an epoch from step `start` on."""
@@ -166,7 +150,75 @@ class ResidentLoader:
             yield self.batch(epoch, step)
 
 
-def _reflect(size: int, pad: int, device: torch.device | str) -> Tensor:
-    """Where each of the `size + 2 * pad` positions of a reflected border reads from."""
-    position = torch.arange(-pad, size + pad, device=device).abs()
-    return torch.where(position < size, position, 2 * (size - 1) - position)
+class RowTable:
+    """Crops and flips by one `index_select` of whole rows.
+
+    Each row is stored with its border, W + 2 pad pixels of ch bytes, and once more mirrored. A row
+    of a crop is then W * ch bytes in one piece, flipped or not, and a batch is one `index_select`
+    of B * H rows; the border at the top and bottom is a matter of which row is taken. For CIFAR on
+    one core of an AMD EPYC that is 0.04 ms at batch 64 and 0.06 ms at 128; gathering pixel by pixel
+    took 0.34 and 0.62 ms, byte by byte 0.56 and 1.06 ms. With fp32 normalisation a batch takes 0.14
+    and 0.25 ms.
+
+    Memory: (1 + 2 pad / W) bytes a byte of the set, twice that with flips: 384 MB for CIFAR's
+    training images and 31 MB for its test images.
+    """
+
+    def __init__(self, images: Tensor, what: Augment, mean: Tensor, scale: Tensor) -> None:
+        self.n, self.ch, height, width = images.shape
+        self.what, device = what, images.device
+        self._lay_out(images)
+        row, self._inside = _border(height, what, device)  # both (H + 2 pad,)
+        # row t: where the H rows of a crop with top t lie, in windows, and which are in the image
+        self._tops = row.unfold(0, height, 1) * (width + 2 * what.pad)  # (2 pad + 1, H)
+        self._inside = self._inside.unfold(0, height, 1)
+        # a row of pixels at once, so that arithmetic runs over W * ch contiguous values
+        self._mean, self._scale = mean.repeat(width), scale.repeat(width)  # (W * ch,)
+
+    def _lay_out(self, images: Tensor) -> None:
+        """(N, ch, H, W) to windows (M, W * ch): window m begins at pixel m of the padded rows."""
+        what, pad = self.what, self.what.pad
+        height, width, ch = what.height, what.width, self.ch
+        padded = width + 2 * pad
+        inside = slice(pad, pad + width)
+        shape = (1 + what.flip, self.n, height, padded, ch)
+        pixels = (1 + what.flip) * self.n * height * padded
+        self.storage = images.new_empty((pixels + padded) * ch)
+        self.storage[pixels * ch :] = 0  # a black row
+        rows = self.storage[: pixels * ch].view(shape)
+        for c in range(ch):  # twice as fast as one permuted copy
+            rows[0, :, :, inside, c] = images[:, c]
+            if what.flip:
+                rows[1, :, :, inside, c] = images[:, c].flip(2)
+        column, within = _border(width, what, "cpu")
+        for to, (source, there) in enumerate(zip(column.tolist(), within.tolist(), strict=True)):
+            if not there:
+                rows[:, :, :, to] = 0
+            elif to != pad + source:
+                rows[:, :, :, to] = rows[:, :, :, pad + source]
+        self._rows = self.storage.as_strided((pixels + padded - width + 1, width * ch), (ch, 1))
+        self._black = pixels
+
+    def batch(self, samples: Tensor, choices: Choices) -> Tensor:
+        """Images (B, H, W, ch), float32."""
+        what = self.what
+        padded = what.width + 2 * what.pad
+        image = (choices.flip * self.n + samples) * what.height  # mirrored rows follow all others
+        # a crop at `left` of the mirrored rows is the mirror of the crop at 2 pad - left
+        left = torch.where(choices.flip == 1, 2 * what.pad - choices.left, choices.left)
+        rows = (image * padded + left)[:, None] + self._tops[choices.top]  # (B, H)
+        if what.pad and not what.reflect:
+            rows = torch.where(self._inside[choices.top], rows, self._black)
+        pixels = self._rows.index_select(0, rows.view(-1))  # (B * H, W * ch)
+        images = augment.normalise(pixels, self._mean, self._scale)
+        images = images.view(-1, what.height, what.width, self.ch)
+        return augment.erase_(images, choices) if what.erase else images
+
+
+def _border(size: int, what: Augment, device: torch.device | str) -> tuple[Tensor, Tensor]:
+    """Where each of the `size + 2 pad` positions of a border reads from, and whether it is in the
+    image: outside of a black border it reads 0."""
+    position, inside = augment.source(
+        torch.tensor([-what.pad], device=device), size + 2 * what.pad, size, what.reflect
+    )
+    return position[0], inside[0]

@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 import subprocess
 import sys
+import warnings
 from pathlib import Path
 
 import pytest
 import torch
 
-from fastdml.data import ImageSet, load_digits
+from fastdml.data import ImageSet, Market1501, load_digits
+from fastdml.data.standin import StandIn, build_standin
 
 ROOT = Path(__file__).resolve().parents[2]
+SMALL = StandIn(train_ids=8, test_ids=5, images=16, junk=7, distractors=11, odd_every=4)
 
 
 @pytest.fixture(scope="session")
@@ -56,3 +60,36 @@ def make_set():
         )
 
     return make
+
+
+@pytest.fixture(scope="session")
+def scans(tmp_path_factory):
+    """The folder of scan caches, so that the user's own is left alone."""
+    folder = tmp_path_factory.mktemp("scans")
+    before = os.environ.get("XDG_CACHE_HOME")
+    os.environ["XDG_CACHE_HOME"] = str(folder)
+    yield folder / "fastdml" / "scans"
+    if before is None:
+        del os.environ["XDG_CACHE_HOME"]
+    else:
+        os.environ["XDG_CACHE_HOME"] = before
+
+
+@pytest.fixture(scope="session")
+def standin(cifar100_root, tmp_path_factory):
+    """A small stand-in for Market-1501 from real CIFAR-100; not to be changed."""
+    return build_standin(tmp_path_factory.mktemp("market"), cifar100_root, SMALL)
+
+
+@pytest.fixture
+def market(standin, scans):
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # that it is a subset
+        return Market1501(standin)
+
+
+@pytest.fixture
+def standin_copy(standin, scans, tmp_path):
+    """One to spoil; returns the folder of the splits."""
+    shutil.copytree(standin, tmp_path / "copy")
+    return tmp_path / "copy" / "Market-1501-v15.09.15"

@@ -10,7 +10,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fastdml.data import ImageSet, ResidentLoader, load_cifar100
-from fastdml.data.resident import epoch_choices
+from fastdml.data.augment import Augment, choose
+from fastdml.data.samplers import RandomSampler
 from fastdml.errors import InputError
 
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
@@ -34,11 +35,32 @@ def numbered_set(n) -> ImageSet:
     return ImageSet(images, torch.arange(n), n, tuple(map(str, range(n))), (0.0,), (1.0,))
 
 
+def epoch_choices(seed: int, epoch: int, n: int, *, pad: int, flip: bool):
+    """(sample, top, left, flip) of an epoch, (n,) each."""
+    sample = RandomSampler(n).order(seed, epoch).sample
+    height = max(2 * pad, 1)
+    top, left, mirror, *_ = choose(Augment(height, height, pad, True, flip), seed, epoch, sample)
+    return sample, top, left, mirror
+
+
+def pixels(loader: ResidentLoader, epoch: int, step: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """A batch of a set whose `raw` form the loader was given: (B, ch, H, W) uint8, and labels."""
+    images, labels = loader.batch(epoch, step)
+    assert torch.equal(images, images.byte().to(images.dtype))
+    return images.byte(), labels
+
+
+def raw(images: ImageSet) -> ImageSet:
+    """Normalised by nothing: batches hold the bytes themselves."""
+    ch = images.images.shape[1]
+    return replace(images, mean=(0.0,) * ch, std=(1.0,) * ch)
+
+
 def reference_pixels(images: ImageSet, loader: ResidentLoader, epoch: int, step: int) -> np.ndarray:
     """One image at a time, as numpy writes it: (B, ch, H, W) uint8."""
     height, width = images.images.shape[2:]
-    pad = loader.pad
-    choices = epoch_choices(loader.seed, epoch, len(images), pad=pad, flip=loader.flip)
+    pad, flip = loader.augment.pad, loader.augment.flip
+    choices = epoch_choices(loader.seed, epoch, len(images), pad=pad, flip=flip)
     out = []
     for i in range(step * loader.batch_size, (step + 1) * loader.batch_size):
         sample, top, left, flip = (int(choice[i]) for choice in choices)
@@ -47,11 +69,6 @@ def reference_pixels(images: ImageSet, loader: ResidentLoader, epoch: int, step:
         image = image[:, top : top + height, left : left + width]
         out.append(image[:, :, ::-1] if flip else image)
     return np.stack(out)
-
-
-def as_images(loader: ResidentLoader, pixels: torch.Tensor) -> torch.Tensor:
-    height, width, ch = loader.shape
-    return pixels.view(-1, height, width, ch).permute(0, 3, 1, 2)
 
 
 @settings(max_examples=60, deadline=None)
@@ -65,14 +82,14 @@ def as_images(loader: ResidentLoader, pixels: torch.Tensor) -> torch.Tensor:
     st.integers(0, 2**32 - 1),
 )
 def test_pixels_are_those_of_a_loop_over_images(ch, height, width, pad, flip, seed, epoch):
-    images = random_set(11, ch, height, width)
+    images = raw(random_set(11, ch, height, width))
     pad = min(pad, height - 1, width - 1)
     loader = ResidentLoader(images, 5, seed=seed, train=True, pad=pad, flip=flip)
     for step in range(2):
-        pixels, labels = loader.pixels(epoch, step)
+        found, labels = pixels(loader, epoch, step)
         expected = reference_pixels(images, loader, epoch, step)
-        assert np.array_equal(as_images(loader, pixels).numpy(), expected)
-        sample = epoch_choices(seed, epoch, 11, pad=pad, flip=flip).sample
+        assert np.array_equal(found.numpy(), expected)
+        sample = epoch_choices(seed, epoch, 11, pad=pad, flip=flip)[0]
         assert torch.equal(labels, images.labels[sample[step * 5 : step * 5 + 5]])
 
 
@@ -99,11 +116,12 @@ def test_normalisation(dtype, channels_last, ch):
 def test_real_images(cifar100_root):
     """Reflection, crop and flip of CIFAR-100 against the loop over images, and against chance."""
     train, test = load_cifar100(cifar100_root)
+    train = raw(train)
     loader = ResidentLoader(train, 128, seed=5, train=True)
     for epoch, step in ((0, 0), (7, len(loader) - 1)):
-        pixels, _ = loader.pixels(epoch, step)
+        found, _ = pixels(loader, epoch, step)
         expected = reference_pixels(train, loader, epoch, step)
-        assert np.array_equal(as_images(loader, pixels).numpy(), expected)
+        assert np.array_equal(found.numpy(), expected)
     assert len(loader) == 390
     evaluation = ResidentLoader(test, 128, train=False)
     images, labels = evaluation.batch(0, 78)
@@ -205,7 +223,7 @@ def test_choices_are_uniform_and_independent(seed, epoch):
 
 def test_first_sample_is_uniform_over_epochs():
     firsts = torch.stack(
-        [epoch_choices(9, epoch, 10, pad=0, flip=False).sample[0] for epoch in range(3000)]
+        [epoch_choices(9, epoch, 10, pad=0, flip=False)[0][0] for epoch in range(3000)]
     )
     assert chi_square_is_likely(torch.bincount(firsts, minlength=10))
 
@@ -214,29 +232,29 @@ def test_first_sample_is_uniform_over_epochs():
 def test_other_epochs_and_seeds_choose_otherwise(other):
     a = epoch_choices(0, 0, N, pad=4, flip=True)
     b = epoch_choices(*other, N, pad=4, flip=True)
-    assert int((a.sample == b.sample).sum()) < 12  # about one expected
-    order = torch.argsort(a.sample), torch.argsort(b.sample)
-    for x, y, values in ((a.top, b.top, 9), (a.left, b.left, 9), (a.flip, b.flip, 2)):
+    assert int((a[0] == b[0]).sum()) < 12  # about one expected
+    order = torch.argsort(a[0]), torch.argsort(b[0])
+    for x, y, values in ((a[1], b[1], 9), (a[2], b[2], 9), (a[3], b[3], 2)):
         joint = x[order[0]] * values + y[order[1]]  # the same sample in both
         assert chi_square_is_likely(torch.bincount(joint, minlength=values**2))
 
 
 def test_options_off_leave_the_pixels_alone():
-    images = random_set()
+    images = raw(random_set())
     loader = ResidentLoader(images, 50, train=True, pad=0, flip=False)
-    pixels, _ = loader.pixels(0, 0)
-    sample = epoch_choices(0, 0, 50, pad=0, flip=False).sample
-    assert torch.equal(as_images(loader, pixels), images.images[sample])
+    found, _ = pixels(loader, 0, 0)
+    sample = epoch_choices(0, 0, 50, pad=0, flip=False)[0]
+    assert torch.equal(found, images.images[sample])
 
 
 @settings(max_examples=40, deadline=None)
 @given(st.integers(1, 60), st.integers(1, 70))
 def test_evaluation_keeps_order_and_all_samples(n, batch_size):
-    images = random_set(n)
+    images = raw(random_set(n))
     loader = ResidentLoader(images, batch_size, train=False, seed=3)
-    batches = [loader.pixels(0, step) for step in range(len(loader))]
+    batches = [pixels(loader, 0, step) for step in range(len(loader))]
     assert len(batches) == math.ceil(n / batch_size)
-    assert torch.equal(as_images(loader, torch.cat([p for p, _ in batches])), images.images)
+    assert torch.equal(torch.cat([p for p, _ in batches]), images.images)
     assert torch.equal(torch.cat([labels for _, labels in batches]), images.labels)
     assert torch.equal(loader.batch(5, 0)[0], loader.batch(0, 0)[0])
 
@@ -279,17 +297,15 @@ def test_strided_images_are_accepted():
 @pytest.mark.parametrize("train", [True, False])
 def test_cuda_makes_the_same_batches_and_never_waits(train):
     images = random_set(500, 3, 32, 32)
-    cpu = ResidentLoader(images, 64, seed=2, train=train)
-    gpu = ResidentLoader(images, 64, seed=2, train=train, device="cuda")
+    options = {"seed": 2, "train": train, "erase": 0.5, "padding": "black"}
+    cpu = ResidentLoader(images, 64, **options)
+    gpu = ResidentLoader(images, 64, **options, device="cuda")
     for epoch, step in ((0, 0), (3, 6)):
         torch.cuda.set_sync_debug_mode("error")
         try:
-            pixels, labels = gpu.pixels(epoch, step)
-            normalised, _ = gpu.batch(epoch, step)
+            found, labels = gpu.batch(epoch, step)
         finally:
             torch.cuda.set_sync_debug_mode("default")
-        assert torch.equal(pixels.cpu(), cpu.pixels(epoch, step)[0])
-        assert torch.equal(labels.cpu(), cpu.pixels(epoch, step)[1])
-        torch.testing.assert_close(
-            normalised.cpu(), cpu.batch(epoch, step)[0], rtol=1e-6, atol=1e-6
-        )
+        expected = cpu.batch(epoch, step)
+        assert torch.equal(found.cpu(), expected[0])
+        assert torch.equal(labels.cpu(), expected[1])

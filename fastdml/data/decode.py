@@ -1,0 +1,66 @@
+"""One image file to bytes (H, W, 3), by Pillow: about 0.2 ms for a Market-1501 crop.
+
+The policy, which DALI's decoder shares: RGB, greyscale repeated, CMYK converted; the EXIF
+orientation is applied, so that a picture lies as a viewer shows it; an EXIF block that cannot be
+read counts as none. A file that is not wholly decodable is bad.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import warnings
+from pathlib import Path
+
+import numpy as np
+
+from fastdml.errors import InputError, require
+
+LARGEST = 1 << 26  # pixels; what a header may claim before anything is decoded
+
+
+class BadImage(InputError):
+    """A file that cannot be decoded; `reason` without its name."""
+
+    def __init__(self, path: str | Path, reason: str) -> None:
+        super().__init__(f"{path}: {reason}")
+        self.path, self.reason = str(path), reason
+
+
+def decode(path: str | Path, size: tuple[int, int] | None = None) -> np.ndarray:
+    """Bytes (H, W, 3) of one file; where it has another size than (height, width), made so by
+    Pillow's bilinear filter, which averages when it shrinks."""
+    pillow = require("PIL.Image", "train")
+    operations = require("PIL.ImageOps", "train")
+    try:
+        content = Path(path).read_bytes()
+    except FileNotFoundError:
+        raise BadImage(path, "the file is not there") from None
+    except OSError as error:
+        raise BadImage(path, f"cannot be read ({error.strerror})") from None
+    if not content:
+        raise BadImage(path, "the file is empty")
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of odd but readable headers
+            image = pillow.open(io.BytesIO(content))
+            if image.width * image.height > LARGEST:
+                raise BadImage(path, f"claims {image.width}x{image.height} pixels")
+            image.load()
+            with contextlib.suppress(Exception):  # whatever a broken EXIF block makes it raise
+                image = operations.exif_transpose(image)
+            image = image.convert("RGB")
+            if size is not None and size != (image.height, image.width):
+                image = image.resize(size[::-1], pillow.Resampling.BILINEAR)
+            return np.asarray(image)
+    except BadImage:
+        raise
+    except pillow.UnidentifiedImageError:
+        raise BadImage(path, "not an image that can be decoded") from None
+    except Exception as error:  # decoders raise nearly anything on damaged files
+        raise BadImage(path, _one_line(error)) from None
+
+
+def _one_line(error: Exception) -> str:
+    text = " ".join(str(error).split())
+    return f"cannot be decoded ({text or type(error).__name__})"

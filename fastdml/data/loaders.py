@@ -1,0 +1,109 @@
+"""The loader for a set: in memory where it fits, else streamed."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import sys
+from typing import Any
+
+import torch
+
+from fastdml.data.dali import DALILoader, checked
+from fastdml.data.image_set import ImageSet
+from fastdml.data.per_image import TorchLoader
+from fastdml.data.reid import STORED, ReidSplit
+from fastdml.data.resident import ResidentLoader, has_kernel
+from fastdml.data.scan import check_bad_files
+from fastdml.errors import InputError
+
+Loader = ResidentLoader | DALILoader | TorchLoader
+KINDS = ("auto", "resident", "dali", "torch")
+SHARE = 0.5  # of the free memory that a set may take
+
+
+def make_loader(
+    kind: str,
+    source: ImageSet | ReidSplit,
+    batch_size: int,
+    *,
+    bad_files: str = "error",
+    device: torch.device | str = "cpu",
+    **options: Any,
+) -> Loader:
+    """`kind`: "auto" is "resident", or where that does not fit, "dali", or without DALI "torch".
+    `options` are the loaders' own. Says on stderr what a resident set takes, or why it is streamed.
+    """
+    check_bad_files(bad_files)
+    device = torch.device(device)
+    if kind not in KINDS:
+        raise InputError(f"loader {kind!r}: give one of {', '.join(KINDS)}")
+    if kind in ("auto", "resident"):
+        need, free = needed_bytes(source, device, **options), free_bytes(device)
+        if need <= SHARE * free:
+            if isinstance(source, ReidSplit):
+                source = source.decode()
+            loader = ResidentLoader(source, batch_size, device=device, **options)
+            print(
+                f"{len(source):,} images stay in {_where(device)}: {loader.nbytes / 1e6:,.0f} MB",
+                file=sys.stderr,
+            )
+            return loader
+        kind = "dali" if has_dali() else "torch"
+        if kind == "dali" and options.get("padding", "reflect") == "reflect":
+            kind = "torch" if isinstance(source, ReidSplit) or options.get("size") else "dali"
+        print(
+            f"{len(source):,} images would take {need / 1e6:,.0f} MB, more than "
+            f"{SHARE:.0%} of the {free / 1e6:,.0f} MB free in {_where(device)}: "
+            f"streamed by {kind} instead",
+            file=sys.stderr,
+        )
+    if kind == "torch":
+        return TorchLoader(source, batch_size, device=device, **options)
+    if isinstance(source, ReidSplit):
+        source = checked(source, bad_files)
+    return DALILoader(source, batch_size, device=device, **options)
+
+
+def has_dali() -> bool:
+    try:
+        return importlib.util.find_spec("nvidia.dali") is not None
+    except ModuleNotFoundError:  # not even `nvidia`
+        return False
+
+
+def needed_bytes(
+    source: ImageSet | ReidSplit,
+    device: torch.device,
+    *,
+    train: bool,
+    size: tuple[int, int] | None = None,
+    pad: int = 4,
+    flip: bool = True,
+    **_: Any,
+) -> int:
+    """What `ResidentLoader` would keep."""
+    if isinstance(source, ReidSplit):
+        pixels, stored = 3 * STORED[0] * STORED[1], STORED
+    else:
+        _, ch, *stored = source.images.shape
+        pixels = ch * stored[0] * stored[1]
+    if has_kernel(device) or (size or tuple(stored)) != tuple(stored):
+        return len(source) * pixels
+    table = (1 + 2 * pad / stored[1]) * (1 + flip) if train else 1
+    return int(len(source) * pixels * table)
+
+
+def free_bytes(device: torch.device) -> int:
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[0]
+    try:
+        with open("/proc/meminfo", encoding="ascii") as file:
+            facts = dict(line.split(":") for line in file)
+        return int(facts["MemAvailable"].split()[0]) * 1024
+    except (OSError, KeyError):
+        return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+
+
+def _where(device: torch.device) -> str:
+    return "the GPU's memory" if device.type == "cuda" else "memory"

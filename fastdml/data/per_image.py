@@ -1,0 +1,180 @@
+"""Batches by torch's DataLoader: each image decoded and transformed by itself, in worker processes.
+
+The familiar way, and the slowest here; it needs nothing but Pillow and works where DALI is absent
+and a set does not fit into memory. `transform` is also the plainest statement of the augmentation:
+the other loaders make the same bits in other ways.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from functools import cache
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
+
+from fastdml.data import augment
+from fastdml.data.augment import Augment
+from fastdml.data.batching import Batching
+from fastdml.data.decode import BadImage, decode
+from fastdml.data.image_set import ImageSet
+from fastdml.data.reid import STORED, ReidSplit
+from fastdml.data.samplers import Sampler
+from fastdml.errors import InputError
+
+
+def transform(
+    image: np.ndarray,  # (H, W, ch) uint8
+    what: Augment,
+    choices: tuple[int, ...],  # as in `Choices`
+    mean: np.ndarray,  # (ch,) float32
+    scale: np.ndarray,  # (ch,) float32, 1 / std
+) -> np.ndarray:
+    """One augmented image (height, width, ch) float32."""
+    top, left, flip, erase_top, erase_left, erase_rows, erase_columns = choices
+    height, width, pad = what.height, what.width, what.pad
+    if image.shape[:2] != (height, width):
+        image = resize(image, height, width)
+    if pad:
+        border = ((pad, pad), (pad, pad), (0, 0))
+        image = np.pad(image, border, mode="reflect" if what.reflect else "constant")
+        image = image[top : top + height, left : left + width]
+    if flip:
+        image = image[:, ::-1]
+    image = (image.astype(np.float32) - mean) * scale
+    if erase_rows:
+        bottom, right = erase_top + erase_rows, erase_left + erase_columns
+        image[max(erase_top, 0) : max(bottom, 0), max(erase_left, 0) : max(right, 0)] = 0
+    return np.ascontiguousarray(image)
+
+
+@cache
+def weights(size: int, out: int) -> np.ndarray:
+    """(out, size) float64: bilinear, half-pixel centres, in 256ths, no antialiasing."""
+    table = np.zeros((out, size))
+    for position in range(out):
+        at = max((2 * position + 1) * size - out, 0)  # in 2 * out parts of a pixel
+        first, second = divmod((at * 256 + out) // (2 * out), 256)
+        table[position, min(first, size - 1)] += (256 - second) / 256
+        table[position, min(first + 1, size - 1)] += second / 256
+    return table
+
+
+def resize(image: np.ndarray, height: int, width: int) -> np.ndarray:
+    """(H, W, ch) uint8 to (height, width, ch) float32, exactly."""
+    rows = np.tensordot(weights(image.shape[0], height), image, 1)  # (height, W, ch)
+    return (weights(image.shape[1], width) @ rows).astype(np.float32)
+
+
+class _Item(NamedTuple):
+    """What a worker is asked for."""
+
+    sample: int
+    choices: tuple[int, ...]
+
+
+class _Images(Dataset):
+    """Transformed images; instead of raising, a bad file becomes a message, since what a worker
+    raises arrives wrapped in its traceback."""
+
+    def __init__(
+        self, source: ReidSplit | ImageSet, what: Augment, stored: tuple[int, int]
+    ) -> None:
+        self.what, self.stored = what, stored
+        self.paths = source.paths if isinstance(source, ReidSplit) else None
+        self.images = None if self.paths else source.images.permute(0, 2, 3, 1).cpu().numpy()
+        self.mean = np.array(source.mean, np.float32)
+        self.scale = 1 / np.array(source.std, np.float32)
+
+    def __getitem__(self, item: _Item) -> np.ndarray | str:
+        try:
+            if self.paths:
+                image = decode(self.paths[item.sample], self.stored)
+            else:
+                image = self.images[item.sample]
+        except BadImage as bad:
+            return str(bad)
+        return transform(image, self.what, item.choices, self.mean, self.scale)
+
+
+def _collate(images: list[np.ndarray | str]) -> Tensor | str:
+    for image in images:
+        if isinstance(image, str):
+            return image
+    return torch.from_numpy(np.stack(images))  # (B, H, W, ch)
+
+
+class TorchLoader(Batching):
+    """`ResidentLoader`'s batches, to the last bit, from a `ReidSplit` or an `ImageSet`.
+
+    `stored`: the size that files are decoded to before they are augmented, as when they are kept in
+    memory.
+    """
+
+    def __init__(
+        self,
+        source: ReidSplit | ImageSet,
+        batch_size: int,
+        *,
+        seed: int = 0,
+        train: bool,
+        size: tuple[int, int] | None = None,
+        stored: tuple[int, int] = STORED,
+        pad: int = 4,
+        padding: str = "reflect",
+        flip: bool = True,
+        erase: float = 0.0,
+        cutout: int = 0,
+        sampler: Sampler | None = None,
+        rank: int = 0,
+        world: int = 1,
+        device: torch.device | str = "cpu",
+        dtype: torch.dtype = torch.float32,
+        channels_last: bool = True,
+        workers: int = 2,
+    ) -> None:
+        super().__init__(
+            len(source), batch_size, seed=seed, train=train, sampler=sampler, rank=rank, world=world
+        )
+        if isinstance(source, ImageSet):
+            stored = tuple(source.images.shape[2:])
+        self.augment = augment.options(
+            stored, train, size=size, pad=pad, padding=padding, flip=flip, erase=erase,
+            cutout=cutout,
+        )  # fmt: skip
+        self.device, self.dtype, self.channels_last = torch.device(device), dtype, channels_last
+        self.num_classes, self.workers = source.num_classes, workers
+        self.labels = source.labels.to(self.device)
+        self._images = _Images(source, self.augment, stored)
+
+    def epoch(self, epoch: int, start: int = 0) -> Iterator[tuple[Tensor, Tensor]]:
+        """The batches of an epoch from step `start` on."""
+        order = self.order(epoch)
+        choices = augment.choose(self.augment, self.seed, epoch, order.sample, order.repetition)
+        rows = torch.stack(choices, 1).tolist()
+        samples = order.sample.tolist()
+        parts = [self.part(epoch, step) for step in range(start, len(self))]
+        asked = [
+            [_Item(s, tuple(c)) for s, c in zip(samples[part], rows[part], strict=True)]
+            for part in parts
+        ]
+        loader: Any = DataLoader(
+            self._images,
+            batch_sampler=asked,
+            num_workers=self.workers,
+            collate_fn=_collate,
+            pin_memory=self.device.type == "cuda",
+        )
+        for part, images in zip(parts, loader, strict=True):
+            if isinstance(images, str):
+                raise InputError(f"{images}: restore it, or train with --bad-files skip")
+            images = images.to(self.device, non_blocking=True).to(self.dtype).permute(0, 3, 1, 2)
+            labels = self.labels[order.sample[part].to(self.device)]
+            yield (images if self.channels_last else images.contiguous()), labels
+
+    def batch(self, epoch: int, step: int) -> tuple[Tensor, Tensor]:
+        """One batch by itself, for which workers are started: for looking at."""
+        return next(iter(self.epoch(epoch, step)))

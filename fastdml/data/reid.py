@@ -1,0 +1,319 @@
+"""Person re-identification sets as files: Market-1501, and others of the same kind.
+
+Zheng et al., "Scalable Person Re-identification: A Benchmark", ICCV 2015. Reading lists and checks
+the files; pixels are decoded by a loader, or all at once by `ReidSplit.decode`.
+
+Rules: the identity and the camera come from the file's name alone; identity -1 (junk detections) is
+dropped everywhere; identity 0 (distractors) stays in the gallery; files and identities are sorted,
+so labels never depend on the order of a directory; training identities are numbered from 0.
+"""
+
+from __future__ import annotations
+
+import re
+import sys
+import warnings
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from fastdml.data.decode import decode
+from fastdml.data.image_set import ImageSet
+from fastdml.data.scan import check_bad_files, scan
+from fastdml.errors import InputError
+
+JUNK = -1
+# ImageNet's, in bytes: what peers trained on it expect, and usual in re-identification
+MEAN, STD = (123.675, 116.28, 103.53), (58.395, 57.12, 57.375)
+STORED = (128, 64)  # Market-1501's own size: nothing is lost by keeping it
+SUFFIXES = (".jpg", ".jpeg", ".png")
+
+
+@dataclass(frozen=True, eq=False)
+class ReidSplit:
+    """Files with their identities. `labels` are the identities numbered from 0 in sorted order."""
+
+    paths: tuple[str, ...] = field(repr=False)
+    ids: Tensor = field(repr=False)  # (N,) int64, as in the file names
+    cameras: Tensor = field(repr=False)  # (N,) int64, as in the file names
+    mean: tuple[float, ...] = MEAN
+    std: tuple[float, ...] = STD
+    labels: Tensor = field(init=False, repr=False)  # (N,) int64
+    num_classes: int = field(init=False)
+
+    def __post_init__(self) -> None:
+        known, labels = torch.unique(self.ids, return_inverse=True)
+        object.__setattr__(self, "labels", labels)
+        object.__setattr__(self, "num_classes", len(known))
+
+    def __len__(self) -> int:
+        return len(self.paths)
+
+    def without(self, bad: dict[str, str]) -> ReidSplit:
+        keep = [i for i, path in enumerate(self.paths) if path not in bad]
+        if len(keep) == len(self):
+            return self
+        at = torch.tensor(keep, dtype=torch.int64)
+        paths = tuple(self.paths[i] for i in keep)
+        return replace(self, paths=paths, ids=self.ids[at], cameras=self.cameras[at])
+
+    def decode(self, size: tuple[int, int] = STORED) -> ImageSet:
+        """All images in memory, (N, 3, height, width) uint8: 25 kB each at 128x64."""
+        images = np.empty((len(self), *size, 3), np.uint8)
+        for place, path in zip(images, self.paths, strict=True):
+            place[...] = decode(path, size)
+        names = tuple(str(i) for i in self.ids.unique().tolist())
+        pixels = torch.from_numpy(images).permute(0, 3, 1, 2)
+        return ImageSet(pixels, self.labels, self.num_classes, names, self.mean, self.std)
+
+
+@dataclass(frozen=True)
+class Layout:
+    """Where a set keeps its files. A split is a folder, or a list file with its folder."""
+
+    name: str
+    folders: tuple[str, ...]  # of the set, below the root; the root itself is tried last
+    train: tuple[tuple[str, str | None], ...]  # (folder, list file or None), read together
+    query: tuple[tuple[str, str | None], ...]
+    gallery: tuple[tuple[str, str | None], ...]
+    pattern: str  # groups: identity, camera; from the start of the file's name
+    counts: tuple[int, int, int]  # official images of each split, junk left out
+    identities: int  # official, in training
+
+
+MARKET = Layout(
+    "Market-1501",
+    ("Market-1501-v15.09.15", "Market-1501", "market1501"),
+    (("bounding_box_train", None),),
+    (("query", None),),
+    (("bounding_box_test", None),),
+    r"(-?\d+)_c(\d+)",
+    (12_936, 3_368, 15_913),
+    751,
+)
+DUKE = Layout(
+    "DukeMTMC-reID",
+    ("DukeMTMC-reID", "dukemtmc-reid", "dukemtmcreid"),
+    MARKET.train,
+    MARKET.query,
+    MARKET.gallery,
+    r"(-?\d+)_c(\d+)",
+    (16_522, 2_228, 17_661),
+    702,
+)
+MSMT = Layout(
+    "MSMT17",
+    ("MSMT17_V1", "MSMT17"),
+    (("train", "list_train.txt"), ("train", "list_val.txt")),
+    (("test", "list_query.txt"),),
+    (("test", "list_gallery.txt"),),
+    r"(\d+)_\d+_(\d+)_",
+    (32_621, 11_659, 82_161),
+    1_041,
+)
+LAYOUTS = {"market1501": MARKET, "dukemtmc": DUKE, "msmt17": MSMT}
+
+
+class ImageFolderReID:
+    """`train`, `query` and `gallery` of a set laid out as "market1501", "dukemtmc" or "msmt17".
+
+    Every file is decoded once (see `fastdml.data.scan`); bad ones are an error that lists them, or
+    with bad_files="skip" are left out and listed on stderr (`bad` has them either way).
+    """
+
+    def __init__(
+        self,
+        root: str | Path,
+        layout: str | Layout = "market1501",
+        *,
+        bad_files: str = "error",
+        progress: bool | None = None,
+        cache: Path | None = None,
+    ) -> None:
+        if isinstance(layout, str):
+            if layout not in LAYOUTS:
+                raise InputError(f"unknown layout {layout!r}: give one of {', '.join(LAYOUTS)}")
+            layout = LAYOUTS[layout]
+        check_bad_files(bad_files)
+        self.layout, self.root = layout, _find(Path(root), layout)
+        splits = {
+            name: _read(self.root, getattr(layout, name), layout)
+            for name in ("train", "query", "gallery")
+        }
+        self._check(splits, bad_files, progress, cache)
+
+    def _check(
+        self,
+        splits: dict[str, ReidSplit],
+        bad_files: str,
+        progress: bool | None,
+        cache: Path | None,
+    ) -> None:
+        """Decodability, counts, identities; then the splits become attributes."""
+        every = [path for split in splits.values() for path in split.paths]
+        found = scan(every, progress=progress, cache=cache)
+        if found.bad and bad_files == "error":
+            raise InputError(
+                f"{self.layout.name}: {found.describe()}: restore them, or leave them out with "
+                "bad_files='skip' (--bad-files skip)"
+            )
+        if found.bad:
+            print(f"{self.layout.name}: left out: {found.describe()}", file=sys.stderr)
+        self.bad = found.bad
+        for name, split in splits.items():
+            split = split.without(found.bad)
+            if not len(split):
+                raise InputError(f"{self.root}: no image of the {name} split is left")
+            setattr(self, name, split)
+        counts = tuple(len(getattr(self, name)) for name in ("train", "query", "gallery"))
+        if counts != self.layout.counts or self.num_ids != self.layout.identities:
+            told = (*counts, self.num_ids)
+            official = (*self.layout.counts, self.layout.identities)
+            warnings.warn(
+                f"{self.root}: {'/'.join(f'{n:,}' for n in told)} training, query, gallery images "
+                f"and training identities; {self.layout.name} has "
+                f"{'/'.join(f'{n:,}' for n in official)}: figures from a subset do not compare",
+                stacklevel=3,
+            )
+        stray = set(self.query.ids.tolist()) - set(self.gallery.ids.tolist())
+        if stray:
+            warnings.warn(
+                f"{self.root}: {len(stray)} query identities have no image in the gallery, "
+                f"identity {min(stray)} for one: they cannot be found",
+                stacklevel=3,
+            )
+
+    @property
+    def num_ids(self) -> int:
+        """Identities to train on."""
+        return self.train.num_classes
+
+
+class Market1501(ImageFolderReID):
+    """Market-1501 below `root`, in a folder Market-1501-v15.09.15 or not.
+
+    `multi_query` (None where there is no gt_bbox) holds gt_bbox's images of each query's identity
+    and camera, which multi-query evaluation averages over. `distractors=True` adds the 500,000
+    images of the folder `images` to the gallery, as identity 0.
+    """
+
+    def __init__(
+        self,
+        root: str | Path,
+        *,
+        distractors: bool = False,
+        bad_files: str = "error",
+        progress: bool | None = None,
+        cache: Path | None = None,
+    ) -> None:
+        self.distractors = distractors
+        super().__init__(root, bad_files=bad_files, progress=progress, cache=cache)
+
+    def _check(
+        self,
+        splits: dict[str, ReidSplit],
+        bad_files: str,
+        progress: bool | None,
+        cache: Path | None,
+    ) -> None:
+        self.multi_query: ReidSplit | None = None
+        if (self.root / "gt_bbox").is_dir():
+            drawn, query = _read(self.root, (("gt_bbox", None),), self.layout), splits["query"]
+            wanted = set(zip(query.ids.tolist(), query.cameras.tolist(), strict=True))
+            of = zip(drawn.paths, drawn.ids.tolist(), drawn.cameras.tolist(), strict=True)
+            others = {path: "" for path, *which in of if tuple(which) not in wanted}
+            if len(others) < len(drawn):
+                splits["multi_query"] = drawn.without(others)
+        if self.distractors:
+            folder = self.root / "images"
+            if not folder.is_dir():
+                raise InputError(f"{folder}: no such folder: the 500k distractors go there")
+            paths = tuple(str(path) for path in _images(folder))
+            unknown = torch.zeros(len(paths), dtype=torch.int64)
+            splits["distractor"] = ReidSplit(paths, unknown, unknown)  # of no known camera
+        super()._check(splits, bad_files, progress, cache)
+        if self.distractors:
+            self.gallery = _together([self.gallery, self.distractor])
+            del self.distractor
+
+
+def _find(root: Path, layout: Layout) -> Path:
+    """The folder with the set's splits."""
+    if not root.is_dir():
+        raise InputError(f"{root}: no such folder: name the one that holds {layout.name}")
+    needed = [place for split in (layout.train, layout.query, layout.gallery) for place in split]
+    best: tuple[Path, list[str]] | None = None
+    for folder in (*(root / name for name in layout.folders), root):
+        missing = [
+            listed or place
+            for place, listed in dict.fromkeys(needed)
+            if not (folder / place).is_dir() or (listed and not (folder / listed).is_file())
+        ]
+        if not missing:
+            return folder
+        if folder.is_dir() and (best is None or len(missing) < len(best[1])):
+            best = folder, missing
+    folder, missing = best
+    if len(missing) == len(dict.fromkeys(needed)):
+        raise InputError(f"{root}: holds no {layout.name} (no {', no '.join(missing)})")
+    raise InputError(
+        f"{folder}: {', '.join(missing)} missing from {layout.name}: unpack the archive again"
+    )
+
+
+def _images(folder: Path) -> list[Path]:
+    return sorted(p for p in folder.iterdir() if p.suffix.lower() in SUFFIXES)
+
+
+def _read(root: Path, places: Sequence[tuple[str, str | None]], layout: Layout) -> ReidSplit:
+    pattern = re.compile(layout.pattern)
+    files: list[Path] = []
+    for place, listed in places:
+        folder = root / place
+        found = _listed(root / listed, folder) if listed else _images(folder)
+        if not found:
+            raise InputError(f"{folder}: holds no images")
+        files += found
+    paths, ids, cameras = [], [], []
+    for file in sorted(files):
+        match = pattern.match(file.name)
+        if match is None:
+            raise InputError(
+                f"{file}: its name is not of the form {layout.pattern!r}, so its identity and "
+                "camera are unknown: move it away"
+            )
+        identity, camera = int(match[1]), int(match[2])
+        if identity == JUNK:
+            continue
+        paths.append(str(file))
+        ids.append(identity)
+        cameras.append(camera)
+    return ReidSplit(tuple(paths), torch.tensor(ids).long(), torch.tensor(cameras).long())
+
+
+def _listed(file: Path, folder: Path) -> list[Path]:
+    """The files that the lines "NAME LABEL" of a list name."""
+    found = []
+    for number, line in enumerate(file.read_text(encoding="utf-8").splitlines(), 1):
+        if not line.strip():
+            continue
+        name = line.split()[0]
+        path = folder / name
+        if Path(name).is_absolute() or ".." in Path(name).parts:
+            raise InputError(f"{file}: line {number} names {name!r}, which is outside of {folder}")
+        if not path.is_file():
+            raise InputError(f"{path}: the file is not there, but line {number} of {file} names it")
+        found.append(path)
+    return found
+
+
+def _together(splits: Sequence[ReidSplit]) -> ReidSplit:
+    return ReidSplit(
+        tuple(path for split in splits for path in split.paths),
+        torch.cat([split.ids for split in splits]),
+        torch.cat([split.cameras for split in splits]),
+    )

@@ -1,0 +1,213 @@
+"""Which images an epoch shows, in which order: pure functions of (seed, epoch), cut into batches by
+(step, rank).
+
+A sampler gives the order of a whole epoch, for all ranks together; the batch of a step and rank is
+a slice of it (`part`). So ranks never overlap, whatever their number, and resuming means asking for
+the next slice. An order takes milliseconds: one sort for the random ones; for `PKSampler` also a
+Python loop over the groups (about 3,500 for Market-1501).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import NamedTuple, Protocol
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from fastdml.data.counter import EPOCH, GROUP, draw, permutation
+from fastdml.errors import InputError
+
+
+class Order(NamedTuple):
+    """The places of an epoch."""
+
+    sample: Tensor  # (M,) int64, index in the set
+    repetition: Tensor | None  # (M,) int64: tells showings of one sample apart; None: at most one
+
+
+class Sampler(Protocol):
+    @property
+    def places(self) -> int: ...  # of every epoch
+
+    def order(self, seed: int, epoch: int, device: torch.device | str = "cpu") -> Order: ...
+
+
+def part(step: int, batch_size: int, rank: int = 0, world: int = 1) -> slice:
+    """The places of an epoch's order that `rank` of `world` shows at `step`."""
+    start = (step * world + rank) * batch_size
+    return slice(start, start + batch_size)
+
+
+def check_rank(rank: int, world: int) -> None:
+    if world < 1 or not 0 <= rank < world:
+        raise InputError(f"rank {rank} of {world}: ranks count from 0 to one below their number")
+
+
+@dataclass(frozen=True)
+class RandomSampler:
+    """Every one of `n` samples once, in random order."""
+
+    n: int
+
+    @property
+    def places(self) -> int:
+        return self.n
+
+    def order(self, seed: int, epoch: int, device: torch.device | str = "cpu") -> Order:
+        samples = torch.arange(self.n, device=device)
+        return Order(permutation(draw(seed, epoch, samples, EPOCH)[0]), None)
+
+
+@dataclass(frozen=True)
+class RepeatedSampler:
+    """Repeated augmentation (Hoffer et al. 2020): each sample `repeats` times side by side, each
+    time augmented otherwise. An epoch is as long as the set, so it shows n / repeats of it; over
+    `repeats` epochs every sample comes up once (a last few twice where `repeats` does not divide
+    n).
+    """
+
+    n: int
+    repeats: int = 3
+
+    def __post_init__(self) -> None:
+        if not 1 <= self.repeats <= self.n:
+            raise InputError(f"{self.repeats} repeats of {self.n} images: give 1 to {self.n}")
+
+    @property
+    def places(self) -> int:
+        return self.n
+
+    def order(self, seed: int, epoch: int, device: torch.device | str = "cpu") -> Order:
+        # one random order for every `repeats` epochs, of which each takes its share
+        cycle, turn = divmod(epoch, self.repeats)
+        places = torch.arange(self.n, device=device)
+        shuffled = permutation(draw(seed, cycle, places, GROUP)[0])
+        share = -(-self.n // self.repeats)
+        sample = shuffled[(turn * share + places // self.repeats) % self.n]
+        return Order(sample, places % self.repeats)
+
+
+@dataclass(frozen=True, eq=False)
+class PKSampler:
+    """Batches of P different identities with K images each (Hermans et al. 2017), P * K = the batch
+    size. An epoch:
+
+    - The images of each identity, shuffled, are cut into groups of K. A last incomplete group is
+      filled up from the start of the identity's shuffled images; so an identity with fewer than K
+      makes one group that shows its images several times, augmented differently. Every image is in
+      some group.
+    - An epoch has as many batches as P different identities each allow: the largest B for which
+      sum(min(groups of an identity, B)) >= P * B. Only groups beyond that are left out.
+    - An identity's groups are spread evenly over the epoch, from a random start. Batches take
+      groups as they come, except that a second group of an identity waits for the next batch, and
+      that an identity with as many groups left as there are batches left comes first.
+
+    With `cameras`, groups take turns through an identity's cameras, so that one shows as many of
+    them as it can.
+    """
+
+    ids: Tensor  # (N,) int64
+    p: int
+    k: int
+    cameras: Tensor | None = None  # (N,) int64
+    steps: int = field(init=False)  # B
+    _by_id: tuple[Tensor, Tensor, Tensor] = field(init=False, repr=False)
+
+    def __post_init__(self) -> None:
+        if self.p < 1 or self.k < 1:
+            raise InputError(f"{self.p} identities x {self.k} images: give at least 1 of each")
+        _, label, count = torch.unique(self.ids, return_inverse=True, return_counts=True)
+        if self.p > len(count):
+            raise InputError(
+                f"batches of {self.p} identities from {len(count)}: give {len(count)} or less"
+            )
+        groups = -(-count // self.k)
+        steps = int(groups.sum()) // self.p
+        while int(groups.clamp(max=steps).sum()) < self.p * steps:
+            steps = int(groups.clamp(max=steps).sum()) // self.p
+        object.__setattr__(self, "steps", steps)
+        object.__setattr__(self, "_by_id", (label, count, count.cumsum(0) - count))
+
+    @property
+    def places(self) -> int:
+        return self.steps * self.p * self.k
+
+    def order(self, seed: int, epoch: int, device: torch.device | str = "cpu") -> Order:
+        label, count, first = self._by_id
+        words = draw(seed, epoch, torch.arange(len(label)), GROUP)
+        key = words[0]
+        if self.cameras is not None:
+            key = _place_among((label << 20) + self.cameras, words[0])
+            key = (key << 32) + words[1]  # first of every camera, then the second of every camera
+        of_id = torch.argsort(key, stable=True)
+        of_id = of_id[torch.argsort(label[of_id], stable=True)]  # (N,) images by id, shuffled
+        groups = -(-count // self.k)  # (ids,)
+        owner = torch.repeat_interleave(torch.arange(len(count)), groups)  # (groups,)
+        start = torch.repeat_interleave(groups.cumsum(0) - groups, groups)
+        turn = torch.arange(len(owner)) - start  # of the group among its id's
+        places = turn[:, None] * self.k + torch.arange(self.k)
+        images = of_id[first[owner, None] + places % count[owner, None]]  # (groups, K)
+        # ids, numbered after the samples, draw where in the epoch their groups lie
+        phase = draw(seed, epoch, len(label) + torch.arange(len(count)), GROUP)[2]
+        when = ((turn << 32) + phase[owner]).double() / groups[owner]
+        queue = owner[torch.argsort(when, stable=True)]
+        chosen = _different(queue.tolist(), groups.numpy(), self.p, self.steps)
+        sample = images[torch.from_numpy(chosen)].view(-1)
+        return Order(_to(sample, device), torch.arange(len(sample), device=device))
+
+
+def _to(x: Tensor, device: torch.device | str) -> Tensor:
+    """Without waiting for the device."""
+    if torch.device(device).type == "cuda":
+        return x.pin_memory().to(device, non_blocking=True)
+    return x.to(device)
+
+
+def _place_among(group: Tensor, words: Tensor) -> Tensor:
+    """The place (N,) of each element among those of its group, by their random words."""
+    _, label, count = torch.unique(group, return_inverse=True, return_counts=True)
+    order = torch.argsort(words, stable=True)
+    order = order[torch.argsort(label[order], stable=True)]
+    place = torch.empty_like(order)
+    place[order] = torch.arange(len(order)) - (count.cumsum(0) - count)[label[order]]
+    return place
+
+
+def _different(queue: list[int], groups: np.ndarray, p: int, steps: int) -> np.ndarray:
+    """`steps` batches of `p` groups of different owners, (steps * p,), in about the order of
+    `queue`, which holds each owner as often as it has `groups`."""
+    left, first = groups.copy(), groups.cumsum() - groups
+    chosen: list[int] = []
+    ahead = [0] * len(groups)  # groups taken before their turn in the queue
+    waiting: list[int] = []
+    rest = iter(queue)
+    for steps_left in range(steps, 0, -1):
+        batch = np.flatnonzero(left >= steps_left)  # would not all find a place later
+        batch = batch[np.argsort(-left[batch], kind="stable")][:p].tolist()
+        seen = set(batch)
+        for owner in batch:
+            ahead[owner] += 1
+        still = []
+        for owner in waiting:
+            if ahead[owner]:
+                ahead[owner] -= 1
+            elif owner in seen or len(batch) == p:
+                still.append(owner)
+            else:
+                seen.add(owner)
+                batch.append(owner)
+        waiting = still
+        while len(batch) < p:  # there are enough: that is what `steps` was chosen for
+            owner = next(rest)
+            if ahead[owner]:
+                ahead[owner] -= 1
+            elif owner in seen:
+                waiting.append(owner)
+            else:
+                seen.add(owner)
+                batch.append(owner)
+        chosen += [int(first[owner] + groups[owner] - left[owner]) for owner in batch]
+        left[batch] -= 1
+    return np.array(chosen, np.int64)

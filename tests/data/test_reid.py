@@ -1,0 +1,322 @@
+from __future__ import annotations
+
+import os
+import shutil
+import warnings
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from fastdml.data import ImageFolderReID, Market1501
+from fastdml.data import scan as scanning
+from fastdml.data.decode import BadImage, decode
+from fastdml.data.scan import scan
+from fastdml.data.standin import FOLDER, StandIn, build_standin
+from fastdml.errors import InputError
+
+Image = pytest.importorskip("PIL.Image", reason="decoding needs Pillow")
+pytestmark = pytest.mark.filterwarnings("ignore:.*figures from a subset")
+JPEGS = Path(__file__).resolve().parents[3] / "shared" / "data" / "jpeg"
+# what Pillow cannot decode, and with DALI also three whose headers it refuses
+BAD = {"monkey12.jpg": "not an image", "truncated_jpeg.jpg": "truncated"}
+BAD_FOR_DALI = ("jpeg_ff00_header.jpg", "junk_jpeg_header.jpg", "truncated_app14.jpg")
+
+
+@pytest.fixture
+def jpegs():
+    if not JPEGS.is_dir():
+        pytest.skip("the folder of odd JPEGs (shared/data/jpeg) is absent")
+    return sorted(JPEGS.glob("*/*.jpg"))
+
+
+def market_of(files, folder: Path) -> Path:
+    """A folder in Market-1501's layout: every file once in training, one of them in each other."""
+    for split in ("bounding_box_train", "query", "bounding_box_test"):
+        (folder / split).mkdir(parents=True)
+    for number, file in enumerate(files):
+        name = f"{number // 4 + 1:04d}_c{number % 6 + 1}s1_{number:06d}_00.jpg"
+        shutil.copy(file, folder / "bounding_box_train" / name)
+    shutil.copy(files[0], folder / "query" / "0001_c1s1_000000_00.jpg")
+    shutil.copy(files[0], folder / "bounding_box_test" / "0001_c2s1_000000_00.jpg")
+    return folder
+
+
+def test_the_standin_is_read_by_the_rules(market, standin):
+    assert (len(market.train), len(market.query), len(market.gallery)) == (128, 30, 61)
+    assert market.num_ids == market.train.num_classes == 8
+    assert market.train.labels.unique().tolist() == list(range(8))
+    pairs = set(zip(market.train.ids.tolist(), market.train.labels.tolist(), strict=True))
+    assert sorted(pairs) == list(zip(sorted(set(market.train.ids.tolist())), range(8), strict=True))
+    assert not set(market.train.ids.tolist()) & set(market.query.ids.tolist())
+    assert (market.gallery.ids == 0).sum() == 11, "distractors stay"
+    assert -1 not in market.gallery.ids, "junk is dropped"
+    assert any("/-1_" in str(p) for p in (standin / FOLDER / "bounding_box_test").iterdir())
+    for split in (market.train, market.query, market.gallery):
+        assert list(split.paths) == sorted(split.paths)
+        for path, identity, camera in zip(split.paths, split.ids, split.cameras, strict=True):
+            assert Path(path).name.startswith((f"{identity:04d}_c{camera}s",))
+    query = set(zip(market.query.ids.tolist(), market.query.cameras.tolist(), strict=True))
+    drawn = market.multi_query
+    assert len(drawn) == 50
+    assert set(zip(drawn.ids.tolist(), drawn.cameras.tolist(), strict=True)) <= query
+
+
+def test_odd_files_decode_upright(market):
+    """Greyscale, CMYK, progressive and turned files come out as pictures of the usual size."""
+    modes = {Image.open(path).mode for path in market.train.paths}
+    assert modes == {"RGB", "L", "CMYK"}
+    turned = [path for path in market.train.paths if Image.open(path).size == (128, 64)]
+    assert turned
+    assert all(decode(path).shape == (128, 64, 3) for path in turned)
+    images = market.train.decode()
+    assert images.images.shape == (128, 3, 128, 64)
+    assert torch.equal(images.labels, market.train.labels)
+
+
+def test_with_or_without_the_official_folder(standin, scans):
+    outside, inside = Market1501(standin), Market1501(standin / FOLDER)
+    assert outside.train.paths == inside.train.paths
+
+
+def test_labels_do_not_depend_on_directory_order(standin, scans, monkeypatch):
+    expected = Market1501(standin).train
+    listed = Path.iterdir
+    monkeypatch.setattr(Path, "iterdir", lambda self: reversed(sorted(listed(self))))
+    found = Market1501(standin).train
+    assert found.paths == expected.paths
+    assert torch.equal(found.labels, expected.labels)
+
+
+def test_a_subset_is_warned_of(standin, scans):
+    with pytest.warns(UserWarning, match=r"128/30/61/8 training.*has 12,936/3,368/15,913/751"):
+        Market1501(standin)
+
+
+def test_distractors(standin_copy):
+    with pytest.raises(InputError, match="images: no such folder"):
+        Market1501(standin_copy, distractors=True)
+    (standin_copy / "images").mkdir()
+    for number in range(3):
+        Image.new("RGB", (64, 128)).save(standin_copy / "images" / f"{number:08d}.jpg")
+    market = Market1501(standin_copy, distractors=True)
+    assert len(market.gallery) == 64
+    assert (market.gallery.ids == 0).sum() == 14
+
+
+@pytest.mark.parametrize("split", ["bounding_box_train", "query", "bounding_box_test"])
+def test_a_missing_split(standin_copy, split):
+    shutil.rmtree(standin_copy / split)
+    with pytest.raises(InputError, match=f"{split} missing from Market-1501") as error:
+        Market1501(standin_copy.parent)
+    assert "\n" not in str(error.value)
+    (standin_copy / split).mkdir()
+    with pytest.raises(InputError, match=f"{split}: holds no images"):
+        Market1501(standin_copy.parent)
+
+
+def test_a_folder_of_something_else(tmp_path):
+    with pytest.raises(InputError, match="holds no Market-1501"):
+        Market1501(tmp_path)
+    with pytest.raises(InputError, match="no such folder"):
+        Market1501(tmp_path / "nowhere")
+
+
+def test_a_name_of_another_form(standin_copy):
+    stray = standin_copy / "query" / "c1_0001.jpg"
+    shutil.copy(next((standin_copy / "query").iterdir()), stray)
+    with pytest.raises(InputError, match=r"c1_0001\.jpg: its name is not of the form"):
+        Market1501(standin_copy)
+
+
+def test_bad_files_are_named_or_skipped(standin_copy, capsys):
+    files = sorted((standin_copy / "bounding_box_train").iterdir())
+    files[3].write_bytes(files[3].read_bytes()[:900])
+    files[5].write_bytes(b"")
+    files[7].write_bytes(b"GIF89a nothing")
+    with pytest.raises(InputError, match="3 of .* files are bad") as error:
+        Market1501(standin_copy)
+    message = str(error.value)
+    assert "\n" not in message
+    for file, why in ((files[3], "truncated"), (files[5], "empty"), (files[7], "not an image")):
+        assert f"{file}: " in message
+        assert why in message.split(f"{file}: ")[1].split(";")[0]
+    market = Market1501(standin_copy, bad_files="skip")
+    assert len(market.train) == 125
+    assert list(market.bad) == [str(files[i]) for i in (3, 5, 7)]
+    assert str(files[5]) in capsys.readouterr().err
+    with pytest.raises(InputError, match="bad files 'ignore'"):
+        Market1501(standin_copy, bad_files="ignore")
+
+
+def test_the_scan_is_remembered_by_size_and_time(market, tmp_path):
+    paths = []
+    for number, path in enumerate(market.train.paths[:6]):
+        paths.append(str(shutil.copy(path, tmp_path / f"{number}.jpg")))
+    cache = tmp_path / "cache"
+    assert (scan(paths, cache=cache).decoded, scan(paths, cache=cache).decoded) == (6, 0)
+    content = Path(paths[2]).read_bytes()
+    Path(paths[2]).write_bytes(content[:700])
+    found = scan(paths, cache=cache)
+    assert (found.decoded, list(found.bad)) == (1, [paths[2]])
+    assert list(scan(paths, cache=cache).bad) == [paths[2]], "bad ones are remembered too"
+    Path(paths[2]).write_bytes(content)
+    status = os.stat(paths[4])
+    os.utime(paths[4], ns=(status.st_atime_ns, status.st_mtime_ns + 1))
+    assert scan(paths, cache=cache).decoded == 2
+    for file in cache.iterdir():
+        file.write_text("{ not JSON")
+    assert scan(paths, cache=cache).decoded == 6
+    os.unlink(paths[0])
+    assert scan(paths, cache=cache).bad == {paths[0]: "the file is not there"}
+
+
+def test_other_processes_find_the_same(market, monkeypatch, tmp_path):
+    monkeypatch.setattr(scanning, "IN_PROCESS", 3)
+    paths = [*market.query.paths[:4], str(tmp_path / "gone.jpg")]
+    assert scan(paths, cache=tmp_path, workers=1).bad == {paths[4]: "the file is not there"}
+
+
+def test_a_decoder_that_crashes_or_hangs(market, monkeypatch, tmp_path):
+    """The process of the scan dies at one file and hangs at another; both are named."""
+    monkeypatch.setattr(scanning, "IN_PROCESS", 1)
+    monkeypatch.setattr(scanning, "PATIENCE", 2.0)
+    script = tmp_path / "python"
+    script.write_text(
+        "#!/usr/bin/env python3\n"
+        "import json, os, sys, time\n"
+        "for path in json.load(sys.stdin):\n"
+        "    if path.endswith('crash.jpg'): os.abort()\n"
+        "    if path.endswith('hang.jpg'): time.sleep(60)\n"
+        "    print('null', flush=True)\n"
+    )
+    script.chmod(0o755)
+    monkeypatch.setattr(scanning.sys, "executable", str(script))
+    paths = ["a.jpg", "crash.jpg", "b.jpg", "hang.jpg", "c.jpg"]
+    assert scan(paths, cache=tmp_path, workers=1).bad == {
+        "crash.jpg": "crashes the decoder",
+        "hang.jpg": "not decoded within 2 seconds",
+    }
+
+
+def test_every_odd_jpeg_through_the_reader(jpegs, tmp_path, scans):
+    folder = market_of(jpegs, tmp_path)
+    with pytest.raises(InputError, match=f"{len(BAD)} of {len(jpegs) + 2} files are bad") as error:
+        Market1501(folder)
+    names = sorted((folder / "bounding_box_train").iterdir())
+    market = Market1501(folder, bad_files="skip")
+    for file, name in zip(jpegs, names, strict=True):
+        if file.name in BAD:
+            assert BAD[file.name] in market.bad[str(name)]
+            assert str(name) in str(error.value)
+        else:
+            assert str(name) in market.train.paths
+    assert market.train.decode().images.shape == (len(jpegs) - len(BAD), 3, 128, 64)
+
+
+def test_orientation_is_applied(jpegs):
+    """All eight orientations of one picture look alike; a broken EXIF block counts as none."""
+    by_name = {file.name: file for file in jpegs}
+    upright = decode(by_name["padlock-406986_640_no_exif.jpg"])
+    for name, file in by_name.items():
+        if name.startswith("padlock-") and "orient" not in name:
+            turned = decode(file)
+            assert turned.shape == upright.shape or turned.shape == upright.shape[1::-1] + (3,)
+    hopper = decode(by_name["hopper_orientation_2.jpg"]).astype(int)
+    for number in range(3, 9):
+        other = decode(by_name[f"hopper_orientation_{number}.jpg"]).astype(int)
+        assert np.abs(other - hopper).mean() < 8, number
+    assert decode(by_name["orientation_rectangle.jpg"]).shape == (2, 1, 3)
+    assert decode(by_name["invalid-exif.jpg"]).shape == (200, 200, 3)
+
+
+def test_dali_sees_what_pillow_sees(jpegs, tmp_path):
+    pytest.importorskip("nvidia.dali", reason="DALI is not installed")
+    from fastdml.data.dali import Probe
+
+    paths = [str(file) for file in jpegs]
+    found = scan(paths, decoder="dali", cache=tmp_path)
+    assert sorted(Path(path).name for path in found.bad) == sorted([*BAD, *BAD_FOR_DALI])
+    assert all(
+        "DALI cannot decode it" in found.bad[p] for p in found.bad if Path(p).name not in BAD
+    )
+    probe = Probe()
+    for path in paths:
+        if path not in found.bad:
+            pixels, expected = probe.pixels(path).astype(int), decode(path).astype(int)
+            assert pixels.shape == expected.shape, path
+            # the same libjpeg-turbo; CMYK is converted by a rounding of its own
+            assert np.abs(pixels - expected).max() <= ("cmyk" in path), path
+
+
+def test_huge_claims_are_refused(tmp_path):
+    file = tmp_path / "huge.png"
+    Image.new("1", (9_000, 9_000)).save(file)
+    with pytest.raises(BadImage, match="9000x9000 pixels"):
+        decode(file)
+
+
+def test_duke(standin_copy, tmp_path):
+    """The same folders, other names."""
+    root = tmp_path / "DukeMTMC-reID"
+    for split in ("bounding_box_train", "query", "bounding_box_test"):
+        (root / split).mkdir(parents=True)
+        for file in sorted((standin_copy / split).iterdir()):
+            if not file.name.startswith("-1"):
+                identity, camera, frame, _ = file.name.split("_")
+                shutil.copy(file, root / split / f"{identity}_{camera[:2]}_f{frame}0.jpg")
+    duke = ImageFolderReID(tmp_path, "dukemtmc")
+    assert (len(duke.train), duke.num_ids) == (128, 8)
+    assert duke.train.cameras.unique().tolist() == list(range(1, 7))
+
+
+def test_msmt(standin_copy, tmp_path):
+    """Lists of files, in folders by identity; identity 0 is a person like the others."""
+    root = tmp_path / "MSMT17_V1"
+    files = sorted((standin_copy / "bounding_box_train").iterdir())[:24]
+    lists = {"train": "list_train", "val": "list_val", "query": "list_query"}
+    lists["gallery"] = "list_gallery"
+    for number, name in enumerate(lists):
+        lines = []
+        for place, file in enumerate(files[number * 6 : number * 6 + 6]):
+            below = f"{place % 3:04d}/{place % 3:04d}_{place:03d}_{place % 4 + 1:02d}_0303m_1_0.jpg"
+            folder = root / ("train" if number < 2 else "test")
+            target = folder / below.replace("_0.jpg", f"_{number}.jpg")
+            target.parent.mkdir(parents=True, exist_ok=True)
+            shutil.copy(file, target)
+            lines.append(f"{target.relative_to(folder)} {place % 3}")
+        (root / f"{lists[name]}.txt").write_text("\n".join(lines) + "\n")
+    msmt = ImageFolderReID(tmp_path, "msmt17")
+    assert (len(msmt.train), len(msmt.query), len(msmt.gallery)) == (12, 6, 6)
+    assert msmt.train.ids.unique().tolist() == [0, 1, 2]
+    assert msmt.train.cameras.unique().tolist() == [1, 2, 3, 4]
+    with (root / "list_val.txt").open("a") as file:
+        file.write("../../etc/passwd 3\n")
+    with pytest.raises(InputError, match=r"line 7 names '\.\./\.\./etc/passwd', which is outside"):
+        ImageFolderReID(tmp_path, "msmt17")
+    with pytest.raises(InputError, match="unknown layout 'msmt'"):
+        ImageFolderReID(tmp_path, "msmt")
+
+
+def test_building_the_standin_twice(standin, cifar100_root, tmp_path):
+    what = StandIn(train_ids=8, test_ids=5, images=16, junk=7, distractors=11, odd_every=4)
+    before = (standin / FOLDER).stat().st_mtime_ns
+    assert build_standin(standin, cifar100_root, what) == standin
+    assert (standin / FOLDER).stat().st_mtime_ns == before
+    with pytest.raises(InputError, match="is not this stand-in"):
+        build_standin(standin, cifar100_root, StandIn(seed=1))
+    with pytest.raises(InputError, match="60 training and 40 test identities"):
+        build_standin(tmp_path, cifar100_root, StandIn(train_ids=60))
+    with pytest.raises(InputError, match="5 images an identity"):
+        build_standin(tmp_path, cifar100_root, StandIn(images=5))
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_warnings_name_strangers(standin_copy):
+    for file in (standin_copy / "bounding_box_test").glob("0001_*"):
+        file.unlink()
+    with warnings.catch_warnings(record=True) as told:
+        warnings.simplefilter("always")
+        Market1501(standin_copy)
+    assert any("1 query identities have no image in the gallery" in str(w.message) for w in told)
