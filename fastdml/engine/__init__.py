@@ -89,8 +89,9 @@ def make_step(
 ) -> Step:
     """`step(images, labels) -> StepOutput(losses, stats)`; device tensors, no synchronisation.
 
-    execution: "eager", "streams", "graph", "stacked", or "auto": eager on a CPU; on CUDA the one
-        that a short measurement at the first step finds fastest, in one line on stderr.
+    execution: "eager", "streams", "graph", "stacked", or "auto": on CUDA the one that a short
+        measurement at the first step finds fastest, on a CPU by a rule (stacked for very small
+        batches of one architecture, else eager), in one line on stderr.
     amp: "auto", "off", "bf16", "fp16" or a resolved `Amp`.
     compile: the networks go through torch.compile first.
     update: "simultaneous" or "sequential" (the paper's Algorithm 1; eager and graph only).
@@ -145,7 +146,7 @@ def make_step(
 
     if execution != "auto":
         return make(execution)
-    if device.type != "cuda":
-        return make("eager")
     able = [name for name in executions(device) if update in EXECUTIONS[name]]
+    if device.type != "cuda" and (len(able) == 1 or len(cohort) == 1 or amp.dtype is not None):
+        return make("eager")  # the rule has nothing to choose, or was not measured
     return AutoStep(able, make, device)

@@ -50,9 +50,11 @@ class CudaCapture:
     def warm_up(self) -> Iterator[None]:
         main = torch.cuda.current_stream(self.device)
         self.stream.wait_stream(main)
-        with torch.cuda.stream(self.stream):
-            yield
-        main.wait_stream(self.stream)
+        try:
+            with torch.cuda.stream(self.stream):
+                yield
+        finally:
+            main.wait_stream(self.stream)  # before anything is restored
 
     @contextmanager
     def supervised(self) -> Iterator[None]:
@@ -181,9 +183,10 @@ def check_capturable(inner: EagerStep) -> None:
     """What would be frozen at its first value inside a graph is refused."""
     optimizer = inner.optimizer
     for group in optimizer.param_groups:
-        if not isinstance(group["lr"], Tensor):
+        lr = group["lr"]
+        if not isinstance(lr, Tensor) or lr.device.type != inner.amp.device.type:
             raise InputError(
-                f"{type(optimizer).__name__} holds its learning rate as a number, which a CUDA "
+                f"{type(optimizer).__name__} holds its learning rate on the host, which a CUDA "
                 "graph would freeze: give a 0-d tensor on the device (make_optimizer does where "
                 "the optimizer can take one), or use execution eager or streams"
             )

@@ -10,7 +10,10 @@ import torch
 from torch import nn
 
 from fastdml.cohort import Cohort
-from fastdml.engine import AutoStep, EagerStep, make_optimizer, make_step
+from fastdml.engine import make_optimizer, make_step
+from fastdml.engine.choose import AutoStep
+from fastdml.engine.stacked import StackedStep
+from fastdml.engine.step import EagerStep, SequentialStep
 from fastdml.errors import InputError
 from fastdml.loss import MutualLoss
 
@@ -33,18 +36,47 @@ def setting():
     torch.manual_seed(0)
     peers = [nn.Sequential(nn.Linear(6, 8), nn.Dropout(0.5), nn.Linear(8, 3)) for _ in range(2)]
     cohort = Cohort(peers, 3)
-    step = make_step(cohort, MutualLoss(), make_optimizer(cohort, "adam", lr=0.1), amp="off")
+    optimizer = make_optimizer(cohort, "adam", lr=0.1)
+    step = make_step(cohort, MutualLoss(), optimizer, amp="off", execution="eager")
     return cohort, step, (torch.randn(5, 6), torch.tensor([0, 1, 2, 0, 1]))
 
 
-def test_on_a_cpu_it_is_eager_without_measuring(capsys):
-    _, step, batch = setting()
-    assert type(step) is EagerStep
-    step(*batch)
-    assert capsys.readouterr() == ("", "")
+def cnn(width=4, mixing=False):
+    layers = [nn.Conv2d(2, width, 3), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten()]
+    return nn.Sequential(*layers, *[nn.Softmax(1)] * mixing, nn.Linear(width, 3))
 
 
-def test_the_fastest_is_kept_and_measuring_leaves_no_trace(capsys):
+@pytest.mark.parametrize(
+    ("peers", "n", "options", "kind"),
+    [
+        ((cnn, cnn), 8, {}, StackedStep),
+        ((cnn, cnn), 65, {}, EagerStep),  # of 8x8 pixels: not small any more
+        ((cnn,), 8, {}, EagerStep),
+        ((cnn, lambda: cnn(5)), 8, {}, EagerStep),
+        ((lambda: cnn(mixing=True),) * 2, 8, {}, EagerStep),
+        ((cnn, cnn), 8, {"update": "sequential"}, SequentialStep),
+        ((cnn, cnn), 8, {"amp": "bf16"}, EagerStep),
+    ],
+)
+def test_on_a_cpu_a_rule_decides(capsys, peers, n, options, kind):
+    cohort = Cohort([p() for p in peers], 3)
+    options = {"amp": "off", **options}
+    step = make_step(cohort, MutualLoss(), make_optimizer(cohort, lr=0.1), **options)
+    step(torch.randn(n, 2, 8, 8), torch.zeros(n, dtype=torch.int64))
+    chosen = step.chosen if isinstance(step, AutoStep) else step
+    assert type(chosen) is kind
+    line = capsys.readouterr().err
+    if isinstance(step, AutoStep):
+        assert line == (
+            "execution: stacked (a small batch on a CPU)\n"
+            if kind is StackedStep
+            else "execution: eager\n"
+        )
+    else:
+        assert line == ""
+
+
+def test_the_fastest_is_kept_and_measuring_leaves_no_trace(capsys, monkeypatch):
     cohort, inner, batch = setting()
     made = []
 
@@ -55,6 +87,8 @@ def test_the_fastest_is_kept_and_measuring_leaves_no_trace(capsys):
         failure = "cannot be captured" if name == "graph" else None
         return SlowStep(name, inner, {"eager": 0.02, "streams": 0.005, "graph": 0.0}[name], failure)
 
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda device: None)
+    monkeypatch.setattr(AutoStep, "_rule", AutoStep._measure)  # as if on CUDA
     step = AutoStep(["eager", "streams", "graph", "stacked"], make, CPU)
     with pytest.raises(AttributeError, match="chosen at the first step"):
         _ = step.name
@@ -79,10 +113,11 @@ def test_the_fastest_is_kept_and_measuring_leaves_no_trace(capsys):
     assert made[4:] == []
 
 
-def test_a_mistake_that_stops_every_candidate_is_told(capsys):
+def test_a_mistake_that_stops_every_candidate_is_told(capsys, monkeypatch):
     def make(name):
         raise InputError(f"{name} is wrong")
 
+    monkeypatch.setattr(AutoStep, "_rule", AutoStep._measure)
     step = AutoStep(["eager", "graph"], make, CPU)
     with pytest.raises(InputError, match="eager is wrong"):
         step(torch.zeros(1))

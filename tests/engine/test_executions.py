@@ -280,7 +280,7 @@ class TestGraphLogic:
         cohort = Cohort([peer(0), peer(1)], C)
         optimizer = torch.optim.SGD(cohort.parameters(), 0.1)
         step = EagerStep(cohort, MutualLoss(), optimizer, amp.resolve("off", CPU), StepOptions())
-        with pytest.raises(InputError, match="SGD holds its learning rate as a number"):
+        with pytest.raises(InputError, match="SGD holds its learning rate on the host"):
             GraphStep(step, DirectCapture)
 
     def test_batches_can_be_assembled_inside(self):
@@ -532,7 +532,7 @@ def test_on_cuda_auto_says_what_it_chose(capfd):
     before = copy.deepcopy(cohort.state_dict())
     optimizer = make_optimizer(cohort, lr=0.01)
     step = make_step(cohort, MutualLoss(), optimizer, amp="off")
-    step._choose(next(batches(1, torch.device("cuda"))))
+    step._measure(next(batches(1, torch.device("cuda"))))
     assert all(torch.equal(v, before[k]) for k, v in cohort.state_dict().items())
     line = capfd.readouterr().err
     assert line.startswith("execution: ")
