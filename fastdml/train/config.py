@@ -91,7 +91,7 @@ class TrainConfig:
     device: str = "auto"
     """auto (cuda where there is one, else cpu), cpu, cuda or cuda:N."""
     execution: Literal["auto", "eager", "streams", "graph", "stacked"] = "auto"
-    """How a step runs. auto: on a GPU the fastest of them by a short measurement, else eager."""
+    """How a step runs. auto: on a GPU the fastest by a short measurement, on a CPU by a rule."""
     amp: Literal["auto", "off", "bf16", "fp16"] = "auto"
     """Precision of the peers. auto: bf16 if the hardware has it, fp16 on older CUDA, else off."""
     compile: bool = False
