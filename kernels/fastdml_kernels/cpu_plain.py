@@ -112,17 +112,18 @@ def _kl(log_q: Tensor, q: Tensor, want_pairs: bool) -> tuple[Tensor, Tensor | No
     sum_l q_l (log q_l - log q_k) = sum_l q_l d_l - d_k sum_l q_l.
     """
     K = len(q)
-    if K == 2 and not want_pairs:
+    if K == 2:
         gap = torch.sub(log_q[0], log_q[1], out=log_q[0]).view(-1)
         first, second = q.view(2, -1).unbind()
-        return torch.stack((torch.dot(second, gap).neg_(), torch.dot(first, gap))), None
+        kl = torch.stack((torch.dot(second, gap).neg_(), torch.dot(first, gap)))
+        return kl, kl.diag().flip(0) if want_pairs else None
     gaps = log_q.sub_(log_q.amax(0)).view(K, -1)
-    if want_pairs:
-        cross = torch.stack([torch.mv(gaps, teacher) for teacher in q.view(K, -1).unbind()])
-        pairs = cross.diagonal()[:, None] - cross
-        return pairs.sum(0).div_(K - 1), pairs
     energy = torch.dot(q.view(-1), gaps.view(-1))
-    return torch.mv(gaps, q.sum(0).view(-1)).sub_(energy).mul_(-1 / (K - 1)), None
+    kl = torch.mv(gaps, q.sum(0).view(-1)).sub_(energy).mul_(-1 / (K - 1))
+    if not want_pairs:
+        return kl, None
+    cross = torch.stack([torch.mv(gaps, teacher) for teacher in q.view(K, -1).unbind()])
+    return kl, cross.diagonal()[:, None] - cross
 
 
 def _away(q: Tensor, out: Tensor) -> Tensor:

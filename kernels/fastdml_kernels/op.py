@@ -47,14 +47,16 @@ def evaluate(
     call: Call,
     need_grad: bool,
     upstream: Tensor | None = None,  # (K,) or (K, N); only for gradients into the teachers
+    one_buffer: bool = True,  # gradients of K tensors may share memory: fewer calls on the CPU
 ) -> tuple[Tensor, Tensor | None, list[Tensor]]:
     """Losses (K,) or (K, N), packed statistics (None if not wanted), and gradients shaped as
     `logits` ([] if not needed). No autograd."""
     on_cpu = logits[0].device.type == "cpu"
     grads: list[Tensor] = []
     out: Tensor | Sequence[Tensor] = ()
-    if need_grad and on_cpu and logits[0].dim() == 2 and len({z.dtype for z in logits}) == 1:
-        out = logits[0].new_empty((len(logits), *logits[0].shape))  # one buffer, fewer calls
+    alike = logits[0].dim() == 2 and len({z.dtype for z in logits}) == 1
+    if need_grad and on_cpu and alike and one_buffer:
+        out = logits[0].new_empty((len(logits), *logits[0].shape))
         grads = list(out.unbind())
     elif need_grad:
         grads = [torch.empty(z.shape, dtype=z.dtype, device=z.device) for z in logits]
@@ -128,7 +130,8 @@ def _evaluate_flat(
         kl_weight if kl_weight_tensor is None else kl_weight_tensor,
         peer_weights, class_weight, want_stats,
     )  # fmt: skip
-    losses, stats, grads = evaluate(logits, call, need_grad, upstream)
+    # an operator's results may not share memory
+    losses, stats, grads = evaluate(logits, call, need_grad, upstream, one_buffer=False)
     if stats is None:  # an operator's results have fixed types
         K = logits[0].shape[0] if logits[0].dim() == 3 else len(logits)
         stats = losses.new_zeros(stats_size(K))
