@@ -42,6 +42,8 @@ class TrainConfig:
     """Pixels of reflected border that the random crop moves in; 0 means no crop. Paper: 4."""
     flip: bool = True
     """Mirror half of the training images, at random. Paper: yes."""
+    loader: Literal["auto", "resident", "dali", "torch"] = "auto"
+    """Where batches come from. auto: from the device's memory if they fit, else streamed."""
 
     # --- peers and loss ---
     peers: tuple[str, ...] = ("resnet32", "resnet32")

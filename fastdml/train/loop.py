@@ -20,7 +20,7 @@ from typing import Any
 import torch
 
 from fastdml.cohort import Cohort
-from fastdml.data import ImageSet, ResidentLoader, load
+from fastdml.data import ImageSet, ResidentLoader, load, make_loader
 from fastdml.engine.amp import Amp, resolve
 from fastdml.errors import InputError
 from fastdml.metrics import Classification, ClassificationScores
@@ -55,7 +55,8 @@ def run(config: TrainConfig) -> TrainResult | None:
         in_channels=train_set.images.shape[1],
         seed=config.seed,
     ).to(device)
-    train = ResidentLoader(
+    train = make_loader(
+        config.loader,
         train_set,
         config.batch_size,
         seed=config.seed,

@@ -104,7 +104,7 @@ def test_ranks_share_an_epoch(market, make):
             for step in range(4)
             for sample in loader.order(0).sample[loader.part(0, step)].tolist()
         ]
-        images, labels = next(iter(loader.epoch(0)))
+        _, labels = next(iter(loader.epoch(0)))
         assert torch.equal(labels, market.train.labels[seen[-64:-48]])
     assert sorted(seen) == list(range(128))
 
@@ -152,7 +152,7 @@ def test_what_dali_refuses_is_found_before(standin_copy, market, capsys):
     content = spoilt.read_bytes()
     spoilt.write_bytes(content[:2] + b"\xff\x00" + content[2:])  # Pillow reads on, DALI does not
     split = type(split)(tuple(paths), split.ids, split.cameras)
-    with pytest.raises(InputError, match="1 of 128 files are bad.*DALI cannot decode it") as error:
+    with pytest.raises(InputError, match=r"1 of 128 files are bad.*DALI cannot decode it") as error:
         checked(split, "error")
     assert str(spoilt) in str(error.value)
     assert len(checked(split, "skip")) == 127
