@@ -53,7 +53,7 @@ def machine(device: torch.device) -> str:
 def tables(rows: list[Row], where: str) -> str:
     """Every table that the rows allow, under the line that says where they were measured."""
     parts = [where]
-    for kind, table in (("loss", _loss), ("step", _step), ("end_to_end", _end_to_end)):
+    for kind, table in _TABLES:
         if chosen := [row for row in rows if row["bench"] == kind]:
             parts += table(chosen)
     return "\n\n".join(parts)
@@ -135,6 +135,26 @@ def _end_to_end(rows: list[Row]) -> list[str]:
             )
         parts.append("\n".join(lines))
     return parts
+
+
+def _data(rows: list[Row]) -> list[str]:
+    parts = []
+    for (data, device, batch), group in _groups(rows, "data", "device", "batch").items():
+        lines = [
+            f"input pipelines, {data}, {device}, batch {batch}",
+            f"{'':<34}{'ms a batch':>10}{'images/s':>11}{'x usual':>12}",
+        ]
+        base = group.get("usual") or group.get("torchvision")
+        for name, row in group.items():
+            ratio = f"{base['median'] / row['median']:.2f}" if base else "-"
+            lines.append(
+                f"{name:<34}{1e3 * row['median']:>10.2f}{batch / row['median']:>11,.0f}{ratio:>12}"
+            )
+        parts.append("\n".join(lines))
+    return parts
+
+
+_TABLES = (("loss", _loss), ("step", _step), ("end_to_end", _end_to_end), ("data", _data))
 
 
 def roofline(rows: list[Row], where: str, path: str) -> bool:

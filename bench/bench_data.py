@@ -1,0 +1,149 @@
+"""Images a second of each loader against what people write today.
+
+CIFAR-100: pad, crop, flip, normalise, batch 64. Market-1501 (its stand-in, made of CIFAR-100, in
+the same layout and size of file): decode, resize to 256x128, pad, crop, flip, erase, normalise.
+Rivals: the usual DataLoader with transforms one by one (plain, and torchvision's where it is
+installed), and for CIFAR batched torch as in airbench. Loaders with worker processes are timed
+after their workers have started. Ours are compared with each other before they are timed. Quick set
+on two CPU cores: about a minute and a half.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Iterator
+from functools import lru_cache
+from importlib.util import find_spec
+from itertools import chain, count, product
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from bench import timing
+from bench.baselines import airbench, data_loader
+from bench.conftest import chosen_device
+from fastdml.data import (
+    DALILoader,
+    ImageSet,
+    Market1501,
+    ReidSplit,
+    ResidentLoader,
+    TorchLoader,
+    load_cifar100,
+)
+from fastdml.data.loaders import has_dali
+from fastdml.data.standin import build_standin
+from fastdml.errors import InputError
+
+SECONDS = 15.0  # of timing a set, all contenders together
+BATCH = 64
+AHEAD = 4  # batches that two workers have ready
+MARKET = {"size": (256, 128), "pad": 10, "padding": "black", "erase": 0.5}
+NAMES = ("resident", "dali", "torch", "usual", "torchvision", "airbench")
+TOLERANCE = 1e-5
+
+Sets = tuple[ImageSet, "ReidSplit | None"]  # what is in memory, and its files
+
+
+def pytest_generate_tests(metafunc):
+    metafunc.parametrize(("data", "name"), list(product(("cifar100", "market1501"), NAMES)))
+
+
+def _endless(loader: Any) -> Iterator:
+    """Batches of epoch after epoch, from one of ours or from a DataLoader."""
+    if hasattr(loader, "epoch"):
+        return chain.from_iterable(loader.epoch(e) for e in count())
+    return chain.from_iterable(iter(loader) for _ in count())
+
+
+def _contenders(data: str, sets: Sets, device: torch.device) -> dict[str, Callable[[], Iterator]]:
+    """name -> a function that starts it."""
+    images, files = sets
+    options = {"train": True, "device": device, **(MARKET if files else {})}
+    streamed = files or images
+    ours = {
+        "resident": lambda: ResidentLoader(images, BATCH, **options),
+        "torch": lambda: TorchLoader(streamed, BATCH, **options),
+    }
+    if has_dali():
+        ours["dali"] = lambda: DALILoader(streamed, BATCH, **options)
+    _check({name: make() for name, make in ours.items()})
+    all_ = {name: lambda make=make: _endless(make()) for name, make in ours.items()}
+
+    def moved(loader: Any) -> Iterator:
+        for x, y in _endless(loader):
+            yield x.to(device, memory_format=torch.channels_last), y.to(device)
+
+    if not files:
+        all_["usual"] = lambda: moved(data_loader.loader(images, BATCH, device))
+        all_["airbench"] = lambda: airbench.batches(images, BATCH, device)
+    if find_spec("torchvision") is not None:
+        from bench.baselines import vision
+
+        all_["torchvision"] = lambda: moved(vision.loader(streamed, BATCH, device))
+    return all_
+
+
+def _check(ours: dict[str, Any]) -> None:
+    """Raises AssertionError where our loaders' first batches differ."""
+    found = {name: next(iter(loader.epoch(0))) for name, loader in ours.items()}
+    images, labels = found["resident"]
+    for name, (x, y) in found.items():
+        assert torch.equal(y, labels), f"{name}: other labels"
+        assert (x - images).abs().max() <= TOLERANCE, f"{name}: other pixels"
+
+
+@lru_cache(maxsize=1)
+def measure(data: str, root: str, folder: Path, device: torch.device) -> dict[str, list[float]]:
+    """Seconds a batch of every contender, interleaved."""
+    if data == "cifar100":
+        sets: Sets = load_cifar100(root)[0], None
+    else:
+        build_standin(folder, root)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # that it is a subset
+            files = Market1501(folder, progress=False, cache=folder / "scans").train
+        sets = files.decode(), files
+    timers = {}
+    for name, start in _contenders(data, sets, device).items():
+        batches = start()
+        next(batches)
+        timer = timing.wall(lambda batches=batches: next(batches), device)
+        timers[name] = timer if name in ("resident", "airbench") else _sustained(timer)
+    return timing.interleave(timers, SECONDS, fewest=3, most=30)
+
+
+def _sustained(timer: timing.Timer) -> timing.Timer:
+    """Of what makes batches ahead: only after those that were made while others were timed."""
+
+    def sustained(calls: int) -> float:
+        timer(AHEAD)
+        return timer(AHEAD + calls) * calls / (AHEAD + calls)
+
+    return sustained
+
+
+@pytest.fixture(scope="session")
+def folder(tmp_path_factory) -> Path:
+    return tmp_path_factory.mktemp("market")
+
+
+def test_data(data, name, folder, record, request):
+    device = chosen_device(request.config)
+    try:
+        samples = measure(data, request.config.getoption("--data"), folder, device)
+    except InputError as error:
+        pytest.skip(f"the data is absent: {error}")
+    if name not in samples:
+        pytest.skip(f"{name} is not installed, or has no such pipeline")
+    record(
+        samples[name],
+        f"data {data} {device.type}",
+        bench="data",
+        data=data,
+        device=device.type,
+        batch=BATCH,
+        name=name,
+    )
