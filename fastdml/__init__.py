@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from fastdml import data, engine, metrics, models, train
     from fastdml.cohort import Cohort
-    from fastdml.loss import MutualLoss, MutualStats, mutual_loss
+    from fastdml.loss import MutualLoss, MutualStats, linear_mutual_loss, mutual_loss
     from fastdml.models import create_model
 
 __version__ = "0.1.0"
@@ -21,6 +21,7 @@ _HOMES = {
     "MutualLoss": "fastdml.loss",
     "MutualStats": "fastdml.loss",
     "create_model": "fastdml.models",
+    "linear_mutual_loss": "fastdml.loss",
     "mutual_loss": "fastdml.loss",
 }
 _MODULES = ("data", "engine", "metrics", "models", "train")
@@ -32,6 +33,7 @@ __all__ = [
     "create_model",
     "data",
     "engine",
+    "linear_mutual_loss",
     "metrics",
     "models",
     "mutual_loss",

@@ -12,6 +12,7 @@ from typing import NamedTuple
 import torch
 from fastdml_kernels import Call, Options
 from fastdml_kernels import evaluate as _evaluate
+from fastdml_kernels import linear_mutual_loss as _linear_mutual_loss
 from fastdml_kernels import mutual_loss as _mutual_loss
 from fastdml_kernels.options import Scalar
 from torch import Tensor, nn
@@ -247,3 +248,78 @@ def mutual_loss(
     call = Call(labels, options, temperature, ce_weight, kl_weight, peer_weights, class_weight,
                 return_stats)  # fmt: skip
     return _losses(_check(logits, call), call)
+
+
+def linear_mutual_loss(
+    hidden: Tensor | Sequence[Tensor],
+    weight: Tensor | Sequence[Tensor],
+    labels: Tensor,
+    bias: Tensor | Sequence[Tensor | None] | None = None,
+    *,
+    chunk_rows: int | None = None,
+    temperature: Scalar = 1.0,
+    ce_weight: Scalar = 1.0,
+    kl_weight: Scalar = 1.0,
+    target: str = "peers",
+    peer_weights: Tensor | None = None,
+    gate: str = "none",
+    symmetric: bool = False,
+    label_smoothing: float = 0.0,
+    class_weight: Tensor | None = None,
+    ignore_index: int = -100,
+    mimic_ignored: bool = False,
+    reduction: str = "mean",
+) -> Tensor:
+    """`mutual_loss` of K linear layers' outputs, without ever holding (K, N, C) logits.
+
+    Losses (K,) of logits z_k = hidden_k weight_k^T + bias_k, computed a chunk of rows at a time,
+    with the gradients of hidden, weight and bias. For wide C, such as a language model's
+    vocabulary, the logits are most of a training step's memory.
+
+    hidden: K tensors (N, D_k), or one (K, N, D); their widths may differ between peers.
+    weight: K tensors (C, D_k), or one (K, C, D). bias: K tensors (C,) or None each, or one (K, C).
+    chunk_rows: rows at a time; by default as many as 256 MB of logits hold (16 MB on the CPU).
+    reduction: "mean" or "sum". The other options are those of `mutual_loss`; teachers are
+        constants.
+
+    One backward a forward: the gradients are ready when the loss is, and are given away. Those of
+    weight and bias are added up over the chunks in float32. Raises ValueError and TypeError for
+    arguments that do not fit, RuntimeError for a second backward or a second derivative.
+    """
+    if reduction not in ("mean", "sum"):
+        raise ValueError(f"reduction={reduction!r}: linear_mutual_loss has 'mean' and 'sum'")
+    layers = []
+    for name, value in (("hidden", hidden), ("weight", weight)):
+        tensors = list(value.unbind() if isinstance(value, Tensor) else value)
+        if not tensors or any(t.dim() != 2 for t in tensors):
+            shapes = [tuple(t.shape) for t in tensors]
+            raise ValueError(f"{name} of shapes {shapes}: give at least one tensor, each 2-d")
+        layers.append(tensors)
+    hiddens, weights = layers
+    K = len(hiddens)
+    biases = [None] * K if bias is None else list(bias)
+    if len(weights) != K or len(biases) != K:
+        raise ValueError(
+            f"{K} hidden, {len(weights)} weight and {len(biases)} bias tensors: one of each a peer"
+        )
+    C = weights[0].shape[0]
+    for k, (h, w, b) in enumerate(zip(hiddens, weights, biases, strict=True)):
+        if h.shape[1] != w.shape[1] or w.shape[0] != C or (b is not None and b.shape != (C,)):
+            found = None if b is None else tuple(b.shape)
+            raise ValueError(
+                f"peer {k}: hidden {tuple(h.shape)}, weight {tuple(w.shape)}, bias {found}: "
+                f"give (N, D), ({C}, D) and ({C},)"
+            )
+        if len({t.dtype for t in (h, w, b) if t is not None}) != 1:
+            raise TypeError(
+                f"peer {k}: hidden is {h.dtype}, weight {w.dtype}: cast them to one dtype (a "
+                "fused layer is not touched by autocast)"
+            )
+    if chunk_rows is not None and chunk_rows < 1:
+        raise ValueError(f"chunk_rows={chunk_rows}: give at least 1 row")
+    options = Options(target, gate, symmetric, True, label_smoothing, ignore_index, mimic_ignored,
+                      reduction)  # fmt: skip
+    call = Call(labels, options, temperature, ce_weight, kl_weight, peer_weights, class_weight,
+                False)  # fmt: skip
+    _check([h[:, :1].expand(-1, C) for h in hiddens], call)  # shapes, dtypes, devices; no copy
+    return _linear_mutual_loss(hiddens, weights, biases, call, chunk_rows)

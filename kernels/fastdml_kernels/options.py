@@ -7,7 +7,7 @@ or a 0-d tensor, so that changing it never compiles or captures anything anew.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 from torch import Tensor
@@ -41,6 +41,10 @@ class Options:
             raise ValueError(
                 f"label_smoothing={self.label_smoothing}: give a share of the target, 0 to 1"
             )
+
+    def summed(self) -> Options:
+        """The same loss with reduction="sum"."""
+        return replace(self, reduction="sum")
 
 
 def default_edge(K: int, gate: str) -> float:

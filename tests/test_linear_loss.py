@@ -1,0 +1,151 @@
+"""`linear_mutual_loss` is `mutual_loss` of linear layers, whatever the chunks."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from fastdml_kernels import linear as linear_module
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch.nn.functional import linear
+
+from fastdml import linear_mutual_loss, mutual_loss
+
+
+def problem(K, N, C, dtype=torch.float64, seed=0, biased=True):
+    g = torch.Generator().manual_seed(seed)
+    widths = [3 + k for k in range(K)]  # peers of different widths
+
+    def leaf(*shape):
+        return torch.randn(*shape, generator=g, dtype=torch.float64).to(dtype).requires_grad_()
+
+    hidden = [leaf(N, d) for d in widths]
+    weight = [leaf(C, d) for d in widths]
+    bias = [leaf(C) if biased else None for _ in widths]
+    labels = torch.randint(0, C, (N,), generator=g)
+    return hidden, weight, bias, labels
+
+
+def both(hidden, weight, bias, labels, upstream, chunk_rows, **options):
+    leaves = [t for t in (*hidden, *weight, *bias) if t is not None]
+    fused = linear_mutual_loss(hidden, weight, labels, bias, chunk_rows=chunk_rows, **options)
+    fused_grads = torch.autograd.grad(fused, leaves, upstream)
+    logits = [linear(h, w, b) for h, w, b in zip(hidden, weight, bias, strict=True)]
+    plain = mutual_loss(logits, labels, **options)
+    plain_grads = torch.autograd.grad(plain, leaves, upstream.to(plain.dtype))
+    return (fused, *fused_grads), (plain, *plain_grads)
+
+
+@settings(max_examples=40, deadline=None)
+@given(
+    K=st.integers(1, 4), N=st.integers(1, 30), C=st.integers(1, 40), chunk=st.integers(1, 31),
+    ignored=st.booleans(), weighted=st.booleans(), mimic=st.booleans(), biased=st.booleans(),
+    options=st.fixed_dictionaries({
+        "temperature": st.sampled_from([1.0, 2.5]),
+        "target": st.sampled_from(["peers", "ensemble", "ensemble_logits"]),
+        "gate": st.sampled_from(["none", "correct", "best"]),
+        "label_smoothing": st.sampled_from([0.0, 0.1]),
+        "reduction": st.sampled_from(["mean", "sum"]),
+    }),
+)  # fmt: skip
+def test_equals_the_two_steps(K, N, C, chunk, ignored, weighted, mimic, biased, options):
+    hidden, weight, bias, labels = problem(K, N, C, torch.float32, seed=N * C, biased=biased)
+    if ignored:
+        labels[1::2] = -100  # the first row keeps its label
+    if weighted:
+        options = options | {"class_weight": torch.linspace(0.5, 2.0, C)}
+    upstream = torch.linspace(1.0, 2.0, K)
+    fused, plain = both(
+        hidden, weight, bias, labels, upstream, chunk, mimic_ignored=mimic, **options
+    )
+    for ours, theirs in zip(fused, plain, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=2e-5, atol=2e-5)
+
+
+def test_the_default_chunks_cover_every_row(monkeypatch):
+    hidden, weight, bias, labels = problem(2, 37, 11, torch.float32)
+    monkeypatch.setitem(linear_module.CHUNK_BYTES, "cpu", 4 * 2 * 11 * 5)  # 5 rows at a time
+    fused, plain = both(hidden, weight, bias, labels, torch.ones(2), None)
+    for ours, theirs in zip(fused, plain, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-6)
+
+
+def test_logits_of_all_rows_never_exist(monkeypatch):
+    seen = []
+    evaluate = linear_module.evaluate
+
+    def watched(logits, *rest):
+        seen.extend(z.shape[0] for z in logits)
+        return evaluate(logits, *rest)
+
+    monkeypatch.setattr(linear_module, "evaluate", watched)
+    hidden, weight, bias, labels = problem(2, 50, 7, torch.float32)
+    linear_mutual_loss(hidden, weight, labels, bias, chunk_rows=8).sum().backward()
+    assert max(seen) == 8
+    assert sum(seen) == 2 * 50
+
+
+def test_half_precision_adds_up_in_float32():
+    """bf16 sums over 64 chunks would lose most of the last chunks' gradient."""
+    hidden, weight, bias, labels = problem(2, 256, 9, torch.bfloat16)
+    linear_mutual_loss(hidden, weight, labels, bias, chunk_rows=4, reduction="sum").sum().backward()
+    exact = [[t.detach().double().requires_grad_() for t in ts] for ts in (hidden, weight, bias)]
+    logits = [linear(h, w, b) for h, w, b in zip(*exact, strict=True)]
+    mutual_loss(logits, labels, reduction="sum").sum().backward()
+    for ours, theirs in zip((*weight, *bias), (*exact[1], *exact[2]), strict=True):
+        error = (ours.grad.double() - theirs.grad).norm() / theirs.grad.norm()
+        assert error < 0.02
+
+
+def test_no_label_at_all():
+    hidden, weight, bias, labels = problem(2, 6, 5, torch.float32)
+    labels.fill_(-100)
+    losses = linear_mutual_loss(hidden, weight, labels, bias, chunk_rows=2)
+    losses.sum().backward()
+    assert losses.isnan().all()  # as torch's cross_entropy
+    assert all((h.grad == 0).all() for h in hidden)
+    losses = linear_mutual_loss(hidden, weight, labels, bias, chunk_rows=2, mimic_ignored=True)
+    assert losses.isfinite().all()
+
+
+def test_frozen_layers_get_no_gradient():
+    hidden, weight, bias, labels = problem(2, 6, 5, torch.float32)
+    weight[0].requires_grad_(False)
+    linear_mutual_loss(hidden, weight, labels, bias).sum().backward()
+    assert weight[0].grad is None
+    assert weight[1].grad is not None
+
+
+def test_second_backward_and_second_derivative_are_refused():
+    hidden, weight, bias, labels = problem(2, 6, 5, torch.float32)
+    losses = linear_mutual_loss(hidden, weight, labels, bias)
+    losses.sum().backward(retain_graph=True)
+    with pytest.raises(RuntimeError, match="one backward"):
+        losses.sum().backward()
+    losses = linear_mutual_loss(hidden, weight, labels, bias)
+    with pytest.raises(RuntimeError, match="linear_mutual_loss has no second derivative"):
+        torch.autograd.grad(losses.sum(), hidden, create_graph=True)
+
+
+@pytest.mark.parametrize(
+    ("change", "error", "message"),
+    [
+        (lambda h, w, b: (h, w[:1], b), ValueError, "2 hidden, 1 weight and 2 bias"),
+        (lambda h, w, b: (h, [w[0], w[1][:, :2]], b), ValueError, "peer 1: hidden"),
+        (lambda h, w, b: ([], w, b), ValueError, "at least one tensor"),
+        (lambda h, w, b: ([h[0].bfloat16(), h[1]], w, b), TypeError, "peer 0: hidden is"),
+    ],
+)
+def test_what_does_not_fit_is_named(change, error, message):
+    hidden, weight, bias, labels = problem(2, 6, 5, torch.float32)
+    hidden, weight, bias = change(hidden, weight, bias)
+    with pytest.raises(error, match=message):
+        linear_mutual_loss(hidden, weight, labels, bias)
+
+
+def test_options_that_cannot_be_fused_are_named():
+    hidden, weight, bias, labels = problem(2, 6, 5, torch.float32)
+    with pytest.raises(ValueError, match="reduction='none'"):
+        linear_mutual_loss(hidden, weight, labels, bias, reduction="none")
+    with pytest.raises(ValueError, match="chunk_rows=0"):
+        linear_mutual_loss(hidden, weight, labels, bias, chunk_rows=0)
