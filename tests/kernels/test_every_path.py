@@ -43,7 +43,7 @@ def test_smallest_sizes(path, K, N, C, reduction):
 @pytest.mark.parametrize("layout", ["padded", "sliced", "every_other", "transposed", "expanded"])
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_layouts(path, layout, dtype):
-    check(make(2, 3, 10, layout=layout, dtype=dtype, label_stride=2), path)
+    check(make(2, 2, 7, layout=layout, dtype=dtype, label_stride=2), path, stats=False)
 
 
 @pytest.mark.parametrize("label_dtype", [torch.int64, torch.int32])
@@ -116,8 +116,9 @@ def test_weight_zero_for_every_class_that_occurs(path):
 # ---- exactness
 
 
-@pytest.mark.parametrize("temperature", [1.0, 3.0])
-@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(
+    ("dtype", "temperature"), [*((d, 1.0) for d in DTYPES), (torch.float32, 3.0)]
+)
 @pytest.mark.parametrize("K", range(2, 9))
 def test_identical_peers_have_no_kl_at_all(path, K, dtype, temperature):
     same = make(1, 1, 5, dtype=dtype, seed=K).logits * K
