@@ -1,6 +1,7 @@
 """Fused Triton kernels for Deep Mutual Learning; needs torch and triton alone.
 
-`mutual_loss`, `linear_mutual_loss` and `evaluate` take checked arguments; `fastdml.mutual_loss` is the checked form.
+`mutual_loss`, `linear_mutual_loss` and `evaluate` take checked arguments; the functions of
+`fastdml` check them.
 """
 
 from __future__ import annotations

@@ -39,7 +39,7 @@ def _find_labelled(labels: Tensor, ignore_index: int, C: int) -> Tensor | None:
             f"labels hold {int(misfit[0])}, which is no class of logits with C = {C}: a label is "
             f"in 0..{C - 1}, or ignore_index={ignore_index} for a row without one"
         )
-    return labelled
+    return None if bool(labelled.all()) else labelled
 
 
 class _BlockResult(NamedTuple):

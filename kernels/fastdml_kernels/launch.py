@@ -48,15 +48,17 @@ def register_tile(K: int, C: int) -> Tile | None:
     return None
 
 
-def wide_tile(K: int, C: int) -> Tile:
+def wide_tile(K: int, C: int, stats: bool) -> Tile:
     block_c, warps = next(tile for limit, *tile in WIDE_TILES if limit >= K or limit == MOST_PEERS)
+    if stats and K > 2:  # room for the pairs' sums
+        block_c //= 2
     return Tile(1, min(block_c, triton.next_power_of_2(max(C, 2))), warps)
 
 
-def compiler_options(regime: str, warps: int, nvidia: bool) -> dict[str, Any]:
+def compiler_options(warps: int, nvidia: bool) -> dict[str, Any]:
     options = {"num_warps": warps, "enable_fp_fusion": True}
-    if nvidia and regime == "register" and warps == 8:
-        # Left to itself, ptxas aims at 128 registers here and spills a few of what does not fit.
+    if nvidia and warps == 8:
+        # Left to itself, ptxas aims at 64 or 128 registers and spills the few that do not fit.
         options["maxnreg"] = 255
     return options
 
@@ -196,6 +198,7 @@ def launch(
     regime: Literal["register", "wide"] | None = None,
     tile: Tile | None = None,
     max_programs: int | None = None,
+    want_stats: bool = False,
     **rest: Any,
 ) -> tuple[Tensor, Tensor]:
     """Losses, (K,) or (K, N), and packed statistics (S,), both float32; fills `grads`.
@@ -207,7 +210,7 @@ def launch(
     if regime is None:
         regime = "register" if fits_registers(K, C, options, upstream) else "wide"
     if tile is None:
-        tile = register_tile(K, C) if regime == "register" else wide_tile(K, C)
+        tile = register_tile(K, C) if regime == "register" else wide_tile(K, C, want_stats)
     if max_programs is None:
         max_programs = INTERPRETER_PROGRAMS
         if device.type == "cuda":
@@ -220,7 +223,7 @@ def launch(
     with torch.cuda.device_of(logits[0]):
         kernel, named, warps = arguments(
             logits, labels, options, grads=grads, upstream=upstream, regime=regime, tile=tile,
-            programs=programs, **rest,
+            programs=programs, want_stats=want_stats, **rest,
         )  # fmt: skip
-        kernel[(programs,)](**named, **compiler_options(regime, warps, torch.version.hip is None))
+        kernel[(programs,)](**named, **compiler_options(warps, torch.version.hip is None))
     return named["losses"], named["stats"]

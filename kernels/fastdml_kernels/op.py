@@ -205,7 +205,12 @@ def mutual_loss(logits: Sequence[Tensor], call: Call) -> tuple[Tensor, Tensor | 
     needs_grad = torch.is_grad_enabled() and any(z.requires_grad for z in logits)
     if torch.compiler.is_compiling():
         if needs_grad:
-            return _CompiledLoss.apply(call, *logits)
+            # dynamo takes no tensor twice: one that is two peers goes in as a view as well
+            distinct = [
+                z.view_as(z) if any(z is other for other in logits[:k]) else z
+                for k, z in enumerate(logits)
+            ]
+            return _CompiledLoss.apply(call, *distinct)
         return torch.ops.fastdml.mutual_loss(logits, *_flat(call, None, False))[:2]
     if torch._C._are_functorch_transforms_active():
         raise RuntimeError(

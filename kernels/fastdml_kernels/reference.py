@@ -86,7 +86,9 @@ def mutual_loss_reference(
                 total = total + torch.where(w != 0, w * value, 0.0)
         elif teachers:
             w = torch.stack([edge(k, teacher) for teacher in teachers])  # (K-1, N)
-            share = (w / w.sum(dim=0).where(w.sum(dim=0) != 0, torch.ones(()).double()))[..., None]
+            any_teacher = w.sum(dim=0) != 0
+            w_mix = torch.where(any_teacher, w, 1.0)  # of a row without a teacher nothing is kept
+            share = (w_mix / w_mix.sum(dim=0))[..., None]
             if options.target == "ensemble":
                 stacked = torch.stack([fixed(log_q[teacher]) for teacher in teachers])
                 mixed = torch.logsumexp(stacked + share.log(), dim=0)
@@ -94,7 +96,6 @@ def mutual_loss_reference(
                 stacked = torch.stack([fixed(z[teacher]) for teacher in teachers])
                 blend = torch.where(share != 0, share * stacked, 0.0).sum(dim=0)
                 mixed = torch.log_softmax(blend / temperature, dim=1)
-            any_teacher = w.sum(dim=0) != 0
             mixed = torch.where(any_teacher[:, None], mixed, log_q[k].detach())
             total = torch.where(any_teacher, w.sum(dim=0) * divergence(mixed, log_q[k]), 0.0)
         kl_rows.append(torch.where(mimics, total * temperature**2, 0.0))
@@ -106,7 +107,7 @@ def mutual_loss_reference(
     if options.mimic_ignored and not labelled.any():
         ce = ce_rows.sum(dim=1)  # a batch without any label teaches by the KL term alone
     if options.reduction == "mean":
-        loss = ce_weight * ce + kl_weight * kl
+        loss = ce_weight * ce + (kl_weight * kl if K > 1 else 0.0)
     else:
         loss = ce_weight * ce_rows + kl_weight * kl_rows
         loss = loss.sum(dim=1) if options.reduction == "sum" else loss

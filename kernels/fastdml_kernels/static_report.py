@@ -148,12 +148,12 @@ def report(
     if regime is None:
         regime = "register" if fits_registers(K, C, options, None) else "wide"
     if tile is None:
-        tile = register_tile(K, C) if regime == "register" else wide_tile(K, C)
+        tile = register_tile(K, C) if regime == "register" else wide_tile(K, C, stats)
     kernel, named, warps = arguments(
         logits, torch.zeros(N, dtype=torch.int64), options, grads=grads, want_stats=stats,
         regime=regime, tile=tile,
     )  # fmt: skip
-    built_with = compiler_options(regime, warps, nvidia=not arch.startswith("gfx"))
+    built_with = compiler_options(warps, nvidia=not arch.startswith("gfx"))
     compiled = compile_kernel(kernel, named, built_with, TARGETS[arch])
     about = dict(
         kernel="register_rows" if kernel is register_rows else "wide_rows", K=K, C=C, dtype=dtype,

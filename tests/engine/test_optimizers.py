@@ -91,7 +91,10 @@ PYPI = types.SimpleNamespace(__file__="site-packages/apex/__init__.py")
 @pytest.mark.parametrize(
     ("modules", "message"),
     [
-        ({}, "optimizer 'apex_sgd' needs NVIDIA Apex: build it from https://github.com/NVIDIA/apex"),
+        (
+            {},
+            "optimizer 'apex_sgd' needs NVIDIA Apex: build it from https://github.com/NVIDIA/apex",
+        ),
         ({"apex": PYPI}, "site-packages/apex/__init__.py\\) is not NVIDIA's but PyPI's"),
         ({"apex": NVIDIA}, "Apex is installed without its CUDA extensions"),
         ({"apex": NVIDIA, "apex.optimizers": object(), "amp_C": object()}, "needs a CUDA device"),

@@ -282,9 +282,7 @@ class TestOverflow:
             if overflows:
                 spoil = (0, 2)
                 peers[1].weight.register_hook(
-                    lambda g, count=count, spoil=spoil: (
-                        g * torch.inf if next(count) in spoil else g
-                    )
+                    lambda g, count=count, spoil=spoil: g * torch.inf if next(count) in spoil else g
                 )
             before, seen = copy.deepcopy(peers[1].state_dict()), []
             for i, (x, y) in enumerate(batches(4)):

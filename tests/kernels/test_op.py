@@ -328,7 +328,6 @@ def test_one_compilation_serves_every_batch_size(stacked):
         same(torch.autograd.grad(value.sum(), z), torch.autograd.grad(loss(z).sum(), z))
 
 
-@pytest.mark.xfail(strict=True, reason="dynamo refuses an autograd.Function of duplicate tensors")
 def test_compiled_code_takes_one_tensor_as_two_peers():
     z = leaves(K=1)[0]
     step = compiled("aot_eager")

@@ -1,0 +1,42 @@
+"""The examples run and learn."""
+
+from __future__ import annotations
+
+import importlib.util
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+
+EXAMPLES = Path(__file__).parent.parent / "examples"
+
+
+def example(name: str, *needs: str) -> ModuleType:
+    for package in needs:
+        pytest.importorskip(package)
+    spec = importlib.util.spec_from_file_location(f"examples_{name}", EXAMPLES / f"{name}.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_plain_loop():
+    accuracies = example("plain_loop", "sklearn").main()
+    assert len(accuracies) == 2
+    assert min(accuracies) > 0.8  # chance is 0.1
+
+
+def test_compiled_step():
+    first, last = example("compiled_step").main()
+    assert last < 0.9 * first
+
+
+def test_lightning_module():
+    metrics = example("lightning_module", "sklearn", "lightning").main()
+    assert min(metrics["val/top1_0"], metrics["val/top1_1"]) > 0.8
+    assert metrics["train/kl_0"] > 0
+
+
+def test_hf_trainer():
+    accuracies = example("hf_trainer", "transformers", "accelerate").main()
+    assert min(accuracies) > 0.75  # chance is 0.5
