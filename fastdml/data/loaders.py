@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import os
 import sys
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -22,6 +23,10 @@ KINDS = ("auto", "resident", "dali", "torch")
 SHARE = 0.5  # of the free memory that a set may take
 
 
+def _to_stderr(line: str) -> None:
+    print(line, file=sys.stderr)
+
+
 def make_loader(
     kind: str,
     source: ImageSet | ReidSplit,
@@ -29,10 +34,12 @@ def make_loader(
     *,
     bad_files: str = "error",
     device: torch.device | str = "cpu",
+    say: Callable[[str], None] = _to_stderr,
     **options: Any,
 ) -> Loader:
     """`kind`: "auto" is "resident", or where that does not fit, "dali", or without DALI "torch".
-    `options` are the loaders' own. Says on stderr what a resident set takes, or why it is streamed.
+    `options` are the loaders' own. Says, by default on stderr, what a resident set takes, or why it
+    is streamed.
     """
     check_bad_files(bad_files)
     device = torch.device(device)
@@ -44,19 +51,15 @@ def make_loader(
             if isinstance(source, ReidSplit):
                 source = source.decode()
             loader = ResidentLoader(source, batch_size, device=device, **options)
-            print(
-                f"{len(source):,} images stay in {_where(device)}: {loader.nbytes / 1e6:,.0f} MB",
-                file=sys.stderr,
-            )
+            say(f"{len(source):,} images stay in {_where(device)}: {loader.nbytes / 1e6:,.0f} MB")
             return loader
         kind = "dali" if has_dali() else "torch"
         if kind == "dali" and options.get("padding", "reflect") == "reflect":
             kind = "torch" if isinstance(source, ReidSplit) or options.get("size") else "dali"
-        print(
+        say(
             f"{len(source):,} images would take {need / 1e6:,.0f} MB, more than "
             f"{SHARE:.0%} of the {free / 1e6:,.0f} MB free in {_where(device)}: "
-            f"streamed by {kind} instead",
-            file=sys.stderr,
+            f"streamed by {kind} instead"
         )
     if kind == "torch":
         return TorchLoader(source, batch_size, device=device, **options)

@@ -11,7 +11,8 @@ from __future__ import annotations
 
 import dataclasses
 import os
-from collections.abc import Iterator
+import sys
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
@@ -55,6 +56,7 @@ def run(config: TrainConfig) -> TrainResult | None:
         in_channels=train_set.images.shape[1],
         seed=config.seed,
     ).to(device)
+    notes: list[str] = []  # said once nothing is refused any more
     train = make_loader(
         config.loader,
         train_set,
@@ -64,20 +66,25 @@ def run(config: TrainConfig) -> TrainResult | None:
         pad=config.pad,
         flip=config.flip,
         device=device,
+        say=notes.append,
     )
     test = ResidentLoader(test_set, EVALUATION_BATCH, train=False, device=device)
-    return fit(cohort, train, test, config)
+    return fit(cohort, train, test, config, notes)
 
 
 def fit(
-    cohort: Cohort, train: Any, test: Any | Evaluate | None, config: TrainConfig
+    cohort: Cohort,
+    train: Any,
+    test: Any | Evaluate | None,
+    config: TrainConfig,
+    notes: Sequence[str] = (),
 ) -> TrainResult | None:
     """Trains `cohort` in place, on the device it is on, and leaves it with the last mutual weights.
 
     train: a `data.ResidentLoader`, or any sized iterable of (images, labels) such as a DataLoader;
     `train.batches` says what resuming asks of it. test: the same for evaluation, or a function from
     the cohort to its scores, or None. `config`'s data, peers and device are recorded, not used.
-    Returns None after a dry run.
+    notes: lines for stderr before the first step. Returns None after a dry run.
     """
     device = next(cohort.parameters()).device
     cohort.to(memory_format=torch.channels_last)
@@ -91,9 +98,11 @@ def fit(
         phase = Phase(cohort, train, evaluate, config, Path(), amp)  # refuses what cannot run
         if config.dry_run:
             _refuse_overwriting(config)
+            _tell(notes)
             print(plan(phase))
             return None
         folder = _open_folder(config)
+        _tell(notes)
         config = config.replace(folder=str(folder), resume=False)
         if config.independent:
             _load_or_save_initial(folder / INITIAL_CHECKPOINT, cohort)
@@ -104,6 +113,11 @@ def fit(
             if config.independent:
                 independent = _independent(phase, stop)
     return _conclude(mutual, independent)
+
+
+def _tell(notes: Sequence[str]) -> None:
+    for line in notes:
+        print(line, file=sys.stderr)
 
 
 def _check_peers(cohort: Cohort, train: Batches) -> None:
