@@ -17,7 +17,7 @@ def test_any_shape_layout_dtype_and_three_options(drawn):
 
 @pytest.mark.slow
 @given(problems(most_rows=130, most_logits=60_000, options=REGISTER_OPTIONS))
-@settings(max_examples=400, deadline=None)
+@settings(max_examples=150, deadline=None)
 def test_any_shape_layout_dtype_and_three_options_at_length(drawn):
     check(drawn[0], register)
 
