@@ -7,6 +7,7 @@ import itertools
 import pytest
 import torch
 from fastdml_kernels import cpu as cpu_module
+from fastdml_kernels import cpu_plain
 from hypothesis import given, settings
 from oracle import LAYOUTS, OPTIONS, check, cpu, make, problems, upstream_of
 
@@ -51,7 +52,8 @@ def test_float64_logits_stay_in_float64(layout, options):
 def test_blocks_of_rows_leave_no_seam(monkeypatch, rows, options):
     """Several blocks, the last one ragged, one of them not finite and worked through with care."""
     K, N, C = 3, 20, 10
-    monkeypatch.setattr(cpu_module, "BLOCK_BYTES", 4 * K * C * rows)
+    for module in (cpu_module, cpu_plain):
+        monkeypatch.setattr(module, "BLOCK_BYTES", 4 * K * C * rows)
     p = make(K, N, C, ignored=0.2, **options)
     check(p)
     p.logits[1][13, 4] = -torch.inf
