@@ -100,7 +100,7 @@ def augment_batch(
     if EPOCH_POINTER:
         c0 = tl.load(epoch).to(tl.uint32)
     else:
-        c0 = tl.to_tensor(epoch).to(tl.int64).to(tl.uint32)
+        c0 = tl.cast(epoch, tl.int64).to(tl.uint32)
     c1 = sample.to(tl.uint32)
     c3 = c1 * 0
     if repetitions is not None:
@@ -111,10 +111,10 @@ def augment_batch(
     if PAD > 0 or FLIP:
         _, top, left, mirror = tl.philox(seed, c0, c1, c1 * 0 + FOR_CROP, c3)
         if FLIP:
-            column = tl.where(pick(mirror, tl.to_tensor(2)) == 1, OUT_W - 1 - column, column)
+            column = tl.where(pick(mirror, tl.cast(2, tl.int32)) == 1, OUT_W - 1 - column, column)
         if PAD > 0:
-            row += pick(top, tl.to_tensor(2 * PAD + 1)) - PAD
-            column += pick(left, tl.to_tensor(2 * PAD + 1)) - PAD
+            row += pick(top, tl.cast(2 * PAD + 1, tl.int32)) - PAD
+            column += pick(left, tl.cast(2 * PAD + 1, tl.int32)) - PAD
     row, row_inside = source(row, OUT_H, REFLECT)
     column, column_inside = source(column, OUT_W, REFLECT)
 
@@ -142,12 +142,12 @@ def augment_batch(
 
     if ERASE_BELOW > 0:
         whether, shape, above, before = tl.philox(seed, c0, c1, c1 * 0 + FOR_ERASE, c3)
-        shape = pick(shape, tl.to_tensor(SHAPES))
+        shape = pick(shape, tl.cast(SHAPES, tl.int32))
         rows = tl.load(shapes + 2 * shape)
         columns = tl.load(shapes + 2 * shape + 1)
         if CUTOUT:  # centred on any pixel, and cut off at the edges
-            first_row = pick(above, tl.to_tensor(OUT_H)) - rows // 2
-            first_column = pick(before, tl.to_tensor(OUT_W)) - columns // 2
+            first_row = pick(above, tl.cast(OUT_H, tl.int32)) - rows // 2
+            first_column = pick(before, tl.cast(OUT_W, tl.int32)) - columns // 2
         else:
             first_row = pick(above, OUT_H - rows + 1)
             first_column = pick(before, OUT_W - columns + 1)

@@ -58,7 +58,7 @@ def count_rows(labels, label_stride, class_weight, N, ignore_index,
 @triton.jit
 def inverse(count):
     """1 / count, and 0 where nothing was counted: no row then has a gradient."""
-    return tl.where(count > 0, 1.0 / tl.maximum(count, 1e-38), 0.0)
+    return tl.where(count > 0, 1.0 / tl.maximum(count, 1e-37), 0.0)
 
 
 @triton.jit
