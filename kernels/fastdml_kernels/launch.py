@@ -138,14 +138,12 @@ def arguments(
     grads: Sequence[Tensor] = (),
     want_stats: bool = False,
     upstream: Tensor | None = None,
-    regime: Literal["register", "wide"] | None = None,
-    tile: Tile | None = None,
+    regime: Literal["register", "wide"],
+    tile: Tile,
     programs: int = 1,
 ) -> tuple[Any, dict[str, Any], int]:
     """The kernel, its arguments by name, outputs and buffers included, and its warps."""
     K, (N, C), device = len(logits), logits[0].shape, logits[0].device
-    if regime is None:
-        regime = "register" if fits_registers(K, C, options, upstream) else "wide"
     S = stats_size(K)
     shape = (K, N) if options.reduction == "none" else (K,)
     temperature, t_pointer = _split(temperature)
