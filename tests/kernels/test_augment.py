@@ -223,7 +223,8 @@ for name, stored, what in (
     found[name] = {
         "registers": int(usage[1]), "stack": int(usage[2]), "spills": count(r"\\b(?:LDL|STL)\\b"),
         "wide stores": count(r"\\bSTG\\.E\\.128"), "all stores": count(r"\\bSTG\\."),
-        "pixels": named["ROWS"] * named["COLUMNS"], "loads": count(r"\\bLDG\\.E\\.U8"),
+        "pixels": named["ROWS"] * named["OUT_W"] * named["CH"],
+        "tile": named["ROWS"] * named["COLUMNS"], "loads": count(r"\\bLDG\\.E\\.U8"),
         "threads": 32 * options["num_warps"],
     }
 print(json.dumps(found))
@@ -233,7 +234,9 @@ print(json.dumps(found))
 @pytest.mark.parametrize("arch", ["sm_80", "sm_90", "sm_100"])
 def test_machine_code_moves_the_budget(arch):
     """Each byte of a batch is written once, 16 at a time; each stored byte that a pixel needs is
-    loaded once (four with a resize); nothing spills."""
+    loaded once (four with a resize), by as many instructions as the tile, rounded up to a power of
+    two, needs at most: the masked ones move nothing, and some compilers leave them out; nothing
+    spills."""
     environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
     environment["PYTHONPATH"] = os.pathsep.join([str(ROOT), str(ROOT / "kernels")])
     run = subprocess.run(
@@ -246,10 +249,11 @@ def test_machine_code_moves_the_budget(arch):
         assert report["stack"] == report["spills"] == 0, name
         assert report["registers"] <= 128, (name, report)
         written = report["wide stores"] * 16 * report["threads"]
-        assert written == report["pixels"] * 2, (name, report)
+        assert written == report["tile"] * 2, (name, report)
         assert report["all stores"] == report["wide stores"] + 1, "besides the label"
         taps = 4 if name == "market" else 1
-        assert report["loads"] * report["threads"] == report["pixels"] * taps, (name, report)
+        loads = report["loads"] * report["threads"]
+        assert report["pixels"] * taps <= loads <= report["tile"] * taps, (name, report)
 
 
 def test_byte_budget():
