@@ -44,10 +44,10 @@ class Totals:
 
     def add(self, output: StepOutput) -> None:
         """The device's part of a step."""
-        losses, stats = output
+        stats = output.stats
         values = torch.cat(
             [
-                losses,
+                output.losses,
                 stats.ce,
                 stats.kl,
                 stats.entropy,

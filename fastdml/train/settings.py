@@ -1,0 +1,270 @@
+"""The settings of a training run: one frozen dataclass for Python, YAML and the command line.
+
+Defaults are the paper's for CIFAR-100. The line below each field is its help text on the command
+line. A value from anywhere passes the same checks; an unknown key is refused with the nearest known
+one. `fastdml.train.reid_settings` has what re-identification adds.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import math
+import os
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+from types import NoneType
+from typing import Any, ClassVar, Literal, get_args, get_origin, get_type_hints
+
+from fastdml.errors import InputError, require
+from fastdml.train.report import write_atomically
+
+Limit = tuple[Callable[[Any], bool], str]  # what a value must fulfil, and how a message says it
+
+POSITIVE: Limit = (lambda x: x > 0, "above 0")
+COUNT: Limit = (lambda x: x >= 1, "1 or more")
+NOT_NEGATIVE: Limit = (lambda x: x >= 0, "0 or more")
+FRACTION: Limit = (lambda x: 0 <= x <= 1, "within 0..1")
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainConfig:
+    # --- data ---
+    data: str = "cifar100"
+    """Data set: digits, cifar10 or cifar100."""
+    root: str = "data"
+    """Folder of the data set's files (digits needs none)."""
+    download: bool = False
+    """Fetch the data set into `root` where it is missing, checked by its MD5."""
+    subset: int = 0
+    """Train on this many images, evenly of each class; 0 means all. Paper: all."""
+    batch_size: int = 64
+    """Images a step; the last short batch of an epoch is left out. Paper: 64."""
+    pad: int = 4
+    """Pixels of reflected border that the random crop moves in; 0 means no crop. Paper: 4."""
+    flip: bool = True
+    """Mirror half of the training images, at random. Paper: yes."""
+    loader: Literal["auto", "resident", "dali", "torch"] = "auto"
+    """Where batches come from. auto: from the device's memory if they fit, else streamed."""
+
+    # --- peers and loss ---
+    peers: tuple[str, ...] = ("resnet32", "resnet32")
+    """Models to train together; a name given twice is two peers with different initial weights."""
+    temperature: float = 1.0
+    """The peers imitate softmax(z / T); the KL term is multiplied by T squared. Paper: 1."""
+    ce_weight: float = 1.0
+    """Weight of the cross-entropy with the labels. Paper: 1."""
+    kl_weight: float = 1.0
+    """Weight of the mean KL divergence from the other peers. Paper: 1."""
+    label_smoothing: float = 0.0
+    """Share of the label's probability spread over all classes, 0 to 1. Paper: 0."""
+    update: Literal["simultaneous", "sequential"] = "simultaneous"
+    """Together, or one by one with predictions recomputed (Algorithm 1, 2K - 1 forward passes)."""
+    independent: bool = False
+    """Then train the same peers without KL, same start and batches; report both runs."""
+
+    # --- optimizer ---
+    optimizer: Literal["sgd", "adam", "adamw", "apex_sgd", "apex_adam", "apex_lamb"] = "sgd"
+    """One optimizer over all peers; apex_* are NVIDIA Apex's fused ones. Paper: sgd."""
+    lr: float = 0.1
+    """Learning rate at the start. Paper: 0.1."""
+    momentum: float = 0.9
+    """Momentum of sgd and apex_sgd; the first beta of the others. Paper: 0.9."""
+    nesterov: bool = True
+    """Nesterov momentum (sgd and apex_sgd only). Paper: yes."""
+    weight_decay: float = 5e-4
+    """L2 penalty on all parameters. Not stated in the paper; reproductions use 5e-4."""
+    epochs: int = 200
+    """Passes over the training images. Paper: 200."""
+    iterations: int = 0
+    """Steps of the run, in place of epochs, which is 0 then. 0: as many as the epochs make."""
+    schedule: Literal["step", "cosine"] = "step"
+    """Learning rate: dropped in steps, or half a cosine to 0 over all epochs. Paper: step."""
+    lr_drop_every: int = 60
+    """Epochs between two drops (step schedule); 0: none. Paper: 60."""
+    lr_drops: tuple[int, ...] = ()
+    """Epochs after which the rate drops, in place of lr_drop_every (step schedule)."""
+    lr_drop_factor: float = 0.1
+    """What a drop multiplies the learning rate by (step schedule). Paper: 0.1."""
+    warmup_epochs: float = 0.0
+    """Epochs of linear warm-up from 0, fractions allowed. Paper: 0."""
+    grad_clip: float = 0.0
+    """Largest norm of one peer's gradient; 0 means no clipping. Paper: 0."""
+    accumulate: int = 1
+    """Equal parts that each batch is computed in, to use less memory. Paper: 1."""
+    ema: float = 0.0
+    """Decay of averaged weights, which are then what is evaluated and saved; 0: none. Paper: 0."""
+
+    # --- speed ---
+    device: str = "auto"
+    """auto (cuda where there is one, else cpu), cpu, cuda or cuda:N."""
+    execution: Literal["auto", "eager", "streams", "graph", "stacked"] = "auto"
+    """How a step runs. auto: on a GPU the fastest by a short measurement, on a CPU by a rule."""
+    amp: Literal["auto", "off", "bf16", "fp16"] = "auto"
+    """Precision of the peers. auto: bf16 if the hardware has it, fp16 on older CUDA, else off."""
+    compile: bool = False
+    """Compile the peers with torch.compile (minutes at the start, faster steps)."""
+    profile: bool = False
+    """Record ten steps: trace.json (for Chrome) and profile.txt, in the run's folder."""
+
+    # --- reproducibility ---
+    seed: int = 0
+    """Fixes initial weights, order and augmentation."""
+    deterministic: bool = False
+    """Deterministic algorithms only: CUDA runs repeat bit for bit (CPU runs always do); slower."""
+
+    # --- the run ---
+    folder: str | None = None
+    """Folder of the run, made anew. Default: runs/DATA-PEERS-NNN, the next free number."""
+    resume: bool = False
+    """Go on, bit for bit, with the run in `folder` (default: the newest of these peers)."""
+    dry_run: bool = False
+    """Build everything, run one step, print what would happen, write nothing."""
+    eval_every: int = 1
+    """Epochs between two evaluations on the test images; the last epoch always has one."""
+    log_every: int = 50
+    """Steps between two readings of the losses (each waits for the device); 0: once an epoch."""
+    save_every_steps: int = 0
+    """Steps between two checkpoints; 0: none by count. Every epoch ends with one anyway."""
+    save_every_minutes: float = 10.0
+    """Minutes between two checkpoints; 0: none by time."""
+    progress: bool = False
+    """Show the progress bar even where the output is not a terminal."""
+    tensorboard: bool = True
+    """Write TensorBoard events beside metrics.jsonl."""
+
+    limits: ClassVar[dict[str, Limit]] = {
+        "subset": NOT_NEGATIVE,
+        "batch_size": COUNT,
+        "pad": NOT_NEGATIVE,
+        "temperature": POSITIVE,
+        "ce_weight": NOT_NEGATIVE,
+        "kl_weight": NOT_NEGATIVE,
+        "label_smoothing": FRACTION,
+        "lr": POSITIVE,
+        "momentum": (lambda x: 0 <= x < 1, "at least 0 and below 1"),
+        "weight_decay": NOT_NEGATIVE,
+        "epochs": NOT_NEGATIVE,
+        "iterations": NOT_NEGATIVE,
+        "lr_drop_every": NOT_NEGATIVE,
+        "lr_drop_factor": (lambda x: 0 < x <= 1, "above 0 and at most 1"),
+        "warmup_epochs": NOT_NEGATIVE,
+        "grad_clip": NOT_NEGATIVE,
+        "accumulate": COUNT,
+        "ema": (lambda x: 0 <= x < 1, "at least 0 and below 1"),
+        "seed": (lambda x: 0 <= x < 2**63, "within 0..2**63-1"),
+        "eval_every": COUNT,
+        "log_every": NOT_NEGATIVE,
+        "save_every_steps": NOT_NEGATIVE,
+        "save_every_minutes": NOT_NEGATIVE,
+    }
+
+    def __post_init__(self) -> None:
+        for name, hint in field_types(type(self)).items():
+            value = _convert(name, getattr(self, name), hint)
+            object.__setattr__(self, name, value)
+            if name in self.limits:
+                accepts, meaning = self.limits[name]
+                if not accepts(value):
+                    raise InputError(f"{name} must be {meaning}, not {value!r}")
+        if not self.peers:
+            raise InputError("peers is empty: name at least one model, for instance resnet32")
+        if self.optimizer in ("sgd", "apex_sgd") and self.nesterov and self.momentum == 0:
+            raise InputError("nesterov needs momentum above 0: set momentum, or nesterov to false")
+        if self.batch_size % self.accumulate:
+            raise InputError(
+                f"batch_size ({self.batch_size}) must be a multiple of accumulate "
+                f"({self.accumulate})"
+            )
+        if self.accumulate > 1 and self.update == "sequential":
+            raise InputError("accumulate above 1 needs update simultaneous, not sequential")
+        if not self.epochs and not self.iterations:
+            raise InputError("epochs must be 1 or more, not 0")
+        if self.epochs and self.iterations:
+            raise InputError(
+                f"epochs ({self.epochs}) and iterations ({self.iterations}) both say how long: "
+                "set one of them to 0"
+            )
+        if self.warmup_epochs > self.epochs and not self.iterations:
+            raise InputError(
+                f"warmup_epochs ({self.warmup_epochs:g}) must not exceed epochs ({self.epochs})"
+            )
+        if any(drop < 1 for drop in self.lr_drops) or list(self.lr_drops) != sorted(
+            set(self.lr_drops)
+        ):
+            raise InputError(
+                f"lr_drops must be rising numbers of epochs, not {list(self.lr_drops)}"
+            )
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values, as YAML and checkpoints hold them."""
+        values = dataclasses.asdict(self)
+        return {k: list(v) if isinstance(v, tuple) else v for k, v in values.items()}
+
+    def replace(self, **changes: Any) -> TrainConfig:
+        """A copy with some settings changed; unknown ones are refused by name."""
+        check_names(changes, kind=type(self))
+        return dataclasses.replace(self, **changes)
+
+    def alone(self) -> TrainConfig:
+        """The settings of the same peers without what they learn from each other."""
+        return self.replace(kl_weight=0.0, independent=False)
+
+    def save(self, path: Path) -> None:
+        yaml = require("yaml", "train")
+        write_atomically(path, yaml.safe_dump(self.to_dict(), sort_keys=False))
+
+
+def check_names(
+    names: Mapping[str, Any], where: str = "", kind: type[TrainConfig] = TrainConfig
+) -> None:
+    """Refuses names that are no setting of this kind of run, with the nearest that is."""
+    known = list(field_types(kind))
+    for name in names:
+        if name not in known:
+            near = difflib.get_close_matches(str(name).replace("-", "_"), known, n=1, cutoff=0.5)
+            hint = f"did you mean {near[0]}?" if near else f"the settings are {', '.join(known)}"
+            raise InputError(f"unknown setting {name!r}{where}; {hint}")
+
+
+@cache
+def field_types(kind: type[TrainConfig]) -> dict[str, Any]:
+    hints = get_type_hints(kind)
+    return {field.name: hints[field.name] for field in dataclasses.fields(kind)}
+
+
+def _convert(name: str, value: Any, hint: Any) -> Any:
+    """`value` as the field's type, without guessing: 64.0 is an int, "1e-3" a float, 1 no bool."""
+    if NoneType in get_args(hint):
+        if value is None:
+            return None
+        hint = next(kind for kind in get_args(hint) if kind is not NoneType)
+    if get_origin(hint) is Literal:
+        choices = get_args(hint)
+        if value is False and "off" in choices:
+            return "off"  # YAML 1.1 reads a bare `off` as false
+        if value not in choices:
+            raise InputError(f"{name} must be one of {', '.join(choices)}, not {value!r}")
+        return value
+    if get_origin(hint) is tuple:
+        if isinstance(value, str) or not isinstance(value, Sequence):
+            items = "names" if get_args(hint)[0] is str else "numbers"
+            raise InputError(f"{name} must be a list of {items}, not {value!r}")
+        return tuple(_convert(name, item, get_args(hint)[0]) for item in value)
+    if hint is bool and isinstance(value, bool):
+        return value
+    if hint is str and isinstance(value, (str, os.PathLike)):
+        return os.fspath(value)
+    if hint is int and isinstance(value, int) and not isinstance(value, bool):
+        return value
+    if hint in (int, float) and not isinstance(value, bool):
+        try:
+            number = float(value)  # YAML 1.1 reads 1e-3 as text
+        except (TypeError, ValueError, OverflowError):
+            number = math.nan
+        if math.isfinite(number) and (hint is float or number.is_integer()):
+            return hint(number)
+    kinds = {bool: "true or false", str: "text", int: "a whole number", float: "a finite number"}
+    raise InputError(f"{name} must be {kinds[hint]}, not {value!r}")
