@@ -57,7 +57,7 @@ def plan(phase: Phase) -> str:
         ("execution", phase.step.name),
         (
             "steps",
-            f"{phase.steps:,} an epoch of {len(batch[-1])} images, {config.epochs} epochs, "
+            f"{phase.steps:,} an epoch of {len(batch[-1])} images, {phase.epochs} epochs, "
             f"{phase.total * phases:,} in all" + (" (mutual and independent)" * (phases - 1)),
         ),
         ("first step", f"{seconds:.2f} s, start-up included"),

@@ -200,7 +200,7 @@ def _independent(mutual: Phase, stop: Stop) -> TrainResult:
     initial = mutual.folder / INITIAL_CHECKPOINT
     load_weights(cohort, checkpoint.load(initial)["cohort"], initial)
     folder.mkdir(exist_ok=True)
-    config = mutual.config.replace(kl_weight=0.0, independent=False, folder=str(folder))
+    config = mutual.config.alone().replace(folder=str(folder))
     amp = resolve(config.amp, mutual.device)  # with a scaler of its own
     try:
         return Phase(cohort, mutual.train, mutual.evaluate, config, folder, amp).run(stop)

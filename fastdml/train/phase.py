@@ -28,7 +28,6 @@ from fastdml.engine import (
     Schedule,
     StepOutput,
     executions,
-    learning_rates,
     make_optimizer,
     make_step,
 )
@@ -36,19 +35,20 @@ from fastdml.engine.amp import Amp
 from fastdml.engine.profile import Profile
 from fastdml.engine.update import Update
 from fastdml.errors import InputError, require
-from fastdml.loss import MutualLoss
-from fastdml.metrics import ClassificationScores
-from fastdml.train import checkpoint, report
+from fastdml.train import checkpoint, losses, report
 from fastdml.train.batches import Batches, assembler
-from fastdml.train.config import TrainConfig, check_resumable
+from fastdml.train.config import check_resumable
 from fastdml.train.result import TrainResult
+from fastdml.train.scores import Scores, from_dict, main_name, main_values
+from fastdml.train.settings import TrainConfig
 from fastdml.train.statistics import Clock, Totals
 
 BEST = "best"
 LAST_CHECKPOINT = "last.ckpt"
-LOSS_NAMES = {"ce": "cross-entropy", "kl": "KL divergence"}
+LOSS_NAMES = {"ce": "cross-entropy", "kl": "KL divergence", "metric": "metric loss"}
+SCORE_NAMES = {"top1": "top-1", "mAP": "mAP"}
 
-Evaluate = Callable[[Cohort], ClassificationScores]
+Evaluate = Callable[[Cohort], Scores]
 
 
 class TrainingDiverged(InputError):
@@ -101,7 +101,8 @@ class Phase:
         self.label = "independent" if folder.name == report.INDEPENDENT else "mutual"
         self.device = amp.device
         self.steps = len(train)  # an epoch
-        self.total = config.epochs * self.steps
+        self.total = losses.total_steps(config, self.steps)
+        self.epochs = -(-self.total // self.steps)  # the last one may be cut short
         self.optimizer = make_optimizer(
             cohort,
             config.optimizer,
@@ -110,24 +111,12 @@ class Phase:
             nesterov=config.nesterov,
             weight_decay=config.weight_decay,
         )
-        rates = learning_rates(
-            lr=config.lr,
-            epochs=config.epochs,
-            steps=self.steps,
-            schedule=config.schedule,
-            drop_every=config.lr_drop_every,
-            drop_factor=config.lr_drop_factor,
-            warmup_epochs=config.warmup_epochs,
-        )
+        rates = losses.rates(config, self.steps)
         self.rates = rates.tolist()
         self.schedule = Schedule(self.optimizer, rates)
-        self.loss = MutualLoss(
-            temperature=config.temperature,
-            ce_weight=config.ce_weight,
-            kl_weight=config.kl_weight,
-            label_smoothing=config.label_smoothing,
-        )
-        self.totals = Totals(len(cohort), self.device)
+        self.loss = losses.mutual_loss(config, len(cohort)).to(self.device)
+        self.metric = losses.metric_loss(config, cohort)
+        self.totals = Totals(len(cohort), self.device, metric=self.metric is not None)
         self.record = Record(self.schedule, self.totals)
         self.ema = Ema(cohort, config.ema) if config.ema else None
         self.assemble = assembler(train, self.device)
@@ -136,9 +125,9 @@ class Phase:
         self.position = 0  # steps done in the run
         self.seconds = 0.0
         self.history: list[dict[str, Any]] = []
-        self.scores: ClassificationScores | None = None
+        self.scores: Scores | None = None
         self.best_epoch = 0
-        self.best_scores: ClassificationScores | None = None
+        self.best_scores: Scores | None = None
 
     def _make_step(self, execution: str) -> Any:
         config = self.config
@@ -155,6 +144,7 @@ class Phase:
             ema=self.ema,
             assemble=self.assemble,
             after=self.record,
+            **({"metric": self.metric} if self.metric else {}),
         )
 
     def batches(self, epoch: int, start: int = 0) -> Iterator[tuple[Tensor, ...]]:
@@ -195,9 +185,10 @@ class Phase:
         """The steps of an epoch, from wherever the run stands."""
         config, steps, totals, clock = self.config, self.steps, self.totals, self.clock
         epoch, start = divmod(self.position, steps)
+        end = min(steps, self.total - epoch * steps)
         batches = self.batches(epoch, start)
         clock.start()
-        for done in range(start + 1, steps + 1):
+        for done in range(start + 1, end + 1):
             clock.ask()
             batch = next(batches)
             clock.got()
@@ -208,7 +199,7 @@ class Phase:
             clock.step(rows)
             self.bar.update(rows)
             self.profile.step()
-            if done == steps:
+            if done == end:
                 break  # the end of the epoch reads, saves and heeds signals anyway
             if config.log_every and self.position % config.log_every == 0:
                 self._read()
@@ -221,7 +212,7 @@ class Phase:
 
     def _end_epoch(self) -> None:
         self._read()
-        epoch = self.position // self.steps
+        epoch = -(-self.position // self.steps)
         updates = int(self.schedule.updates)
         record = {
             **self.totals.epoch(),
@@ -250,7 +241,7 @@ class Phase:
             scores = dataclasses.asdict(self.scores)
             self.log.log("test", self.position, epoch, **scores)
             self.history[-1]["test"] = scores
-            if self.best_scores is None or _mean(self.scores.top1) > _mean(self.best_scores.top1):
+            if self.best_scores is None or _mean(self.scores) > _mean(self.best_scores):
                 self.best_epoch, self.best_scores = epoch, self.scores
                 self.cohort.save(self.folder / BEST)
 
@@ -307,6 +298,7 @@ class Phase:
             "scaler": self.amp.scaler.state_dict() if self.amp.scaler else None,
             "execution": self.step.name if self.position else None,
             "ema": self.ema.state_dict() if self.ema else None,
+            "metric": self.metric.state_dict() if self.metric else None,
             "updates": self.schedule.updates,
             "overflows": self.record.overflows,
             "rng": _rng_state(self.device),
@@ -333,7 +325,7 @@ class Phase:
         if state["position"] > self.total:
             raise InputError(
                 f"cannot resume: the run has done {state['position'] // self.steps} epochs, more "
-                f"than epochs={self.config.epochs}"
+                f"than epochs={self.epochs}"
             )
         load_weights(self.cohort, state["cohort"], path)
         self.optimizer.load_state_dict(state["optimizer"])
@@ -341,6 +333,8 @@ class Phase:
             self.amp.scaler.load_state_dict(state["scaler"])
         if self.ema:
             self.ema.load_state_dict(state["ema"])
+        if self.metric:
+            self.metric.load_state_dict(state["metric"])
         self.schedule.load(state["updates"])
         self.record.overflows.copy_(state["overflows"])
         self.totals.load(state["totals"])
@@ -350,7 +344,7 @@ class Phase:
         self.position, self.seconds = state["position"], state["seconds"]
         self.history, self.best_epoch = state["history"], state["best_epoch"]
         self.scores, self.best_scores = (
-            state[key] and ClassificationScores(**state[key]) for key in ("scores", "best_scores")
+            state[key] and from_dict(state[key]) for key in ("scores", "best_scores")
         )
         torch.set_rng_state(state["rng"]["cpu"])
         if self.device.type == "cuda" and state["rng"]["cuda"] is not None:
@@ -377,12 +371,13 @@ class Phase:
 
     def _line(self, epoch: int, record: dict[str, Any]) -> str:
         parts = [
-            f"{self.label} epoch {epoch}/{self.config.epochs}",
+            f"{self.label} epoch {epoch}/{self.epochs}",
             "loss " + " ".join(f"{x:.3f}" for x in record["loss"]),
         ]
         if test := self.history[-1].get("test"):
-            parts.append("test top-1 % " + " ".join(f"{100 * x:.2f}" for x in test["top1"]))
-            parts.append(f"ensemble {100 * test['ensemble_top1']:.2f}")
+            name = main_name(test)
+            parts.append(f"test {SCORE_NAMES[name]} % " + " ".join(map(_percent, test[name])))
+            parts.append(f"ensemble {_percent(test[f'ensemble_{name}'])}")
         if record["images_per_second"]:
             parts.append(
                 f"{record['images_per_second']:,.0f} images/s, "
@@ -481,5 +476,10 @@ def load_weights(cohort: Cohort, weights: dict[str, Tensor], path: Path) -> None
         raise InputError(f"{path} was written for other peers: {reason}") from None
 
 
-def _mean(values: list[float]) -> float:
+def _mean(scores: Scores) -> float:
+    values = main_values(scores)
     return sum(values) / len(values)
+
+
+def _percent(fraction: float) -> str:
+    return f"{100 * fraction:.2f}"

@@ -6,8 +6,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from fastdml.metrics import ClassificationScores
-from fastdml.train.config import TrainConfig
+from fastdml.train.scores import Scores
+from fastdml.train.settings import TrainConfig
 
 
 @dataclass(frozen=True)
@@ -17,9 +17,9 @@ class TrainResult:
     peers: tuple[str, ...]  # display names, in order
     parameters: tuple[int, ...]  # trainable parameters of each peer
     history: list[dict[str, Any]]  # the epoch records of metrics.jsonl, in order
-    scores: ClassificationScores | None  # of the last weights; None without an evaluation
-    best_epoch: int  # epochs trained when the peers' mean top-1 was highest; 0: never evaluated
-    best_scores: ClassificationScores | None
+    scores: Scores | None  # of the last weights; None without an evaluation
+    best_epoch: int  # epochs trained when the peers' mean top-1 (mAP) was best; 0: not evaluated
+    best_scores: Scores | None
     weights: dict[str, Path]  # "last" and "best": folders that Cohort.load reads
     images_per_second: float  # of training alone, first steps left out; 0 if too short to tell
     data_wait: float  # share of that time spent waiting for batches, 0 to 1

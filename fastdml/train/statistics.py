@@ -17,17 +17,21 @@ from torch import Tensor
 from fastdml.engine import StepOutput
 
 NEVER = 2**62  # a step number that no run reaches
-PER_PEER = ("loss", "ce", "kl", "entropy", "top1")
 
 
 class Totals:
-    """Sums over the steps of an epoch, for K peers."""
+    """Sums over the steps of an epoch, for K peers, with or without losses on features."""
 
-    def __init__(self, K: int, device: torch.device) -> None:
+    def __init__(self, K: int, device: torch.device, metric: bool = False) -> None:
         self.K = K
-        # loss (K), ce (K), kl (K), entropy (K), correct (K), ensemble_correct (1), pairwise (K*K)
-        self.sums = torch.zeros(5 * K + 1 + K * K, dtype=torch.float64, device=device)
-        self.first_bad = torch.full((2 * K,), NEVER, dtype=torch.int64, device=device)  # of ce, kl
+        self.watched = ("ce", "kl", "metric") if metric else ("ce", "kl")
+        self.per_peer = ("loss", *self.watched, "entropy", "top1")
+        # each of per_peer (K), ensemble_correct (1), pairwise (K*K)
+        P = len(self.per_peer) * K
+        self.sums = torch.zeros(P + 1 + K * K, dtype=torch.float64, device=device)
+        self.first_bad = torch.full(
+            (len(self.watched) * K,), NEVER, dtype=torch.int64, device=device
+        )
         self.step = torch.zeros((), dtype=torch.int64, device=device)  # of the run, the last added
         self.steps = 0
         self.rows = 0
@@ -50,6 +54,7 @@ class Totals:
                 output.losses,
                 stats.ce,
                 stats.kl,
+                *([output.metric] if "metric" in self.watched else []),
                 stats.entropy,
                 stats.correct,
                 stats.ensemble_correct.view(1),
@@ -57,7 +62,7 @@ class Totals:
             ]
         )
         self.sums += values
-        watched = values[self.K : 3 * self.K]
+        watched = values[self.K : (1 + len(self.watched)) * self.K]
         fine = (watched - watched) == 0  # inf - inf and NaN - NaN are NaN
         self.step += 1
         self.first_bad.copy_(
@@ -74,13 +79,13 @@ class Totals:
         return means
 
     def bad(self) -> tuple[int, str, int] | None:
-        """(step, "ce" or "kl", peer) of the first loss that was not finite. Waits for the device.
+        """(step, loss, peer) of the first loss that was not finite. Waits for the device.
 
         Of one step the cross-entropy comes first, since it spoils the KL of every other peer.
         """
         steps = self.first_bad.tolist()
         i = min(range(len(steps)), key=steps.__getitem__)
-        return None if steps[i] == NEVER else (steps[i], ("ce", "kl")[i // self.K], i % self.K)
+        return None if steps[i] == NEVER else (steps[i], self.watched[i // self.K], i % self.K)
 
     def epoch(self) -> dict[str, Any]:
         """Means over the whole epoch so far. Waits for the device."""
@@ -117,13 +122,13 @@ class Totals:
         self.marked_steps, self.marked_rows = self.steps, self.rows
 
     def _means(self, sums: Tensor, steps: int, rows: int) -> dict[str, Any]:
-        K = self.K
+        K, P = self.K, len(self.per_peer) * self.K
         count = torch.full_like(sums, max(steps, 1))
-        count[4 * K : 5 * K + 1] = max(rows, 1)  # counts of rows, the others are means over rows
+        count[P - K : P + 1] = max(rows, 1)  # counts of rows, the others are means over rows
         means = (sums / count).tolist()
-        record = {name: means[i * K : (i + 1) * K] for i, name in enumerate(PER_PEER)}
-        record["ensemble_top1"] = means[5 * K]
-        pairwise = means[5 * K + 1 :]
+        record = {name: means[i * K : (i + 1) * K] for i, name in enumerate(self.per_peer)}
+        record["ensemble_top1"] = means[P]
+        pairwise = means[P + 1 :]
         record["pairwise_kl"] = [pairwise[i * K : (i + 1) * K] for i in range(K)]
         return record
 
