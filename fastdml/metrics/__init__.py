@@ -3,5 +3,22 @@
 from __future__ import annotations
 
 from fastdml.metrics.classification import Classification, ClassificationScores
+from fastdml.metrics.reid import (
+    ReIDScores,
+    ensemble_features,
+    feature_distances,
+    multi_query_features,
+    normalize_features,
+    reid_scores,
+)
 
-__all__ = ["Classification", "ClassificationScores"]
+__all__ = [
+    "Classification",
+    "ClassificationScores",
+    "ReIDScores",
+    "ensemble_features",
+    "feature_distances",
+    "multi_query_features",
+    "normalize_features",
+    "reid_scores",
+]

@@ -1,0 +1,336 @@
+"""Retrieval scores of re-identification: CMC, mAP and mINP, by counting and without a sort.
+
+An image's rank is needed for the matching gallery images only, and is one more than the number of
+images that are nearer. So each query costs its distances, one GEMM row, and M G comparisons for M
+matches: about 15 on Market-1501, where 3,368 queries against 15,913 images then take a tenth of a
+second on two cores once the distances are there. Memory: `block` distances (64 MB) and a few
+MB that stay in the cache, whatever the gallery's size; no Q x G buffer.
+
+Rules, those of Market-1501 (Zheng et al., "Scalable Person Re-identification: A Benchmark", ICCV
+2015):
+- Gallery images of identity -1 (junk) do not exist. Identity 0 (distractors) is an identity like
+  any other, that nobody asks for.
+- A query's matches are the gallery images of its identity from other cameras. Those from its own
+  camera are left out for it, neither right nor wrong.
+- A query without a match is not counted.
+- Ties: of images at equal distance those of other identities rank first. So scores do not depend
+  on the order of the files, and features that are all alike score worst instead of by luck. A
+  distance that is NaN counts as infinitely far.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from fastdml.errors import InputError
+
+JUNK = -1
+METRICS = ("cosine", "euclidean")
+BLOCK = 1 << 24  # distances held at once
+# Comparisons made at once: on a CPU what stays in the cache (2**19 and 2**22 are slower), on a GPU
+# enough to fill it.
+COMPARISONS = {"cpu": 1 << 21, "cuda": 1 << 24}
+
+
+@dataclass(frozen=True)
+class ReIDScores:
+    """Fractions of 1. `cmc[k - 1]` is the share of queries with a match among the first k."""
+
+    mAP: float
+    cmc: list[float]  # (max_rank,)
+    mINP: float
+    queries: int  # that have a match, and so count
+
+    def rank(self, k: int) -> float:
+        """The share of queries with a match among the first k: rank(1) is "rank-1"."""
+        if not 1 <= k <= len(self.cmc):
+            raise InputError(f"rank {k}: this curve has ranks 1 to {len(self.cmc)}")
+        return self.cmc[k - 1]
+
+
+@torch.no_grad()
+def reid_scores(
+    query_features: Tensor | None,
+    gallery_features: Tensor | None,
+    query_ids: Tensor,
+    gallery_ids: Tensor,
+    query_cameras: Tensor,
+    gallery_cameras: Tensor,
+    *,
+    metric: str = "cosine",
+    max_rank: int = 50,
+    distances: Tensor | None = None,
+    block: int = BLOCK,
+) -> ReIDScores:
+    """Scores of queries (Q, D) against a gallery (G, D), or of given distances (Q, G).
+
+    Features are of any floating dtype and are compared in float32 (float64 in float64); identities
+    and cameras are integers (Q,) and (G,), on any device. With `distances`, features may be None.
+
+    - mAP: the mean over queries of the average precision, which is the mean, over a query's M
+      matches, of the precision at the match's rank, as is usual since Market-1501 (whose first
+      code took trapezia between the matches).
+    - mINP: the mean of M over the rank of the last match (Ye et al., "Deep Learning for Person
+      Re-identification: A Survey and Outlook", TPAMI 2021).
+
+    Raises InputError on shapes that do not fit together, and where no query has a match.
+    """
+    Q, G = _check_ids(query_ids, gallery_ids, query_cameras, gallery_cameras)
+    if max_rank < 1 or block < 1:
+        raise InputError(f"max_rank={max_rank}, block={block}: both must be at least 1")
+    if distances is None:
+        source: _Given | _Computed = _Computed(query_features, gallery_features, metric)
+    else:
+        source = _Given(distances)
+    if source.shape != (Q, G):
+        raise InputError(
+            f"distances or features of {source.shape[0]} x {source.shape[1]} images, but "
+            f"identities of {Q} queries and {G} gallery images"
+        )
+    own = _OwnImages(query_ids, gallery_ids, query_cameras, gallery_cameras)
+    if not len(own.counted):
+        raise InputError(
+            f"none of the {Q} queries has a gallery image of its identity from another camera: "
+            "nothing can be scored"
+        )
+    found = []
+    for queries in own.counted.split(max(1, block // G)):
+        d = source.block(queries)  # (B, G)
+        found.append(_query_scores(d, *own.of(queries), own.junk))
+    precision, inverse_penalty, first = torch.cat(found, dim=1).cpu()
+    cmc = (first[:, None] <= torch.arange(1, max_rank + 1)).double().mean(dim=0)
+    return ReIDScores(
+        mAP=precision.mean().item(),
+        cmc=cmc.tolist(),
+        mINP=inverse_penalty.mean().item(),
+        queries=len(own.counted),
+    )
+
+
+@torch.no_grad()
+def feature_distances(
+    query_features: Tensor, gallery_features: Tensor, metric: str = "cosine"
+) -> Tensor:
+    """(Q, G) in float32 (float64 in float64) of (Q, D) and (G, D): 1 - cosine, or Euclidean."""
+    source = _Computed(query_features, gallery_features, metric)
+    d = source.block(torch.arange(len(query_features)))
+    if metric == "cosine":
+        return d.add_(1)
+    return d.add_(source.query.square().sum(dim=1, keepdim=True)).clamp_(min=0).sqrt_()
+
+
+def normalize_features(features: Tensor) -> Tensor:
+    """(N, D) to unit length, in float32 (float64 in float64); rows of zeros stay zeros."""
+    return F.normalize(_in_full(features), dim=1)
+
+
+def ensemble_features(features: Sequence[Tensor]) -> Tensor:
+    """One description (N, sum of D_k) of unit length from K peers' (N, D_k): concatenated, as in
+    the paper (Zhang et al., CVPR 2018), each of unit length first so that none outweighs the
+    others; the cosine similarity of the whole is the mean of the peers'."""
+    if not features:
+        raise InputError("an ensemble needs the features of at least one peer")
+    if len({len(f) for f in features}) > 1:
+        raise InputError(f"peers with features of {[len(f) for f in features]} images")
+    return normalize_features(torch.cat([normalize_features(f) for f in features], dim=1))
+
+
+@torch.no_grad()
+def multi_query_features(
+    features: Tensor,
+    ids: Tensor,
+    cameras: Tensor,
+    query_ids: Tensor,
+    query_cameras: Tensor,
+    query_features: Tensor | None = None,
+) -> Tensor:
+    """(Q, D) in float32 (float64 in float64): for each query the mean of the features (M, D) of
+    the images of its identity and camera (Zheng et al., ICCV 2015, section 5.4; Market-1501 keeps
+    these images in gt_bbox). A query without such an image keeps its own of `query_features`
+    (Q, D); without that argument it raises InputError. Normalise features first, so that
+    each image weighs the same.
+    """
+    images, Q = len(features), len(query_ids)
+    if features.ndim != 2 or not images == len(ids) == len(cameras) or len(query_cameras) != Q:
+        raise InputError(
+            f"features {tuple(features.shape)} with {len(ids)} identities and {len(cameras)} "
+            f"cameras, for {Q} query identities and {len(query_cameras)} cameras"
+        )
+    features = _in_full(features)
+    keys = torch.stack([torch.cat([ids, query_ids]), torch.cat([cameras, query_cameras])], dim=1)
+    groups, group = keys.unique(dim=0, return_inverse=True)
+    group = group.to(features.device)
+    # float64 sums: the mean does not depend on the order of the images
+    sums = features.new_zeros(len(groups), features.shape[1], dtype=torch.float64)
+    sums.index_add_(0, group[:images], features.double())
+    size = torch.bincount(group[:images], minlength=len(groups))
+    asked = group[images:]
+    mean = (sums / size[:, None])[asked].to(features.dtype)
+    missing = size[asked] == 0
+    if query_features is not None:
+        return torch.where(missing[:, None], _in_full(query_features).to(mean.device), mean)
+    if missing.any():
+        first = int(missing.nonzero()[0])
+        raise InputError(
+            f"{int(missing.sum())} of {Q} queries have no image of their identity and camera, "
+            f"identity {int(query_ids[first])} of camera {int(query_cameras[first])} for one: give "
+            "query_features"
+        )
+    return mean
+
+
+class _Given:
+    """Rows of a matrix of distances (Q, G)."""
+
+    def __init__(self, distances: Tensor) -> None:
+        if distances.ndim != 2 or not distances.is_floating_point():
+            raise InputError(
+                f"distances {tuple(distances.shape)} of {distances.dtype}: give (Q, G) of a "
+                "floating dtype"
+            )
+        self.distances, self.shape = distances, tuple(distances.shape)
+
+    def block(self, queries: Tensor) -> Tensor:
+        """A copy (B, G)."""
+        return _in_full(self.distances[queries.to(self.distances.device)])
+
+
+class _Computed:
+    """Rows of a function of the distance that orders a query's gallery as the distance does:
+    minus the cosine, or the squared Euclidean distance less the query's square. The gallery is
+    not copied to be normalised."""
+
+    def __init__(self, query: Tensor | None, gallery: Tensor | None, metric: str) -> None:
+        if metric not in METRICS:
+            raise InputError(f"unknown metric {metric!r}: give one of {', '.join(METRICS)}")
+        if query is None or gallery is None:
+            raise InputError("give the features of queries and gallery, or distances")
+        if query.ndim != 2 or gallery.ndim != 2 or query.shape[1] != gallery.shape[1]:
+            raise InputError(
+                f"features {tuple(query.shape)} and {tuple(gallery.shape)}: give (Q, D) and (G, D)"
+            )
+        self.shape = len(query), len(gallery)
+        self.metric = metric
+        query, gallery = _in_full(query), _in_full(gallery)
+        dtype = torch.promote_types(query.dtype, gallery.dtype)
+        self.query, self.gallery = query.to(dtype), gallery.to(dtype)
+        # (G,), a few rows at a time: no second gallery; of whole numbers it is exact
+        self.square = torch.cat([g.square().sum(dim=1) for g in self.gallery.split(4096)])
+        if metric == "cosine":
+            self.query = F.normalize(self.query, dim=1)
+            self.scale = self.square.sqrt().clamp(min=1e-12).reciprocal()
+
+    def block(self, queries: Tensor) -> Tensor:
+        query = self.query[queries.to(self.query.device)]
+        with torch.autocast(query.device.type, enabled=False):
+            if self.metric == "cosine":
+                return (query.neg() @ self.gallery.T).mul_(self.scale)
+            return torch.addmm(self.square, query, self.gallery.T, alpha=-2)
+
+
+class _OwnImages:
+    """Each query's gallery images of its own identity, as index lists on the host."""
+
+    def __init__(
+        self, query_ids: Tensor, gallery_ids: Tensor, query_cameras: Tensor, gallery_cameras: Tensor
+    ) -> None:
+        ids, gallery_ids = (x.cpu().long().contiguous() for x in (query_ids, gallery_ids))
+        self.query_cameras, self.gallery_cameras = query_cameras.cpu(), gallery_cameras.cpu()
+        self.junk = (gallery_ids == JUNK).nonzero()[:, 0]
+        self.by_id = torch.argsort(gallery_ids, stable=True)[len(self.junk) :]
+        if (gallery_ids < JUNK).any():
+            raise InputError(f"identity {int(gallery_ids.min())}: the least is {JUNK}, for junk")
+        in_order = gallery_ids[self.by_id]
+        self.start = torch.searchsorted(in_order, ids)
+        self.size = torch.searchsorted(in_order, ids, right=True) - self.start
+        # As many matches next to each other as possible: little padding in a block.
+        matches = torch.zeros(len(ids), dtype=torch.int64)
+        for queries in torch.arange(len(ids)).split(1024):
+            row, _, match = self.of(queries)
+            matches[queries] = torch.bincount(row[match], minlength=len(queries))
+        matches, queries = matches.sort(stable=True)
+        self.counted = queries[matches > 0]
+
+    def of(self, queries: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """(row of the block, gallery image, whether a match), all (P,), in the order of rows."""
+        size = self.size[queries]
+        row = torch.arange(len(queries)).repeat_interleave(size)
+        place = torch.arange(len(row)) - (size.cumsum(0) - size)[row]
+        image = self.by_id[self.start[queries][row] + place]
+        match = self.gallery_cameras[image] != self.query_cameras[queries][row]
+        return row, image, match
+
+
+def _query_scores(d: Tensor, row: Tensor, image: Tensor, match: Tensor, junk: Tensor) -> Tensor:
+    """(3, B) in float64: average precision, inverse negative penalty, rank of the first match.
+    d (B, G), overwritten, has rows in increasing order of matches."""
+    B = len(d)
+    matches = torch.bincount(row[match], minlength=B)  # (B,)
+    place = torch.arange(int(match.sum())) - (matches.cumsum(0) - matches)[row[match]]
+    at, found = row[match].to(d.device), image[match].to(d.device)
+
+    d.nan_to_num_(nan=torch.inf, posinf=torch.inf, neginf=-torch.inf)
+    limit = d.new_full((B, int(matches.max())), torch.inf)  # (B, M), padded
+    limit[at, place.to(d.device)] = d[at, found]
+    limit = limit.sort(dim=1).values
+    d[row.to(d.device), image.to(d.device)] = (
+        torch.nan
+    )  # compares false with everything: is never counted
+    d[:, junk.to(d.device)] = torch.nan
+    others = _count_up_to(d, limit, matches)
+
+    M = matches.to(d.device)[:, None]
+    nth = torch.arange(1, limit.shape[1] + 1, device=d.device)  # (M,): of the query's matches
+    rank = (others + nth).double()
+    precision = torch.where(nth <= M, nth / rank, 0).sum(dim=1) / M[:, 0]
+    last = rank.gather(1, M - 1)
+    return torch.stack([precision, (M / last)[:, 0], rank[:, 0]])
+
+
+def _count_up_to(d: Tensor, limit: Tensor, matches: Tensor) -> Tensor:
+    """How many of a row's distances (B, G) are at most each limit (B, M): (B, M) int64. Only the
+    first `matches` limits of a row, increasing over the rows, are looked at.
+
+    The comparisons are written as floats: their sum is vectorised, that of bytes is not (5 times
+    slower on a CPU). A piece adds up to 2**24 at most, so the sums are exact.
+    """
+    (B, G), M = d.shape, limit.shape[1]
+    most = max(M, COMPARISONS["cuda" if d.is_cuda else "cpu"])
+    counts = torch.zeros_like(limit, dtype=torch.int64)
+    buffer = torch.empty(most, device=d.device)
+    width = min(G, most // M)
+    for rows in torch.arange(B).split(max(1, most // (M * width))):
+        start, stop = int(rows[0]), int(rows[-1]) + 1
+        m = int(matches[stop - 1])
+        for at in range(0, G, width):
+            piece = d[start:stop, None, at : at + width]
+            below = buffer[: (stop - start) * m * piece.shape[2]].view(stop - start, m, -1)
+            torch.le(piece, limit[start:stop, :m, None], out=below)
+            counts[start:stop, :m] += below.sum(dim=2).long()
+    return counts
+
+
+def _in_full(x: Tensor) -> Tensor:
+    return x if x.dtype == torch.float64 else x.float()
+
+
+def _check_ids(*tensors: Tensor) -> tuple[int, int]:
+    query_ids, gallery_ids, query_cameras, gallery_cameras = tensors
+    for x in tensors:
+        if x.ndim != 1 or x.is_floating_point():
+            raise InputError(
+                f"identities or cameras {tuple(x.shape)} of {x.dtype}: give one integer an image"
+            )
+    if len(query_ids) != len(query_cameras) or len(gallery_ids) != len(gallery_cameras):
+        raise InputError(
+            f"{len(query_ids)} query identities with {len(query_cameras)} cameras, "
+            f"{len(gallery_ids)} gallery identities with {len(gallery_cameras)} cameras"
+        )
+    if not len(query_ids) or not len(gallery_ids):
+        raise InputError(f"{len(query_ids)} queries against {len(gallery_ids)} gallery images")
+    return len(query_ids), len(gallery_ids)
