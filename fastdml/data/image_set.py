@@ -59,14 +59,18 @@ class ImageSet:
         Classes differ by one sample at most until one runs out, and a smaller subset of the same
         seed lies within a larger one.
         """
-        if not 1 <= n <= len(self):
-            raise InputError(f"a subset of {n} images: the set allows 1 to {len(self)}")
-        labels = self.labels.cpu()
-        words = draw(check_seed(seed), 0, torch.arange(len(labels)), SUBSET)[0]
-        by_class = permutation((labels << 32) + words)
-        counts = torch.bincount(labels, minlength=self.num_classes)
-        first = counts.cumsum(0) - counts  # (C,) where each class starts in by_class
-        rank = torch.empty_like(labels)  # (N,) place of the sample within its class
-        rank[by_class] = torch.arange(len(labels)) - first[labels[by_class]]
-        chosen = permutation((rank << 32) + words)[:n].sort().values.to(self.labels.device)
+        chosen = evenly(self.labels.cpu(), n, seed).to(self.labels.device)
         return replace(self, images=self.images[chosen], labels=self.labels[chosen])
+
+
+def evenly(labels: Tensor, n: int, seed: int) -> Tensor:
+    """(n,) samples of labels (N,), as `ImageSet.subset` takes them."""
+    if not 1 <= n <= len(labels):
+        raise InputError(f"a subset of {n} images: the set allows 1 to {len(labels)}")
+    words = draw(check_seed(seed), 0, torch.arange(len(labels)), SUBSET)[0]
+    by_class = permutation((labels << 32) + words)
+    counts = torch.bincount(labels)
+    first = counts.cumsum(0) - counts  # (C,) where each class starts in by_class
+    rank = torch.empty_like(labels)  # (N,) place of the sample within its class
+    rank[by_class] = torch.arange(len(labels)) - first[labels[by_class]]
+    return permutation((rank << 32) + words)[:n].sort().values

@@ -43,29 +43,45 @@ def make_loader(
     """
     check_bad_files(bad_files)
     device = torch.device(device)
-    if kind not in KINDS:
-        raise InputError(f"loader {kind!r}: give one of {', '.join(KINDS)}")
-    if kind in ("auto", "resident"):
-        need, free = needed_bytes(source, device, **options), free_bytes(device)
-        if need <= SHARE * free:
-            if isinstance(source, ReidSplit):
-                source = source.decode()
-            loader = ResidentLoader(source, batch_size, device=device, **options)
-            say(f"{len(source):,} images stay in {_where(device)}: {loader.nbytes / 1e6:,.0f} MB")
-            return loader
-        kind = "dali" if has_dali() else "torch"
-        if kind == "dali" and options.get("padding", "reflect") == "reflect":
-            kind = "torch" if isinstance(source, ReidSplit) or options.get("size") else "dali"
-        say(
-            f"{len(source):,} images would take {need / 1e6:,.0f} MB, more than "
-            f"{SHARE:.0%} of the {free / 1e6:,.0f} MB free in {_where(device)}: "
-            f"streamed by {kind} instead"
-        )
+    kind = choose_loader(kind, source, device, say=say, **options)
+    if kind == "resident":
+        if isinstance(source, ReidSplit):
+            source = source.decode()
+        loader = ResidentLoader(source, batch_size, device=device, **options)
+        say(f"{len(source):,} images stay in {_where(device)}: {loader.nbytes / 1e6:,.0f} MB")
+        return loader
     if kind == "torch":
         return TorchLoader(source, batch_size, device=device, **options)
     if isinstance(source, ReidSplit):
         source = checked(source, bad_files)
     return DALILoader(source, batch_size, device=device, **options)
+
+
+def choose_loader(
+    kind: str,
+    source: ImageSet | ReidSplit,
+    device: torch.device,
+    *,
+    say: Callable[[str], None] = _to_stderr,
+    **options: Any,
+) -> str:
+    """What `make_loader` makes of these arguments: "resident", "dali" or "torch"."""
+    if kind not in KINDS:
+        raise InputError(f"loader {kind!r}: give one of {', '.join(KINDS)}")
+    if kind in ("dali", "torch"):
+        return kind
+    need, free = needed_bytes(source, device, **options), free_bytes(device)
+    if need <= SHARE * free:
+        return "resident"
+    kind = "dali" if has_dali() else "torch"
+    if kind == "dali" and options.get("padding", "reflect") == "reflect":
+        kind = "torch" if isinstance(source, ReidSplit) or options.get("size") else "dali"
+    say(
+        f"{len(source):,} images would take {need / 1e6:,.0f} MB, more than "
+        f"{SHARE:.0%} of the {free / 1e6:,.0f} MB free in {_where(device)}: "
+        f"streamed by {kind} instead"
+    )
+    return kind
 
 
 def has_dali() -> bool:

@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 
 from fastdml.data.decode import decode
-from fastdml.data.image_set import ImageSet
+from fastdml.data.image_set import ImageSet, evenly
 from fastdml.data.scan import check_bad_files, scan
 from fastdml.errors import InputError
 
@@ -55,11 +55,16 @@ class ReidSplit:
 
     def without(self, bad: dict[str, str]) -> ReidSplit:
         keep = [i for i, path in enumerate(self.paths) if path not in bad]
-        if len(keep) == len(self):
-            return self
-        at = torch.tensor(keep, dtype=torch.int64)
-        paths = tuple(self.paths[i] for i in keep)
-        return replace(self, paths=paths, ids=self.ids[at], cameras=self.cameras[at])
+        return self if len(keep) == len(self) else self.at(torch.tensor(keep, dtype=torch.int64))
+
+    def at(self, places: Tensor) -> ReidSplit:
+        """The images at `places` (M,) int64 alone."""
+        paths = tuple(self.paths[i] for i in places.tolist())
+        return replace(self, paths=paths, ids=self.ids[places], cameras=self.cameras[places])
+
+    def subset(self, n: int, seed: int = 0) -> ReidSplit:
+        """`n` images, as many of each identity as there are: see `ImageSet.subset`."""
+        return self.at(evenly(self.labels, n, seed))
 
     def decode(self, size: tuple[int, int] = STORED) -> ImageSet:
         """All images in memory, (N, 3, height, width) uint8: 25 kB each at 128x64."""
