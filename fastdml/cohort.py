@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import dataclasses
 import hashlib
 import io
 import json
@@ -25,7 +26,7 @@ import torch
 from torch import Tensor, nn
 
 from fastdml.errors import InputError, require
-from fastdml.models import create_model
+from fastdml.models import ReidHead, create_model
 
 FORMAT = 1  # of cohort.json
 
@@ -38,9 +39,12 @@ class Cohort(nn.Module):
     num_classes: needed where the peers are names.
     seed: peer k is built from (seed, k) alone, whatever its neighbours are; torch's global
     generator is left as it was.
+    head: the re-identification head that peers given by name get; `embed` and metric losses need
+    one. A module brings its own (`logits_and_features` and `embed`, as `ReidModel` has them).
+    pretrained: peers begin with timm's weights; all must be models of timm.
 
     Attributes: `peers`, the modules; `names`, unique names for display; `models`, the name each
-    peer was built from (None for a module); `num_classes`; `in_channels`.
+    peer was built from (None for a module); `num_classes`; `in_channels`; `head`.
     """
 
     def __init__(
@@ -50,6 +54,8 @@ class Cohort(nn.Module):
         *,
         in_channels: int = 3,
         seed: int = 0,
+        head: ReidHead | None = None,
+        pretrained: bool = False,
     ) -> None:
         super().__init__()
         if isinstance(peers, (str, nn.Module)):
@@ -68,9 +74,12 @@ class Cohort(nn.Module):
         self.models = [peer if isinstance(peer, str) else None for peer in peers]
         self.names = _unique([p if isinstance(p, str) else type(p).__name__ for p in peers])
         self.in_channels = in_channels
+        self.head = head
         self.num_classes = int(self._common_class_count(peers, num_classes))
         self.peers = nn.ModuleList(
-            _build(p, self.num_classes, in_channels, seed, k) if isinstance(p, str) else p
+            _build(p, self.num_classes, in_channels, seed, k, head, pretrained)
+            if isinstance(p, str)
+            else p
             for k, p in enumerate(peers)
         )
         self._check_peers_differ()
@@ -94,6 +103,16 @@ class Cohort(nn.Module):
     def ensemble(self, x: Tensor) -> Tensor:
         """Mean of the peers' probabilities in float32, (N, C)."""
         return torch.stack([z.float().softmax(dim=1) for z in self(x)]).mean(dim=0)
+
+    def embed(self, x: Tensor) -> list[Tensor]:
+        """x: (N, in_channels, H, W) -> K tensors (N, D_k): what each peer compares images by."""
+        for name, peer in zip(self.names, self.peers, strict=True):
+            if not hasattr(peer, "embed"):
+                raise InputError(
+                    f"peer {name} has no re-identification head: build the cohort with "
+                    "head=ReidHead()"
+                )
+        return [peer.embed(x) for peer in self.peers]
 
     def save(self, folder: str | os.PathLike) -> None:
         """Writes cohort.json and the weights; an interrupted save never leaves a file half written.
@@ -119,6 +138,7 @@ class Cohort(nn.Module):
                 "format": FORMAT,
                 "num_classes": self.num_classes,
                 "in_channels": int(self.in_channels),
+                "head": self.head and dataclasses.asdict(self.head),
                 "peers": entries,
             }
             staged.write(folder / "cohort.json", json.dumps(description, indent=2).encode())
@@ -140,6 +160,7 @@ class Cohort(nn.Module):
         folder = Path(folder)
         description = _read_description(folder / "cohort.json")
         entries = description["peers"]
+        head = description["head"]
         sources = [entry["model"] for entry in entries] if peers is None else list(peers)
         if len(sources) != len(entries):
             raise InputError(f"{folder} holds {len(entries)} peers, and peers= has {len(sources)}")
@@ -157,7 +178,13 @@ class Cohort(nn.Module):
                 )
             if isinstance(source, str):
                 source = _build(
-                    source, description["num_classes"], description["in_channels"], seed=0, k=k
+                    source,
+                    description["num_classes"],
+                    description["in_channels"],
+                    seed=0,
+                    k=k,
+                    head=head,
+                    pretrained=False,
                 )
             data = _read(path)
             if hashlib.sha256(data).hexdigest() != entry["sha256"]:
@@ -172,7 +199,8 @@ class Cohort(nn.Module):
                 raise InputError(f"{path} does not fit peer {name}: {reason}") from None
             modules.append(source)
 
-        cohort = cls(modules, description["num_classes"], in_channels=description["in_channels"])
+        sizes = {"in_channels": description["in_channels"], "head": head}
+        cohort = cls(modules, description["num_classes"], **sizes)
         cohort.names = [entry["name"] for entry in entries]
         cohort.models = [entry["model"] for entry in entries]
         return cohort.to(device)
@@ -256,13 +284,23 @@ class Cohort(nn.Module):
                 )
 
 
-def _build(name: str, num_classes: int, in_channels: int, seed: int, k: int) -> nn.Module:
+def _build(
+    name: str,
+    num_classes: int,
+    in_channels: int,
+    seed: int,
+    k: int,
+    head: ReidHead | None,
+    pretrained: bool,
+) -> nn.Module:
     """The model `name` with the weights that belong to (seed, k), on the CPU."""
     state = int(np.random.SeedSequence((seed, k)).generate_state(1)[0])
     # Only the CPU generator is seeded, and restored: torch.manual_seed would also reset CUDA's.
     with torch.random.fork_rng(devices=[]), torch.device("cpu"):
         torch.default_generator.manual_seed(state)
-        return create_model(name, num_classes, in_channels=in_channels)
+        return create_model(
+            name, num_classes, in_channels=in_channels, head=head, pretrained=pretrained
+        )
 
 
 def _unique(names: Sequence[str]) -> list[str]:
@@ -321,11 +359,14 @@ def _read(path: Path) -> bytes:
 
 
 def _read_description(path: Path) -> dict:
+    """The file's contents, checked; its head as a ReidHead, None where there is none."""
     try:
         description = json.loads(_read(path))
         version = description["format"]
         peers = [(e["name"], e["model"], e["sha256"]) for e in description["peers"]]
         sizes = (description["num_classes"], description["in_channels"])
+        head = description.get("head")  # not in the files of earlier versions
+        description["head"] = None if head is None else ReidHead(**head)
     except (ValueError, KeyError, TypeError) as error:
         if isinstance(error, InputError):
             raise

@@ -16,6 +16,7 @@ from torch import nn
 
 from fastdml.cohort import Cohort
 from fastdml.errors import InputError, MissingExtra
+from fastdml.models import ReidHead
 
 needs_safetensors = pytest.mark.skipif(
     importlib.util.find_spec("safetensors") is None, reason="safetensors is not installed"
@@ -355,6 +356,60 @@ def test_without_safetensors_the_message_is_the_command(trained, tmp_path, monke
     with pytest.raises(MissingExtra, match=r"pip install 'fastdml\[train\]'"):
         trained.save(tmp_path)
     assert not any(tmp_path.iterdir())
+
+
+# ---- re-identification ----
+
+
+@needs_safetensors
+@pytest.mark.parametrize("head", [ReidHead("gem"), ReidHead(neck=False, last_stride=2)], ids=str)
+def test_a_head_is_kept_on_disk(head, tmp_path):
+    cohort = Cohort(["resnet8", "wrn_10_2"], 5, seed=1, head=head)
+    x = torch.randn(4, 3, 16, 8)
+    cohort(x)
+    cohort.eval().save(tmp_path)
+    loaded = Cohort.load(tmp_path).eval()
+    assert loaded.head == head
+    assert same(loaded, cohort)
+    with torch.no_grad():
+        features = loaded.embed(x)
+        assert [f.shape for f in features] == [(4, 64), (4, 128)]
+        for mine, theirs in zip(features, cohort.embed(x), strict=True):
+            assert torch.equal(mine, theirs)
+        assert [z.shape for z in loaded(x)] == [(4, 5)] * 2
+
+
+@needs_safetensors
+def test_cohorts_of_earlier_versions_have_no_head(trained, tmp_path):
+    trained.save(tmp_path)
+    path = tmp_path / "cohort.json"
+    description = json.loads(path.read_text())
+    assert description.pop("head") is None
+    path.write_text(json.dumps(description))
+    loaded = Cohort.load(tmp_path)
+    assert same(loaded, trained)
+    assert loaded.head is None
+    with pytest.raises(InputError, match=r"resnet8-1 has no re-ident.* head=ReidHead\(\)"):
+        loaded.embed(torch.zeros(1, 1, 8, 8))
+    for head in ({"pooling": "max"}, {"colour": 3}, 3):
+        path.write_text(json.dumps(description | {"head": head}))
+        with pytest.raises(InputError):
+            Cohort.load(tmp_path)
+
+
+def test_a_head_comes_with_names_and_not_with_modules():
+    net = linear_net(4)
+    cohort = Cohort(["resnet8", net], 4, head=ReidHead())
+    assert cohort.peers[1] is net
+    with pytest.raises(InputError, match="peer Sequential has no re-identification head"):
+        cohort.embed(torch.zeros(1, 3, 8, 8))
+
+
+def test_exported_heads_give_the_logits(tmp_path):
+    cohort = Cohort(["resnet8"], 5, head=ReidHead("gem")).eval()
+    (path,) = cohort.export(tmp_path, torch.zeros(1, 3, 16, 8), format="torch")
+    x = torch.randn(3, 3, 16, 8)
+    torch.testing.assert_close(torch.export.load(path).module()(x), cohort(x)[0])
 
 
 # ---- export ----

@@ -42,6 +42,7 @@ from torch import Tensor, nn
 from fastdml.engine.step import EagerStep, StepOutput
 from fastdml.errors import InputError
 from fastdml.models.googlenet import Inception
+from fastdml.models.reid import GeMPool
 from fastdml.models.resnet_cifar import Shortcut
 
 PROBE = 2  # images in the comparison with the peers
@@ -214,10 +215,23 @@ class StackedDropout(Layer):
 class StackedShortcut(Layer):
     """Option A of a ResNet: the new channels of each peer are zeros."""
 
+    def __init__(self, layers: Sequence[Shortcut]) -> None:
+        super().__init__(layers)
+        self.stride = layers[0].stride
+
     def forward(self, x: Tensor) -> Tensor:
-        own = x[:, :, ::2, ::2].chunk(self.K, 1)
+        own = x[:, :, :: self.stride, :: self.stride].chunk(self.K, 1)
         zeros = torch.zeros_like(own[0])
         return torch.cat([t for part in own for t in (part, zeros)], 1)
+
+
+class StackedGeM(Layer):
+    """One exponent a peer, for all of its channels."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        p = self.p.repeat_interleave(x.shape[1] // self.K)  # (K * F,)
+        x = x.to(torch.promote_types(x.dtype, torch.float32)).clamp(min=GeMPool.EPS)
+        return x.pow(p[:, None, None]).mean((2, 3)).pow(1 / p)
 
 
 class StackedInception(Layer):
@@ -237,6 +251,7 @@ LAYERS = {
     nn.Linear: StackedLinear,
     nn.Dropout: StackedDropout,
     Shortcut: StackedShortcut,
+    GeMPool: StackedGeM,
 }
 
 

@@ -4,10 +4,14 @@
     wrn_28_10, wrn_16_4, ...  Wide ResNet, any depth 6n + 4 and width
     mobilenet, googlenet      their CIFAR forms
     package.module:function   your own, called with num_classes= and, if it takes it, in_channels=
-    timm:NAME                 any model of timm, without pretrained weights
+    timm:NAME                 any model of timm, with pretrained weights if asked
 
 All of the first three kinds take images of 8x8 and up with any number of channels, return logits
 (N, C), and offer `forward_features`, `num_features` and `num_classes`.
+
+With `head=ReidHead(...)` a name gives a `ReidModel`: the same backbones, mobilenet and googlenet in
+their form for large images, resnet18, 34, 50, 101 and 152 as the ImageNet networks (timm's), and of
+your own models and timm's those with a feature map (N, F, H, W) from `forward_features`.
 """
 
 from __future__ import annotations
@@ -22,14 +26,18 @@ from numbers import Integral
 
 from torch import nn
 
-from fastdml.errors import InputError, require
-from fastdml.models.googlenet import GoogLeNetCifar
-from fastdml.models.mobilenet import MobileNetCifar
+from fastdml.errors import InputError
+from fastdml.models.googlenet import GoogLeNet
+from fastdml.models.mobilenet import MobileNet
+from fastdml.models.reid import ReidHead, ReidModel
 from fastdml.models.resnet_cifar import ResNetCifar
+from fastdml.models.timm_models import create_timm_model, keep_last_stage
 from fastdml.models.wide_resnet import WideResNet
 
-# Depths 6n + 2 that everybody reads as the ImageNet network of bottleneck blocks.
-IMAGENET_DEPTHS = (50, 152)
+__all__ = ["ReidHead", "ReidModel", "create_model", "model_names"]
+
+# Depths that everybody reads as the ImageNet network, 50 and 152 of them 6n + 2 as well.
+IMAGENET_DEPTHS = (18, 34, 50, 101, 152)
 
 
 def model_names() -> list[str]:
@@ -40,23 +48,60 @@ def model_names() -> list[str]:
     ]  # fmt: skip
 
 
-def create_model(name: str, num_classes: int, *, in_channels: int = 3) -> nn.Module:
-    """The model called `name`, with fresh weights from torch's global generator."""
+def create_model(
+    name: str,
+    num_classes: int,
+    *,
+    in_channels: int = 3,
+    head: ReidHead | None = None,
+    pretrained: bool = False,
+) -> nn.Module:
+    """The model called `name`, with fresh weights from torch's global generator.
+
+    head: what to put on the model's feature map, for re-identification.
+    pretrained: begin with timm's weights; for its models alone. The classifier is fresh.
+    """
     for label, value in (("num_classes", num_classes), ("in_channels", in_channels)):
         if not isinstance(value, Integral) or isinstance(value, bool) or value < 1:
             raise InputError(f"{label} must be a whole number of at least 1, not {value!r}")
-    if name.startswith("timm:"):
-        return _from_timm(name.removeprefix("timm:"), num_classes, in_channels)
-    if ":" in name:
-        return _from_import(name, num_classes, in_channels)
-    if name == "mobilenet":
-        return MobileNetCifar(num_classes, in_channels)
-    if name == "googlenet":
-        return GoogLeNetCifar(num_classes, in_channels)
+    if not (head is None or isinstance(head, ReidHead)):
+        raise InputError(f"head must be a ReidHead or None, not {head!r}")
+    timm_name = name.removeprefix("timm:") if name.startswith("timm:") else None
+    if head is not None and name in [f"resnet{depth}" for depth in IMAGENET_DEPTHS]:
+        timm_name = name
+    if pretrained and timm_name is None:
+        raise InputError(
+            f"model {name!r} has no pretrained weights, only models of timm have: name one as "
+            "timm:NAME, or use pretrained=False"
+        )
+    if timm_name is not None:
+        model = create_timm_model(
+            timm_name,
+            num_classes if head is None else 0,
+            in_channels,
+            pretrained=pretrained,
+            nearest=_nearest,
+        )
+        if head is not None and head.last_stride == 1:
+            keep_last_stage(model)
+    elif ":" in name:
+        model = _from_import(name, num_classes, in_channels)
+    else:
+        model = _own(name, num_classes, in_channels, head)
+    if head is None:
+        return model
+    return ReidModel(model, num_classes, head, name=name, in_channels=in_channels)
+
+
+def _own(name: str, num_classes: int, in_channels: int, head: ReidHead | None) -> nn.Module:
+    last_stride = 2 if head is None else head.last_stride
+    if name in ("mobilenet", "googlenet"):
+        kind = MobileNet if name == "mobilenet" else GoogLeNet
+        return kind(num_classes, in_channels, large=head is not None, last_stride=last_stride)
     if match := re.fullmatch(r"resnet([1-9]\d{0,3})", name):
         depth = int(match[1])
         if _is_resnet_depth(depth):
-            return ResNetCifar(depth, num_classes, in_channels)
+            return ResNetCifar(depth, num_classes, in_channels, last_stride=last_stride)
         near = " or ".join(f"resnet{d}" for d in _neighbours(depth, _is_resnet_depth))
         reason = (
             "that name means the ImageNet network"
@@ -69,7 +114,7 @@ def create_model(name: str, num_classes: int, *, in_channels: int = 3) -> nn.Mod
     if match := re.fullmatch(r"wrn_([1-9]\d{0,3})_([1-9]\d{0,2})", name):
         depth, width = int(match[1]), int(match[2])
         if _is_wide_depth(depth):
-            return WideResNet(depth, width, num_classes, in_channels)
+            return WideResNet(depth, width, num_classes, in_channels, last_stride=last_stride)
         near = " or ".join(f"wrn_{d}_{width}" for d in _neighbours(depth, _is_wide_depth))
         raise InputError(f"no model {name!r}: a Wide ResNet has 6n + 4 layers; nearest: {near}")
     raise InputError(
@@ -98,14 +143,6 @@ def _nearest(name: str, names: Iterable[str]) -> str:
     wanted = name.lower().replace("-", "_")
     close = difflib.get_close_matches(wanted, names, n=3, cutoff=0.5)
     return ", ".join(close or names[:12]) or "none"
-
-
-def _from_timm(name: str, num_classes: int, in_channels: int) -> nn.Module:
-    timm = require("timm", "reid")
-    if not timm.is_model(name):
-        near = _nearest(name, timm.list_models())
-        raise InputError(f"timm has no model {name!r}; nearest: {near}")
-    return timm.create_model(name, num_classes=num_classes, in_chans=in_channels)
 
 
 def _from_import(name: str, num_classes: int, in_channels: int) -> nn.Module:

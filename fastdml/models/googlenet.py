@@ -1,9 +1,12 @@
-"""GoogLeNet (Inception V1) for CIFAR: Szegedy et al., "Going Deeper with Convolutions", 2014.
+"""GoogLeNet (Inception V1): Szegedy et al., "Going Deeper with Convolutions", 2014.
 
-The nine Inception modules have the channels of that paper's table 1, 5x5 branches included. The
-stem keeps its three convolutions and loses their downsampling (the 7x7 at stride 2 becomes a 3x3
-at stride 1, the two poolings go), so a 32x32 image ends in an 8x8 map. Batch normalisation
-replaces local response normalisation and dropout; the auxiliary heads are off.
+The nine Inception modules have the channels of that paper's table 1, 5x5 branches included. Batch
+normalisation replaces local response normalisation and dropout; the auxiliary heads are off.
+
+The form for large images, that of re-identification, has the paper's stem: 224x224 ends in a 7x7
+map and 256x128 in 8x4, or twice that each way with `last_stride=1`, which lets the last pooling
+keep the map. The CIFAR form's stem keeps its three convolutions and loses their downsampling (the
+7x7 at stride 2 becomes a 3x3 at stride 1, the two poolings go), so a 32x32 image ends in 8x8.
 
 At 100 classes and 32x32: 6,075,652 parameters, 1.56G multiply-adds an image. The mutual learning
 paper prints 7.8M for its InceptionV1 and does not say how that is made up. It is not this network
@@ -55,16 +58,26 @@ class Inception(nn.Module):
         return torch.cat([branch(x) for branch in self.branches], dim=1)
 
 
-class GoogLeNetCifar(Classifier):
-    def __init__(self, num_classes: int, in_channels: int = 3) -> None:
+class GoogLeNet(Classifier):
+    def __init__(
+        self, num_classes: int, in_channels: int = 3, *, large: bool = False, last_stride: int = 2
+    ) -> None:
+        """large: the paper's stem; else the CIFAR form."""
         super().__init__(num_features=1024, num_classes=num_classes)
-        layers = [
-            conv_bn_relu(in_channels, 64, 3), conv_bn_relu(64, 64, 1), conv_bn_relu(64, 192, 3),
-        ]  # fmt: skip
+        if large:
+            layers = [
+                conv_bn_relu(in_channels, 64, 7, 2), nn.MaxPool2d(3, 2, padding=1),
+                conv_bn_relu(64, 64, 1), conv_bn_relu(64, 192, 3), nn.MaxPool2d(3, 2, padding=1),
+            ]  # fmt: skip
+        else:
+            layers = [
+                conv_bn_relu(in_channels, 64, 3), conv_bn_relu(64, 64, 1), conv_bn_relu(64, 192, 3),
+            ]  # fmt: skip
         channels = 192
         for i, stage in enumerate(STAGES):
             if i > 0:
-                layers.append(nn.MaxPool2d(3, 2, padding=1))
+                stride = last_stride if i == len(STAGES) - 1 else 2
+                layers.append(nn.MaxPool2d(3, stride, padding=1))
             for widths in stage:
                 layers.append(Inception(channels, *widths))
                 channels = layers[-1].channels_out

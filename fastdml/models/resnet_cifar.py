@@ -8,6 +8,8 @@ Section 4.2 uses them for every CIFAR network, and so do the reproductions of mu
 reach the paper's ResNet-32; the 1x1 projections (option B) of many distillation benchmarks add
 2,752 parameters. Both round to the paper's 0.5M.
 
+For re-identification `last_stride=1` leaves the third stage on the map of the second.
+
 At 100 classes and 32x32: ResNet-32 has 470,004 parameters and needs 69M multiply-adds an image.
 """
 
@@ -20,22 +22,28 @@ from fastdml.models.layers import Classifier, conv3x3, init_weights
 
 
 class Shortcut(nn.Module):
-    """Option A: (N, ch, H, W) -> (N, 2 ch, H/2, W/2) without parameters."""
+    """Option A: (N, ch, H, W) -> (N, 2 ch, H/stride, W/stride) without parameters."""
+
+    def __init__(self, stride: int) -> None:
+        super().__init__()
+        self.stride = stride
 
     def forward(self, x: Tensor) -> Tensor:
         channels = x.shape[1]
-        return F.pad(x[:, :, ::2, ::2], (0, 0, 0, 0, 0, channels))
+        return F.pad(x[:, :, :: self.stride, :: self.stride], (0, 0, 0, 0, 0, channels))
+
+    def extra_repr(self) -> str:
+        return f"stride={self.stride}"
 
 
 class BasicBlock(nn.Module):
-    def __init__(self, channels_in: int, channels: int) -> None:
+    def __init__(self, channels_in: int, channels: int, stride: int = 1) -> None:
         super().__init__()
-        grows = channels != channels_in
-        self.conv1 = conv3x3(channels_in, channels, stride=2 if grows else 1)
+        self.conv1 = conv3x3(channels_in, channels, stride)
         self.bn1 = nn.BatchNorm2d(channels)
         self.conv2 = conv3x3(channels, channels)
         self.bn2 = nn.BatchNorm2d(channels)
-        self.shortcut = Shortcut() if grows else nn.Identity()
+        self.shortcut = nn.Identity() if channels == channels_in else Shortcut(stride)
 
     def forward(self, x: Tensor) -> Tensor:
         out = F.relu(self.bn1(self.conv1(x)), inplace=True)
@@ -46,14 +54,16 @@ class BasicBlock(nn.Module):
 class ResNetCifar(Classifier):
     """`depth` counts the layers with weights: 6n + 2."""
 
-    def __init__(self, depth: int, num_classes: int, in_channels: int = 3) -> None:
+    def __init__(
+        self, depth: int, num_classes: int, in_channels: int = 3, *, last_stride: int = 2
+    ) -> None:
         super().__init__(num_features=64, num_classes=num_classes)
         n = (depth - 2) // 6
         self.conv1 = conv3x3(in_channels, 16)
         self.bn1 = nn.BatchNorm2d(16)
-        self.stage1 = _stage(16, 16, n)
-        self.stage2 = _stage(16, 32, n)
-        self.stage3 = _stage(32, 64, n)
+        self.stage1 = _stage(16, 16, n, stride=1)
+        self.stage2 = _stage(16, 32, n, stride=2)
+        self.stage3 = _stage(32, 64, n, stride=last_stride)
         init_weights(self)
 
     def forward_features(self, x: Tensor) -> Tensor:
@@ -61,8 +71,8 @@ class ResNetCifar(Classifier):
         return self.stage3(self.stage2(self.stage1(x)))
 
 
-def _stage(channels_in: int, channels: int, blocks: int) -> nn.Sequential:
+def _stage(channels_in: int, channels: int, blocks: int, stride: int) -> nn.Sequential:
     return nn.Sequential(
-        BasicBlock(channels_in, channels),
+        BasicBlock(channels_in, channels, stride),
         *(BasicBlock(channels, channels) for _ in range(blocks - 1)),
     )

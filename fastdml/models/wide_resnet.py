@@ -3,7 +3,8 @@
 WRN-D-W has D = 6n + 4 layers: a 3x3 stem of 16 channels and three stages of n pre-activation blocks
 with 16W, 32W and 64W channels. A block whose shape changes has a 1x1 projection and feeds both
 its branches from the activated input, as in the authors' code. Dropout is off, as in the mutual
-learning paper's 36.5M-parameter WRN-28-10.
+learning paper's 36.5M-parameter WRN-28-10. For re-identification `last_stride=1` leaves the third
+stage on the map of the second.
 
 At 100 classes and 32x32: WRN-28-10 has 36,536,884 parameters and needs 5.2G multiply-adds an image.
 """
@@ -48,13 +49,21 @@ class ProjectionBlock(PreactBlock):
 class WideResNet(Classifier):
     """`depth` is 6n + 4, `width` multiplies the channels."""
 
-    def __init__(self, depth: int, width: int, num_classes: int, in_channels: int = 3) -> None:
+    def __init__(
+        self,
+        depth: int,
+        width: int,
+        num_classes: int,
+        in_channels: int = 3,
+        *,
+        last_stride: int = 2,
+    ) -> None:
         super().__init__(num_features=64 * width, num_classes=num_classes)
         n = (depth - 4) // 6
         self.conv1 = conv3x3(in_channels, 16)
         self.stage1 = _stage(16, 16 * width, n, stride=1)
         self.stage2 = _stage(16 * width, 32 * width, n, stride=2)
-        self.stage3 = _stage(32 * width, 64 * width, n, stride=2)
+        self.stage3 = _stage(32 * width, 64 * width, n, stride=last_stride)
         self.bn = nn.BatchNorm2d(64 * width)
         init_weights(self)
 

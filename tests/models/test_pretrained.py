@@ -1,0 +1,108 @@
+"""Pretrained weights of timm: from the cache without a network, else one line."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from fastdml.cohort import Cohort
+from fastdml.errors import InputError
+from fastdml.models import ReidHead, create_model
+
+timm = pytest.importorskip("timm")
+hub = pytest.importorskip("huggingface_hub")
+safetensors = pytest.importorskip("safetensors.torch")
+
+NAME = "resnet18"
+
+
+@pytest.fixture
+def offline(tmp_path, monkeypatch):
+    """An empty cache and a hub that cannot be reached; the list of attempts."""
+    attempts = []
+
+    class Session:
+        def head(self, url, timeout):
+            attempts.append(url)
+            raise ConnectionError("no route to host")
+
+    monkeypatch.setattr(hub, "get_session", Session)
+    monkeypatch.setattr(hub.constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
+    return attempts
+
+
+@pytest.fixture
+def cached(offline, tmp_path):
+    """Weights of NAME as the hub's cache holds them."""
+    torch.manual_seed(1)
+    source = timm.create_model(NAME)
+    repo = timm.get_pretrained_cfg(NAME).hf_hub_id
+    folder = tmp_path / "hub" / f"models--{repo.replace('/', '--')}"
+    snapshot = folder / "snapshots" / "0123abcd"
+    snapshot.mkdir(parents=True)
+    (folder / "refs").mkdir()
+    (folder / "refs" / "main").write_text("0123abcd")
+    safetensors.save_file(source.state_dict(), snapshot / "model.safetensors")
+    return source.state_dict()
+
+
+@pytest.mark.parametrize(("name", "head"), [(f"timm:{NAME}", None), (NAME, ReidHead())])
+def test_offline_and_uncached_is_one_line(offline, name, head):
+    with pytest.raises(InputError) as caught:
+        create_model(name, 5, head=head, pretrained=True)
+    message = str(caught.value)
+    assert "\n" not in message
+    for word in (f"timm:{NAME}", "timm/resnet18", "hub", "ConnectionError", "pretrained=False"):
+        assert word in message
+    assert len(offline) == 1  # asked once
+
+
+def test_cached_weights_need_no_network(cached, offline):
+    plain = create_model(f"timm:{NAME}", 5, pretrained=True)
+    reid = create_model(f"timm:{NAME}", 5, head=ReidHead(), pretrained=True)
+    assert offline == []
+    for key, value in cached.items():
+        if not key.startswith("fc."):
+            assert torch.equal(plain.state_dict()[key], value), key
+            assert torch.equal(reid.backbone.state_dict()[key], value), key
+    assert plain.fc.out_features == 5
+    assert reid.backbone.layer4[0].conv1.stride == (1, 1)
+
+
+def test_a_cohort_of_pretrained_peers_and_no_download_when_it_is_loaded(cached, offline, tmp_path):
+    cohort = Cohort([f"timm:{NAME}", NAME], 5, head=ReidHead(), pretrained=True)
+    first, second = (peer.classifier.weight for peer in cohort.peers)
+    assert not torch.equal(first, second)
+    key = "layer1.0.conv1.weight"
+    assert all(torch.equal(p.backbone.state_dict()[key], cached[key]) for p in cohort.peers)
+    cohort.save(tmp_path / "run")
+    for file in (tmp_path / "hub").rglob("*.safetensors"):
+        file.unlink()
+    loaded = Cohort.load(tmp_path / "run")
+    assert offline == []
+    for name, value in cohort.state_dict().items():
+        assert torch.equal(loaded.state_dict()[name], value)
+
+
+@pytest.mark.parametrize("name", ["mobilenet", "resnet20", "own.module:net", "resnet50"])
+def test_only_models_of_timm_have_weights(name):
+    with pytest.raises(InputError, match=r"has no pretrained weights, .*timm:NAME.*=False"):
+        create_model(name, 5, pretrained=True)
+
+
+def test_a_model_of_timm_without_weights(offline):
+    name = next(n for n in timm.list_models("mixer*") if not timm.get_pretrained_cfg(n).has_weights)
+    with pytest.raises(InputError, match=f"timm has no pretrained weights for '{name}'"):
+        create_model(f"timm:{name}", 5, pretrained=True)
+    assert offline == []
+
+
+def test_weights_that_cannot_be_loaded_are_one_line(offline, monkeypatch):
+    monkeypatch.setattr(hub, "get_session", lambda: type("S", (), {"head": lambda *a, **k: None})())
+
+    def fails(*_, **__):
+        raise OSError("disk full\nand more")
+
+    monkeypatch.setattr(timm.models._builder, "load_state_dict_from_hf", fails)
+    with pytest.raises(InputError, match=r"cannot load the weights of 'resnet18': disk full$"):
+        create_model(f"timm:{NAME}", 5, pretrained=True)
