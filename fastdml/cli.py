@@ -25,13 +25,13 @@ from fastdml.errors import InputError
 
 if TYPE_CHECKING:
     from fastdml.cohort import Cohort
-    from fastdml.train.config import TrainConfig
+    from fastdml.train import TrainConfig
 
-DATA = ("digits", "cifar10", "cifar100")
+DATA = ("digits", "cifar10", "cifar100", "market1501")
 
 
 def train(args: list[str]) -> None:
-    """train peers together on digits, cifar10 or cifar100"""
+    """train peers together on digits, cifar10, cifar100 or market1501"""
     usage = f"usage: fastdml train {{{','.join(DATA)}}} [OPTIONS]"
     if not args or args[0] in ("-h", "--help"):
         print(f"{usage}\n\nThe options of each: fastdml train {DATA[-1]} --help")
@@ -50,11 +50,11 @@ def train(args: list[str]) -> None:
 
 
 def evaluate(args: list[str]) -> None:
-    """score the peers of a run on its test images"""
+    """score the peers of a run on its test images, or on its queries and gallery"""
     parser = Parser("evaluate", evaluate)
     _add_run_options(parser)
     parser.add_argument(
-        "--data-root",
+        "--data",
         metavar="DIR",
         help="folder of the data set's files (default: the one that the run was trained from)",
     )
@@ -62,24 +62,62 @@ def evaluate(args: list[str]) -> None:
         "--device", default="auto", help="auto, cpu, cuda or cuda:N (default: %(default)s)"
     )
     parser.add_argument("--json", action="store_true", help="print the scores as one JSON object")
+    of_retrieval = parser.add_argument_group("re-identification runs only")
+    of_retrieval.add_argument(
+        "--no-rerank", action="store_true", help="leave out the scores after re-ranking"
+    )
+    of_retrieval.add_argument(
+        "--distractors", action="store_true", help="add the 500k distractors to the gallery"
+    )
+    of_retrieval.add_argument(
+        "--ranked-lists",
+        type=int,
+        default=0,
+        metavar="N",
+        help="draw N queries and what the ensemble finds for them to RUN/ranked_lists",
+    )
     options = parser.parse(args)
 
     from dataclasses import asdict
 
     from fastdml.data import load
-    from fastdml.train import loop, report
+    from fastdml.train import ReidConfig, loop, reid, report
 
     config = _run_config(options.run).replace(device=options.device)
+    retrieval = isinstance(config, ReidConfig)
+    wanted = [n for n in ("no_rerank", "distractors", "ranked_lists") if getattr(options, n)]
+    if wanted and not retrieval:
+        option = f"--{wanted[0].replace('_', '-')}"
+        raise InputError(f"{option} is for runs on market1501; {options.run} is on {config.data}")
+    if options.ranked_lists < 0:
+        raise InputError(f"--ranked-lists {options.ranked_lists}: give 0 or more")
     device = loop.choose_device(config)
     cohort = _run_cohort(options, device)
-    _, test = load(config.data, options.data_root or config.root)
-    scores = asdict(loop.evaluate_batches(cohort, test, amp=config.amp))
+    root = options.data or config.root
+    if retrieval:
+        config = config.replace(root=root, download=False)
+        scores, pictures = reid.evaluate(
+            cohort,
+            config,
+            device,
+            rerank=not options.no_rerank,
+            distractors=options.distractors,
+            ranked_lists=options.ranked_lists,
+            folder=options.run / "ranked_lists",
+            say=lambda line: print(line, file=sys.stderr),
+        )
+    else:
+        _, test = load(config.data, root)
+        scores, pictures = asdict(loop.evaluate_batches(cohort, test, amp=config.amp)), []
     if options.json:
         found = {"run": str(options.run), "weights": options.weights, "peers": cohort.names}
         print(report.to_json({**found, "device": report.device_name(device), "scores": scores}))
     else:
-        print(report.scores_table(cohort.names, scores))
+        table = report.retrieval_table if retrieval else report.scores_table
+        print(table(cohort.names, scores))
         print(f"{options.weights} weights of {options.run}, on {report.device_name(device)}")
+        for path in pictures:
+            print(path)
 
 
 def export(args: list[str]) -> None:
@@ -102,8 +140,8 @@ def export(args: list[str]) -> None:
 
     config = _run_config(options.run)
     cohort = _run_cohort(options, "cpu")
-    side = 8 if config.data == "digits" else 32
-    example = torch.zeros(1, cohort.in_channels, side, side)
+    size = getattr(config, "size", (8, 8) if config.data == "digits" else (32, 32))
+    example = torch.zeros(1, cohort.in_channels, *size)
     for path in cohort.export(to, example, options.format):
         print(path)
 
@@ -239,10 +277,11 @@ def _nearest(name: str, known: Iterable[str]) -> str:
 def _train_config(data: str, options: list[str]) -> TrainConfig:
     from dataclasses import fields
 
-    from fastdml.train.config import TrainConfig, from_command_line
+    from fastdml.train.config import config_type, from_command_line
 
-    names = [field.name.replace("_", "-") for field in fields(TrainConfig)]
-    flags = [f"--no-{f.name.replace('_', '-')}" for f in fields(TrainConfig) if f.type == "bool"]
+    known = fields(config_type(data))
+    names = [field.name.replace("_", "-") for field in known]
+    flags = [f"--no-{field.name.replace('_', '-')}" for field in known if field.type == "bool"]
     _check_options(options, ["--help", "--config", *(f"--{name}" for name in names), *flags])
     shown = io.StringIO()
     try:
@@ -264,8 +303,8 @@ def _add_run_options(parser: Parser) -> None:
         "--weights",
         choices=("last", "best"),
         default="last",
-        help="last: after the last epoch; best: of the epoch with the best test accuracy, which "
-        "the test images chose and therefore flatter (default: last)",
+        help="last: after the last epoch; best: of the epoch with the best test accuracy or mAP, "
+        "which the test images chose and therefore flatter (default: last)",
     )
     parser.add_argument(
         "--peers",

@@ -9,7 +9,7 @@ from fastdml.data.cifar import load_cifar10, load_cifar100
 from fastdml.data.dali import DALILoader
 from fastdml.data.digits import load_digits
 from fastdml.data.image_set import ImageSet
-from fastdml.data.loaders import make_loader
+from fastdml.data.loaders import choose_loader, make_loader
 from fastdml.data.per_image import TorchLoader
 from fastdml.data.reid import ImageFolderReID, Market1501, ReidSplit
 from fastdml.data.resident import ResidentLoader
@@ -27,6 +27,7 @@ __all__ = [
     "RepeatedSampler",
     "ResidentLoader",
     "TorchLoader",
+    "choose_loader",
     "load",
     "load_cifar10",
     "load_cifar100",

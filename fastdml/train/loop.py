@@ -2,8 +2,8 @@
 
 A run folder holds config.yaml, metrics.jsonl, tensorboard/, last.ckpt, and at the end cohort.json
 and peers/ (the last weights), curves.png, pairwise_kl.png and summary.json; best/ has the weights
-of the epoch with the highest mean test accuracy of the peers (chosen on the test images, so its
-accuracy flatters; the summary's table reports the last weights). With `independent` there is also
+of the epoch with the highest mean test accuracy, or mAP, of the peers (chosen on the test images,
+so it flatters; the summary's table reports the last weights). With `independent` there is also
 initial.ckpt, the weights both phases start from, and independent/, a run folder of its own.
 """
 
@@ -25,10 +25,9 @@ from fastdml.data import ImageSet, ResidentLoader, load, make_loader
 from fastdml.engine.amp import Amp, resolve
 from fastdml.errors import InputError
 from fastdml.metrics import Classification, ClassificationScores
-from fastdml.train import checkpoint, report
+from fastdml.train import checkpoint, reid, report
 from fastdml.train.batches import Batches, as_batches
 from fastdml.train.config import (
-    TrainConfig,
     check_resumable,
     load_config,
     numbered_folders,
@@ -37,7 +36,9 @@ from fastdml.train.config import (
 )
 from fastdml.train.dryrun import plan
 from fastdml.train.phase import Evaluate, Phase, Stop, listening, load_weights
+from fastdml.train.reid_settings import ReidConfig
 from fastdml.train.result import TrainResult
+from fastdml.train.settings import TrainConfig
 
 INITIAL_CHECKPOINT = "initial.ckpt"
 EVALUATION_BATCH = 500  # images; divides CIFAR's test sets
@@ -46,6 +47,11 @@ EVALUATION_BATCH = 500  # images; divides CIFAR's test sets
 def run(config: TrainConfig) -> TrainResult | None:
     """The run that `config` describes: data, peers, training. None after a dry run."""
     device = choose_device(config)
+    notes: list[str] = []  # said once nothing is refused any more
+    if isinstance(config, ReidConfig):
+        with reid.opened(config, notes.append) as market:
+            cohort, train, retrieval = reid.prepare(market, config, device, notes.append)
+            return fit(cohort, train, retrieval, config, notes)
     download = config.download and not config.dry_run
     train_set, test_set = load(config.data, config.root, download=download)
     if config.subset:
@@ -56,7 +62,6 @@ def run(config: TrainConfig) -> TrainResult | None:
         in_channels=train_set.images.shape[1],
         seed=config.seed,
     ).to(device)
-    notes: list[str] = []  # said once nothing is refused any more
     train = make_loader(
         config.loader,
         train_set,

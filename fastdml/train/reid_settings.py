@@ -29,6 +29,8 @@ class ReidConfig(TrainConfig):
     """Images a step. Paper: 16; strong: 64, 16 identities with 4 images each."""
     pad: int = 0
     """Pixels of black border that the random crop moves in; 0 means no crop. Strong: 10."""
+    flip: bool = True
+    """Mirror half of the training images, at random. Strong: yes."""
 
     # --- peers and loss ---
     peers: tuple[str, ...] = ("mobilenet", "mobilenet")

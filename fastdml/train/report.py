@@ -10,6 +10,7 @@ A run folder holds, from this module:
          "pairwise_kl": [[K] * K], ...}        means since the reading before, losses in nats
         {"kind": "epoch", ...}                 the same, means over a whole epoch
         {"kind": "test", "step": 156, "epoch": 1.0, "time": ..., "top1": [K], "ensemble_top1": ..}
+                                               (of re-identification "mAP", "rank1" and so on)
         `step` counts batches done, `time` is in seconds since 1970, null stands for NaN and inf.
     tensorboard/       the same scalars: KIND/NAME, with /PEER where there is one a peer
     curves.png, pairwise_kl.png, summary.json
@@ -31,12 +32,19 @@ from typing import Any
 
 from fastdml import __version__
 from fastdml.errors import InputError, require
+from fastdml.train.scores import main_name
 
 METRICS = "metrics.jsonl"
 SUMMARY = "summary.json"
 INDEPENDENT = "independent"
 VERSIONED = ("torch", "triton", "numpy")
 DPI = 100
+# By the score that a run is judged by: those that its reports lead with, as (score, label).
+HEADLINES = {"top1": (("top1", "accuracy"),), "mAP": (("mAP", "mAP"), ("rank1", "rank1"))}
+ENSEMBLES = {
+    "top1": "mean of the mutual peers' probabilities",
+    "mAP": "the mutual peers' features, concatenated",
+}
 MARKED_POINTS = 40  # a curve of this many points or fewer shows each of them
 ENOUGH_EPOCHS = 10  # from here on training is drawn by epochs; readings between them are noisier
 
@@ -140,10 +148,12 @@ def write_summary(
 ) -> dict[str, Any]:
     """Writes summary.json and returns what it holds.
 
-    `mutual` and `independent` are each {"scores": ClassificationScores as a dict, or None where
-    nothing was evaluated, "images_per_second": float, "wall_seconds": float} and whatever else is
-    worth keeping.
+    `mutual` and `independent` are each {"scores": ClassificationScores or RetrievalScores as a
+    dict, or None where nothing was evaluated, "images_per_second": float, "wall_seconds": float}
+    and whatever else is worth keeping.
     """
+    runs = {"mutual": mutual, "independent": independent}
+    headlines = HEADLINES[_kind(mutual["scores"])]
     summary = {
         "config": config,
         "versions": versions(),
@@ -152,13 +162,15 @@ def write_summary(
             {
                 "name": name,
                 "parameters": count,
-                "accuracy_mutual": _score(mutual, "top1", k),
-                "accuracy_independent": _score(independent, "top1", k),
+                **{
+                    f"{label}_{run}": _score(values, key, k)
+                    for key, label in headlines
+                    for run, values in runs.items()
+                },
             }
             for k, (name, count) in enumerate(zip(peers, parameters, strict=True))
         ],
-        "ensemble_mutual": _score(mutual, "ensemble_top1"),
-        "ensemble_independent": _score(independent, "ensemble_top1"),
+        **{f"ensemble_{r}": _score(v, f"ensemble_{headlines[0][0]}") for r, v in runs.items()},
         "mutual": mutual,
         "independent": independent,
     }
@@ -168,22 +180,33 @@ def write_summary(
 
 
 def summary_table(summary: dict[str, Any]) -> str:
-    """The comparison every paper's table makes, accuracies in % of the test set."""
+    """The comparison every paper's table makes: accuracies in % of the test set, or mAP and rank-1
+    in % over the queries."""
+    kind = _kind(summary["mutual"]["scores"])
     ensemble = _percent(summary["ensemble_mutual"])
     rate = f"{summary['mutual']['images_per_second']:,.0f}"
-    rows = [("peer", "parameters", "independent %", "mutual %", "ensemble %", "images/s")]
+    labels = [label for _, label in HEADLINES[kind]]
+    prefixes = ("",) if kind == "top1" else ("mAP ", "rank-1 ")
+    rows = [
+        (
+            "peer",
+            "parameters",
+            *(f"{prefix}{run} %" for prefix in prefixes for run in ("independent", "mutual")),
+            f"{prefixes[0]}ensemble %",
+            "images/s",
+        )
+    ]
     rows += [
         (
             peer["name"],
             f"{peer['parameters']:,}",
-            _percent(peer["accuracy_independent"]),
-            _percent(peer["accuracy_mutual"]),
+            *(_percent(peer[f"{x}_{run}"]) for x in labels for run in ("independent", "mutual")),
             ensemble,
             rate,
         )
         for peer in summary["peers"]
     ]
-    note = "ensemble: mean of the mutual peers' probabilities"
+    note = f"ensemble: {ENSEMBLES[kind]}"
     if summary["independent"]:
         note += (
             f" (independent peers': {_percent(summary['ensemble_independent'])} %)"
@@ -192,6 +215,26 @@ def summary_table(summary: dict[str, Any]) -> str:
         )
     else:
         note += "; images/s: all peers together"
+    return f"{fixed_columns(rows)}\n{note}"
+
+
+def retrieval_table(names: Sequence[str], scores: dict[str, dict[str, Any] | None]) -> str:
+    """Every score of each peer and of the ensemble, a block of rows a protocol, from
+    `Retrieval.all_scores` with RetrievalScores as dicts."""
+    columns = ("rank1", "rank5", "rank10", "mAP", "mINP")
+    rows = [("peer", "query", "re-ranked", "rank-1 %", "rank-5 %", "rank-10 %", "mAP %", "mINP %")]
+    for protocol, values in scores.items():
+        query, _, reranked = protocol.partition("_")
+        if values is None:
+            continue
+        kind = (query, "yes" if reranked else "no")
+        for k, name in enumerate(names):
+            rows.append((name, *kind, *(_percent(values[c][k]) for c in columns)))
+        ensemble = (_percent(values[f"ensemble_{c}"]) for c in columns)
+        rows.append(("ensemble", *kind, *ensemble))
+    note = f"{scores['single']['queries']:,} queries; ensemble: the peers' features, concatenated"
+    if scores["multi"] is None:
+        note += "; no multiple queries: the folder gt_bbox is not there"
     return f"{fixed_columns(rows)}\n{note}"
 
 
@@ -224,14 +267,20 @@ def fixed_columns(rows: Sequence[Sequence[str]]) -> str:
 
 
 def plot_curves(folder: str | Path) -> Path:
-    """Draws curves.png: training losses and test accuracy, mutual beside independent."""
+    """Draws curves.png: training losses and test scores, mutual beside independent."""
     runs = _runs(folder)
     names = _names(runs["mutual"])
     colours = _colours(len(names))
     panels = [("train", "ce", "training cross-entropy (nats)", 1.0)]
     if len(names) > 1:
         panels.append(("train", "kl", "training KL from the other peers (nats)", 1.0))
-    panels.append(("test", "top1", "test accuracy (%)", 100.0))
+    if any("metric" in r for r in runs["mutual"]):
+        panels.append(("train", "metric", "training loss on features", 1.0))
+    if any("mAP" in r for r in runs["mutual"]):
+        panels.append(("test", "mAP", "test mAP (%)", 100.0))
+        panels.append(("test", "rank1", "test rank-1 (%)", 100.0))
+    else:
+        panels.append(("test", "top1", "test accuracy (%)", 100.0))
 
     figure, axes = _figure(5.0 * len(panels), 4.6, 1, len(panels))
     for axis, (kind, key, title, unit) in zip(axes[0], panels, strict=True):
@@ -245,7 +294,7 @@ def plot_curves(folder: str | Path) -> Path:
                 values = [_scaled(r[key][k], unit) for r in points]
                 axis.plot(epochs, values, color=colours[k], **style)
             if kind == "test" and len(names) > 1:
-                values = [_scaled(r["ensemble_top1"], unit) for r in points]
+                values = [_scaled(r[f"ensemble_{key}"], unit) for r in points]
                 axis.plot(epochs, values, color="black", **style)
         axis.set(title=title, xlabel="epoch")
         axis.set_xlim(left=0)
@@ -361,6 +410,10 @@ def _finite_or_none(value: Any) -> Any:
     if isinstance(value, (list, tuple)):
         return [_finite_or_none(v) for v in value]
     return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def _kind(scores: dict[str, Any] | None) -> str:
+    return "top1" if scores is None else main_name(scores)
 
 
 def _score(run: dict[str, Any] | None, name: str, peer: int | None = None) -> float | None:

@@ -1,0 +1,318 @@
+"""Re-identification runs: the peers, their batches, and what retrieval by their features is worth.
+
+Evaluation reads every query and gallery image once through all peers, twice with the flip test, and
+keeps K features of each on the device, (N, D_k) float32: 160 MB a peer of 2048 for Market-1501.
+Images stay decoded between evaluations where they fit. In a run under `torch.distributed` each
+process extracts its share and all get all.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import tempfile
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from fastdml import metrics
+from fastdml.cohort import Cohort
+from fastdml.data import (
+    Market1501,
+    PKSampler,
+    ReidSplit,
+    choose_loader,
+    load_cifar100,
+    make_loader,
+)
+from fastdml.data.dali import checked
+from fastdml.data.standin import StandIn, build_standin
+from fastdml.engine.amp import Amp, resolve
+from fastdml.errors import InputError
+from fastdml.models import ReidHead
+from fastdml.train.reid_settings import ReidConfig
+from fastdml.train.scores import RetrievalScores
+
+STANDIN_FOLDER = "market1501-standin"  # below the root
+STANDIN = StandIn()
+EVALUATION_BATCH = 128  # images
+
+Say = Callable[[str], None]
+
+
+@contextmanager
+def opened(config: ReidConfig, say: Say, *, distractors: bool = False) -> Iterator[Market1501]:
+    """The data set of a run, checked; with `standin` it is built if need be, by a dry run in a
+    folder that is gone afterwards. What is odd about it goes to `say`."""
+    with tempfile.TemporaryDirectory(prefix="fastdml-") as temporary:
+        root = Path(config.root)
+        if config.standin:
+            if config.download and not config.dry_run:
+                load_cifar100(root, download=True)
+            folder = root / STANDIN_FOLDER
+            build = Path(temporary) if config.dry_run and not folder.exists() else folder
+            root = build_standin(build, config.root, STANDIN)
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            market = Market1501(
+                root,
+                distractors=distractors,
+                bad_files=config.bad_files,
+                progress=config.progress or None,
+            )
+        for warning in caught if not config.standin else ():
+            say(str(warning.message))
+        _check_queries(market)
+        yield market
+
+
+def _check_queries(market: Market1501) -> None:
+    """Something to be found, which evaluation would miss only after epochs of training."""
+    gallery, query = market.gallery, market.query
+    places = set(zip(gallery.ids.tolist(), gallery.cameras.tolist(), strict=True))
+    cameras: dict[int, set[int]] = {}
+    for identity, camera in places:
+        cameras.setdefault(identity, set()).add(camera)
+    asked = zip(query.ids.tolist(), query.cameras.tolist(), strict=True)
+    if not any(cameras.get(identity, set()) - {camera} for identity, camera in asked):
+        raise InputError(
+            f"{market.root}: no query has a gallery image of its identity from another camera, so "
+            "nothing can be found: check the cameras in the files' names"
+        )
+
+
+def prepare(
+    market: Market1501, config: ReidConfig, device: torch.device, say: Say
+) -> tuple[Cohort, Any, Retrieval]:
+    """(peers, training batches, evaluation) of a run."""
+    split = market.train
+    if config.subset:
+        split = split.subset(config.subset, config.seed)
+    options = {
+        "train": True,
+        "size": config.size,
+        "pad": config.pad,
+        "padding": "black",
+        "flip": config.flip,
+        "erase": config.erasing,
+    }
+    kind = choose_loader(config.loader, split, device, say=say, **options)
+    if kind == "dali":  # what it cannot decode must not be sampled
+        split = checked(split, config.bad_files)
+    sampler = None
+    if config.images_per_id:
+        of_each = config.images_per_id
+        sampler = PKSampler(split.ids, config.batch_size // of_each, of_each)
+    cohort = Cohort(
+        config.peers,
+        split.num_classes,
+        seed=config.seed,
+        head=ReidHead(config.pooling, config.neck, config.last_stride),
+        pretrained=config.pretrained,
+    ).to(device)
+    train = make_loader(
+        kind,
+        split,
+        config.batch_size,
+        seed=config.seed,
+        sampler=sampler,
+        device=device,
+        say=say,
+        **options,
+    )
+    return cohort, train, Retrieval(market, config, device, say)
+
+
+class Features:
+    """The features of a set's images, by any cohort; the images are read and decoded once where
+    they fit into memory."""
+
+    def __init__(
+        self,
+        source: ReidSplit,
+        size: tuple[int, int],
+        device: torch.device,
+        *,
+        loader: str = "auto",
+        bad_files: str = "error",
+        batch_size: int = EVALUATION_BATCH,
+        say: Say = lambda line: None,
+    ) -> None:
+        kind = choose_loader(loader, source, device, say=say, train=False, size=size)
+        if kind == "dali":
+            source = checked(source, bad_files)
+        self.source, self.device = source, device
+        self.n, self.world = len(source), _world()
+        own = source
+        if self.world > 1:  # all of them as many, so that they gather without padding
+            share = -(-self.n // self.world)
+            places = (dist.get_rank() * share + torch.arange(share)) % self.n
+            own = source.at(places)
+        self.loader = make_loader(
+            kind, own, batch_size, device=device, say=say, train=False, size=size
+        )
+
+    def __call__(self, cohort: Cohort, amp: Amp, flip_test: bool = True) -> list[Tensor]:
+        """K of (N, D_k) float32, each row of unit length, on the device; the cohort must be in
+        evaluation mode."""
+        found: list[list[Tensor]] = [[] for _ in cohort.peers]
+        with torch.inference_mode():
+            for images, _ in self.loader.epoch(0):
+                with amp.autocast():
+                    features = [f.float() for f in cohort.embed(images)]
+                    if flip_test:  # the sum has the direction of the mean
+                        mirrored = cohort.embed(images.flip(3))
+                        features = [f + m for f, m in zip(features, mirrored, strict=True)]
+                for k, f in enumerate(features):
+                    found[k].append(metrics.normalize_features(f))
+            return [self._gathered(torch.cat(parts)) for parts in found]
+
+    def _gathered(self, own: Tensor) -> Tensor:
+        if self.world == 1:
+            return own
+        shares = [torch.empty_like(own) for _ in range(self.world)]
+        dist.all_gather(shares, own.contiguous())
+        return torch.cat(shares)[: self.n]
+
+
+def extract_features(
+    cohort: Cohort,
+    source: ReidSplit,
+    size: tuple[int, int],
+    *,
+    flip_test: bool = True,
+    amp: str = "auto",
+    loader: str = "auto",
+    batch_size: int = EVALUATION_BATCH,
+) -> list[Tensor]:
+    """K of (N, D_k) float32, each row of unit length: what the peers of a cohort with a
+    re-identification head, on its device, make of a set's images at `size` (height, width).
+
+    With the flip test an image and its mirror image are averaged. Under an initialised
+    `torch.distributed` each process extracts a share, and all get all.
+    """
+    device = next(cohort.parameters()).device
+    training = [module.training for module in cohort.modules()]
+    cohort.eval()
+    try:
+        features = Features(source, size, device, loader=loader, batch_size=batch_size)
+        return features(cohort, resolve(amp, device), flip_test)
+    finally:
+        for module, was in zip(cohort.modules(), training, strict=True):
+            module.training = was
+
+
+def evaluate(
+    cohort: Cohort,
+    config: ReidConfig,
+    device: torch.device,
+    *,
+    rerank: bool,
+    distractors: bool,
+    ranked_lists: int,
+    folder: Path,
+    say: Say,
+) -> tuple[dict[str, dict[str, Any] | None], list[Path]]:
+    """Scores of a run's peers by protocol, as dicts, and the pictures of some ranked lists that it
+    drew into `folder`."""
+    notes: list[str] = []
+    with opened(config, notes.append, distractors=distractors) as market:
+        retrieval = Retrieval(market, config, device, notes.append)
+        for line in notes:
+            say(line)
+        scores, query, gallery = retrieval.all_scores(cohort.eval(), rerank)
+        pictures = retrieval.draw(query, gallery, ranked_lists, folder) if ranked_lists else []
+    return {name: s and dataclasses.asdict(s) for name, s in scores.items()}, pictures
+
+
+class Retrieval:
+    """The evaluation of a run on its query and gallery images. Called, it gives the scores that
+    training is judged by: single query, without re-ranking."""
+
+    def __init__(
+        self, market: Market1501, config: ReidConfig, device: torch.device, say: Say
+    ) -> None:
+        self.market, self.config = market, config
+        self.amp = resolve(config.amp, device)
+        self.say = say
+        self.query, self.gallery = self._features(market.query), self._features(market.gallery)
+
+    def __call__(self, cohort: Cohort) -> RetrievalScores:
+        return self._scores(self._read(self.query, cohort), self._read(self.gallery, cohort))
+
+    def all_scores(
+        self, cohort: Cohort, rerank: bool = True
+    ) -> tuple[dict[str, RetrievalScores | None], list[Tensor], list[Tensor]]:
+        """Scores by protocol, "single" and "multi", with `rerank` also "single_reranked" and
+        "multi_reranked"; those of multiple queries are None without gt_bbox. Beside them the K
+        features of queries and gallery."""
+        query, gallery = self._read(self.query, cohort), self._read(self.gallery, cohort)
+        scores: dict[str, RetrievalScores | None] = {"single": self._scores(query, gallery)}
+        if rerank:
+            scores["single_reranked"] = self._scores(query, gallery, rerank=True)
+        several = self._several(query, cohort)
+        scores["multi"] = several and self._scores(several, gallery)
+        if rerank:
+            scores["multi_reranked"] = several and self._scores(several, gallery, rerank=True)
+        return scores, query, gallery
+
+    def _features(self, split: ReidSplit) -> Features:
+        config = self.config
+        return Features(
+            split,
+            config.size,
+            self.amp.device,
+            loader=config.loader,
+            bad_files=config.bad_files,
+            say=self.say,
+        )
+
+    def _read(self, features: Features, cohort: Cohort) -> list[Tensor]:
+        return features(cohort, self.amp, self.config.flip_test)
+
+    def _several(self, query: list[Tensor], cohort: Cohort) -> list[Tensor] | None:
+        """Each query's mean over the images of its identity and camera."""
+        if self.market.multi_query is None:
+            return None
+        drawn = self._features(self.market.multi_query)
+        source, asked = drawn.source, self.query.source
+        several = []
+        for f, own in zip(self._read(drawn, cohort), query, strict=True):
+            mean = metrics.multi_query_features(
+                f, source.ids, source.cameras, asked.ids, asked.cameras, own
+            )
+            several.append(metrics.normalize_features(mean))
+        return several
+
+    def _scores(
+        self, query: Sequence[Tensor], gallery: Sequence[Tensor], rerank: bool = False
+    ) -> RetrievalScores:
+        peers = [self._score(q, g, rerank) for q, g in zip(query, gallery, strict=True)]
+        if len(peers) == 1:
+            return RetrievalScores.of(peers, peers[0])
+        together = self._score(
+            metrics.ensemble_features(query), metrics.ensemble_features(gallery), rerank
+        )
+        return RetrievalScores.of(peers, together)
+
+    def _score(self, query: Tensor, gallery: Tensor, rerank: bool) -> metrics.ReIDScores:
+        asked, among = self.query.source, self.gallery.source
+        return metrics.reid_scores(
+            query,
+            gallery,
+            asked.ids,
+            among.ids,
+            asked.cameras,
+            among.cameras,
+            distances=metrics.k_reciprocal_rerank(query, gallery) if rerank else None,
+        )
+
+
+def _world() -> int:
+    """Processes that extract together."""
+    return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
