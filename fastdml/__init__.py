@@ -12,32 +12,51 @@ if TYPE_CHECKING:
     from fastdml import data, engine, metrics, models, train
     from fastdml.cohort import Cohort
     from fastdml.loss import MutualLoss, MutualStats, linear_mutual_loss, mutual_loss
-    from fastdml.models import create_model
+    from fastdml.metric_losses import (
+        CenterLoss,
+        MetricLoss,
+        circle_loss,
+        distance_mutual_loss,
+        triplet_loss,
+    )
+    from fastdml.models import ReidHead, create_model
 
 __version__ = "0.1.0"
 
 _HOMES = {
+    "CenterLoss": "fastdml.metric_losses",
     "Cohort": "fastdml.cohort",
+    "MetricLoss": "fastdml.metric_losses",
     "MutualLoss": "fastdml.loss",
     "MutualStats": "fastdml.loss",
+    "ReidHead": "fastdml.models",
+    "circle_loss": "fastdml.metric_losses",
     "create_model": "fastdml.models",
+    "distance_mutual_loss": "fastdml.metric_losses",
     "linear_mutual_loss": "fastdml.loss",
     "mutual_loss": "fastdml.loss",
+    "triplet_loss": "fastdml.metric_losses",
 }
 _MODULES = ("data", "engine", "metrics", "models", "train")
 
 __all__ = [
+    "CenterLoss",
     "Cohort",
+    "MetricLoss",
     "MutualLoss",
     "MutualStats",
+    "ReidHead",
+    "circle_loss",
     "create_model",
     "data",
+    "distance_mutual_loss",
     "engine",
     "linear_mutual_loss",
     "metrics",
     "models",
     "mutual_loss",
     "train",
+    "triplet_loss",
 ]
 
 
