@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from fastdml.metrics.classification import Classification, ClassificationScores
+from fastdml.metrics.ranked_lists import ranked_list, save_ranked_lists
 from fastdml.metrics.reid import (
     ReIDScores,
     ensemble_features,
@@ -11,6 +12,7 @@ from fastdml.metrics.reid import (
     normalize_features,
     reid_scores,
 )
+from fastdml.metrics.rerank import k_reciprocal_rerank
 
 __all__ = [
     "Classification",
@@ -18,7 +20,10 @@ __all__ = [
     "ReIDScores",
     "ensemble_features",
     "feature_distances",
+    "k_reciprocal_rerank",
     "multi_query_features",
     "normalize_features",
+    "ranked_list",
     "reid_scores",
+    "save_ranked_lists",
 ]

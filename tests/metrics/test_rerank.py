@@ -1,0 +1,150 @@
+"""k-reciprocal re-ranking against a dense float64 reference written from the definitions."""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import assume, given, settings
+from hypothesis import strategies as st
+
+from fastdml.errors import InputError
+from fastdml.metrics import k_reciprocal_rerank, normalize_features, reid_scores
+
+
+def reference(query, gallery, k1, k2, weight) -> np.ndarray:
+    """(Q, G), with sets of neighbours and full matrices."""
+    x = np.concatenate([query, gallery]).astype(np.float64)
+    N, Q = len(x), len(query)
+    d = ((x[:, None] - x[None]) ** 2).sum(axis=2)
+    order = [sorted(range(N), key=lambda j: (j != i, d[i, j])) for i in range(N)]
+    d = d / d.max(axis=1, keepdims=True)
+
+    def reciprocal(i, k):
+        return {j for j in order[i][: k + 1] if i in order[j][: k + 1]}
+
+    V = np.zeros((N, N))
+    for i in range(N):
+        near = reciprocal(i, k1)
+        members = set(near)
+        for j in near:
+            candidates = reciprocal(j, round(k1 / 2))
+            if 3 * len(candidates & near) > 2 * len(candidates):
+                members |= candidates
+        for j in members:
+            V[i, j] = math.exp(-d[i, j])
+        V[i] /= V[i].sum()
+    V = np.stack([V[order[i][:k2]].mean(axis=0) for i in range(N)])
+    least, most = (f(V[:Q, None], V[None, Q:]).sum(axis=2) for f in (np.minimum, np.maximum))
+    return (1 - weight) * (1 - least / most) + weight * d[:Q, Q:]
+
+
+def nearly_tied(x: np.ndarray) -> bool:
+    """Whether rounding to fp32 may reorder an image's neighbours."""
+    d = ((x[:, None] - x[None]) ** 2).sum(axis=2)
+    gaps = np.diff(np.sort(d, axis=1), axis=1)
+    return len(x) > 1 and gaps.min() < 1e-5 * d.max()
+
+
+def clusters(rng, N, D, people, spread=0.3) -> np.ndarray:
+    centers = rng.standard_normal((people, D))
+    x = centers[rng.integers(0, people, N)] + spread * rng.standard_normal((N, D))
+    return x.astype(np.float32)
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    Q=st.integers(1, 8),
+    G=st.integers(1, 30),
+    D=st.integers(2, 6),
+    k1=st.integers(1, 12),
+    k2=st.integers(1, 8),
+    weight=st.sampled_from([0.0, 0.3, 1.0]),
+    people=st.integers(1, 6),
+    block=st.sampled_from([1, 50, 300, 1 << 22]),
+    seed=st.integers(0, 2**32 - 1),
+)
+def test_equal_to_the_dense_reference(Q, G, D, k1, k2, weight, people, block, seed):
+    x = clusters(np.random.default_rng(seed), Q + G, D, people)
+    assume(not nearly_tied(x.astype(np.float64)))
+    query, gallery = torch.from_numpy(x[:Q]), torch.from_numpy(x[Q:])
+    found = k_reciprocal_rerank(query, gallery, k1, k2, weight, block=block)
+    assert found.dtype == torch.float32
+    assert found.numpy() == pytest.approx(reference(x[:Q], x[Q:], k1, k2, weight), abs=1e-5)
+
+
+@pytest.mark.parametrize("block", [20_000, 1 << 22])
+def test_a_larger_set_with_the_usual_settings(block):
+    x = clusters(np.random.default_rng(0), 300, 32, 20)
+    found = k_reciprocal_rerank(torch.from_numpy(x[:60]), torch.from_numpy(x[60:]), block=block)
+    assert found.numpy() == pytest.approx(reference(x[:60], x[60:], 20, 6, 0.3), abs=1e-5)
+
+
+def test_it_raises_map_where_neighbours_help():
+    rng = np.random.default_rng(1)
+    ids = torch.arange(40).repeat_interleave(12)
+    cameras = torch.arange(12).repeat(40) % 4
+    x = rng.standard_normal((40, 24))[ids] + 1.4 * rng.standard_normal((480, 24))
+    x = normalize_features(torch.from_numpy(x))
+    q = cameras == 0
+    labels = ids[q], ids, cameras[q], cameras
+    plain = reid_scores(x[q], x, *labels)
+    ranked = reid_scores(None, None, *labels, distances=k_reciprocal_rerank(x[q], x))
+    assert plain.mAP + 0.03 < ranked.mAP < 1
+
+
+def test_images_that_are_all_alike_or_twice_there():
+    alike = torch.ones(30, 4)
+    found = k_reciprocal_rerank(alike[:3], alike, 5, 2)
+    assert found.isfinite().all()
+    assert (found >= 0).all()
+    assert (found <= 1).all()
+    x = torch.from_numpy(clusters(np.random.default_rng(2), 60, 8, 6))
+    twice = k_reciprocal_rerank(x[:10], torch.cat([x, x]), 6, 3)  # queries are in the gallery, too
+    assert twice.isfinite().all()
+    assert twice[:, :60] == pytest.approx(twice[:, 60:], abs=0.5)
+    nearest = twice.argmin(dim=1) % 60
+    assert torch.equal(nearest, torch.arange(10))
+
+
+def test_any_floating_dtype_and_more_neighbours_than_images():
+    x = torch.from_numpy(clusters(np.random.default_rng(3), 12, 4, 3))
+    expected = k_reciprocal_rerank(x[:2], x[2:], 20, 6)
+    assert torch.equal(k_reciprocal_rerank(x[:2].double(), x[2:], 20, 6), expected)
+    half = x.half()
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        found = k_reciprocal_rerank(half[:2].requires_grad_(), half[2:], 20, 6)
+    assert torch.equal(found, k_reciprocal_rerank(half[:2].float(), half[2:].float(), 20, 6))
+    assert not found.requires_grad
+
+
+ONES = torch.ones(3, 2)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "options", "message"),
+    [
+        ((ONES, torch.ones(3, 4)), {}, r"\(3, 2\) and \(3, 4\)"),
+        ((ONES, torch.ones(0, 2)), {}, "3 queries against 0 gallery images"),
+        ((ONES, ONES), {"k1": 0}, "k1=0"),
+        ((ONES, ONES), {"k2": 0}, "k2=0"),
+        ((ONES, ONES), {"block": 0}, "block=0"),
+        ((ONES, ONES), {"lambda_value": 1.5}, r"lambda_value=1\.5"),
+        ((ONES, ONES / 0), {}, "3 of 3 gallery features are not finite"),
+        ((ONES * math.nan, ONES), {}, "3 of 3 query features are not finite"),
+    ],
+)
+def test_wrong_arguments_are_named(arguments, options, message):
+    with pytest.raises(InputError, match=message):
+        k_reciprocal_rerank(*arguments, **options)
+
+
+@pytest.mark.gpu
+def test_the_same_distances_on_a_gpu():
+    x = torch.from_numpy(clusters(np.random.default_rng(4), 2_000, 64, 120))
+    expected = k_reciprocal_rerank(x[:300], x[300:])
+    found = k_reciprocal_rerank(x[:300].cuda(), x[300:].cuda(), block=1 << 18).cpu()
+    # another order of summation swaps a few nearly equal neighbours
+    assert ((found - expected).abs() > 1e-4).double().mean() < 1e-3
