@@ -55,7 +55,7 @@ def circle_loss(
     """
     _check([features], labels)
     same, other = _pairs(labels)
-    s = _products(F.normalize(_precise(features)))
+    s = _cosines(features)
     a_p, a_n = (1 + margin - s).relu().detach(), (s + margin).relu().detach()
     z_p = (-gamma * a_p * (s - 1 + margin)).masked_fill(~same, -ABSENT)
     z_n = (gamma * a_n * (s - margin)).masked_fill(~other, -ABSENT)
@@ -244,6 +244,15 @@ def _distances(x: Tensor) -> Tensor:
     d = sums - 2 * products
     equal = d <= 4 * torch.finfo(d.dtype).eps * sums  # False for NaN, which stays visible
     return torch.where(equal, 0, torch.where(equal, 1, d).sqrt())
+
+
+def _cosines(x: Tensor) -> Tensor:
+    """(N, D) -> (N, N) cosine similarities; a row of zeros is similar to none, without gradient."""
+    products = _products(_precise(x))
+    squares = products.diagonal()
+    zero = squares == 0
+    scale = torch.where(zero, 0, torch.where(zero, 1, squares).rsqrt())
+    return products * scale[:, None] * scale
 
 
 def _pairs(labels: Tensor) -> tuple[Tensor, Tensor]:
