@@ -74,7 +74,7 @@ def evaluate(args: list[str]) -> None:
         type=int,
         default=0,
         metavar="N",
-        help="draw N queries and what the ensemble finds for them to RUN/ranked_lists",
+        help="draw N queries and what each peer finds for them, into RUN/ranked_lists",
     )
     options = parser.parse(args)
 

@@ -2,19 +2,15 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
 import torch
 from torch import Tensor
 
 from fastdml.cohort import Cohort
 from fastdml.engine import learning_rates
 from fastdml.loss import MutualLoss
+from fastdml.metric_losses import MetricLoss
 from fastdml.train.reid_settings import METRIC_WEIGHTS, ReidConfig
 from fastdml.train.settings import TrainConfig
-
-if TYPE_CHECKING:
-    from fastdml.metric_losses import MetricLoss
 
 
 def mutual_loss(config: TrainConfig, K: int) -> MutualLoss:
@@ -32,8 +28,6 @@ def metric_loss(config: TrainConfig, cohort: Cohort) -> MetricLoss | None:
     """The losses on features that `config` gives a weight to, with fresh centres; None: none."""
     if not isinstance(config, ReidConfig) or not any(getattr(config, n) for n in METRIC_WEIGHTS):
         return None
-    from fastdml.metric_losses import MetricLoss
-
     return MetricLoss(
         triplet=config.triplet_weight,
         margin=config.margin,

@@ -116,6 +116,8 @@ class Phase:
         self.schedule = Schedule(self.optimizer, rates)
         self.loss = losses.mutual_loss(config, len(cohort)).to(self.device)
         self.metric = losses.metric_loss(config, cohort)
+        if self.metric is not None:
+            self.metric.to(self.device)
         self.totals = Totals(len(cohort), self.device, metric=self.metric is not None)
         self.record = Record(self.schedule, self.totals)
         self.ema = Ema(cohort, config.ema) if config.ema else None

@@ -226,7 +226,9 @@ def evaluate(
         for line in notes:
             say(line)
         scores, query, gallery = retrieval.all_scores(cohort.eval(), rerank)
-        pictures = retrieval.draw(query, gallery, ranked_lists, folder) if ranked_lists else []
+        pictures = []
+        if ranked_lists:
+            pictures = retrieval.draw(cohort, query, gallery, ranked_lists, folder)
     return {name: s and dataclasses.asdict(s) for name, s in scores.items()}, pictures
 
 
@@ -260,6 +262,35 @@ class Retrieval:
         if rerank:
             scores["multi_reranked"] = several and self._scores(several, gallery, rerank=True)
         return scores, query, gallery
+
+    def draw(
+        self, cohort: Cohort, query: list[Tensor], gallery: list[Tensor], count: int, folder: Path
+    ) -> list[Path]:
+        """A picture a peer, NAME.png, and ensemble.png, of what `count` queries find: spread
+        evenly over all queries, the same in each picture."""
+        asked, among = self.query.source, self.gallery.source
+        count = min(count, len(asked))
+        places = torch.arange(count) * len(asked) // count
+        shown = asked.at(places)
+        described = dict(zip(cohort.names, zip(query, gallery, strict=True), strict=True))
+        if len(cohort) > 1:
+            ensembles = metrics.ensemble_features(query), metrics.ensemble_features(gallery)
+            described["ensemble"] = ensembles
+        paths = []
+        for name, (q, g) in described.items():
+            safe = "".join(c if c.isalnum() or c in "-_." else "_" for c in name)
+            paths.append(folder / f"{safe}.png")
+            metrics.save_ranked_lists(
+                paths[-1],
+                shown.paths,
+                among.paths,
+                shown.ids,
+                among.ids,
+                shown.cameras,
+                among.cameras,
+                metrics.feature_distances(q[places.to(q.device)], g),
+            )
+        return paths
 
     def _features(self, split: ReidSplit) -> Features:
         config = self.config

@@ -4,12 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from fastdml.metrics import ClassificationScores
-
-if TYPE_CHECKING:
-    from fastdml.metrics import ReIDScores
+from fastdml.metrics import ClassificationScores, ReIDScores
 
 RANKS = (1, 5, 10)
 
