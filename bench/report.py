@@ -42,7 +42,7 @@ def machine(device: torch.device) -> str:
             if "avx512_bf16" in facts.get("flags", "").split():
                 name += " with avx512_bf16"
     parts = [name, f"CPU threads {torch.get_num_threads()}", f"torch {torch.__version__}"]
-    for package in ("triton", "pytorch-dml"):
+    for package in ("triton", "pytorch-dml", "pytorch-metric-learning"):
         try:
             parts.append(f"{package} {version(package)}")
         except PackageNotFoundError:
@@ -154,7 +154,67 @@ def _data(rows: list[Row]) -> list[str]:
     return parts
 
 
-_TABLES = (("loss", _loss), ("step", _step), ("end_to_end", _end_to_end), ("data", _data))
+def _reid(rows: list[Row]) -> list[str]:
+    parts = []
+    groups = _groups(rows, "kind", "data", "queries", "gallery", "dims", "device")
+    for (kind, data, queries, gallery, dims, device), group in groups.items():
+        source = f"features of {dims:,}" if dims else "distances given"
+        more = ", 500,000 of them distractors" if data == "distractors" else ""
+        lines = [
+            f"{kind} of {queries:,} x {gallery:,} images{more}, {source}, {device}",
+            f"{'':<34}{'s':>10}{'x slower':>10}{'peak GB':>10}",
+        ]
+        ours = group.get("ours")
+        for name, row in group.items():
+            ratio = f"{row['median'] / ours['median']:.1f}" if ours else "-"
+            peak = f"{row['peak_bytes'] / 1e9:.2f}" if row["peak_bytes"] else "-"
+            if row["scored"] < queries:
+                name += f" (from {row['scored']} queries)"
+            lines.append(f"{name:<34}{row['median']:>10.3f}{ratio:>10}{peak:>10}")
+        parts.append("\n".join(lines))
+    return [*parts, "Peak memory is that of the whole process, torch and the inputs included."]
+
+
+def _reid_loss(rows: list[Row]) -> list[str]:
+    names = list(dict.fromkeys(row["name"] for row in rows if row["name"] != "ours"))
+    lines = [
+        f"losses on features and their gradients, {rows[0]['device']}; a rival: its time over ours",
+        f"{'loss':<12}{'N':>6}{'D':>8}{'ours us':>11}" + "".join(f"{n:>12}" for n in names),
+    ]
+    for (loss, N, D), group in _groups(rows, "loss", "N", "D").items():
+        if "ours" in group:
+            ours = group["ours"]["median"]
+            ratios = [f"{group[n]['median'] / ours:.2f}" if n in group else "-" for n in names]
+            line = f"{loss:<12}{N:>6}{D:>8}{1e6 * ours:>11.1f}"
+            lines.append(line + "".join(f"{r:>12}" for r in ratios))
+    legend = "pml: pytorch-metric-learning; usual: torchreid's triplet loss, BoT's center loss."
+    return ["\n".join(lines), legend]
+
+
+def _reid_training(rows: list[Row]) -> list[str]:
+    parts = []
+    for (peers, size, batch), group in _groups(rows, "peers", "size", "batch").items():
+        lines = [
+            f"re-identification training, {peers}, {size}, batch {batch}: all that an epoch takes",
+            f"{'':<34}{'images/s':>10}{'x usual':>10}",
+        ]
+        base = group.get("usual loop")
+        for name, row in group.items():
+            ratio = f"{base['median'] / row['median']:.2f}" if base else "-"
+            lines.append(f"{name:<34}{row['images'] / row['median']:>10,.0f}{ratio:>10}")
+        parts.append("\n".join(lines))
+    return parts
+
+
+_TABLES = (
+    ("loss", _loss),
+    ("step", _step),
+    ("end_to_end", _end_to_end),
+    ("data", _data),
+    ("reid", _reid),
+    ("reid_loss", _reid_loss),
+    ("reid_training", _reid_training),
+)
 
 
 def roofline(rows: list[Row], where: str, path: str) -> bool:
