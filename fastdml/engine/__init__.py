@@ -30,6 +30,7 @@ from fastdml.errors import InputError
 if TYPE_CHECKING:
     from fastdml.cohort import Cohort
     from fastdml.loss import MutualLoss
+    from fastdml.metric_losses import MetricLoss
 
 __all__ = [
     "Amp",
@@ -86,8 +87,10 @@ def make_step(
     ema: Ema | None = None,
     assemble: Callable[..., tuple[Tensor, Tensor]] | None = None,
     after: After | None = None,
+    metric: MetricLoss | None = None,
 ) -> Step:
-    """`step(images, labels) -> StepOutput(losses, stats)`; device tensors, no synchronisation.
+    """`step(images, labels) -> StepOutput(losses, stats, metric)`; device tensors, no
+    synchronisation.
 
     execution: "eager", "streams", "graph", "stacked", or "auto": on CUDA the one that a short
         measurement at the first step finds fastest, on a CPU by a rule (stacked for very small
@@ -103,6 +106,7 @@ def make_step(
     assemble: makes (images, labels) from what the step is called with, as `ResidentLoader.assemble`
         does from an index; in a graph it is captured too, and only the index is copied.
     after: called with the step's output and `step.update` at its end; captured too.
+    metric: a loss on the peers' features, added to the other; peers need a head (`ReidHead`).
     """
     device = next(cohort.parameters()).device
     if update not in ("simultaneous", "sequential"):
@@ -114,6 +118,8 @@ def make_step(
             "accumulate does not go with update='sequential', which needs the predictions on the "
             "whole batch at hand: use simultaneous, or a smaller batch"
         )
+    if metric is not None:
+        _check_metric(cohort, metric, device, accumulate)
     if execution != "auto":
         if execution not in EXECUTIONS:
             raise InputError(
@@ -139,6 +145,7 @@ def make_step(
         ema=ema,
         assemble=assemble,
         after=after,
+        metric=metric,
     )
 
     def make(name: str) -> Step:
@@ -150,3 +157,30 @@ def make_step(
     if device.type != "cuda" and (len(able) == 1 or len(cohort) == 1 or amp.dtype is not None):
         return make("eager")  # the rule has nothing to choose, or was not measured
     return AutoStep(able, make, device)
+
+
+def _check_metric(
+    cohort: Cohort, metric: MetricLoss, device: torch.device, accumulate: int
+) -> None:
+    if accumulate > 1:
+        raise InputError(
+            f"accumulate={accumulate} does not go with a metric loss, which compares the images of "
+            "the whole batch: use accumulate=1"
+        )
+    for name, peer in zip(cohort.names, cohort.peers, strict=True):
+        if not hasattr(peer, "logits_and_features"):
+            raise InputError(
+                f"peer {name} gives no features for a metric loss: build the cohort with "
+                "head=ReidHead()"
+            )
+    dims = tuple(getattr(peer, "num_features", None) for peer in cohort.peers)
+    if None not in dims and dims != metric.dims:
+        raise InputError(
+            f"the metric loss is for peers of {metric.dims} features, and the cohort's have {dims}"
+        )
+    for t in metric.tensors():
+        if t.device != device:
+            raise InputError(
+                f"the metric loss's centres are on {t.device}, the cohort on {device}: move them "
+                "with metric.to(device)"
+            )

@@ -7,7 +7,8 @@ then copies its batch, or the index that the batch is assembled from, into the b
 Peers run as parallel branches, since the step that is captured forks a stream for each.
 
 Nothing in a graph is a Python number: learning rate and loss scale are tensors already, and the
-loss's temperature and weights become tensors here, into which a value assigned later is copied.
+loss's temperature and weights become tensors here, into which a value assigned later is copied. A
+metric loss keeps the weights that it was made with.
 
 A batch of another shape runs without the graph. A step that cannot be captured (a model that looks
 at a value, a kernel that a capture refuses) runs without one for good, and a warning says why. What
@@ -149,15 +150,16 @@ class GraphStep:
             snapshot.restore()
 
     def _run(self) -> Tensor:
-        losses, stats = self.inner(*self.inputs)
-        values = (losses, *stats)
+        losses, stats, metric = self.inner(*self.inputs)
+        values = (losses, *stats) if metric is None else (losses, *stats, metric)
         self.shapes = [v.shape for v in values]
         return torch.cat([v.reshape(-1) for v in values])
 
     def _unpack(self, packed: Tensor) -> StepOutput:
         parts = packed.split([shape.numel() for shape in self.shapes])
-        losses, *stats = [v.view(shape) for v, shape in zip(parts, self.shapes, strict=True)]
-        return StepOutput(losses, MutualStats(*stats))
+        losses, *rest = [v.view(shape) for v, shape in zip(parts, self.shapes, strict=True)]
+        n = len(MutualStats._fields)
+        return StepOutput(losses, MutualStats(*rest[:n]), *rest[n:])
 
     def _set_scalars(self) -> None:
         """A number that someone assigned since the last step goes into the tensor in the graph."""

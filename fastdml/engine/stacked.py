@@ -39,7 +39,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fastdml.engine.step import EagerStep, StepOutput
+from fastdml.engine.step import EagerStep, StepOutput, WithFeatures
 from fastdml.errors import InputError
 from fastdml.models.googlenet import Inception
 from fastdml.models.reid import GeMPool
@@ -53,7 +53,7 @@ class StackedStep(EagerStep):
     name = "stacked"
 
     def networks(self) -> list[nn.Module]:
-        self.stack = Stack(self.peers)
+        self.stack = Stack(super().networks())
         self.proved = False
         return [self.stack]
 
@@ -69,20 +69,25 @@ class StackedStep(EagerStep):
     def prove(self, images: Tensor) -> None:
         """Refuses peers that the stack does not fit; once."""
         if not self.proved:
-            prove(self.stack, self.peers, images[:PROBE])
+            prove(self.stack, super().networks(), images[:PROBE])
             self.proved = True
 
     def gradients(self, images: Tensor, labels: Tensor) -> StepOutput:
-        z = self.forward(0, images)  # (K, N, C)
-        losses, stats, (grad,) = self.loss.value_and_grad(z.detach(), labels)
-        self.scale_([grad])
-        torch.autograd.backward(z, grad)
+        out = self.forward(0, images)  # logits (K, N, C), and with a metric loss features (K, N, D)
+        losses, stats, grads = self.loss.value_and_grad(out[0].detach(), labels)
+        output = StepOutput(losses, stats)
+        if self.options.metric is not None:
+            metric, more = self.options.metric.value_and_grad(out[1].detach().unbind(), labels)
+            output = StepOutput(losses + metric, stats, metric)
+            grads = [*grads, torch.stack(more)]
+        self.backward([out], [grads])
         self.stack.share_gradients()
-        return StepOutput(losses, stats)
+        return output
 
 
 class Stack(nn.Module):
-    """x (N, channels, H, W) -> logits (K, N, C) of the peers, whose weights become views."""
+    """x (N, channels, H, W) -> logits (K, N, C) of the peers, whose weights become views; or all
+    that the peers give, in the same way."""
 
     def __init__(self, peers: Sequence[nn.Module]) -> None:
         super().__init__()
@@ -90,9 +95,14 @@ class Stack(nn.Module):
         self.K = len(peers)
         self.network = _converted(peers, {})
 
-    def forward(self, x: Tensor) -> Tensor:
-        z = self.network(x)  # (N, K * C)
-        return z.view(len(z), self.K, -1).transpose(0, 1)
+    def forward(self, x: Tensor) -> Tensor | tuple[Tensor, ...]:
+        out = self.network(x)  # (N, K * C)
+        if isinstance(out, Tensor):
+            return self._apart(out)
+        return tuple(self._apart(t) for t in out)
+
+    def _apart(self, t: Tensor) -> Tensor:
+        return t.view(len(t), self.K, -1).transpose(0, 1)
 
     def layers(self) -> Iterable[Layer]:
         return (m for m in self.modules() if isinstance(m, Layer))
@@ -338,18 +348,25 @@ def prove(stack: Stack, peers: Sequence[nn.Module], images: Tensor) -> None:
     try:
         for network in (stack, *peers):
             network.eval()
-        expected = torch.stack([peer(images) for peer in peers])
+        each = [_tuple(peer(images)) for peer in peers]
         try:
-            found = stack(images)
-            error = (found - expected).norm() / expected.norm().clamp(min=1e-12)
-            fits = bool(error < TOLERANCE)
+            fits = True
+            for found, own in zip(_tuple(stack(images)), zip(*each, strict=True), strict=True):
+                expected = torch.stack(own)
+                error = (found - expected).norm() / expected.norm().clamp(min=1e-12)
+                fits = fits and bool(error < TOLERANCE)
         except RuntimeError:  # shapes that do not fit
             fits = False
     finally:
         for module, was in zip(modules, training, strict=True):
             module.training = was
     if not fits:
-        raise _refusal(f"the way that {type(peers[0]).__name__} combines its layers")
+        peer = peers[0].peer if isinstance(peers[0], WithFeatures) else peers[0]
+        raise _refusal(f"the way that {type(peer).__name__} combines its layers")
+
+
+def _tuple(out: Tensor | tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+    return (out,) if isinstance(out, Tensor) else out
 
 
 def _refusal(what: str) -> InputError:

@@ -2,7 +2,8 @@
 
 The loss returns the gradients of the logits, so autograd starts there: no loss graph, no scalar
 to sum, one backward pass through all peers. Nothing waits for the device. Each peer's backward
-touches that peer alone, since the targets are constants.
+touches that peer alone, since the targets are constants. A metric loss returns the gradients of the
+features that its peers give beside their logits, and the same pass takes both.
 
 "simultaneous" updates all peers from the same predictions: K forward and K backward passes a step.
 
@@ -11,14 +12,15 @@ recomputed, peer 2 is updated against those, and so on. Only the peer just updat
 since the others' predictions could not have changed: 2K - 1 forward and K backward passes. The
 recomputation runs in training mode, as the paper's does, but leaves BatchNorm's running statistics
 alone: they take in each batch once, in the pass that the peer's own update uses. A peer's loss is
-reported as it was just before its own update.
+reported as it was just before its own update, and its metric loss is computed then alone.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from itertools import chain
 from typing import TYPE_CHECKING, NamedTuple, Protocol
 
 import torch
@@ -34,13 +36,17 @@ from fastdml.loss import MutualLoss, MutualStats
 
 if TYPE_CHECKING:
     from fastdml.cohort import Cohort
+    from fastdml.metric_losses import MetricLoss
+
+Outputs = tuple[Tensor, ...]  # of a peer: logits (N, C), and with a metric loss features (N, D)
 
 
 class StepOutput(NamedTuple):
     """Device tensors; reading one waits for the step to finish."""
 
-    losses: Tensor  # (K,)
+    losses: Tensor  # (K,), metric losses included
     stats: MutualStats
+    metric: Tensor | None = None  # (K,), where the step has a metric loss
 
 
 class After(Protocol):
@@ -63,6 +69,18 @@ class StepOptions:
     ema: Ema | None = None
     assemble: Callable[..., tuple[Tensor, Tensor]] | None = None
     after: After | None = None
+    metric: MetricLoss | None = None
+
+
+class WithFeatures(nn.Module):
+    """What a step with a metric loss runs of a peer: logits (N, C) and features (N, D)."""
+
+    def __init__(self, peer: nn.Module) -> None:
+        super().__init__()
+        self.peer = peer
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        return self.peer.logits_and_features(x)
 
 
 class EagerStep:
@@ -88,11 +106,12 @@ class EagerStep:
 
     def networks(self) -> list[nn.Module]:
         """What is run, and compiled if asked."""
-        return self.peers
+        return self.peers if self.options.metric is None else [WithFeatures(p) for p in self.peers]
 
     def tensors(self) -> list[Tensor]:
         """Everything that a step changes."""
-        return self.update.tensors() + (self.options.after.tensors() if self.options.after else [])
+        parts = (self.update, self.options.after, self.options.metric)
+        return [t for part in parts if part is not None for t in part.tensors()]
 
     def __call__(self, *batch: Tensor) -> StepOutput:
         images, labels = self.options.assemble(*batch) if self.options.assemble else batch
@@ -119,27 +138,43 @@ class EagerStep:
 
     def gradients(self, images: Tensor, labels: Tensor) -> StepOutput:
         """Adds the gradients of a part of the batch to the weights' own."""
-        logits = self.logits(images)
-        losses, stats, grads = self.loss.value_and_grad([z.detach() for z in logits], labels)
-        self.backward(logits, grads)
-        return StepOutput(losses, stats)
+        outputs = self.outputs(images)
+        output, grads = self.evaluate([_detached(out) for out in outputs], labels)
+        self.backward(outputs, grads)
+        return output
 
-    def logits(self, images: Tensor) -> list[Tensor]:
-        """K tensors (N, C)."""
+    def outputs(self, images: Tensor) -> list[Outputs]:
+        """Of all K peers."""
         return [self.forward(k, images) for k in range(len(self.peers))]
 
-    def forward(self, k: int, images: Tensor) -> Tensor:
-        """Logits (N, C) of peer k; fp16 ones as fp32, so that their gradients are scaled before
-        they are rounded to fp16, not after."""
+    def forward(self, k: int, images: Tensor) -> Outputs:
+        """Of peer k; fp16 ones as fp32, so that their gradients are scaled before they are rounded
+        to fp16, not after."""
         with self.amp.autocast():
-            z = self.forwards[k](images)
-        return z.float() if z.dtype == torch.float16 else z
+            out = self.forwards[k](images)
+        out = (out,) if isinstance(out, Tensor) else out
+        return tuple(t.float() if t.dtype == torch.float16 else t for t in out)
 
-    def backward(self, logits: Sequence[Tensor], grads: Sequence[Tensor]) -> None:
-        trained = [(z, g) for z, g in zip(logits, grads, strict=True) if z.requires_grad]
-        logits, grads = map(list, zip(*trained, strict=True))
+    def evaluate(
+        self, outputs: list[Outputs], labels: Tensor, metric_of: Sequence[int] | None = None
+    ) -> tuple[StepOutput, list[Outputs]]:
+        """The losses, and the gradients of all outputs, both unscaled.
+
+        metric_of: the peers whose metric loss is wanted, and whose centres follow; all by default.
+        """
+        losses, stats, grads = self.loss.value_and_grad([out[0] for out in outputs], labels)
+        if self.options.metric is None:
+            return StepOutput(losses, stats), [(g,) for g in grads]
+        features = [out[1] for out in outputs]
+        metric, more = self.options.metric.value_and_grad(features, labels, metric_of)
+        return StepOutput(losses + metric, stats, metric), list(zip(grads, more, strict=True))
+
+    def backward(self, outputs: Sequence[Outputs], grads: Sequence[Outputs]) -> None:
+        pairs = zip(chain(*outputs), chain(*grads), strict=True)
+        trained = [(t, g) for t, g in pairs if t.requires_grad]
+        tensors, grads = map(list, zip(*trained, strict=True))
         self.scale_(grads)
-        torch.autograd.backward(logits, grads)
+        torch.autograd.backward(tensors, grads)
 
     def scale_(self, grads: list[Tensor]) -> None:
         if self.options.accumulate > 1:
@@ -153,20 +188,24 @@ class SequentialStep(EagerStep):
 
     def train(self, images: Tensor, labels: Tensor) -> StepOutput:
         K = len(self.peers)
-        logits = self.logits(images)
-        predictions = [z.detach() for z in logits]
+        outputs = self.outputs(images)
+        predictions = [_detached(out) for out in outputs]
         rounds = []  # the loss as each peer met it
         for k in range(K):
-            losses, stats, grads = self.loss.value_and_grad(predictions, labels)
-            rounds.append(StepOutput(losses, stats))
-            if not logits[k].requires_grad:
+            output, grads = self.evaluate(predictions, labels, [k])
+            rounds.append(output)
+            if not outputs[k][0].requires_grad:
                 continue
-            self.backward([logits[k]], [grads[k]])
+            self.backward([outputs[k]], [grads[k]])
             self.update.apply([k])
             if k + 1 < K:
                 with torch.no_grad(), running_statistics_kept(self.peers[k]):
                     predictions[k] = self.forward(k, images)
         return _own_rounds(rounds)
+
+
+def _detached(out: Outputs) -> Outputs:
+    return tuple(t.detach() for t in out)
 
 
 def _mean_of(parts: list[StepOutput]) -> StepOutput:
@@ -180,20 +219,20 @@ def _mean_of(parts: list[StepOutput]) -> StepOutput:
 def _own_rounds(rounds: list[StepOutput]) -> StepOutput:
     """Peer k's figures from the k-th round; the ensemble's from the first, before any update."""
 
-    def own(field: str) -> Tensor:
-        return torch.stack([getattr(stats, field)[k] for k, (_, stats) in enumerate(rounds)])
+    def own(values: Iterable[Tensor]) -> Tensor:
+        return torch.stack([value[k] for k, value in enumerate(values)])
 
+    stats = [r.stats for r in rounds]
     return StepOutput(
-        torch.stack([losses[k] for k, (losses, _) in enumerate(rounds)]),
-        rounds[0][1]._replace(
-            ce=own("ce"),
-            kl=own("kl"),
-            entropy=own("entropy"),
-            correct=own("correct"),
-            pairwise_kl=torch.stack(  # (K, K): column k is what student k met
-                [stats.pairwise_kl[:, k] for k, (_, stats) in enumerate(rounds)], dim=1
-            ),
+        own(r.losses for r in rounds),
+        stats[0]._replace(
+            ce=own(s.ce for s in stats),
+            kl=own(s.kl for s in stats),
+            entropy=own(s.entropy for s in stats),
+            correct=own(s.correct for s in stats),
+            pairwise_kl=own(s.pairwise_kl.T for s in stats).T,  # column k is what student k met
         ),
+        None if rounds[0].metric is None else own(r.metric for r in rounds),
     )
 
 
