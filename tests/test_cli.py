@@ -155,7 +155,7 @@ def test_usage_errors_of_the_parser_exit_2_too(capfd):
 def test_wrong_commands(refused):
     refused(["trian"], "trian", "did you mean train")
     refused(["train", "cifar1000"], "cifar1000", "did you mean cifar100")
-    refused(["train", "imagenet"], "imagenet", "digits, cifar10, cifar100")
+    refused(["train", "imagenet"], "imagenet", "digits, cifar10, cifar100, market1501")
     refused(["evaluate"], "RUN")
     refused(["evaluate", "run", "--weigths", "best"], "did you mean --weights")
     refused(["evaluate", "nowhere"], "nowhere", "not the folder of a run")
@@ -173,7 +173,7 @@ def test_help(capfd):
         assert f"\n  {name} " in out
     assert cli.main([]) == 2
     assert cli.main(["train"]) == 0
-    assert "{digits,cifar10,cifar100}" in capfd.readouterr().out
+    assert "{digits,cifar10,cifar100,market1501}" in capfd.readouterr().out
 
 
 def test_help_of_training_states_the_papers_settings(capfd):

@@ -38,6 +38,7 @@ class StandIn:
     train_ids: int = 50
     test_ids: int = 40
     images: int = 24  # of each identity
+    train_images: int = 0  # of each training identity; 0: as many as of the others
     junk: int = 40
     distractors: int = 100
     odd_every: int = 16  # one file in so many is stored unusually
@@ -67,8 +68,9 @@ def build_standin(
             f"{what.train_ids} training and {what.test_ids} test identities: CIFAR-100's 100 "
             "classes allow 98 together, and two for distractors and junk"
         )
-    if not 2 * CAMERAS <= what.images <= 500:
-        raise InputError(f"{what.images} images an identity: give {2 * CAMERAS} to 500")
+    for count in (what.images, what.train_images or what.images):
+        if not 2 * CAMERAS <= count <= 500:
+            raise InputError(f"{count} images an identity: give {2 * CAMERAS} to 500")
     images, _ = load_cifar100(cifar_root)
     root.mkdir(parents=True, exist_ok=True)
     part = Path(tempfile.mkdtemp(prefix=f".{FOLDER}.", dir=root))
@@ -92,7 +94,8 @@ def _write(folder: Path, images: ImageSet, what: StandIn) -> None:
     for place in range(what.train_ids + what.test_ids):
         # identities in two interleaved series, as in the real set, and neither without gaps
         identity = 2 * place + 2 if place < what.train_ids else 2 * (place - what.train_ids) + 1
-        chosen = random.permutation(by_class[classes[place]])[: what.images]
+        count = what.images if place >= what.train_ids else what.train_images or what.images
+        chosen = random.permutation(by_class[classes[place]])[:count]
         for number, index in enumerate(chosen):
             camera = (number + place) % CAMERAS + 1
             name = f"{identity:04d}_c{camera}s1_{index:06d}_{number % 7:02d}.jpg"

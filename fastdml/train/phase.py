@@ -146,7 +146,7 @@ class Phase:
             ema=self.ema,
             assemble=self.assemble,
             after=self.record,
-            **({"metric": self.metric} if self.metric else {}),
+            metric=self.metric,
         )
 
     def batches(self, epoch: int, start: int = 0) -> Iterator[tuple[Tensor, ...]]:

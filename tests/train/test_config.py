@@ -13,7 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fastdml.errors import InputError
-from fastdml.train import TrainConfig, config
+from fastdml.train import ReidConfig, TrainConfig, config
 from fastdml.train.config import (
     FREE_ON_RESUME,
     check_resumable,
@@ -42,13 +42,16 @@ def test_defaults_are_the_papers_settings_for_cifar100():
 
 
 def test_every_setting_has_a_help_text():
-    body = ast.parse(inspect.getsource(TrainConfig)).body[0].body
-    documented = [
-        a.target.id
-        for a, b in pairwise(body)
-        if isinstance(a, ast.AnnAssign) and isinstance(b, ast.Expr)
-    ]
-    assert documented == FIELDS
+    for kind in (TrainConfig, ReidConfig):
+        body = ast.parse(inspect.getsource(kind)).body[0].body
+        documented = [
+            a.target.id
+            for a, b in pairwise(body)
+            if isinstance(a, ast.AnnAssign) and isinstance(b, ast.Expr)
+        ]
+        own = [n for n in kind.__annotations__ if n != "limits"]
+        assert documented == own
+    assert list(TrainConfig.__annotations__)[:-1] == FIELDS
     assert set(FIELDS) >= FREE_ON_RESUME
 
 
@@ -101,6 +104,11 @@ def test_unknown_settings_are_refused_with_the_nearest(name, near, tmp_path):
         ("root", 7, "root must be text, not 7"),
         ("seed", -1, "seed must be within 0"),
         ("warmup_epochs", 201, r"warmup_epochs \(201\) must not exceed epochs \(200\)"),
+        ("iterations", 5, r"epochs \(200\) and iterations \(5\) both say how long: set one"),
+        ("lr_drops", (5, 5), r"lr_drops must be rising numbers of epochs, not \[5, 5\]"),
+        ("lr_drops", (0, 5), "lr_drops must be rising"),
+        ("lr_drops", "40", "lr_drops must be a list of numbers, not '40'"),
+        ("lr_drops", [2.5], "lr_drops must be a whole number, not 2.5"),
     ],
 )
 def test_wrong_values_are_one_line(name, value, message):
@@ -221,6 +229,77 @@ def test_what_may_change_on_resume():
     cosine = TrainConfig(epochs=10, schedule="cosine")
     with pytest.raises(InputError, match="cannot resume: epochs was 10 and is now 20"):
         check_resumable(cosine.to_dict(), cosine.replace(epochs=20))
+
+
+def test_a_run_of_a_number_of_steps():
+    saved = TrainConfig(epochs=0, iterations=10, warmup_epochs=3)
+    check_resumable(saved.to_dict(), saved.replace(iterations=20))
+    assert saved.to_dict()["lr_drops"] == []
+
+
+def test_the_papers_recipe_is_the_default_of_market1501():
+    c = preset("market1501")
+    assert c == ReidConfig()
+    assert (c.recipe, c.peers, c.batch_size, c.iterations) == (
+        "paper", ("mobilenet", "mobilenet"), 16, 100_000,
+    )  # fmt: skip
+    assert (c.optimizer, c.lr, c.momentum) == ("adam", 2e-4, 0.5)
+    assert not any((c.label_smoothing, c.ema, c.kl_sum, c.triplet_weight, c.center_weight))
+
+
+def test_the_strong_recipe_is_the_bag_of_tricks():
+    c = preset("market1501", recipe="strong")
+    assert (c.size, c.batch_size, c.images_per_id) == ((256, 128), 64, 4)
+    assert (c.epochs, c.iterations, c.warmup_epochs, c.lr_drops) == (120, 0, 10, (40, 70))
+    assert (c.optimizer, c.lr, c.weight_decay) == ("adam", 3.5e-4, 5e-4)
+    assert (c.neck, c.last_stride, c.pretrained, c.label_smoothing) == (True, 1, True, 0.1)
+    assert (c.triplet_weight, c.margin, c.center_weight) == (1, 0.3, 5e-4)
+    assert (c.erasing, c.pad) == (0.5, 10)
+
+
+def test_command_line_over_file_over_recipe(tmp_path):
+    file = tmp_path / "c.yaml"
+    file.write_text("recipe: strong\nlr: 0.5\nmargin: null\n")
+    c = from_command_line("market1501", ["--config", str(file), "--lr-drops", "30", "60"])
+    assert (c.recipe, c.lr, c.margin, c.lr_drops, c.neck) == ("strong", 0.5, None, (30, 60), True)
+    c = from_command_line("market1501", ["--config", str(file), "--recipe=paper"])
+    assert (c.recipe, c.lr, c.neck, c.iterations) == ("paper", 0.5, False, 100_000)
+    c = from_command_line("market1501", ["--recipe", "strong", "--margin", "None"])
+    assert (c.neck, c.margin) == (True, None)
+    file.write_text("data: market1501\nrecipe: strong\n")
+    assert load_config(file) == preset("market1501", recipe="strong")
+    assert load_config(file).triplet_weight == 1
+
+
+def test_the_standin_is_small_and_strong_unless_told_otherwise():
+    c = from_command_line("market1501", ["--standin"])
+    assert c == preset("market1501", standin=True)
+    assert (c.recipe, c.peers, c.pretrained) == ("strong", ("resnet20", "resnet20"), False)
+    assert c.triplet_weight == 1
+    assert c.height < 128
+    c = from_command_line("market1501", ["--standin", "--recipe", "paper", "--epochs", "3"])
+    assert (c.recipe, c.triplet_weight, c.epochs, c.iterations) == ("paper", 0, 3, 0)
+
+
+def test_settings_of_another_kind_of_run_are_refused(tmp_path):
+    with pytest.raises(InputError, match="unknown setting 'recipe'"):
+        preset("cifar100", recipe="strong")
+    file = tmp_path / "c.yaml"
+    file.write_text("data: cifar100\ntriplet_weight: 1\n")
+    with pytest.raises(InputError, match="unknown setting 'triplet_weight'"):
+        load_config(file)
+    with pytest.raises(InputError, match=r"unknown setting 'heigth'.*did you mean height"):
+        preset("market1501", heigth=3)
+
+
+def test_help_of_re_identification(capsys):
+    with pytest.raises(SystemExit):
+        from_command_line("market1501", ["--recipe", "strong", "--help"])
+    text = " ".join(capsys.readouterr().out.replace("│", " ").split())
+    for field in dataclasses.fields(ReidConfig):
+        assert f"--{field.name.replace('_', '-')}" in text
+    assert "Paper: 100,000; strong: 0. (default: 0)" in text
+    assert "Weight of the batch-hard triplet loss. Strong: 1. (default: 1.0)" in text
 
 
 def test_run_names_are_safe_as_folders():

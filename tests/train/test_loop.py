@@ -21,7 +21,7 @@ from torch.utils.data import DataLoader, TensorDataset
 
 from fastdml import train as training
 from fastdml.cohort import Cohort
-from fastdml.data import ImageSet, ResidentLoader
+from fastdml.data import ImageSet, ResidentLoader, loaders
 from fastdml.engine import Amp
 from fastdml.errors import InputError
 from fastdml.loss import MutualLoss
@@ -717,6 +717,23 @@ class TestDataSets:
         assert result.history[-1]["step"] == 2 * 640 // 64
         assert result.scores.rows > 300
         assert result.scores.ensemble_top1 > 0.2
+
+    @pytest.mark.parametrize("loader", ["torch", "dali"])
+    def test_another_loader_trains_the_same_peers(self, loader):
+        """Images that differ by rounding at most leave weights that do."""
+        if loader == "dali" and not loaders.has_dali():
+            pytest.skip("DALI is not installed")
+        weights = {}
+        for kind in ("resident", loader):
+            options = {"epochs": 1, "subset": 192, "amp": "off", "lr": 0.01, "device": "cpu"}
+            result = training.digits(
+                ["resnet8"], loader=kind, folder=kind, tensorboard=False, **options
+            )
+            assert result.config.loader == kind
+            weights[kind] = checkpoint.load(Path(kind) / "last.ckpt")["cohort"]
+        exact = {"rtol": 0, "atol": 0} if loader == "torch" else {"rtol": 1e-3, "atol": 1e-4}
+        for key, value in weights["resident"].items():
+            torch.testing.assert_close(weights[loader][key], value, **exact)
 
     def test_mistakes_leave_nothing_behind(self):
         for changes, message in (

@@ -1,0 +1,557 @@
+"""Re-identification runs: what they train on, what they leave, how they go on, what is refused."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+
+from fastdml import cli, metrics
+from fastdml import train as training
+from fastdml.cohort import Cohort
+from fastdml.data import Market1501, PKSampler, TorchLoader, loaders
+from fastdml.engine.amp import Amp
+from fastdml.errors import InputError
+from fastdml.models import ReidHead
+from fastdml.train import ReidConfig, RetrievalScores, checkpoint, loop, losses, reid, report
+from fastdml.train.report import read_metrics
+
+ROOT = Path(__file__).parents[2]
+CPU = torch.device("cpu")
+TIMES = ("time", "images_per_second", "data_wait")
+# 4 identities x 4 images a step, three steps an epoch, every loss there is
+SMALL = {
+    "peers": ("resnet8", "resnet8"),
+    "height": 16,
+    "width": 8,
+    "pad": 1,
+    "batch_size": 16,
+    "images_per_id": 4,
+    "iterations": 0,
+    "epochs": 2,
+    "lr": 3e-3,
+    "momentum": 0.9,
+    "eval_every": 1,
+    "amp": "off",
+    "device": "cpu",
+    "execution": "eager",
+    "tensorboard": False,
+    "neck": True,
+    "last_stride": 1,
+    "erasing": 0.5,
+}
+ALL_LOSSES = {
+    "triplet_weight": 1.0,
+    "center_weight": 0.01,
+    "circle_weight": 0.1,
+    "distance_mutual_weight": 0.1,
+}
+
+
+@pytest.fixture
+def settings(market_root, tmp_path):
+    """Makes settings for a run in the test's own folder."""
+
+    def make(**changes) -> ReidConfig:
+        values = {"root": market_root, "folder": str(tmp_path / "run"), **SMALL, **changes}
+        return ReidConfig(**values)
+
+    return make
+
+
+@pytest.fixture
+def market(market_root) -> Market1501:
+    with pytest.warns(UserWarning, match="figures from a subset"):
+        return Market1501(market_root)
+
+
+@pytest.fixture
+def _no_pictures(monkeypatch):
+    monkeypatch.setattr(report, "plot_curves", lambda folder: None)
+    monkeypatch.setattr(report, "plot_pairwise_kl", lambda folder: None)
+
+
+def logged(folder) -> list[dict]:
+    return [{k: v for k, v in r.items() if k not in TIMES} for r in read_metrics(folder)]
+
+
+def same_weights(a: Cohort, b: Cohort) -> bool:
+    a, b = a.state_dict(), b.state_dict()
+    return a.keys() == b.keys() and all(torch.equal(a[key], b[key]) for key in a)
+
+
+# --- settings become losses ---
+
+
+def test_the_authors_sum_over_peers_and_the_papers_mean():
+    K = 3
+    logits = list(torch.randn(K, 8, 5, generator=torch.Generator().manual_seed(0)))
+    labels = torch.arange(8) % 5
+    kl = {}
+    for summed in (False, True):
+        loss = losses.mutual_loss(ReidConfig(kl_sum=summed, ce_weight=0.0), K)
+        kl[summed] = loss(logits, labels)
+    torch.testing.assert_close(kl[True], (K - 1) * kl[False])
+
+
+def test_metric_losses_follow_their_weights():
+    cohort = Cohort(["resnet8"], 5, head=ReidHead())
+    assert losses.metric_loss(ReidConfig(), cohort) is None
+    loss = losses.metric_loss(ReidConfig(triplet_weight=2.0, margin=None), cohort)
+    features = [torch.randn(6, 64, generator=torch.Generator().manual_seed(1))]
+    labels = torch.tensor([0, 0, 1, 1, 2, 2])
+    expected = 2 * batch_hard(features[0], labels)
+    torch.testing.assert_close(loss(features, labels), expected[None])
+
+
+def batch_hard(features, labels):
+    """Soft-margin batch-hard triplet loss, anchor by anchor."""
+    total = []
+    for i in range(len(labels)):
+        d = (features - features[i]).square().sum(1).sqrt()
+        same = (labels == labels[i]) & (torch.arange(len(labels)) != i)
+        gap = d[same].max() - d[labels != labels[i]].min()
+        total.append(torch.nn.functional.softplus(gap))
+    return torch.stack(total).mean()
+
+
+@pytest.mark.parametrize(
+    ("changes", "expected"),
+    [
+        # Luo et al. 2019: up to 3.5e-4 within ten epochs, a tenth from the 40th and the 70th on
+        ({"recipe": "strong"}, {1: 3.5e-5, 10: 3.5e-4, 40: 3.5e-4, 41: 3.5e-5, 71: 3.5e-6}),
+        ({"recipe": "paper"}, {1: 2e-4, 12_500: 2e-4}),
+        ({"lr_drop_every": 3, "lr": 1.0}, {3: 1.0, 4: 0.1, 7: 0.01}),
+        ({"lr": 1.0, "schedule": "cosine", "iterations": 81}, {1: 0.982, 10: 0.0015, 11: 0.0}),
+    ],
+)
+def test_learning_rates(changes, expected):
+    config = training.config.preset("market1501", **changes)
+    steps = 8
+    table = losses.rates(config, steps)
+    assert len(table) == losses.total_steps(config, steps)
+    for epoch, rate in expected.items():
+        last = min(epoch * steps, len(table)) - 1
+        assert table[last] == pytest.approx(rate, rel=1e-5, abs=0.005 * config.lr)
+
+
+# --- a run ---
+
+
+@pytest.fixture(scope="module")
+def run(market_root, tmp_path_factory) -> Path:
+    """Two peers trained from the command line with all losses, mutually and independently."""
+    folder = tmp_path_factory.mktemp("reid") / "run"
+    config = folder.parent / "small.yaml"
+    config.write_text(yaml.safe_dump({**SMALL, **ALL_LOSSES, "peers": list(SMALL["peers"])}))
+    options = ["--config", str(config), "--root", str(market_root), "--folder", str(folder)]
+    assert cli.main(["train", "market1501", *options, "--epochs", "3", "--independent"]) == 0
+    return folder
+
+
+def test_a_run_learns_and_leaves_what_it_promises(run):
+    for name in ("curves.png", "pairwise_kl.png", "last.ckpt", "best/cohort.json", "cohort.json"):
+        assert (run / name).stat().st_size > 0, name
+    summary = json.loads((run / "summary.json").read_text())
+    scores = RetrievalScores(**summary["mutual"]["scores"])
+    assert scores.queries == 15
+    for peer, mAP, rank1 in zip(summary["peers"], scores.mAP, scores.rank1, strict=True):
+        assert (peer["mAP_mutual"], peer["rank1_mutual"]) == (mAP, rank1)
+        assert 0.3 < peer["mAP_independent"] <= 1  # in random order about 0.17
+        assert mAP > 0.3
+    assert summary["ensemble_mutual"] == scores.ensemble_mAP
+    table = report.summary_table(summary).splitlines()
+    assert re.split(r"  +", table[0]) == [
+        "peer", "parameters", "mAP independent %", "mAP mutual %", "rank-1 independent %",
+        "rank-1 mutual %", "mAP ensemble %", "images/s",
+    ]  # fmt: skip
+    assert table[2].split()[3] == f"{100 * scores.mAP[0]:.2f}"
+    assert "the mutual peers' features, concatenated" in table[-1]
+    records = read_metrics(run)
+    epochs = [r for r in records if r["kind"] == "epoch"]
+    assert len(epochs) == 3
+    for record in epochs:
+        terms = [record[name] for name in ("loss", "ce", "kl", "metric")]
+        for loss, ce, kl, metric in zip(*terms, strict=True):
+            assert loss == pytest.approx(ce + kl + metric, rel=1e-4)
+            assert metric > 0
+    assert epochs[-1]["loss"][0] < epochs[0]["loss"][0]
+    alone = [r for r in read_metrics(run / "independent") if r["kind"] == "epoch"]
+    saved = yaml.safe_load((run / "independent/config.yaml").read_text())
+    assert (saved["kl_weight"], saved["distance_mutual_weight"]) == (0, 0)
+    assert alone[0]["metric"][0] != epochs[0]["metric"][0]
+
+
+def test_evaluate_repeats_the_scores_and_adds_the_other_protocols(run, capfd):
+    assert cli.main(["evaluate", str(run), "--json"]) == 0
+    found = json.loads(capfd.readouterr().out)
+    summary = json.loads((run / "summary.json").read_text())
+    assert found["scores"]["single"] == summary["mutual"]["scores"]
+    assert list(found["scores"]) == ["single", "single_reranked", "multi", "multi_reranked"]
+    for scores in found["scores"].values():
+        assert RetrievalScores(**scores).queries == 15
+        assert all(0.3 < x <= 1 for x in scores["mAP"])
+
+
+def test_evaluate_prints_a_table_and_draws(run, market_root, capfd):
+    options = ["--data", str(market_root), "--weights", "best", "--no-rerank", "--ranked-lists"]
+    assert cli.main(["evaluate", str(run), *options, "4"]) == 0
+    out, err = capfd.readouterr()
+    lines = out.splitlines()
+    assert re.split(r"  +", lines[0]) == [
+        "peer", "query", "re-ranked", "rank-1 %", "rank-5 %", "rank-10 %", "mAP %", "mINP %",
+    ]  # fmt: skip
+    rows = [line.split()[:3] for line in lines[2:8]]
+    names = ("resnet8-1", "resnet8-2", "ensemble")
+    assert rows == [[name, query, "no"] for query in ("single", "multi") for name in names]
+    assert lines[8].startswith("15 queries; ensemble: the peers' features, concatenated")
+    pictures = [Path(line) for line in lines[10:]]
+    assert [p.name for p in pictures] == ["resnet8-1.png", "resnet8-2.png", "ensemble.png"]
+    from PIL import Image
+
+    sizes = {Image.open(p).size for p in pictures}
+    assert len(sizes) == 1
+    assert "has 12,936/3,368/15,913/751" in err  # a subset is told
+
+
+def test_evaluate_of_a_run_on_other_data(run, tmp_path, capfd):
+    (tmp_path / "config.yaml").write_text("data: digits\n")
+    assert cli.main(["evaluate", str(tmp_path), "--ranked-lists", "3"]) == 2
+    assert "--ranked-lists is for runs on market1501" in capfd.readouterr().err
+    assert cli.main(["evaluate", str(run), "--ranked-lists", "-3"]) == 2
+    assert "--ranked-lists -3: give 0 or more" in capfd.readouterr().err
+
+
+def test_export(run, tmp_path, capfd):
+    assert cli.main(["export", str(run), "--format", "torch", "--to", str(tmp_path)]) == 0
+    paths = capfd.readouterr().out.split()
+    program = torch.export.load(paths[0]).module()
+    assert program(torch.zeros(3, 3, 16, 8)).shape == (3, 6)
+
+
+# --- resuming ---
+
+
+class Crash(Exception):
+    pass
+
+
+class Crashing:
+    """A loader's batches, until one step of the run."""
+
+    def __init__(self, loader, at: int) -> None:
+        self.loader, self.at, self.batch_size = loader, at, loader.batch_size
+
+    def __len__(self):
+        return len(self.loader)
+
+    def epoch(self, epoch, start=0):
+        for step, batch in enumerate(self.loader.epoch(epoch, start), start):
+            if epoch * len(self) + step == self.at:
+                raise Crash
+            yield batch
+
+
+@pytest.mark.usefixtures("_no_pictures")
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {**ALL_LOSSES, "ema": 0.9},
+        {**ALL_LOSSES, "images_per_id": 0, "update": "sequential"},
+        {"iterations": 8, "epochs": 0, "label_smoothing": 0.1, "kl_sum": True},
+    ],
+    ids=["losses", "sequential", "iterations"],
+)
+def test_a_crash_leaves_no_trace(settings, market, tmp_path, changes):
+    config = settings(**{"epochs": 3, **changes}, save_every_steps=1)
+
+    def prepared():
+        return reid.prepare(market, config, CPU, lambda line: None)
+
+    whole, train, test = prepared()
+    unbroken = loop.fit(whole, train, test, config)
+    assert unbroken.history[-1]["step"] == (config.iterations or 9)
+    assert unbroken.history[-1]["epoch"] == 3  # the last cut short by the iterations
+
+    broken = config.replace(folder=str(tmp_path / "broken"))
+    cohort, train, test = prepared()
+    with pytest.raises(Crash):
+        loop.fit(cohort, Crashing(train, 4), test, broken)
+    again, train, test = prepared()
+    resumed = loop.fit(again, train, test, broken.replace(resume=True))
+    assert same_weights(again, whole)
+    assert logged(resumed.folder) == logged(unbroken.folder)
+    assert resumed.scores == unbroken.scores
+    a, b = (checkpoint.load(r.folder / "last.ckpt")["metric"] for r in (resumed, unbroken))
+    assert (a is None) == ("triplet_weight" not in changes)
+    if a is not None:
+        assert len(a) == 2  # a table of centres a peer
+        for key in b:
+            assert torch.equal(a[key], b[key])
+            assert b[key].any()
+
+
+@pytest.mark.usefixtures("_no_pictures")
+def test_resuming_from_the_settings_of_the_run(settings, market_root, tmp_path):
+    options = {**SMALL, "iterations": 4, "epochs": 0}
+    options |= {"folder": str(tmp_path / "run"), "root": market_root, "images_per_id": 0}
+    first = training.market1501(**options)
+    assert first.history[-1]["step"] == 4
+    longer = training.market1501(
+        folder=str(tmp_path / "run"), root=market_root, resume=True, iterations=5
+    )
+    assert longer.history[-1]["step"] == 5
+    assert longer.config.images_per_id == 0
+    with pytest.raises(InputError, match="cannot resume: height was 16 and is now 24"):
+        training.market1501(folder=str(tmp_path / "run"), root=market_root, resume=True, height=24)
+
+
+# --- features ---
+
+
+@pytest.fixture
+def cohort() -> Cohort:
+    cohort = Cohort(["resnet8", "resnet14"], 6, head=ReidHead())
+    with torch.no_grad():  # statistics that are not those of the start
+        cohort.train()(torch.randn(32, 3, 16, 8, generator=torch.Generator().manual_seed(0)))
+    return cohort.train()
+
+
+@pytest.mark.parametrize("flip_test", [True, False])
+def test_features_are_the_normalised_mean_of_an_image_and_its_mirror(cohort, market, flip_test):
+    features = training.extract_features(
+        cohort, market.query, (16, 8), flip_test=flip_test, amp="off", batch_size=4
+    )
+    assert all(m.training for m in cohort.modules())  # as it was
+    cohort.eval()
+    loader = TorchLoader(market.query, 15, train=False, size=(16, 8), workers=0)
+    images, _ = loader.batch(0, 0)
+    with torch.no_grad():
+        for k, found in enumerate(features):
+            expected = cohort.peers[k].embed(images)
+            if flip_test:
+                expected = (expected + cohort.peers[k].embed(images.flip(3))) / 2
+            expected = expected / expected.norm(dim=1, keepdim=True)
+            torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
+
+
+SCRIPT = """
+import sys, warnings, torch, torch.distributed as dist
+from fastdml.cohort import Cohort
+from fastdml.data import Market1501
+from fastdml.models import ReidHead
+from fastdml.train import extract_features
+warnings.simplefilter("ignore")
+torch.set_num_threads(1)
+rank, root, folder = int(sys.argv[1]), sys.argv[2], sys.argv[3]
+dist.init_process_group("gloo", f"file://{folder}/meet", rank=rank, world_size=2)
+cohort = Cohort.load(folder)
+found = extract_features(cohort, Market1501(root).query, (16, 8), amp="off", batch_size=4)
+torch.save(found, f"{folder}/features{rank}.pt")
+dist.barrier()
+dist.destroy_process_group()
+"""
+
+
+def test_two_processes_extract_a_share_each_and_get_all(cohort, market, market_root, tmp_path):
+    """15 images: an uneven share."""
+    cohort.save(tmp_path)
+    paths = os.pathsep.join([str(ROOT), str(ROOT / "kernels"), *sys.path])
+    started = [
+        subprocess.Popen(
+            [sys.executable, "-c", SCRIPT, str(rank), str(market_root), str(tmp_path)],
+            env={**os.environ, "PYTHONPATH": paths},
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for rank in (0, 1)
+    ]
+    for process in started:
+        _, err = process.communicate(timeout=120)
+        assert process.returncode == 0, err
+    expected = training.extract_features(cohort, market.query, (16, 8), amp="off", batch_size=4)
+    for rank in (0, 1):
+        found = torch.load(tmp_path / f"features{rank}.pt")
+        for f, e in zip(found, expected, strict=True):
+            torch.testing.assert_close(f, e, rtol=1e-5, atol=1e-6)
+
+
+def test_scores_are_those_of_the_metrics(cohort, market, settings):
+    """Each protocol, put together by hand from features."""
+    retrieval = reid.Retrieval(market, settings(), CPU, lambda line: None)
+    scores, query, gallery = retrieval.all_scores(cohort.eval())
+    amp = Amp(CPU, None, None)
+    drawn = reid.Features(market.multi_query, (16, 8), CPU)(cohort, amp)
+    asked = zip(market.query.ids, market.query.cameras, strict=True)
+    names = [(f"{i:04d}", f"c{c}") for i, c in asked]
+    marks = (market.query.ids, market.gallery.ids, market.query.cameras, market.gallery.cameras)
+    for k in (0, 1):
+        mean = []
+        for identity, camera in names:
+            of = [f"{identity}_{camera}s" in path for path in market.multi_query.paths]
+            mean.append(drawn[k][torch.tensor(of)].mean(0))
+        for protocol, features in (("single", query[k]), ("multi", torch.stack(mean))):
+            expected = metrics.reid_scores(features, gallery[k], *marks)
+            assert scores[protocol].mAP[k] == pytest.approx(expected.mAP)
+            assert scores[protocol].rank5[k] == expected.cmc[4]
+            assert scores[protocol].mINP[k] == pytest.approx(expected.mINP)
+    d = metrics.k_reciprocal_rerank(query[0], gallery[0])
+    expected = metrics.reid_scores(None, None, *marks, distances=d)
+    assert scores["single_reranked"].mAP[0] == expected.mAP
+    together = torch.cat(query, 1), torch.cat(gallery, 1)
+    expected = metrics.reid_scores(*together, *marks)
+    assert scores["single"].ensemble_mAP == pytest.approx(expected.mAP)
+
+
+def test_without_gt_bbox_there_is_no_multi_query(run, market_root, tmp_path, capfd):
+    shutil.copytree(market_root, tmp_path / "market", ignore=shutil.ignore_patterns("gt_bbox"))
+    assert cli.main(["evaluate", str(run), "--data", str(tmp_path / "market")]) == 0
+    out = capfd.readouterr().out
+    assert "no multiple queries: the folder gt_bbox is not there" in out
+    assert "multi " not in out
+
+
+# --- data ---
+
+
+def test_loaders_train_alike(settings, market, monkeypatch):
+    """The same images, whichever loader made them."""
+    for module in (reid, loaders):  # DALI need not look at each file first
+        monkeypatch.setattr(module, "checked", lambda split, bad_files: split)
+    found = {}
+    for loader in ("resident", "torch", "dali")[: 3 if loaders.has_dali() else 2]:
+        config = settings(loader=loader)
+        _, train, test = reid.prepare(market, config, CPU, lambda line: None)
+        assert type(train).__name__.lower().startswith(loader)
+        assert type(test.query.loader) is type(train)
+        batch = next(iter(train.epoch(1)))
+        assert isinstance(train.sampler, PKSampler)
+        assert len(batch[1].unique()) == 4
+        found[loader] = batch
+    assert torch.equal(found["torch"][0], found["resident"][0])
+    for images, labels in found.values():
+        assert torch.equal(labels, found["resident"][1])
+        assert images.shape == (16, 3, 16, 8)
+
+
+@pytest.mark.usefixtures("_no_pictures")
+def test_bad_files(settings, market_root, tmp_path, capfd):
+    root = tmp_path / "market"
+    shutil.copytree(market_root, root)
+    bad = sorted((root / "bounding_box_train").iterdir())[3]
+    bad.write_bytes(b"no picture")
+    with pytest.raises(InputError, match=f"{bad.name}: not an image.*--bad-files skip"):
+        loop.run(settings(root=root))
+    assert not Path(settings().folder).exists()
+    result = loop.run(settings(root=root, bad_files="skip", epochs=1, subset=24))
+    assert f"left out: 1 of 112 files are bad: {bad}" in capfd.readouterr().err
+    assert result.scores.queries == 15
+
+
+def test_a_subset_is_even(settings, market):
+    _, train, _ = reid.prepare(market, settings(subset=24), CPU, lambda line: None)
+    assert train.n == 24
+    assert torch.equal(torch.bincount(train.labels), torch.full((6,), 4))
+
+
+def test_a_dry_run_writes_nothing(settings, tmp_path, capsys):
+    assert loop.run(settings(dry_run=True, **ALL_LOSSES)) is None
+    out = capsys.readouterr().out
+    assert "3 an epoch of 16 images, 2 epochs, 6 in all" in out
+    assert list(tmp_path.iterdir()) == []
+
+
+# --- what is refused, in a line ---
+
+
+@pytest.fixture
+def refused(tmp_path, monkeypatch, capfd):
+    """Trains from the command line, which must fail: exit 2, one line that matches, no files."""
+    (tmp_path / "here").mkdir()
+    monkeypatch.chdir(tmp_path / "here")
+
+    def check(root, options: str, *patterns: str) -> None:
+        code = cli.main(["train", "market1501", "--root", str(root), *options.split()])
+        out, err = capfd.readouterr()
+        assert code == 2, err
+        assert out == ""
+        assert err.startswith("fastdml: error: ")
+        assert err.count("\n") == 1, err
+        for pattern in patterns:
+            assert re.search(pattern, err), err
+        assert list((tmp_path / "here").iterdir()) == []
+
+    return check
+
+
+@pytest.fixture
+def copy(market_root, tmp_path):
+    shutil.copytree(market_root, tmp_path / "copy")
+    return tmp_path / "copy"
+
+
+def test_wrong_layouts(refused, copy, tmp_path):
+    refused("nowhere", "", "nowhere: no such folder", "holds Market-1501")
+    (tmp_path / "empty").mkdir()
+    refused(tmp_path / "empty", "", "holds no Market-1501", "no bounding_box_train", "no query")
+    shutil.rmtree(copy / "query")
+    refused(copy, "", "query missing from Market-1501")
+
+
+def test_cameras_missing(refused, copy):
+    picture = next((copy / "query").iterdir())
+    picture.rename(picture.with_name("0101_000000.png"))
+    refused(copy, "", r"0101_000000\.png", "identity and camera are unknown")
+
+
+def test_one_camera(refused, copy):
+    for folder in ("query", "bounding_box_test"):
+        for picture in sorted((copy / folder).iterdir()):
+            if "_c1s" not in picture.name:
+                picture.unlink()
+    refused(copy, "", "no query has a gallery image of its identity from another camera")
+
+
+def test_peers_that_do_not_fit(refused, market_root, tmp_path, monkeypatch):
+    (tmp_path / "own_backbones.py").write_text(
+        "from torch import nn\n"
+        "def flat(num_classes):\n"
+        "    return nn.Sequential(nn.Flatten(), nn.Linear(3 * 8 * 4, num_classes))\n"
+    )
+    monkeypatch.syspath_prepend(tmp_path)
+    small = "--height 8 --width 4"
+    refused(market_root, f"{small} --peers own_backbones:flat", "own_backbones:flat", "feature map")
+    refused(market_root, f"{small} --peers mobilnet", "mobilnet", "mobilenet")
+    refused(market_root, f"{small} --peers resnet8 --pretrained", "resnet8", "pretrained")
+
+
+@pytest.mark.parametrize(
+    ("options", "pattern"),
+    [
+        ("--recipe weak", "recipe|weak"),
+        ("--images-per-id 3", r"batch_size \(16\) must be a multiple of images_per_id \(3\)"),
+        ("--images-per-id 1 --peers resnet8", "batches of 16 identities from 6"),
+        ("--images-per-id 1 --triplet-weight 1", "triplet_weight needs two images"),
+        ("--batch-size 512 --peers resnet8", "batch size 512 is larger than the 48"),
+        ("--epochs 3", r"epochs \(3\) and iterations \(100000\) both say how long"),
+        ("--recipe strong --epochs 3", "warmup_epochs"),
+        ("--triplet-weight 1 --accumulate 2", "accumulate above 1 does not go with triplet_weight"),
+        ("--download", "Market-1501 cannot be downloaded"),
+        ("--ids-per-batch 3", "did you mean --images-per-id|unknown option"),
+        ("--erasing 2", r"erasing must be within 0\.\.1"),
+    ],
+)
+def test_wrong_settings(refused, market_root, options, pattern):
+    if options == "--recipe weak":  # the parser lists the choices in a frame
+        with pytest.raises(InputError, match="recipe must be one of paper, strong, not 'weak'"):
+            training.market1501(root=market_root, recipe="weak")
+        return
+    refused(market_root, options, pattern)
