@@ -15,9 +15,13 @@ from __future__ import annotations
 import multiprocessing
 import resource
 import sys
+import time
+import warnings
 from collections.abc import Callable
 from functools import lru_cache, partial
 from importlib.util import find_spec
+from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any, NamedTuple
 
 import pytest
@@ -33,7 +37,13 @@ from bench.baselines import (
     reid_losses,
     reid_torchreid,
 )
-from fastdml import metrics
+from fastdml import Cohort, metrics, train
+from fastdml.data import Market1501
+from fastdml.data.standin import build_standin
+from fastdml.errors import InputError
+from fastdml.models import ReidHead
+from fastdml.train.config import preset
+from fastdml.train.reid import prepare
 
 SECONDS = 6.0  # of timing a case, all contenders together
 PEOPLE = 750
@@ -274,6 +284,66 @@ def measure_loss(loss: str, N: int, D: int, device: torch.device) -> dict[str, l
     return timing.interleave(timers, SECONDS / 3)
 
 
+# --- training ------------------------------------------------------------------------------------
+
+PEERS = ("resnet20", "resnet20")
+# Height and width of the images, and how many of the training images are used (0: all 1,200).
+TRAINING = {False: (64, 32, 320), True: (128, 64, 0)}
+TRAINERS = ("fastdml.train", "usual loop")
+ROUNDS = {False: 1, True: 3}
+
+
+def _our_epoch(market: Market1501, config: train.ReidConfig, device: torch.device) -> float:
+    """Seconds an image: decoding, the epoch, and all that a run writes in it."""
+    with TemporaryDirectory() as folder:
+        config = config.replace(folder=str(Path(folder, "run")))
+        timing.wait(device)
+        start = time.perf_counter()
+        cohort, batches, _ = prepare(market, config, device, lambda line: None)
+        timing.wait(device)
+        prepared = time.perf_counter() - start
+        seconds = prepared + train.fit(cohort, batches, None, config).seconds
+    return seconds / (len(batches) * config.batch_size)
+
+
+def _usual_epoch(market: Market1501, config: train.ReidConfig, device: torch.device) -> float:
+    """Seconds an image, workers' start included."""
+    from bench.baselines import reid_training
+
+    split = market.train.subset(config.subset, config.seed) if config.subset else market.train
+    timing.wait(device)
+    start, images = time.perf_counter(), 0
+    cohort = Cohort(config.peers, split.num_classes, head=ReidHead()).to(device).train()
+    loop = reid_training.Loop(cohort.peers)
+    for x, y in reid_training.loader(split, config.size, config.batch_size, config.images_per_id):
+        loop(x.to(device, non_blocking=True), y.to(device, non_blocking=True))
+        images += len(x)
+    timing.wait(device)
+    return (time.perf_counter() - start) / images
+
+
+@lru_cache(maxsize=1)
+def measure_training(
+    root: str, folder: Path, full: bool, device: torch.device
+) -> tuple[dict[str, list[float]], train.ReidConfig]:
+    """Seconds an image of each trainer, taking turns."""
+    build_standin(folder, root)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # that it is a subset
+        market = Market1501(folder, progress=False, cache=folder / "scans")
+    height, width, subset = TRAINING[full]
+    config = preset("market1501", standin=True, recipe="strong").replace(
+        peers=PEERS, height=height, width=width, subset=subset, epochs=1, warmup_epochs=0.0,
+        tensorboard=False, progress=False,
+    )  # fmt: skip
+    samples: dict[str, list[float]] = {}
+    for _ in range(ROUNDS[full]):
+        for name, epoch in zip(TRAINERS, (_our_epoch, _usual_epoch), strict=True):
+            if name != "usual loop" or find_spec("torchvision"):
+                samples.setdefault(name, []).append(epoch(market, config, device))
+    return samples, config
+
+
 # --- pytest --------------------------------------------------------------------------------------
 
 
@@ -292,6 +362,8 @@ def pytest_generate_tests(metafunc):
             for name in LOSS_NAMES
         ]
         metafunc.parametrize(("loss", "N", "D", "name"), values)
+    else:
+        metafunc.parametrize("trainer", TRAINERS)
 
 
 def test_retrieval(case, name, device, record, request):
@@ -328,4 +400,29 @@ def test_loss(loss, N, D, name, device, record):
         D=D,
         device=device.type,
         name=name,
+    )
+
+
+@pytest.fixture(scope="session")
+def folder(tmp_path_factory) -> Path:
+    return tmp_path_factory.mktemp("market")
+
+
+def test_training(trainer, folder, device, record, request):
+    option = request.config.getoption
+    try:
+        samples, config = measure_training(option("--data"), folder, option("--full"), device)
+    except InputError as error:
+        pytest.skip(f"the data is absent: {error}")
+    if trainer not in samples:
+        pytest.skip("torchvision is not installed")
+    record(
+        samples[trainer],
+        f"re-identification training {device.type}",
+        bench="reid_training",
+        peers=" + ".join(PEERS),
+        size=f"{config.height}x{config.width}",
+        batch=config.batch_size,
+        device=device.type,
+        name=trainer,
     )

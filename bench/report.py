@@ -201,7 +201,7 @@ def _reid_training(rows: list[Row]) -> list[str]:
         base = group.get("usual loop")
         for name, row in group.items():
             ratio = f"{base['median'] / row['median']:.2f}" if base else "-"
-            lines.append(f"{name:<34}{row['images'] / row['median']:>10,.0f}{ratio:>10}")
+            lines.append(f"{name:<34}{1 / row['median']:>10,.1f}{ratio:>10}")
         parts.append("\n".join(lines))
     return parts
 
