@@ -35,7 +35,8 @@ def metric_loss(config: TrainConfig, cohort: Cohort) -> MetricLoss | None:
         circle=config.circle_weight,
         distance_mutual=config.distance_mutual_weight,
         num_classes=cohort.num_classes,
-        dims=[peer.num_features for peer in cohort.peers],
+        # a peer without a head has no features; the step says so
+        dims=[getattr(peer, "num_features", 0) for peer in cohort.peers],
     )
 
 
