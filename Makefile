@@ -11,6 +11,7 @@ OLDEST = .venv-oldest/bin
 TRAIN = .venv/train.stamp
 DEV = .venv/dev.stamp
 OLDEST_STAMP = .venv-oldest/installed.stamp
+NATIVE = kernels/fastdml_kernels/cpu_rows.c
 
 .NOTPARALLEL:
 .PHONY: help demo test test-slow test-gpu test-oldest lint bench clean
@@ -51,15 +52,16 @@ bench: $(DEV)
 
 clean:
 	rm -rf .venv .venv-oldest build dist *.egg-info kernels/*.egg-info
+	rm -f kernels/fastdml_kernels/*.so
 	rm -rf .pytest_cache .ruff_cache .hypothesis .benchmarks
 	find fastdml kernels tests bench -name __pycache__ -prune -exec rm -rf {} +
 
-$(TRAIN): pyproject.toml setup.py
+$(TRAIN): pyproject.toml setup.py $(NATIVE)
 	$(call venv,.venv)
 	$(BIN)/python -m pip install --quiet -e '.[train]'
 	@touch $@
 
-$(DEV): pyproject.toml setup.py
+$(DEV): pyproject.toml setup.py $(NATIVE)
 	$(call venv,.venv)
 	$(BIN)/python -m pip install --quiet -e '.[dev]'
 	@touch $(TRAIN) $@

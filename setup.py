@@ -1,8 +1,19 @@
-"""Two import names from one distribution: `fastdml` and, from kernels/, `fastdml_kernels`."""
+"""Two import names from one distribution: `fastdml` and, from kernels/, `fastdml_kernels`; and the
+CPU's loss in native code, without which (no C compiler) everything works, slower."""
 
-from setuptools import find_packages, setup
+from setuptools import Extension, find_packages, setup
+
+CPU_ROWS = Extension(
+    "fastdml_kernels._cpu_rows",
+    ["kernels/fastdml_kernels/cpu_rows.c"],
+    extra_compile_args=["-O3", "-std=c11", "-pthread", "-Wno-psabi"],
+    extra_link_args=["-pthread", "-lm"],
+    py_limited_api=True,  # it has no Python in it: ctypes loads it
+    optional=True,
+)
 
 setup(
     packages=[*find_packages(include=["fastdml", "fastdml.*"]), *find_packages("kernels")],
     package_dir={"fastdml_kernels": "kernels/fastdml_kernels"},
+    ext_modules=[CPU_ROWS],
 )

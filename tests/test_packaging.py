@@ -23,8 +23,10 @@ def build(hook: str, tmp_path: Path) -> Path:
     source.mkdir()
     out.mkdir()
     for part in PARTS:
-        copy = shutil.copytree if (ROOT / part).is_dir() else shutil.copy
-        copy(ROOT / part, source / part)
+        if (ROOT / part).is_dir():
+            shutil.copytree(ROOT / part, source / part, ignore=shutil.ignore_patterns("*.so"))
+        else:
+            shutil.copy(ROOT / part, source / part)
     code = f"from setuptools import build_meta as b; b.{hook}({str(out)!r})"
     done = subprocess.run(
         [sys.executable, "-c", code], cwd=source, capture_output=True, text=True, timeout=120
@@ -41,6 +43,9 @@ def test_the_wheel_holds_both_import_names_and_nothing_else(tmp_path):
     expected |= {str(p.relative_to(ROOT / "kernels")) for p in (ROOT / "kernels").rglob("*.py")}
     assert {"fastdml/__init__.py", "fastdml_kernels/__init__.py"} <= expected
     info = next(n.split("/")[0] for n in names if ".dist-info/" in n)
+    expected.add("fastdml_kernels/cpu_rows.c")
+    if shutil.which("gcc") or shutil.which("clang"):
+        expected.add("fastdml_kernels/_cpu_rows.abi3.so")
     assert {n for n in names if not n.startswith(info)} == expected
     assert f"{info}/licenses/LICENSE" in names
     entry_points = wheel.read(f"{info}/entry_points.txt").decode()
@@ -64,6 +69,13 @@ def test_the_wheel_holds_both_import_names_and_nothing_else(tmp_path):
     )
     assert done.returncode == 0, done.stderr
     assert Path(done.stdout.strip()).is_relative_to(tmp_path / "site")
+
+
+def test_without_a_c_compiler_the_wheel_has_python_alone(tmp_path, monkeypatch):
+    monkeypatch.setenv("CC", "no-such-compiler")
+    names = zipfile.ZipFile(build("build_wheel", tmp_path)).namelist()
+    assert "fastdml_kernels/cpu_rows.py" in names
+    assert not [name for name in names if name.endswith(".so")]
 
 
 def test_an_editable_install_finds_both_import_names(tmp_path):

@@ -1,10 +1,10 @@
-"""The same loss on the CPU: the closed form in a handful of torch calls.
+"""The same loss on the CPU: the closed form, in torch.
 
-The paper's loss goes to `cpu_plain`, which is made for speed. This file holds every other option:
-edge weights, gates, mixed teachers, symmetric divergence, gradients into the teachers; one pass a
-pair, O(K**2 C), careful with classes of probability 0. Either works through the rows in blocks
-whose intermediates stay in cache, so that a wide vocabulary reads each logit and writes each
-gradient about once, like the kernels.
+The common options go to `cpu_rows`, which is native code. Here is everything: each option, float64
+and float16, logits that are not finite, an installation without a C compiler; one pass a pair,
+O(K**2 C), careful with classes of probability 0. It works through the rows in blocks whose
+intermediates stay in cache, so that a wide vocabulary reads each logit and writes each gradient
+about once, like the kernels.
 """
 
 from __future__ import annotations
@@ -16,8 +16,18 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from .cpu_plain import BLOCK_BYTES, log_softmax, plain_loss
+from .cpu_rows import rows_loss, takes
 from .options import Options, Scalar, default_edge, stats_size
+
+BLOCK_BYTES = 1 << 19  # of float32 logits a block; it and its copies share one core's cache
+
+
+def log_softmax(z: Sequence[Tensor], scale: float, out: Tensor) -> None:
+    """log softmax(scale z_k) of K tensors (n, C) into `out` (K, n, C)."""
+    for z_k, out_k in zip(z, out.unbind(), strict=True):
+        if z_k.dtype != out.dtype or scale != 1.0:
+            z_k = z_k.to(out.dtype) * scale
+        torch.log_softmax(z_k, dim=1, out=out_k)
 
 
 def _times(p: Tensor, gap: Tensor) -> Tensor:
@@ -270,11 +280,17 @@ def mutual_loss_cpu(
     K, (N, C) = len(logits), logits[0].shape
     dtype = torch.float64 if any(z.dtype == torch.float64 for z in logits) else torch.float32
     temperature, ce_weight, kl_weight = float(temperature), float(ce_weight), float(kl_weight)
+    grads = list(grads)
+    if N and peer_weights is None and class_weight is None and takes(logits, options):
+        result = rows_loss(
+            logits, labels, options, temperature, ce_weight, kl_weight, grads, want_stats
+        )
+        if result is not None:
+            return result
     labelled = _find_labelled(labels, options.ignore_index, C)
     if labelled is not None and not options.mimic_ignored:
         # Rows without a label take no part: work on the others, then put their results in place.
         rows = labelled.nonzero()[:, 0]
-        grads = list(grads)
         part = [torch.empty(len(rows), C, dtype=g.dtype) for g in grads]
         if upstream is not None and upstream.dim() == 2:
             upstream = upstream[:, rows]
@@ -290,18 +306,6 @@ def mutual_loss_cpu(
         return losses, stats
 
     averaged = options.reduction == "mean"
-    plain = (
-        options.target == "peers" and options.gate == "none" and peer_weights is None
-        and not options.symmetric and options.detach_targets and options.reduction != "none"
-        and not options.label_smoothing and class_weight is None and labelled is None
-    )  # fmt: skip
-    if plain and N:
-        result = plain_loss(logits, labels.long(), dtype, temperature, ce_weight, kl_weight,
-                            averaged, grads, want_stats)  # fmt: skip
-        if result is not None:
-            return result
-    grads = list(grads)
-
     y = labels.long() if labelled is None else torch.where(labelled, labels, 0).long()
     w_c = None if class_weight is None else class_weight.to(dtype)
     w_y = None if w_c is None else w_c[y]

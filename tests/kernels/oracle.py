@@ -23,7 +23,6 @@ import torch.nn.functional as F
 import triton
 from fastdml_kernels import Options
 from fastdml_kernels.cpu import mutual_loss_cpu
-from fastdml_kernels.cpu_plain import BLOCK_BYTES
 from fastdml_kernels.launch import Tile, launch
 from fastdml_kernels.reference import mutual_loss_reference
 from hypothesis import assume
@@ -331,10 +330,6 @@ def check(p: Problem, compute: Callable[..., Answer] = cpu, *, upstream: Tensor 
     lightest = 1.0 if class_weight is None else min(1.0, class_weight.min().item())
     loss_scale, grad_scale, rows = scale_of(p)
     counted = max(int((p.labels != p.options.ignore_index).sum()), 1)
-    gathered = 1.0
-    if compute is cpu:  # values are dot products of a block: n roundings gather to about sqrt(n)
-        gathered = max(1.0, min(sum(z.numel() for z in p.logits), BLOCK_BYTES // 4) ** 0.5 / 64)
-    loss_scale *= gathered
     loss_little = LITTLE * eps * loss_scale * (rows if p.options.reduction == "sum" else 1.0)
     if p.options.reduction == "mean":
         grad_scale /= counted * lightest
@@ -358,7 +353,7 @@ def check(p: Problem, compute: Callable[..., Answer] = cpu, *, upstream: Tensor 
             within(f"grads[{k}]", g, want, theirs,
                    LITTLE * eps * grad_scale + rounding(want, g.dtype))  # fmt: skip
     unweighted = {k: v for k, v in p.weights.items() if k not in ("ce_weight", "kl_weight")}
-    stats_little = LITTLE * eps * scale_of(replace(p, weights=unweighted))[0] * gathered / lightest
+    stats_little = LITTLE * eps * scale_of(replace(p, weights=unweighted))[0] / lightest
     for name, want in exact.stats.items() if ours.stats else ():
         little = float(close_calls(p)[1]) if name == "ensemble_correct" else stats_little
         within(name, ours.stats[name], want, None, torch.as_tensor(little))

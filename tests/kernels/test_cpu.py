@@ -1,4 +1,4 @@
-"""The closed form on the CPU: every pair of options, every size, blocks of rows."""
+"""The CPU's two ways, native code and torch: every pair of options, every size, blocks of rows."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import itertools
 import pytest
 import torch
 from fastdml_kernels import cpu as cpu_module
-from fastdml_kernels import cpu_plain
+from fastdml_kernels import cpu_rows
 from hypothesis import given, settings
 from oracle import LAYOUTS, OPTIONS, check, cpu, make, problems, upstream_of
 
@@ -52,8 +52,8 @@ def test_float64_logits_stay_in_float64(layout, options):
 def test_blocks_of_rows_leave_no_seam(monkeypatch, rows, options):
     """Several blocks, the last one ragged, one of them not finite and worked through with care."""
     K, N, C = 3, 20, 10
-    for module in (cpu_module, cpu_plain):
-        monkeypatch.setattr(module, "BLOCK_BYTES", 4 * K * C * rows)
+    monkeypatch.setattr(cpu_rows, "library", lambda: None)
+    monkeypatch.setattr(cpu_module, "BLOCK_BYTES", 4 * K * C * rows)
     p = make(K, N, C, ignored=0.2, **options)
     check(p)
     p.logits[1][13, 4] = -torch.inf
@@ -61,7 +61,85 @@ def test_blocks_of_rows_leave_no_seam(monkeypatch, rows, options):
     check(p, yardsticks=False, grad=False)
 
 
-def test_wide_rows():
+NATIVE = pytest.mark.skipif(
+    cpu_rows.library() is None, reason="cpu_rows.c was not compiled at installation"
+)
+
+
+@NATIVE
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(
+    "options",
+    [{}, {"temperature": 3.0}, {"label_smoothing": 0.1}, {"reduction": "sum"}, {"ignored": 0.3}],
+    ids=str,
+)
+@pytest.mark.parametrize("C", [1, 2, 7, 8, 9, 15, 16, 100, 1000])
+def test_native_rows(C, options, dtype):
+    for K, N in ((1, 5), (2, 33), (3, 40), (16, 70)):
+        p = make(K, N, C, dtype=dtype, **options)
+        assert cpu_rows.takes(p.logits, p.options)
+        check(p)
+
+
+@NATIVE
+def test_native_rows_are_those_of_torch(monkeypatch):
+    """The same problem both ways: the native one must have been the native one."""
+    p = make(3, 50, 100)
+    native = cpu(p)
+    called = []
+    monkeypatch.setattr(cpu_rows, "library", lambda: called.append(1))
+    torch.testing.assert_close(cpu(p), native, rtol=2e-5, atol=1e-6)
+    assert called
+
+
+@NATIVE
+def test_native_sums_do_not_depend_on_the_number_of_threads():
+    p = make(4, 600, 1000)  # worth several threads
+    before, answers = torch.get_num_threads(), []
+    try:
+        for threads in (1, 2, 3):
+            torch.set_num_threads(threads)
+            answers.append(cpu(p))
+    finally:
+        torch.set_num_threads(before)
+    for other in answers[1:]:
+        assert torch.equal(answers[0].losses, other.losses)
+        for name, values in answers[0].stats.items():
+            assert torch.equal(values, other.stats[name]), name
+        assert all(map(torch.equal, answers[0].grads, other.grads))
+
+
+@NATIVE
+@pytest.mark.parametrize("bad", [torch.nan, torch.inf, -torch.inf])
+@pytest.mark.parametrize("at", [0, 7, 8, 95, 96, 99])
+def test_a_logit_that_is_not_finite_goes_the_careful_way(at, bad):
+    p = make(3, 40, 100)
+    p.logits[1][37, at] = bad
+    p.labels[37] = 50
+    calls = [cpu_rows.rows_loss(p.logits, p.labels, p.options, 1.0, 1.0, 1.0, (), False)]
+    assert calls == [None]
+    if bad == -torch.inf:
+        check(p, yardsticks=False, grad=False)
+
+
+@NATIVE
+def test_native_memory_is_only_what_was_asked_for():
+    """Guard rows around gradients whose rows lie apart stay as they were."""
+    for C in (3, 8, 13):
+        p = make(2, 5, C)
+        around = [torch.full((7, C + 5), 123.0) for _ in p.logits]
+        grads = [a[1:6, 2 : 2 + C] for a in around]
+        cpu_rows.rows_loss(p.logits, p.labels, p.options, 1.0, 1.0, 1.0, grads, True)
+        for a, g in zip(around, grads, strict=True):
+            assert (g != 123.0).all()
+            g.fill_(123.0)
+            assert (a == 123.0).all()
+
+
+@pytest.mark.parametrize("native", [pytest.param(True, marks=NATIVE), False])
+def test_wide_rows(monkeypatch, native):
+    if not native:
+        monkeypatch.setattr(cpu_rows, "library", lambda: None)
     check(make(2, 40, 32_000, dtype=torch.bfloat16))
 
 
