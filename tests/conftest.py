@@ -3,12 +3,14 @@
 Tests marked `gpu` are skipped, and say so, where there is no CUDA device. There, kernels run under
 Triton's interpreter, in the same process and by the same tests as on a GPU; `tests/kernels` is on
 the path for its helper `oracle`. Threads that wait for each other sleep: spinning makes small
-networks up to ten times slower where cores are shared.
+networks up to ten times slower where cores are shared. Real CIFAR-100 is found or unpacked here.
 """
 
 from __future__ import annotations
 
 import os
+import shutil
+import subprocess
 import sys
 from pathlib import Path
 
@@ -20,7 +22,8 @@ import torch
 
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"  # read when triton is first imported, which torch is not
-sys.path.append(str(Path(__file__).parent / "kernels"))
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.append(str(ROOT / "tests" / "kernels"))
 
 
 def pytest_collection_modifyitems(items):
@@ -29,3 +32,22 @@ def pytest_collection_modifyitems(items):
     for item in items:
         if item.get_closest_marker("gpu"):
             item.add_marker(pytest.mark.skip(reason="needs a CUDA device"))
+
+
+@pytest.fixture(scope="session")
+def cifar100_root(tmp_path_factory):
+    """A folder with both versions of the real files, unpacked for the session if need be."""
+    if all(
+        (ROOT / "data" / f).is_file()
+        for f in ("cifar-100-python/train", "cifar-100-binary/train.bin")
+    ):
+        yield ROOT / "data"
+        return
+    unpack = ROOT.parent / "shared" / "data" / "unpack.py"
+    if not unpack.is_file():
+        pytest.skip("real CIFAR-100 is absent: put cifar-100-python and cifar-100-binary in ./data")
+    pytest.importorskip("PIL", reason="real CIFAR-100 is packed and needs Pillow to unpack")
+    folder = tmp_path_factory.mktemp("cifar100")
+    subprocess.run([sys.executable, unpack, folder], check=True)
+    yield folder
+    shutil.rmtree(folder)

@@ -1,13 +1,10 @@
-"""Real CIFAR-100 for the tests that need it, and small sets for the others."""
+"""Small sets, and one made of real CIFAR-100."""
 
 from __future__ import annotations
 
 import os
 import shutil
-import subprocess
-import sys
 import warnings
-from pathlib import Path
 
 import pytest
 import torch
@@ -15,27 +12,7 @@ import torch
 from fastdml.data import ImageSet, Market1501, load_digits
 from fastdml.data.standin import StandIn, build_standin
 
-ROOT = Path(__file__).resolve().parents[2]
 SMALL = StandIn(train_ids=8, test_ids=5, images=16, junk=7, distractors=11, odd_every=4)
-
-
-@pytest.fixture(scope="session")
-def cifar100_root(tmp_path_factory):
-    """A folder with both versions of the real files, unpacked for the session if need be."""
-    if all(
-        (ROOT / "data" / f).is_file()
-        for f in ("cifar-100-python/train", "cifar-100-binary/train.bin")
-    ):
-        yield ROOT / "data"
-        return
-    unpack = ROOT.parent / "shared" / "data" / "unpack.py"
-    if not unpack.is_file():
-        pytest.skip("real CIFAR-100 is absent: put cifar-100-python and cifar-100-binary in ./data")
-    pytest.importorskip("PIL", reason="real CIFAR-100 is packed and needs Pillow to unpack")
-    folder = tmp_path_factory.mktemp("cifar100")
-    subprocess.run([sys.executable, unpack, folder], check=True)
-    yield folder
-    shutil.rmtree(folder)
 
 
 @pytest.fixture
