@@ -243,7 +243,7 @@ def _distances(x: Tensor) -> Tensor:
     sums = squares[:, None] + squares
     d = sums - 2 * products
     equal = d <= 4 * torch.finfo(d.dtype).eps * sums  # False for NaN, which stays visible
-    return torch.where(equal, 0, torch.where(equal, 1, d).sqrt())
+    return d.masked_fill(equal, 1).sqrt().masked_fill(equal, 0)
 
 
 def _cosines(x: Tensor) -> Tensor:
@@ -251,7 +251,7 @@ def _cosines(x: Tensor) -> Tensor:
     products = _products(_precise(x))
     squares = products.diagonal()
     zero = squares == 0
-    scale = torch.where(zero, 0, torch.where(zero, 1, squares).rsqrt())
+    scale = squares.masked_fill(zero, 1).rsqrt().masked_fill(zero, 0)
     return products * scale[:, None] * scale
 
 

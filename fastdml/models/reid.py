@@ -20,7 +20,7 @@ from fastdml.errors import InputError
 from fastdml.models.layers import Classifier
 
 POOLINGS = ("avg", "gem")
-PROBES = ((256, 128), (224, 224))  # image sizes; some backbones accept their own alone
+PROBES = ((64, 64), (256, 128), (224, 224))  # image sizes; some backbones accept few
 
 
 @dataclass(frozen=True)
@@ -151,13 +151,14 @@ def _probed(backbone: nn.Module, name: str, in_channels: int) -> str:
         layout = "tokens"
     else:
         raise _no_map(name, F, m)
-    for child_name, child in list(backbone.named_children()):
-        weights = list(child.parameters())
-        if not weights or not m.requires_grad or not all(w.requires_grad for w in weights):
-            continue
-        grads = torch.autograd.grad(m.sum(), weights, retain_graph=True, allow_unused=True)
-        if all(grad is None for grad in grads):
-            setattr(backbone, child_name, nn.Identity())
+    weights = [w for w in backbone.parameters() if w.requires_grad]
+    if m.requires_grad:
+        grads = torch.autograd.grad(m.sum(), weights, allow_unused=True)
+        unused = {id(w) for w, grad in zip(weights, grads, strict=True) if grad is None}
+        for child_name, child in list(backbone.named_children()):
+            own = {id(w) for w in child.parameters()}
+            if own and own <= unused:
+                setattr(backbone, child_name, nn.Identity())
     return layout
 
 

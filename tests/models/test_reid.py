@@ -47,8 +47,8 @@ class Misnamed(Net):
 
 class Small(Net):
     def forward_features(self, x):
-        if x.shape[2] > 64:
-            raise RuntimeError("too large")
+        if x.shape[2:] != (48, 24):
+            raise RuntimeError("not the size of its position embedding")
         return super().forward_features(x)
 
 class SmallPooled(Small):
@@ -96,13 +96,12 @@ def test_maps_of_large_images(name, features, side, last_stride):
 @needs_timm
 @pytest.mark.parametrize(
     ("name", "last_stride"),
-    [("resnet50", 1), ("resnet50", 2), ("timm:resnetblur50", 1), ("timm:resnet26d", 1),
-     ("resnet18", 1)],
+    [("resnet50", 1), ("resnet50", 2), ("timm:resnetblur50", 1), ("timm:resnet10t", 1)],
 )  # fmt: skip
 def test_resnets_are_the_imagenet_networks(name, last_stride):
     model = on_meta(name, ReidHead(last_stride=last_stride))
     x = torch.zeros(2, 3, 256, 128, device="meta")
-    features = 512 if name == "resnet18" else 2048
+    features = 2048 if "50" in name else 512
     scale = 3 - last_stride
     assert model.backbone.forward_features(x).shape == (2, features, 8 * scale, 4 * scale)
     assert model.embed(x).shape == (2, features)
@@ -146,8 +145,8 @@ def test_small_images_and_the_form_without_a_head_stay():
 def test_layouts_of_timm(name, layout):
     model = create_model(name, 5, head=ReidHead()).eval()
     assert model.layout == layout
+    x = torch.randn(2, 3, 128, 64)  # not the size that it was made for
     with torch.no_grad():
-        x = torch.randn(2, 3, 256, 128)
         found = model.backbone.forward_features(x)
         if layout == "tokens":
             expected = found[:, 1:].mean(1)  # without the class token
@@ -155,7 +154,6 @@ def test_layouts_of_timm(name, layout):
             expected = found.mean((1, 2) if layout == "channels last" else (2, 3))
         torch.testing.assert_close(model.features(x), expected)
     # nothing that no image reaches
-    x = torch.randn(4, 3, 64, 64) if layout == "map" else torch.randn(2, 3, 224, 224)
     model.train()(x).square().sum().backward()
     unreached = [n for n, p in model.named_parameters() if p.requires_grad and p.grad is None]
     assert unreached == []
@@ -169,7 +167,7 @@ def test_own_backbones(own):
     assert model.training
     assert model(torch.randn(3, 3, 9, 5)).shape == (3, 5)
     small = create_model(f"{own}:Small", 5, head=head)  # of a size that cannot be tried
-    assert small(torch.randn(3, 3, 64, 32)).shape == (3, 5)
+    assert small(torch.randn(3, 3, 48, 24)).shape == (3, 5)
 
 
 @pytest.mark.parametrize(
@@ -177,7 +175,7 @@ def test_own_backbones(own):
     [
         ("plain", r"without a feature map to pool: it needs forward_features\(images\)"),
         ("Pooled", r"feature map to pool: .*must return \(N, 6, H, W\), and returned \(1, 6\)"),
-        ("Misnamed", r"must return \(N, 7, H, W\), and returned \(1, 6, 127, 63\)"),
+        ("Misnamed", r"must return \(N, 7, H, W\), and returned \(1, 6, 31, 31\)"),
     ],
 )
 def test_a_backbone_without_a_map_is_refused(own, function, message):
@@ -190,7 +188,7 @@ def test_a_backbone_without_a_map_is_refused(own, function, message):
 def test_a_backbone_that_turns_out_to_have_no_map(own):
     model = create_model(f"{own}:SmallPooled", 5, head=ReidHead())
     with pytest.raises(InputError, match=r"must return \(N, 6, H, W\), and returned \(2, 6\)"):
-        model(torch.randn(2, 3, 64, 32))
+        model(torch.randn(2, 3, 48, 24))
 
 
 @pytest.mark.parametrize(
@@ -266,7 +264,7 @@ def test_neck_bias_stays_at_zero_in_training():
     n=st.integers(1, 3), f=st.integers(1, 4), h=st.integers(1, 5), w=st.integers(1, 5),
     p=st.floats(1, 8), seed=st.integers(0, 99),
 )  # fmt: skip
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=20, deadline=None)
 def test_gem_is_the_generalised_mean(n, f, h, w, p, seed):
     x = torch.rand(n, f, h, w, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
     pool = GeMPool().double()
