@@ -239,21 +239,21 @@ class _OwnImages:
     def __init__(
         self, query_ids: Tensor, gallery_ids: Tensor, query_cameras: Tensor, gallery_cameras: Tensor
     ) -> None:
-        ids, gallery_ids = (x.cpu().long().contiguous() for x in (query_ids, gallery_ids))
+        ids, gallery_ids = query_ids.cpu().long(), gallery_ids.cpu().long()
+        if (gallery_ids < JUNK).any():
+            raise InputError(f"identity {int(gallery_ids.min())}: the least is {JUNK}, for junk")
         self.query_cameras, self.gallery_cameras = query_cameras.cpu(), gallery_cameras.cpu()
         self.junk = (gallery_ids == JUNK).nonzero()[:, 0]
         self.by_id = torch.argsort(gallery_ids, stable=True)[len(self.junk) :]
-        if (gallery_ids < JUNK).any():
-            raise InputError(f"identity {int(gallery_ids.min())}: the least is {JUNK}, for junk")
-        in_order = gallery_ids[self.by_id]
-        self.start = torch.searchsorted(in_order, ids)
-        self.size = torch.searchsorted(in_order, ids, right=True) - self.start
-        # As many matches next to each other as possible: little padding in a block.
-        matches = torch.zeros(len(ids), dtype=torch.int64)
-        for queries in torch.arange(len(ids)).split(1024):
-            row, _, match = self.of(queries)
-            matches[queries] = torch.bincount(row[match], minlength=len(queries))
-        matches, queries = matches.sort(stable=True)
+        self.start, self.size = _runs(gallery_ids[self.by_id], ids)
+        # of the query's camera: runs of identity and camera together
+        cameras, camera = torch.cat([self.query_cameras, self.gallery_cameras]).unique(
+            return_inverse=True
+        )
+        places = torch.cat([ids, gallery_ids]) * len(cameras) + camera
+        _, left_out = _runs(places[len(ids) :][self.by_id].sort().values, places[: len(ids)])
+        # Queries of as many matches next to each other: little padding in a block.
+        matches, queries = (self.size - left_out).sort(stable=True)
         self.counted = queries[matches > 0]
 
     def of(self, queries: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -264,6 +264,12 @@ class _OwnImages:
         image = self.by_id[self.start[queries][row] + place]
         match = self.gallery_cameras[image] != self.query_cameras[queries][row]
         return row, image, match
+
+
+def _runs(in_order: Tensor, keys: Tensor) -> tuple[Tensor, Tensor]:
+    """Where the run of each key starts in sorted values, and how long it is."""
+    start = torch.searchsorted(in_order, keys.contiguous())
+    return start, torch.searchsorted(in_order, keys.contiguous(), right=True) - start
 
 
 def _query_scores(d: Tensor, row: Tensor, image: Tensor, match: Tensor, junk: Tensor) -> Tensor:
@@ -278,9 +284,8 @@ def _query_scores(d: Tensor, row: Tensor, image: Tensor, match: Tensor, junk: Te
     limit = d.new_full((B, int(matches.max())), torch.inf)  # (B, M), padded
     limit[at, place.to(d.device)] = d[at, found]
     limit = limit.sort(dim=1).values
-    d[row.to(d.device), image.to(d.device)] = (
-        torch.nan
-    )  # compares false with everything: is never counted
+    # own images and junk are never counted: NaN compares false with everything
+    d[row.to(d.device), image.to(d.device)] = torch.nan
     d[:, junk.to(d.device)] = torch.nan
     others = _count_up_to(d, limit, matches)
 
