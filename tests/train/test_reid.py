@@ -266,7 +266,7 @@ class Crashing:
     "changes",
     [
         {**ALL_LOSSES, "ema": 0.9},
-        {**ALL_LOSSES, "images_per_id": 0, "update": "sequential"},
+        {**ALL_LOSSES, "peers": ("resnet8", "wrn_10_2"), "update": "sequential"},
         {"iterations": 8, "epochs": 0, "label_smoothing": 0.1, "kl_sum": True},
     ],
     ids=["losses", "sequential", "iterations"],
@@ -313,6 +313,20 @@ def test_resuming_from_the_settings_of_the_run(settings, market_root, tmp_path):
     assert longer.config.images_per_id == 0
     with pytest.raises(InputError, match="cannot resume: height was 16 and is now 24"):
         training.market1501(folder=str(tmp_path / "run"), root=market_root, resume=True, height=24)
+
+
+@pytest.mark.gpu
+@pytest.mark.usefixtures("_no_pictures")
+@pytest.mark.parametrize("execution", ["streams", "graph", "stacked"])
+def test_every_execution_trains_alike_on_a_gpu(settings, tmp_path, execution):
+    found = []
+    for name in ("eager", execution):
+        folder = str(tmp_path / name)
+        config = settings(device="cuda", execution=name, folder=folder, **ALL_LOSSES, lr=1e-4)
+        found.append(loop.run(config))
+    for a, b in zip(*(result.history for result in found), strict=True):
+        assert a["loss"] == pytest.approx(b["loss"], rel=0.05)
+    assert min(found[1].scores.mAP) > 0.3
 
 
 # --- features ---
