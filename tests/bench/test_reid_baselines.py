@@ -1,0 +1,79 @@
+"""What the benchmarks of re-identification measure against computes the same as ours."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from fastdml import metrics
+from fastdml.metric_losses import CenterLoss, triplet_loss
+
+sys.path.append(str(Path(__file__).parents[2]))
+
+from bench.baselines import (
+    reid_argsort,
+    reid_dense_rerank,
+    reid_loop,
+    reid_losses,
+    reid_torchreid,
+)
+
+
+@pytest.fixture(scope="module")
+def people():
+    """Features and labels of 30 queries and 300 gallery images, with junk and distractors."""
+    generator = torch.Generator().manual_seed(0)
+
+    def draw(low: int, high: int, n: int) -> torch.Tensor:
+        return torch.randint(low, high, (n,), generator=generator)
+
+    labels = draw(1, 26, 30), draw(-1, 21, 300), draw(1, 4, 30), draw(1, 4, 300)
+    who = torch.randn(27, 16, generator=generator)
+    query, gallery = (
+        who[ids + 1] + torch.randn(len(ids), 16, generator=generator) for ids in labels[:2]
+    )
+    return query, gallery, labels
+
+
+@pytest.mark.parametrize("rival", [reid_argsort, reid_loop, reid_torchreid])
+def test_scores(people, rival):
+    query, gallery, labels = people
+    d = metrics.feature_distances(query, gallery)
+    ours = metrics.reid_scores(None, None, *labels, distances=d)
+    assert 0 < ours.queries < 30
+    arguments = (d, *labels)
+    if rival is not reid_argsort:
+        arguments = tuple(x.numpy() for x in arguments)
+    assert rival.scores(*arguments) == pytest.approx((ours.mAP, ours.rank(1)), abs=1e-6)
+
+
+def test_dense_reranking(people):
+    query, gallery, _ = people
+    dense = reid_dense_rerank.rerank(query, gallery)
+    assert metrics.k_reciprocal_rerank(query, gallery).numpy() == pytest.approx(dense, abs=1e-5)
+
+
+def test_losses():
+    labels = torch.arange(8).repeat_interleave(4)
+    features = torch.randn(32, 24, dtype=torch.float64)
+    assert torch.allclose(reid_losses.triplet(features, labels), triplet_loss(features, labels))
+    ours = CenterLoss(8, 24).double().eval()
+    ours.centers.normal_()
+    usual = reid_losses.center(features, labels, ours.centers)
+    assert torch.allclose(usual, ours(features, labels))
+
+
+def test_sampler_shows_a_few_images_of_each_identity():
+    pytest.importorskip("torchvision")
+    from bench.baselines.reid_training import RandomIdentitySampler
+
+    labels = [i % 7 for i in range(70)]
+    order = list(RandomIdentitySampler(labels, 12, 4))
+    assert len(set(order)) == len(order)
+    for at in range(0, len(order) // 12 * 12, 4):
+        assert len({labels[place] for place in order[at : at + 4]}) == 1
+    first = {labels[place] for place in order[:12]}
+    assert len(first) == 3
