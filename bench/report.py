@@ -103,54 +103,40 @@ def _loss(rows: list[Row]) -> list[str]:
     return [*parts, LOSS_LEGEND]
 
 
+def _lines(
+    group: dict[str, Row], base: str, images: int, unit: str, per_second: float
+) -> list[str]:
+    """Time, images a second, and how often a contender fits into the time of `base`."""
+    lines = [f"{'':<34}{unit:>10}{'images/s':>11}{'x ' + base.split()[0]:>12}"]
+    for name, row in group.items():
+        time = row["median"]
+        ratio = f"{group[base]['median'] / time:.2f}" if base in group else "-"
+        lines.append(f"{name:<34}{per_second * time:>10.2f}{images / time:>11,.0f}{ratio:>12}")
+    return lines
+
+
 def _step(rows: list[Row]) -> list[str]:
     parts = []
     for (peers, batch), group in _groups(rows, "peers", "batch").items():
-        lines = [
-            f"training step, {peers}, batch {batch}",
-            f"{'':<34}{'ms':>10}{'images/s':>11}{'x pairwise':>12}",
-        ]
-        base = group.get("pairwise")
-        for name, row in group.items():
-            ratio = f"{base['median'] / row['median']:.2f}" if base else "-"
-            lines.append(
-                f"{name:<34}{1e3 * row['median']:>10.2f}{batch / row['median']:>11,.0f}{ratio:>12}"
-            )
-        parts.append("\n".join(lines))
+        title = f"training step, {peers}, batch {batch}"
+        parts.append("\n".join([title, *_lines(group, "pairwise", batch, "ms", 1e3)]))
     return parts
 
 
 def _end_to_end(rows: list[Row]) -> list[str]:
     parts = []
     for (peers, images, data), group in _groups(rows, "peers", "images", "data").items():
-        lines = [
-            f"one epoch, {peers}, {images:,} images: {data}",
-            f"{'':<34}{'s':>10}{'images/s':>11}{'x usual':>12}",
-        ]
-        base = group.get("usual loop")
-        for name, row in group.items():
-            ratio = f"{base['median'] / row['median']:.2f}" if base else "-"
-            lines.append(
-                f"{name:<34}{row['median']:>10.2f}{images / row['median']:>11,.0f}{ratio:>12}"
-            )
-        parts.append("\n".join(lines))
+        title = f"one epoch, {peers}, {images:,} images: {data}"
+        parts.append("\n".join([title, *_lines(group, "usual loop", images, "s", 1)]))
     return parts
 
 
 def _data(rows: list[Row]) -> list[str]:
     parts = []
     for (data, device, batch), group in _groups(rows, "data", "device", "batch").items():
-        lines = [
-            f"input pipelines, {data}, {device}, batch {batch}",
-            f"{'':<34}{'ms a batch':>10}{'images/s':>11}{'x usual':>12}",
-        ]
-        base = group.get("usual") or group.get("torchvision")
-        for name, row in group.items():
-            ratio = f"{base['median'] / row['median']:.2f}" if base else "-"
-            lines.append(
-                f"{name:<34}{1e3 * row['median']:>10.2f}{batch / row['median']:>11,.0f}{ratio:>12}"
-            )
-        parts.append("\n".join(lines))
+        title = f"input pipelines, {data}, {device}, batch {batch}"
+        base = "usual" if "usual" in group else "torchvision"
+        parts.append("\n".join([title, *_lines(group, base, batch, "ms a batch", 1e3)]))
     return parts
 
 

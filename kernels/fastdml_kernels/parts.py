@@ -1,4 +1,4 @@
-"""What the loss kernels share on the device: scalars, safe products, label counts, the last sum."""
+"""What the loss kernels share on the device: weights, safe products, label counts, the last sum."""
 
 from __future__ import annotations
 
@@ -59,6 +59,58 @@ def count_rows(labels, label_stride, class_weight, N, ignore_index,
 def inverse(count):
     """1 / count, and 0 where nothing was counted: no row then has a gradient."""
     return tl.where(count > 0, 1.0 / tl.maximum(count, 1e-37), 0.0)
+
+
+@triton.jit
+def loss_weights(ce_weight, kl_weight, temperature, CE_POINTER: tl.constexpr,
+                 KL_POINTER: tl.constexpr, T_POINTER: tl.constexpr,
+                 TEMPERED: tl.constexpr):  # fmt: skip
+    """ce_weight, kl_weight, 1 / T and T**2 in float32."""
+    inv_t = 1.0
+    kl_scale = 1.0
+    if TEMPERED:
+        t = scalar(temperature, T_POINTER)
+        inv_t = 1.0 / t
+        kl_scale = t * t
+    return scalar(ce_weight, CE_POINTER), scalar(kl_weight, KL_POINTER), inv_t, kl_scale
+
+
+@triton.jit
+def averaged(ce_factor, kl_factor, counts, labels, label_stride, class_weight, N, ignore_index,
+             HAS_CLASS_WEIGHT: tl.constexpr, MIMIC_IGNORED: tl.constexpr,
+             C: tl.constexpr):  # fmt: skip
+    """The factors of the gradients over the numbers of rows that the means divide by: counted
+    here, or in `counts` already."""
+    if counts is None:
+        ce_count, labelled_rows = count_rows(labels, label_stride, class_weight, N,
+                                             ignore_index, HAS_CLASS_WEIGHT, C)  # fmt: skip
+    else:
+        ce_count = tl.load(counts)
+        labelled_rows = tl.load(counts + 1)
+    ce_factor *= inverse(ce_count)
+    if MIMIC_IGNORED:
+        kl_factor *= 1.0 / tl.cast(N, tl.float32)
+    else:
+        kl_factor *= inverse(labelled_rows)
+    return ce_factor, kl_factor
+
+
+@triton.jit
+def open_gates(RIGHT, NLL, labelled, GATE: tl.constexpr, K: tl.constexpr):
+    """For each peer 1.0 on the rows that it teaches: those it classifies right ("correct"), or
+    those on which it is the first to have the lowest cross-entropy ("best")."""
+    GATES = ()
+    best = NLL[0]
+    for k in tl.static_range(1, K):
+        best = tl.minimum(best, NLL[k])
+    free = labelled
+    for k in tl.static_range(K):
+        teaches = RIGHT[k]
+        if GATE == "best":
+            teaches = free & (NLL[k] == best)
+            free = free & (NLL[k] != best)
+        GATES = GATES + (tl.where(teaches, 1.0, 0.0),)
+    return GATES
 
 
 @triton.jit

@@ -17,7 +17,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from .parts import count_rows, finish, inverse, log_probability, put, scalar, times
+from .parts import averaged, finish, log_probability, loss_weights, open_gates, put, times
 
 
 @triton.jit(do_not_specialize=["N", "ignore_index", "label_stride"])
@@ -48,30 +48,16 @@ def register_rows(
     UNIFORM: tl.constexpr = (not WEIGHTED) and GATE == "none"
     HAS_CLASS_WEIGHT: tl.constexpr = class_weight is not None
 
-    ce_weight = scalar(ce_weight, CE_POINTER)
-    kl_weight = scalar(kl_weight, KL_POINTER)
-    inv_t = 1.0
-    kl_scale = 1.0  # T**2
-    if TEMPERED:
-        t = scalar(temperature, T_POINTER)
-        inv_t = 1.0 / t
-        kl_scale = t * t
-
-    # What one row's gradient is multiplied by.
-    ce_factor = ce_weight
+    ce_weight, kl_weight, inv_t, kl_scale = loss_weights(
+        ce_weight, kl_weight, temperature, CE_POINTER, KL_POINTER, T_POINTER, TEMPERED
+    )
+    ce_factor = ce_weight  # what one row's gradient is multiplied by
     kl_factor = kl_weight * kl_scale * inv_t
     if NEED_GRAD and REDUCTION == "mean":
-        if counts is None:
-            ce_count, labelled_rows = count_rows(labels, label_stride, class_weight, N,
-                                                 ignore_index, HAS_CLASS_WEIGHT, C)  # fmt: skip
-        else:
-            ce_count = tl.load(counts)
-            labelled_rows = tl.load(counts + 1)
-        ce_factor *= inverse(ce_count)
-        if MIMIC_IGNORED:
-            kl_factor *= 1.0 / tl.cast(N, tl.float32)
-        else:
-            kl_factor *= inverse(labelled_rows)
+        ce_factor, kl_factor = averaged(
+            ce_factor, kl_factor, counts, labels, label_stride, class_weight, N, ignore_index,
+            HAS_CLASS_WEIGHT, MIMIC_IGNORED, C,
+        )  # fmt: skip
 
     cols = tl.arange(0, BLOCK_C)
     is_class = cols < C
@@ -140,18 +126,8 @@ def register_rows(
 
         # ---- who teaches on these rows
         GATES = ()
-        if GATE == "correct":
-            for k in tl.static_range(K):
-                GATES = GATES + (tl.where(RIGHT[k], 1.0, 0.0),)
-        elif GATE == "best":
-            best = NLL[0]
-            for k in tl.static_range(1, K):
-                best = tl.minimum(best, NLL[k])
-            free = labelled  # the first peer that reaches the minimum
-            for k in tl.static_range(K):
-                teaches = free & (NLL[k] == best)
-                free = free & (NLL[k] != best)
-                GATES = GATES + (tl.where(teaches, 1.0, 0.0),)
+        if GATE != "none":
+            GATES = open_gates(RIGHT, NLL, labelled, GATE, K)
 
         # ---- Kullback-Leibler terms. d_l = log q_l - max over peers: exactly 0 for identical
         # peers, and -inf only where a peer rules a class out and another does not.

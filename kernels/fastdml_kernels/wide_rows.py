@@ -25,7 +25,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from .parts import count_rows, finish, inverse, log_probability, put, scalar, times
+from .parts import averaged, finish, log_probability, loss_weights, open_gates, put, times
 
 
 @triton.jit
@@ -180,30 +180,16 @@ def wide_rows(
     HALF: tl.constexpr = 0.5 if SYMMETRIC else 1.0
     LAST_BLOCK: tl.constexpr = (C - 1) // BLOCK_C * BLOCK_C
 
-    ce_weight = scalar(ce_weight, CE_POINTER)
-    kl_weight = scalar(kl_weight, KL_POINTER)
-    inv_t = 1.0
-    kl_scale = 1.0  # T**2
-    if TEMPERED:
-        t = scalar(temperature, T_POINTER)
-        inv_t = 1.0 / t
-        kl_scale = t * t
-
-    # What one row's gradient is multiplied by.
-    ce_factor = ce_weight
+    ce_weight, kl_weight, inv_t, kl_scale = loss_weights(
+        ce_weight, kl_weight, temperature, CE_POINTER, KL_POINTER, T_POINTER, TEMPERED
+    )
+    ce_factor = ce_weight  # what one row's gradient is multiplied by
     kl_factor = kl_weight * kl_scale * inv_t
     if NEED_GRAD and REDUCTION == "mean":
-        if counts is None:
-            ce_count, labelled_rows = count_rows(labels, label_stride, class_weight, N,
-                                                 ignore_index, HAS_CLASS_WEIGHT, C)  # fmt: skip
-        else:
-            ce_count = tl.load(counts)
-            labelled_rows = tl.load(counts + 1)
-        ce_factor *= inverse(ce_count)
-        if MIMIC_IGNORED:
-            kl_factor *= 1.0 / tl.cast(N, tl.float32)
-        else:
-            kl_factor *= inverse(labelled_rows)
+        ce_factor, kl_factor = averaged(
+            ce_factor, kl_factor, counts, labels, label_stride, class_weight, N, ignore_index,
+            HAS_CLASS_WEIGHT, MIMIC_IGNORED, C,
+        )  # fmt: skip
 
     w_total = tl.cast(C, tl.float32)
     if HAS_CLASS_WEIGHT and SMOOTHED:
@@ -332,18 +318,8 @@ def wide_rows(
 
         # ---- who teaches on this row
         GATES = ()
-        if GATE == "correct":
-            for k in tl.static_range(K):
-                GATES = GATES + (tl.where(RIGHT[k], 1.0, 0.0),)
-        elif GATE == "best":
-            best = NLL[0]
-            for k in tl.static_range(1, K):
-                best = tl.minimum(best, NLL[k])
-            free = labelled  # the first peer that reaches the minimum
-            for k in tl.static_range(K):
-                teaches = free & (NLL[k] == best)
-                free = free & (NLL[k] != best)
-                GATES = GATES + (tl.where(teaches, 1.0, 0.0),)
+        if GATE != "none":
+            GATES = open_gates(RIGHT, NLL, labelled, GATE, K)
         W_SUM = ()  # weight of each student's mixed teacher; 1 where it has none
         TAUGHT = ()
         MIX_LSE = ()
