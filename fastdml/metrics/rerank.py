@@ -171,7 +171,7 @@ def _pair_distances(x: Tensor, row: Tensor, column: Tensor) -> Tensor:
     N = len(x)
     start = torch.searchsorted(row, torch.arange(N + 1, device=x.device))
     with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", "Sparse CSR tensor support is in beta")
+        warnings.filterwarnings("ignore", "Sparse")  # beta, and unchecked unless told otherwise
         pairs = torch.sparse_csr_tensor(
             start, column, x.new_zeros(len(row)), (N, N), check_invariants=False
         )

@@ -75,6 +75,7 @@ def test_equal_to_the_dense_reference(Q, G, D, k1, k2, weight, people, block, se
     assert found.numpy() == pytest.approx(reference(x[:Q], x[Q:], k1, k2, weight), abs=1e-5)
 
 
+@pytest.mark.filterwarnings("error")
 @pytest.mark.parametrize("block", [20_000, 1 << 22])
 def test_a_larger_set_with_the_usual_settings(block):
     x = clusters(np.random.default_rng(0), 300, 32, 20)
