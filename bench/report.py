@@ -19,13 +19,14 @@ import torch
 Row = dict[str, Any]  # a contender's facts and its median, in seconds
 
 LOSS_NAMES = (
-    "direct", "pairwise", "summed", "pairwise-c", "closed", "closed-c", "pydml", "liger", "apex",
+    "direct", "pairwise", "summed", "pairwise-c", "closed", "closed-c", "closed-cg", "pydml",
+    "liger", "apex",
 )  # fmt: skip
 LOSS_LEGEND = """\
 A rival's column: its time divided by ours; below 1 it is faster. "-": not installed, or has no such
 time. direct: ours, gradients without autograd (as our training step takes them); pairwise: kl_div a
 pair, a backward a peer; summed: the same, one backward; closed: O(K C) in plain torch; -c: under
-torch.compile (one backward); pydml: pytorch-dml."""
+torch.compile (one backward); -cg: the same with its own CUDA graphs; pydml: pytorch-dml."""
 
 
 def machine(device: torch.device) -> str:
