@@ -65,8 +65,9 @@ def opened(config: ReidConfig, say: Say, *, distractors: bool = False) -> Iterat
                 bad_files=config.bad_files,
                 progress=config.progress or None,
             )
-        for warning in caught if not config.standin else ():
-            say(str(warning.message))
+        for warning in caught:
+            if warning.category is UserWarning and not config.standin:
+                say(str(warning.message))
         _check_queries(market)
         yield market
 
