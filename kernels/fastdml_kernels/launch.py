@@ -20,8 +20,14 @@ from .wide_rows import wide_rows
 # Register rows: (K * BLOCK_C up to, samples a program, warps). Beyond the last limit rows are wide.
 # kernels/README.md holds the compiler's registers and spills for each.
 REGISTER_TILES = ((64, 16, 4), (1024, 4, 4), (2048, 2, 4), (4096, 1, 4), (8192, 1, 8))
-# Wide rows: (K up to, classes a block, warps).
-WIDE_TILES = ((1, 8192, 8), (2, 2048, 8), (4, 2048, 8), (8, 512, 8), (16, 256, 4))
+# Wide rows: (K up to, (classes a block, warps), the same with statistics, whose pairs need room).
+WIDE_TILES = (
+    (1, (8192, 8), (8192, 8)),
+    (2, (2048, 8), (2048, 8)),
+    (4, (2048, 8), (1024, 8)),
+    (8, (1024, 8), (256, 4)),
+    (16, (256, 4), (128, 4)),
+)
 MOST_PEERS = WIDE_TILES[-1][0]  # more peers than this run on the last tile, with spills
 # Every program counts the labels itself up to here; beyond, one launch before counts them once.
 COUNT_IN_KERNEL = 4096
@@ -49,9 +55,8 @@ def register_tile(K: int, C: int) -> Tile | None:
 
 
 def wide_tile(K: int, C: int, stats: bool) -> Tile:
-    block_c, warps = next(tile for limit, *tile in WIDE_TILES if limit >= K or limit == MOST_PEERS)
-    if stats and K > 2:  # room for the pairs' sums
-        block_c //= 2
+    tiles = next(tiles for limit, *tiles in WIDE_TILES if limit >= K or limit == MOST_PEERS)
+    block_c, warps = tiles[stats]
     return Tile(1, min(block_c, triton.next_power_of_2(max(C, 2))), warps)
 
 
