@@ -39,7 +39,7 @@ from fastdml.train.reid_settings import ReidConfig
 from fastdml.train.scores import RetrievalScores
 
 STANDIN_FOLDER = "market1501-standin"  # below the root
-STANDIN = StandIn(train_images=100)
+STANDIN = StandIn(train_images=200)
 EVALUATION_BATCH = 128  # images
 
 Say = Callable[[str], None]

@@ -177,19 +177,26 @@ RECIPES: dict[str, dict[str, Any]] = {
     },
 }
 
-# What the stand-in changes in a recipe: small images and small peers for a few minutes on a CPU.
+# What the stand-in changes in a recipe: small peers from scratch on small images, in minutes on a
+# CPU. There is too little to learn from for erasing, and a triplet loss of weight 1 costs mAP (8.3 %
+# against 9.1 % without, after 30,000 images of one resnet20; 0.2 with a soft margin gains a little).
 STANDIN: dict[str, Any] = {
     "peers": ("resnet20", "resnet20"),
     "pretrained": False,
-    "height": 64,
-    "width": 32,
-    "pad": 4,
+    "height": 32,
+    "width": 16,
+    "pad": 2,
+    "erasing": 0.0,
+    "last_stride": 2,
+    "lr": 5e-3,
     "iterations": 0,
-    "epochs": 8,
+    "epochs": 5,
     "warmup_epochs": 1.0,
     "schedule": "cosine",
-    "eval_every": 2,
+    "lr_drops": (),
+    "eval_every": 1,
 }
+STANDIN_STRONG = {"triplet_weight": 0.2, "margin": None}
 
 
 def reid_preset(chosen: dict[str, Any]) -> dict[str, Any]:
@@ -197,4 +204,6 @@ def reid_preset(chosen: dict[str, Any]) -> dict[str, Any]:
     standin = chosen.get("standin") is True
     recipe = chosen.get("recipe", "strong" if standin else "paper")
     values = RECIPES.get(recipe, {}) if isinstance(recipe, str) else {}
-    return {"recipe": recipe, **values, **(STANDIN if standin else {})}
+    if standin:
+        values = {**values, **STANDIN, **(STANDIN_STRONG if recipe == "strong" else {})}
+    return {"recipe": recipe, **values}

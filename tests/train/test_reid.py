@@ -524,16 +524,16 @@ def test_the_standin_is_built_below_root_and_kept(small_standin, capfd):
 @pytest.mark.slow
 def test_the_standin_is_learnt(cifar100_root, tmp_path, monkeypatch):
     """The real one and its settings, for a part of their epochs: a network that has learnt nothing
-    is at an mAP of 4 %, a random order at 2.6 %."""
+    is at an mAP of 4 %, a random order at 2.5 %."""
     monkeypatch.chdir(tmp_path)
     (tmp_path / "data").mkdir()
     for folder in cifar100_root.glob("cifar-100-*"):
         (tmp_path / "data" / folder.name).symlink_to(folder)
-    result = training.market1501(standin=True, epochs=4, independent=True, tensorboard=False)
+    result = training.market1501(standin=True, epochs=2, independent=True, tensorboard=False)
     for scores in (result.scores, result.independent.scores):
         assert scores.queries == 240
-        assert min(scores.mAP) > 0.06
-        assert scores.ensemble_mAP > 0.065
+        assert min(scores.mAP) > 0.055
+        assert scores.ensemble_mAP > 0.06
 
 
 # --- what is refused, in a line ---
