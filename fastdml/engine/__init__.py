@@ -10,6 +10,7 @@ Each is a small class in its own file with the same constructor and the same cal
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable
 from typing import TYPE_CHECKING
 
@@ -18,6 +19,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from fastdml.engine.amp import Amp, resolve
+from fastdml.engine.apex import takes_number
 from fastdml.engine.choose import AutoStep
 from fastdml.engine.ema import Ema
 from fastdml.engine.graph import GraphStep
@@ -93,8 +95,9 @@ def make_step(
     synchronisation.
 
     execution: "eager", "streams", "graph", "stacked", or "auto": on CUDA the one that a short
-        measurement at the first step finds fastest, on a CPU by a rule (stacked for very small
-        batches of one architecture, else eager), in one line on stderr.
+        measurement at the first step finds fastest (eager for an optimizer of Apex that counts on
+        the host), on a CPU by a rule (stacked for very small batches of one architecture, else
+        eager), in one line on stderr.
     amp: "auto", "off", "bf16", "fp16" or a resolved `Amp`.
     compile: the networks go through torch.compile first.
     update: "simultaneous" or "sequential" (the paper's Algorithm 1; eager and graph only).
@@ -153,6 +156,9 @@ def make_step(
 
     if execution != "auto":
         return make(execution)
+    if takes_number(optimizer):
+        print(f"execution: eager ({type(optimizer).__name__} counts on the host)", file=sys.stderr)
+        return make("eager")
     able = [name for name in executions(device) if update in EXECUTIONS[name]]
     if device.type != "cuda" and (len(able) == 1 or len(cohort) == 1 or amp.dtype is not None):
         return make("eager")  # the rule has nothing to choose, or was not measured

@@ -3,8 +3,9 @@
 On CUDA by measurement. Each candidate runs a few steps on the first batch, is timed over a few
 more, and the state is restored bit for bit. Candidates that cannot run here (peers of several
 architectures cannot be stacked) are left out. Costs some tens of steps and the start-up of every
-candidate; name an execution to save them. A run that resumes takes the execution that it began
-with.
+candidate, and the memory of two of them at once; name an execution to save them. A run that resumes
+takes the execution that it began with. Eager without measuring where the optimizer counts on the
+host: what it counted could not be restored, and a graph would freeze its learning rate.
 
 On a CPU by a rule, since two runs of the same settings must not differ in rounding: stacked where
 the batch is so small that calls cost more than arithmetic, else eager. Milliseconds of a whole step
@@ -38,6 +39,7 @@ if TYPE_CHECKING:
     from fastdml.engine import Step
 
 WARM_UP, TIMED = 3, 10  # steps of each candidate
+ORDER = ("eager", "streams", "stacked", "graph")  # in which they are measured
 SMALL = 4096  # pixels of a batch up to which a CPU stacks, 64 images of 8x8
 
 
@@ -77,23 +79,25 @@ class AutoStep:
         return self.make("eager")
 
     def _measure(self, batch: tuple[Tensor, ...]) -> Step:
-        steps, times = {}, {}
-        # Stacking first: it moves the weights, whose addresses a graph made earlier would keep.
-        for name in sorted(self.names, key=lambda name: name != "stacked"):
+        best, times = None, {}
+        # The graph last: it keeps the addresses of the weights, which stacking moves. Eager first:
+        # a graph's memory is its own for as long as it lives, and eager is what must not fail.
+        for name in sorted(self.names, key=ORDER.index):
             try:
                 step = self.make(name)
-                times[name] = self._seconds(step, batch)
+                seconds = self._seconds(step, batch)
             except (InputError, RuntimeError):  # of the latter: out of memory, no such kernel
                 if name == "eager":
                     raise
                 continue
             if getattr(step, "failure", None) is None:
-                steps[name] = step
-        best = min(steps, key=times.__getitem__)
-        able = [name for name in self.names if name in steps]
-        found = ", ".join(f"{name} {1000 * times[name]:.2f}" for name in able)
-        print(f"execution: {best} (ms a step: {found})", file=sys.stderr)
-        return steps[best]
+                times[name] = seconds
+                if seconds == min(times.values()):
+                    best = step
+            del step  # the slower one's memory goes to the next
+        found = ", ".join(f"{name} {1000 * seconds:.2f}" for name, seconds in times.items())
+        print(f"execution: {best.name} (ms a step: {found})", file=sys.stderr)
+        return best
 
     def _seconds(self, step: Step, batch: tuple[Tensor, ...]) -> float:
         """Of one step, from calls that nothing waits between. Leaves no trace."""

@@ -8,7 +8,8 @@ Peers run as parallel branches, since the step that is captured forks a stream f
 
 Nothing in a graph is a Python number: learning rate and loss scale are tensors already, and the
 loss's temperature and weights become tensors here, into which a value assigned later is copied. A
-metric loss keeps the weights that it was made with.
+learning rate that is another tensor than before (after the optimizer has loaded its state) has the
+step captured anew. A metric loss keeps the weights that it was made with.
 
 A batch of another shape runs without the graph. A step that cannot be captured (a model that looks
 at a value, a kernel that a capture refuses) runs without one for good, and a warning says why. What
@@ -24,7 +25,7 @@ import gc
 import warnings
 import weakref
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 
 import torch
 from torch import Tensor
@@ -71,8 +72,22 @@ class CudaCapture:
     def capture(self, run: Callable[[], Tensor]) -> Tensor:
         torch.cuda.synchronize(self.device)
         gc.collect()
+        try:
+            return self._record(self.graph, run)
+        except RuntimeError:
+            # The generator still believes that it is captured, and refuses to serve the step that
+            # now runs without a graph; the end of a capture that succeeds frees it.
+            with suppress(RuntimeError):
+                self._record(torch.cuda.CUDAGraph(), lambda: torch.zeros(1, device=self.device))
+            raise
+
+    def _record(self, graph: torch.cuda.CUDAGraph, run: Callable[[], Tensor]) -> Tensor:
+        # A capture that breaks off leaves its stream the current one: the outer context undoes it.
         # Other threads (a loader that pins memory) may go on with calls that a capture forbids.
-        with torch.cuda.graph(self.graph, stream=self.stream, capture_error_mode="thread_local"):
+        with (
+            torch.cuda.stream(torch.cuda.current_stream(self.device)),
+            torch.cuda.graph(graph, stream=self.stream, capture_error_mode="thread_local"),
+        ):
             return run()
 
     def replay(self) -> None:
@@ -96,6 +111,7 @@ class GraphStep:
             value = getattr(inner.loss, name)
             own = value if isinstance(value, Tensor) else torch.tensor(float(value), device=device)
             self.scalars[name] = own
+        self.rates: list[object] = []  # the learning rates in the graph, a group each
         # Loading replaces the state tensors that the graph writes to.
         inner.optimizer.register_load_state_dict_post_hook(_forget(weakref.ref(self)))
 
@@ -104,6 +120,9 @@ class GraphStep:
         self.captured = None
 
     def __call__(self, *batch: Tensor) -> StepOutput:
+        groups = self.inner.optimizer.param_groups
+        if any(g["lr"] is not lr for g, lr in zip(groups, self.rates, strict=False)):
+            self.forget()
         if self.failure is None and self.captured is None:
             self._capture(batch)
         if self.failure is not None or not self._fits(batch):
@@ -118,6 +137,8 @@ class GraphStep:
         return [(t.shape, t.dtype) for t in batch] == [(t.shape, t.dtype) for t in self.inputs]
 
     def _capture(self, batch: tuple[Tensor, ...]) -> None:
+        check_capturable(self.inner)
+        self.rates = [group["lr"] for group in self.inner.optimizer.param_groups]
         self.inputs = [torch.empty_like(t, device=self.device).copy_(t) for t in batch]
         self._set_scalars()
         for group in self.inner.optimizer.param_groups:

@@ -19,22 +19,27 @@ class Snapshot:
 
     One that appears between the two was made by the first step, as an optimizer makes its
     moments: it stays, since a graph may hold it, and becomes zero, which is how all optimizers in
-    use start theirs.
+    use start theirs. `device`: the random generators of the host and of this device are kept too;
+    with None they are not, as inside a capture, where asking for their state is an error.
     """
 
-    def __init__(self, tensors: Callable[[], Iterable[Tensor]], device: torch.device) -> None:
+    def __init__(
+        self, tensors: Callable[[], Iterable[Tensor]], device: torch.device | None
+    ) -> None:
         self.tensors, self.device = tensors, device
         self.values = {id(t): (t, t.detach().clone()) for t in tensors()}
-        self.rng = torch.get_rng_state()
-        self.cuda_rng = torch.cuda.get_rng_state(device) if device.type == "cuda" else None
+        if device is not None:
+            self.rng = torch.get_rng_state()
+            self.cuda_rng = torch.cuda.get_rng_state(device) if device.type == "cuda" else None
 
     @torch.no_grad()
     def restore(self) -> None:
         for t in self.tensors():
             t.copy_(self.values[id(t)][1]) if id(t) in self.values else t.zero_()
-        torch.set_rng_state(self.rng)
-        if self.cuda_rng is not None:
-            torch.cuda.set_rng_state(self.cuda_rng, self.device)
+        if self.device is not None:
+            torch.set_rng_state(self.rng)
+            if self.cuda_rng is not None:
+                torch.cuda.set_rng_state(self.cuda_rng, self.device)
 
     @torch.no_grad()
     def restore_where(self, condition: Tensor) -> None:

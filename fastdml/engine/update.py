@@ -107,7 +107,7 @@ class Update:
             finally:
                 del optimizer.grad_scale, optimizer.found_inf
         else:
-            before = Snapshot(lambda: self._tensors_of(k), self.overflow.device)
+            before = Snapshot(lambda: self._tensors_of(k), None)
             optimizer.step()
             before.restore_where(self.overflow[k])
 
@@ -135,12 +135,20 @@ class Update:
     @contextmanager
     def _only(self, groups: list[Group]) -> Iterator[None]:
         """Inside, the optimizer knows these groups alone."""
-        everything = self.optimizer.param_groups
-        self.optimizer.param_groups = groups
+        optimizer = self.optimizer
+        everything = optimizer.param_groups
+        masters = getattr(optimizer, "param_groups_master", None)  # Apex walks both lists together
+        optimizer.param_groups = groups
+        if masters:
+            chosen = {id(group) for group in groups}
+            pairs = zip(everything, masters, strict=True)
+            optimizer.param_groups_master = [m for group, m in pairs if id(group) in chosen]
         try:
             yield
         finally:
-            self.optimizer.param_groups = everything
+            optimizer.param_groups = everything
+            if masters:
+                optimizer.param_groups_master = masters
 
 
 def _merged(groups: list[Group]) -> list[Group]:

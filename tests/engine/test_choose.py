@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import time
+import weakref
 
 import pytest
 import torch
@@ -95,7 +96,7 @@ def test_the_fastest_is_kept_and_measuring_leaves_no_trace(capsys, monkeypatch):
     before, rng = copy.deepcopy(cohort.state_dict()), torch.get_rng_state()
     step(*batch)
     after = copy.deepcopy(cohort.state_dict())
-    assert made == ["stacked", "eager", "streams", "graph"]  # stacking moves the weights
+    assert made == ["eager", "streams", "stacked", "graph"]  # stacking moves the weights
     assert step.name == "streams"
     line = capsys.readouterr().err
     assert line.startswith("execution: streams (ms a step: eager ")
@@ -111,6 +112,36 @@ def test_the_fastest_is_kept_and_measuring_leaves_no_trace(capsys, monkeypatch):
         assert torch.equal(value, after[key])
     step(*batch)
     assert made[4:] == []
+
+
+def test_a_candidate_is_gone_before_the_next_is_measured(monkeypatch):
+    """A graph keeps the memory of a step: only the best so far may hold it."""
+    _, inner, batch = setting()
+    alive = weakref.WeakSet()
+
+    def make(name):
+        seconds = {"eager": 0.004, "streams": 0.02, "stacked": 0.0, "graph": 0.01}[name]
+        assert {step.name for step in alive} <= {"eager", "stacked"}
+        step = SlowStep(name, inner, seconds)
+        alive.add(step)
+        return step
+
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda device: None)
+    monkeypatch.setattr(AutoStep, "_rule", AutoStep._measure)
+    step = AutoStep(["eager", "streams", "graph", "stacked"], make, CPU)
+    step(*batch)
+    assert {step.name for step in alive} == {"stacked"} == {step.name}
+
+
+def test_an_optimizer_that_counts_on_the_host_is_not_measured(capsys):
+    """What steps leave in Python numbers could not be restored."""
+    cohort, _, batch = setting()
+    kind = type("FusedSGD", (torch.optim.SGD,), {"__module__": "apex.optimizers.fused_sgd"})
+    optimizer = kind(cohort.parameters(), 0.5)
+    step = make_step(cohort, MutualLoss(), optimizer, amp="off")
+    assert type(step) is EagerStep
+    assert capsys.readouterr().err == "execution: eager (FusedSGD counts on the host)\n"
+    step(*batch)
 
 
 def test_a_mistake_that_stops_every_candidate_is_told(capsys, monkeypatch):

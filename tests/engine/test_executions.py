@@ -16,6 +16,7 @@ import torch
 from torch import nn
 
 from fastdml.cohort import Cohort
+from fastdml.data import ImageSet, ResidentLoader
 from fastdml.engine import EXECUTIONS, Amp, Ema, Schedule, amp, make_optimizer, make_step
 from fastdml.engine.amp import LossScale
 from fastdml.engine.graph import CudaCapture, GraphStep
@@ -236,6 +237,25 @@ class TestGraphLogic:
             states.append(run.train(2).state())
         assert run.step.captured is not first
         assert_same(*states)
+
+    def test_a_rate_that_is_replaced_is_not_the_one_in_the_graph(self):
+        states = []
+        for make in (EagerStep, lambda *a: GraphStep(EagerStep(*a), DirectCapture)):
+            cohort = Cohort([peer(0), peer(1)], C)
+            optimizer = make_optimizer(cohort, lr=0.1)
+            torch.manual_seed(5)
+            step = make(cohort, MutualLoss(), optimizer, amp.resolve("off", CPU), StepOptions())
+            captures = []
+            for i, batch in enumerate(batches(4)):
+                optimizer.param_groups[1]["lr"] = torch.tensor(0.1 * (1 + i // 2))
+                step(*batch)
+                captures.append(getattr(step, "captured", None))
+            states.append(cohort.state_dict())
+        assert_same(*states)
+        assert captures[1] is not captures[2]
+        optimizer.param_groups[1]["lr"] = 0.5
+        with pytest.raises(InputError, match="SGD holds its learning rate on the host"):
+            step(*batch)
 
     def test_a_step_that_cannot_be_captured_runs_without_a_graph_and_says_why(self):
         class Refusing(DirectCapture):
@@ -524,6 +544,86 @@ def test_on_cuda_a_model_that_looks_at_a_value_falls_back():
         step._capture(batch)
     assert all(torch.equal(v, before[k]) for k, v in cohort.state_dict().items())
     assert step(*batch).losses.isfinite().all()
+
+
+@pytest.mark.gpu
+def test_on_cuda_a_capture_that_breaks_off_leaves_streams_and_generators_usable():
+    class Waits(nn.Module):
+        num_classes = C
+
+        def __init__(self, inner):
+            super().__init__()
+            self.inner = inner
+
+        def forward(self, x):
+            torch.cuda.synchronize()  # which nothing reports before the capture
+            return self.inner(x)  # with dropout
+
+    runs = []
+    for execution in ("eager", "graph"):
+        torch.manual_seed(5)
+        cohort = Cohort([Waits(peer(0)), peer(1)], C).cuda()
+        optimizer = make_optimizer(cohort, lr=0.01)
+        step = make_step(cohort, MutualLoss(), optimizer, execution=execution, amp="off")
+        main = torch.cuda.current_stream()
+        context = contextlib.nullcontext()
+        if execution == "graph":
+            context = pytest.warns(UserWarning, match="cannot be captured")
+        with context:
+            losses = [step(*batch).losses for batch in batches(3, torch.device("cuda"))]
+        assert torch.cuda.current_stream() == main
+        runs.append(torch.stack(losses))
+    torch.testing.assert_close(*runs, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.gpu
+@pytest.mark.usefixtures("_deterministic")
+def test_on_cuda_any_optimizer_that_can_be_captured_skips_overflows_in_the_graph():
+    """Its state is copied and put back by the graph itself."""
+    device, states = torch.device("cuda"), []
+    for execution in ("eager", "graph"):
+        torch.manual_seed(5)
+        cohort = Cohort([peer(0), peer(1)], C).to(device).train()
+        groups = [{"params": list(p.parameters())} for p in cohort.peers]
+        rate = torch.tensor(0.01, device=device)
+        optimizer = torch.optim.Adam(groups, rate, foreach=True, capturable=True)
+        precision = Amp(device, torch.float16, LossScale(device, init=2.0**30))
+        step = make_step(cohort, MutualLoss(), optimizer, execution=execution, amp=precision)
+        for batch in batches(30, device):
+            step(*batch)
+        assert getattr(step, "failure", None) is None
+        assert precision.scaler.scale < 2.0**30
+        states.append([*cohort.state_dict().values(), precision.scaler.scale])
+    for a, b in zip(*states, strict=True):
+        torch.testing.assert_close(b, a, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.gpu
+@pytest.mark.usefixtures("_deterministic")
+@pytest.mark.parametrize("execution", ["streams", "graph", "stacked"])
+def test_on_cuda_batches_are_made_inside_the_step(execution):
+    """Three epochs of augmented images: nothing of the first is frozen in the graph."""
+    device, states = torch.device("cuda"), []
+    generator = torch.Generator().manual_seed(3)
+    pixels = torch.randint(256, (64, 2, SIDE, SIDE), dtype=torch.uint8, generator=generator)
+    labels = torch.randint(C, (64,), generator=generator)
+    images = ImageSet(pixels, labels, C, tuple("abcd"), mean=(128.0,) * 2, std=(64.0,) * 2)
+    loader = ResidentLoader(images, 16, train=True, pad=1, erase=0.5, device=device)
+
+    for name in ("eager", execution):
+        inside = name != "eager"
+        run = cuda_run(name, **({"assemble": loader.assemble} if inside else {}))
+        given = loader.index if inside else loader.batch
+        places = [(epoch, step) for epoch in range(3) for step in range(len(loader))]
+        run.outputs = [run.step(*given(*place)) for place in places]
+        assert getattr(run.step, "failure", None) is None
+        states.append(run.state())
+    tolerance = 2e-2 if execution == "stacked" else 1e-4
+    for name, value in states[0].items():
+        if "correct" not in name:
+            torch.testing.assert_close(
+                states[1][name], value, rtol=tolerance, atol=tolerance, msg=name
+            )
 
 
 @pytest.mark.gpu

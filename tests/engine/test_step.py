@@ -301,6 +301,19 @@ class TestOverflow:
             assert torch.equal(results[0][k].weight, results[1][k].weight)
         assert not torch.equal(results[0][1].weight, results[1][1].weight)
 
+    def test_a_copied_update_asks_for_no_generator(self, monkeypatch):
+        """Inside a capture that would be an error."""
+        cohort, _, _, step = self.build("simultaneous", fused=False)
+
+        def refuse(*_):
+            raise RuntimeError("the state of a generator during a step")
+
+        monkeypatch.setattr(torch, "get_rng_state", refuse)
+        monkeypatch.setattr(torch.cuda, "get_rng_state", refuse)
+        before = copy.deepcopy(cohort.state_dict())
+        step(*next(batches(1)))
+        assert all(torch.equal(v, before[k]) for k, v in cohort.state_dict().items())
+
     def test_any_overflow_brings_the_scale_down_once(self):
         for update in ("simultaneous", "sequential"):
             peers = [linear_peer(0), linear_peer(1)]
@@ -326,6 +339,27 @@ class TestOverflow:
         expected = (peers[0](x).softmax(1) - F.one_hot(y, C)).mean(0) * 1e-8
         step(x, y)
         torch.testing.assert_close(seen[0], expected.detach(), rtol=0.05, atol=1e-11)
+
+
+@pytest.mark.parametrize("update", ["simultaneous", "sequential"])
+def test_a_second_list_of_groups_is_narrowed_with_the_first(update):
+    """Apex's FusedAdam walks its groups beside a list of their master weights."""
+
+    class Paired(torch.optim.SGD):
+        def step(self):
+            for group, master in zip(self.param_groups, self.param_groups_master, strict=True):
+                assert len(group["params"]) == len(master["params"])
+                seen.extend(id(w) for w in group["params"] if w.grad is not None)
+
+    seen = []
+    cohort = Cohort([linear_peer(0), linear_peer(1, width=4)], C)
+    optimizer = Paired([{"params": list(p.parameters())} for p in cohort.peers], RATE)
+    masters = [{"params": [None] * len(group["params"])} for group in optimizer.param_groups]
+    optimizer.param_groups_master = masters
+    step = make_step(cohort, MutualLoss(), optimizer, amp="off", update=update)
+    step(*next(batches(1)))
+    assert seen == [id(w) for w in cohort.parameters()]
+    assert optimizer.param_groups_master is masters
 
 
 @pytest.mark.parametrize("amp", ["off", "bf16", "fp16"])
