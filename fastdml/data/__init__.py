@@ -1,20 +1,45 @@
-"""Image sets, from checked files or from scikit-learn, and the loaders that batch them."""
+"""Image sets, from checked files or from scikit-learn, and the loaders that batch them.
+
+Names are imported when first used: the processes that decode files need no torch.
+"""
 
 from __future__ import annotations
 
 import difflib
+import importlib
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
-from fastdml.data.cifar import load_cifar10, load_cifar100
-from fastdml.data.dali import DALILoader
-from fastdml.data.digits import load_digits
-from fastdml.data.image_set import ImageSet
-from fastdml.data.loaders import choose_loader, make_loader
-from fastdml.data.per_image import TorchLoader
-from fastdml.data.reid import ImageFolderReID, Market1501, ReidSplit
-from fastdml.data.resident import ResidentLoader
-from fastdml.data.samplers import PKSampler, RandomSampler, RepeatedSampler
 from fastdml.errors import InputError
+
+if TYPE_CHECKING:
+    from fastdml.data.cifar import load_cifar10, load_cifar100
+    from fastdml.data.dali import DALILoader
+    from fastdml.data.digits import load_digits
+    from fastdml.data.image_set import ImageSet
+    from fastdml.data.loaders import choose_loader, make_loader
+    from fastdml.data.per_image import TorchLoader
+    from fastdml.data.reid import ImageFolderReID, Market1501, ReidSplit
+    from fastdml.data.resident import ResidentLoader
+    from fastdml.data.samplers import PKSampler, RandomSampler, RepeatedSampler
+
+_HOMES = {
+    "DALILoader": "dali",
+    "ImageFolderReID": "reid",
+    "ImageSet": "image_set",
+    "Market1501": "reid",
+    "PKSampler": "samplers",
+    "RandomSampler": "samplers",
+    "ReidSplit": "reid",
+    "RepeatedSampler": "samplers",
+    "ResidentLoader": "resident",
+    "TorchLoader": "per_image",
+    "choose_loader": "loaders",
+    "load_cifar10": "cifar",
+    "load_cifar100": "cifar",
+    "load_digits": "digits",
+    "make_loader": "loaders",
+}
 
 __all__ = [
     "DALILoader",
@@ -40,12 +65,20 @@ def load(
     name: str, root: str | Path = "data", *, download: bool = False
 ) -> tuple[ImageSet, ImageSet]:
     """(train, test) of "digits", "cifar10" or "cifar100"; digits need no files."""
-    if name == "digits":
-        return load_digits()
-    readers = {"cifar10": load_cifar10, "cifar100": load_cifar100}
-    if name not in readers:
-        names = ["digits", *readers]
+    names = ("digits", "cifar10", "cifar100")
+    if name not in names:
         near = difflib.get_close_matches(name, names, 1)
         hint = f"did you mean {near[0]}?" if near else f"give one of {', '.join(names)}"
         raise InputError(f"unknown data set {name!r}: {hint}")
-    return readers[name](root, download=download)
+    read = __getattr__(f"load_{name}")
+    return read() if name == "digits" else read(root, download=download)
+
+
+def __getattr__(name: str) -> Any:
+    if name in _HOMES:
+        return getattr(importlib.import_module(f"fastdml.data.{_HOMES[name]}"), name)
+    raise AttributeError(f"module 'fastdml.data' has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

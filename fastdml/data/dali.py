@@ -16,6 +16,7 @@ before (`fastdml.data.scan`, decoder "dali"), and after an error the batch's fil
 
 from __future__ import annotations
 
+import os
 import sys
 from collections.abc import Iterator
 from typing import Any
@@ -27,8 +28,9 @@ from torch import Tensor
 from fastdml.data import augment
 from fastdml.data.augment import Choices
 from fastdml.data.batching import Batching
-from fastdml.data.decode import decode
+from fastdml.data.decode import BadImage, decode
 from fastdml.data.image_set import ImageSet
+from fastdml.data.probe import decoded
 from fastdml.data.reid import ReidSplit
 from fastdml.data.samplers import Sampler
 from fastdml.data.scan import scan
@@ -88,7 +90,7 @@ class DALILoader(Batching):
         self._mean, self._std = list(source.mean), list(source.std)
         self._resized = resized
         if self.files:
-            self._names = [np.frombuffer(path.encode(), np.uint8) for path in source.paths]
+            self._names = [np.frombuffer(os.fsencode(path), np.uint8) for path in source.paths]
             self.paths = source.paths
         else:
             images = source.images.permute(0, 2, 3, 1).cpu().numpy()
@@ -226,15 +228,8 @@ class DALILoader(Batching):
         bad = scan(names, decoder="dali").bad
         if bad:
             path, why = next(iter(bad.items()))
-            return InputError(f"{path}: {why}: restore it, or train with --bad-files skip")
+            return BadImage(path, why)
         return error
-
-
-def decoded(encoded: Any, device: str) -> Any:
-    """RGB with the EXIF orientation applied: the policy of `fastdml.data.decode`."""
-    fn = require("nvidia.dali.fn", "dali")
-    types = require("nvidia.dali.types", "dali")
-    return fn.decoders.image(encoded, device=device, output_type=types.RGB, adjust_orientation=True)
 
 
 def checked(split: ReidSplit, bad_files: str, *, progress: bool | None = None) -> ReidSplit:
@@ -248,40 +243,3 @@ def checked(split: ReidSplit, bad_files: str, *, progress: bool | None = None) -
     if found.bad:
         print(f"left out: {found.describe()}", file=sys.stderr)
     return split.without(found.bad)
-
-
-class Probe:
-    """Decodes single files by DALI on the CPU. May crash the process: see `fastdml.data.scan`."""
-
-    def __init__(self) -> None:
-        self._pipe: Any = None
-
-    def _build(self) -> Any:
-        dali = require("nvidia.dali", "dali")
-        fn = require("nvidia.dali.fn", "dali")
-        types = require("nvidia.dali.types", "dali")
-        pipe = dali.Pipeline(batch_size=1, num_threads=1, device_id=None, prefetch_queue_depth=1)
-        with pipe:
-            name = fn.external_source(name="source", dtype=types.UINT8, ndim=1)
-            pipe.set_outputs(decoded(fn.io.file.read(name), "cpu"))
-        pipe.build()
-        return pipe
-
-    def pixels(self, path: str) -> np.ndarray:
-        """(H, W, 3) uint8; RuntimeError where DALI cannot."""
-        if self._pipe is None:
-            self._pipe = self._build()
-        try:
-            self._pipe.feed_input("source", [np.frombuffer(path.encode(), np.uint8)])
-            return np.array(self._pipe.run()[0].at(0))
-        except RuntimeError:
-            self._pipe = None  # a pipeline does not survive a bad file
-            raise
-
-    def reason(self, path: str) -> str | None:
-        try:
-            self.pixels(path)
-        except RuntimeError as error:
-            said = [line for line in str(error).splitlines() if "rror" in line or "ailed" in line]
-            return f"DALI cannot decode it ({said[-1].strip() if said else 'no reason given'})"
-        return None

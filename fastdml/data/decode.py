@@ -9,6 +9,8 @@ from __future__ import annotations
 
 import contextlib
 import io
+import os
+import stat
 import warnings
 from pathlib import Path
 
@@ -20,10 +22,10 @@ LARGEST = 1 << 26  # pixels; what a header may claim before anything is decoded
 
 
 class BadImage(InputError):
-    """A file that cannot be decoded; `reason` without its name."""
+    """A file that cannot be decoded; `reason` alone says why."""
 
     def __init__(self, path: str | Path, reason: str) -> None:
-        super().__init__(f"{path}: {reason}")
+        super().__init__(f"{path}: {reason}: restore it, or leave it out with --bad-files skip")
         self.path, self.reason = str(path), reason
 
 
@@ -33,6 +35,8 @@ def decode(path: str | Path, size: tuple[int, int] | None = None) -> np.ndarray:
     pillow = require("PIL.Image", "train")
     operations = require("PIL.ImageOps", "train")
     try:
+        if not stat.S_ISREG(os.stat(path).st_mode):  # reading a pipe could wait for ever
+            raise BadImage(path, "not a file")
         content = Path(path).read_bytes()
     except FileNotFoundError:
         raise BadImage(path, "the file is not there") from None

@@ -24,16 +24,13 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
-import fastdml_kernels
-
 import fastdml
-from fastdml.data.decode import BadImage, decode
+from fastdml.data.probe import reason
 from fastdml.errors import InputError, require
 
 Decoder = Literal["pillow", "dali"]
-IN_PROCESS = 2048  # files; starting a process costs as much as decoding several thousand
+IN_PROCESS = 1024  # files; starting a process costs as much as decoding so many
 PATIENCE = 60.0  # seconds for a file, and for a process to start
-LISTED = 20  # bad files in a message
 
 
 @dataclass(frozen=True)
@@ -43,10 +40,9 @@ class Scan:
     files: int = 0
 
     def describe(self) -> str:
-        """One line."""
-        listed = [f"{path}: {reason}" for path, reason in self.bad.items()]
-        more = f"; and {len(listed) - LISTED} more" if len(listed) > LISTED else ""
-        return f"{len(listed)} of {self.files} files are bad: " + "; ".join(listed[:LISTED]) + more
+        """One line, which names them all."""
+        listed = "; ".join(f"{path}: {why}" for path, why in self.bad.items())
+        return f"{len(self.bad)} of {self.files} files are bad: {listed}"
 
 
 def scan(
@@ -64,15 +60,15 @@ def scan(
     new = [p for p in paths if marks[p] is None or known.get(p, [None])[0] != marks[p]]
     found: dict[str, str | None] = {}
     bar = _bar(len(new), progress)
-    for path, reason in _decode_all(new, decoder, workers or os.cpu_count() or 1):
-        found[path] = reason
+    for path, why in _decode_all(new, decoder, workers or os.cpu_count() or 1):
+        found[path] = why
         bar.update(1)
     bar.close()
     reasons = {p: found[p] if p in found else known[p][1] for p in paths}
     if new:
-        kept = {p: [marks[p], reasons[p]] for p in paths if marks[p] is not None}
-        _save(file, kept)
-    bad = {path: reason for path, reason in reasons.items() if reason is not None}
+        fresh = {p: [marks[p], reasons[p]] for p in new if marks[p] is not None}
+        _save(file, known | fresh)
+    bad = {path: why for path, why in reasons.items() if why is not None}
     return Scan(bad, len(new), len(paths))
 
 
@@ -101,12 +97,12 @@ def _mind(paths: list[str], decoder: Decoder, results: queue.SimpleQueue) -> Non
     """Has processes decode `paths`, as many as it takes: one that dies or hangs condemns the file
     it was at, and another goes on behind it."""
     # A plain command, not `multiprocessing`: that would run the caller's script again.
-    here = [str(Path(module.__file__).parents[1]) for module in (fastdml, fastdml_kernels)]
+    here = str(Path(fastdml.__file__).parents[1])
     before = [p for p in (os.environ.get("PYTHONPATH"),) if p]
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([*here, *before])}
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([here, *before])}
     while paths:
         process = subprocess.Popen(
-            [sys.executable, "-m", "fastdml.data.scan", decoder],
+            [sys.executable, "-m", "fastdml.data.probe", decoder],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=subprocess.DEVNULL,
@@ -138,35 +134,6 @@ def _mind(paths: list[str], decoder: Decoder, results: queue.SimpleQueue) -> Non
         paths = paths[done + 1 :]
 
 
-def reason(path: str) -> str | None:
-    """Why Pillow cannot decode a file, or None."""
-    try:
-        decode(path)
-    except BadImage as bad:
-        return bad.reason
-    return None
-
-
-def _serve(decoder: Decoder) -> None:
-    """Reads a JSON list of paths from stdin; answers each with a line, its reason or null."""
-    import torch
-
-    torch.set_num_threads(1)
-    paths = json.load(sys.stdin)
-    answers = os.fdopen(os.dup(1), "w")
-    os.dup2(2, 1)  # whatever a decoder prints goes elsewhere
-    if decoder == "dali":
-        from fastdml.data.dali import Probe
-
-        probe = Probe()
-    for path in paths:
-        why = reason(path)
-        if why is None and decoder == "dali":
-            why = probe.reason(path)
-        answers.write(json.dumps(why) + "\n")
-        answers.flush()
-
-
 def _mark(path: str) -> list[int] | None:
     try:
         status = os.stat(path)
@@ -184,7 +151,7 @@ def _cache_file(paths: Sequence[str], decoder: Decoder, folder: Path | None) -> 
     if decoder == "dali":
         versions.append(require("nvidia.dali", "dali").__version__)
     folders = sorted({os.path.dirname(os.path.abspath(path)) for path in paths})
-    key = hashlib.sha256("\n".join([decoder, *versions, *folders]).encode()).hexdigest()
+    key = hashlib.sha256(os.fsencode("\n".join([decoder, *versions, *folders]))).hexdigest()
     return folder / f"{key[:24]}.json"
 
 
@@ -221,7 +188,3 @@ def _bar(total: int, progress: bool | None):
     except ImportError:  # a bar is a courtesy, not a reason to fail
         return _NoBar()
     return tqdm(total=total, desc="checking images", unit=" files", leave=False)
-
-
-if __name__ == "__main__":
-    _serve(sys.argv[1])

@@ -46,9 +46,10 @@ class StandIn:
 
 
 def build_standin(
-    root: str | Path, cifar_root: str | Path = "data", what: StandIn = StandIn()
+    root: str | Path, cifar_root: str | Path | ImageSet = "data", what: StandIn = StandIn()
 ) -> Path:
-    """`root`, holding the stand-in; what is there already is kept if it is the same."""
+    """`root`, holding the stand-in; what is there already is kept if it is the same. `cifar_root`:
+    the folder of CIFAR-100, or another set of 100 classes of RGB images."""
     root = Path(root)
     target = root / FOLDER
     note = json.dumps(asdict(what), sort_keys=True)
@@ -71,7 +72,7 @@ def build_standin(
     for count in (what.images, what.train_images or what.images):
         if not 2 * CAMERAS <= count <= 500:
             raise InputError(f"{count} images an identity: give {2 * CAMERAS} to 500")
-    images, _ = load_cifar100(cifar_root)
+    images = cifar_root if isinstance(cifar_root, ImageSet) else load_cifar100(cifar_root)[0]
     root.mkdir(parents=True, exist_ok=True)
     part = Path(tempfile.mkdtemp(prefix=f".{FOLDER}.", dir=root))
     try:

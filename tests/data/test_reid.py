@@ -2,6 +2,8 @@ from __future__ import annotations
 
 import os
 import shutil
+import subprocess
+import sys
 import warnings
 from pathlib import Path
 
@@ -162,14 +164,37 @@ def test_the_scan_is_remembered_by_size_and_time(market, tmp_path):
     assert (found.decoded, list(found.bad)) == (1, [paths[2]])
     assert list(scan(paths, cache=cache).bad) == [paths[2]], "bad ones are remembered too"
     Path(paths[2]).write_bytes(content)
+    assert scan(paths[2:3], cache=cache).decoded == 1
+    assert scan(paths, cache=cache).decoded == 0, "a scan of some forgets nothing of the others"
     status = os.stat(paths[4])
     os.utime(paths[4], ns=(status.st_atime_ns, status.st_mtime_ns + 1))
-    assert scan(paths, cache=cache).decoded == 2
+    assert scan(paths, cache=cache).decoded == 1
     for file in cache.iterdir():
         file.write_text("{ not JSON")
     assert scan(paths, cache=cache).decoded == 6
     os.unlink(paths[0])
     assert scan(paths, cache=cache).bad == {paths[0]: "the file is not there"}
+
+
+def test_all_bad_files_are_named(tmp_path):
+    paths = [str(tmp_path / f"{number}.jpg") for number in range(50)]
+    told = scan(paths, cache=tmp_path).describe()
+    assert told.startswith("50 of 50 files are bad: ")
+    assert all(f"{path}: the file is not there" in told for path in paths)
+
+
+def test_what_is_no_file_is_bad(tmp_path):
+    """Reading a pipe that nobody writes to would wait for ever."""
+    os.mkfifo(tmp_path / "pipe.jpg")
+    (tmp_path / "folder.jpg").mkdir()
+    for name in ("pipe.jpg", "folder.jpg"):
+        with pytest.raises(BadImage, match=rf"{name}: not a file: restore it, or leave it out"):
+            decode(tmp_path / name)
+
+
+def test_decoding_processes_need_no_torch():
+    code = "import sys, fastdml.data.probe; sys.exit('torch' in sys.modules)"
+    subprocess.run([sys.executable, "-c", code], check=True)
 
 
 def test_other_processes_find_the_same(market, monkeypatch, tmp_path):
@@ -233,7 +258,7 @@ def test_orientation_is_applied(jpegs):
 
 def test_dali_sees_what_pillow_sees(jpegs, tmp_path):
     pytest.importorskip("nvidia.dali", reason="DALI is not installed")
-    from fastdml.data.dali import Probe
+    from fastdml.data.probe import Probe
 
     paths = [str(file) for file in jpegs]
     found = scan(paths, decoder="dali", cache=tmp_path)

@@ -8,6 +8,7 @@ import os
 import subprocess
 import sys
 from dataclasses import replace
+from fractions import Fraction
 from pathlib import Path
 
 import numpy as np
@@ -20,7 +21,7 @@ from hypothesis import strategies as st
 
 from fastdml.data import ImageSet, RandomSampler
 from fastdml.data import augment as plain
-from fastdml.data.per_image import transform
+from fastdml.data.per_image import resize, transform
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 ROOT = Path(__file__).resolve().parents[2]
@@ -140,6 +141,27 @@ def test_resize_is_that_of_interpolate(size, grey_levels):
         images.images.float(), size=size, mode="bilinear", align_corners=False
     )
     assert (found - expected).abs().max() <= max(grey_levels, 1e-4)
+
+
+@settings(max_examples=30, deadline=None)
+@given(*[st.integers(1, 40)] * 4)
+def test_resize_of_one_image_is_two_matrix_products(height, width, to_height, to_width):
+    """By the definition, in float64: rows and columns weighted in 256ths."""
+
+    def weights(size: int, out: int) -> np.ndarray:  # (out, size)
+        table = np.zeros((out, size))
+        for position in range(out):
+            at = max((position + Fraction(1, 2)) * size / out - Fraction(1, 2), 0)
+            first, second = divmod(math.floor(at * 256 + Fraction(1, 2)), 256)
+            table[position, min(first, size - 1)] += (256 - second) / 256
+            table[position, min(first + 1, size - 1)] += second / 256
+        return table
+
+    image = np.random.default_rng(height).integers(0, 256, (height, width, 3), dtype=np.uint8)
+    expected = np.einsum(
+        "ih,hwc,jw->ijc", weights(height, to_height), image, weights(width, to_width)
+    )
+    assert np.array_equal(resize(image, to_height, to_width), expected)
 
 
 N = 20_000
