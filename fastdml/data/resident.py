@@ -210,7 +210,7 @@ class RowTable:
         if what.pad and not what.reflect:
             rows = torch.where(self._inside[choices.top], rows, self._black)
         pixels = self._rows.index_select(0, rows.view(-1))  # (B * H, W * ch)
-        images = augment.normalise(pixels, self._mean, self._scale)
+        images = pixels.float().sub_(self._mean).mul_(self._scale)  # in this order: see the kernel
         images = images.view(-1, what.height, what.width, self.ch)
         return augment.erase_(images, choices) if what.erase else images
 
