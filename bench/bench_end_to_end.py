@@ -1,10 +1,11 @@
 """One epoch of training, from stored images to updated weights.
 
-Ours is `fastdml.train.fit` as a user calls it, with its loader set up, its log, its checkpoint and
-its weights written; the usual loop is a DataLoader of per-image transforms in two workers feeding
-the pairwise loop. On CIFAR-100 where its folder is there (--data), otherwise on random images,
-which the table says. Quick set: two ResNet-32 and 640 images on a CPU (half a minute), 6,400 on
-CUDA.
+Ours is `fastdml.train.fit` as a user calls it, with its loader set up, its execution chosen, its
+log, its checkpoint and its weights written; its rate after the first steps is what a long run has.
+The usual loop is a DataLoader of per-image transforms in two workers feeding the pairwise loop. On
+CIFAR-100 where its folder is there (--data), otherwise on random images, which the table says. On
+CUDA a page of profile of our steps follows. Quick set: two ResNet-32 and 640 images on a CPU (half
+a minute), 6,400 on CUDA.
 """
 
 from __future__ import annotations
@@ -14,15 +15,17 @@ from collections.abc import Callable
 from functools import lru_cache
 from pathlib import Path
 from tempfile import TemporaryDirectory
+from typing import NamedTuple
 
 import pytest
 import torch
 
-from bench import timing
+from bench import sets, timing
 from bench.baselines import data_loader, pairwise
 from bench.conftest import chosen_device
 from fastdml import Cohort, train
-from fastdml.data import ImageSet, ResidentLoader, load_cifar100
+from fastdml.data import ImageSet, ResidentLoader
+from fastdml.engine.profile import PAGE
 from fastdml.errors import MissingExtra
 
 PEERS = ("resnet32", "resnet32")
@@ -32,18 +35,7 @@ IMAGES = {"cpu": 640, "cuda": 6_400}
 FULL_IMAGES = {"cpu": 10_000, "cuda": 50_000}
 
 
-def _images(root: str, count: int) -> tuple[ImageSet, str]:
-    if any(Path(root).glob("cifar-100*")):
-        return load_cifar100(root)[0].subset(count), "CIFAR-100"
-    generator = torch.Generator().manual_seed(0)
-    made = torch.randint(256, (count, 3, 32, 32), dtype=torch.uint8, generator=generator)
-    labels = torch.randint(100, (count,), generator=generator)
-    names = tuple(map(str, range(100)))
-    images = ImageSet(made, labels, 100, names, mean=(128.0,) * 3, std=(64.0,) * 3)
-    return images, f"random, since there is no CIFAR-100 in {root!r}"
-
-
-def _usual_epoch(images: ImageSet, device: torch.device) -> float:
+def _usual_epoch(images: ImageSet, device: torch.device) -> tuple[float, None]:
     """Seconds, workers' start included."""
     cohort = Cohort(PEERS, images.num_classes).to(device).train()
     loop = pairwise.Loop(
@@ -56,38 +48,59 @@ def _usual_epoch(images: ImageSet, device: torch.device) -> float:
     for x, y in batches:
         loop(x.to(device, non_blocking=True), y.to(device, non_blocking=True))
     timing.wait(device)
-    return time.perf_counter() - start
+    return time.perf_counter() - start, None
 
 
-def _our_epoch(images: ImageSet, device: torch.device) -> float:
-    """Seconds: the loader's layout of the images, the epoch, and all that a run writes in it."""
+def _our_epoch(images: ImageSet, device: torch.device) -> tuple[float, float]:
+    """Seconds: the loader's layout of the images, the epoch, and all that a run writes in it; and
+    images a second after the first steps."""
+    return _our_run(images, device)[:2]
+
+
+def _our_run(images: ImageSet, device: torch.device, **options) -> tuple[float, float, str]:
+    """As above, and the page that a profiled run writes."""
     cohort = Cohort(PEERS, images.num_classes).to(device)
     with TemporaryDirectory() as folder:
-        config = train.TrainConfig(epochs=1, folder=str(Path(folder, "run")), tensorboard=False)
+        run = Path(folder, "run")
+        config = train.TrainConfig(epochs=1, folder=str(run), tensorboard=False, **options)
         timing.wait(device)
         start = time.perf_counter()
         batches = ResidentLoader(images, BATCH, train=True, device=device)
         timing.wait(device)
         laid_out = time.perf_counter() - start
-        return laid_out + train.fit(cohort, batches, None, config).seconds
+        result = train.fit(cohort, batches, None, config)
+        page = (run / PAGE).read_text() if config.profile else ""
+    return laid_out + result.seconds, result.images_per_second, page
 
 
-CONTENDERS: dict[str, Callable[[ImageSet, torch.device], float]] = {
+CONTENDERS: dict[str, Callable[[ImageSet, torch.device], tuple[float, float | None]]] = {
     "fastdml.train": _our_epoch,
     "usual loop": _usual_epoch,
 }
 
 
+class Measured(NamedTuple):
+    samples: dict[str, list[float]]  # seconds an epoch
+    data: str  # what the images are
+    steady: float  # images a second of ours after the first steps
+    profile: str  # a page about our steps, on CUDA
+
+
 @lru_cache(maxsize=1)
-def measure(root: str, count: int, device: torch.device) -> tuple[dict[str, list[float]], str]:
-    """Seconds an epoch of each contender, taking turns, after one that is not counted."""
-    images, data = _images(root, count)
+def measure(root: str, full: bool, device: torch.device) -> Measured:
+    """All contenders, taking turns, after a turn that is not counted."""
+    count = (FULL_IMAGES if full else IMAGES)[device.type]
+    images, data = sets.cifar100(root, count)
+    steady = 0.0
     samples: dict[str, list[float]] = {name: [] for name in CONTENDERS}
-    for turn in range(ROUNDS + 1):
+    for turn in range(1 + (1 if device.type == "cuda" and not full else ROUNDS)):
         for name, epoch in CONTENDERS.items():
             few = images.subset(2 * BATCH) if turn == 0 else images
-            samples[name].append(epoch(few, device))
-    return {name: each[1:] for name, each in samples.items()}, data
+            seconds, rate = epoch(few, device)
+            samples[name].append(seconds)
+            steady = rate or steady
+    page = _our_run(images, device, profile=True)[2] if device.type == "cuda" else ""
+    return Measured({name: each[1:] for name, each in samples.items()}, data, steady, page)
 
 
 def pytest_generate_tests(metafunc):
@@ -96,19 +109,22 @@ def pytest_generate_tests(metafunc):
 
 
 def test_epoch(name, device, record, request):
-    full = request.config.getoption("--full")
-    count = (FULL_IMAGES if full else IMAGES)[device.type]
+    option = request.config.getoption
     try:
-        samples, data = measure(request.config.getoption("--data"), count, device)
+        measured = measure(option("--data"), option("--full"), device)
     except MissingExtra as missing:
         pytest.skip(str(missing))
+    full = FULL_IMAGES if option("--full") else IMAGES
+    ours = name == "fastdml.train"
     record(
-        samples[name],
+        measured.samples[name],
         f"epoch {device.type}",
         bench="end_to_end",
         name=name,
         device=device.type,
         peers=" + ".join(PEERS),
-        images=count,
-        data=data,
+        images=full[device.type],
+        data=measured.data,
+        steady=measured.steady if ours else None,
+        profile=measured.profile if ours else "",
     )

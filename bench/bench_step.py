@@ -3,17 +3,16 @@
 All contenders train the same peers from the same weights on the same batches, resident in memory,
 with the same SGD; their first losses are compared before they are timed. channels_last (nhwc) and
 mixed precision are shown with and without, so that the source of a gain can be seen; mixed
-precision is measured where the processor computes in it: emulated it is many times slower. Quick
-set on two CPU cores: half a minute.
+precision is measured where the processor computes in it: emulated it is many times slower. "auto"
+is shown with what it chose. Quick set on two CPU cores: half a minute.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from functools import lru_cache
-from importlib.util import find_spec
 from itertools import product
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import pytest
 import torch
@@ -23,10 +22,10 @@ from bench import timing
 from bench.baselines import pairwise, summed
 from bench.conftest import chosen_device
 from fastdml import Cohort, MutualLoss
-from fastdml.engine import EXECUTIONS, amp, make_optimizer, make_step
+from fastdml.engine import amp, executions, make_optimizer, make_step
 from fastdml.errors import InputError
 
-SECONDS = 10.0  # of timing a case, all contenders together
+SECONDS = {"cpu": 10.0, "cuda": 6.0}  # of timing a case, all contenders together
 STEPS = {"cpu": 2, "cuda": 10}  # a sample
 SETTINGS = {"lr": 0.1, "momentum": 0.9, "weight_decay": 5e-4, "nesterov": True}
 CLASSES = 100
@@ -74,23 +73,23 @@ def _names(case: Case, device: torch.device) -> list[str]:
     names = ["pairwise", "summed"]
     if native == "bf16":
         names.append("pairwise bf16 nhwc")
-    if len(case.peers) > 1 and find_spec("pydml"):
+    if len(case.peers) > 1:
         names.append("pytorch-dml")
-    for execution, precision in product(EXECUTIONS, precisions):
+    for execution, precision in product(executions(device), precisions):
         formats = ("nchw", "nhwc") if execution == "eager" else ("nhwc",)
         names += [f"ours {execution} {precision} {each}" for each in formats]
-    return names
+    return [*names, f"ours auto {precisions[-1]} nhwc"]
 
 
-def _epoch(name: str, case: Case, device: torch.device) -> Epoch:
-    """Builds the contender: its own peers, always from the same weights."""
+def _epoch(name: str, case: Case, device: torch.device) -> tuple[Epoch, Any]:
+    """Builds the contender: its own peers, always from the same weights; and our step."""
     cohort = Cohort(case.peers, CLASSES, seed=0).to(device).train()
     if name.endswith("nhwc"):
         cohort.to(memory_format=torch.channels_last)
     if name == "pytorch-dml":
         from bench.baselines import pytorch_dml
 
-        return pytorch_dml.Loop(list(cohort.peers), _sgd, device).epoch
+        return pytorch_dml.Loop(list(cohort.peers), _sgd, device).epoch, None
     if name.startswith("ours"):
         _, execution, precision, _ = name.split()
         optimizer = make_optimizer(cohort, "sgd", **SETTINGS)
@@ -98,12 +97,12 @@ def _epoch(name: str, case: Case, device: torch.device) -> Epoch:
             cohort, MutualLoss(), optimizer, execution=execution,
             amp="off" if precision == "fp32" else precision,
         )  # fmt: skip
-        return lambda batches: [step(*batch).losses for batch in batches][-1].tolist()
+        return lambda batches: [step(*batch).losses for batch in batches][-1].tolist(), step
     if name == "summed":
         loop = summed.Loop(cohort.peers, _sgd)
     else:
         loop = pairwise.Loop(cohort.peers, _sgd, torch.bfloat16 if "bf16" in name else None)
-    return lambda batches: [loop(*batch) for batch in batches][-1]
+    return lambda batches: [loop(*batch) for batch in batches][-1], None
 
 
 def _batches(case: Case, device: torch.device) -> tuple[Batches, Batches]:
@@ -135,26 +134,30 @@ def pytest_generate_tests(metafunc):
 class Measured(NamedTuple):
     samples: dict[str, list[float]]  # seconds a step
     errors: dict[str, Exception]
+    chosen: str  # by "auto"
 
 
 @lru_cache(maxsize=1)
 def measure(case: Case, device: torch.device) -> Measured:
     """All contenders of one case, interleaved."""
     nchw, nhwc = _batches(case, device)
-    timers, errors = {}, {}
-    expected = torch.tensor(_epoch("pairwise", case, device)(nchw[:1]))
+    timers, errors, chosen = {}, {}, ""
+    expected = torch.tensor(_epoch("pairwise", case, device)[0](nchw[:1]))
     for name in _names(case, device):
         batches = nhwc if name.endswith("nhwc") else nchw
         try:
-            epoch = _epoch(name, case, device)
+            epoch, step = _epoch(name, case, device)
             _check(name, epoch(batches[:1]), expected)
             epoch(batches)
         except Exception as error:  # a contender that does not run fails alone
             errors[name] = error
             continue
+        if "auto" in name:
+            chosen = step.name
         timers[name] = timing.wall(lambda epoch=epoch, batches=batches: epoch(batches), device)
-    samples = timing.interleave(timers, SECONDS, fewest=3, most=30)
-    return Measured({n: [s / len(nchw) for s in each] for n, each in samples.items()}, errors)
+    samples = timing.interleave(timers, SECONDS[device.type], fewest=3, most=30)
+    samples = {n: [s / len(nchw) for s in each] for n, each in samples.items()}
+    return Measured(samples, errors, chosen)
 
 
 def _check(name: str, losses: list[float] | float, expected: Tensor) -> None:
@@ -169,15 +172,16 @@ def _check(name: str, losses: list[float] | float, expected: Tensor) -> None:
 def test_step(case, name, device, record):
     measured = measure(case, device)
     error = measured.errors.get(name)
-    if isinstance(error, (InputError, torch.OutOfMemoryError)):
-        pytest.skip(str(error))  # an execution that is not for this case, or a device too small
+    # not installed, an execution that is not for this case, or a device too small
+    if isinstance(error, (ImportError, InputError, torch.OutOfMemoryError)):
+        pytest.skip(f"{name}: {error}".splitlines()[0])
     if error:
         raise error
     record(
         measured.samples[name],
         f"step {device.type} {case} batch {case.batch}",
         bench="step",
-        name=name,
+        name=name.replace("auto", f"auto ({measured.chosen})"),
         device=device.type,
         peers=str(case),
         batch=case.batch,

@@ -128,7 +128,16 @@ def _end_to_end(rows: list[Row]) -> list[str]:
     parts = []
     for (peers, images, data), group in _groups(rows, "peers", "images", "data").items():
         title = f"one epoch, {peers}, {images:,} images: {data}"
-        parts.append("\n".join([title, *_lines(group, "usual loop", images, "s", 1)]))
+        lines = [title, *_lines(group, "usual loop", images, "s", 1)]
+        pages = []
+        for name, row in group.items():
+            if row["steady"]:
+                minutes = 200 * 50_000 / row["steady"] / 60
+                rate = f"{row['steady']:,.0f} images/s after its start"
+                lines.append(f"{name}: {rate}; 200 epochs of 50,000 would take {minutes:,.1f} min")
+            if row["profile"]:
+                pages.append(f"{name}, profile\n{row['profile'].rstrip()}")
+        parts += ["\n".join(lines), *pages]
     return parts
 
 
