@@ -10,6 +10,8 @@ schedule step by step without a CUDA graph; FusedAdam takes it from the device a
 from __future__ import annotations
 
 import importlib
+import importlib.util
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -53,20 +55,22 @@ def takes_number(optimizer: Optimizer) -> bool:
 
 
 def _import(name: str) -> Any:
-    try:
-        package = importlib.import_module("apex")
-    except ImportError:
-        raise InputError(f"optimizer {name!r} needs NVIDIA Apex: {INSTALL}") from None
+    spec = importlib.util.find_spec("apex")
+    if spec is None:
+        raise InputError(f"optimizer {name!r} needs NVIDIA Apex: {INSTALL}")
+    folders = list(spec.submodule_search_locations or ())
+    if not any(Path(folder, "multi_tensor_apply").is_dir() for folder in folders):
+        raise InputError(
+            f"optimizer {name!r}: the installed package apex ({', '.join(folders) or spec.origin}) "
+            f"is not NVIDIA's but PyPI's of the same name; uninstall it and {INSTALL}"
+        )
     try:
         optimizers = importlib.import_module("apex.optimizers")
         importlib.import_module("amp_C")  # Apex's CUDA extension
     except ImportError as error:
-        if hasattr(package, "multi_tensor_apply") or "amp_C" in str(error):
-            raise InputError(
-                f"optimizer {name!r}: Apex is installed without its CUDA extensions: {INSTALL}"
-            ) from None
+        reason = str(error).splitlines()[0]
         raise InputError(
-            f"optimizer {name!r}: the installed package apex ({package.__file__}) is not NVIDIA's "
-            f"but PyPI's of the same name; uninstall it and {INSTALL}"
+            f"optimizer {name!r}: Apex is installed without working CUDA extensions ({reason}): "
+            f"{INSTALL}"
         ) from None
     return optimizers

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import importlib
+import importlib.util
 import math
-import types
+import sys
 
 import pytest
 import torch
@@ -68,72 +68,81 @@ def test_unknown_optimizer(cohort):
         make_optimizer(cohort, "lion", lr=0.1)
 
 
-class FakeApex:
-    """Packages called apex, put in the place of the imports."""
-
-    def __init__(self, monkeypatch, **modules):
-        real = importlib.import_module
-
-        def import_module(name, *args):
-            if name.split(".")[0] not in ("apex", "amp_C"):
-                return real(name, *args)
-            if name not in modules:
-                raise ImportError(f"No module named {name!r}")
-            return modules[name]
-
-        monkeypatch.setattr(importlib, "import_module", import_module)
+KINDS = ("FusedSGD", "FusedAdam", "FusedLAMB")
+FUSED = """
+import torch
+class Kind(torch.optim.SGD):
+    def __init__(self, groups, **settings):
+        self.settings = settings
+        super().__init__(groups, settings["lr"])
+""" + "\n".join(f"class {kind}(Kind): pass" for kind in KINDS)  # fmt: skip
+NVIDIA = {"apex/multi_tensor_apply/__init__.py": "", "apex/optimizers/__init__.py": FUSED}
+PYPI = {"apex/__init__.py": "from a_web_framework import Configurator", "apex/forms.py": ""}
 
 
-NVIDIA = types.SimpleNamespace(__file__="apex/__init__.py", multi_tensor_apply=object())
-PYPI = types.SimpleNamespace(__file__="site-packages/apex/__init__.py")
+@pytest.fixture
+def install(monkeypatch, tmp_path):
+    """Puts packages in front of all others: {path: text}; none of apex's where none is given."""
+    real = importlib.util.find_spec
+
+    def install(files):
+        for path, text in files.items():
+            file = tmp_path / path
+            file.parent.mkdir(parents=True, exist_ok=True)
+            file.write_text(text)
+        monkeypatch.syspath_prepend(tmp_path)
+        for name in [m for m in sys.modules if m.split(".")[0] in ("apex", "amp_C")]:
+            monkeypatch.delitem(sys.modules, name)
+        if not files:
+            monkeypatch.setattr(
+                importlib.util, "find_spec", lambda n, *a: None if n == "apex" else real(n, *a)
+            )
+
+    yield install
+    for name in [m for m in sys.modules if m.split(".")[0] in ("apex", "amp_C")]:
+        del sys.modules[name]
 
 
 @pytest.mark.parametrize(
-    ("modules", "message"),
+    ("files", "message"),
     [
         (
             {},
             "optimizer 'apex_sgd' needs NVIDIA Apex: build it from https://github.com/NVIDIA/apex",
         ),
-        ({"apex": PYPI}, "site-packages/apex/__init__.py\\) is not NVIDIA's but PyPI's"),
-        ({"apex": NVIDIA}, "Apex is installed without its CUDA extensions"),
-        ({"apex": NVIDIA, "apex.optimizers": object(), "amp_C": object()}, "needs a CUDA device"),
+        (PYPI, "apex\\) is not NVIDIA's but PyPI's of the same name; uninstall it and build"),
+        (NVIDIA, "Apex is installed without working CUDA extensions .*No module named 'amp_C'"),
+        (
+            {**NVIDIA, "amp_C.py": "raise ImportError('undefined symbol\\nand more')"},
+            "without working CUDA extensions .undefined symbol.: build it",
+        ),
+        ({**NVIDIA, "amp_C.py": ""}, "needs a CUDA device"),
     ],
 )
-def test_apex_that_is_not_there_is_one_clear_line(monkeypatch, cohort, modules, message):
-    FakeApex(monkeypatch, **modules)
+def test_apex_that_is_not_there_is_one_clear_line(install, cohort, files, message):
+    install(files)
     with pytest.raises(InputError, match=message) as caught:
         make_optimizer(cohort, "apex_sgd", lr=0.1)
     assert "\n" not in str(caught.value)
 
 
 @pytest.mark.parametrize("name", ["apex_sgd", "apex_adam", "apex_lamb"])
-def test_apex_optimizers_get_a_group_a_peer_and_the_settings(monkeypatch, cohort, name):
+def test_apex_optimizers_get_a_group_a_peer_and_the_settings(install, cohort, name):
     cohort.peers[0].requires_grad_(False)
-    calls = []
-
-    class Kind(torch.optim.SGD):
-        def __init__(self, groups, **settings):
-            calls.append((type(self).__name__, settings))
-            super().__init__(groups, settings["lr"])
-
-    kinds = {n: type(n, (Kind,), {}) for n in ("FusedSGD", "FusedAdam", "FusedLAMB")}
-    modules = {"apex": NVIDIA, "amp_C": object(), "apex.optimizers": types.SimpleNamespace(**kinds)}
-    FakeApex(monkeypatch, **modules)
+    install({**NVIDIA, "amp_C.py": ""})
     groups = [{"params": list(cohort.peers[1].parameters())}]
     optimizer = apex.make_apex_optimizer(
         name, groups, lr=0.5, momentum=0.75, nesterov=True, weight_decay=0.25,
         device=torch.device("cuda"),
     )  # fmt: skip
-    kind, settings = calls[0]
-    assert kind == apex.NAMES[name]
-    assert (settings["lr"], settings["weight_decay"]) == (0.5, 0.25)
+    assert type(optimizer).__name__ == apex.NAMES[name]
+    assert (optimizer.settings["lr"], optimizer.settings["weight_decay"]) == (0.5, 0.25)
     expected = {
         "apex_sgd": {"momentum": 0.75, "nesterov": True},
         "apex_adam": {"betas": (0.75, 0.999), "capturable": True},
         "apex_lamb": {"betas": (0.75, 0.999)},
     }
-    assert expected[name].items() <= settings.items()
+    assert expected[name].items() <= optimizer.settings.items()
     assert len(optimizer.param_groups) == 1
 
 
