@@ -2,8 +2,9 @@
 
 On CUDA the page counts kernels and copies and says how busy the device was: `busy` is the time in
 which at least one ran, and the overlap factor is the sum of all their times over the wall time, so
-two peers that ran side by side throughout give 2 and a device that waited half the time 0.5. On a
-CPU it counts operators and their own times. Profiling slows eager steps; a graph's replay it hardly
+two peers that ran side by side throughout give 2 and a device that waited half the time 0.5. Host
+waits are its calls that wait for a stream or an event, which a step should have none of. On a CPU
+it counts operators and their own times. Profiling slows eager steps; a graph's replay it hardly
 touches.
 """
 
@@ -21,6 +22,7 @@ from torch.profiler import ProfilerActivity, profile, schedule
 SKIPPED, WARM_UP, STEPS = 10, 2, 10
 TRACE, PAGE = "trace.json", "profile.txt"
 ROWS, WIDTH = 20, 60  # of the table
+WAITS = ("cudaStreamSynchronize", "cudaEventSynchronize")
 
 
 class Span(NamedTuple):
@@ -71,7 +73,9 @@ class Profile:
 
     def _write(self, recorder: profile) -> None:
         recorder.export_chrome_trace(str(self.folder / TRACE))
-        text = page(spans(recorder.events(), self.device), self.done - self.before, self.device)
+        events = recorder.events()
+        waits = sum(e.name in WAITS for e in events)
+        text = page(spans(events, self.device), self.done - self.before, self.device, waits)
         (self.folder / PAGE).write_text(text)
 
 
@@ -94,7 +98,7 @@ def spans(events: Iterable[Any], device: torch.device) -> list[Span]:
     ]
 
 
-def page(found: Sequence[Span], steps: int, device: torch.device) -> str:
+def page(found: Sequence[Span], steps: int, device: torch.device, waits: int = 0) -> str:
     """One page of text about `steps` recorded steps."""
     if not found or steps < 1:
         return "the run ended before the profiler recorded a step\n"
@@ -115,6 +119,7 @@ def page(found: Sequence[Span], steps: int, device: torch.device) -> str:
         rows += [
             ("busy", f"{100 * busy(found) / wall:.1f} % of the wall time"),
             ("overlap factor", f"{total / wall:.2f} = time of all branches / wall time"),
+            ("host waits a step", f"{waits / steps:.1f}"),
             ("streams", ", ".join(f"{t / steps / 1000:.3f} ms" for t in branches.values())),
         ]
     times, counts = defaultdict(float), Counter(s.name for s in found)

@@ -9,7 +9,10 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from fastdml.cohort import Cohort
+from fastdml.engine import make_optimizer, make_step
 from fastdml.engine.profile import Profile, Span, busy, page
+from fastdml.loss import MutualLoss
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")
 
@@ -28,7 +31,7 @@ def test_busy_time_is_the_union(pairs):
 def test_two_peers_side_by_side_give_an_overlap_of_two():
     spans = [span(0, 1000, "conv", 7), span(0, 1000, "conv", 13), span(1000, 2000, "norm", 7),
              span(1000, 2000, "a" * 200, 13)]  # fmt: skip
-    text = page(spans, 2, CUDA)
+    text = page(spans, 2, CUDA, waits=1)
     values = dict(line.split("  ", 1) for line in text.splitlines() if "  " in line.strip())
     values = {k.strip(): v.strip() for k, v in values.items()}
     assert values["wall time a step"] == "1.000 ms"
@@ -36,6 +39,7 @@ def test_two_peers_side_by_side_give_an_overlap_of_two():
     assert values["their time a step"] == "2.000 ms"
     assert values["busy"] == "100.0 % of the wall time"
     assert values["overlap factor"].startswith("2.00 =")
+    assert values["host waits a step"] == "0.5"
     assert values["streams"] == "1.000 ms, 1.000 ms"
     assert max(map(len, text.splitlines())) < 100
     idle = page([span(0, 500), span(1500, 2000)], 1, CUDA)
@@ -62,6 +66,28 @@ def test_records_steps_within_an_epoch(tmp_path, steps, expected):
     counts = [line for line in text.splitlines() if line.endswith("  aten::mm")]
     assert counts[0].split()[1] == "1.0"
     assert json.loads((tmp_path / "trace.json").read_text())["traceEvents"]
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("execution", ["eager", "graph"])
+def test_on_cuda_the_host_waits_for_nothing_and_a_graph_is_one_launch_a_step(tmp_path, execution):
+    cohort = Cohort(["resnet8"] * 2, 10).cuda().train()
+    optimizer = make_optimizer(cohort, lr=0.01)
+    step = make_step(cohort, MutualLoss(), optimizer, execution=execution)
+    x, y = torch.randn(64, 3, 32, 32, device="cuda"), torch.zeros(64, dtype=int, device="cuda")
+    with Profile(tmp_path, CUDA, True, 40) as profile:
+        for _ in range(40):
+            step(x, y)
+            profile.step()
+    lines = (tmp_path / "profile.txt").read_text().splitlines()
+    values = {line[:26].strip(): line[26:].split()[0] for line in lines[:8]}
+    assert values["steps recorded"] == "10"
+    assert float(values["kernels and copies a step"]) > 50
+    assert float(values["host waits a step"]) == 0
+    assert float(values["overlap factor"]) > 0
+    events = json.loads((tmp_path / "trace.json").read_text())["traceEvents"]
+    launches = sum(e.get("name") == "cudaGraphLaunch" for e in events)
+    assert launches in ((9, 10, 11) if execution == "graph" else (0,))
 
 
 def test_unasked_it_does_nothing(tmp_path):
