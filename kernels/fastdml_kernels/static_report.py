@@ -3,7 +3,8 @@
 For a (kernel, K, C, dtype, architecture): launches, registers, stack and spills, widths of the
 loads and stores of logits and gradients, and how often each logit is read and each gradient
 written. Logits and gradients are the only tensors accessed with an eviction policy, which the
-instructions carry (`LDG.E.EF.64`), so that they can be told from labels and sums.
+instructions carry (`LDG.E.EF.64`), so that they can be told from labels and sums. The same for the
+augmentation's images, which are all that it loads byte by byte, and all that it stores but a label.
 
 The kernels must not have been imported under TRITON_INTERPRET=1.
 """
@@ -26,6 +27,8 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
+from . import augment
+from .augment_options import Augment, bytes_moved
 from .launch import Tile, arguments, compiler_options, fits_registers, register_tile, wide_tile
 from .options import Options
 from .register_rows import register_rows
@@ -35,6 +38,10 @@ TARGETS = {
     "sm_90": GPUTarget("cuda", 90, 32),
     "sm_100": GPUTarget("cuda", 100, 32),
     "gfx942": GPUTarget("hip", "gfx942", 64),
+}
+AUGMENTED = {  # how images are stored (H, W, ch), and what becomes of them in training
+    "cifar": ((32, 32, 3), Augment(32, 32, 4, True, True)),
+    "market": ((128, 64, 3), Augment(256, 128, 10, False, True, 0.5)),
 }
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 _POINTER = {
@@ -47,11 +54,13 @@ _POINTER = {
 class KernelReport:
     """One compiled kernel. Widths are bytes a thread moves by one instruction, with their counts;
     reads and writes are how often a logit is read and a gradient written, and bytes_per_row what
-    that makes for one peer's row against least_bytes, each read once and written once."""
+    that makes for one peer's row against least_bytes, each read once and written once. "augment"
+    has no K and C, and images for rows.
+    """
 
     kernel: str
-    K: int
-    C: int
+    K: int | None
+    C: int | None
     dtype: str
     arch: str
     gradient: bool
@@ -185,6 +194,48 @@ def report(
     )  # fmt: skip
 
 
+def augment_report(name: str, dtype: str = "bf16", arch: str = "sm_90") -> KernelReport:
+    """The same for the augmentation of one of `AUGMENTED`, as a loader launches it.
+
+    Of the bytes that a resize reads again, most come from the L1 cache: see the kernel.
+    """
+    stored, what = AUGMENTED[name]
+    index, statistics = torch.zeros(4, dtype=torch.int64), torch.zeros(stored[2])
+    kernel, named, built_with = augment.arguments(
+        torch.empty(4, *stored, dtype=torch.uint8), index, index, statistics, statistics, what,
+        seed=0, epoch=index[:1], dtype=DTYPES[dtype],
+    )  # fmt: skip
+    compiled = compile_kernel(kernel, named, built_with, TARGETS[arch])
+    warps, tile = built_with["num_warps"], named["ROWS"] * named["COLUMNS"]
+    about = dict(
+        kernel=f"augment {name}", K=None, C=None, dtype=dtype, arch=arch, gradient=False,
+        rows=named["ROWS"], block_c=named["COLUMNS"], warps=warps, launches=1,
+    )  # fmt: skip
+    if arch.startswith("gfx"):
+        return KernelReport(**about, **_read_amdgcn(compiled.asm["amdgcn"]))
+    usage = re.search(r"REG:(\d+) STACK:(\d+)", _cubin(compiled, "-res-usage"))
+    sass = _cubin(compiled, "-sass")
+    loads = Counter({1: len(re.findall(r"\bLDG\.E\.U8\b", sass))})
+    stores = Counter(_width(found) for found in re.findall(r"\bSTG\.E[.\w]*", sass))
+    stores -= Counter({8: 1})  # the label
+    size, image = DTYPES[dtype].itemsize, what.height * what.width * stored[2]
+
+    def passes(widths: Counter[int], tile_bytes: int) -> int:
+        covered = sum(width * count for width, count in widths.items()) * 32 * warps
+        return math.ceil(covered / tile_bytes)
+
+    reads = passes(loads, tile) * image // math.prod(stored)
+    writes = passes(stores, tile * size)
+    least = bytes_moved(stored, what, size)
+    moved = reads * math.prod(stored) + writes * image * size
+    return KernelReport(
+        **about, registers=int(usage[1]), stack_bytes=int(usage[2]),
+        spills=len(re.findall(r"\b(?:LDL|STL)\b", sass)),
+        load_widths=dict(loads), store_widths=dict(sorted(stores.items())),
+        reads=reads, writes=writes, bytes_per_row=moved, least_bytes=least, ratio=moved / least,
+    )  # fmt: skip
+
+
 def _read_amdgcn(assembly: str) -> dict[str, int]:
     def number(key: str) -> int:
         return int(re.search(rf"\.{key}:\s*(\d+)", assembly)[1])
@@ -199,17 +250,21 @@ def _read_amdgcn(assembly: str) -> dict[str, int]:
 SHAPES = (
     (2, 10), (2, 100), (3, 100), (4, 100), (8, 100), (2, 751), (4, 751), (2, 1000), (4, 1000),
     (8, 1000), (4, 2048), (2, 21841), (2, 32768), (4, 32768), (8, 32768), (2, 128256),
+    "cifar", "market",
 )  # fmt: skip
 
 
 def reports(
-    shapes: Sequence[tuple[int, int]] = SHAPES,
+    shapes: Sequence[tuple[int, int] | str] = SHAPES,
     dtypes: Sequence[str] = ("bf16",),
     archs: Sequence[str] = tuple(TARGETS),
 ) -> list[KernelReport]:
-    """Reports with gradient for every combination."""
+    """Reports for every combination; a shape is (K, C) of a loss with gradient, or a name among
+    `AUGMENTED`."""
     return [
-        report(K, C, dtype, arch) for K, C in shapes for dtype in dtypes for arch in archs
+        augment_report(shape, dtype, arch) if isinstance(shape, str)
+        else report(*shape, dtype, arch)
+        for shape in shapes for dtype in dtypes for arch in archs
     ]  # fmt: skip
 
 
@@ -220,7 +275,7 @@ def table(rows: Sequence[KernelReport]) -> str:
         return ",".join(f"{width}Bx{count}" for width, count in counts.items()) or "-"
 
     def known(value: float | None) -> str:
-        return "-" if value is None else f"{value:g}"
+        return "-" if value is None else f"{value:.3g}"
 
     lines = [
         f"{'kernel':14}{'K':>3}{'C':>8} {'dtype':6}{'arch':8}{'tile':>12}{'warps':>6}{'launch':>7}"
@@ -230,8 +285,8 @@ def table(rows: Sequence[KernelReport]) -> str:
     for r in rows:
         tile = f"{r.rows}x{r.block_c}"
         lines.append(
-            f"{r.kernel:14}{r.K:>3}{r.C:>8} {r.dtype:6}{r.arch:8}{tile:>12}{r.warps:>6}"
-            f"{r.launches:>7}{r.registers:>6}{r.stack_bytes:>6}{r.spills:>7}  "
+            f"{r.kernel:14}{known(r.K):>3}{r.C or '-':>8} {r.dtype:6}{r.arch:8}{tile:>12}"
+            f"{r.warps:>6}{r.launches:>7}{r.registers:>6}{r.stack_bytes:>6}{r.spills:>7}  "
             f"{widths(r.load_widths):14}{widths(r.store_widths):14}"
             f"{known(r.reads):>6}{known(r.writes):>7}{known(r.ratio):>6}"
         )
