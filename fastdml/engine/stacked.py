@@ -219,7 +219,13 @@ class StackedDropout(Layer):
         self.p = layers[0].p
 
     def forward(self, x: Tensor) -> Tensor:
-        return torch.cat([F.dropout(t, self.p, self.training) for t in x.chunk(self.K, 1)], 1)
+        if not self.training:
+            return x
+        # Laid out as a peer's own activations are: a mask follows the memory, not the indices.
+        images = x.dim() == 4 and x.is_contiguous(memory_format=torch.channels_last)
+        layout = torch.channels_last if images else torch.contiguous_format
+        own = [t.contiguous(memory_format=layout) for t in x.chunk(self.K, 1)]
+        return torch.cat([F.dropout(t, self.p, True) for t in own], 1)
 
 
 class StackedShortcut(Layer):

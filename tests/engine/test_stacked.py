@@ -226,6 +226,33 @@ def test_vectors_and_images_that_all_peers_see():
         torch.testing.assert_close(results[1][key], value, rtol=1e-3, atol=1e-5, msg=key)
 
 
+@pytest.mark.parametrize("channels_last", [True, False])
+def test_dropout_of_maps_draws_the_masks_of_the_peers(channels_last):
+    results = []
+    for execution in ("eager", "stacked"):
+        torch.manual_seed(0)
+        layers = [
+            [
+                nn.Conv2d(3, 4, 3),
+                nn.Dropout(0.5),
+                nn.Conv2d(4, 2, 3),
+                nn.Flatten(),
+                nn.Linear(32, C),
+            ]
+            for _ in range(2)
+        ]
+        cohort = Cohort([nn.Sequential(*own) for own in layers], C).double().train()
+        data = list(batches(3, 8))
+        if channels_last:
+            cohort.to(memory_format=torch.channels_last)
+        else:
+            data = [(x.contiguous(), y) for x, y in data]
+        _, _, outputs = train(cohort, execution, data)
+        results.append([*cohort.state_dict().values(), *(o.losses for o in outputs)])
+    for a, b in zip(*results, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-6, atol=1e-6)
+
+
 @pytest.mark.slow
 def test_compiled_stacks_take_the_same_steps():
     results = []
