@@ -72,23 +72,33 @@ class CudaCapture:
     def capture(self, run: Callable[[], Tensor]) -> Tensor:
         torch.cuda.synchronize(self.device)
         gc.collect()
+        pool = torch.cuda.graph_pool_handle()
         try:
-            return self._record(self.graph, run)
+            return self._record(self.graph, pool, run)
         except RuntimeError:
-            # The generator still believes that it is captured, and refuses to serve the step that
-            # now runs without a graph; the end of a capture that succeeds frees it.
-            with suppress(RuntimeError):
-                self._record(torch.cuda.CUDAGraph(), lambda: torch.zeros(1, device=self.device))
+            self._clear(pool)
             raise
 
-    def _record(self, graph: torch.cuda.CUDAGraph, run: Callable[[], Tensor]) -> Tensor:
+    def _record(
+        self, graph: torch.cuda.CUDAGraph, pool: tuple[int, int] | None, run: Callable[[], Tensor]
+    ) -> Tensor:
         # A capture that breaks off leaves its stream the current one: the outer context undoes it.
         # Other threads (a loader that pins memory) may go on with calls that a capture forbids.
         with (
             torch.cuda.stream(torch.cuda.current_stream(self.device)),
-            torch.cuda.graph(graph, stream=self.stream, capture_error_mode="thread_local"),
+            torch.cuda.graph(graph, pool, self.stream, "thread_local"),
         ):
             return run()
+
+    def _clear(self, pool: tuple[int, int]) -> None:
+        """After a capture that broke off. The allocator still counts it as under way, and can free
+        nothing; the generator still serves it, and fails outside: the end of another frees it."""
+        index = self.stream.device.index
+        with suppress(RuntimeError):
+            torch._C._cuda_endAllocateToPool(index, pool)
+            torch._C._cuda_releasePool(index, pool)
+        with suppress(RuntimeError):
+            self._record(torch.cuda.CUDAGraph(), None, lambda: torch.zeros(1, device=self.device))
 
     def replay(self) -> None:
         self.graph.replay()

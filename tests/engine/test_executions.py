@@ -401,6 +401,59 @@ def test_streams_fork_and_join_around_forward_and_backward(monkeypatch):
     assert_same(run.state(), eager.state())
 
 
+def test_a_capture_that_breaks_off_is_cleared_away(monkeypatch):
+    """The calls, without a device: what torch leaves behind then is a stream and two counts."""
+    log, now = [], ["main"]
+
+    @contextlib.contextmanager
+    def stream(chosen):
+        was, now[0] = now[0], chosen
+        try:
+            yield
+        finally:
+            now[0] = was
+
+    class Graph:
+        def __init__(self, graph, pool, stream, mode):
+            log.append(("capture", pool, mode))
+            self.stream = stream
+
+        def __enter__(self):
+            now[0] = self.stream
+
+        def __exit__(self, kind, *_):
+            if kind:
+                raise RuntimeError("capture was invalidated")  # and the stream stays
+
+    def end(name):
+        return lambda index, pool: log.append((name, index, pool))
+
+    class Stream:
+        device = torch.device("cuda:0")
+
+    for name, value in {
+        "Stream": lambda device: Stream(), "CUDAGraph": object, "graph": Graph, "stream": stream,
+        "current_stream": lambda device: now[0], "synchronize": lambda device: None,
+        "graph_pool_handle": lambda: (0, 7),
+    }.items():  # fmt: skip
+        monkeypatch.setattr(torch.cuda, name, value)
+    monkeypatch.setattr(torch._C, "_cuda_endAllocateToPool", end("end"))
+    monkeypatch.setattr(torch._C, "_cuda_releasePool", end("release"))
+    capture = CudaCapture(torch.device("cpu"))
+    assert capture.capture(lambda: 3) == 3
+    assert log == [("capture", (0, 7), "thread_local")]
+
+    def looks():
+        raise ZeroDivisionError
+
+    with pytest.raises(RuntimeError, match="invalidated"):
+        capture.capture(looks)
+    assert now == ["main"]
+    assert log[2:] == [
+        ("end", 0, (0, 7)), ("release", 0, (0, 7)), ("capture", None, "thread_local"),
+    ]  # fmt: skip
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [
@@ -446,11 +499,10 @@ def cuda_run(execution, *, update="simultaneous", precision="off", **options):
 
 
 @pytest.fixture
-def _deterministic():
-    was = torch.backends.cudnn.deterministic
-    torch.backends.cudnn.deterministic = True
-    yield
-    torch.backends.cudnn.deterministic = was
+def _deterministic(monkeypatch):
+    """The same algorithms wherever they run, and rounding far below the tolerances."""
+    monkeypatch.setattr(torch.backends.cudnn, "deterministic", True)
+    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)
 
 
 @pytest.mark.gpu
@@ -481,12 +533,7 @@ def test_on_cuda_a_sequential_step_is_captured():
 @pytest.mark.parametrize("options", [CASES[0], CASES[3], CASES[5]], ids=str)
 def test_on_cuda_fifty_stacked_steps_follow_the_eager_ones(options):
     """To rounding, which 50 steps magnify."""
-    was = torch.backends.cudnn.allow_tf32
-    torch.backends.cudnn.allow_tf32 = False
-    try:
-        eager, stacked = (cuda_run(name, **options).train() for name in ("eager", "stacked"))
-    finally:
-        torch.backends.cudnn.allow_tf32 = was
+    eager, stacked = (cuda_run(name, **options).train() for name in ("eager", "stacked"))
     assert stacked.step.failure is None
     a, b = eager.state(), stacked.state()
     for name in a:
@@ -574,6 +621,7 @@ def test_on_cuda_a_capture_that_breaks_off_leaves_streams_and_generators_usable(
         with context:
             losses = [step(*batch).losses for batch in batches(3, torch.device("cuda"))]
         assert torch.cuda.current_stream() == main
+        torch.cuda.empty_cache()
         runs.append(torch.stack(losses))
     torch.testing.assert_close(*runs, rtol=1e-4, atol=1e-5)
 
