@@ -3,14 +3,21 @@
 from __future__ import annotations
 
 import os
+import shutil
 from pathlib import Path
 
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
+from fastdml import train as training
 from fastdml.data import (
     DALILoader,
+    ImageSet,
     PKSampler,
+    RandomSampler,
+    RepeatedSampler,
     ResidentLoader,
     TorchLoader,
     load_cifar100,
@@ -19,6 +26,7 @@ from fastdml.data import (
 )
 from fastdml.data.dali import checked
 from fastdml.errors import InputError, MissingExtra
+from fastdml.train import checkpoint, reid, report
 
 MARKET = {"size": (256, 128), "pad": 10, "padding": "black", "erase": 0.5}
 # of a batch normalised by ImageNet's deviations: rounding alone, and that of weights to 1/256
@@ -36,6 +44,82 @@ def close(loader, found, expected, tolerance) -> bool:
     if isinstance(loader, TorchLoader):
         return torch.equal(found, expected)
     return bool((found - expected).abs().max() <= tolerance)
+
+
+KINDS = {
+    "resident": ResidentLoader,
+    "torch": lambda *a, **k: TorchLoader(*a, workers=0, **k),
+    "dali": lambda *a, **k: DALILoader(*a, threads=1, **k),
+}
+
+
+def numbered_set(n: int) -> ImageSet:
+    """The label of a sample is its place in the set, and so are its pixels."""
+    place = torch.arange(n)
+    images = place.to(torch.uint8).view(n, 1, 1, 1).expand(n, 1, 2, 2).contiguous()
+    return ImageSet(images, place, n, tuple(map(str, range(n))), (0.0,), (1.0,))
+
+
+def a_sampler(kind: str, n: int, batch_size: int, data):
+    """(sampler or None, batch size that it asks for)."""
+    if kind == "repeated":
+        return RepeatedSampler(n, data.draw(st.integers(1, min(3, n)))), batch_size
+    if kind == "random":
+        return data.draw(st.sampled_from([None, RandomSampler(n)])), batch_size
+    identities = data.draw(st.lists(st.integers(0, 4), min_size=n, max_size=n))
+    ids = torch.tensor(identities)
+    p = data.draw(st.integers(1, min(3, len(set(identities)))))
+    k = data.draw(st.integers(1, 3))
+    cameras = torch.arange(n) % 3 if kind == "cameras" else None
+    return PKSampler(ids, p, k, cameras), p * k
+
+
+@pytest.mark.parametrize("sampler", ["random", "repeated", "pk", "cameras"])
+@pytest.mark.parametrize(
+    ("kind", "examples"),
+    [("resident", 25), ("torch", 15), pytest.param("dali", 4, marks=needs_dali)],
+)
+def test_an_epoch_is_the_samplers_for_any_batch_ranks_and_resume(kind, examples, sampler):
+    """Whatever the batch size, the number of ranks and the step at which they were stopped, what
+    all ranks show, before and after, is the sampler's order with each place once, less a last batch
+    that is too short. So a random sampler shows every sample once."""
+
+    @settings(max_examples=examples, deadline=None)
+    @given(
+        st.integers(1, 60), st.integers(1, 9), st.integers(1, 3), st.integers(0, 2**63 - 1),
+        st.integers(0, 9), st.data(),
+    )  # fmt: skip
+    def check(n, batch_size, world, seed, epoch, data):
+        chosen, batch_size = a_sampler(sampler, n, min(batch_size, n), data)
+        options = {"seed": seed, "train": True, "sampler": chosen, "pad": 0, "flip": False}
+        source = numbered_set(n)
+        order = (chosen or RandomSampler(n)).order(seed, epoch).sample
+        steps = len(order) // (batch_size * world)
+        if steps == 0:
+            with pytest.raises(InputError, match="is larger than the"):
+                KINDS[kind](source, batch_size, **options, rank=world - 1, world=world)
+            return
+        stop = data.draw(st.integers(0, steps), label="stop")
+        shown = torch.full((steps, world, batch_size), -1)
+        for rank in range(world):
+            for start, end in ((0, stop), (stop, steps)):  # each by a process of its own
+                if start == end:
+                    continue
+                loader = KINDS[kind](source, batch_size, **options, rank=rank, world=world)
+                assert len(loader) == steps
+                batches = loader.epoch(epoch, start)
+                for step in range(start, end):
+                    images, labels = next(batches)
+                    assert images.shape == (batch_size, 1, 2, 2)
+                    assert (images == labels.view(-1, 1, 1, 1)).all()
+                    assert (shown[step, rank] == -1).all()
+                    shown[step, rank] = labels
+        assert torch.equal(shown.view(-1), order[: shown.numel()])
+        if sampler == "random":
+            assert len(shown.unique()) == shown.numel()
+            assert n - shown.numel() < batch_size * world
+
+    check()
 
 
 @both
@@ -142,6 +226,79 @@ def test_a_file_that_vanishes_from_dali(standin_copy, market, damage):
     assert "\n" not in str(error.value)
     spoilt.write_bytes(content)  # restored: training goes on where it was
     assert all(torch.equal(a, b) for (a, _), b in zip(loader.epoch(1, 1), whole[1:], strict=True))
+
+
+def test_a_file_that_vanishes_from_the_resident_loader(standin_copy, market):
+    """Before it is in memory it is missed; afterwards it is not needed."""
+    split = market.train
+    paths = tuple(str(standin_copy / "bounding_box_train" / Path(p).name) for p in split.paths)
+    split = type(split)(paths, split.ids, split.cameras)
+    loader = make_loader("resident", split, 16, train=True, **MARKET)
+    whole = list(loader.epoch(0))
+    shutil.rmtree(standin_copy / "bounding_box_train")
+    for (images, labels), expected in zip(loader.epoch(0), whole, strict=True):
+        assert torch.equal(images, expected[0])
+        assert torch.equal(labels, expected[1])
+    with pytest.raises(InputError) as error:
+        make_loader("resident", split, 16, train=True, **MARKET)
+    assert str(error.value) == (
+        f"{paths[0]}: the file is not there: restore it, or leave it out with --bad-files skip"
+    )
+
+
+@pytest.mark.parametrize("kind", ["torch", pytest.param("dali", marks=needs_dali)])
+def test_a_file_that_vanishes_ends_a_run_that_goes_on(standin_copy, kind, tmp_path, monkeypatch):
+    """One line and a checkpoint; with the file back, the run resumes in the middle of the epoch and
+    ends with the weights of a run that nothing happened to, bit for bit."""
+    for plot in ("plot_curves", "plot_pairwise_kl"):
+        monkeypatch.setattr(report, plot, lambda folder: None)
+    lost: dict[Path, bytes] = {}
+
+    class Losing:
+        """At the second step of the second epoch, a file of its last step disappears."""
+
+        def __init__(self, loader, split):
+            self.loader, self.split, self.batch_size = loader, split, loader.batch_size
+
+        def __len__(self):
+            return len(self.loader)
+
+        def epoch(self, epoch, start=0):
+            for step, batch in enumerate(self.loader.epoch(epoch, start), start):
+                if (epoch, step) == (1, 1):
+                    last = self.loader.part(epoch, len(self) - 1)
+                    path = Path(self.split.paths[self.loader.order(epoch).sample[last][0]])
+                    lost[path] = path.read_bytes()
+                    path.unlink()
+                yield batch
+
+    def train(folder: str, **changes) -> dict:
+        result = training.market1501(
+            ["resnet8"], root=standin_copy.parent, folder=str(tmp_path / folder), loader=kind,
+            height=16, width=8, pad=1, batch_size=16, images_per_id=4, iterations=0, epochs=2,
+            eval_every=2, amp="off", device="cpu", execution="eager", tensorboard=False,
+            save_every_steps=1, erasing=0.5, **changes,
+        )  # fmt: skip
+        return checkpoint.load(result.folder / "last.ckpt")["cohort"]
+
+    expected = train("unbroken")
+
+    def losing(kind, split, *arguments, **options):
+        loader = make_loader(kind, split, *arguments, **options)
+        return Losing(loader, split) if options["train"] else loader
+
+    with monkeypatch.context() as patch:
+        patch.setattr(reid, "make_loader", losing)
+        with pytest.raises(InputError) as error:
+            train("broken")
+    ((path, content),) = lost.items()
+    assert str(error.value).startswith(f"{path}: the file is not there: restore it")
+    assert "\n" not in str(error.value)
+    path.write_bytes(content)
+    at = checkpoint.load(tmp_path / "broken" / "last.ckpt")["position"]
+    assert at == 15, "all batches but the last were trained on"
+    found = train("broken", resume=True)
+    assert all(torch.equal(found[key], expected[key]) for key in expected)
 
 
 @needs_dali
