@@ -29,6 +29,7 @@ from contextlib import contextmanager, suppress
 
 import torch
 from torch import Tensor
+from torch.optim import Optimizer
 
 from fastdml.engine.snapshot import Snapshot
 from fastdml.engine.step import EagerStep, StepOutput
@@ -110,6 +111,7 @@ class GraphStep:
     def __init__(self, inner: EagerStep, capture: type = CudaCapture) -> None:
         device = inner.amp.device
         check_capturable(inner)
+        make_capturable(inner.optimizer, device)
         self.inner, self.device, self.new_capture = inner, device, capture
         self.update, self.tensors = inner.update, inner.tensors
         self.name = "stacked" if inner.name == "stacked" else "graph"
@@ -151,9 +153,7 @@ class GraphStep:
         self.rates = [group["lr"] for group in self.inner.optimizer.param_groups]
         self.inputs = [torch.empty_like(t, device=self.device).copy_(t) for t in batch]
         self._set_scalars()
-        for group in self.inner.optimizer.param_groups:
-            if "capturable" in group:
-                group["capturable"] = True
+        make_capturable(self.inner.optimizer, self.device)
         capture = self.new_capture(self.device)
         snapshot = Snapshot(self.inner.tensors, self.device)
         try:
@@ -210,6 +210,16 @@ def _forget(step: weakref.ref[GraphStep]) -> Callable[[object], None]:
             found.forget()
 
     return hook
+
+
+def make_capturable(optimizer: Optimizer, device: torch.device) -> None:
+    """torch's optimizers then count their steps on the device, also those already made."""
+    for group in optimizer.param_groups:
+        if "capturable" in group:
+            group["capturable"] = True
+            for state in (optimizer.state[w] for w in group["params"] if w in optimizer.state):
+                if "step" in state:
+                    state["step"] = state["step"].to(device)
 
 
 def check_capturable(inner: EagerStep) -> None:

@@ -26,9 +26,10 @@ class SlowStep:
 
     def __init__(self, name, step, seconds, failure=None):
         self.name, self.step, self.seconds, self.failure = name, step, seconds, failure
-        self.tensors = step.tensors
+        self.tensors, self.loss = step.tensors, step.loss
 
     def __call__(self, *batch):
+        self.loss.kl_weight = torch.tensor(1.0)
         time.sleep(self.seconds)
         return self.step(*batch)
 
@@ -94,6 +95,11 @@ def test_the_fastest_is_kept_and_measuring_leaves_no_trace(capsys, monkeypatch):
     with pytest.raises(AttributeError, match="chosen at the first step"):
         _ = step.name
     before, rng = copy.deepcopy(cohort.state_dict()), torch.get_rng_state()
+    step._measure(batch)
+    assert inner.loss.kl_weight == 1
+    assert type(inner.loss.kl_weight) is float
+    made.clear()
+    capsys.readouterr()
     step(*batch)
     after = copy.deepcopy(cohort.state_dict())
     assert made == ["eager", "streams", "stacked", "graph"]  # stacking moves the weights

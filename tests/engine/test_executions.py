@@ -700,12 +700,19 @@ def test_on_cuda_compiled_peers_are_captured():
 
 
 @pytest.mark.gpu
-def test_on_cuda_auto_says_what_it_chose(capfd):
+@pytest.mark.parametrize("fused", [True, False])
+def test_on_cuda_auto_says_what_it_chose(capfd, fused):
     cohort = Cohort([peer(0), peer(1)], C).cuda()
     before = copy.deepcopy(cohort.state_dict())
-    optimizer = make_optimizer(cohort, lr=0.01)
-    step = make_step(cohort, MutualLoss(), optimizer, amp="off")
+    optimizer = make_optimizer(cohort, "adam", lr=0.01)
+    if not fused:  # counts its steps on the host until it is captured
+        rate = torch.tensor(0.01, device="cuda")
+        optimizer = torch.optim.Adam(cohort.parameters(), rate)
+    loss = MutualLoss()
+    step = make_step(cohort, loss, optimizer, amp="off")
     step._measure(next(batches(1, torch.device("cuda"))))
+    assert loss.kl_weight == 1
+    assert all((state["step"] == 0).all() for state in optimizer.state.values())
     assert all(torch.equal(v, before[k]) for k, v in cohort.state_dict().items())
     line = capfd.readouterr().err
     assert line.startswith("execution: ")
