@@ -59,7 +59,7 @@ bench loss 160
 bench step 100
 bench end_to_end 45
 bench data 35
-bench reid 35 -k 'loss or training or features'
+bench reid 35 -k 'loss or training or features-3368'
 
 stored=$(find "$out" -maxdepth 1 -name '*.json' -size +0 | sort)
 if [ -n "$stored" ]; then

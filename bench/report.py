@@ -189,9 +189,12 @@ def _reid_loss(rows: list[Row]) -> list[str]:
 
 def _reid_training(rows: list[Row]) -> list[str]:
     parts = []
-    for (peers, size, batch), group in _groups(rows, "peers", "size", "batch").items():
+    for (peers, size, batch, data), group in _groups(
+        rows, "peers", "size", "batch", "data"
+    ).items():
         lines = [
             f"re-identification training, {peers}, {size}, batch {batch}: all that an epoch takes",
+            f"stand-in of Market-1501 from {data}",
             f"{'':<34}{'images/s':>10}{'x usual':>10}",
         ]
         base = group.get("usual loop")

@@ -19,4 +19,4 @@ def cifar100(root: str, count: int = 50_000) -> tuple[ImageSet, str]:
     labels = torch.randperm(count, generator=generator) % 100
     names = tuple(map(str, range(100)))
     images = ImageSet(made, labels, 100, names, mean=(128.0,) * 3, std=(64.0,) * 3)
-    return images, f"random, since there is no CIFAR-100 in {root!r}"
+    return images, f"random images, since there is no CIFAR-100 in {root!r}"
