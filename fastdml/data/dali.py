@@ -8,7 +8,9 @@ rank). The pipeline has no random state: what a checkpoint must hold to go on wi
 position alone.
 
 Pixels differ from `ResidentLoader`'s by rounding: 1e-5 after normalisation without a resize or
-where sizes are doubled; bilinear weights are exact here and multiples of 1/256 there.
+where sizes are doubled, else 0.02, since bilinear weights are exact here and multiples of 1/256
+there. Files of another size than 128x64 are made so first, as there, where the libraries' filters
+differ by up to twelve grey levels, less than one in a picture's mean.
 
 One bad file ends a pipeline, and its error does not say which file it was. So files are checked
 before (`fastdml.data.scan`, decoder "dali"), and after an error the batch's files are looked at.
@@ -31,7 +33,7 @@ from fastdml.data.batching import Batching
 from fastdml.data.decode import BadImage, decode
 from fastdml.data.image_set import ImageSet
 from fastdml.data.probe import decoded
-from fastdml.data.reid import ReidSplit
+from fastdml.data.reid import STORED, ReidSplit
 from fastdml.data.samplers import Sampler
 from fastdml.data.scan import scan
 from fastdml.errors import InputError, require
@@ -72,17 +74,15 @@ class DALILoader(Batching):
             len(source), batch_size, seed=seed, train=train, sampler=sampler, rank=rank, world=world
         )
         self.files = isinstance(source, ReidSplit)
-        stored = None if self.files else tuple(source.images.shape[2:])
-        if self.files and size is None:
-            raise InputError("files may differ in size: give the size of the batches' images")
+        stored = STORED if self.files else tuple(source.images.shape[2:])
         self.augment = what = augment.options(
-            stored or size, train, size=size, pad=pad, padding=padding, flip=flip, erase=erase,
+            stored, train, size=size, pad=pad, padding=padding, flip=flip, erase=erase,
             cutout=cutout,
         )  # fmt: skip
-        resized = self.files or stored != (what.height, what.width)
-        if what.pad and what.reflect and resized:
+        resized = stored != (what.height, what.width)
+        if what.pad and what.reflect and (resized or self.files):
             raise InputError(
-                "DALI has no border by reflection for images it resizes: use padding='black'"
+                "DALI has no border by reflection for files or a resize: use padding='black'"
             )
         self.device, self.dtype, self.channels_last = torch.device(device), dtype, channels_last
         self.num_classes, self.threads = source.num_classes, threads
@@ -117,6 +117,8 @@ class DALILoader(Batching):
             if self.files:
                 x = fn.external_source(name="source", dtype=types.UINT8, ndim=1)
                 x = decoded(fn.io.file.read(x), "mixed" if gpu else "cpu")
+                height, width = STORED  # as when the set is kept in memory
+                x = fn.resize(x, resize_y=height, resize_x=width, interp_type=types.INTERP_LINEAR)
             else:
                 x = fn.external_source(name="source", dtype=types.UINT8, ndim=3, layout="HWC")
                 x = x.gpu() if gpu else x
@@ -126,6 +128,7 @@ class DALILoader(Batching):
                     resize_y=what.height,
                     resize_x=what.width,
                     interp_type=types.INTERP_LINEAR,
+                    antialias=False,
                     dtype=types.FLOAT,
                 )
             if what.pad:

@@ -11,9 +11,10 @@ import numpy as np
 import pytest
 import torch
 
-from fastdml.data import ImageFolderReID, Market1501
+from fastdml.data import ImageFolderReID, Market1501, make_loader
 from fastdml.data import scan as scanning
 from fastdml.data.decode import BadImage, decode
+from fastdml.data.loaders import has_dali
 from fastdml.data.scan import scan
 from fastdml.data.standin import FOLDER, StandIn, build_standin
 from fastdml.errors import InputError
@@ -38,11 +39,15 @@ def market_of(files, folder: Path) -> Path:
     for split in ("bounding_box_train", "query", "bounding_box_test"):
         (folder / split).mkdir(parents=True)
     for number, file in enumerate(files):
-        name = f"{number // 4 + 1:04d}_c{number % 6 + 1}s1_{number:06d}_00.jpg"
+        name = f"{number // 4 + 1:04d}_c{number % 4 + 1}s1_{number:06d}_00.jpg"  # in this order
         shutil.copy(file, folder / "bounding_box_train" / name)
     shutil.copy(files[0], folder / "query" / "0001_c1s1_000000_00.jpg")
     shutil.copy(files[0], folder / "bounding_box_test" / "0001_c2s1_000000_00.jpg")
     return folder
+
+
+def market_names(folder: Path) -> list[Path]:
+    return sorted((folder / "bounding_box_train").iterdir())
 
 
 def test_the_standin_is_read_by_the_rules(market, standin):
@@ -229,7 +234,7 @@ def test_every_odd_jpeg_through_the_reader(jpegs, tmp_path, scans):
     folder = market_of(jpegs, tmp_path)
     with pytest.raises(InputError, match=f"{len(BAD)} of {len(jpegs) + 2} files are bad") as error:
         Market1501(folder)
-    names = sorted((folder / "bounding_box_train").iterdir())
+    names = market_names(folder)
     market = Market1501(folder, bad_files="skip")
     for file, name in zip(jpegs, names, strict=True):
         if file.name in BAD:
@@ -238,6 +243,34 @@ def test_every_odd_jpeg_through_the_reader(jpegs, tmp_path, scans):
         else:
             assert str(name) in market.train.paths
     assert market.train.decode().images.shape == (len(jpegs) - len(BAD), 3, 128, 64)
+
+
+def test_every_odd_jpeg_through_the_loaders(jpegs, tmp_path, scans, capsys):
+    """The same shapes and labels; of pictures up to six times the size kept, which two libraries
+    shrink, the same pixels but for a grey level in the mean and twelve at most."""
+    market = Market1501(market_of(jpegs, tmp_path), bad_files="skip")
+    refused = [name for name, file in zip(market_names(tmp_path), jpegs, strict=True)
+               if file.name in BAD_FOR_DALI]  # fmt: skip
+    found = {}
+    for kind in ("resident", "torch", "dali")[: 3 if has_dali() else 2]:
+        if kind == "dali":
+            with pytest.raises(InputError, match=r"use --loader resident$") as error:
+                make_loader(kind, market.train, 16, train=False, size=(64, 32))
+            assert all(str(name) in str(error.value) for name in refused)
+        kept = market.train.without({str(name): "" for name in refused})
+        assert len(kept) == len(market.train) - len(BAD_FOR_DALI)
+        split = market.train if kind == "dali" else kept
+        loader = make_loader(kind, split, 16, bad_files="skip", train=False, size=(64, 32))
+        batches = list(loader.epoch(0))
+        found[kind] = tuple(torch.cat(parts) for parts in zip(*batches, strict=True))
+    images, labels = found.pop("resident")
+    assert images.shape == (len(kept), 3, 64, 32)
+    for kind, (others, other_labels) in found.items():
+        assert torch.equal(other_labels, labels), kind
+        assert others.shape == images.shape
+        gap = (others - images).abs() * 58  # grey levels
+        assert gap.max() <= (12 if kind == "dali" else 0), kind
+        assert gap.mean((1, 2, 3)).max() <= 1, kind
 
 
 def test_orientation_is_applied(jpegs):

@@ -29,12 +29,6 @@ def random_set(n=50, ch=3, height=8, width=8) -> ImageSet:
     )
 
 
-def numbered_set(n) -> ImageSet:
-    """The label of a sample is its index."""
-    images = torch.zeros(n, 1, 1, 1, dtype=torch.uint8)
-    return ImageSet(images, torch.arange(n), n, tuple(map(str, range(n))), (0.0,), (1.0,))
-
-
 def epoch_choices(seed: int, epoch: int, n: int, *, pad: int, flip: bool):
     """(sample, top, left, flip) of an epoch, (n,) each."""
     sample = RandomSampler(n).order(seed, epoch).sample
@@ -71,7 +65,7 @@ def reference_pixels(images: ImageSet, loader: ResidentLoader, epoch: int, step:
     return np.stack(out)
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=40, deadline=None)
 @given(
     st.integers(1, 4),
     st.integers(1, 9),
@@ -116,13 +110,13 @@ def test_normalisation(dtype, channels_last, ch):
 def test_real_images(cifar100_root):
     """Reflection, crop and flip of CIFAR-100 against the loop over images, and against chance."""
     train, test = load_cifar100(cifar100_root)
-    train = raw(train)
+    train = raw(train.subset(5_000))
     loader = ResidentLoader(train, 128, seed=5, train=True)
     for epoch, step in ((0, 0), (7, len(loader) - 1)):
         found, _ = pixels(loader, epoch, step)
         expected = reference_pixels(train, loader, epoch, step)
         assert np.array_equal(found.numpy(), expected)
-    assert len(loader) == 390
+    assert len(loader) == 39
     evaluation = ResidentLoader(test, 128, train=False)
     images, labels = evaluation.batch(0, 78)
     assert (len(evaluation), len(labels)) == (79, 16)
@@ -139,21 +133,7 @@ def test_real_digits(digits):
     assert abs(float(whole.std()) - 1) < 0.15
 
 
-@settings(max_examples=80, deadline=None)
-@given(st.integers(1, 200), st.integers(1, 200), st.integers(0, 2**63 - 1), st.integers(0, 999))
-def test_each_sample_once_an_epoch(n, batch_size, seed, epoch):
-    batch_size = min(batch_size, n)
-    loader = ResidentLoader(numbered_set(n), batch_size, seed=seed, train=True, pad=0)
-    batches = [labels.tolist() for _, labels in loader.epoch(epoch)]
-    assert len(batches) == len(loader) == n // batch_size
-    assert {len(b) for b in batches} == {batch_size}
-    seen = [sample for b in batches for sample in b]
-    assert len(set(seen)) == len(seen) == n // batch_size * batch_size
-    if n % batch_size == 0:
-        assert set(seen) == set(range(n))
-
-
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=15, deadline=None)
 @given(
     st.integers(0, 2**63 - 1),
     st.lists(st.tuples(st.integers(0, 5), st.integers(0, 6)), min_size=1, max_size=8),
@@ -168,7 +148,7 @@ def test_a_batch_depends_on_seed_epoch_and_step_alone(seed, asked):
 
 
 @given(st.integers(0, 7), st.integers(0, 3))
-@settings(deadline=None)
+@settings(max_examples=15, deadline=None)
 def test_resuming_gives_the_rest_of_the_epoch(start, epoch):
     whole = list(ResidentLoader(random_set(), 7, seed=1, train=True, pad=2).epoch(epoch))
     rest = list(ResidentLoader(random_set(), 7, seed=1, train=True, pad=2).epoch(epoch, start))
@@ -223,7 +203,7 @@ def test_choices_are_uniform_and_independent(seed, epoch):
 
 def test_first_sample_is_uniform_over_epochs():
     firsts = torch.stack(
-        [epoch_choices(9, epoch, 10, pad=0, flip=False)[0][0] for epoch in range(3000)]
+        [epoch_choices(9, epoch, 10, pad=0, flip=False)[0][0] for epoch in range(1000)]
     )
     assert chi_square_is_likely(torch.bincount(firsts, minlength=10))
 
