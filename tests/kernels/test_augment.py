@@ -14,6 +14,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+import triton
+import triton.language as tl
 from fastdml_kernels.augment import augment
 from fastdml_kernels.augment_options import Augment, bytes_moved, erasing_shapes
 from hypothesis import given, settings
@@ -21,6 +23,7 @@ from hypothesis import strategies as st
 
 from fastdml.data import ImageSet, RandomSampler
 from fastdml.data import augment as plain
+from fastdml.data.counter import EPOCH, draw, uniform
 from fastdml.data.per_image import resize, transform
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -73,6 +76,24 @@ def by_kernel(images, samples, what, seed, epoch, repetitions=None, dtype=torch.
         repetitions=None if repetitions is None else repetitions.to(DEVICE),
         dtype=dtype,
     )
+
+
+@triton.jit
+def draw_words(out, seed, epoch, n, SIZE: tl.constexpr):
+    i = tl.arange(0, SIZE)
+    words = tl.philox(seed, tl.full((SIZE,), epoch, tl.int32), i, i * 0, i * 0)
+    tl.store(out + i, words[0].to(tl.int64))
+    tl.store(out + SIZE + i, tl.umulhi(words[1], tl.full((SIZE,), n, tl.uint32)).to(tl.int64))
+    tl.store(out + 2 * SIZE + i, words[2].to(tl.int64))
+    tl.store(out + 3 * SIZE + i, tl.umulhi(words[3], tl.full((SIZE,), 2, tl.uint32)).to(tl.int64))
+
+
+def test_triton_draws_the_numbers_of_the_counter():
+    out = torch.empty(4, 64, dtype=torch.int64, device=DEVICE)
+    seed, epoch = 2**62 + 12345, 199
+    draw_words[(1,)](out, seed, epoch, 9, 64)
+    order, top, left, flip = draw(seed, epoch, torch.arange(64), EPOCH)
+    assert torch.equal(out.cpu(), torch.stack([order, uniform(top, 9), left, uniform(flip, 2)]))
 
 
 @settings(max_examples=12, deadline=None)
