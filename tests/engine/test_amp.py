@@ -48,8 +48,13 @@ def test_autocast_computes_in_the_named_precision(name, dtype):
     assert (amp.scaler is not None) == (name == "fp16")
 
 
-def test_the_scale_is_torchs_grad_scalers():
+def test_the_scale_is_torchs_grad_scalers(monkeypatch):
     """The same decisions from the same overflows, over more steps than the growth interval."""
+    torchs = torch.amp.GradScaler("cpu")
+    assert torchs.get_growth_interval() == LossScale.INTERVAL
+    assert torchs.get_growth_factor() == LossScale.GROWTH
+    assert torchs.get_backoff_factor() == LossScale.BACKOFF
+    monkeypatch.setattr(LossScale, "INTERVAL", 50)
     ours = LossScale(CPU, init=2.0**10)
     theirs = torch.amp.GradScaler("cpu", init_scale=2.0**10, growth_interval=LossScale.INTERVAL)
     weight = torch.nn.Parameter(torch.zeros(3))
