@@ -5,8 +5,9 @@ the same layout and size of file): decode, resize to 256x128, pad, crop, flip, e
 Rivals: the usual DataLoader with transforms one by one (plain, and torchvision's where it is
 installed), and for CIFAR batched torch as in airbench. Loaders with worker processes are timed
 after their workers have started. Ours are compared with each other before they are timed. Random
-images take the place of CIFAR-100 where it is absent (--data). Quick set on two CPU cores: about a
-minute and a half.
+images take the place of CIFAR-100 where it is absent (--data). On CUDA also the augmentation
+kernel by itself, in bf16: its time on the device against its byte budget. Quick set on two CPU
+cores: about two minutes.
 """
 
 from __future__ import annotations
@@ -43,13 +44,16 @@ AHEAD = 4  # batches that two workers have ready
 MARKET = {"size": (256, 128), "pad": 10, "padding": "black", "erase": 0.5}
 NAMES = ("resident", "dali", "torch", "usual", "torchvision", "airbench")
 TOLERANCE = 1e-5
+KERNEL_SECONDS = 1.0
+SETS = {"cifar": 50_000, "market": 12_936}  # images in memory
 STANDIN = StandIn(train_images=100)  # 5,000 to train on: an epoch, whose start costs, is long
 
 Sets = tuple[ImageSet, "ReidSplit | None"]  # what is in memory, and its files
 
 
 def pytest_generate_tests(metafunc):
-    metafunc.parametrize(("data", "name"), list(product(("cifar100", "market1501"), NAMES)))
+    if "name" in metafunc.fixturenames:
+        metafunc.parametrize(("data", "name"), list(product(("cifar100", "market1501"), NAMES)))
 
 
 def _endless(loader: Any) -> Iterator:
@@ -149,4 +153,51 @@ def test_data(data, name, folder, record, request):
         device=device.type,
         batch=BATCH,
         name=name,
+    )
+
+
+def kernel_calls(data: str, batch: int, n: int, device: torch.device) -> list[Callable[[], Any]]:
+    """Launches that each augment a batch of their own out of `n` random images."""
+    from fastdml_kernels.augment import augment
+    from fastdml_kernels.static_report import AUGMENTED
+
+    (H, W, ch), what = AUGMENTED[data]
+    images = torch.randint(256, (n, H, W, ch), dtype=torch.uint8, device=device)
+    labels = torch.zeros(n, dtype=torch.int64, device=device)
+    mean, scale = torch.full((ch,), 128.0, device=device), torch.full((ch,), 1 / 64, device=device)
+    epoch = torch.zeros(1, dtype=torch.int64, device=device)
+
+    def call(samples: torch.Tensor) -> Any:
+        return augment(
+            images, labels, samples, mean, scale, what, seed=0, epoch=epoch, dtype=torch.bfloat16
+        )
+
+    chosen = [torch.randint(n, (batch,), device=device) for _ in range(timing.CALLS_A_GRAPH)]
+    return [lambda samples=samples: call(samples) for samples in chosen]
+
+
+@pytest.fixture(scope="module")
+def copy_bandwidth(device) -> float | None:
+    return timing.copy_bandwidth(device) if device.type == "cuda" else None
+
+
+@pytest.mark.parametrize("batch", [64, 512, 16_384])  # the last beyond any L2 cache
+@pytest.mark.parametrize("data", list(SETS))
+def test_kernel(data, batch, device, copy_bandwidth, record):
+    if device.type != "cuda":
+        pytest.skip("the kernel needs a CUDA device")
+    from fastdml_kernels.augment_options import bytes_moved
+    from fastdml_kernels.static_report import AUGMENTED
+
+    calls = kernel_calls(data, batch, SETS[data], device)
+    timer = timing.replay(calls, torch.cuda.graph_pool_handle())
+    record(
+        timing.interleave({"kernel": timer}, KERNEL_SECONDS)["kernel"],
+        f"augment {data}",
+        bench="augment",
+        data=data,
+        batch=batch,
+        name="kernel",
+        least_bytes=batch * bytes_moved(*AUGMENTED[data], torch.bfloat16.itemsize),
+        copy_bandwidth=copy_bandwidth,
     )

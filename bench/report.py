@@ -150,6 +150,19 @@ def _data(rows: list[Row]) -> list[str]:
     return parts
 
 
+def _augment(rows: list[Row]) -> list[str]:
+    lines = [
+        "augmentation kernel, bf16: time on the device, and its byte budget in that time",
+        f"{'data':<10}{'batch':>8}{'us':>10}{'images/s':>14}{'GB/s':>8}{'of a copy':>11}",
+    ]
+    for row in rows:
+        time, least = row["median"], row["least_bytes"]
+        rate = f"{row['batch'] / time:>14,.0f}{least / time / 1e9:>8,.0f}"
+        share = f"{least / time / row['copy_bandwidth']:>11.0%}"
+        lines.append(f"{row['data']:<10}{row['batch']:>8,}{1e6 * time:>10.1f}{rate}{share}")
+    return ["\n".join(lines)]
+
+
 def _reid(rows: list[Row]) -> list[str]:
     parts = []
     groups = _groups(rows, "kind", "data", "queries", "gallery", "dims", "device")
@@ -210,6 +223,7 @@ _TABLES = (
     ("step", _step),
     ("end_to_end", _end_to_end),
     ("data", _data),
+    ("augment", _augment),
     ("reid", _reid),
     ("reid_loss", _reid_loss),
     ("reid_training", _reid_training),
