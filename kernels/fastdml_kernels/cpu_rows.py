@@ -51,17 +51,18 @@ def rows_loss(
     kl_weight: float,
     grads: Sequence[Tensor],  # K tensors (N, C) to be written, their last stride 1; () for none
     want_stats: bool,
-) -> tuple[Tensor, Tensor] | None:
+) -> tuple[Tensor, Tensor | None] | None:
     """Losses (K,) and packed statistics in float32; None where a logit is not finite, a label is no
     class or no row has one: `grads` may then hold anything."""
     K, (N, C) = len(logits), logits[0].shape
     logits = [z if z.stride(1) == 1 else z.contiguous() for z in logits]
     labels = labels.contiguous()
-    results = torch.empty(K + stats_size(K), dtype=torch.float32)
-    at = results.data_ptr()
+    losses = torch.empty(K, dtype=torch.float32)
+    stats = torch.zeros(stats_size(K), dtype=torch.float32) if want_stats else None
     whole = [
         K, N, C, labels.itemsize, options.ignore_index, options.reduction == "mean",
-        torch.get_num_threads(), labels.data_ptr(), at, at + 4 * K if want_stats else 0,
+        torch.get_num_threads(), labels.data_ptr(), losses.data_ptr(),
+        0 if stats is None else stats.data_ptr(),
     ]  # fmt: skip
     for k, z in enumerate(logits):
         number, size = TYPES[z.dtype]
@@ -72,4 +73,4 @@ def rows_loss(
     status = library().fastdml_rows(whole.buffer_info()[0], real.buffer_info()[0])
     if status == 2:
         raise MemoryError(f"mutual_loss: no memory for the sums of {N} rows")
-    return None if status else (results[:K], results[K:])
+    return None if status else (losses, stats)
