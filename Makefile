@@ -3,6 +3,8 @@
 
 PYTHON ?= python3
 PYTEST = -m pytest --durations=5
+# Two processes of one thread each; a file's tests stay together, for what they share is made once.
+TESTS = OMP_NUM_THREADS=1 $(BIN)/python $(PYTEST) -n 2 --dist loadfile
 
 BIN = .venv/bin
 OLDEST = .venv-oldest/bin
@@ -32,16 +34,17 @@ demo: $(TRAIN)
 	OMP_WAIT_POLICY=PASSIVE $(BIN)/fastdml train digits --independent
 
 test: $(DEV)
-	$(BIN)/python $(PYTEST)
+	$(TESTS)
 
 test-slow: $(DEV)
-	$(BIN)/python $(PYTEST) -m slow
+	$(TESTS) -m slow
 
 test-gpu: $(DEV)
 	$(BIN)/python $(PYTEST) -m gpu
 
 test-oldest: $(OLDEST_STAMP)
-	PYTHONPATH=.:kernels $(OLDEST)/python $(PYTEST) tests/kernels tests/test_loss.py
+	PYTHONPATH=.:kernels OMP_NUM_THREADS=1 $(OLDEST)/python $(PYTEST) -n 2 --dist loadfile \
+	  tests/kernels tests/test_loss.py
 
 lint: $(DEV)
 	$(BIN)/ruff check .
@@ -66,9 +69,10 @@ $(DEV): pyproject.toml setup.py $(NATIVE)
 	$(BIN)/python -m pip install --quiet -e '.[dev]'
 	@touch $(TRAIN) $@
 
-$(OLDEST_STAMP): pyproject.toml
+$(OLDEST_STAMP): pyproject.toml Makefile
 	$(call venv,.venv-oldest)
-	$(OLDEST)/python -m pip install --quiet torch==2.11.0 triton==3.6.0 'numpy<2.4' pytest hypothesis
+	$(OLDEST)/python -m pip install --quiet torch==2.11.0 triton==3.6.0 'numpy<2.4' \
+	  pytest pytest-xdist hypothesis
 	@touch $@
 
 # Makes the venv $(1) unless a working one is there; says what to do where Python cannot.
