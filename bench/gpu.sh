@@ -55,15 +55,15 @@ bench() {
 "$python" -c 'import torch; print(torch.__version__, torch.cuda.get_device_name())' || exit 1
 # a test file that needs more than this machine has must not keep the others from running
 pytest tests 130 tests -m gpu --continue-on-collection-errors
-bench loss 160
+bench loss 165
 bench step 100
 bench end_to_end 45
-bench data 35
-bench reid 35 -k 'loss or training or features-3368'
+bench data 45
+bench reid 30 -k 'loss or training or features-3368'
 
 stored=$(find "$out" -maxdepth 1 -name '*.json' -size +0 | sort)
 if [ -n "$stored" ]; then
   # shellcheck disable=SC2086
-  timeout 20 "$python" -m bench.report --plot "$out/roofline.png" $stored || failed=1
+  timeout 15 "$python" -m bench.report --plot "$out/roofline.png" $stored || failed=1
 fi
 exit $failed
