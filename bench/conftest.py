@@ -7,16 +7,12 @@ tables from there. Times are reported, never judged: a benchmark fails where a r
 
 from __future__ import annotations
 
-import os
 import statistics
 import sys
 from pathlib import Path
 
 import pytest
 
-# With one of the cores busy elsewhere, threads that spin while they wait for each other are several
-# times slower. Read when torch is first imported.
-os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 sys.path.insert(0, str(Path(__file__).parents[1]))  # `bench`, however pytest was started
 
 import torch

@@ -19,6 +19,7 @@ import torch
 
 Timer = Callable[[int], float]  # calls -> seconds they took together
 SHORTEST = 0.002  # seconds a sample, so that the timer's own cost does not count
+REST = 0.005  # seconds before a sample: threads of the one before stop spinning and free the cores
 CALLS_A_GRAPH = 8
 
 
@@ -29,7 +30,7 @@ def interleave(
     contender must have been called before: the first call compiles, allocates and so on."""
     guess = {name: max(timer(1), 1e-7) for name, timer in timers.items()}
     calls = {name: max(1, math.ceil(SHORTEST / guess[name])) for name in timers}
-    a_round = sum(guess[name] * calls[name] for name in timers)
+    a_round = sum(REST + guess[name] * calls[name] for name in timers)
     rounds = min(max(int(seconds / a_round), fewest), most)
     draw = random.Random(0)
     samples: dict[str, list[float]] = {name: [] for name in timers}
@@ -38,6 +39,9 @@ def interleave(
     try:
         for _ in range(rounds):
             for name in draw.sample(list(timers), len(timers)):
+                time.sleep(REST)
+                if calls[name] > 1:
+                    timers[name](1)  # of several calls none is the first after the rest
                 samples[name].append(timers[name](calls[name]) / calls[name])
     finally:
         gc.enable()
