@@ -271,7 +271,7 @@ def mutual_loss_cpu(
     kl_weight: Scalar = 1.0,
     peer_weights: Tensor | None = None,  # (K, K)
     class_weight: Tensor | None = None,  # (C,)
-    grads: Tensor | Sequence[Tensor] = (),  # (K, N, C) or K (N, C) to be written; () for none
+    grads: Sequence[Tensor] = (),  # K tensors (N, C) to be written; () for none
     want_stats: bool = False,
     upstream: Tensor | None = None,  # the losses' own gradient, (K,) or (K, N); None is 1
 ) -> tuple[Tensor, Tensor]:
@@ -280,7 +280,6 @@ def mutual_loss_cpu(
     K, (N, C) = len(logits), logits[0].shape
     dtype = torch.float64 if any(z.dtype == torch.float64 for z in logits) else torch.float32
     temperature, ce_weight, kl_weight = float(temperature), float(ce_weight), float(kl_weight)
-    grads = list(grads)
     if N and peer_weights is None and class_weight is None and takes(logits, options):
         result = rows_loss(
             logits, labels, options, temperature, ce_weight, kl_weight, grads, want_stats

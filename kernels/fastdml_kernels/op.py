@@ -47,26 +47,16 @@ def evaluate(
     call: Call,
     need_grad: bool,
     upstream: Tensor | None = None,  # (K,) or (K, N); only for gradients into the teachers
-    one_buffer: bool = True,  # gradients of K tensors may share memory: fewer calls on the CPU
 ) -> tuple[Tensor, Tensor | None, list[Tensor]]:
     """Losses (K,) or (K, N), packed statistics (None if not wanted), and gradients shaped as
     `logits` ([] if not needed). No autograd."""
-    on_cpu = logits[0].device.type == "cpu"
-    grads: list[Tensor] = []
-    out: Tensor | Sequence[Tensor] = ()
-    alike = logits[0].dim() == 2 and len({z.dtype for z in logits}) == 1
-    if need_grad and on_cpu and alike and one_buffer:
-        out = logits[0].new_empty((len(logits), *logits[0].shape))
-        grads = list(out.unbind())
-    elif need_grad:
-        grads = [torch.empty(z.shape, dtype=z.dtype, device=z.device) for z in logits]
-        out = grads[0] if grads[0].dim() == 3 and on_cpu else peers_of(grads)
-    compute = mutual_loss_cpu if on_cpu else launch
+    grads = [z.new_empty(z.shape) for z in logits] if need_grad else []
+    compute = mutual_loss_cpu if logits[0].device.type == "cpu" else launch
     losses, stats = compute(
         peers_of(logits), call.labels, call.options,
         temperature=call.temperature, ce_weight=call.ce_weight, kl_weight=call.kl_weight,
         peer_weights=call.peer_weights, class_weight=call.class_weight,
-        grads=out, want_stats=call.want_stats, upstream=upstream,
+        grads=peers_of(grads) if grads else (), want_stats=call.want_stats, upstream=upstream,
     )  # fmt: skip
     return losses, stats if call.want_stats else None, grads
 
@@ -130,8 +120,7 @@ def _evaluate_flat(
         kl_weight if kl_weight_tensor is None else kl_weight_tensor,
         peer_weights, class_weight, want_stats,
     )  # fmt: skip
-    # an operator's results may not share memory
-    losses, stats, grads = evaluate(logits, call, need_grad, upstream, one_buffer=False)
+    losses, stats, grads = evaluate(logits, call, need_grad, upstream)
     if stats is None:  # an operator's results have fixed types
         K = logits[0].shape[0] if logits[0].dim() == 3 else len(logits)
         stats = losses.new_zeros(stats_size(K))
