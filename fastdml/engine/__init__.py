@@ -1,6 +1,7 @@
 """One training step over a cohort, in several executions behind one call.
 
     eager     one peer after the other, launch by launch
+    threads   a host thread a peer; on a CPU only
     streams   a CUDA stream a peer
     graph     the step of `streams` captured as one CUDA graph
     stacked   peers of one architecture as one network; on CUDA captured as one graph too
@@ -20,13 +21,14 @@ from torch.optim import Optimizer
 
 from fastdml.engine.amp import Amp, resolve
 from fastdml.engine.apex import takes_number
-from fastdml.engine.choose import AutoStep
+from fastdml.engine.choose import AutoStep, fits_threads
 from fastdml.engine.ema import Ema
 from fastdml.engine.graph import GraphStep
 from fastdml.engine.optimizers import Schedule, learning_rates, make_optimizer
 from fastdml.engine.stacked import StackedStep
 from fastdml.engine.step import After, EagerStep, SequentialStep, StepOptions, StepOutput
 from fastdml.engine.streams import StreamsStep
+from fastdml.engine.threads import ThreadsStep
 from fastdml.errors import InputError
 
 if TYPE_CHECKING:
@@ -64,6 +66,7 @@ def _stacked(*arguments) -> Step:
 # How each execution updates. One peer after the other leaves nothing to overlap or to stack.
 EXECUTIONS: dict[str, dict[str, Callable[..., Step]]] = {
     "eager": {"simultaneous": EagerStep, "sequential": SequentialStep},
+    "threads": {"simultaneous": ThreadsStep},
     "streams": {"simultaneous": StreamsStep},
     "graph": {"simultaneous": _graph, "sequential": _sequential_graph},
     "stacked": {"simultaneous": _stacked},
@@ -72,7 +75,10 @@ EXECUTIONS: dict[str, dict[str, Callable[..., Step]]] = {
 
 def executions(device: torch.device) -> list[str]:
     """Those that run on this kind of device."""
-    return list(EXECUTIONS) if device.type == "cuda" else ["eager", "stacked"]
+    here = ("eager", "threads", "stacked")
+    if device.type == "cuda":
+        here = ("eager", "streams", "graph", "stacked")
+    return list(here)
 
 
 def make_step(
@@ -94,10 +100,11 @@ def make_step(
     """`step(images, labels) -> StepOutput(losses, stats, metric)`; device tensors, no
     synchronisation.
 
-    execution: "eager", "streams", "graph", "stacked", or "auto": on CUDA the one that a short
-        measurement at the first step finds fastest (eager for an optimizer of Apex that counts on
-        the host), on a CPU by a rule (stacked for very small batches of one architecture, else
-        eager), in one line on stderr.
+    execution: "eager", "threads" (on a CPU), "streams", "graph" (on CUDA), "stacked", or "auto": on
+        CUDA the one that a short measurement at the first step finds fastest (eager for an
+        optimizer of Apex that counts on the host), on a CPU by a rule (stacked for very small
+        batches of one architecture, threads where there is a core for each peer, else eager), in
+        one line on stderr.
     amp: "auto", "off", "bf16", "fp16" or a resolved `Amp`.
     compile: the networks go through torch.compile first.
     update: "simultaneous" or "sequential" (the paper's Algorithm 1; eager and graph only).
@@ -130,9 +137,8 @@ def make_step(
             )
         if execution not in executions(device):
             able = " or ".join(executions(device))
-            raise InputError(
-                f"execution {execution!r} needs a CUDA device, not {device}: use {able}"
-            )
+            needs = "a CPU" if execution == "threads" else "a CUDA device"
+            raise InputError(f"execution {execution!r} needs {needs}, not {device}: use {able}")
         if update not in EXECUTIONS[execution]:
             able = [name for name, kinds in EXECUTIONS.items() if update in kinds]
             raise InputError(
@@ -162,7 +168,7 @@ def make_step(
     able = [name for name in executions(device) if update in EXECUTIONS[name]]
     if device.type != "cuda" and (len(able) == 1 or len(cohort) == 1 or amp.dtype is not None):
         return make("eager")  # the rule has nothing to choose, or was not measured
-    return AutoStep(able, make, device)
+    return AutoStep(able, make, device, side_by_side=fits_threads(cohort.peers))
 
 
 def _check_metric(

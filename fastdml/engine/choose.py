@@ -8,7 +8,8 @@ takes the execution that it began with. Eager without measuring where the optimi
 host: what it counted could not be restored, and a graph would freeze its learning rate.
 
 On a CPU by a rule, since two runs of the same settings must not differ in rounding: stacked where
-the batch is so small that calls cost more than arithmetic, else eager. Milliseconds of a whole step
+the batch is so small that calls cost more than arithmetic, else threads where every peer has a core
+and is a model of ours without dropout, else eager. Milliseconds of a whole step
 in fp32 (medians of interleaved rounds on a shared 2-core AMD EPYC; repeats differ by 10 %):
 
     peers             batch      1 thread: eager  stacked    2 threads: eager  stacked
@@ -29,7 +30,7 @@ from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from fastdml.engine.graph import SCALARS
 from fastdml.engine.snapshot import Snapshot
@@ -41,16 +42,34 @@ if TYPE_CHECKING:
 
 WARM_UP, TIMED = 3, 10  # steps of each candidate
 ORDER = ("eager", "streams", "stacked", "graph")  # in which they are measured
+OURS = tuple(
+    f"fastdml.models.{name}" for name in ("resnet_cifar", "wide_resnet", "mobilenet", "googlenet")
+)
 SMALL = 4096  # pixels of a batch up to which a CPU stacks, 64 images of 8x8
+
+
+def fits_threads(peers: Sequence[nn.Module]) -> bool:
+    """Whether each peer can have a core, and is known to draw no random numbers."""
+    ours = all(type(getattr(peer, "backbone", peer)).__module__ in OURS for peer in peers)
+    dropout = any(
+        isinstance(m, nn.modules.dropout._DropoutNd) and m.p > 0 for p in peers for m in p.modules()
+    )
+    return ours and not dropout and 1 < len(peers) <= torch.get_num_threads()
 
 
 class AutoStep:
     """A step that becomes another at its first call."""
 
     def __init__(
-        self, names: Sequence[str], make: Callable[[str], Step], device: torch.device
+        self,
+        names: Sequence[str],
+        make: Callable[[str], Step],
+        device: torch.device,
+        *,
+        side_by_side: bool = False,  # whether "threads" fits the peers and the cores
     ) -> None:
         self.names, self.make, self.device = names, make, device
+        self.side_by_side = side_by_side
         self.chosen: Step | None = None
 
     def __getattr__(self, name: str) -> Any:
@@ -76,8 +95,9 @@ class AutoStep:
             else:
                 print("execution: stacked (a small batch on a CPU)", file=sys.stderr)
                 return step
-        print("execution: eager", file=sys.stderr)
-        return self.make("eager")
+        name = "threads" if self.side_by_side and "threads" in self.names else "eager"
+        print(f"execution: {name}", file=sys.stderr)
+        return self.make(name)
 
     def _measure(self, batch: tuple[Tensor, ...]) -> Step:
         best, times = None, {}

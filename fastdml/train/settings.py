@@ -100,7 +100,7 @@ class TrainConfig:
     # --- speed ---
     device: str = "auto"
     """auto (cuda where there is one, else cpu), cpu, cuda or cuda:N."""
-    execution: Literal["auto", "eager", "streams", "graph", "stacked"] = "auto"
+    execution: Literal["auto", "eager", "threads", "streams", "graph", "stacked"] = "auto"
     """How a step runs. auto: on a GPU the fastest by a short measurement, on a CPU by a rule."""
     amp: Literal["auto", "off", "bf16", "fp16"] = "auto"
     """Precision of the peers. auto: bf16 if the hardware has it, fp16 on older CUDA, else off."""
