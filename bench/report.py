@@ -108,11 +108,11 @@ def _lines(
     group: dict[str, Row], base: str, images: int, unit: str, per_second: float
 ) -> list[str]:
     """Time, images a second, and how often a contender fits into the time of `base`."""
-    lines = [f"{'':<34}{unit:>10}{'images/s':>11}{'x ' + base.split()[0]:>12}"]
+    lines = [f"{'':<34}{unit:>10}{'images/s':>11}{'x ' + base.split()[0]:>15}"]
     for name, row in group.items():
         time = row["median"]
         ratio = f"{group[base]['median'] / time:.2f}" if base in group else "-"
-        lines.append(f"{name:<34}{per_second * time:>10.2f}{images / time:>11,.0f}{ratio:>12}")
+        lines.append(f"{name:<34}{per_second * time:>10.2f}{images / time:>11,.0f}{ratio:>15}")
     return lines
 
 
