@@ -220,12 +220,18 @@ def augment_report(name: str, dtype: str = "bf16", arch: str = "sm_90") -> Kerne
     stores -= Counter({8: 1})  # the label
     size, image = DTYPES[dtype].itemsize, what.height * what.width * stored[2]
 
-    def passes(widths: Counter[int], tile_bytes: int) -> int:
-        covered = sum(width * count for width, count in widths.items()) * 32 * warps
-        return math.ceil(covered / tile_bytes)
+    pixels = named["ROWS"] * what.width * stored[2]  # of a tile, whose other lanes are masked
 
-    reads = passes(loads, tile) * image // math.prod(stored)
-    writes = passes(stores, tile * size)
+    def passes(widths: Counter[int], each: int, expected: int) -> int:
+        """Over a tile's pixels, of `each` bytes. Of a masked lane a compiler may leave out the
+        instruction: what is expected is taken as found where as many bytes as that are moved."""
+        covered = sum(width * count for width, count in widths.items()) * 32 * warps // each
+        fits = expected * pixels <= covered <= expected * tile
+        return expected if fits else math.ceil(covered / pixels)
+
+    resized = (what.height, what.width) != stored[:2]
+    reads = passes(loads, 1, 4 if resized else 1) * image // math.prod(stored)
+    writes = passes(stores, size, 1)
     least = bytes_moved(stored, what, size)
     moved = reads * math.prod(stored) + writes * image * size
     return KernelReport(
