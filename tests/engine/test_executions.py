@@ -457,7 +457,10 @@ def test_a_capture_that_breaks_off_is_cleared_away(monkeypatch):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"execution": "graph"}, "'graph' needs a CUDA device, not cpu: use eager or stacked"),
+        (
+            {"execution": "graph"},
+            "'graph' needs a CUDA device, not cpu: use eager or threads or stacked",
+        ),
         ({"execution": "streams"}, "'streams' needs a CUDA device"),
         ({"execution": "stacked", "update": "sequential"}, "'stacked' does not go with update="),
         ({"accumulate": 0}, "accumulate must be 1 or more, not 0"),

@@ -620,7 +620,10 @@ class TestExecutions:
 
     def test_what_cannot_run_here_makes_no_folder(self, settings):
         for execution, message in (
-            ("graph", "execution 'graph' needs a CUDA device, not cpu: use eager or stacked"),
+            (
+                "graph",
+                "execution 'graph' needs a CUDA device, not cpu: use eager or threads or stacked",
+            ),
             ("stacked", "needs peers of one architecture: conv differs between peers 0 and 1"),
         ):
             with pytest.raises(InputError, match=message):
