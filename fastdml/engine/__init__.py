@@ -168,7 +168,9 @@ def make_step(
     able = [name for name in executions(device) if update in EXECUTIONS[name]]
     if device.type != "cuda" and (len(able) == 1 or len(cohort) == 1 or amp.dtype is not None):
         return make("eager")  # the rule has nothing to choose, or was not measured
-    return AutoStep(able, make, device, side_by_side=fits_threads(cohort.peers))
+    if "threads" in able and not fits_threads(cohort.peers):
+        able.remove("threads")
+    return AutoStep(able, make, device)
 
 
 def _check_metric(

@@ -63,15 +63,9 @@ class AutoStep:
     """A step that becomes another at its first call."""
 
     def __init__(
-        self,
-        names: Sequence[str],
-        make: Callable[[str], Step],
-        device: torch.device,
-        *,
-        side_by_side: bool = False,  # whether "threads" fits the peers and the cores
+        self, names: Sequence[str], make: Callable[[str], Step], device: torch.device
     ) -> None:
         self.names, self.make, self.device = names, make, device
-        self.side_by_side = side_by_side
         self.chosen: Step | None = None
 
     def __getattr__(self, name: str) -> Any:
@@ -97,7 +91,7 @@ class AutoStep:
             else:
                 print("execution: stacked (a small batch on a CPU)", file=sys.stderr)
                 return step
-        name = "threads" if self.side_by_side and "threads" in self.names else "eager"
+        name = "threads" if "threads" in self.names else "eager"
         print(f"execution: {name}", file=sys.stderr)
         return self.make(name)
 
