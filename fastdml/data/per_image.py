@@ -7,6 +7,7 @@ the other loaders make the same bits in other ways.
 
 from __future__ import annotations
 
+import gc
 from collections.abc import Iterator
 from functools import cache
 from typing import Any, NamedTuple
@@ -116,6 +117,12 @@ def _collate(images: list[np.ndarray | str]) -> Tensor | str:
     return torch.from_numpy(np.stack(images))  # (B, H, W, ch)
 
 
+def _spare_what_was_inherited(worker: int) -> None:
+    """A worker is a fork: an unreachable DALI pipeline of the parent's that it collected would wait
+    for, or crash on, threads that exist in the parent alone. What it inherits it never collects."""
+    gc.freeze()
+
+
 class TorchLoader(Batching):
     """`ResidentLoader`'s batches, to the last bit, from a `ReidSplit` or an `ImageSet`.
 
@@ -175,6 +182,7 @@ class TorchLoader(Batching):
             batch_sampler=asked,
             num_workers=self.workers,
             collate_fn=_collate,
+            worker_init_fn=_spare_what_was_inherited,
             pin_memory=self.device.type == "cuda",
         )
         for part, images in zip(parts, loader, strict=True):

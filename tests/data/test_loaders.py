@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import shutil
 from pathlib import Path
@@ -23,8 +24,10 @@ from fastdml.data import (
     load_cifar100,
     loaders,
     make_loader,
+    per_image,
 )
 from fastdml.data.dali import checked
+from fastdml.data.decode import decode
 from fastdml.errors import InputError, MissingExtra
 from fastdml.train import checkpoint, reid, report
 
@@ -207,6 +210,34 @@ def test_a_file_that_vanishes_from_the_torch_loader(standin_copy, market, worker
         list(loader.epoch(0))
     assert f"{gone}: the file is not there" in str(error.value)
     assert "\n" not in str(error.value)
+
+
+def test_workers_leave_the_parents_garbage_alone(market, monkeypatch):
+    """What a fork must not finalize, a DALI pipeline for one, may lie in a cycle in the parent."""
+    parent = os.getpid()
+
+    class ForTheParentAlone:
+        def __del__(self):
+            if os.getpid() != parent:
+                os._exit(1)
+
+    def decode_and_collect(path, size):
+        gc.collect()
+        return decode(path, size)
+
+    monkeypatch.setattr(per_image, "decode", decode_and_collect)
+    loader = TorchLoader(market.train, 16, train=True, workers=1)
+    expected = TorchLoader(market.train, 16, train=True, workers=0).batch(0, 0)
+    gc.disable()
+    try:
+        garbage = ForTheParentAlone()
+        garbage.itself = garbage
+        del garbage
+        found = loader.batch(0, 0)
+    finally:
+        gc.enable()
+    assert torch.equal(found[0], expected[0])
+    assert torch.equal(found[1], expected[1])
 
 
 @needs_dali
