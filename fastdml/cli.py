@@ -40,6 +40,7 @@ def train(args: list[str]) -> None:
     if data not in DATA:
         raise InputError(f"cannot train on {data!r}{_nearest(data, DATA)}")
     config = _train_config(data, options)
+    _find_own_models(config.peers)
 
     from fastdml.train import report, run
 
@@ -326,6 +327,7 @@ def _run_config(run: Path) -> TrainConfig:
 def _run_cohort(options: argparse.Namespace, device: Any) -> Cohort:
     from fastdml.cohort import Cohort
 
+    _find_own_models(options.peers or ())
     folder = options.run if options.weights == "last" else options.run / "best"
     if not (folder / "cohort.json").is_file():
         raise InputError(
@@ -333,3 +335,14 @@ def _run_cohort(options: argparse.Namespace, device: Any) -> Cohort:
             f"{'training ends' if options.weights == 'last' else 'an epoch is evaluated'}"
         )
     return Cohort.load(folder, device, peers=options.peers)
+
+
+def _find_own_models(peers: Sequence[str]) -> None:
+    """Peers that are the user's own code are looked for in the current folder first, where `python
+    -m fastdml` finds them too. Without such a peer nothing is imported from there."""
+    from fastdml.models import is_own
+
+    if any(map(is_own, peers)) and not getattr(sys.flags, "safe_path", False):
+        here = str(Path.cwd())
+        if here not in sys.path:
+            sys.path.insert(0, here)

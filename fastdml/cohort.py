@@ -26,7 +26,7 @@ import torch
 from torch import Tensor, nn
 
 from fastdml.errors import InputError, require
-from fastdml.models import ReidHead, create_model
+from fastdml.models import ReidHead, create_model, is_own
 
 FORMAT = 1  # of cohort.json
 
@@ -58,16 +58,9 @@ class Cohort(nn.Module):
         pretrained: bool = False,
     ) -> None:
         super().__init__()
-        if isinstance(peers, (str, nn.Module)):
-            raise InputError(f"peers must be a list, such as [{_quoted(peers)}], not a single one")
-        peers = list(peers)
+        peers = _listed(peers)
         if not peers:
             raise InputError("a cohort needs at least one peer; name one, such as resnet32")
-        for k, peer in enumerate(peers):
-            if not isinstance(peer, (str, nn.Module)):
-                raise InputError(
-                    f"peer {k} is a {type(peer).__name__}, neither a model name nor a torch module"
-                )
         if not isinstance(seed, Integral) or seed < 0:
             raise InputError(f"seed must be a whole number of at least 0, not {seed!r}")
 
@@ -161,20 +154,18 @@ class Cohort(nn.Module):
         description = _read_description(folder / "cohort.json")
         entries = description["peers"]
         head = description["head"]
-        sources = [entry["model"] for entry in entries] if peers is None else list(peers)
+        sources = [entry["model"] for entry in entries] if peers is None else _listed(peers)
         if len(sources) != len(entries):
             raise InputError(f"{folder} holds {len(entries)} peers, and peers= has {len(sources)}")
 
         modules = []
         for k, (entry, source) in enumerate(zip(entries, sources, strict=True)):
             name, path = entry["name"], folder / _peer_file(k, entry["name"])
-            own = source is None or (
-                isinstance(source, str) and ":" in source and not source.startswith("timm:")
-            )
-            if own and peers is None:
+            if peers is None and (source is None or is_own(source)):
                 raise InputError(
-                    f"peer {name} of {folder} is your own code ({source or 'a module'}): "
-                    "pass peers=[...] to Cohort.load, a name or a module for each"
+                    f"peer {name} of {folder} is your own code ({source or 'a module'}): say what "
+                    "to load into, a name or a module for each (peers= of Cohort.load, names only: "
+                    "--peers of the command)"
                 )
             if isinstance(source, str):
                 source = _build(
@@ -312,8 +303,17 @@ def _unique(names: Sequence[str]) -> list[str]:
     return unique
 
 
-def _quoted(peer: str | nn.Module) -> str:
-    return repr(peer) if isinstance(peer, str) else type(peer).__name__
+def _listed(peers: Sequence[str | nn.Module]) -> list[str | nn.Module]:
+    if isinstance(peers, (str, nn.Module)):
+        one = repr(peers) if isinstance(peers, str) else type(peers).__name__
+        raise InputError(f"peers must be a list, such as [{one}], not a single one")
+    peers = list(peers)
+    for k, peer in enumerate(peers):
+        if not isinstance(peer, (str, nn.Module)):
+            raise InputError(
+                f"peer {k} is a {type(peer).__name__}, neither a model name nor a torch module"
+            )
+    return peers
 
 
 def _peer_file(k: int, name: str) -> str:
@@ -373,8 +373,7 @@ def _read_description(path: Path) -> dict:
         raise InputError(f"{path} does not describe a cohort: {error!r}") from None
     if version != FORMAT:
         raise InputError(f"{path} has format {version!r}; this version of fastdml reads {FORMAT}")
-    if not all(isinstance(name, str) for name, _, _ in peers) or not all(
-        isinstance(size, int) for size in sizes
-    ):
+    texts = [t for n, m, sha256 in peers for t in (n, "" if m is None else m, sha256)]
+    if not all(isinstance(t, str) for t in texts) or not all(isinstance(n, int) for n in sizes):
         raise InputError(f"{path} does not describe a cohort: a name or a number is of wrong type")
     return description

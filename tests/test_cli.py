@@ -121,6 +121,39 @@ def test_peers_with_different_class_counts(refused, tmp_path, monkeypatch):
     )
 
 
+@pytest.fixture
+def own_models(tmp_path, monkeypatch):
+    """A module in the current folder, which is not on the path: as the installed command has it."""
+    (tmp_path / "test.py").write_text(  # there is a module `test` in Python's library
+        "from torch import nn\n"
+        "def net(num_classes):\n"
+        "    return nn.Sequential(nn.Flatten(), nn.Linear(64, num_classes))\n"
+        "def wrong(num_classes):\n"
+        "    return 3\n"
+        "constant = 3\n"
+    )
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "path", list(sys.path))
+    monkeypatch.delitem(sys.modules, "test", raising=False)
+    yield
+    sys.modules.pop("test", None)
+
+
+def test_own_models_are_found_in_the_current_folder(own_models, capfd):
+    assert cli.main(["train", "digits", "--peers", "test:net", "--dry-run"]) == 0
+    assert "test:net, 650 parameters" in capfd.readouterr().out
+
+
+def test_own_code_that_is_no_model(own_models, refused):
+    for name, reason in [
+        ("test:wrong", "returned int, not a torch nn.Module"),
+        ("test:constant", "constant is of type int"),
+        ("test:nat", "no function 'nat'; nearest: net"),
+        ("tast:net", "no module 'tast'"),
+    ]:
+        refused(["train", "digits", "--peers", "resnet8", name], f"model '{name}': .*{reason}")
+
+
 # --- the settings ---
 
 

@@ -266,11 +266,15 @@ def test_tied_weights_survive(tmp_path):
 def test_own_modules_are_loaded_into_what_is_given(tmp_path):
     cohort = Cohort([linear_net(), "resnet8"], 4)
     cohort.save(tmp_path)
-    with pytest.raises(InputError, match=r"peer Sequential .*pass peers="):
+    with pytest.raises(InputError, match=r"peer Sequential .* your own code .*peers="):
         Cohort.load(tmp_path)
     assert same(Cohort.load(tmp_path, peers=[linear_net(), "resnet8"]), cohort)
     with pytest.raises(InputError, match="holds 2 peers, and peers= has 1"):
         Cohort.load(tmp_path, peers=[linear_net()])
+    with pytest.raises(InputError, match=r"peers must be a list, such as \['resnet8'\]"):
+        Cohort.load(tmp_path, peers="resnet8")
+    with pytest.raises(InputError, match="peer 1 is a int, neither"):
+        Cohort.load(tmp_path, peers=[linear_net(), 5])
     with pytest.raises(InputError, match=r"does not fit peer Sequential: [^\n]*Missing key[^\n]*$"):
         Cohort.load(tmp_path, peers=["resnet8", "resnet8"])
 
@@ -329,7 +333,9 @@ def test_a_save_that_fails_leaves_the_old_one(trained, tmp_path, monkeypatch):
     "text",
     ["", "[]", "{", '{"format": 1}', '{"format": 1, "peers": 3}', "\x00", '"x"',
      '{"format": 1, "num_classes": "5", "in_channels": 1, '
-     '"peers": [{"name": "a", "model": "resnet8", "sha256": ""}]}'],
+     '"peers": [{"name": "a", "model": "resnet8", "sha256": ""}]}',
+     '{"format": 1, "num_classes": 5, "in_channels": 1, '
+     '"peers": [{"name": "a", "model": 0, "sha256": ""}]}'],
 )  # fmt: skip
 def test_a_file_that_describes_no_cohort(tmp_path, text):
     (tmp_path / "cohort.json").write_text(text)

@@ -48,6 +48,11 @@ def model_names() -> list[str]:
     ]  # fmt: skip
 
 
+def is_own(name: str) -> bool:
+    """Whether a name means the user's own code, package.module:function, which it would import."""
+    return ":" in name and not name.startswith("timm:")
+
+
 def create_model(
     name: str,
     num_classes: int,
@@ -84,7 +89,7 @@ def create_model(
         )
         if head is not None and head.last_stride == 1:
             keep_last_stage(model)
-    elif ":" in name:
+    elif is_own(name):
         model = _from_import(name, num_classes, in_channels)
     else:
         model = _own(name, num_classes, in_channels, head)
@@ -154,25 +159,51 @@ def _from_import(name: str, num_classes: int, in_channels: int) -> nn.Module:
     except ModuleNotFoundError as error:
         if error.name is None or not f"{module_name}.".startswith(f"{error.name}."):
             raise  # the module is there and something it imports is not: show that
-        raise InputError(
-            f"model {name!r}: no module {error.name!r}; install it, or put its folder on PYTHONPATH"
-        ) from None
-    function = getattr(module, function_name, None)
-    if not callable(function):
+        remedy = "install it, or put its folder on PYTHONPATH"
+        if module_name.endswith(".py"):
+            remedy = f"give the module's name, {module_name.removesuffix('.py')}:{function_name}"
+        raise InputError(f"model {name!r}: no module {error.name!r}; {remedy}") from None
+    if not hasattr(module, function_name):
         public = [n for n, v in vars(module).items() if callable(v) and not n.startswith("_")]
         raise InputError(
             f"model {name!r}: {module_name} has no function {function_name!r}; "
             f"nearest: {_nearest(function_name, public)}"
         )
-    arguments = {"num_classes": num_classes, "in_channels": in_channels}
-    parameters = inspect.signature(function).parameters
-    if not any(p.kind is p.VAR_KEYWORD for p in parameters.values()):
-        if "num_classes" not in parameters:
-            raise InputError(f"model {name!r}: the function must take an argument num_classes")
-        arguments = {key: value for key, value in arguments.items() if key in parameters}
-    model = function(**arguments)
+    function = getattr(module, function_name)
+    if isinstance(function, nn.Module) or not callable(function):
+        raise InputError(
+            f"model {name!r}: {function_name} is of type {type(function).__name__}: name a "
+            "function that takes num_classes and returns a torch nn.Module"
+        )
+    model = function(**_own_arguments(name, function, num_classes, in_channels))
     if not isinstance(model, nn.Module):
         raise InputError(
             f"model {name!r}: the function returned {type(model).__name__}, not a torch nn.Module"
         )
     return model
+
+
+def _own_arguments(
+    name: str, function: Callable[..., object], num_classes: int, in_channels: int
+) -> dict[str, int]:
+    """num_classes, and in_channels where the function takes it; refused if it needs more."""
+    arguments = {"num_classes": num_classes, "in_channels": in_channels}
+    try:
+        signature = inspect.signature(function)
+    except ValueError:  # some builtins have none
+        signature = inspect.Signature()
+    parameters = signature.parameters.values()
+    if not any(p.kind is p.VAR_KEYWORD for p in parameters):
+        named = {p.name for p in parameters if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)}
+        if "num_classes" not in named:
+            raise InputError(
+                f"model {name!r}: the function must take an argument num_classes by name"
+            )
+        arguments = {key: value for key, value in arguments.items() if key in named}
+    try:
+        signature.bind(**arguments)
+    except TypeError as error:
+        raise InputError(
+            f"model {name!r}: the function gets {' and '.join(arguments)} alone: {error}"
+        ) from None
+    return arguments

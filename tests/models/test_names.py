@@ -29,7 +29,11 @@ def wrong(num_classes): return num_classes
 def broken(num_classes): raise ZeroDivisionError
 class Net(nn.Linear):
     def __init__(self, num_classes): super().__init__(3, num_classes)
+def more(num_classes, width): return nn.Linear(width, num_classes)
+def by_place(num_classes, /): return nn.Linear(3, num_classes)
 constant = 3
+built = nn.Linear(3, 3)
+builtin = dict
 """
 
 
@@ -124,8 +128,12 @@ def test_own_function_without_channels(own, function):
     ("function", "message"),
     [
         ("clases_only", "nearest: classes_only"),
-        ("constant", "no function 'constant'"),
-        ("none", "must take an argument num_classes"),
+        ("constant", "constant is of type int: name a function"),
+        ("built", "built is of type Linear: name a function"),
+        ("none", "must take an argument num_classes by name"),
+        ("by_place", "must take an argument num_classes by name"),
+        ("builtin", "must take an argument num_classes by name"),
+        ("more", "gets num_classes alone: missing a required argument: 'width'"),
         ("wrong", "returned int, not a torch nn.Module"),
         ("", "write package.module:function"),
         ("a:b", "write package.module:function"),
@@ -139,6 +147,8 @@ def test_own_function_that_cannot_be_used(own, function, message):
 def test_missing_module_is_named_and_faults_of_its_own_are_shown(own):
     with pytest.raises(InputError, match="no module 'not_there_at_all'"):
         create_model("not_there_at_all.nets:net", 5)
+    with pytest.raises(InputError, match="give the module's name, not_there:net"):
+        create_model("not_there.py:net", 5)
     with pytest.raises(InputError, match=r"no module 'fastdml_test_own.nest'"):
         create_model("fastdml_test_own.nest:net", 5)
     with pytest.raises(ModuleNotFoundError, match="not_installed_anywhere") as caught:
