@@ -3,8 +3,8 @@
 Target "peers" without edge weights or gates; temperature, label smoothing and ignored rows
 included. A row is read for its maximum, for its normaliser and for everything else, all but the
 first time from cache, and its gradient is written once; O(K C) work, O(K^2 C) with statistics.
-Anything out of the ordinary (a logit that is not finite, a label that is no class, no labelled
-row) is reported, not handled: the caller has a careful way.
+Anything out of the ordinary (a logit or a loss that is not finite, a label that is no class, no
+labelled row) is reported, not handled: the caller has a careful way.
 
 Sums: fp32 over at most FLUSH vectors in each lane, double beyond, blocks of rows in a fixed order,
 so that results do not depend on the number of threads. Differences between peers come before any
@@ -86,10 +86,11 @@ INLINE double total(vec x) {
            ((double)x[4] + x[5] + ((double)x[6] + x[7]));
 }
 
-/* exp(x) for x <= 0 within about one unit in the last place; 1.6e-38 from -87 down. Range reduction
-   and polynomial are those of Cephes' expf (Moshier). */
+/* exp(x) for x <= 0 within about one unit in the last place; 0 from -87 down. Range reduction and
+   polynomial are those of Cephes' expf (Moshier). */
 INLINE vec exp_(vec x) {
-    x = maximum(x, all(-87.0f));
+    const ints above = x > -87.0f;
+    x = (vec)((ints)x & above);
     const vec shift = all(12582912.0f); /* 1.5 * 2^23: adding it rounds to a whole number */
     vec whole = x * 1.44269504f + shift;
     const ints power = (ints)whole - (ints)shift;
@@ -101,7 +102,8 @@ INLINE vec exp_(vec x) {
     p = p * r + 1.6666665459e-1f;
     p = p * r + 5.0000001201e-1f;
     p = p * (r * r) + r + 1.0f;
-    return p * (vec)((power + 127) << 23);
+    p *= (vec)((power + 127) << 23);
+    return (vec)((ints)p & above);
 }
 
 INLINE vec load(const char *row, int type, int64_t at) {
@@ -215,8 +217,9 @@ INLINE void terms(const Problem *p, const Row *row, Lanes *lanes, float *mean, i
     for (int k = 0; k < K; k++) {
         const vec x = load(row->z[k], narrow ? p->types[k] : FLOAT32, c) - row->top[k];
         const vec log_p = x - row->log_sum[k];
-        /* the gradient's place holds what the normaliser is the sum of, but where it has been */
-        prob[k] = kept && !part ? load(row->g[k], FLOAT32, c) * row->scale[k] : exp_(log_p);
+        /* The gradient's place holds what the normaliser is the sum of, but where it has been: there
+           the same again, bit for bit, as classes of equal logits must tie. */
+        prob[k] = kept ? (part ? exp_(x) : load(row->g[k], FLOAT32, c)) * row->scale[k] : exp_(log_p);
         if (spread != 0) lanes->towards_all[k] += part ? fresh(log_p, p->C) : log_p;
         if (stats) {
             const vec uncertain = prob[k] * log_p;
@@ -358,8 +361,9 @@ static void *work(void *argument) {
     return NULL;
 }
 
-/* Losses and packed statistics from the sums of all rows. */
-static void conclude(const Problem *p, const Sums *sums, int64_t blocks_, double labelled) {
+/* Losses and packed statistics from the sums of all rows; 0 where logits so far apart that fp32 does
+   not hold the distance made one infinite. */
+static int conclude(const Problem *p, const Sums *sums, int64_t blocks_, double labelled) {
     const int K = (int)p->K;
     const double *parts = (const double *)sums;
     const size_t size = sizeof(Sums) / sizeof(double);
@@ -370,6 +374,7 @@ static void conclude(const Problem *p, const Sums *sums, int64_t blocks_, double
     const double per_row = p->averaged ? 1 / labelled : 1;
     for (int k = 0; k < K; k++) {
         const double kl = K > 1 ? scale * (t.energy - t.pull[k]) / (K - 1) : 0;
+        if (!isfinite(t.ce[k] + kl)) return 0;
         p->losses[k] = (float)(per_row * (p->ce_weight * t.ce[k] + p->kl_weight * kl));
         if (!p->stats) continue;
         p->stats[k] = (float)(t.ce[k] / labelled);
@@ -384,6 +389,7 @@ static void conclude(const Problem *p, const Sums *sums, int64_t blocks_, double
         p->stats[2 * K] = p->stats[2 * K + 1] = (float)labelled;
         p->stats[4 * K + 2] = (float)t.together;
     }
+    return 1;
 }
 
 /* 0: done. 1: not for this function, and nothing that it wrote counts. 2: no memory.
@@ -444,7 +450,7 @@ int fastdml_rows(const int64_t *whole, const double *real) {
         if (shares[t].started) pthread_join(shares[t].thread, NULL);
         fine &= shares[t].fine;
     }
-    if (fine) conclude(p, sums, count, (double)labelled);
+    fine = fine && conclude(p, sums, count, (double)labelled);
     free(sums);
     free(means);
     return !fine;

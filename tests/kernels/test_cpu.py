@@ -9,7 +9,7 @@ import torch
 from fastdml_kernels import cpu as cpu_module
 from fastdml_kernels import cpu_rows
 from hypothesis import given, settings
-from oracle import LAYOUTS, OPTIONS, check, cpu, make, problems, upstream_of
+from oracle import LAYOUTS, OPTIONS, Problem, check, cpu, make, problems, upstream_of
 
 
 @pytest.mark.parametrize("one", OPTIONS)
@@ -124,6 +124,44 @@ def test_a_logit_that_is_not_finite_goes_the_careful_way(at, bad):
     assert calls == [None]
     if bad == -torch.inf:
         check(p, yardsticks=False, grad=False)
+
+
+@NATIVE
+@pytest.mark.parametrize("grad", [True, False])
+@pytest.mark.parametrize("C", [29, 37, 100, 751])
+def test_classes_of_equal_logits_tie_wherever_they_are(C, grad):
+    """As with a last layer of zeros; whole vectors and the row's end go different ways."""
+    p = make(3, 8, C, spread=0.0)
+    p.labels[:] = torch.tensor([0, C - 1, C // 2, 1, 0, 2, C - 2, 0])
+    stats = cpu(p, grad=grad).stats
+    assert stats["ensemble_correct"] == 3
+    assert stats["correct"].tolist() == [3, 3, 3]
+
+
+@NATIVE
+@pytest.mark.parametrize("lowest", [-1e30, torch.finfo(torch.float32).min])
+def test_classes_masked_by_the_lowest_number_count_for_nothing(lowest):
+    """As a language model's padding: probability 0 times a huge logarithm, in every statistic."""
+    p = make(3, 6, 20, seed=1)
+    p.labels.clamp_(max=12)
+    for z in p.logits:
+        z[:, 13:] = lowest
+    kept = [z[:, :13] for z in p.logits]
+    own, alone = cpu(p), cpu(Problem(kept, p.labels, p.options))
+    torch.testing.assert_close(own.losses, alone.losses, rtol=1e-6, atol=0)
+    torch.testing.assert_close(own.stats, alone.stats, rtol=1e-5, atol=1e-6)
+    assert all((g[:, 13:] == 0).all() for g in own.grads)
+
+
+@NATIVE
+def test_logits_farther_apart_than_float32_holds_go_the_careful_way():
+    p = make(2, 4, 20)
+    p.labels[:] = 3
+    p.logits[0][1, 3], p.logits[0][1, 7] = 3e38, -3e38
+    assert cpu_rows.rows_loss(p.logits, p.labels, p.options, 1.0, 1.0, 1.0, (), True) is None
+    own = cpu(p)
+    assert own.losses[1].isfinite()
+    assert all(g.isfinite().all() for g in own.grads)
 
 
 @NATIVE
