@@ -15,6 +15,7 @@ import difflib
 import io
 import json
 import os
+import re
 import sys
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
@@ -271,7 +272,7 @@ def _check_options(args: Iterable[str], known: Iterable[str]) -> None:
 
 def _nearest(name: str, known: Iterable[str]) -> str:
     known = list(known)
-    near = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
+    near = difflib.get_close_matches(name.lower(), known, n=1, cutoff=0.5)
     return f"; did you mean {near[0]}?" if near else f"; there is {', '.join(known)}"
 
 
@@ -284,6 +285,8 @@ def _train_config(data: str, options: list[str]) -> TrainConfig:
     names = [field.name.replace("_", "-") for field in known]
     flags = [f"--no-{field.name.replace('_', '-')}" for field in known if field.type == "bool"]
     _check_options(options, ["--help", "--config", *(f"--{name}" for name in names), *flags])
+    if os.environ.get("NO_COLOR"):  # which tyro does not look at
+        os.environ.setdefault("PYTHON_TYRO_ANSI_CODES", "False")
     shown = io.StringIO()
     try:
         with contextlib.redirect_stderr(shown):
@@ -294,8 +297,23 @@ def _train_config(data: str, options: list[str]) -> TrainConfig:
         while cause := cause.__cause__ or cause.__context__:
             if isinstance(cause, InputError):
                 raise cause from None
-        sys.stderr.write(shown.getvalue())
-        raise
+        if not stop.code:  # after --help
+            raise
+        raise InputError(
+            f"{_unframed(shown.getvalue())}; fastdml train {data} --help lists the options"
+        ) from None
+
+
+def _unframed(box: str) -> str:
+    """The first paragraph in one of tyro's boxes, in one line, without the title above it."""
+    paragraph: list[str] = []
+    for line in re.sub(r"\x1b\[[\d;]*m", "", box).splitlines()[1:]:
+        text = line.strip("│ ")
+        if text.strip("╰─╯-"):
+            paragraph.append(text)
+        elif paragraph:  # the rule below it
+            break
+    return " ".join(paragraph).rstrip(".") or "wrong options"
 
 
 def _add_run_options(parser: Parser) -> None:

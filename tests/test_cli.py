@@ -178,11 +178,24 @@ def test_wrong_settings(refused, tmp_path, options, patterns):
     refused(["train", "digits", *options], *patterns)
 
 
-def test_usage_errors_of_the_parser_exit_2_too(capfd):
-    assert cli.main(["train", "digits", "--epochs", "many"]) == 2
-    err = capfd.readouterr().err
-    assert "many" in err
-    assert "Traceback" not in err
+@pytest.mark.parametrize("terminal", ["wide", "narrow", "coloured", "ascii"])
+@pytest.mark.parametrize(
+    ("options", "patterns"),
+    [
+        (["--epochs", "many"], ["--epochs", "'many'"]),
+        (["--epochs"], ["Missing value", "--epochs"]),
+        (["--loader", "fast"], ["'fast'", "--loader", "'auto', 'resident', 'dali', 'torch'"]),
+        (["more"], ["more"]),
+    ],
+)
+def test_usage_errors_of_the_parser_too(refused, monkeypatch, options, patterns, terminal):
+    monkeypatch.setenv("COLUMNS", "30" if terminal == "narrow" else "80")
+    monkeypatch.setenv("TERM", "xterm")
+    if terminal == "coloured":
+        monkeypatch.setattr(sys.stdout, "isatty", lambda: True)
+    if terminal == "ascii":
+        sys.stdout.reconfigure(encoding="ascii")
+    refused(["train", "digits", *options], *patterns, "fastdml train digits --help")
 
 
 def test_wrong_commands(refused):
