@@ -75,6 +75,12 @@ def replay(calls: Sequence[Callable[[], Any]], pool: Any) -> Timer:
     with torch.cuda.stream(stream):  # whatever the first call on a stream does, outside the graph
         for call in calls:
             call()
+        before = torch.cuda.get_sync_debug_mode()
+        torch.cuda.set_sync_debug_mode("error")  # a capture that breaks off harms those after it
+        try:
+            calls[0]()
+        finally:
+            torch.cuda.set_sync_debug_mode(before)
     torch.cuda.current_stream().wait_stream(stream)
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph, pool=pool):

@@ -38,6 +38,7 @@ from fastdml.loss import MutualStats
 
 WARM_UP = 3  # steps, the last under supervision
 SCALARS = ("temperature", "ce_weight", "kl_weight")
+SUPERVISED = "Synchronization debug mode is a prototype"  # torch, whenever it is switched on
 
 
 class CudaCapture:
@@ -158,7 +159,8 @@ class GraphStep:
         snapshot = Snapshot(self.inner.tensors, self.device)
         try:
             with warnings.catch_warnings(), capture.warm_up():
-                warnings.filterwarnings("ignore", "This instance was constructed with capturable")
+                for usual in ("This instance was constructed with capturable", SUPERVISED):
+                    warnings.filterwarnings("ignore", usual)
                 for _ in range(WARM_UP - 1):
                     self._run()
                 with capture.supervised():

@@ -274,6 +274,19 @@ class TestGraphLogic:
             run.train(1)
         assert run.step.captured is None
 
+    def test_what_torch_always_warns_of_in_a_warm_up_is_not_shown(self):
+        class Warned(DirectCapture):
+            @contextlib.contextmanager
+            def supervised(self):
+                warnings.warn("Synchronization debug mode is a prototype feature", stacklevel=1)
+                yield
+
+        run = Run("", make=lambda *a: GraphStep(EagerStep(*a), Warned))
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            run.train(1)
+        assert run.step.failure is None
+
     def test_the_fallback_goes_on_from_an_untouched_state(self):
         class Refusing(DirectCapture):
             def capture(self, run):
@@ -549,7 +562,7 @@ def test_on_cuda_fifty_stacked_steps_follow_the_eager_ones(options):
 @pytest.mark.parametrize("optimizer", ["sgd", "adam"])
 def test_on_cuda_warm_up_and_capture_leave_no_trace(precision, optimizer):
     run = cuda_run("graph", precision=precision, optimizer=optimizer, average=0.9)
-    held = [(t, t.clone()) for t in run.step.tensors()]
+    held = [(t, t.detach().clone()) for t in run.step.tensors()]
     rng = torch.cuda.get_rng_state()
     run.step._capture(next(batches(1, torch.device("cuda"))))
     assert run.step.failure is None

@@ -1,0 +1,24 @@
+"""The clocks of the benchmarks."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+sys.path.append(str(Path(__file__).parents[2]))
+
+from bench import timing
+
+
+@pytest.mark.gpu
+def test_a_call_that_waits_is_refused_and_the_next_one_is_timed():
+    x = torch.ones(1 << 20, device="cuda")
+    pool = torch.cuda.graph_pool_handle()
+    with pytest.raises(RuntimeError, match="synchroniz"):
+        timing.replay([lambda: x.sum().item()], pool)
+    assert torch.cuda.get_sync_debug_mode() == 0
+    timer = timing.replay([lambda: torch.nn.functional.dropout(x)], pool)
+    assert timer(10) > 0
