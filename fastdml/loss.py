@@ -6,6 +6,7 @@ the KL divergences between the peers, the statistics and the gradients; see `fas
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -74,6 +75,10 @@ def _check(logits: Tensor | Sequence[Tensor], call: Call) -> list[Tensor]:
     if z.device.type not in ("cpu", "cuda"):
         raise ValueError(f"logits on {z.device}: fastdml computes on CPU and CUDA devices")
     labels = call.labels
+    if not isinstance(labels, Tensor):
+        raise TypeError(
+            f"labels of type {type(labels).__name__}: give a tensor ({N},) of int64 or int32"
+        )
     if labels.shape != (N,):
         raise ValueError(f"labels of shape {tuple(labels.shape)} for N = {N} rows: give ({N},)")
     if labels.dtype not in (torch.int64, torch.int32):
@@ -86,6 +91,8 @@ def _check(logits: Tensor | Sequence[Tensor], call: Call) -> list[Tensor]:
     ):
         if tensor is None:
             continue
+        if not isinstance(tensor, Tensor):
+            raise TypeError(f"{name} of type {type(tensor).__name__}: give a tensor {shape}")
         if tensor.shape != shape or tensor.device != z.device:
             raise ValueError(
                 f"{name} of shape {tuple(tensor.shape)} on {tensor.device}: "
@@ -96,6 +103,8 @@ def _check(logits: Tensor | Sequence[Tensor], call: Call) -> list[Tensor]:
     for name in ("temperature", "ce_weight", "kl_weight"):
         value = getattr(call, name)
         if not isinstance(value, Tensor):
+            if not isinstance(value, (int, float)) and not hasattr(value, "__float__"):
+                raise TypeError(f"{name}={value!r}: give a number, or a 0-d tensor on {z.device}")
             continue
         if value.dim() != 0 or value.device != z.device:
             raise ValueError(
@@ -104,10 +113,13 @@ def _check(logits: Tensor | Sequence[Tensor], call: Call) -> list[Tensor]:
             )
         if value.requires_grad:
             raise ValueError(f"{name} requires a gradient, which the loss does not compute")
-    if not isinstance(call.temperature, Tensor) and not call.temperature > 0:
+    if not isinstance(call.temperature, Tensor) and not 0 < call.temperature < math.inf:
         raise ValueError(
-            f"temperature={call.temperature}: it divides the logits and must be above 0"
+            f"temperature={call.temperature}: it divides the logits and must be above 0, and finite"
         )
+    ignore = call.options.ignore_index
+    if not isinstance(ignore, int) and not hasattr(ignore, "__index__"):
+        raise TypeError(f"ignore_index={ignore!r}: give a whole number")
     return tensors
 
 
@@ -216,12 +228,13 @@ def mutual_loss(
 
     logits: (K, N, C), or a sequence of K tensors (N, C), which is not copied; float32, bfloat16,
         float16, or float64 on the CPU; any strides; dtypes may differ between peers. Sums are in
-        float32 (float64 for float64 logits), gradients in each peer's dtype.
+        float32 (float64 for float64 logits), gradients in each peer's dtype, rounded once: those of
+        float16 after a GradScaler's scale, in the backward, which then reads the logits again.
     labels: (N,) int64 or int32. On the CPU a label that is no class raises ValueError. On CUDA,
         where the host never waits for a value, its row's losses and gradients are NaN.
     temperature: T, for the KL term only, which is multiplied by T**2 (Hinton et al. 2015).
     ce_weight, kl_weight, temperature: numbers, or 0-d tensors on the logits' device, which a
-        schedule can change inside a captured graph.
+        schedule can change inside a captured graph, and without compiling anew.
     target: what a peer learns from. "peers": each other peer, KL(p_l || p_k). "ensemble": the
         probability mean of the others, the paper's DML_e: the same gradient as "peers", since
         cross-entropy is linear in its target, and a smaller value. "ensemble_logits": the softmax
@@ -282,18 +295,22 @@ def linear_mutual_loss(
     reduction: "mean" or "sum". The other options are those of `mutual_loss`; teachers are
         constants.
 
-    One backward a forward: the gradients are ready when the loss is, and are given away. Those of
-    weight and bias are added up over the chunks in float32. Raises ValueError and TypeError for
-    arguments that do not fit, RuntimeError for a second backward or a second derivative.
+    One backward a forward: the gradients are ready when the loss is, and are given away (compiled
+    code keeps them). Those of weight and bias are added up over the chunks in float32. Layers
+    compute in their own dtypes, within autocast too. Raises ValueError and TypeError for arguments
+    that do not fit, RuntimeError for a second backward or derivative and under torch.func.
     """
     if reduction not in ("mean", "sum"):
         raise ValueError(f"reduction={reduction!r}: linear_mutual_loss has 'mean' and 'sum'")
     layers = []
     for name, value in (("hidden", hidden), ("weight", weight)):
-        tensors = list(value.unbind() if isinstance(value, Tensor) else value)
-        if not tensors or any(t.dim() != 2 for t in tensors):
-            shapes = [tuple(t.shape) for t in tensors]
-            raise ValueError(f"{name} of shapes {shapes}: give at least one tensor, each 2-d")
+        whole = isinstance(value, Tensor)
+        tensors = list(value.unbind() if whole and value.dim() == 3 else () if whole else value)
+        if not tensors or any(not isinstance(t, Tensor) or t.dim() != 2 for t in tensors):
+            shapes = tuple(value.shape) if whole else [
+                tuple(t.shape) if isinstance(t, Tensor) else type(t).__name__ for t in tensors
+            ]  # fmt: skip
+            raise ValueError(f"{name} {shapes}: give K tensors, each 2-d, or one 3-d tensor")
         layers.append(tensors)
     hiddens, weights = layers
     K = len(hiddens)
@@ -310,16 +327,22 @@ def linear_mutual_loss(
                 f"peer {k}: hidden {tuple(h.shape)}, weight {tuple(w.shape)}, bias {found}: "
                 f"give (N, D), ({C}, D) and ({C},)"
             )
-        if len({t.dtype for t in (h, w, b) if t is not None}) != 1:
+        given = [t for t in (h, w, b) if t is not None]
+        if len({t.dtype for t in given}) != 1:
             raise TypeError(
-                f"peer {k}: hidden is {h.dtype}, weight {w.dtype}: cast them to one dtype (a "
-                "fused layer is not touched by autocast)"
+                f"peer {k}: hidden, weight and bias of {', '.join(str(t.dtype) for t in given)}: "
+                "cast them to one dtype (a fused layer is not touched by autocast)"
             )
-    if chunk_rows is not None and chunk_rows < 1:
-        raise ValueError(f"chunk_rows={chunk_rows}: give at least 1 row")
+        if len({t.device for t in given}) != 1:
+            raise ValueError(
+                f"peer {k}: hidden, weight and bias on {', '.join(str(t.device) for t in given)}: "
+                "bring them to one device"
+            )
+    if chunk_rows is not None and not (isinstance(chunk_rows, int) and chunk_rows >= 1):
+        raise ValueError(f"chunk_rows={chunk_rows!r}: give a whole number, at least 1 row")
     options = Options(target, gate, symmetric, True, label_smoothing, ignore_index, mimic_ignored,
                       reduction)  # fmt: skip
     call = Call(labels, options, temperature, ce_weight, kl_weight, peer_weights, class_weight,
                 False)  # fmt: skip
-    _check([h[:, :1].expand(-1, C) for h in hiddens], call)  # shapes, dtypes, devices; no copy
+    _check([h.new_empty(()).expand(h.shape[0], C) for h in hiddens], call)  # no memory to speak of
     return _linear_mutual_loss(hiddens, weights, biases, call, chunk_rows)

@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import pytest
 import torch
+from fastdml_kernels import Call, Options
 from fastdml_kernels import linear as linear_module
+from fastdml_kernels.op import flatten
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch.autograd import forward_ad
 from torch.nn.functional import linear
 
 from fastdml import linear_mutual_loss, mutual_loss
@@ -26,7 +29,7 @@ def problem(K, N, C, dtype=torch.float64, seed=0, biased=True):
     return hidden, weight, bias, labels
 
 
-def both(hidden, weight, bias, labels, upstream, chunk_rows, **options):
+def both(hidden, weight, bias, labels, upstream, chunk_rows=None, **options):
     leaves = [t for t in (*hidden, *weight, *bias) if t is not None]
     fused = linear_mutual_loss(hidden, weight, labels, bias, chunk_rows=chunk_rows, **options)
     fused_grads = torch.autograd.grad(fused, leaves, upstream)
@@ -108,6 +111,98 @@ def test_no_label_at_all():
     assert losses.isfinite().all()
 
 
+@pytest.mark.parametrize("reduction", ["mean", "sum"])
+def test_no_rows(reduction):
+    hidden, weight, bias, labels = problem(2, 0, 5, torch.float32)
+    losses = linear_mutual_loss(hidden, weight, labels, bias, reduction=reduction)
+    expected = mutual_loss(torch.zeros(2, 0, 5), labels, reduction=reduction)
+    torch.testing.assert_close(losses.detach(), expected, equal_nan=True)
+    losses.sum().backward()
+    assert all((w.grad == 0).all() for w in weight)
+
+
+def test_float64_stays_in_float64():
+    hidden, weight, bias, labels = problem(2, 20, 7)
+    options = {"class_weight": torch.rand(7), "chunk_rows": 6}
+    fused, plain = both(hidden, weight, bias, labels, torch.ones(2).double(), **options)
+    for ours, theirs in zip(fused, plain, strict=True):
+        assert ours.dtype == torch.float64
+        torch.testing.assert_close(ours, theirs, rtol=1e-12, atol=1e-13)
+
+
+def test_float16_keeps_gradients_below_its_smallest_number():
+    """They are kept per row, not per batch, until a loss scale comes."""
+    hidden, weight, bias, labels = problem(2, 512, 40, torch.float16)
+    hidden = [(0.01 * h.detach()).requires_grad_() for h in hidden]
+    weight = [(1e-3 * w.detach()).requires_grad_() for w in weight]
+    losses = linear_mutual_loss(hidden, weight, labels, bias)
+    grads = torch.autograd.grad(losses.sum() * 2.0**16, hidden)
+    exact = [[t.detach().double().requires_grad_() for t in ts] for ts in (hidden, weight, bias)]
+    expected = torch.autograd.grad(
+        linear_mutual_loss(exact[0], exact[1], labels, exact[2]).sum() * 2.0**16, exact[0]
+    )
+    for ours, theirs in zip(grads, expected, strict=True):
+        assert (ours.double() - theirs).norm() < 3e-3 * theirs.norm()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_autocast_leaves_the_layers_alone(dtype):
+    hidden, weight, bias, labels = problem(2, 9, 7, dtype)
+    results = []
+    for enabled in (False, True):
+        with torch.autocast("cpu", torch.bfloat16, enabled=enabled):
+            losses = linear_mutual_loss(hidden, weight, labels, bias)
+        results.append((losses, *torch.autograd.grad(losses.sum(), [*hidden, *weight, *bias])))
+    assert all(map(torch.equal, *results))
+
+
+def test_no_gradient_is_computed_without_need():
+    hidden, weight, bias, labels = problem(2, 9, 7, torch.float32)
+    wanted = []
+    with pytest.MonkeyPatch.context() as patch, torch.no_grad():
+        evaluate = linear_module.evaluate
+        patch.setattr(linear_module, "evaluate", lambda *a: wanted.append(a[2]) or evaluate(*a))
+        assert not linear_mutual_loss(hidden, weight, labels, bias).requires_grad
+    assert wanted == [False]
+
+
+@torch._dynamo.config.patch(error_on_recompile=True)
+def test_compiled_whole_for_every_batch_size():
+    torch._dynamo.reset()
+    step = torch.compile(linear_mutual_loss, fullgraph=True, dynamic=True, backend="aot_eager")
+    for N in (9, 30):
+        hidden, weight, bias, labels = problem(2, N, 7, torch.float32, seed=N)
+        bias[0] = None
+        weight[1].requires_grad_(False)
+        leaves = [*hidden, weight[0], bias[1]]
+        results = []
+        for loss in (step, linear_mutual_loss):
+            losses = loss(hidden, weight, labels, bias, chunk_rows=4, temperature=2.0)
+            results.append((losses, *torch.autograd.grad((2 * losses).sum(), leaves)))
+        for ours, theirs in zip(*results, strict=True):
+            torch.testing.assert_close(ours, theirs, rtol=1e-6, atol=1e-7)
+
+
+def test_opcheck():
+    hidden, weight, _, labels = problem(2, 6, 5, torch.float32)
+    call = Call(labels, Options(), 1.0, 1.0, 1.0, None, None, False)
+    arguments = ([h.detach() for h in hidden], [w.detach() for w in weight], [None, None], 4,
+                 [True] * 3 + [False] * 3, *flatten(call))  # fmt: skip
+    torch.library.opcheck(torch.ops.fastdml.linear_mutual_loss.default, arguments)
+
+
+def test_function_transforms_and_forward_mode_are_refused_by_name():
+    hidden, weight, bias, labels = problem(2, 6, 5, torch.float32)
+    with pytest.raises(RuntimeError, match=r"linear_mutual_loss does not run under torch\.func"):
+        torch.func.grad(lambda h: linear_mutual_loss([h, hidden[1]], weight, labels, bias).sum())(
+            hidden[0]
+        )
+    with forward_ad.dual_level():
+        moving = forward_ad.make_dual(hidden[0].detach(), torch.ones_like(hidden[0]))
+        with pytest.raises(RuntimeError, match="linear_mutual_loss has no forward-mode"):
+            linear_mutual_loss([moving, hidden[1]], weight, labels, bias)
+
+
 def test_frozen_layers_get_no_gradient():
     hidden, weight, bias, labels = problem(2, 6, 5, torch.float32)
     weight[0].requires_grad_(False)
@@ -132,8 +227,24 @@ def test_second_backward_and_second_derivative_are_refused():
     [
         (lambda h, w, b: (h, w[:1], b), ValueError, "2 hidden, 1 weight and 2 bias"),
         (lambda h, w, b: (h, [w[0], w[1][:, :2]], b), ValueError, "peer 1: hidden"),
-        (lambda h, w, b: ([], w, b), ValueError, "at least one tensor"),
-        (lambda h, w, b: ([h[0].bfloat16(), h[1]], w, b), TypeError, "peer 0: hidden is"),
+        (lambda h, w, b: ([], w, b), ValueError, r"hidden \[\]: give K tensors"),
+        (lambda h, w, b: (h[0], w, b), ValueError, r"hidden \(6, 3\): give K tensors"),
+        (lambda h, w, b: (h, [1, w[1]], b), ValueError, r"weight \['int', \(5, 4\)\]"),
+        (
+            lambda h, w, b: ([h[0].bfloat16(), h[1]], w, b),
+            TypeError,
+            "peer 0: .* torch.bfloat16, torch.float32, torch.float32: cast",
+        ),
+        (
+            lambda h, w, b: (h, w, [b[0], b[1].double()]),
+            TypeError,
+            "peer 1: .* torch.float64: cast",
+        ),
+        (
+            lambda h, w, b: (h, [w[0], w[1].to("meta")], b),
+            ValueError,
+            "peer 1: .* on cpu, meta, cpu",
+        ),
     ],
 )
 def test_what_does_not_fit_is_named(change, error, message):
@@ -149,3 +260,5 @@ def test_options_that_cannot_be_fused_are_named():
         linear_mutual_loss(hidden, weight, labels, bias, reduction="none")
     with pytest.raises(ValueError, match="chunk_rows=0"):
         linear_mutual_loss(hidden, weight, labels, bias, chunk_rows=0)
+    with pytest.raises(ValueError, match=r"chunk_rows=2\.5: give a whole number"):
+        linear_mutual_loss(hidden, weight, labels, bias, chunk_rows=2.5)

@@ -280,7 +280,8 @@ def mutual_loss_cpu(
     K, (N, C) = len(logits), logits[0].shape
     dtype = torch.float64 if any(z.dtype == torch.float64 for z in logits) else torch.float32
     temperature, ce_weight, kl_weight = float(temperature), float(ce_weight), float(kl_weight)
-    if N and peer_weights is None and class_weight is None and takes(logits, options):
+    weights = (peer_weights, class_weight, upstream)
+    if N and all(w is None for w in weights) and takes(logits, options):
         result = rows_loss(
             logits, labels, options, temperature, ce_weight, kl_weight, grads, want_stats
         )

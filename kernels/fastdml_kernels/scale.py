@@ -48,7 +48,7 @@ def scale_(grads: Sequence[Tensor], upstream: Tensor) -> None:
                     grad.mul_(g)
         elif not bool((upstream == 1).all()):
             for grad, g in zip(grads, upstream.unbind(), strict=True):
-                grad.mul_(g[:, None].to(grad.dtype))
+                grad.mul_(g[:, None])
         return
     launch_scale(grads, upstream)
 

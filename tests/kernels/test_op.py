@@ -9,14 +9,18 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+from functools import partial
 
 import pytest
 import torch
 from fastdml_kernels import Call, Options, evaluate, mutual_loss
-from fastdml_kernels.op import _flat
+from fastdml_kernels import op as op_module
+from fastdml_kernels.launch import launch
+from fastdml_kernels.op import flatten
 from fastdml_kernels.scale import launch_scale, scale_
 from oracle import DEVICE, DTYPES, OPTION_NAMES, make
 from torch import Tensor
+from torch.autograd import forward_ad
 
 OPTIONS = [
     {},
@@ -115,6 +119,23 @@ def test_the_kth_loss_touches_the_kth_logits_only():
     assert (grads[0] == 0).all()
     assert (grads[2] == 0).all()
     assert (grads[1] != 0).any()
+
+
+@pytest.mark.parametrize("stacked", [False, True])
+@pytest.mark.parametrize("compile_it", [False, True])
+def test_a_loss_scale_comes_before_the_rounding_to_float16(compile_it, stacked):
+    """Half of these gradients lie below 3e-8, where float16 has nothing: that is what a GradScaler
+    is for."""
+    z, scale = leaves(K=2, N=64, C=500, dtype=torch.float16, stacked=stacked), 2.0**16
+    z = [(4 * x.detach()).requires_grad_() for x in z]
+    y = labels_for(z)
+    exact = [x.detach().float().requires_grad_() for x in z]
+    expected = torch.autograd.grad(mutual_loss(exact, call(y))[0].sum(), exact)
+    run = compiled("aot_eager") if compile_it else lambda z, y, s: mutual_loss(z, call(y))[0] * s
+    grads = torch.autograd.grad(run(z, y, torch.tensor(scale, device=DEVICE)).sum(), z)
+    for g, want in zip(grads, expected, strict=True):
+        assert g.dtype == torch.float16
+        torch.testing.assert_close(g.float() / scale, want, rtol=1e-3, atol=1e-11)
 
 
 # ---- graphs
@@ -226,6 +247,18 @@ def test_function_transforms_are_refused_by_name():
         torch.func.vmap(lambda a: mutual_loss([a, a], arguments)[0])(torch.stack([z[0], z[1]]))
 
 
+def test_derivatives_that_bypass_the_graph_are_refused_by_name():
+    z = leaves()
+    with pytest.raises(RuntimeError, match="is_grads_batched"):
+        torch.autograd.grad(loss(z), z, torch.eye(3, device=DEVICE), is_grads_batched=True)
+    with forward_ad.dual_level():
+        fixed = [x.detach() for x in z]
+        moving = forward_ad.make_dual(fixed[0], torch.ones_like(z[0]))
+        with pytest.raises(RuntimeError, match="no forward-mode derivative"):
+            loss([moving, *fixed[1:]])
+        same([loss(fixed)], [loss(z)])
+
+
 @pytest.mark.skipif(DEVICE == "cuda", reason="the kernels compute in float32")
 @pytest.mark.parametrize("settings", [
     {"detach_targets": False},
@@ -255,10 +288,28 @@ def test_scale_rows(dtype, form):
     }[form].to(DEVICE)  # fmt: skip
     by_row = upstream if upstream.dim() == 2 else upstream[:, None].expand(K, N)
     expected = [g.float() * u[:, None] for g, u in zip(grads, by_row, strict=True)]
+    by_torch = [g.cpu().clone() for g in grads]
     launch_scale(grads, upstream)
-    for g, want in zip(grads, expected, strict=True):
-        eps = torch.finfo(dtype).eps
+    scale_(by_torch, upstream.cpu())
+    eps = torch.finfo(dtype).eps
+    for g, other, want in zip(grads, by_torch, expected, strict=True):
         torch.testing.assert_close(g.float(), want, rtol=eps, atol=1e-7)
+        # rounded to nearest, once
+        torch.testing.assert_close(other.float(), want.cpu(), rtol=0.51 * eps, atol=1e-7)
+
+
+@pytest.mark.parametrize("regime", ["register", "wide"])
+def test_kernels_read_weights_of_any_strides(monkeypatch, regime):
+    p = make(3, 5, 10, peer_weights=True, class_weight=True).on(DEVICE)
+    weights = p.weights["peer_weights"], p.weights["class_weight"]
+    strided = weights[0].t().contiguous().t(), weights[1].repeat_interleave(2)[::2]
+    monkeypatch.setattr(op_module, "mutual_loss_cpu", partial(launch, regime=regime))
+    monkeypatch.setattr(op_module, "launch", partial(launch, regime=regime))
+    plain, other = (
+        evaluate(p.logits, Call(p.labels, p.options, 1.0, 1.0, 1.0, *w, True), True)
+        for w in (weights, strided)
+    )
+    same([*other[:2], *other[2]], [*plain[:2], *plain[2]])
 
 
 def test_scale_of_no_rows():
@@ -277,7 +328,7 @@ def test_opcheck(settings, need_grad, stacked):
     upstream = None
     if need_grad and settings.get("detach_targets") is False:
         upstream = torch.ones(loss(z, **settings).shape, device=DEVICE)
-    arguments = (z, *_flat(call(labels_for(z), **settings), upstream, need_grad))
+    arguments = (z, upstream, need_grad, *flatten(call(labels_for(z), **settings)))
     results = torch.library.opcheck(torch.ops.fastdml.mutual_loss.default, arguments)
     assert set(results.values()) == {"SUCCESS"}
 
@@ -285,7 +336,7 @@ def test_opcheck(settings, need_grad, stacked):
 def test_opcheck_of_every_dtype():
     for dtype in DTYPES:
         z = [x.detach() for x in leaves(dtype=dtype)]
-        arguments = (z, *_flat(call(labels_for(z)), None, True))
+        arguments = (z, None, True, *flatten(call(labels_for(z))))
         torch.library.opcheck(torch.ops.fastdml.mutual_loss.default, arguments)
 
 

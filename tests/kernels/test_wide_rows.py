@@ -31,6 +31,17 @@ def test_options_that_share_a_pass(options):
     check(p, wide, upstream=upstream_of(p))
 
 
+@pytest.mark.parametrize("options", [
+    {}, {"reduction": "none", "temperature": 2.0}, {"target": "ensemble_logits"},
+    {"gate": "correct", "label_smoothing": 0.1, "class_weight": True},
+])  # fmt: skip
+def test_float16_gradients_are_scaled_before_they_are_rounded(options):
+    """By the losses' own gradient, such as a loss scale, whether teachers are constants or not."""
+    p = make(3, 3, 10, ignored=0.2, dtype=torch.float16, **options)
+    shape = (3, 3) if p.options.reduction == "none" else (3,)
+    check(p, wide, upstream=torch.linspace(-1, 3, 3 ** len(shape)).view(shape))
+
+
 @given(problems(most_peers=3, most_rows=4, most_classes=40, most_logits=60))
 @settings(max_examples=15, deadline=None)
 def test_any_shape_layout_dtype_and_three_options(drawn):
