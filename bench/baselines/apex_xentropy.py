@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+import torch
 import torch.nn.functional as F
 from apex.contrib.xentropy import SoftmaxCrossEntropyLoss
 from torch import Tensor
@@ -21,7 +22,7 @@ def losses(logits: Sequence[Tensor], labels: Tensor) -> list[Tensor]:
     for k, z in enumerate(logits):
         others = [p[teacher] for teacher in range(len(logits)) if teacher != k]
         kl = sum(F.kl_div(log_p[k], teacher, reduction="batchmean") for teacher in others)
-        # some versions write the gradient over their input: give them a copy
-        ce = SoftmaxCrossEntropyLoss.apply(z.clone(), labels, 0.0, NO_PADDING, True)
+        half = z.dtype != torch.float32  # float32 logits are refused with half_to_float
+        ce = SoftmaxCrossEntropyLoss.apply(z, labels, 0.0, NO_PADDING, half)
         result.append(ce.mean() + kl / max(len(others), 1))
     return result

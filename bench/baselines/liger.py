@@ -1,8 +1,8 @@
 """The habit of Liger-Kernel's users: its Triton losses composed, K cross-entropies and K (K - 1)
 KL divergences, one backward pass. CUDA only; raises ImportError where liger_kernel is missing.
 
-Its cross-entropy writes the gradient over its input without telling autograd, and the KLs need the
-same logits, so it is given a copy. Its backward asks the host whether grad_output is 1, so it
+Its cross-entropy writes the gradient over its input without telling autograd, and these logits are
+used again, so it is given a copy. Its backward asks the host whether grad_output is 1, so it
 cannot be captured in a CUDA graph and has no kernel time.
 """
 
