@@ -47,6 +47,13 @@ class Cohort(nn.Module):
     peer was built from (None for a module); `num_classes`; `in_channels`; `head`.
     """
 
+    peers: nn.ModuleList
+    names: list[str]
+    models: list[str | None]
+    num_classes: int
+    in_channels: int
+    head: ReidHead | None
+
     def __init__(
         self,
         peers: Sequence[str | nn.Module],

@@ -7,17 +7,19 @@ import re
 import shutil
 import subprocess
 import sys
+import tarfile
 import zipfile
 from pathlib import Path
 
 import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
-PARTS = ["pyproject.toml", "setup.py", "README.md", "LICENSE", "fastdml", "kernels"]
+PARTS = ["pyproject.toml", "setup.py", "MANIFEST.in", "README.md", "LICENSE", "fastdml", "kernels"]
 
 
 def build(hook: str, tmp_path: Path) -> Path:
-    """A wheel from a copy of the sources, with what is installed: no network, no file left here."""
+    """A distribution of a copy of the sources, by what is installed: no network, nothing left
+    here."""
     setuptools = pytest.importorskip("setuptools", minversion="77", reason="needs setuptools >= 77")
     source, out = tmp_path / "source", tmp_path / "wheels"
     source.mkdir()
@@ -25,6 +27,7 @@ def build(hook: str, tmp_path: Path) -> Path:
     for part in PARTS:
         if (ROOT / part).is_dir():
             shutil.copytree(ROOT / part, source / part, ignore=shutil.ignore_patterns("*.so"))
+            (source / part / "of_another_system.so").touch()
         else:
             shutil.copy(ROOT / part, source / part)
     code = f"from setuptools import build_meta as b; b.{hook}({str(out)!r})"
@@ -32,18 +35,20 @@ def build(hook: str, tmp_path: Path) -> Path:
         [sys.executable, "-c", code], cwd=source, capture_output=True, text=True, timeout=120
     )
     assert done.returncode == 0, f"setuptools {setuptools.__version__}:\n{done.stderr}"
-    (wheel,) = out.glob("*.whl")
-    return wheel
+    (built,) = out.iterdir()
+    return built
 
 
 def test_the_wheel_holds_both_import_names_and_nothing_else(tmp_path):
-    wheel = zipfile.ZipFile(build("build_wheel", tmp_path))
+    built = build("build_wheel", tmp_path)
+    assert "-cp310-abi3-" in built.name  # for every Python
+    wheel = zipfile.ZipFile(built)
     names = set(wheel.namelist())
     expected = {str(p.relative_to(ROOT)) for p in (ROOT / "fastdml").rglob("*.py")}
     expected |= {str(p.relative_to(ROOT / "kernels")) for p in (ROOT / "kernels").rglob("*.py")}
     assert {"fastdml/__init__.py", "fastdml_kernels/__init__.py"} <= expected
     info = next(n.split("/")[0] for n in names if ".dist-info/" in n)
-    expected.add("fastdml_kernels/cpu_rows.c")
+    expected |= {"fastdml_kernels/cpu_rows.c", "fastdml/py.typed", "fastdml_kernels/py.typed"}
     if shutil.which("gcc") or shutil.which("clang"):
         expected.add("fastdml_kernels/_cpu_rows.abi3.so")
     assert {n for n in names if not n.startswith(info)} == expected
@@ -75,6 +80,14 @@ def test_without_a_c_compiler_the_wheel_has_python_alone(tmp_path, monkeypatch):
     monkeypatch.setenv("CC", "no-such-compiler")
     names = zipfile.ZipFile(build("build_wheel", tmp_path)).namelist()
     assert "fastdml_kernels/cpu_rows.py" in names
+    assert not [name for name in names if name.endswith(".so")]
+
+
+def test_the_source_distribution_can_be_built_and_read(tmp_path):
+    with tarfile.open(build("build_sdist", tmp_path)) as archive:
+        names = {name.partition("/")[2] for name in archive.getnames()}
+    assert {"setup.py", "fastdml/py.typed", "kernels/README.md"} <= names
+    assert {f"kernels/fastdml_kernels/{n}" for n in ("op.py", "cpu_rows.c", "py.typed")} <= names
     assert not [name for name in names if name.endswith(".so")]
 
 
