@@ -35,6 +35,15 @@ def pytest_collection_modifyitems(items):
 
 
 @pytest.fixture(scope="session")
+def scans(tmp_path_factory):
+    """The folder of what scans of images found; the user's own is left alone."""
+    with pytest.MonkeyPatch.context() as patch:
+        folder = tmp_path_factory.mktemp("cache")
+        patch.setenv("XDG_CACHE_HOME", str(folder))
+        yield folder / "fastdml" / "scans"
+
+
+@pytest.fixture(scope="session")
 def cifar100_root(tmp_path_factory):
     """A folder with both versions of the real files, unpacked for the session if need be."""
     if all(

@@ -1,10 +1,19 @@
-"""What every loader shares: how many steps an epoch has, and which samples a step shows."""
+"""What every loader shares: its arguments, how many steps an epoch has, and which samples with
+which choices a step shows."""
 
 from __future__ import annotations
 
-import torch
+from collections.abc import Iterator
+from typing import Any
 
+import torch
+from torch import Tensor
+
+from fastdml.data import augment
+from fastdml.data.augment import Choices
 from fastdml.data.counter import check_seed
+from fastdml.data.image_set import ImageSet
+from fastdml.data.reid import STORED, ReidSplit
 from fastdml.data.samplers import Order, RandomSampler, Sampler, check_rank, part
 from fastdml.errors import InputError
 
@@ -12,44 +21,73 @@ from fastdml.errors import InputError
 class Batching:
     """In training the order is the sampler's and a last batch too short for all ranks is dropped.
     In evaluation the order is the set's and the last batch may be short; every rank sees all of it.
+    `ResidentLoader` says what the arguments mean.
     """
+
+    stored: tuple[int, int] = STORED  # (height, width) that files are decoded to
 
     def __init__(
         self,
-        n: int,
+        images: ImageSet | ReidSplit,
         batch_size: int,
         *,
-        seed: int,
+        seed: int = 0,
         train: bool,
-        sampler: Sampler | None,
-        rank: int,
-        world: int,
+        size: tuple[int, int] | None = None,
+        pad: int = 4,
+        padding: str = "reflect",
+        flip: bool = True,
+        erase: float = 0.0,
+        cutout: int = 0,
+        sampler: Sampler | None = None,
+        rank: int = 0,
+        world: int = 1,
+        device: torch.device | str = "cpu",
+        dtype: torch.dtype = torch.float32,
+        channels_last: bool = True,
     ) -> None:
         if batch_size < 1:
             raise InputError(f"batch size {batch_size}: give at least 1")
         check_rank(rank, world)
-        self.n, self.batch_size, self.train = n, batch_size, train
+        self.n, self.batch_size, self.train = len(images), batch_size, train
         self.seed = check_seed(seed)
         self.rank, self.world = (rank, world) if train else (0, 1)
-        self.sampler = (sampler or RandomSampler(n)) if train else None
+        self.sampler = (sampler or RandomSampler(self.n)) if train else None
+        self._steps = self._count() if train else -(-self.n // batch_size)
+        if isinstance(images, ImageSet):
+            self.stored = tuple(images.images.shape[2:])
+        self.augment = augment.options(
+            self.stored, train, size=size, pad=pad, padding=padding, flip=flip, erase=erase,
+            cutout=cutout,
+        )  # fmt: skip
+        self.device, self.dtype, self.channels_last = torch.device(device), dtype, channels_last
+        self.num_classes = images.num_classes
+        self.labels = images.labels.to(self.device)  # (N,)
         self._kept: tuple[int, Order] | None = None  # an epoch and its order
-        if not train:
-            self._steps = -(-n // batch_size)
-            return
+        self._chosen: tuple[int, Choices] | None = None  # an epoch and its choices
+        self._take_in(images)
+
+    def _take_in(self, images: Any) -> None:
+        """Whatever a loader makes of its images once."""
+        raise NotImplementedError
+
+    def _count(self) -> int:
+        """The steps of an epoch of training."""
         groups = getattr(self.sampler, "k", 1) * getattr(self.sampler, "p", 1)
-        if groups > 1 and batch_size != groups:
+        if groups > 1 and self.batch_size != groups:
             raise InputError(
-                f"batch size {batch_size} for {self.sampler.p} identities x {self.sampler.k} "
+                f"batch size {self.batch_size} for {self.sampler.p} identities x {self.sampler.k} "
                 f"images: give {groups}"
             )
         places = self.sampler.places
-        self._steps = places // (batch_size * world)
-        if self._steps == 0:
-            ranks = f" x {world} ranks" if world > 1 else ""
+        steps = places // (self.batch_size * self.world)
+        if steps == 0:
+            ranks = f" x {self.world} ranks" if self.world > 1 else ""
             raise InputError(
-                f"batch size {batch_size}{ranks} is larger than the {places} training images: "
-                f"give {places // world} or less, or more images"
+                f"batch size {self.batch_size}{ranks} is larger than the {places} training images: "
+                f"give {places // self.world} or less, or more images"
             )
+        return steps
 
     def order(self, epoch: int, device: torch.device | str = "cpu") -> Order:
         """Of all ranks; kept until another epoch is asked for."""
@@ -62,6 +100,14 @@ class Batching:
             self._kept = epoch, order
         return self._kept[1]
 
+    def choices(self, epoch: int, device: torch.device | str = "cpu") -> Choices:
+        """Of the whole epoch: drawing them batch by batch would cost more than the batch."""
+        if self._chosen is None or self._chosen[0] != epoch:
+            order = self.order(epoch, device)
+            chosen = augment.choose(self.augment, self.seed, epoch, order.sample, order.repetition)
+            self._chosen = epoch, chosen
+        return self._chosen[1]
+
     def __len__(self) -> int:
         return self._steps
 
@@ -71,3 +117,17 @@ class Batching:
                 f"epoch {epoch}, step {step}: an epoch has steps 0 to {self._steps - 1}"
             )
         return part(step, self.batch_size, self.rank, self.world)
+
+    def epoch(self, epoch: int, start: int = 0) -> Iterator[tuple[Tensor, Tensor]]:
+        """The batches of an epoch from step `start` on."""
+        raise NotImplementedError
+
+    def batch(self, epoch: int, step: int) -> tuple[Tensor, Tensor]:
+        """One batch by itself, which nothing prepared: for looking at."""
+        return next(iter(self.epoch(epoch, step)))
+
+    def _finished(self, epoch: int, step: int, images: Tensor) -> tuple[Tensor, Tensor]:
+        """A streamed batch (B, H, W, ch) on the device, in the form that was asked for."""
+        samples = self.order(epoch).sample[self.part(epoch, step)].to(self.device)
+        images = images.to(self.dtype).permute(0, 3, 1, 2)
+        return (images if self.channels_last else images.contiguous()), self.labels[samples]

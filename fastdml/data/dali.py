@@ -27,14 +27,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from fastdml.data import augment
 from fastdml.data.augment import Choices
 from fastdml.data.batching import Batching
 from fastdml.data.decode import BadImage, decode
 from fastdml.data.image_set import ImageSet
 from fastdml.data.probe import decoded
-from fastdml.data.reid import STORED, ReidSplit
-from fastdml.data.samplers import Sampler
+from fastdml.data.reid import ReidSplit
 from fastdml.data.scan import scan
 from fastdml.errors import InputError, require
 
@@ -45,7 +43,8 @@ class DALILoader(Batching):
     """`ResidentLoader`'s batches, from a `ReidSplit` (files) or an `ImageSet`.
 
     Padding by reflection needs an `ImageSet` without a resize: DALI has no such border, so the set
-    is padded once, in memory. Files are trusted here: `checked` looks at them.
+    is padded once, in memory. Files are trusted here: `checked` looks at them. threads: of the CPU,
+    for decoding. options: `ResidentLoader`'s.
     """
 
     def __init__(
@@ -53,71 +52,53 @@ class DALILoader(Batching):
         source: ReidSplit | ImageSet,
         batch_size: int,
         *,
-        seed: int = 0,
-        train: bool,
-        size: tuple[int, int] | None = None,
-        pad: int = 4,
-        padding: str = "reflect",
-        flip: bool = True,
-        erase: float = 0.0,
-        cutout: int = 0,
-        sampler: Sampler | None = None,
-        rank: int = 0,
-        world: int = 1,
-        device: torch.device | str = "cpu",
-        dtype: torch.dtype = torch.float32,
-        channels_last: bool = True,
         threads: int = 2,
+        **options: Any,
     ) -> None:
         require("nvidia.dali", "dali")
-        super().__init__(
-            len(source), batch_size, seed=seed, train=train, sampler=sampler, rank=rank, world=world
-        )
-        self.files = isinstance(source, ReidSplit)
-        stored = STORED if self.files else tuple(source.images.shape[2:])
-        self.augment = what = augment.options(
-            stored, train, size=size, pad=pad, padding=padding, flip=flip, erase=erase,
-            cutout=cutout,
-        )  # fmt: skip
-        resized = stored != (what.height, what.width)
-        if what.pad and what.reflect and (resized or self.files):
+        self.threads = threads
+        super().__init__(source, batch_size, **options)
+
+    def _take_in(self, source: ReidSplit | ImageSet) -> None:
+        what = self.augment
+        self.paths = source.paths if isinstance(source, ReidSplit) else None
+        self._resized = self.stored != (what.height, what.width)
+        bordered = what.pad and what.reflect
+        if bordered and (self._resized or self.paths):
             raise InputError(
                 "DALI has no border by reflection for files or a resize: use padding='black'"
             )
-        self.device, self.dtype, self.channels_last = torch.device(device), dtype, channels_last
-        self.num_classes, self.threads = source.num_classes, threads
-        self.labels = source.labels.to(self.device)
         self._mean, self._std = list(source.mean), list(source.std)
-        self._resized = resized
-        if self.files:
-            self._names = [np.frombuffer(os.fsencode(path), np.uint8) for path in source.paths]
-            self.paths = source.paths
+        if self.paths:
+            self._names = [np.frombuffer(os.fsencode(path), np.uint8) for path in self.paths]
         else:
             images = source.images.permute(0, 2, 3, 1).cpu().numpy()
-            if what.pad and what.reflect:
+            if bordered:
                 border = ((0, 0), (what.pad,) * 2, (what.pad,) * 2, (0, 0))
                 images = np.pad(images, border, mode="reflect")
-            self._names, self.paths = np.ascontiguousarray(images), None
+            self._names = np.ascontiguousarray(images)
         self._pipe: Any = None
-        self._ahead = False  # whether the pipeline is making a batch, or holds one ready
-        self._chosen: tuple[int, Choices] | None = None
+        self._ahead: tuple[int, int] | None = None  # the (epoch, step) that the pipeline makes
 
     def _build(self) -> Any:
         dali = require("nvidia.dali", "dali")
         fn = require("nvidia.dali.fn", "dali")
         types = require("nvidia.dali.types", "dali")
-        what, gpu = self.augment, self.device.type == "cuda"
+        what, gpu, index = self.augment, self.device.type == "cuda", self.device.index
+        if gpu and index is None:
+            index = torch.cuda.current_device()
         pipe = dali.Pipeline(
             batch_size=self.batch_size,
             num_threads=self.threads,
-            device_id=(self.device.index or 0) if gpu else None,
+            device_id=index if gpu else None,
             prefetch_queue_depth=1,  # the next batch is made while this one, a copy, is used
+            exec_dynamic=True,  # outputs may be bound to a stream
         )
         with pipe:
-            if self.files:
+            if self.paths:
                 x = fn.external_source(name="source", dtype=types.UINT8, ndim=1)
                 x = decoded(fn.io.file.read(x), "mixed" if gpu else "cpu")
-                height, width = STORED  # as when the set is kept in memory
+                height, width = self.stored  # as when the set is kept in memory
                 x = fn.resize(x, resize_y=height, resize_x=width, interp_type=types.INTERP_LINEAR)
             else:
                 x = fn.external_source(name="source", dtype=types.UINT8, ndim=3, layout="HWC")
@@ -165,15 +146,9 @@ class DALILoader(Batching):
 
     def _feed(self, epoch: int, step: int) -> None:
         part, order, what = self.part(epoch, step), self.order(epoch), self.augment
-        samples = order.sample[part].tolist()
         feed = self._pipe.feed_input
-        feed("source", [self._names[i] for i in samples])
-        if self._chosen is None or self._chosen[0] != epoch:
-            self._chosen = (
-                epoch,
-                augment.choose(what, self.seed, epoch, order.sample, order.repetition),
-            )
-        choices = Choices(*(c[part] for c in self._chosen[1]))
+        feed("source", [self._names[i] for i in order.sample[part].tolist()])
+        choices = Choices(*(c[part] for c in self.choices(epoch)))
         if what.pad:
             shift = 0 if what.reflect else what.pad  # a set padded in memory begins at its border
             corner = torch.stack([choices.top, choices.left], 1) - shift
@@ -187,38 +162,37 @@ class DALILoader(Batching):
             feed("erase", list(anchor.numpy()))
             feed("erase_shape", list(shape.numpy()))
         self._pipe.schedule_run()
-        self._ahead = True
+        self._ahead = epoch, step
 
     def _take(self) -> Tensor:
         """(B, H, W, ch), a copy: the pipeline reuses its memory."""
-        self._ahead = False
-        (out,) = self._pipe.share_outputs()
+        # Bound to torch's stream, so that neither side waits for the device: the copy comes after
+        # the batch is made, and the memory is free again after the copy.
+        stream = torch.cuda.current_stream(self.device) if self.device.type == "cuda" else None
+        (out,) = self._pipe.share_outputs(stream)
         images = torch.from_dlpack(out.as_tensor()).clone()
         self._pipe.release_outputs()
+        self._ahead = None
         return images
 
     def epoch(self, epoch: int, start: int = 0) -> Iterator[tuple[Tensor, Tensor]]:
-        """The batches of an epoch from step `start` on. One iterator at a time."""
-        if self._pipe is None:
-            self._pipe = self._build()
-        if self._ahead:  # of an iterator that was left
-            self._take()
+        """The batches of an epoch from step `start` on."""
         for step in range(start, len(self)):
             try:
-                if not self._ahead:
+                if self._pipe is None:
+                    self._pipe = self._build()
+                if self._ahead != (epoch, step):
+                    if self._ahead:  # of an iterator that was left
+                        self._take()
                     self._feed(epoch, step)
-                images = self._take().permute(0, 3, 1, 2).to(self.dtype)
+                images = self._take()
                 if step + 1 < len(self):
                     self._feed(epoch, step + 1)
             except RuntimeError as error:
-                self._pipe, self._ahead = None, False  # it is of no further use
-                raise self._explain(error, epoch, step) from None
-            labels = self.labels[self.order(epoch).sample[self.part(epoch, step)].to(self.device)]
-            yield (images if self.channels_last else images.contiguous()), labels
-
-    def batch(self, epoch: int, step: int) -> tuple[Tensor, Tensor]:
-        """One batch by itself, which nothing prepared: for looking at."""
-        return next(iter(self.epoch(epoch, step)))
+                at = self._ahead or (epoch, step)
+                self._pipe, self._ahead = None, None  # it is of no further use
+                raise self._explain(error, *at) from None
+            yield self._finished(epoch, step, images)
 
     def _explain(self, error: RuntimeError, epoch: int, step: int) -> Exception:
         """What to raise for DALI's error: the file, where it was one."""

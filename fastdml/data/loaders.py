@@ -45,8 +45,6 @@ def make_loader(
     device = torch.device(device)
     kind = choose_loader(kind, source, device, say=say, **options)
     if kind == "resident":
-        if isinstance(source, ReidSplit):
-            source = source.decode()
         loader = ResidentLoader(source, batch_size, device=device, **options)
         say(f"{len(source):,} images stay in {_where(device)}: {loader.nbytes / 1e6:,.0f} MB")
         return loader

@@ -8,6 +8,10 @@ the other loaders make the same bits in other ways.
 from __future__ import annotations
 
 import gc
+import multiprocessing
+import os
+import signal
+import threading
 from collections.abc import Iterator
 from functools import cache
 from typing import Any, NamedTuple
@@ -17,14 +21,14 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from fastdml.data import augment
 from fastdml.data.augment import Augment
 from fastdml.data.batching import Batching
 from fastdml.data.decode import BadImage, decode
 from fastdml.data.image_set import ImageSet
 from fastdml.data.reid import STORED, ReidSplit
-from fastdml.data.samplers import Sampler
 from fastdml.errors import InputError
+
+TERM = {signal.SIGTERM}
 
 
 def transform(
@@ -117,17 +121,45 @@ def _collate(images: list[np.ndarray | str]) -> Tensor | str:
     return torch.from_numpy(np.stack(images))  # (B, H, W, ch)
 
 
-def _spare_what_was_inherited(worker: int) -> None:
-    """A worker is a fork: an unreachable DALI pipeline of the parent's that it collected would wait
-    for, or crash on, threads that exist in the parent alone. What it inherits it never collects."""
+def _started(loader: DataLoader) -> Iterator:
+    """`loader`'s batches, from workers that are started without collection and deaf to SIGTERM:
+    `_prepare_worker` says why."""
+    collecting = gc.isenabled()
+    gc.disable()
+    mask = signal.pthread_sigmask(signal.SIG_BLOCK, TERM)
+    try:
+        return iter(loader)
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, mask)
+        if collecting:
+            gc.enable()
+
+
+def _prepare_worker(worker: int) -> None:
+    """A worker is a fork. An unreachable DALI pipeline of the parent's that it collected would wait
+    for, or crash on, threads that exist in the parent alone: what it inherits it never collects.
+    And a SIGTERM to all processes of a run asks the parent to save, for which it needs the batch
+    under way: a worker heeds the parent's own alone."""
     gc.freeze()
+    gc.enable()
+    if hasattr(signal, "sigwaitinfo"):
+        threading.Thread(target=_end_when_told, daemon=True).start()
+    else:  # macOS
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, TERM)
+
+
+def _end_when_told() -> None:
+    parent = multiprocessing.parent_process().pid
+    while signal.sigwaitinfo(TERM).si_pid != parent:
+        pass
+    os._exit(0)
 
 
 class TorchLoader(Batching):
     """`ResidentLoader`'s batches, to the last bit, from a `ReidSplit` or an `ImageSet`.
 
-    `stored`: the size that files are decoded to before they are augmented, as when they are kept in
-    memory.
+    stored: the (height, width) that files are decoded to before they are augmented, as when they
+    are kept in memory. workers: processes; 0: none but this one. options: `ResidentLoader`'s.
     """
 
     def __init__(
@@ -135,43 +167,20 @@ class TorchLoader(Batching):
         source: ReidSplit | ImageSet,
         batch_size: int,
         *,
-        seed: int = 0,
-        train: bool,
-        size: tuple[int, int] | None = None,
         stored: tuple[int, int] = STORED,
-        pad: int = 4,
-        padding: str = "reflect",
-        flip: bool = True,
-        erase: float = 0.0,
-        cutout: int = 0,
-        sampler: Sampler | None = None,
-        rank: int = 0,
-        world: int = 1,
-        device: torch.device | str = "cpu",
-        dtype: torch.dtype = torch.float32,
-        channels_last: bool = True,
         workers: int = 2,
+        **options: Any,
     ) -> None:
-        super().__init__(
-            len(source), batch_size, seed=seed, train=train, sampler=sampler, rank=rank, world=world
-        )
-        if isinstance(source, ImageSet):
-            stored = tuple(source.images.shape[2:])
-        self.augment = augment.options(
-            stored, train, size=size, pad=pad, padding=padding, flip=flip, erase=erase,
-            cutout=cutout,
-        )  # fmt: skip
-        self.device, self.dtype, self.channels_last = torch.device(device), dtype, channels_last
-        self.num_classes, self.workers = source.num_classes, workers
-        self.labels = source.labels.to(self.device)
-        self._images = _Images(source, self.augment, stored)
+        self.stored, self.workers = stored, workers
+        super().__init__(source, batch_size, **options)
+
+    def _take_in(self, source: ReidSplit | ImageSet) -> None:
+        self._images = _Images(source, self.augment, self.stored)
 
     def epoch(self, epoch: int, start: int = 0) -> Iterator[tuple[Tensor, Tensor]]:
         """The batches of an epoch from step `start` on."""
-        order = self.order(epoch)
-        choices = augment.choose(self.augment, self.seed, epoch, order.sample, order.repetition)
-        rows = torch.stack(choices, 1).tolist()
-        samples = order.sample.tolist()
+        rows = torch.stack(self.choices(epoch), 1).tolist()
+        samples = self.order(epoch).sample.tolist()
         parts = [self.part(epoch, step) for step in range(start, len(self))]
         asked = [
             [_Item(s, tuple(c)) for s, c in zip(samples[part], rows[part], strict=True)]
@@ -182,16 +191,11 @@ class TorchLoader(Batching):
             batch_sampler=asked,
             num_workers=self.workers,
             collate_fn=_collate,
-            worker_init_fn=_spare_what_was_inherited,
+            worker_init_fn=_prepare_worker,
+            generator=torch.Generator(),  # or it would draw from the one that peers draw from
             pin_memory=self.device.type == "cuda",
         )
-        for part, images in zip(parts, loader, strict=True):
+        for step, images in enumerate(_started(loader), start):
             if isinstance(images, str):
                 raise InputError(images)
-            images = images.to(self.device, non_blocking=True).to(self.dtype).permute(0, 3, 1, 2)
-            labels = self.labels[order.sample[part].to(self.device)]
-            yield (images if self.channels_last else images.contiguous()), labels
-
-    def batch(self, epoch: int, step: int) -> tuple[Tensor, Tensor]:
-        """One batch by itself, for which workers are started: for looking at."""
-        return next(iter(self.epoch(epoch, step)))
+            yield self._finished(epoch, step, images.to(self.device, non_blocking=True))

@@ -25,7 +25,7 @@ from fastdml.data import augment
 from fastdml.data.augment import Augment, Choices
 from fastdml.data.batching import Batching
 from fastdml.data.image_set import ImageSet
-from fastdml.data.samplers import Sampler
+from fastdml.data.reid import ReidSplit
 
 
 def has_kernel(device: torch.device) -> bool:
@@ -38,54 +38,25 @@ class ResidentLoader(Batching):
     In training every epoch has its own order (`sampler`'s; by default each sample once), each image
     is resized to `size` (height, width; default: as stored), cropped from a border of `pad` pixels,
     reflected or black, with `flip` mirrored half of the time, and with probability `erase` loses a
-    rectangle of random size to the mean colour, or a square of `cutout` pixels. A last batch too
-    short for all ranks is dropped. In evaluation the order is the set's, images are resized only,
-    and the last batch may be short.
+    rectangle of random size to the mean colour, or a square of `cutout` pixels. Rank `rank` of
+    `world` shows `batch_size` images of each step that the others do not; a last batch too short
+    for all ranks is dropped. In evaluation the order is the set's, images are resized only, the
+    last batch may be short, and every rank sees all of it. Files are decoded at once.
     """
 
-    def __init__(
-        self,
-        images: ImageSet,
-        batch_size: int,
-        *,
-        seed: int = 0,
-        train: bool,
-        size: tuple[int, int] | None = None,
-        pad: int = 4,
-        padding: str = "reflect",
-        flip: bool = True,
-        erase: float = 0.0,
-        cutout: int = 0,
-        sampler: Sampler | None = None,
-        rank: int = 0,
-        world: int = 1,
-        device: torch.device | str = "cpu",
-        dtype: torch.dtype = torch.float32,
-        channels_last: bool = True,
-    ) -> None:
-        n, _, height, width = images.images.shape
-        super().__init__(
-            n, batch_size, seed=seed, train=train, sampler=sampler, rank=rank, world=world
-        )
-        what = augment.options(
-            (height, width), train, size=size, pad=pad, padding=padding, flip=flip, erase=erase,
-            cutout=cutout,
-        )  # fmt: skip
-        self.augment = what
-        self.device, self.dtype, self.channels_last = torch.device(device), dtype, channels_last
-        self.num_classes = images.num_classes
-        self.labels = images.labels.to(self.device)  # (N,)
+    def _take_in(self, images: ImageSet | ReidSplit) -> None:
+        if isinstance(images, ReidSplit):
+            images = images.decode(self.stored)
+        what, self._table = self.augment, None
         self._mean = torch.tensor(images.mean, device=self.device)  # (ch,)
         self._scale = 1 / torch.tensor(images.std, device=self.device)
-        self._chosen: tuple[int, Choices] | None = None  # an epoch and its choices
         self._epoch: tuple[int, Tensor] | None = None  # an epoch, and the same on the device
-        self._table = None
         self._kernel = has_kernel(self.device)
         if self._kernel:
             from fastdml_kernels.augment import prepare
 
             prepare(what, self.device)
-        elif (height, width) == (what.height, what.width):
+        elif self.stored == (what.height, what.width):
             self._table = RowTable(images.images.to(self.device), what, self._mean, self._scale)
             return
         self.images = images.images.to(self.device).permute(0, 2, 3, 1).contiguous()
@@ -104,7 +75,7 @@ class ResidentLoader(Batching):
         part = self.part(epoch, step)
         order = self.order(epoch, self.device)
         if not self._kernel:
-            return *(c[part] for c in self._choices(epoch)), order.sample[part]
+            return *(c[part] for c in self.choices(epoch, self.device)), order.sample[part]
         if self._epoch is None or self._epoch[0] != epoch:
             at = torch.full((1,), epoch, dtype=torch.int64, device=self.device)
             self._epoch = epoch, at
@@ -133,16 +104,6 @@ class ResidentLoader(Batching):
                 )
             images, labels = images.to(self.dtype).permute(0, 3, 1, 2), self.labels[samples]
         return (images if self.channels_last else images.contiguous()), labels
-
-    def _choices(self, epoch: int) -> Choices:
-        """Of the whole epoch: drawing them batch by batch would cost more than the batch."""
-        if self._chosen is None or self._chosen[0] != epoch:
-            order = self.order(epoch, self.device)
-            self._chosen = (
-                epoch,
-                augment.choose(self.augment, self.seed, epoch, order.sample, order.repetition),
-            )
-        return self._chosen[1]
 
     def epoch(self, epoch: int, start: int = 0) -> Iterator[tuple[Tensor, Tensor]]:
         """The batches of an epoch from step `start` on."""

@@ -6,6 +6,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from image_sets import random_set
 
 from fastdml.data import ImageSet, load
 from fastdml.errors import InputError
@@ -37,14 +38,14 @@ def labelled(labels: torch.Tensor, classes: int) -> ImageSet:
         ),
     ],
 )
-def test_what_is_wrong_is_named(make_set, change, message):
+def test_what_is_wrong_is_named(change, message):
     with pytest.raises(InputError, match=message) as error:
-        replace(make_set(), **change)
+        replace(random_set(), **change)
     assert "\n" not in str(error.value)
 
 
-def test_repr_does_not_print_pixels(make_set):
-    assert len(repr(make_set())) < 400
+def test_repr_does_not_print_pixels():
+    assert len(repr(random_set())) < 400
 
 
 @settings(deadline=None)
@@ -74,9 +75,9 @@ def test_subset_depends_on_the_seed_alone():
 
 
 @pytest.mark.parametrize("n", [0, -3, 51])
-def test_subset_of_an_impossible_size(make_set, n):
+def test_subset_of_an_impossible_size(n):
     with pytest.raises(InputError, match=rf"subset of {n} images: the set allows 1 to 50"):
-        make_set().subset(n)
+        random_set().subset(n)
 
 
 def test_unknown_name_suggests_the_nearest():

@@ -8,6 +8,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from image_sets import random_set
 
 from fastdml.data import ImageSet, ResidentLoader, load_cifar100
 from fastdml.data.augment import Augment, choose
@@ -15,18 +16,6 @@ from fastdml.data.samplers import RandomSampler
 from fastdml.errors import InputError
 
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
-
-
-def random_set(n=50, ch=3, height=8, width=8) -> ImageSet:
-    random = torch.Generator().manual_seed(n)
-    return ImageSet(
-        torch.randint(0, 256, (n, ch, height, width), dtype=torch.uint8, generator=random),
-        torch.randint(0, 10, (n,), generator=random),
-        10,
-        tuple(map(str, range(10))),
-        tuple(100.0 + 10 * c for c in range(ch)),
-        tuple(50.0 + 5 * c for c in range(ch)),
-    )
 
 
 def epoch_choices(seed: int, epoch: int, n: int, *, pad: int, flip: bool):

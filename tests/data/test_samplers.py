@@ -4,9 +4,9 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from image_sets import numbered_set
 
-from fastdml.data import PKSampler, RandomSampler, RepeatedSampler
-from fastdml.data.batching import Batching
+from fastdml.data import PKSampler, RandomSampler, RepeatedSampler, ResidentLoader
 from fastdml.errors import InputError
 
 seeds = st.integers(0, 2**63 - 1)
@@ -15,9 +15,10 @@ sets = st.lists(st.tuples(st.integers(0, 7), st.integers(1, 3)), min_size=1, max
 
 def batches(n, batch_size, seed, epoch, world, *, start=0, train=True, sampler=None):
     """What each rank shows from step `start` on, by step."""
+    options = {"seed": seed, "train": train, "pad": 0, "sampler": sampler, "world": world}
     ranks = [
-        Batching(
-            n, batch_size, seed=seed, train=train, sampler=sampler, rank=rank, world=world
+        ResidentLoader(
+            numbered_set(n), batch_size, **options, rank=rank
         )  # as after a restart: nothing is shared
         for rank in range(world)
     ]
@@ -138,7 +139,7 @@ def test_repeated_augmentation(n, repeats, seed, cycle):
         (lambda: batches(10, 6, 0, 0, 2), "batch size 6 x 2 ranks is larger than the 10"),
         (lambda: batches(10, 0, 0, 0, 1), "batch size 0"),
         (
-            lambda: Batching(9, 3, seed=0, train=True, sampler=None, rank=2, world=2),
+            lambda: ResidentLoader(numbered_set(9), 3, train=True, pad=0, rank=2, world=2),
             "rank 2 of 2",
         ),
         (lambda: batches(6, 5, 0, 0, 1, sampler=PKSampler(torch.arange(6), 2, 2)), "give 4"),
