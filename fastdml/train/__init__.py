@@ -1,7 +1,8 @@
 """Training runs: `cifar100(...)`, `market1501(...)` and others, or `fit` with one's own data.
 
 Settings are those of `TrainConfig` or for re-identification `ReidConfig`, by name; `resume=True`
-goes on with a run, taking its settings.
+goes on with a run, taking its settings. `root`, the folder of the data set's files, is "data" where
+none is named, or what the run to resume recorded.
 """
 
 from __future__ import annotations
@@ -39,21 +40,21 @@ __all__ = [
 
 
 def cifar100(
-    peers: Sequence[str] | None = None, root: str | os.PathLike = "data", **config: Any
+    peers: Sequence[str] | None = None, root: str | os.PathLike | None = None, **config: Any
 ) -> TrainResult | None:
     """Trains peers on CIFAR-100, by default two ResNet-32 with the paper's settings."""
     return _train("cifar100", peers, root, config)
 
 
 def cifar10(
-    peers: Sequence[str] | None = None, root: str | os.PathLike = "data", **config: Any
+    peers: Sequence[str] | None = None, root: str | os.PathLike | None = None, **config: Any
 ) -> TrainResult | None:
     """Trains peers on CIFAR-10, by default two ResNet-32 with the paper's settings."""
     return _train("cifar10", peers, root, config)
 
 
 def market1501(
-    peers: Sequence[str] | None = None, root: str | os.PathLike = "data", **config: Any
+    peers: Sequence[str] | None = None, root: str | os.PathLike | None = None, **config: Any
 ) -> TrainResult | None:
     """Trains peers on Market-1501, by default two MobileNets with the paper's settings;
     recipe="strong" for those of the strong baseline. standin=True trains on pictures of CIFAR-100

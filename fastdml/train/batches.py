@@ -47,12 +47,15 @@ class IterableBatches:
         sampler = getattr(self.source, "sampler", None)
         if hasattr(sampler, "set_epoch"):
             sampler.set_epoch(epoch)
-        for step, (images, labels) in enumerate(self.source):
-            if step >= start:
-                images = images.to(
-                    self.device, non_blocking=True, memory_format=torch.channels_last
-                )
-                yield images, labels.to(self.device, non_blocking=True)
+        drawn = torch.get_rng_state()
+        batches = iter(self.source)
+        for _ in range(start):
+            next(batches)
+        if start:  # what was done again must not move on what the peers draw
+            torch.set_rng_state(drawn)
+        for images, labels in batches:
+            images = images.to(self.device, non_blocking=True, memory_format=torch.channels_last)
+            yield images, labels.to(self.device, non_blocking=True)
 
 
 def assembler(source: Batches, device: torch.device) -> Callable[..., tuple[Tensor, Tensor]] | None:

@@ -13,9 +13,11 @@ from typing import Any
 
 from fastdml.errors import InputError, require
 from fastdml.train.reid_settings import ReidConfig, reid_preset
-from fastdml.train.settings import TrainConfig, check_names
+from fastdml.train.settings import TrainConfig, check_names, field_types
 
 REID = ("market1501",)  # the data sets of re-identification
+CHOICES = ("recipe", "standin")  # settings that decide the defaults of others
+RESUMING = ("resume", "folder", "peers")  # that say which run to go on with
 
 # What a data set changes in the defaults; names the paper does not treat get settings that suit a
 # demonstration.
@@ -113,20 +115,25 @@ def preset(data: str, **changes: Any) -> TrainConfig:
 
 def _choices(values: Mapping[str, Any]) -> dict[str, Any]:
     """Of some settings those that decide the defaults of others."""
-    return {name: values[name] for name in ("recipe", "standin") if name in values}
+    return {name: values[name] for name in CHOICES if name in values}
 
 
 def resolve(data: str, changes: Mapping[str, Any]) -> TrainConfig:
     """Preset and changes; with `resume`, the settings of that run and changes."""
-    config = preset(data, **changes)
-    if config.resume:
-        folder = resume_folder(config)
-        config = load_config(folder / "config.yaml").replace(
-            **{**changes, "folder": str(folder), "resume": True}
-        )
-        if config.data != data:
-            raise InputError(f"cannot resume: {folder} is a run on {config.data}, not on {data}")
-    return config
+    return _base(data, changes).replace(**changes)
+
+
+def _base(data: str, given: Mapping[str, Any]) -> TrainConfig:
+    """What the settings not `given` are; with `resume`, those of the run that is meant."""
+    known = given.keys() & field_types(config_type(data)).keys()
+    config = preset(data, **{name: given[name] for name in (*CHOICES, *RESUMING) if name in known})
+    if not config.resume:
+        return config
+    folder = resume_folder(config)
+    config = load_config(folder / "config.yaml")
+    if config.data != data:
+        raise InputError(f"cannot resume: {folder} is a run on {config.data}, not on {data}")
+    return config.replace(folder=str(folder), resume=True)
 
 
 def from_command_line(
@@ -140,34 +147,25 @@ def from_command_line(
         f"Train peers on {data} with Deep Mutual Learning. --config FILE.yaml gives other defaults."
     )
 
-    kind = config_type(data)
-
-    def parse(base: TrainConfig) -> TrainConfig:
-        return tyro.cli(kind, default=base, args=args, prog=prog, description=description)
-
-    def layered(base: TrainConfig) -> TrainConfig:
-        return load_config(path, base) if path else base
-
-    chosen = _choices(_read_yaml(path)) if path else {}
-    if kind is ReidConfig:
-        chosen |= _command_line_choices(args)
-    config = parse(layered(preset(data, **chosen)))
-    if config.resume:
-        folder = resume_folder(config)
-        base = load_config(folder / "config.yaml").replace(folder=str(folder), resume=True)
-        config = parse(layered(base))
+    given = _read_yaml(path) if path else {}
+    base = _base(data, {**given, **_command_line_choices(args)})
+    base = load_config(path, base) if path else base
+    config = tyro.cli(type(base), default=base, args=args, prog=prog, description=description)
     if config.data != data:
         raise InputError(f"{prog} cannot train on data {config.data!r}: leave `data` out")
     return config
 
 
 def _command_line_choices(args: Sequence[str]) -> dict[str, Any]:
-    """What `_choices` finds in options, which are parsed in full over the defaults it decides."""
-    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
-    parser.add_argument("--recipe", default=argparse.SUPPRESS)
-    parser.add_argument(
-        "--standin", action=argparse.BooleanOptionalAction, default=argparse.SUPPRESS
+    """What `_base` looks for in options, which are parsed in full over the defaults it decides."""
+    parser = argparse.ArgumentParser(
+        add_help=False, allow_abbrev=False, exit_on_error=False, argument_default=argparse.SUPPRESS
     )
+    parser.add_argument("--resume", action=argparse.BooleanOptionalAction)
+    parser.add_argument("--folder")
+    parser.add_argument("--peers", nargs="+")
+    parser.add_argument("--recipe")
+    parser.add_argument("--standin", action=argparse.BooleanOptionalAction)
     try:
         return vars(parser.parse_known_args(list(args))[0])
     except argparse.ArgumentError:

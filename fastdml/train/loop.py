@@ -4,12 +4,14 @@ A run folder holds config.yaml, metrics.jsonl, tensorboard/, last.ckpt, and at t
 and peers/ (the last weights), curves.png, pairwise_kl.png and summary.json; best/ has the weights
 of the epoch with the highest mean test accuracy, or mAP, of the peers (chosen on the test images,
 so it flatters; the summary's table reports the last weights). With `independent` there is also
-initial.ckpt, the weights both phases start from, and independent/, a run folder of its own.
+initial.ckpt, the weights both phases start from, and independent/, a run folder of its own. The
+empty .lock keeps a second process out while one trains.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import fcntl
 import os
 import sys
 from collections.abc import Iterator, Sequence
@@ -41,6 +43,7 @@ from fastdml.train.result import TrainResult
 from fastdml.train.settings import TrainConfig
 
 INITIAL_CHECKPOINT = "initial.ckpt"
+LOCK = ".lock"
 EVALUATION_BATCH = 500  # images; divides CIFAR's test sets
 
 
@@ -109,9 +112,9 @@ def fit(
         folder = _open_folder(config)
         _tell(notes)
         config = config.replace(folder=str(folder), resume=False)
-        if config.independent:
-            _load_or_save_initial(folder / INITIAL_CHECKPOINT, cohort)
-        with listening() as stop:
+        with _alone_in(folder), listening() as stop:
+            if config.independent:
+                _load_or_save_initial(folder / INITIAL_CHECKPOINT, cohort)
             phase = Phase(cohort, train, evaluate, config, folder, amp)
             mutual = phase.run(stop)
             independent = None
@@ -188,6 +191,27 @@ def _refuse_overwriting(config: TrainConfig) -> None:
             f"{folder} is there already and is not overwritten: resume it, choose another folder, "
             "or leave folder out for a new numbered one"
         )
+
+
+@contextmanager
+def _alone_in(folder: Path) -> Iterator[None]:
+    """Refuses a folder that another process trains in. The lock ends with its process, and is not
+    inherited by forks, as a flock would be. Where the file system has none, nothing is refused."""
+    try:
+        file = (folder / LOCK).open("a")
+    except OSError as error:
+        raise InputError(f"cannot write into the run's folder {folder}: {error.strerror}") from None
+    with file:
+        try:
+            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except (BlockingIOError, PermissionError):
+            raise InputError(
+                f"another process is training in {folder}: wait until it ends, or choose another "
+                "folder"
+            ) from None
+        except OSError:
+            pass
+        yield
 
 
 def _load_or_save_initial(path: Path, cohort: Cohort) -> None:

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
-import os
+import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
 
+from fastdml.train import report
+
+sys.path.append(str(Path(__file__).parent))
 SIZE = (32, 16)
 TRAIN_IDS, TEST_IDS, CAMERAS = 6, 5, 3
 
@@ -50,13 +53,13 @@ def market_root(tmp_path_factory) -> Path:
     return root
 
 
-@pytest.fixture(autouse=True, scope="session")
-def _scans(tmp_path_factory):
+@pytest.fixture(autouse=True)
+def _own_scans(scans):
     """The scans of these files are not kept in the user's own cache."""
-    before = os.environ.get("XDG_CACHE_HOME")
-    os.environ["XDG_CACHE_HOME"] = str(tmp_path_factory.mktemp("cache"))
-    yield
-    if before is None:
-        del os.environ["XDG_CACHE_HOME"]
-    else:
-        os.environ["XDG_CACHE_HOME"] = before
+
+
+@pytest.fixture
+def _no_pictures(monkeypatch):
+    """Drawing takes longer than these runs."""
+    monkeypatch.setattr(report, "plot_curves", lambda folder: None)
+    monkeypatch.setattr(report, "plot_pairwise_kl", lambda folder: None)

@@ -219,6 +219,23 @@ def test_resume_takes_the_settings_of_the_run(tmp_path, monkeypatch):
         from_command_line("digits", ["--resume", "--folder", "elsewhere"])
 
 
+def test_a_resumed_run_keeps_the_recipe_that_it_had(tmp_path):
+    """What is given changes the run's settings, not those of a preset."""
+    saved = preset("market1501", standin=True, epochs=3, root="pictures", schedule="step")
+    saved.save(tmp_path / "config.yaml")
+    folder = str(tmp_path)
+    expected = saved.replace(folder=folder, resume=True, epochs=9)
+    assert resolve("market1501", {"resume": True, "folder": folder, "epochs": 9}) == expected
+    options = ["--resume", "--folder", folder, "--epochs", "9"]
+    assert from_command_line("market1501", options) == expected
+    file = tmp_path / "more.yaml"
+    file.write_text(f"resume: true\nfolder: {folder}\nepochs: 7\n")
+    options = ["--config", str(file), "--epochs", "9"]
+    assert from_command_line("market1501", options) == expected
+    with pytest.raises(InputError, match="is a run on market1501, not on digits"):
+        from_command_line("digits", ["--resume", "--folder", folder])
+
+
 def test_what_may_change_on_resume():
     saved = TrainConfig(epochs=10).to_dict()
     check_resumable(saved, TrainConfig(epochs=10, log_every=3, device="cpu", folder="x"))

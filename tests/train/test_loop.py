@@ -16,12 +16,13 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
+from runs import Crash, CrashingLoader, environment, logged, same_weights, timeless
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
 from fastdml import train as training
 from fastdml.cohort import Cohort
-from fastdml.data import ImageSet, ResidentLoader, loaders
+from fastdml.data import ImageSet, ResidentLoader, TorchLoader, loaders
 from fastdml.engine import Amp
 from fastdml.errors import InputError
 from fastdml.loss import MutualLoss
@@ -33,12 +34,14 @@ from fastdml.train import (
     checkpoint,
     fit,
     loop,
-    report,
 )
+from fastdml.train.batches import as_batches
 from fastdml.train.report import read_metrics
 
+pytestmark = pytest.mark.usefixtures("_no_pictures")  # a test that wants them calls undo
 # The cohort and the data are so small that a whole run takes a fraction of a second.
 CLASSES, SIDE = 4, 6
+CPU = torch.device("cpu")
 
 
 class TinyPeer(nn.Module):
@@ -81,13 +84,6 @@ def make_loaders(batch_size: int = 16) -> tuple[ResidentLoader, ResidentLoader]:
     return train, ResidentLoader(make_images(50, 2), 20, train=False)
 
 
-@pytest.fixture(autouse=True)
-def _no_pictures(monkeypatch):
-    """Drawing takes longer than these runs; a test that wants pictures calls undo."""
-    monkeypatch.setattr(report, "plot_curves", lambda folder: None)
-    monkeypatch.setattr(report, "plot_pairwise_kl", lambda folder: None)
-
-
 @pytest.fixture
 def settings(tmp_path):
     """Makes settings for a run in the test's own folder."""
@@ -107,50 +103,6 @@ def settings(tmp_path):
     return make
 
 
-ROOT = Path(__file__).parents[2]
-TIMES = ("time", "images_per_second", "data_wait")
-
-
-def metrics(folder) -> list[dict]:
-    records = read_metrics(folder)
-    return [{k: v for k, v in r.items() if k not in TIMES} for r in records]
-
-
-def same_weights(a: Cohort, b: Cohort) -> bool:
-    a, b = a.state_dict(), b.state_dict()
-    return a.keys() == b.keys() and all(torch.equal(a[key], b[key]) for key in a)
-
-
-class Crash(Exception):
-    pass
-
-
-class CrashingLoader:
-    """Another loader's batches, and at one step something else as well."""
-
-    def __init__(self, loader, at: int, action) -> None:
-        self.loader, self.at, self.action = loader, at, action
-        self.batch_size = loader.batch_size
-        self.asked = 0
-
-    def __len__(self):
-        return len(self.loader)
-
-    def epoch(self, epoch, start=0):
-        self.asked += 1
-        if self.asked == 1:  # a look at the peers' shapes, before the run
-            yield from self.loader.epoch(epoch, start)
-            return
-        for step, batch in enumerate(self.loader.epoch(epoch, start), start):
-            if epoch * len(self) + step == self.at:
-                self.action()
-            yield batch
-
-
-def crash():
-    raise Crash
-
-
 def terminate():
     os.kill(os.getpid(), signal.SIGTERM)
 
@@ -164,8 +116,8 @@ class TestRunFolder:
         folder = result.folder
         names = {p.name for p in folder.iterdir()}
         assert names == {
-            "best", "cohort.json", "config.yaml", "curves.png", "last.ckpt", "metrics.jsonl",
-            "pairwise_kl.png", "peers", "summary.json", "tensorboard",
+            ".lock", "best", "cohort.json", "config.yaml", "curves.png", "last.ckpt",
+            "metrics.jsonl", "pairwise_kl.png", "peers", "summary.json", "tensorboard",
         }  # fmt: skip
         assert min(result.scores.top1) > 0.6
         assert result.parameters == tuple(
@@ -212,6 +164,24 @@ class TestRunFolder:
             fit(make_cohort(), *make_loaders(), settings(folder=str(folder / "thesis.txt")))
         with pytest.raises(InputError, match="cannot make the run's folder"):
             fit(make_cohort(), *make_loaders(), settings(folder=str(folder / "thesis.txt/run")))
+
+    def test_one_process_at_a_time(self, settings):
+        first = fit(make_cohort(), *make_loaders(), settings())
+        script = "import fcntl, sys; f = open(sys.argv[1], 'a'); fcntl.lockf(f, fcntl.LOCK_EX)"
+        with subprocess.Popen(
+            [sys.executable, "-c", f"{script}; print(); sys.stdout.flush(); sys.stdin.read()",
+             first.folder / ".lock"],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+        ) as other:  # fmt: skip
+            other.stdout.readline()
+            before = {p: p.stat().st_mtime_ns for p in first.folder.iterdir()}
+            with pytest.raises(InputError, match=r"another process is training in .*run: wait"):
+                fit(make_cohort(), *make_loaders(), settings(resume=True, epochs=4))
+            assert {p: p.stat().st_mtime_ns for p in first.folder.iterdir()} == before
+            other.stdin.close()
+        longer = fit(make_cohort(), *make_loaders(), settings(resume=True, epochs=4))
+        assert longer.history[-1]["epoch"] == 4
 
     def test_peers_that_do_not_fit_make_no_folder(self, settings):
         other = nn.Sequential(nn.Flatten(), nn.Linear(SIDE * SIDE, CLASSES + 1))
@@ -288,7 +258,7 @@ class TestReproducible:
             assert torch.equal(torch.get_rng_state(), before)
             runs.append(cohort)
         assert same_weights(*runs)
-        assert metrics(tmp_path / "a") == metrics(tmp_path / "b")
+        assert logged(tmp_path / "a") == logged(tmp_path / "b")
 
     def test_the_seed_matters(self, settings, tmp_path):
         cohorts = [make_cohort(), make_cohort()]
@@ -326,18 +296,14 @@ class TestResume:
         config = settings(**options, folder=str(tmp_path / "broken"))
         train, test = make_loaders()
         with pytest.raises(Crash):
-            fit(make_cohort(), CrashingLoader(train, at, crash), test, config)
+            fit(make_cohort(), CrashingLoader(train, at), test, config)
         torch.rand(at)  # whatever the process drew
         again = make_cohort()
         resumed = fit(again, *make_loaders(), config.replace(resume=True))
         assert same_weights(again, whole)
-        assert metrics(resumed.folder) == metrics(unbroken.folder)
+        assert logged(resumed.folder) == logged(unbroken.folder)
         assert resumed.scores == unbroken.scores
-        a, b = (
-            [{k: v for k, v in r.items() if k not in TIMES} for r in result.history]
-            for result in (resumed, unbroken)
-        )
-        assert a == b
+        assert timeless(resumed.history) == timeless(unbroken.history)
 
     @pytest.mark.parametrize("amp", ["bf16", "fp16"])
     @pytest.mark.parametrize("optimizer", ["sgd", "adamw"])
@@ -349,8 +315,27 @@ class TestResume:
         config = settings(**options, folder=str(tmp_path / "broken"))
         train, test = make_loaders()
         with pytest.raises(Crash):
-            fit(make_cohort(), CrashingLoader(train, 8, crash), test, config)
+            fit(make_cohort(), CrashingLoader(train, 8), test, config)
         fit(again, *make_loaders(), config.replace(resume=True))
+        assert same_weights(again, whole)
+
+    @pytest.mark.parametrize("kind", ["torch", "DataLoader"])
+    def test_what_peers_draw_goes_on_where_it_was(self, settings, tmp_path, kind):
+        """Starting to read again, and reading what is done already, may draw numbers too."""
+        images = make_images(100, 1)
+
+        def loader():
+            if kind == "torch":
+                return TorchLoader(images, 16, train=True, pad=1, flip=False, workers=0)
+            data = TensorDataset(images.images.float() / 255, images.labels)
+            return DataLoader(data, batch_size=16, drop_last=True)
+
+        whole, again = make_cohort(), make_cohort()
+        fit(whole, loader(), None, settings())
+        config = settings(folder=str(tmp_path / "broken"), save_every_steps=1)
+        with pytest.raises(Crash):
+            fit(make_cohort(), CrashingLoader(as_batches(loader(), CPU), 9), None, config)
+        fit(again, loader(), None, config.replace(resume=True))
         assert same_weights(again, whole)
 
     def test_a_finished_run_is_only_summed_up_again(self, settings):
@@ -413,7 +398,7 @@ class TestResume:
         assert (signal.getsignal(signal.SIGTERM), signal.getsignal(signal.SIGINT)) == before
         fit(again, *make_loaders(), config.replace(resume=True))
         assert same_weights(whole, again)
-        assert metrics(tmp_path / "stopped") == metrics(tmp_path / "run")
+        assert logged(tmp_path / "stopped") == logged(tmp_path / "run")
 
     def test_a_signal_in_the_last_step_of_an_epoch(self, settings, tmp_path):
         train, test = make_loaders()
@@ -424,7 +409,7 @@ class TestResume:
         fit(again, *make_loaders(), config.replace(resume=True))
         fit(whole, *make_loaders(), settings(folder=str(tmp_path / "whole")))
         assert same_weights(whole, again)
-        assert metrics(tmp_path / "whole") == metrics(tmp_path / "run")
+        assert logged(tmp_path / "whole") == logged(tmp_path / "run")
 
 
 class TestIndependent:
@@ -437,7 +422,7 @@ class TestIndependent:
         loaded = Cohort.load(result.folder / "independent", peers=list(make_cohort(7).peers))
         assert same_weights(loaded, alone)
         assert not same_weights(alone, mutual)
-        assert metrics(result.folder / "independent") == metrics(tmp_path / "alone")
+        assert logged(result.folder / "independent") == logged(tmp_path / "alone")
         summary = json.loads((result.folder / "summary.json").read_text())
         assert summary["mutual"]["scores"]["top1"] == result.scores.top1
         assert summary["independent"]["scores"]["top1"] == result.independent.scores.top1
@@ -463,7 +448,7 @@ class TestIndependent:
         resumed = fit(other, *make_loaders(), config.replace(resume=True))
         again = other
         assert same_weights(again, whole)
-        assert metrics(resumed.folder) == metrics(unbroken.folder)
+        assert logged(resumed.folder) == logged(unbroken.folder)
         for sub in ("", "independent"):
             a = checkpoint.load(resumed.folder / sub / "last.ckpt")["cohort"]
             b = checkpoint.load(unbroken.folder / sub / "last.ckpt")["cohort"]
@@ -582,7 +567,7 @@ class TestAverages:
         config = settings(**options, folder=str(tmp_path / "broken"))
         train, test = make_loaders()
         with pytest.raises(Crash):
-            fit(make_cohort(), CrashingLoader(train, at, crash), test, config)
+            fit(make_cohort(), CrashingLoader(train, at), test, config)
         fit(again, *make_loaders(), config.replace(resume=True))
         assert same_weights(again, whole)
 
@@ -605,7 +590,7 @@ class TestExecutions:
         )
         train, test = make_loaders()
         with pytest.raises(Crash):
-            fit(self.cohort(), CrashingLoader(train, 8, crash), test, config)
+            fit(self.cohort(), CrashingLoader(train, 8), test, config)
         again = self.cohort()
         fit(again, *make_loaders(), config.replace(resume=True))
         assert same_weights(again, cohorts["stacked"])
@@ -614,7 +599,7 @@ class TestExecutions:
         train, test = make_loaders()
         config = settings(execution="stacked", save_every_steps=1)
         with pytest.raises(Crash):
-            fit(self.cohort(), CrashingLoader(train, 8, crash), test, config)
+            fit(self.cohort(), CrashingLoader(train, 8), test, config)
         result = fit(self.cohort(), train, test, config.replace(resume=True, execution="auto"))
         assert checkpoint.load(result.folder / "last.ckpt")["execution"] == "stacked"
 
@@ -764,13 +749,11 @@ class TestDataSets:
             "import sys, torch; torch.set_num_threads(int(sys.argv[1]))\n"
             f"from fastdml import train; train.digits(folder='broken', **{options!r})"
         )
-        paths = os.pathsep.join([str(ROOT), str(ROOT / "kernels"), *sys.path])
-
         training.digits(folder="whole", **options)
         process = subprocess.Popen(
             # as many threads as here: sums are split among them
             [sys.executable, "-c", script, str(torch.get_num_threads())],
-            env={**os.environ, "PYTHONPATH": paths},
+            env=environment(),
             stdout=subprocess.DEVNULL,
             stderr=subprocess.PIPE,
             text=True,
@@ -788,7 +771,7 @@ class TestDataSets:
         a, b = (checkpoint.load(Path(f) / "last.ckpt")["cohort"] for f in ("whole", "broken"))
         assert a.keys() == b.keys()
         assert all(torch.equal(a[key], b[key]) for key in a)
-        assert metrics("whole") == metrics("broken")
+        assert logged("whole") == logged("broken")
 
 
 def test_config_is_recorded_as_plain_values(settings):

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import re
 import shutil
 import subprocess
@@ -13,6 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
+from runs import Crash, CrashingLoader, environment, logged, same_weights
 
 from fastdml import cli, metrics
 from fastdml import train as training
@@ -25,9 +25,7 @@ from fastdml.models import ReidHead
 from fastdml.train import ReidConfig, RetrievalScores, checkpoint, loop, losses, reid, report
 from fastdml.train.report import read_metrics
 
-ROOT = Path(__file__).parents[2]
 CPU = torch.device("cpu")
-TIMES = ("time", "images_per_second", "data_wait")
 # 4 identities x 4 images a step, three steps an epoch, every loss there is
 SMALL = {
     "peers": ("resnet8", "resnet8"),
@@ -72,21 +70,6 @@ def settings(market_root, tmp_path):
 def market(market_root) -> Market1501:
     with pytest.warns(UserWarning, match="figures from a subset"):
         return Market1501(market_root)
-
-
-@pytest.fixture
-def _no_pictures(monkeypatch):
-    monkeypatch.setattr(report, "plot_curves", lambda folder: None)
-    monkeypatch.setattr(report, "plot_pairwise_kl", lambda folder: None)
-
-
-def logged(folder) -> list[dict]:
-    return [{k: v for k, v in r.items() if k not in TIMES} for r in read_metrics(folder)]
-
-
-def same_weights(a: Cohort, b: Cohort) -> bool:
-    a, b = a.state_dict(), b.state_dict()
-    return a.keys() == b.keys() and all(torch.equal(a[key], b[key]) for key in a)
 
 
 # --- settings become losses ---
@@ -241,26 +224,6 @@ def test_export(run, tmp_path, capfd):
 # --- resuming ---
 
 
-class Crash(Exception):
-    pass
-
-
-class Crashing:
-    """A loader's batches, until one step of the run."""
-
-    def __init__(self, loader, at: int) -> None:
-        self.loader, self.at, self.batch_size = loader, at, loader.batch_size
-
-    def __len__(self):
-        return len(self.loader)
-
-    def epoch(self, epoch, start=0):
-        for step, batch in enumerate(self.loader.epoch(epoch, start), start):
-            if epoch * len(self) + step == self.at:
-                raise Crash
-            yield batch
-
-
 @pytest.mark.usefixtures("_no_pictures")
 @pytest.mark.parametrize(
     "changes",
@@ -285,7 +248,7 @@ def test_a_crash_leaves_no_trace(settings, market, tmp_path, changes):
     broken = config.replace(folder=str(tmp_path / "broken"))
     cohort, train, test = prepared()
     with pytest.raises(Crash):
-        loop.fit(cohort, Crashing(train, 4), test, broken)
+        loop.fit(cohort, CrashingLoader(train, 4), test, broken)
     again, train, test = prepared()
     resumed = loop.fit(again, train, test, broken.replace(resume=True))
     assert same_weights(again, whole)
@@ -301,18 +264,21 @@ def test_a_crash_leaves_no_trace(settings, market, tmp_path, changes):
 
 
 @pytest.mark.usefixtures("_no_pictures")
-def test_resuming_from_the_settings_of_the_run(settings, market_root, tmp_path):
-    options = {**SMALL, "iterations": 4, "epochs": 0}
-    options |= {"folder": str(tmp_path / "run"), "root": market_root, "images_per_id": 0}
-    first = training.market1501(**options)
+def test_resuming_from_the_settings_of_the_run(copy, tmp_path):
+    folder = str(tmp_path / "run")
+    options = {**SMALL, "iterations": 4, "epochs": 0, "images_per_id": 0}
+    first = training.market1501(**options, folder=folder, root=copy)
     assert first.history[-1]["step"] == 4
-    longer = training.market1501(
-        folder=str(tmp_path / "run"), root=market_root, resume=True, iterations=5
-    )
+    longer = training.market1501(folder=folder, resume=True, iterations=5)
     assert longer.history[-1]["step"] == 5
     assert longer.config.images_per_id == 0
     with pytest.raises(InputError, match="cannot resume: height was 16 and is now 24"):
-        training.market1501(folder=str(tmp_path / "run"), root=market_root, resume=True, height=24)
+        training.market1501(folder=folder, resume=True, height=24)
+    moved = copy.rename(tmp_path / "moved")
+    with pytest.raises(InputError, match=f"{copy}: no such folder"):
+        training.market1501(folder=folder, resume=True)
+    training.market1501(folder=folder, resume=True, root=moved)
+    assert training.load_config(Path(folder) / "config.yaml").root == str(moved)
 
 
 @pytest.mark.gpu
@@ -379,11 +345,10 @@ dist.destroy_process_group()
 def test_two_processes_extract_a_share_each_and_get_all(cohort, market, market_root, tmp_path):
     """15 images: an uneven share."""
     cohort.save(tmp_path)
-    paths = os.pathsep.join([str(ROOT), str(ROOT / "kernels"), *sys.path])
     started = [
         subprocess.Popen(
             [sys.executable, "-c", SCRIPT, str(rank), str(market_root), str(tmp_path)],
-            env={**os.environ, "PYTHONPATH": paths},
+            env=environment(),
             stderr=subprocess.PIPE,
             text=True,
         )
