@@ -196,15 +196,20 @@ INLINE float highest(const char *z, int type, int64_t C) {
 /* The sum of exp((z - top) / T); keeps what it adds up of whole vectors in `kept`, if there is one. */
 INLINE double normaliser(const char *z, int type, int64_t C, float top, float inverse_t,
                          char *kept) {
-    vec sum = all(0);
+    double sum = 0;
+    vec part = all(0);
     for (int64_t c = 0; c < whole_vectors(C); c += LANES) {
         const vec e = exp_((load(z, type, c) - top) * inverse_t);
         if (kept) store(kept, FLOAT32, c, e);
-        sum += e;
+        part += e;
+        if (c / LANES % FLUSH == FLUSH - 1) {
+            sum += total(part);
+            part = all(0);
+        }
     }
     if (C % LANES)
-        sum += fresh(exp_((load(z, type, last_vector(C)) - top) * inverse_t), C);
-    return total(sum);
+        part += fresh(exp_((load(z, type, last_vector(C)) - top) * inverse_t), C);
+    return sum + total(part);
 }
 
 /* The terms of LANES classes from c on. What is constant in a call is off at no cost. */
