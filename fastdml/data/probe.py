@@ -17,6 +17,8 @@ import numpy as np
 from fastdml.data.decode import BadImage, decode
 from fastdml.errors import require
 
+READY = "ready\n"
+
 
 def reason(path: str) -> str | None:
     """Why Pillow cannot decode a file, or None."""
@@ -72,11 +74,14 @@ class Probe:
 
 
 def serve(decoder: str) -> None:
-    """Reads a JSON list of paths from stdin; answers each with a line, its reason or null."""
+    """Reads a JSON list of paths from stdin; answers with READY, and each with a line, its reason
+    or null."""
     paths = json.load(sys.stdin)
     answers = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)  # whatever a decoder prints goes elsewhere
     probe = Probe() if decoder == "dali" else None
+    answers.write(READY)
+    answers.flush()
     for path in paths:
         why = reason(path)
         if why is None and probe is not None:

@@ -16,6 +16,7 @@ import hashlib
 import json
 import os
 import queue
+import shlex
 import subprocess
 import sys
 import threading
@@ -25,12 +26,13 @@ from pathlib import Path
 from typing import Literal
 
 import fastdml
-from fastdml.data.probe import reason
+from fastdml.data.probe import READY, reason
 from fastdml.errors import InputError, require
 
 Decoder = Literal["pillow", "dali"]
 IN_PROCESS = 1024  # files; starting a process costs as much as decoding so many
 PATIENCE = 60.0  # seconds for a file, and for a process to start
+CRASHES, LATE = "crashes the decoder", "not decoded within"
 
 
 @dataclass(frozen=True)
@@ -66,8 +68,9 @@ def scan(
     bar.close()
     reasons = {p: found[p] if p in found else known[p][1] for p in paths}
     if new:
-        fresh = {p: [marks[p], reasons[p]] for p in new if marks[p] is not None}
-        _save(file, known | fresh)
+        # what ended a process may have been the machine's want of memory or time
+        surely = [p for p in new if marks[p] is not None and not _condemned(reasons[p])]
+        _save(file, known | {p: [marks[p], reasons[p]] for p in surely})
     bad = {path: why for path, why in reasons.items() if why is not None}
     return Scan(bad, len(new), len(paths))
 
@@ -75,6 +78,11 @@ def scan(
 def check_bad_files(bad_files: str) -> None:
     if bad_files not in ("error", "skip"):
         raise InputError(f"bad files {bad_files!r}: give 'error' or 'skip'")
+
+
+def _condemned(why: str | None) -> bool:
+    """By what became of the process, not by what it answered."""
+    return why is not None and why.startswith((CRASHES, LATE))
 
 
 def _decode_all(
@@ -90,10 +98,23 @@ def _decode_all(
     for share in (paths[k::workers] for k in range(workers)):
         threading.Thread(target=_mind, args=(share, decoder, results), daemon=True).start()
     for _ in paths:
-        yield results.get()
+        found = results.get()
+        if isinstance(found, Exception):
+            raise found
+        yield found
 
 
 def _mind(paths: list[str], decoder: Decoder, results: queue.SimpleQueue) -> None:
+    """Puts what `_decode_elsewhere` finds, or the error that ended it, for which the scan would
+    wait for ever."""
+    try:
+        for found in _decode_elsewhere(paths, decoder):
+            results.put(found)
+    except Exception as error:
+        results.put(error)
+
+
+def _decode_elsewhere(paths: list[str], decoder: Decoder) -> Iterator[tuple[str, str | None]]:
     """Has processes decode `paths`, as many as it takes: one that dies or hangs condemns the file
     it was at, and another goes on behind it."""
     # A plain command, not `multiprocessing`: that would run the caller's script again.
@@ -113,25 +134,33 @@ def _mind(paths: list[str], decoder: Decoder, results: queue.SimpleQueue) -> Non
             with contextlib.suppress(OSError):
                 process.stdin.write(json.dumps(paths))
                 process.stdin.close()
+            if _answer(process)[0] != READY:
+                raise RuntimeError(f"`{shlex.join(process.args)}` does not start here")
             done, late = 0, False
             while done < len(paths):
-                timer = threading.Timer(PATIENCE, process.kill)
-                timer.start()
-                line = process.stdout.readline()
-                late = not timer.is_alive()
-                timer.cancel()
+                line, late = _answer(process)
                 if not line.endswith("\n"):
                     break
-                results.put((paths[done], json.loads(line)))
+                yield paths[done], json.loads(line)
                 done += 1
         finally:
             process.kill()
             process.wait()
             process.stdout.close()
         if done < len(paths):
-            why = f"not decoded within {PATIENCE:.0f} seconds" if late else "crashes the decoder"
-            results.put((paths[done], why))
+            why = f"{LATE} {PATIENCE:.0f} seconds" if late else CRASHES
+            yield paths[done], why
         paths = paths[done + 1 :]
+
+
+def _answer(process: subprocess.Popen) -> tuple[str, bool]:
+    """The next line of a process, and whether it was ended because it took too long."""
+    timer = threading.Timer(PATIENCE, process.kill)
+    timer.start()
+    line = process.stdout.readline()
+    late = not timer.is_alive()
+    timer.cancel()
+    return line, late
 
 
 def _mark(path: str) -> list[int] | None:

@@ -2,13 +2,15 @@
 
 A file is written under a temporary name, forced to disk, renamed, and the folder forced to disk, so
 that a process or a machine that dies leaves the old checkpoint or the new one. Loading never runs
-code from the file (`weights_only=True`). Costs one write of the weights and the optimizer's state.
+code from the file (`weights_only=True`) and compares its checksums. Costs one write of the weights
+and the optimizer's state.
 """
 
 from __future__ import annotations
 
+import contextlib
 import os
-import pickle
+import zipfile
 from pathlib import Path
 from typing import Any
 
@@ -32,19 +34,26 @@ def save(path: Path, state: dict[str, Any]) -> None:
             os.fsync(folder)  # the rename itself
         finally:
             os.close(folder)
-    except (OSError, RuntimeError) as error:  # torch reports a full disk as a RuntimeError
-        temporary.unlink(missing_ok=True)
+    except (OSError, RuntimeError) as error:
+        with contextlib.suppress(OSError):
+            temporary.unlink()
         kept = " (the one before it is kept)" if path.exists() else ""
-        raise InputError(f"cannot write the checkpoint {path}{kept}: {error}") from None
+        if isinstance(error.__context__, OSError):  # which torch hides behind a RuntimeError
+            error = error.__context__
+        why = getattr(error, "strerror", None) or error
+        raise InputError(f"cannot write the checkpoint {path}{kept}: {why}") from None
 
 
 def load(path: Path) -> dict[str, Any]:
     """The state that `save` wrote, on the host."""
     try:
+        with zipfile.ZipFile(path) as file:
+            if file.testzip():  # torch itself looks at no checksum
+                raise zipfile.BadZipFile
         state = torch.load(path, map_location="cpu", weights_only=True)
     except FileNotFoundError:
         raise InputError(f"there is no checkpoint {path}") from None
-    except (OSError, RuntimeError, EOFError, pickle.UnpicklingError, ValueError, KeyError):
+    except Exception:  # a damaged file can raise nearly anything
         raise InputError(
             f"{path} is not a checkpoint that can be read (truncated, damaged or another program's)"
         ) from None

@@ -11,6 +11,7 @@ empty .lock keeps a second process out while one trains.
 from __future__ import annotations
 
 import dataclasses
+import errno
 import fcntl
 import os
 import sys
@@ -44,6 +45,7 @@ from fastdml.train.settings import TrainConfig
 
 INITIAL_CHECKPOINT = "initial.ckpt"
 LOCK = ".lock"
+NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS)
 EVALUATION_BATCH = 500  # images; divides CIFAR's test sets
 
 
@@ -198,20 +200,23 @@ def _alone_in(folder: Path) -> Iterator[None]:
     """Refuses a folder that another process trains in. The lock ends with its process, and is not
     inherited by forks, as a flock would be. Where the file system has none, nothing is refused."""
     try:
-        file = (folder / LOCK).open("a")
+        with (folder / LOCK).open("a") as file:
+            try:
+                fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except (BlockingIOError, PermissionError):
+                raise InputError(
+                    f"another process is training in {folder}: wait until it ends, or choose "
+                    "another folder"
+                ) from None
+            except OSError:
+                pass
+            yield
     except OSError as error:
-        raise InputError(f"cannot write into the run's folder {folder}: {error.strerror}") from None
-    with file:
-        try:
-            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except (BlockingIOError, PermissionError):
-            raise InputError(
-                f"another process is training in {folder}: wait until it ends, or choose another "
-                "folder"
-            ) from None
-        except OSError:
-            pass
-        yield
+        if error.errno not in NO_ROOM:
+            raise
+        raise InputError(
+            f"cannot write into {folder}: {error.strerror}: make room and resume"
+        ) from error
 
 
 def _load_or_save_initial(path: Path, cohort: Cohort) -> None:

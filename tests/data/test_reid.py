@@ -216,6 +216,7 @@ def test_a_decoder_that_crashes_or_hangs(market, monkeypatch, tmp_path):
     script.write_text(
         "#!/usr/bin/env python3\n"
         "import json, os, sys, time\n"
+        "print('ready', flush=True)\n"
         "for path in json.load(sys.stdin):\n"
         "    if path.endswith('crash.jpg'): os.abort()\n"
         "    if path.endswith('hang.jpg'): time.sleep(60)\n"
@@ -223,11 +224,31 @@ def test_a_decoder_that_crashes_or_hangs(market, monkeypatch, tmp_path):
     )
     script.chmod(0o755)
     monkeypatch.setattr(scanning.sys, "executable", str(script))
-    paths = ["a.jpg", "crash.jpg", "b.jpg", "hang.jpg", "c.jpg"]
+    paths = [str(tmp_path / f"{name}.jpg") for name in ("a", "crash", "b", "hang", "c")]
+    for path in paths:
+        Path(path).touch()
     assert scan(paths, cache=tmp_path, workers=1).bad == {
-        "crash.jpg": "crashes the decoder",
-        "hang.jpg": "not decoded within 2 seconds",
+        paths[1]: "crashes the decoder",
+        paths[3]: "not decoded within 2 seconds",
     }
+    # the process may have been ended by want of memory or time: that is not held against a file
+    monkeypatch.undo()
+    found = scan(paths, cache=tmp_path)
+    assert (found.decoded, found.bad[paths[1]]) == (2, "the file is empty")
+
+
+@pytest.mark.parametrize("script", [None, "#!/bin/sh\nexit 3\n"])
+def test_a_decoder_that_does_not_start(monkeypatch, tmp_path, script):
+    """An error at once, rather than a scan that waits for ever, or a set of bad files."""
+    monkeypatch.setattr(scanning, "IN_PROCESS", 1)
+    python = tmp_path / "python"
+    if script:
+        python.write_text(script)
+        python.chmod(0o755)
+    monkeypatch.setattr(scanning.sys, "executable", str(python))
+    with pytest.raises((OSError, RuntimeError), match=r"No such file|does not start here"):
+        scan(["a.jpg", "b.jpg"], cache=tmp_path, workers=1)
+    assert not list(tmp_path.glob("*.json"))
 
 
 def test_every_odd_jpeg_through_the_reader(jpegs, tmp_path, scans):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import pickle
+import resource
 from pathlib import Path
 
 import pytest
@@ -62,6 +63,38 @@ def test_truncated_files_are_named(path, keep):
     path.write_bytes(path.read_bytes()[:keep])
     with pytest.raises(InputError, match=r"last\.ckpt is not a checkpoint that can be read"):
         checkpoint.load(path)
+
+
+@pytest.mark.parametrize("at", range(0, 3000, 100))
+def test_a_byte_that_changed_is_noticed(path, at):
+    """Or did not matter: a file has gaps."""
+    before = checkpoint.load(path)
+    content = bytearray(path.read_bytes())
+    content[at % len(content)] ^= 0x41
+    path.write_bytes(content)
+    try:
+        after = checkpoint.load(path)
+    except InputError:
+        return
+    assert torch.equal(after.pop("w"), before.pop("w"))
+    assert after == before
+
+
+def test_a_full_disk(path):
+    """Torch hides what the system said behind an error of its own."""
+    before = path.read_bytes()
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, limits[1]))
+    try:
+        with pytest.raises(InputError) as error:
+            checkpoint.save(path, {"x": torch.zeros(100_000)})
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert str(error.value) == (
+        f"cannot write the checkpoint {path} (the one before it is kept): File too large"
+    )
+    assert path.read_bytes() == before
+    assert [p.name for p in path.parent.iterdir()] == [path.name]
 
 
 class Attack:

@@ -7,6 +7,7 @@ import functools
 import json
 import math
 import os
+import resource
 import signal
 import subprocess
 import sys
@@ -182,6 +183,15 @@ class TestRunFolder:
             other.stdin.close()
         longer = fit(make_cohort(), *make_loaders(), settings(resume=True, epochs=4))
         assert longer.history[-1]["epoch"] == 4
+
+    def test_a_full_disk(self, settings):
+        before = resource.getrlimit(resource.RLIMIT_FSIZE)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (100, before[1]))
+        try:
+            with pytest.raises(InputError, match=r"cannot write into .*run: File too large: make"):
+                fit(make_cohort(), *make_loaders(), settings())
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, before)
 
     def test_peers_that_do_not_fit_make_no_folder(self, settings):
         other = nn.Sequential(nn.Flatten(), nn.Linear(SIDE * SIDE, CLASSES + 1))
