@@ -31,7 +31,7 @@ def interleave(
     guess = {name: max(timer(1), 1e-7) for name, timer in timers.items()}
     calls = {name: max(1, math.ceil(SHORTEST / guess[name])) for name in timers}
     a_round = sum(REST + guess[name] * calls[name] for name in timers)
-    rounds = min(max(int(seconds / a_round), fewest), most)
+    rounds = min(max(int(seconds / max(a_round, 1e-9)), fewest), most)  # 0: no contender ran
     draw = random.Random(0)
     samples: dict[str, list[float]] = {name: [] for name in timers}
     gc.collect()

@@ -514,6 +514,10 @@ def cuda_run(execution, *, update="simultaneous", precision="off", **options):
     return Run("", make=make, device=device, precision=precision, **options)
 
 
+def close(found, expected, name, **tolerances) -> None:
+    torch.testing.assert_close(found, expected, msg=lambda how: f"{name}: {how}", **tolerances)
+
+
 @pytest.fixture
 def _deterministic(monkeypatch):
     """The same algorithms wherever they run, and rounding far below the tolerances."""
@@ -531,7 +535,7 @@ def test_on_cuda_fifty_steps_are_the_eager_ones(execution, options):
     assert getattr(other.step, "failure", None) is None
     a, b = eager.state(), other.state()
     for name in a:
-        torch.testing.assert_close(b[name], a[name], rtol=1e-4, atol=1e-5, msg=name)
+        close(b[name], a[name], name, rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.gpu
@@ -541,7 +545,7 @@ def test_on_cuda_a_sequential_step_is_captured():
     graph = cuda_run("graph", update="sequential").train(20)
     assert graph.step.failure is None
     for (name, a), b in zip(eager.state().items(), graph.state().values(), strict=True):
-        torch.testing.assert_close(b, a, rtol=1e-4, atol=1e-5, msg=name)
+        close(b, a, name, rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.gpu
@@ -554,7 +558,7 @@ def test_on_cuda_fifty_stacked_steps_follow_the_eager_ones(options):
     a, b = eager.state(), stacked.state()
     for name in a:
         loose = {"correct": 1.5, "ensemble_correct": 1.5}.get(name, 5e-3)
-        torch.testing.assert_close(b[name], a[name], rtol=5e-3, atol=loose, msg=name)
+        close(b[name], a[name], name, rtol=5e-3, atol=loose)
 
 
 @pytest.mark.gpu
@@ -612,6 +616,7 @@ def test_on_cuda_a_model_that_looks_at_a_value_falls_back():
 
 
 @pytest.mark.gpu
+@pytest.mark.usefixtures("_deterministic")
 def test_on_cuda_a_capture_that_breaks_off_leaves_streams_and_generators_usable():
     class Waits(nn.Module):
         num_classes = C
@@ -687,9 +692,7 @@ def test_on_cuda_batches_are_made_inside_the_step(execution):
     tolerance = 2e-2 if execution == "stacked" else 1e-4
     for name, value in states[0].items():
         if "correct" not in name:
-            torch.testing.assert_close(
-                states[1][name], value, rtol=tolerance, atol=tolerance, msg=name
-            )
+            close(states[1][name], value, name, rtol=tolerance, atol=tolerance)
 
 
 @pytest.mark.gpu

