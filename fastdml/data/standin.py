@@ -11,6 +11,7 @@ obtained on it say nothing of Market-1501.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import shutil
 import tempfile
@@ -54,15 +55,8 @@ def build_standin(
     target = root / FOLDER
     note = json.dumps(asdict(what), sort_keys=True)
     if target.exists():
-        try:
-            if (target / NOTE).read_text(encoding="utf-8") == note:
-                return root
-        except OSError:
-            pass
-        raise InputError(
-            f"{target}: is there and is not this stand-in (it may be the real set): "
-            "choose another folder"
-        )
+        _check_same(target, note)
+        return root
     check_seed(what.seed)
     if what.train_ids < 1 or what.test_ids < 1 or what.train_ids + what.test_ids > 98:
         raise InputError(
@@ -73,16 +67,33 @@ def build_standin(
         if not 2 * CAMERAS <= count <= 500:
             raise InputError(f"{count} images an identity: give {2 * CAMERAS} to 500")
     images = cifar_root if isinstance(cifar_root, ImageSet) else load_cifar100(cifar_root)[0]
-    root.mkdir(parents=True, exist_ok=True)
-    part = Path(tempfile.mkdtemp(prefix=f".{FOLDER}.", dir=root))
+    try:
+        root.mkdir(parents=True, exist_ok=True)
+        part = Path(tempfile.mkdtemp(prefix=f".{FOLDER}.", dir=root))
+    except OSError as error:
+        raise InputError(f"cannot write the stand-in to {root}: {error.strerror}") from None
     try:
         _write(part, images, what)
         (part / NOTE).write_text(note, encoding="utf-8")
-        part.rename(target)
-    except BaseException:
+        try:
+            part.rename(target)
+        except OSError:
+            if not target.exists():
+                raise
+            _check_same(target, note)  # another process was faster
+    finally:
         shutil.rmtree(part, ignore_errors=True)
-        raise
     return root
+
+
+def _check_same(target: Path, note: str) -> None:
+    with contextlib.suppress(OSError):
+        if (target / NOTE).read_text(encoding="utf-8") == note:
+            return
+    raise InputError(
+        f"{target}: is there and is not this stand-in (it may be the real set): "
+        "choose another folder"
+    )
 
 
 def _write(folder: Path, images: ImageSet, what: StandIn) -> None:

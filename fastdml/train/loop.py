@@ -270,7 +270,7 @@ def _summary(result: TrainResult) -> dict[str, Any]:
         "images_per_second": result.images_per_second,
         "data_wait": result.data_wait,
         "wall_seconds": result.seconds,
-        "epochs": result.config.epochs,
+        "epochs": result.history[-1]["epoch"],
         "precision": result.precision,
         "skipped_steps": result.skipped_steps,
         "weights": {name: str(folder) for name, folder in result.weights.items()},

@@ -75,12 +75,12 @@ class MetricsLog:
             kept = [{"kind": "peers", "step": 0, "names": self.names}]
         else:
             kept = [r for r in read_metrics(folder) if r["step"] <= resume_step]
-            for old in events.glob("events.out.tfevents.*"):
-                old.unlink()  # an event file cannot be cut, so it is written anew from what is kept
         write_atomically(self.path, "".join(f"{to_json(record)}\n" for record in kept))
         self.file = self.path.open("a")
         self.events = None
         if tensorboard:
+            for old in events.glob("events.out.tfevents.*"):
+                old.unlink()  # an event file cannot be cut, so it is written anew from what is kept
             writer = require("torch.utils.tensorboard", "train").SummaryWriter
             self.events = writer(str(events), flush_secs=10)
         for record in kept:

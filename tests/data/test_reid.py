@@ -13,6 +13,7 @@ import torch
 
 from fastdml.data import ImageFolderReID, Market1501, make_loader
 from fastdml.data import scan as scanning
+from fastdml.data import standin as standing
 from fastdml.data.decode import BadImage, decode
 from fastdml.data.loaders import has_dali
 from fastdml.data.scan import scan
@@ -389,6 +390,23 @@ def test_building_the_standin_twice(standin, cifar100_root, tmp_path):
     with pytest.raises(InputError, match="5 images an identity"):
         build_standin(tmp_path, cifar100_root, StandIn(images=5))
     assert list(tmp_path.iterdir()) == []
+    (tmp_path / "file").touch()
+    with pytest.raises(InputError, match=r"cannot write the stand-in to .*file/x: Not a directory"):
+        build_standin(tmp_path / "file" / "x", cifar100_root)
+
+
+def test_two_that_build_the_standin_at_once(cifar100_root, tmp_path, monkeypatch):
+    what = StandIn(train_ids=2, test_ids=2, images=12, junk=2, distractors=2)
+    write = standing._write
+
+    def while_another_does(folder, images, what):
+        monkeypatch.setattr(standing, "_write", write)
+        build_standin(tmp_path, images, what)
+        write(folder, images, what)
+
+    monkeypatch.setattr(standing, "_write", while_another_does)
+    assert build_standin(tmp_path, cifar100_root, what) == tmp_path
+    assert [p.name for p in tmp_path.iterdir()] == [FOLDER]
 
 
 def test_warnings_name_strangers(standin_copy):

@@ -269,6 +269,7 @@ def test_resuming_from_the_settings_of_the_run(copy, tmp_path):
     options = {**SMALL, "iterations": 4, "epochs": 0, "images_per_id": 0}
     first = training.market1501(**options, folder=folder, root=copy)
     assert first.history[-1]["step"] == 4
+    assert json.loads((first.folder / "summary.json").read_text())["mutual"]["epochs"] == 2
     longer = training.market1501(folder=folder, resume=True, iterations=5)
     assert longer.history[-1]["step"] == 5
     assert longer.config.images_per_id == 0

@@ -86,6 +86,18 @@ def test_tensorboard_can_be_left_out(tmp_path):
     assert [p.name for p in tmp_path.iterdir()] == ["metrics.jsonl"]
 
 
+def test_going_on_without_tensorboard_keeps_its_events(tmp_path):
+    with MetricsLog(tmp_path, NAMES) as log:
+        log_steps(log, range(1, 3))
+    before = tensorboard_scalars(tmp_path)
+    with MetricsLog(tmp_path, NAMES, resume_step=2, tensorboard=False) as log:
+        log_steps(log, range(3, 5))
+    assert tensorboard_scalars(tmp_path) == before
+    with MetricsLog(tmp_path, NAMES, resume_step=4):
+        pass
+    assert [s for s, _ in tensorboard_scalars(tmp_path)["train/ce/resnet20-2"]] == [1, 2, 3, 4]
+
+
 def test_another_runs_metrics_are_not_overwritten(tmp_path):
     with MetricsLog(tmp_path, NAMES, tensorboard=False) as log:
         log_steps(log, range(1, 3))
