@@ -30,7 +30,7 @@ stage() {  # name, seconds, command...
   before=$(wc -l < "$out/log.txt")
   echo "==== $name: $*" >> "$out/log.txt"
   # pytest stores its results when it is interrupted
-  timeout --signal=INT --kill-after=10 "$limit" "$@" >> "$out/log.txt" 2>&1 || status=$?
+  timeout --signal=INT --kill-after=15 "$limit" "$@" >> "$out/log.txt" 2>&1 || status=$?
   echo "$name: $([ $status = 0 ] && echo passed || echo "FAILED ($status)"), $((SECONDS - start)) s"
   if [ $status != 0 ]; then
     failed=1
