@@ -181,7 +181,8 @@ class MutualLoss(nn.Module):
         """Losses, statistics, and the gradient of `losses.sum()` with respect to the logits, in
         their shape and dtype: K tensors (N, C), or one (K, N, C) for stacked logits.
 
-        For `torch.autograd.backward(logits, gradients)`: no loss graph, no backward launch.
+        For `torch.autograd.backward(logits, gradients)`: no loss graph, no backward launch. With a
+        loss scale give float16 logits as float32: here they are rounded before anyone scales them.
         """
         tensors, call = self._call(logits, labels, True)
         with torch.no_grad():
