@@ -183,6 +183,14 @@ def test_compiled_whole_for_every_batch_size():
             torch.testing.assert_close(ours, theirs, rtol=1e-6, atol=1e-7)
 
 
+def test_compiled_layers_may_share_hidden_and_weight():
+    (hidden, _), (weight, _), _, labels = problem(2, 6, 5, torch.float32)
+    loss = lambda h, w: linear_mutual_loss([h, h], [w, w], labels).sum()  # noqa: E731
+    step = torch.compile(loss, fullgraph=True, backend="aot_eager")
+    grads = (torch.autograd.grad(f(hidden, weight), [hidden, weight]) for f in (step, loss))
+    torch.testing.assert_close(*grads)
+
+
 def test_opcheck():
     hidden, weight, _, labels = problem(2, 6, 5, torch.float32)
     call = Call(labels, Options(), 1.0, 1.0, 1.0, None, None, False)

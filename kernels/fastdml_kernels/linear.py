@@ -19,6 +19,7 @@ from .op import (
     CALL_SCHEMA,
     NO_SECOND_DERIVATIVE,
     Call,
+    distinct,
     evaluate,
     flatten,
     loss_dtype,
@@ -198,6 +199,6 @@ def linear_mutual_loss(
     enabled = torch.is_grad_enabled()
     needs = [enabled and t is not None and t.requires_grad for t in tensors]
     if torch.compiler.is_compiling():
-        return _CompiledLinear.apply(call, chunk_rows, needs, *tensors)
+        return _CompiledLinear.apply(call, chunk_rows, needs, *distinct(tensors))
     refuse_transforms(NAME, [t for t in tensors if t is not None])
     return _EagerLinear.apply(call, chunk_rows, needs, *tensors)

@@ -213,18 +213,21 @@ class _CompiledLoss(torch.autograd.Function):
         return None, *scaled
 
 
+def distinct(tensors: Sequence[Tensor | None]) -> list[Tensor | None]:
+    """dynamo takes no tensor twice: one that is two peers' goes in as a view as well."""
+    return [
+        t.view_as(t) if t is not None and any(t is other for other in tensors[:i]) else t
+        for i, t in enumerate(tensors)
+    ]
+
+
 def mutual_loss(logits: Sequence[Tensor], call: Call) -> tuple[Tensor, Tensor | None]:
     """Losses and packed statistics (None if not wanted), differentiable in the logits: K tensors
     (N, C) or one (K, N, C). Arguments are taken as checked."""
     needs_grad = torch.is_grad_enabled() and any(z.requires_grad for z in logits)
     if torch.compiler.is_compiling():
         if needs_grad:
-            # dynamo takes no tensor twice: one that is two peers goes in as a view as well
-            distinct = [
-                z.view_as(z) if any(z is other for other in logits[:k]) else z
-                for k, z in enumerate(logits)
-            ]
-            return _CompiledLoss.apply(call, *distinct)
+            return _CompiledLoss.apply(call, *distinct(logits))
         return torch.ops.fastdml.mutual_loss(logits, None, False, *flatten(call))[:2]
     refuse_transforms("mutual_loss", logits)
     if needs_grad:
