@@ -163,7 +163,10 @@ def kernels(args: list[str]) -> None:
     options = parser.parse(args)
 
     from fastdml_kernels import static_report
+    from triton import knobs
 
+    if knobs.runtime.interpret:
+        raise InputError("TRITON_INTERPRET is set, so that nothing is compiled: unset it")
     archs = options.archs or list(static_report.TARGETS)
     unknown = [arch for arch in archs if arch not in static_report.TARGETS]
     if unknown:
@@ -206,8 +209,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     except PermissionError as error:
         return _complain(f"error: {error.filename}: {error.strerror}", 2)
     except KeyboardInterrupt:
-        resume = "; the same command with --resume goes on" if args[:1] == ["train"] else ""
-        return _complain(f"interrupted{resume}", 130)
+        # Training itself ends by a checkpoint and its own message, unless it is asked twice.
+        return _complain("interrupted", 130)
     except BrokenPipeError:
         # `fastdml ... | head`: nobody reads on, and the flush at exit must not say so again.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

@@ -207,6 +207,11 @@ def test_wrong_commands(refused):
     refused(["evaluate", "nowhere"], "nowhere", "not the folder of a run")
 
 
+def test_kernels_that_are_interpreted_cannot_be_reported(refused, monkeypatch):
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    refused(["kernels", "--shapes", "2x100"], "TRITON_INTERPRET is set", "unset it")
+
+
 def test_missing_extra(refused, monkeypatch):
     monkeypatch.setitem(sys.modules, "tyro", None)
     refused(["train", "digits"], r"tyro is not installed: pip install 'fastdml\[train\]'")
@@ -363,6 +368,15 @@ def test_a_reader_that_goes_away_is_no_error(tmp_path):
         )  # fmt: skip
     assert done.returncode == 141
     assert done.stderr == b""
+
+
+def test_interrupting_before_training_promises_nothing(monkeypatch, capfd):
+    def interrupted(name: str, root: str, **options) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("fastdml.train.loop.load", interrupted)
+    assert cli.main(["train", "digits"]) == 130
+    assert capfd.readouterr().err == "fastdml: interrupted\n"
 
 
 def test_interrupting_says_how_to_go_on(tmp_path):

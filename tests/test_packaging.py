@@ -58,6 +58,7 @@ def test_the_wheel_holds_both_import_names_and_nothing_else(tmp_path):
     metadata = wheel.read(f"{info}/METADATA").decode()
     assert "License-Expression: Apache-2.0" in metadata
     assert "Requires-Python: >=3.10" in metadata
+    assert "Requires-Dist: triton>=3.6" in metadata  # imported by the CPU's loss too
     for extra in ("train", "dev", "bench", "onnx", "reid"):
         assert f"Provides-Extra: {extra}" in metadata
 
