@@ -97,6 +97,13 @@ def test_labels_do_not_depend_on_directory_order(standin, scans, monkeypatch):
     assert torch.equal(found.labels, expected.labels)
 
 
+def test_the_name_of_a_file_counts_not_those_of_its_folders(market, standin_copy):
+    found = Market1501(standin_copy.rename(standin_copy.with_name("0099_c5s1_000001_00")))
+    for split in ("train", "query", "gallery"):
+        assert torch.equal(getattr(found, split).ids, getattr(market, split).ids)
+        assert torch.equal(getattr(found, split).cameras, getattr(market, split).cameras)
+
+
 def test_a_subset_is_warned_of(standin, scans):
     with pytest.warns(UserWarning, match=r"128/30/61/8 training.*has 12,936/3,368/15,913/751"):
         Market1501(standin)
