@@ -178,6 +178,21 @@ def test_resuming_and_leaving(market, make):
         assert all(torch.equal(a, b) for a, b in zip(rest, whole[5:], strict=True))
 
 
+@needs_dali
+@pytest.mark.gpu
+def test_dali_on_a_gpu_makes_the_batches_of_a_cpu():
+    """Also where the copies of its memory come late, behind other work of their stream."""
+    options = {"seed": 1, "train": True, "erase": 0.5}
+    expected = list(DALILoader(random_set(300, 3, 32, 32), 16, **options).epoch(2))
+    found = []
+    for batch in DALILoader(random_set(300, 3, 32, 32), 16, **options, device="cuda").epoch(2):
+        found.append(batch)
+        torch.cuda._sleep(10**7)  # cycles
+    for (images, labels), (on_gpu, gpu_labels) in zip(expected, found, strict=True):
+        assert torch.equal(gpu_labels.cpu(), labels)
+        assert (on_gpu.cpu() - images).abs().max() <= EXACT
+
+
 @both
 def test_iterators_beside_each_other(market, make):
     """None of them shows another's batches."""
