@@ -16,7 +16,7 @@ import json
 import os
 import re
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from itertools import combinations
 from numbers import Integral
 from pathlib import Path
@@ -26,7 +26,7 @@ import torch
 from torch import Tensor, nn
 
 from fastdml.errors import InputError, require
-from fastdml.models import ReidHead, create_model, is_own
+from fastdml.models import ReidHead, check_count, create_model, is_own
 
 FORMAT = 1  # of cohort.json
 
@@ -70,6 +70,9 @@ class Cohort(nn.Module):
             raise InputError("a cohort needs at least one peer; name one, such as resnet32")
         if not isinstance(seed, Integral) or seed < 0:
             raise InputError(f"seed must be a whole number of at least 0, not {seed!r}")
+        if num_classes is not None:
+            check_count("num_classes", num_classes)
+        check_count("in_channels", in_channels)
 
         self.models = [peer if isinstance(peer, str) else None for peer in peers]
         self.names = _unique([p if isinstance(p, str) else type(p).__name__ for p in peers])
@@ -216,6 +219,10 @@ class Cohort(nn.Module):
         if format == "onnx":
             require("onnx", "onnx")
             require("onnxscript", "onnx")
+        found = tuple(example.shape) if isinstance(example, Tensor) else (type(example).__name__,)
+        own = not any(self.models)  # modules take as many channels as they like
+        if len(found) != 4 or not found[0] or not (own or found[1] == self.in_channels):
+            raise InputError(f"example must be images (N, {self.in_channels}, H, W), not {found}")
         images = example.detach().cpu()[:1].repeat(2, 1, 1, 1)  # one row would be taken as fixed
         paths = []
         for k, (name, peer) in enumerate(zip(self.names, self.peers, strict=True)):
@@ -311,9 +318,9 @@ def _unique(names: Sequence[str]) -> list[str]:
 
 
 def _listed(peers: Sequence[str | nn.Module]) -> list[str | nn.Module]:
-    if isinstance(peers, (str, nn.Module)):
-        one = repr(peers) if isinstance(peers, str) else type(peers).__name__
-        raise InputError(f"peers must be a list, such as [{one}], not a single one")
+    if isinstance(peers, (str, nn.Module)) or not isinstance(peers, Iterable):
+        one = type(peers).__name__ if isinstance(peers, nn.Module) else repr(peers)
+        raise InputError(f"peers must be a list, such as ['resnet32', 'resnet32'], not {one}")
     peers = list(peers)
     for k, peer in enumerate(peers):
         if not isinstance(peer, (str, nn.Module)):

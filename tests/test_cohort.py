@@ -109,11 +109,16 @@ def test_class_count_is_found_in_modules():
     ("peers", "num_classes", "message"),
     [
         ([], 10, "at least one peer"),
-        ("resnet8", 10, r"must be a list, such as \['resnet8'\]"),
+        ("resnet8", 10, "must be a list, .* not 'resnet8'"),
+        (nn.Flatten(), 10, "must be a list, .* not Flatten"),
+        (None, 10, "must be a list, .* not None"),
         ([3], 10, "peer 0 is a int, neither"),
         (["resnet8"], None, "num_classes is needed"),
         ([nn.Flatten()], None, "num_classes is needed"),
         (["resnet8"], 0, "num_classes must be .* not 0"),
+        (["resnet8"], 5.5, "num_classes must be .* not 5.5"),
+        ([linear_net(4)], "4", "num_classes must be .* not '4'"),
+        ([nn.Flatten()], -1, "num_classes must be .* not -1"),
         (["resnet8", "resnet9"], 10, "no model 'resnet9'"),
         ([linear_net(4), linear_net(5)], None, "Sequential-1 has 4, Sequential-2 has 5"),
     ],
@@ -271,7 +276,7 @@ def test_own_modules_are_loaded_into_what_is_given(tmp_path):
     assert same(Cohort.load(tmp_path, peers=[linear_net(), "resnet8"]), cohort)
     with pytest.raises(InputError, match="holds 2 peers, and peers= has 1"):
         Cohort.load(tmp_path, peers=[linear_net()])
-    with pytest.raises(InputError, match=r"peers must be a list, such as \['resnet8'\]"):
+    with pytest.raises(InputError, match=r"peers must be a list, .* not 'resnet8'"):
         Cohort.load(tmp_path, peers="resnet8")
     with pytest.raises(InputError, match="peer 1 is a int, neither"):
         Cohort.load(tmp_path, peers=[linear_net(), 5])
@@ -454,10 +459,19 @@ def test_onnx_export_computes_what_the_peer_computes(tmp_path):
     torch.testing.assert_close(torch.from_numpy(logits), expected, rtol=1e-3, atol=1e-4)
 
 
+def test_a_module_is_exported_for_the_channels_it_takes(tmp_path):
+    cohort = Cohort([nn.Sequential(nn.Flatten(), nn.Linear(2 * 64, 4))])
+    (path,) = cohort.export(tmp_path, torch.zeros(1, 2, 8, 8), format="torch")
+    assert path.stat().st_size > 0
+
+
 def test_export_without_onnx_or_with_another_format(trained, tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "onnx", None)
     with pytest.raises(MissingExtra, match=r"pip install 'fastdml\[onnx\]'"):
         trained.export(tmp_path, torch.zeros(1, 1, 8, 8))
     with pytest.raises(InputError, match="format must be 'onnx' or 'torch', not 'tflite'"):
         trained.export(tmp_path, torch.zeros(1, 1, 8, 8), format="tflite")
+    for example in (torch.zeros(1, 8, 8), torch.zeros(1, 3, 8, 8), torch.zeros(0, 1, 8, 8), "x"):
+        with pytest.raises(InputError, match=r"example must be images \(N, 1, H, W\), not "):
+            trained.export(tmp_path, example, format="torch")
     assert not any(tmp_path.iterdir())

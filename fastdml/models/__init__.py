@@ -66,9 +66,10 @@ def create_model(
     head: what to put on the model's feature map, for re-identification.
     pretrained: begin with timm's weights; for its models alone. The classifier is fresh.
     """
-    for label, value in (("num_classes", num_classes), ("in_channels", in_channels)):
-        if not isinstance(value, Integral) or isinstance(value, bool) or value < 1:
-            raise InputError(f"{label} must be a whole number of at least 1, not {value!r}")
+    if not isinstance(name, str):
+        raise InputError(f"a model's name is text, such as 'resnet32', not {name!r}")
+    check_count("num_classes", num_classes)
+    check_count("in_channels", in_channels)
     if not (head is None or isinstance(head, ReidHead)):
         raise InputError(f"head must be a ReidHead or None, not {head!r}")
     timm_name = name.removeprefix("timm:") if name.startswith("timm:") else None
@@ -96,6 +97,11 @@ def create_model(
     if head is None:
         return model
     return ReidModel(model, num_classes, head, name=name, in_channels=in_channels)
+
+
+def check_count(label: str, value: object) -> None:
+    if not isinstance(value, Integral) or isinstance(value, bool) or value < 1:
+        raise InputError(f"{label} must be a whole number of at least 1, not {value!r}")
 
 
 def _own(name: str, num_classes: int, in_channels: int, head: ReidHead | None) -> nn.Module:

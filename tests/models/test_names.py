@@ -106,6 +106,12 @@ def test_class_and_channel_counts_are_checked(value):
         create_model("resnet20", 10, in_channels=value)
 
 
+@pytest.mark.parametrize("name", [5, None, ["resnet8"]])
+def test_a_name_is_text(name):
+    with pytest.raises(InputError, match="a model's name is text"):
+        create_model(name, 10)
+
+
 def test_listed_names_are_all_models():
     with torch.device("meta"):
         for name in model_names():
