@@ -155,9 +155,12 @@ def kernels(args: list[str]) -> None:
         "--shapes", nargs="+", metavar="KxC",
         help="peers x classes, such as 2x100 (default: CIFAR to a language model's vocabulary)",
     )  # fmt: skip
-    parser.add_argument("--dtypes", nargs="+", default=["bf16"], choices=("bf16", "fp16", "fp32"))
     parser.add_argument(
-        "--archs", nargs="+", default=None, metavar="ARCH", help="of sm_80 sm_90 sm_100 gfx942"
+        "--dtypes", nargs="+", default=["bf16"], choices=("bf16", "fp16", "fp32"),
+        help="of logits and gradients (default: bf16)",
+    )  # fmt: skip
+    parser.add_argument(
+        "--archs", nargs="+", metavar="ARCH", help="of sm_80 sm_90 sm_100 gfx942 (default: all)"
     )
     parser.add_argument("--json", action="store_true", help="print the report as a JSON list")
     options = parser.parse(args)
@@ -320,6 +323,7 @@ def _unframed(box: str) -> str:
 
 
 def _add_run_options(parser: Parser) -> None:
+    parser.usage = f"{parser.prog} RUN [OPTIONS]"  # after --peers RUN would be one of them
     parser.add_argument("run", type=Path, metavar="RUN", help="folder of a training run")
     parser.add_argument(
         "--weights",

@@ -240,6 +240,7 @@ def test_help_of_training_states_the_papers_settings(capfd):
 def test_evaluate_help(capfd):
     assert cli.main(["evaluate", "--help"]) == 0
     out = capfd.readouterr().out
+    assert out.startswith("usage: fastdml evaluate RUN [OPTIONS]\n")
     assert "--weights {last,best}" in out
     assert "--json" in out
 
