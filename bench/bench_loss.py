@@ -124,11 +124,13 @@ def _call(name: str, direction: str, methods: dict[str, tuple[Losses, Callable]]
     return forward if direction == "forward" else forward_backward
 
 
-def _names(direction: str, device: torch.device, full: bool) -> list[str]:
+def _names(case: Case, direction: str, device: torch.device, full: bool) -> list[str]:
     """Contenders of a row. "direct" takes gradients without autograd, as the training step does;
     "summed" differs from "pairwise" in the backward alone. Compiling a forward for itself is left
     to --full: it would double the quick set's time."""
     names = list(_methods(device))
+    if case.K > 2 and device.type == "cuda" and not full:
+        names.remove("pairwise-c")  # the compiler takes minutes over 8 peers' 56 pairs
     if direction == "forward":
         names.remove("summed")
         return [name for name in names if full or not name.endswith(("-c", "-cg"))]
@@ -142,7 +144,7 @@ def pytest_generate_tests(metafunc):
     clocks = ("wall", "kernel") if device.type == "cuda" else ("wall",)
     values, ids = [], []
     for case, direction in product(cases, ("forward", "forward_backward")):
-        for clock, name in product(clocks, _names(direction, device, full)):
+        for clock, name in product(clocks, _names(case, direction, device, full)):
             values.append((case, direction, clock, name))
             shape = "x".join(map(str, case[:3]))
             ids.append(f"{device.type}-{case.dtype}-{shape}-{direction}-{clock}-{name}")
@@ -193,7 +195,7 @@ def measure(case: Case, direction: str, device: torch.device, full: bool) -> Mea
         pool = torch.cuda.graph_pool_handle()
         copies = min(timing.CALLS_A_GRAPH, max(1, COLD_BYTES // case.least_bytes))
         inputs = [_inputs(case, device, seed) for seed in range(copies)]
-    for name in _names(direction, device, full):
+    for name in _names(case, direction, device, full):
         call = _call(name, direction, methods)
         try:
             _check(call(logits, labels), ours, case, direction)

@@ -57,7 +57,8 @@ def register_tile(K: int, C: int) -> Tile | None:
 def wide_tile(K: int, C: int, stats: bool) -> Tile:
     tiles = next(tiles for limit, *tiles in WIDE_TILES if limit >= K or limit == MOST_PEERS)
     block_c, warps = tiles[stats]
-    return Tile(1, min(block_c, triton.next_power_of_2(max(C, 2))), warps)
+    block_c = min(block_c, triton.next_power_of_2(max(C, 2)))
+    return Tile(1, block_c, min(warps, max(1, block_c // 32)))  # no more threads than classes
 
 
 def compiler_options(warps: int, nvidia: bool) -> dict[str, Any]:
@@ -89,10 +90,11 @@ class _Counters:
     which may replay at any time and so never shares."""
 
     CAPTURED = 4096
+    APART = 4  # 16 bytes, as aligned as in a warm-up: another pointer is another kernel
 
     def __init__(self, device: torch.device) -> None:
         self.device = device
-        self.captured = torch.zeros(self.CAPTURED, dtype=torch.int32, device=device)
+        self.captured = torch.zeros(self.APART * self.CAPTURED, dtype=torch.int32, device=device)
         self.used = 0
         self.of_stream: dict[int, Tensor] = {}
 
@@ -103,7 +105,7 @@ class _Counters:
             if self.used == self.CAPTURED:  # the graph then zeroes its own, one more node
                 return torch.zeros(1, dtype=torch.int32, device=self.device)
             self.used += 1
-            return self.captured[self.used - 1 : self.used]
+            return self.captured[self.APART * (self.used - 1) :][:1]
         stream = torch.cuda.current_stream(self.device).cuda_stream
         if stream not in self.of_stream:
             self.of_stream[stream] = torch.zeros(1, dtype=torch.int32, device=self.device)
@@ -185,7 +187,7 @@ def arguments(
         scratch=torch.empty((programs, 3 * K * K if coupled and grads else 1), device=device),
         u_stride_k=0 if upstream is None else upstream.stride(0),
         u_stride_n=upstream.stride(1) if upstream is not None and upstream.dim() == 2 else 0,
-        PAIRS=triton.next_power_of_2(max(K * K, 2)),
+        PEERS=triton.next_power_of_2(max(K, 2)), PAIRS=triton.next_power_of_2(max(K * K, 2)),
         SYMMETRIC=options.symmetric, DETACH=options.detach_targets,
     )  # fmt: skip
     return wide_rows, named | wide, tile.warps

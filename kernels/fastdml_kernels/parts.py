@@ -9,9 +9,11 @@ import triton.language as tl
 @triton.jit
 def scalar(x, IS_POINTER: tl.constexpr):
     """A float32 that came as a number or as a 0-d tensor."""
-    if IS_POINTER:
-        return tl.load(x).to(tl.float32)
-    return tl.cast(x, tl.float32)
+    if IS_POINTER:  # no early return: Triton compiles what follows one all the same
+        value = tl.load(x)
+    else:
+        value = x
+    return tl.cast(value, tl.float32)
 
 
 @triton.jit
@@ -123,13 +125,15 @@ def reduce_programs(partials, losses, stats, ce_weight, kl_weight, kl_scale, N,
     The order of the sums, here and in `stats`: ce K, kl K, weight of labelled rows, labelled
     rows; with STATS also entropy K, correct K, ensemble_correct, pairwise KL (K, K).
     """
+    USED: tl.constexpr = 4 * K + 3 + K * K if STATS else 2 * K + 2
     programs = tl.num_programs(0)
     s = tl.arange(0, S)
     total = tl.zeros((S,), tl.float32)
     for start in range(0, programs, PROGRAMS_BLOCK):
         b = start + tl.arange(0, PROGRAMS_BLOCK)
-        part = tl.load(partials + b[:, None] * S + s[None, :], mask=(b < programs)[:, None],
-                       other=0.0, cache_modifier=".cg")  # fmt: skip
+        part = tl.load(partials + b[:, None] * S + s[None, :],
+                       mask=(b < programs)[:, None] & (s < USED)[None, :], other=0.0,
+                       cache_modifier=".cg")  # fmt: skip
         total += tl.sum(part, axis=0)
     ce_count = tl.sum(tl.where(s == 2 * K, total, 0.0), axis=0)
     labelled = tl.sum(tl.where(s == 2 * K + 1, total, 0.0), axis=0)
@@ -162,12 +166,12 @@ def reduce_programs(partials, losses, stats, ce_weight, kl_weight, kl_scale, N,
 
 
 @triton.jit
-def finish(packed, partials, counter, losses, stats, ce_weight, kl_weight, kl_scale, N,
+def finish(partials, counter, losses, stats, ce_weight, kl_weight, kl_scale, N,
            K: tl.constexpr, S: tl.constexpr, PROGRAMS_BLOCK: tl.constexpr,
            REDUCTION: tl.constexpr, MIMIC_IGNORED: tl.constexpr, STATS: tl.constexpr):  # fmt: skip
-    """Stores a program's sums; the last program to finish adds up all and resets the counter."""
+    """Called with a program's sums stored: the last program to finish adds up all and resets the
+    counter."""
     if REDUCTION != "none" or STATS:
-        tl.store(partials + tl.program_id(0) * S + tl.arange(0, S), packed)
         tl.debug_barrier()  # every thread's sums are written before this program counts as done
         done = tl.atomic_add(counter, 1, sem="acq_rel")
         if done == tl.num_programs(0) - 1:

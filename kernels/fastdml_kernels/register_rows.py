@@ -261,5 +261,7 @@ def register_rows(
                          mask=inside[:, None] & is_class[None, :],
                          eviction_policy="evict_first")  # fmt: skip
 
-    finish(packed, partials, counter, losses, stats, ce_weight, kl_weight, kl_scale, N, K, S,
+    if REDUCTION != "none" or STATS:
+        tl.store(partials + tl.program_id(0) * S + tl.arange(0, S), packed)
+    finish(partials, counter, losses, stats, ce_weight, kl_weight, kl_scale, N, K, S,
            PROGRAMS_BLOCK, REDUCTION, MIMIC_IGNORED, STATS)  # fmt: skip

@@ -143,24 +143,29 @@ def _widths(sass: str, operation: str, policies: str) -> Counter[int]:
 def report(
     K: int, C: int, dtype: str = "bf16", arch: str = "sm_90", *, gradient: bool = True,
     stats: bool = False, options: Options = Options(), regime: str | None = None,  # noqa: B008
-    row_stride: int | None = None, tile: Tile | None = None,
+    row_stride: int | None = None, tile: Tile | None = None, tensor_weights: bool = False,
+    upstream: bool = False,
 ) -> KernelReport:  # fmt: skip
     """Compiles the kernel that a launch of this shape would use, and reads its machine code.
 
     dtype: "bf16", "fp16", "fp32". arch: one of `TARGETS`. row_stride: elements between rows, C
-    unless given.
+    unless given. tensor_weights: temperature and the terms' weights are 0-d tensors, as in a
+    captured step. upstream: the losses' own gradient comes in, as where logits are float16.
     """
     N, stride = 64, row_stride or C
     make = lambda: torch.empty(N, stride, dtype=DTYPES[dtype])[:, :C]  # noqa: E731
     logits = [make() for _ in range(K)]
     grads = [make() for _ in range(K)] if gradient else []
+    own = torch.ones(K) if upstream else None
+    weight = torch.ones(()) if tensor_weights else 1.0
     if regime is None:
-        regime = "register" if fits_registers(K, C, options, None) else "wide"
+        regime = "register" if fits_registers(K, C, options, own) else "wide"
     if tile is None:
         tile = register_tile(K, C) if regime == "register" else wide_tile(K, C, stats)
     kernel, named, warps = arguments(
         logits, torch.zeros(N, dtype=torch.int64), options, grads=grads, want_stats=stats,
-        regime=regime, tile=tile,
+        regime=regime, tile=tile, upstream=own,
+        temperature=weight, ce_weight=weight, kl_weight=weight,
     )  # fmt: skip
     built_with = compiler_options(warps, nvidia=not arch.startswith("gfx"))
     compiled = compile_kernel(kernel, named, built_with, TARGETS[arch])

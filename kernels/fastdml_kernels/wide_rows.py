@@ -29,12 +29,19 @@ from .parts import averaged, finish, log_probability, loss_weights, open_gates, 
 
 
 @triton.jit
-def load_peers(logits, n64, c, K: tl.constexpr, C: tl.constexpr, STRIDES: tl.constexpr,
+def row_start(n64, stride, low):
+    """n64 * stride. `low`, negative and another in every turn of the loop over classes, keeps the
+    compiler from holding each peer's row address in registers through it."""
+    return tl.maximum(n64 * stride, tl.cast(low, tl.int64))
+
+
+@triton.jit
+def load_peers(logits, n64, c, low, K: tl.constexpr, C: tl.constexpr, STRIDES: tl.constexpr,
                READABLE: tl.constexpr, LAST: tl.constexpr):  # fmt: skip
     """K blocks of logits, float32, -inf past the last class."""
     Z = ()
     for k in tl.static_range(K):
-        at = logits[k] + n64 * STRIDES[k][0] + c * STRIDES[k][1]
+        at = logits[k] + (row_start(n64, STRIDES[k][0], low) + c * STRIDES[k][1])
         if LAST:  # not needed again: leave the cache to what is
             z = tl.load(at, mask=c < READABLE[k], other=0.0, eviction_policy="evict_first")
         else:
@@ -140,6 +147,24 @@ def kl_terms(Z, D, Q, top, W_SUM, MIX_LSE, peer_weights, GATES, inv_t,
     return OUT
 
 
+@triton.jit
+def kl_of_pairs(pairs, peer_weights, GATES, K: tl.constexpr, EDGE: tl.constexpr,
+                GATED: tl.constexpr, SYMMETRIC: tl.constexpr, PAIRS: tl.constexpr):  # fmt: skip
+    """Each student's KL term from the divergences of all pairs, KL(q_l || q_k) at l * K + k."""
+    HALF: tl.constexpr = 0.5 if SYMMETRIC else 1.0
+    OUT = ()
+    for k in tl.static_range(K):
+        weights = tl.zeros((PAIRS,), tl.float32)
+        for l in tl.static_range(K):  # noqa: E741
+            if l != k:
+                w = edge(k, l, peer_weights, GATES, K, EDGE, GATED)
+                weights = put(weights, l * K + k, HALF * w, PAIRS)
+                if SYMMETRIC:
+                    weights = put(weights, k * K + l, HALF * w, PAIRS)
+        OUT = OUT + (tl.sum(times(weights, pairs), axis=0),)
+    return OUT
+
+
 @triton.jit(do_not_specialize=["N", "ignore_index", "label_stride", "u_stride_k", "u_stride_n"])
 def wide_rows(
     logits,  # K pointers (N, C)
@@ -159,7 +184,8 @@ def wide_rows(
     K: tl.constexpr, C: tl.constexpr,
     STRIDES: tl.constexpr,  # per peer: logits row, logits column, gradient row
     READABLE: tl.constexpr,  # per peer: columns that may be read, C or more
-    BLOCK_C: tl.constexpr, S: tl.constexpr, PAIRS: tl.constexpr, PROGRAMS_BLOCK: tl.constexpr,
+    BLOCK_C: tl.constexpr, S: tl.constexpr, PEERS: tl.constexpr, PAIRS: tl.constexpr,
+    PROGRAMS_BLOCK: tl.constexpr,
     NEED_GRAD: tl.constexpr, STATS: tl.constexpr, REDUCTION: tl.constexpr,
     TARGET: tl.constexpr, GATE: tl.constexpr, EDGE: tl.constexpr,
     SYMMETRIC: tl.constexpr, DETACH: tl.constexpr,
@@ -176,6 +202,7 @@ def wide_rows(
     COUPLED: tl.constexpr = MUTUAL and NEED_GRAD and (SYMMETRIC or not DETACH)
     SECOND: tl.constexpr = NEED_GRAD or STATS or MIXED
     ONLINE_PAIRS: tl.constexpr = MUTUAL and TARGET == "peers" and (COUPLED or not SECOND)
+    LATE_PAIRS: tl.constexpr = MUTUAL and TARGET == "peers" and STATS and not ONLINE_PAIRS
     VALUES_PASS: tl.constexpr = MIXED and COUPLED
     HALF: tl.constexpr = 0.5 if SYMMETRIC else 1.0
     LAST_BLOCK: tl.constexpr = (C - 1) // BLOCK_C * BLOCK_C
@@ -198,8 +225,17 @@ def wide_rows(
             c = start + tl.arange(0, BLOCK_C)
             w_total += tl.sum(tl.load(class_weight + c, mask=c < C, other=0.0).to(tl.float32))
 
+    # One number a peer, or a pair, spread over the threads: K of them in every thread would spill.
+    peer_at = tl.arange(0, PEERS)
     pair_at = tl.arange(0, PAIRS)
-    packed = tl.zeros((S,), tl.float32)
+    ce_sums = tl.zeros((PEERS,), tl.float32)
+    kl_sums = tl.zeros((PEERS,), tl.float32)
+    entropy_sums = tl.zeros((PEERS,), tl.float32)
+    right_sums = tl.zeros((PEERS,), tl.float32)
+    pair_sums = tl.zeros((PAIRS,), tl.float32)
+    ce_count = tl.cast(0.0, tl.float32)
+    labelled_rows = tl.cast(0.0, tl.float32)
+    together_right = tl.cast(0.0, tl.float32)
     for n in range(tl.program_id(0), N, tl.num_programs(0)):
         n64 = tl.cast(n, tl.int64)
         y = tl.load(labels + n64 * label_stride)
@@ -218,20 +254,17 @@ def wide_rows(
         M = ()
         SUM = ()
         SUM_T = ()
-        ENERGY = ()  # sum e z, for the entropy
-        SPREAD = ()  # sum w_c z, for label smoothing
-        FIRST = ()  # first class that reaches the maximum
+        energy = tl.zeros((PEERS,), tl.float32)  # sum e z, for the entropy
+        spread = tl.zeros((PEERS,), tl.float32)  # sum w_c z, for label smoothing
+        first = tl.zeros((PEERS,), tl.int32)  # first class that reaches the maximum
         for k in tl.static_range(K):
             M = M + (tl.cast(float("-inf"), tl.float32),)
             SUM = SUM + (tl.cast(0.0, tl.float32),)
             SUM_T = SUM_T + (tl.cast(0.0, tl.float32),)
-            ENERGY = ENERGY + (tl.cast(0.0, tl.float32),)
-            SPREAD = SPREAD + (tl.cast(0.0, tl.float32),)
-            FIRST = FIRST + (tl.cast(0, tl.int32),)
         cross = tl.zeros((PAIRS,), tl.float32)
         for start in range(0, C, BLOCK_C):
             c = start + tl.arange(0, BLOCK_C)
-            Z = load_peers(logits, n64, c, K, C, STRIDES, READABLE, not SECOND)
+            Z = load_peers(logits, n64, c, -BLOCK_C - start, K, C, STRIDES, READABLE, not SECOND)
             if SMOOTHED:
                 w_c = tl.where(c < C, 1.0, 0.0)
                 if HAS_CLASS_WEIGHT:
@@ -239,9 +272,6 @@ def wide_rows(
             NM = ()
             NSUM = ()
             NSUM_T = ()
-            NENERGY = ()
-            NSPREAD = ()
-            NFIRST = ()
             rescale = tl.zeros((PAIRS,), tl.float32)
             block_cross = tl.zeros((PAIRS,), tl.float32)
             for k in tl.static_range(K):
@@ -262,19 +292,15 @@ def wide_rows(
                 else:
                     NSUM_T = NSUM_T + (SUM_T[k],)
                 if STATS:
-                    NENERGY = NENERGY + (ENERGY[k] * shrink + tl.sum(times(e, z), axis=0),)
-                else:
-                    NENERGY = NENERGY + (ENERGY[k],)
+                    grown = energy * shrink + tl.sum(times(e, z), axis=0)
+                    energy = tl.where(peer_at == k, grown, energy)
                 if SMOOTHED:
                     weighted = tl.where(c < C, times(w_c, z), 0.0)
-                    NSPREAD = NSPREAD + (SPREAD[k] + tl.sum(weighted, axis=0),)
-                else:
-                    NSPREAD = NSPREAD + (SPREAD[k],)
+                    spread = put(spread, k, tl.sum(weighted, axis=0), PEERS)
                 if STATS or GATE == "correct":
-                    first = tl.min(tl.where(z == here, c, C), axis=0)
-                    NFIRST = NFIRST + (tl.where(here > M[k], first, FIRST[k]),)
-                else:
-                    NFIRST = NFIRST + (FIRST[k],)
+                    at = tl.min(tl.where(z == here, c, C), axis=0)
+                    at = tl.where(here > M[k], at, first)
+                    first = tl.where(peer_at == k, at, first)
                 if ONLINE_PAIRS:
                     rescale += tl.where(pair_at // K == k, shrink_t, 0.0)
                     for j in tl.static_range(K):
@@ -284,9 +310,6 @@ def wide_rows(
             M = NM
             SUM = NSUM
             SUM_T = NSUM_T
-            ENERGY = NENERGY
-            SPREAD = NSPREAD
-            FIRST = NFIRST
             if ONLINE_PAIRS:
                 cross = times(rescale, cross) + block_cross
 
@@ -294,6 +317,9 @@ def wide_rows(
         LSE_T = ()
         NLL = ()
         RIGHT = ()
+        right = labelled & (first == y)
+        ce = tl.zeros((PEERS,), tl.float32)
+        entropy = tl.zeros((PEERS,), tl.float32)
         for k in tl.static_range(K):
             shift = tl.where(M[k] == float("-inf"), 0.0, M[k])
             lse = shift + tl.log(SUM[k])
@@ -304,17 +330,19 @@ def wide_rows(
                           mask=fits, other=0.0).to(tl.float32)  # fmt: skip
             LSE = LSE + (lse,)
             LSE_T = LSE_T + (lse_t,)
-            NLL = NLL + (tl.where(misfit, float("nan"), lse - z_y),)
-            RIGHT = RIGHT + (labelled & (FIRST[k] == y),)
-
-        # ---- cross-entropy
-        CE = ()
-        for k in tl.static_range(K):
-            ce = times(w_y, NLL[k]) + tl.where(misfit, float("nan"), 0.0)
+            nll = tl.where(misfit, float("nan"), lse - z_y)
+            NLL = NLL + (nll,)
+            if GATE == "correct":
+                RIGHT = RIGHT + (tl.max(tl.where((peer_at == k) & right, 1, 0), axis=0) > 0,)
+            else:
+                RIGHT = RIGHT + (labelled,)
+            own = times(w_y, nll) + tl.where(misfit, float("nan"), 0.0)
             if SMOOTHED:
-                towards_all = w_total * LSE[k] - SPREAD[k]
-                ce = (1.0 - label_smoothing) * ce + label_smoothing / C * towards_all
-            CE = CE + (tl.where(labelled, ce, 0.0),)
+                towards_all = w_total * lse - spread
+                own = (1.0 - label_smoothing) * own + label_smoothing / C * towards_all
+            ce = tl.where((peer_at == k) & labelled, own, ce)
+            if STATS:
+                entropy = tl.where(peer_at == k, lse - energy / SUM[k], entropy)
 
         # ---- who teaches on this row
         GATES = ()
@@ -340,7 +368,7 @@ def wide_rows(
                 MIX_SUM = MIX_SUM + (tl.cast(0.0, tl.float32),)
             for start in range(0, C, BLOCK_C):
                 c = start + tl.arange(0, BLOCK_C)
-                Z = load_peers(logits, n64, c, K, C, STRIDES, READABLE, False)
+                Z = load_peers(logits, n64, c, -BLOCK_C - start, K, C, STRIDES, READABLE, False)
                 NM = ()
                 NSUM = ()
                 for k in tl.static_range(K):
@@ -377,16 +405,7 @@ def wide_rows(
             pairs = cross / total + (of_student - of_teacher)
             distinct = (pair_at < K * K) & (pair_at // K != pair_at % K)
             pairs = tl.where(distinct, pairs, 0.0)
-            KL = ()
-            for k in tl.static_range(K):
-                weights = tl.zeros((PAIRS,), tl.float32)
-                for l in tl.static_range(K):  # noqa: E741
-                    if l != k:
-                        w = edge(k, l, peer_weights, GATES, K, EDGE, GATED)
-                        weights = put(weights, l * K + k, HALF * w, PAIRS)
-                        if SYMMETRIC:
-                            weights = put(weights, k * K + l, HALF * w, PAIRS)
-                KL = KL + (tl.sum(times(weights, pairs), axis=0),)
+            KL = kl_of_pairs(pairs, peer_weights, GATES, K, EDGE, GATED, SYMMETRIC, PAIRS)
         FORWARD = ()  # sum_c t (log t - log q_k) of a mixed teacher, and the way back
         BACK = ()
         mine = scratch + tl.program_id(0) * (3 * K * K)
@@ -398,7 +417,7 @@ def wide_rows(
             ratios = tl.zeros((PAIRS,), tl.float32)  # sum_c q_l q_k / t_k
             for start in range(0, C, BLOCK_C):
                 c = start + tl.arange(0, BLOCK_C)
-                Z = load_peers(logits, n64, c, K, C, STRIDES, READABLE, False)
+                Z = load_peers(logits, n64, c, -BLOCK_C - start, K, C, STRIDES, READABLE, False)
                 top, D, Q = log_probabilities(Z, LSE_T, inv_t, K, TEMPERED)
                 NFORWARD = ()
                 NBACK = ()
@@ -447,10 +466,10 @@ def wide_rows(
                     UP = UP + (up,)
             for back in range(0, C, BLOCK_C):
                 c = LAST_BLOCK - back + tl.arange(0, BLOCK_C)
-                Z = load_peers(logits, n64, c, K, C, STRIDES, READABLE, True)
+                Z = load_peers(logits, n64, c, -BLOCK_C - back, K, C, STRIDES, READABLE, True)
                 if MUTUAL:
                     top, D, Q = log_probabilities(Z, LSE_T, inv_t, K, TEMPERED)
-                    if not ONLINE_PAIRS and not VALUES_PASS:
+                    if not ONLINE_PAIRS and not VALUES_PASS and not LATE_PAIRS:
                         PART = kl_terms(Z, D, Q, top, W_SUM, MIX_LSE, peer_weights, GATES, inv_t,
                                         K, EDGE, GATED, UNIFORM, TARGET, SYMMETRIC)  # fmt: skip
                         NKL = ()
@@ -472,9 +491,9 @@ def wide_rows(
                         p_sum += tl.exp(Z[k] - LSE[k])
                     p_sum = tl.where(c < C, p_sum, -1.0)
                     here = tl.max(p_sum, axis=0)
-                    first = tl.min(tl.where(p_sum == here, c, C), axis=0)
+                    at = tl.min(tl.where(p_sum == here, c, C), axis=0)
                     # walking backwards, an equal maximum is an earlier class: ties go to the first
-                    together = tl.where(here >= highest, first, together)
+                    together = tl.where(here >= highest, at, together)
                     highest = tl.maximum(highest, here)
                 if NEED_GRAD:
                     w_c = tl.where(c < C, 1.0, 0.0)
@@ -560,37 +579,44 @@ def wide_rows(
                                         pull += times(HALF * UP[o] * w, slope)
                             g += tl.where(mimics, kl_row * pull, 0.0)
                         g += bad
-                        tl.store(grads[j] + n64 * STRIDES[j][2] + c,
+                        tl.store(grads[j] + (row_start(n64, STRIDES[j][2], -BLOCK_C - back) + c),
                                  g.to(grads[j].dtype.element_ty), mask=c < C,
                                  eviction_policy="evict_first")  # fmt: skip
 
-        # ---- this row's part of the sums
-        if REDUCTION != "none" or STATS:
-            for k in tl.static_range(K):
-                packed = put(packed, k, CE[k], S)
-                if MUTUAL:
-                    packed = put(packed, K + k, tl.where(mimics, KL[k], 0.0), S)
-            packed = put(packed, 2 * K, tl.where(labelled, w_y, 0.0), S)
-            packed = put(packed, 2 * K + 1, tl.where(labelled, 1.0, 0.0), S)
-        if STATS:
-            for k in tl.static_range(K):
-                entropy = LSE[k] - ENERGY[k] / SUM[k]
-                packed = put(packed, 2 * K + 2 + k, tl.where(mimics, entropy, 0.0), S)
-                packed = put(packed, 3 * K + 2 + k, tl.where(RIGHT[k], 1.0, 0.0), S)
-            packed = put(packed, 4 * K + 2, tl.where(labelled & (together == y), 1.0, 0.0), S)
-            if MUTUAL:
-                for l in tl.static_range(K):  # noqa: E741
-                    for k in tl.static_range(K):
-                        if l != k:
-                            own = tl.sum(tl.where(pair_at == l * K + k, pairs, 0.0), axis=0)
-                            packed = put(packed, 4 * K + 3 + l * K + k,
-                                         tl.where(mimics, own, 0.0), S)  # fmt: skip
-        if REDUCTION == "none":
-            for k in tl.static_range(K):
-                loss = ce_weight * CE[k]
-                if MUTUAL:
-                    loss += kl_weight * kl_scale * tl.where(mimics, KL[k], 0.0)
-                tl.store(losses + n64 + tl.cast(N, tl.int64) * k, loss)
+        if LATE_PAIRS:
+            KL = kl_of_pairs(pairs, peer_weights, GATES, K, EDGE, GATED, SYMMETRIC, PAIRS)
 
-    finish(packed, partials, counter, losses, stats, ce_weight, kl_weight, kl_scale, N, K, S,
+        # ---- this row's part of the sums
+        kl = tl.zeros((PEERS,), tl.float32)
+        if MUTUAL:
+            for k in tl.static_range(K):
+                kl = put(kl, k, tl.where(mimics, KL[k], 0.0), PEERS)
+        if REDUCTION == "none":
+            loss = ce_weight * ce
+            if MUTUAL:
+                loss += kl_weight * kl_scale * kl
+            tl.store(losses + n64 + tl.cast(N, tl.int64) * peer_at, loss, mask=peer_at < K)
+        ce_sums += ce
+        kl_sums += kl
+        ce_count += tl.where(labelled, w_y, 0.0)
+        labelled_rows += tl.where(labelled, 1.0, 0.0)
+        if STATS:
+            entropy_sums += tl.where(mimics, entropy, 0.0)
+            right_sums += tl.where(right, 1.0, 0.0)
+            together_right += tl.where(labelled & (together == y), 1.0, 0.0)
+            pair_sums += tl.where(mimics, pairs, 0.0)
+
+    if REDUCTION != "none" or STATS:
+        mine = partials + tl.program_id(0) * S
+        is_peer = peer_at < K
+        tl.store(mine + peer_at, ce_sums, mask=is_peer)
+        tl.store(mine + K + peer_at, kl_sums, mask=is_peer)
+        tl.store(mine + 2 * K, ce_count)
+        tl.store(mine + 2 * K + 1, labelled_rows)
+        if STATS:
+            tl.store(mine + 2 * K + 2 + peer_at, entropy_sums, mask=is_peer)
+            tl.store(mine + 3 * K + 2 + peer_at, right_sums, mask=is_peer)
+            tl.store(mine + 4 * K + 2, together_right)
+            tl.store(mine + 4 * K + 3 + pair_at, pair_sums, mask=pair_at < K * K)
+    finish(partials, counter, losses, stats, ce_weight, kl_weight, kl_scale, N, K, S,
            PROGRAMS_BLOCK, REDUCTION, MIMIC_IGNORED, STATS)  # fmt: skip

@@ -59,13 +59,16 @@ def hold_budget(report: dict, ratio: float = 1.0) -> None:
 
 MAIN = [((2, 100), arch, {}) for arch in ARCHS]
 OTHERS = [(shape, "sm_90", {}) for shape in [(2, 10), (4, 100), *MARKET]]
+CAPTURED = [((2, 100), "sm_90", {"tensor_weights": True, "upstream": upstream, "dtype": "fp16"})
+            for upstream in (False, True)]  # fmt: skip
 
 
 @pytest.fixture(scope="module")
 def compiled() -> dict[tuple, dict]:
     """In one process, whose start would cost as much as a kernel."""
-    names = [(*shape, arch) for shape, arch, _ in MAIN + OTHERS]
-    return dict(zip(names, reports(*MAIN, *OTHERS), strict=True))
+    cases = MAIN + OTHERS + CAPTURED
+    names = [(*shape, arch, *settings.values()) for shape, arch, settings in cases]
+    return dict(zip(names, reports(*cases), strict=True))
 
 
 @pytest.mark.parametrize("arch", ARCHS)
@@ -80,6 +83,14 @@ def test_the_main_shape_compiles_everywhere(compiled, arch):
 @pytest.mark.parametrize("shape", [shape for shape, _, _ in OTHERS])
 def test_cifar_and_market_shapes_on_sm_90(compiled, shape):
     hold_budget(compiled[(*shape, "sm_90")])
+
+
+@pytest.mark.parametrize("upstream", [False, True])
+def test_what_a_captured_step_launches(compiled, upstream):
+    """Weights as 0-d tensors; with float16 logits the losses' own gradient beside them."""
+    found = compiled[2, 100, "sm_90", True, upstream, "fp16"]
+    assert found["kernel"] == ("wide_rows" if upstream else "register_rows")
+    hold_budget(found, ratio=1.5 if upstream else 1.0)
 
 
 @pytest.mark.slow

@@ -15,7 +15,7 @@ import pytest
 import torch
 from fastdml_kernels import Call, Options, evaluate, mutual_loss
 from fastdml_kernels import op as op_module
-from fastdml_kernels.launch import launch
+from fastdml_kernels.launch import _Counters, launch
 from fastdml_kernels.op import flatten
 from fastdml_kernels.scale import launch_scale, scale_
 from oracle import DEVICE, DTYPES, OPTION_NAMES, make
@@ -543,3 +543,13 @@ def test_more_than_2_to_the_31_elements(N, C):
     end = [x[-5:].contiguous() for x in z]
     tail = evaluate(end, call(y[-5:], reduction="sum", want_stats=False), True)[2]
     assert all(torch.equal(g[-5:], t) for g, t in zip(grads, tail, strict=True))
+
+
+def test_captured_launches_have_counters_as_aligned_as_any(monkeypatch):
+    """Triton compiles another kernel for another alignment, which inside a capture is an error."""
+    counters = _Counters(torch.device("cpu"))
+    monkeypatch.setattr(counters, "device", torch.device("cuda"))
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
+    taken = [counters.take() for _ in range(5)]
+    assert len({counter.data_ptr() for counter in taken}) == 5
+    assert all(counter.data_ptr() % 16 == 0 and counter.numel() == 1 for counter in taken)
