@@ -30,7 +30,7 @@ def test_every_contender_has_our_losses_and_gradients(K, direction):
     methods = bench_loss._methods(CPU)
     logits, labels = bench_loss._inputs(case, CPU, seed=0)
     ours = bench_loss._call("ours", direction, methods)(logits, labels)
-    for name in bench_loss._names(direction, CPU, full=False):
+    for name in bench_loss._names(case, direction, CPU, full=False):
         if name.endswith("-c") or (K == 1 and name == "pydml"):  # it needs two peers
             continue
         result = bench_loss._call(name, direction, methods)(logits, labels)
