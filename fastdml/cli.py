@@ -17,7 +17,7 @@ import json
 import os
 import re
 import sys
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
@@ -96,21 +96,22 @@ def evaluate(args: list[str]) -> None:
     device = loop.choose_device(config)
     cohort = _run_cohort(options, device)
     root = options.data or config.root
-    if retrieval:
-        config = config.replace(root=root, download=False)
-        scores, pictures = reid.evaluate(
-            cohort,
-            config,
-            device,
-            rerank=not options.no_rerank,
-            distractors=options.distractors,
-            ranked_lists=options.ranked_lists,
-            folder=options.run / "ranked_lists",
-            say=lambda line: print(line, file=sys.stderr),
-        )
-    else:
-        _, test = load(config.data, root)
-        scores, pictures = asdict(loop.evaluate_batches(cohort, test, amp=config.amp)), []
+    with _no_download(root, "cifar100" if retrieval else config.data):
+        if retrieval:
+            config = config.replace(root=root, download=False)
+            scores, pictures = reid.evaluate(
+                cohort,
+                config,
+                device,
+                rerank=not options.no_rerank,
+                distractors=options.distractors,
+                ranked_lists=options.ranked_lists,
+                folder=options.run / "ranked_lists",
+                say=lambda line: print(line, file=sys.stderr),
+            )
+        else:
+            _, test = load(config.data, root)
+            scores, pictures = asdict(loop.evaluate_batches(cohort, test, amp=config.amp)), []
     if options.json:
         found = {"run": str(options.run), "weights": options.weights, "peers": cohort.names}
         print(report.to_json({**found, "device": report.device_name(device), "scores": scores}))
@@ -347,6 +348,19 @@ def _run_config(run: Path) -> TrainConfig:
     if not (run / "config.yaml").is_file():
         raise InputError(f"{run} is not the folder of a run: it holds no config.yaml")
     return load_config(run / "config.yaml")
+
+
+@contextlib.contextmanager
+def _no_download(root: str, data: str) -> Iterator[None]:
+    """What is said of missing images advises --download, which is an option of training."""
+    try:
+        yield
+    except InputError as error:
+        remedy = f"call fastdml.data.load({data!r}, {root!r}, download=True)"
+        message = re.sub(r"(use|run with) --download", lambda _: remedy, str(error))
+        if message == str(error):
+            raise
+        raise InputError(message) from error
 
 
 def _run_cohort(options: argparse.Namespace, device: Any) -> Cohort:

@@ -284,12 +284,12 @@ def choose_device(config: TrainConfig) -> torch.device:
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
         device = torch.device(config.device)
-        torch.empty(0, device=device)
+        if device.type in ("cpu", "cuda"):
+            torch.empty(0, device=device)
+            return device
     except (RuntimeError, AssertionError):
-        raise InputError(
-            f"there is no device {config.device!r} here: use auto, cpu, cuda or cuda:N"
-        ) from None
-    return device
+        pass
+    raise InputError(f"no run on device {config.device!r} here: use auto, cpu, cuda or cuda:N")
 
 
 def evaluate_batches(

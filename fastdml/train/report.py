@@ -184,7 +184,7 @@ def summary_table(summary: dict[str, Any]) -> str:
     in % over the queries."""
     kind = _kind(summary["mutual"]["scores"])
     ensemble = _percent(summary["ensemble_mutual"])
-    rate = f"{summary['mutual']['images_per_second']:,.0f}"
+    rate = _rate(summary["mutual"])
     labels = [label for _, label in HEADLINES[kind]]
     prefixes = ("",) if kind == "top1" else ("mAP ", "rank-1 ")
     rows = [
@@ -211,7 +211,7 @@ def summary_table(summary: dict[str, Any]) -> str:
         note += (
             f" (independent peers': {_percent(summary['ensemble_independent'])} %)"
             f"; images/s: all peers together (independent:"
-            f" {summary['independent']['images_per_second']:,.0f})"
+            f" {_rate(summary['independent'])})"
         )
     else:
         note += "; images/s: all peers together"
@@ -424,6 +424,11 @@ def _score(run: dict[str, Any] | None, name: str, peer: int | None = None) -> fl
 
 def _percent(fraction: float | None) -> str:
     return "-" if fraction is None else f"{100 * fraction:.2f}"
+
+
+def _rate(run: dict[str, Any]) -> str:
+    rate = run["images_per_second"]
+    return f"{rate:,.0f}" if rate else "-"  # 0: the run was too short to tell
 
 
 def _runs(folder: str | Path) -> dict[str, list[dict[str, Any]]]:

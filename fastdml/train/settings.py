@@ -27,6 +27,7 @@ POSITIVE: Limit = (lambda x: x > 0, "above 0")
 COUNT: Limit = (lambda x: x >= 1, "1 or more")
 NOT_NEGATIVE: Limit = (lambda x: x >= 0, "0 or more")
 FRACTION: Limit = (lambda x: 0 <= x <= 1, "within 0..1")
+MUTUAL_WEIGHTS = ("kl_weight", "distance_mutual_weight")  # of losses that a peer alone has not
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -171,6 +172,17 @@ class TrainConfig:
                     raise InputError(f"{name} must be {meaning}, not {value!r}")
         if not self.peers:
             raise InputError("peers is empty: name at least one model, for instance resnet32")
+        alone = self.independent or len(self.peers) == 1
+        weights = [
+            name
+            for name in field_types(type(self))
+            if name.endswith("_weight") and not (alone and name in MUTUAL_WEIGHTS)
+        ]
+        if not any(getattr(self, name) for name in weights):
+            learner = "a peer by itself" if alone else "the peers"
+            raise InputError(
+                f"{' = '.join(weights)} = 0: {learner} would learn nothing; give a weight above 0"
+            )
         if self.optimizer in ("sgd", "apex_sgd") and self.nesterov and self.momentum == 0:
             raise InputError("nesterov needs momentum above 0: set momentum, or nesterov to false")
         if self.batch_size % self.accumulate:
@@ -245,8 +257,9 @@ def _convert(name: str, value: Any, hint: Any) -> Any:
         choices = get_args(hint)
         if value is False and "off" in choices:
             return "off"  # YAML 1.1 reads a bare `off` as false
-        if value not in choices:
-            raise InputError(f"{name} must be one of {', '.join(choices)}, not {value!r}")
+        if not any(type(value) is type(c) and value == c for c in choices):  # 1 == 1.0 == True
+            named = ", ".join(map(str, choices))
+            raise InputError(f"{name} must be one of {named}, not {value!r}")
         return value
     if get_origin(hint) is tuple:
         if isinstance(value, str) or not isinstance(value, Sequence):

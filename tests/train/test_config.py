@@ -117,6 +117,35 @@ def test_wrong_values_are_one_line(name, value, message):
     assert "\n" not in str(caught.value)
 
 
+@pytest.mark.parametrize("value", [3, "2", True, 2.0])
+def test_choices_that_are_numbers(tmp_path, value):
+    file = tmp_path / "c.yaml"
+    file.write_text(f"data: market1501\nlast_stride: {value!r}\n")
+    for attempt in (lambda: ReidConfig(last_stride=value), lambda: load_config(file)):
+        with pytest.raises(InputError) as caught:
+            attempt()
+        assert str(caught.value) == f"last_stride must be one of 1, 2, not {value!r}"
+    file.write_text("data: market1501\nlast_stride: 1\n")
+    assert load_config(file).last_stride == 1
+
+
+def test_weights_that_leave_nothing_to_learn():
+    none, alone = {"ce_weight": 0, "kl_weight": 0}, {"ce_weight": 0, "independent": True}
+    for kind, changes, message in (
+        (TrainConfig, none, "ce_weight = kl_weight = 0: the peers would learn nothing"),
+        (TrainConfig, alone, "ce_weight = 0: a peer by itself would learn nothing"),
+        (TrainConfig, {"ce_weight": 0, "peers": ["resnet8"]}, "ce_weight = 0: a peer by itself"),
+        (ReidConfig, none, "ce_weight = kl_weight = triplet_weight = .* = 0: the peers"),
+        (ReidConfig, {**alone, "distance_mutual_weight": 1}, "= circle_weight = 0: a peer by"),
+    ):
+        with pytest.raises(InputError, match=message) as caught:
+            kind(**changes)
+        assert "\n" not in str(caught.value)
+    assert TrainConfig(ce_weight=0).kl_weight == 1
+    ReidConfig(**none, distance_mutual_weight=1)
+    ReidConfig(**alone, triplet_weight=1, distance_mutual_weight=1).alone()
+
+
 def test_values_are_taken_as_people_write_them():
     c = TrainConfig(epochs=3.0, lr="1e-3", root=Path("x"), peers=["a"], amp=False, subset="100")
     assert (c.epochs, c.lr, c.root, c.peers, c.amp, c.subset) == (3, 1e-3, "x", ("a",), "off", 100)

@@ -739,7 +739,8 @@ class TestDataSets:
             ({"peers": []}, "peers is empty"),
             ({"batch_size": 5000}, "batch size 5000 is larger than"),
             ({"subset": 10**6}, "subset of 1000000"),
-            ({"device": "tpu9"}, "there is no device 'tpu9' here"),
+            ({"device": "tpu9"}, "no run on device 'tpu9' here: use auto, cpu, cuda or cuda:N"),
+            ({"device": "meta"}, "no run on device 'meta' here: use auto, cpu, cuda or cuda:N"),
             ({"epoch": 3}, "unknown setting 'epoch'; did you mean epochs"),
         ):
             with pytest.raises(InputError, match=message) as caught:

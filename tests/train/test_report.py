@@ -252,6 +252,15 @@ def test_table_without_the_comparison(tmp_path):
     assert row == ["resnet20-1", "278,324", "-", "71.19", "73.12", "4,321"]
 
 
+def test_a_run_too_short_for_a_rate_has_a_dash(tmp_path):
+    summary = summarise(tmp_path, independent=True)
+    for run in ("mutual", "independent"):
+        summary[run]["images_per_second"] = 0.0
+    lines = report.summary_table(summary).splitlines()
+    assert lines[2].split()[-1] == "-"
+    assert lines[-1].endswith("all peers together (independent: -)")
+
+
 def test_a_run_without_an_evaluation_has_a_table_too(tmp_path):
     run = {"scores": None, "images_per_second": 10.0, "wall_seconds": 1.0}
     summary = report.write_summary(
