@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import TYPE_CHECKING, Literal, NamedTuple, TypedDict, overload
 
 import torch
 from fastdml_kernels import Call, Options
@@ -17,6 +17,9 @@ from fastdml_kernels import linear_mutual_loss as _linear_mutual_loss
 from fastdml_kernels import mutual_loss as _mutual_loss
 from fastdml_kernels.options import Scalar
 from torch import Tensor, nn
+
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
 
 LOGIT_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
@@ -200,6 +203,44 @@ class MutualLoss(nn.Module):
 
     def extra_repr(self) -> str:
         return f"temperature={self.temperature}, kl_weight={self.kl_weight}, {self.options}"
+
+
+class LossOptions(TypedDict, total=False):
+    """The options of `mutual_loss`, but for return_stats, which decides what it returns."""
+
+    temperature: Scalar
+    ce_weight: Scalar
+    kl_weight: Scalar
+    target: str
+    peer_weights: Tensor | None
+    gate: str
+    symmetric: bool
+    detach_targets: bool
+    label_smoothing: float
+    class_weight: Tensor | None
+    ignore_index: int
+    mimic_ignored: bool
+    reduction: str
+
+
+@overload
+def mutual_loss(
+    logits: Tensor | Sequence[Tensor],
+    labels: Tensor,
+    *,
+    return_stats: Literal[False] = ...,
+    **options: Unpack[LossOptions],
+) -> Tensor: ...
+
+
+@overload
+def mutual_loss(
+    logits: Tensor | Sequence[Tensor],
+    labels: Tensor,
+    *,
+    return_stats: Literal[True],
+    **options: Unpack[LossOptions],
+) -> tuple[Tensor, MutualStats]: ...
 
 
 def mutual_loss(

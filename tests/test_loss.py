@@ -5,13 +5,15 @@ The numbers themselves are tested in `tests/kernels`.
 
 from __future__ import annotations
 
+from typing import get_type_hints
+
 import pytest
 import torch
 import torch.nn.functional as F
 from oracle import DEVICE, DTYPES, LAYOUTS, make, pairwise, reference
 from torch import nn
 
-from fastdml.loss import MutualLoss, MutualStats, mutual_loss
+from fastdml.loss import LossOptions, MutualLoss, MutualStats, mutual_loss
 
 K, N, C = 3, 6, 10
 EVERY_OPTION = {
@@ -215,6 +217,13 @@ def test_options_are_given_by_name():
         mutual_loss(PAIR, Y, 2.0)
     with pytest.raises(TypeError, match="temprature"):
         mutual_loss(PAIR, Y, temprature=2.0)
+
+
+def test_type_checkers_know_every_option():
+    options = get_type_hints(mutual_loss)
+    for name in ("logits", "labels", "return_stats", "return"):
+        del options[name]
+    assert get_type_hints(LossOptions) == options
 
 
 # ---- the module
