@@ -20,12 +20,12 @@ from .wide_rows import wide_rows
 # Register rows: (K * BLOCK_C up to, samples a program, warps). Beyond the last limit rows are wide.
 # kernels/README.md holds the compiler's registers and spills for each.
 REGISTER_TILES = ((64, 16, 4), (1024, 4, 4), (2048, 2, 4), (4096, 1, 4), (8192, 1, 8))
-# Wide rows: (K up to, (classes a block, warps), the same with statistics, whose pairs need room).
+# Wide rows: (K up to, (classes a block, warps), the same where every pair of peers has its own sum,
+# that is with statistics or without gradient).
 WIDE_TILES = (
     (1, (8192, 8), (8192, 8)),
-    (2, (2048, 8), (2048, 8)),
-    (4, (2048, 8), (1024, 8)),
-    (8, (1024, 8), (256, 4)),
+    (4, (2048, 8), (2048, 8)),
+    (8, (1024, 8), (512, 8)),
     (16, (256, 4), (128, 4)),
 )
 MOST_PEERS = WIDE_TILES[-1][0]  # more peers than this run on the last tile, with spills
@@ -54,9 +54,9 @@ def register_tile(K: int, C: int) -> Tile | None:
     return None
 
 
-def wide_tile(K: int, C: int, stats: bool) -> Tile:
+def wide_tile(K: int, C: int, pairs: bool) -> Tile:
     tiles = next(tiles for limit, *tiles in WIDE_TILES if limit >= K or limit == MOST_PEERS)
-    block_c, warps = tiles[stats]
+    block_c, warps = tiles[pairs]
     block_c = min(block_c, triton.next_power_of_2(max(C, 2)))
     return Tile(1, block_c, min(warps, max(1, block_c // 32)))  # no more threads than classes
 
@@ -187,7 +187,7 @@ def arguments(
         scratch=torch.empty((programs, 3 * K * K if coupled and grads else 1), device=device),
         u_stride_k=0 if upstream is None else upstream.stride(0),
         u_stride_n=upstream.stride(1) if upstream is not None and upstream.dim() == 2 else 0,
-        PEERS=triton.next_power_of_2(max(K, 2)), PAIRS=triton.next_power_of_2(max(K * K, 2)),
+        PEERS=triton.next_power_of_2(max(K, 2)),
         SYMMETRIC=options.symmetric, DETACH=options.detach_targets,
     )  # fmt: skip
     return wide_rows, named | wide, tile.warps
@@ -214,8 +214,10 @@ def launch(
     K, (N, C), device = len(logits), logits[0].shape, logits[0].device
     if regime is None:
         regime = "register" if fits_registers(K, C, options, upstream) else "wide"
-    if tile is None:
-        tile = register_tile(K, C) if regime == "register" else wide_tile(K, C, want_stats)
+    if tile is None and regime == "register":
+        tile = register_tile(K, C)
+    elif tile is None:
+        tile = wide_tile(K, C, pairs=want_stats or not grads)
     if max_programs is None:
         max_programs = INTERPRETER_PROGRAMS
         if device.type == "cuda":

@@ -160,8 +160,10 @@ def report(
     weight = torch.ones(()) if tensor_weights else 1.0
     if regime is None:
         regime = "register" if fits_registers(K, C, options, own) else "wide"
-    if tile is None:
-        tile = register_tile(K, C) if regime == "register" else wide_tile(K, C, stats)
+    if tile is None and regime == "register":
+        tile = register_tile(K, C)
+    elif tile is None:
+        tile = wide_tile(K, C, pairs=stats or not gradient)
     kernel, named, warps = arguments(
         logits, torch.zeros(N, dtype=torch.int64), options, grads=grads, want_stats=stats,
         regime=regime, tile=tile, upstream=own,

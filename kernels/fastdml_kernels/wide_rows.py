@@ -15,7 +15,7 @@ More passes, and why:
   gradient holds the divergences themselves.
 
 Pair terms are O(K**2 C) here: with one read nothing is normalised yet, and each ordered pair needs
-its own running sum. They are kept packed in one tensor, spread over the program's threads.
+its own running sum. They are kept in one tensor, spread over the program's threads.
 
 Notation as in `register_rows`.
 """
@@ -148,21 +148,75 @@ def kl_terms(Z, D, Q, top, W_SUM, MIX_LSE, peer_weights, GATES, inv_t,
 
 
 @triton.jit
-def kl_of_pairs(pairs, peer_weights, GATES, K: tl.constexpr, EDGE: tl.constexpr,
-                GATED: tl.constexpr, SYMMETRIC: tl.constexpr, PAIRS: tl.constexpr):  # fmt: skip
-    """Each student's KL term from the divergences of all pairs, KL(q_l || q_k) at l * K + k."""
-    HALF: tl.constexpr = 0.5 if SYMMETRIC else 1.0
+def joined(T, HALF: tl.constexpr):
+    """2 * HALF tensors, each of the first half beside one of the second."""
     OUT = ()
-    for k in tl.static_range(K):
-        weights = tl.zeros((PAIRS,), tl.float32)
-        for l in tl.static_range(K):  # noqa: E741
-            if l != k:
-                w = edge(k, l, peer_weights, GATES, K, EDGE, GATED)
-                weights = put(weights, l * K + k, HALF * w, PAIRS)
-                if SYMMETRIC:
-                    weights = put(weights, k * K + l, HALF * w, PAIRS)
-        OUT = OUT + (tl.sum(times(weights, pairs), axis=0),)
+    for k in tl.static_range(HALF):
+        OUT = OUT + (tl.join(T[k], T[k + HALF]),)
     return OUT
+
+
+@triton.jit
+def sums_of(T, FIRST: tl.constexpr, STEP: tl.constexpr, K: tl.constexpr, PEERS: tl.constexpr,
+            BLOCK_C: tl.constexpr):  # fmt: skip
+    """The sums of the blocks FIRST, FIRST + STEP, ... of K, (PEERS / STEP,), by one reduction."""
+    COUNT: tl.constexpr = PEERS // STEP
+    OF = ()
+    for i in tl.static_range(COUNT):
+        if FIRST + i * STEP < K:
+            OF = OF + (T[FIRST + i * STEP],)
+        else:
+            OF = OF + (tl.zeros((BLOCK_C,), tl.float32),)
+    if COUNT >= 8:
+        OF = joined(OF, 4)
+    if COUNT >= 4:
+        OF = joined(OF, 2)
+    OF = joined(OF, 1)
+    return tl.sum(tl.reshape(OF[0], (BLOCK_C, COUNT)), axis=0)
+
+
+@triton.jit
+def peer_sums(T, K: tl.constexpr, PEERS: tl.constexpr, BLOCK_C: tl.constexpr):
+    """The sums of K blocks in the places of a tensor (PEERS,): up to 8 by one reduction instead
+    of one each, which more would need too many registers for."""
+    if PEERS <= 8:
+        out = sums_of(T, 0, 1, K, PEERS, BLOCK_C)
+    elif PEERS == 16:
+        even = sums_of(T, 0, 2, K, PEERS, BLOCK_C)
+        odd = sums_of(T, 1, 2, K, PEERS, BLOCK_C)
+        out = tl.reshape(tl.join(even, odd), (PEERS,))
+    else:
+        out = tl.zeros((PEERS,), tl.float32)
+        for k in tl.static_range(K):
+            out = put(out, k, tl.sum(T[k], axis=0), PEERS)
+    return out
+
+
+@triton.jit
+def edges(teacher, student, peer_weights, GATES,
+          K: tl.constexpr, EDGE: tl.constexpr, GATED: tl.constexpr):  # fmt: skip
+    """`edge` of all pairs at once, in the shape of their indices; 0 where there is no pair."""
+    pair = (teacher < K) & (student < K) & (teacher != student)
+    w = tl.where(pair, tl.cast(EDGE, tl.float32), 0.0)
+    if peer_weights is not None:
+        w = tl.load(peer_weights + student * K + teacher, mask=pair, other=0.0).to(tl.float32)
+    if GATED:
+        for l in tl.static_range(K):  # noqa: E741
+            w = tl.where(teacher == l, w * GATES[l], w)
+    return w
+
+
+@triton.jit
+def kl_of_pairs(pairs, peer_weights, GATES, K: tl.constexpr, EDGE: tl.constexpr,
+                GATED: tl.constexpr, SYMMETRIC: tl.constexpr, PEERS: tl.constexpr):  # fmt: skip
+    """Each student's KL term, (PEERS,), from KL(q_l || q_k) at [l, k]."""
+    row = tl.arange(0, PEERS)[:, None]
+    column = tl.arange(0, PEERS)[None, :]
+    kl = tl.sum(times(edges(row, column, peer_weights, GATES, K, EDGE, GATED), pairs), axis=0)
+    if SYMMETRIC:
+        away = times(edges(column, row, peer_weights, GATES, K, EDGE, GATED), pairs)
+        kl = 0.5 * (kl + tl.sum(away, axis=1))
+    return kl
 
 
 @triton.jit(do_not_specialize=["N", "ignore_index", "label_stride", "u_stride_k", "u_stride_n"])
@@ -184,8 +238,7 @@ def wide_rows(
     K: tl.constexpr, C: tl.constexpr,
     STRIDES: tl.constexpr,  # per peer: logits row, logits column, gradient row
     READABLE: tl.constexpr,  # per peer: columns that may be read, C or more
-    BLOCK_C: tl.constexpr, S: tl.constexpr, PEERS: tl.constexpr, PAIRS: tl.constexpr,
-    PROGRAMS_BLOCK: tl.constexpr,
+    BLOCK_C: tl.constexpr, S: tl.constexpr, PEERS: tl.constexpr, PROGRAMS_BLOCK: tl.constexpr,
     NEED_GRAD: tl.constexpr, STATS: tl.constexpr, REDUCTION: tl.constexpr,
     TARGET: tl.constexpr, GATE: tl.constexpr, EDGE: tl.constexpr,
     SYMMETRIC: tl.constexpr, DETACH: tl.constexpr,
@@ -202,7 +255,7 @@ def wide_rows(
     COUPLED: tl.constexpr = MUTUAL and NEED_GRAD and (SYMMETRIC or not DETACH)
     SECOND: tl.constexpr = NEED_GRAD or STATS or MIXED
     ONLINE_PAIRS: tl.constexpr = MUTUAL and TARGET == "peers" and (COUPLED or not SECOND)
-    LATE_PAIRS: tl.constexpr = MUTUAL and TARGET == "peers" and STATS and not ONLINE_PAIRS
+    FROM_PAIRS: tl.constexpr = ONLINE_PAIRS or (MUTUAL and TARGET == "peers" and STATS)
     VALUES_PASS: tl.constexpr = MIXED and COUPLED
     HALF: tl.constexpr = 0.5 if SYMMETRIC else 1.0
     LAST_BLOCK: tl.constexpr = (C - 1) // BLOCK_C * BLOCK_C
@@ -227,12 +280,15 @@ def wide_rows(
 
     # One number a peer, or a pair, spread over the threads: K of them in every thread would spill.
     peer_at = tl.arange(0, PEERS)
-    pair_at = tl.arange(0, PAIRS)
+    teacher = peer_at[:, None]
+    student = peer_at[None, :]
+    is_pair = (teacher < K) & (student < K)
+    pair_at = teacher * K + student
     ce_sums = tl.zeros((PEERS,), tl.float32)
     kl_sums = tl.zeros((PEERS,), tl.float32)
     entropy_sums = tl.zeros((PEERS,), tl.float32)
     right_sums = tl.zeros((PEERS,), tl.float32)
-    pair_sums = tl.zeros((PAIRS,), tl.float32)
+    pair_sums = tl.zeros((PEERS, PEERS), tl.float32)
     ce_count = tl.cast(0.0, tl.float32)
     labelled_rows = tl.cast(0.0, tl.float32)
     together_right = tl.cast(0.0, tl.float32)
@@ -261,7 +317,7 @@ def wide_rows(
             M = M + (tl.cast(float("-inf"), tl.float32),)
             SUM = SUM + (tl.cast(0.0, tl.float32),)
             SUM_T = SUM_T + (tl.cast(0.0, tl.float32),)
-        cross = tl.zeros((PAIRS,), tl.float32)
+        cross = tl.zeros((PEERS, PEERS), tl.float32)
         for start in range(0, C, BLOCK_C):
             c = start + tl.arange(0, BLOCK_C)
             Z = load_peers(logits, n64, c, -BLOCK_C - start, K, C, STRIDES, READABLE, not SECOND)
@@ -272,8 +328,6 @@ def wide_rows(
             NM = ()
             NSUM = ()
             NSUM_T = ()
-            rescale = tl.zeros((PAIRS,), tl.float32)
-            block_cross = tl.zeros((PAIRS,), tl.float32)
             for k in tl.static_range(K):
                 z = Z[k]
                 here = tl.max(z, axis=0)
@@ -302,16 +356,17 @@ def wide_rows(
                     at = tl.where(here > M[k], at, first)
                     first = tl.where(peer_at == k, at, first)
                 if ONLINE_PAIRS:
-                    rescale += tl.where(pair_at // K == k, shrink_t, 0.0)
+                    GAPS = ()
                     for j in tl.static_range(K):
                         if j != k:
-                            gap = tl.sum(times(e_t, (z - Z[j]) * inv_t), axis=0)
-                            block_cross = put(block_cross, k * K + j, gap, PAIRS)
+                            GAPS = GAPS + (times(e_t, (z - Z[j]) * inv_t),)
+                        else:
+                            GAPS = GAPS + (tl.zeros((BLOCK_C,), tl.float32),)
+                    grown = times(shrink_t, cross) + peer_sums(GAPS, K, PEERS, BLOCK_C)[None, :]
+                    cross = tl.where(teacher == k, grown, cross)
             M = NM
             SUM = NSUM
             SUM_T = NSUM_T
-            if ONLINE_PAIRS:
-                cross = times(rescale, cross) + block_cross
 
         LSE = ()
         LSE_T = ()
@@ -387,25 +442,23 @@ def wide_rows(
                 MIX_LSE = MIX_LSE + (shift + tl.log(MIX_SUM[k]),)
 
         # ---- divergences
-        pairs = tl.zeros((PAIRS,), tl.float32)  # KL(q_l || q_k) at l * K + k
+        pairs = tl.zeros((PEERS, PEERS), tl.float32)  # KL(q_l || q_k) at [l, k]
         KL = ()
         for k in tl.static_range(K):
             KL = KL + (tl.cast(0.0, tl.float32),)
         if ONLINE_PAIRS:
-            of_teacher = tl.zeros((PAIRS,), tl.float32)
-            of_student = tl.zeros((PAIRS,), tl.float32)
-            total = tl.full((PAIRS,), 1.0, tl.float32)
+            of_teacher = tl.zeros((PEERS, PEERS), tl.float32)
+            of_student = tl.zeros((PEERS, PEERS), tl.float32)
+            total = tl.full((PEERS, PEERS), 1.0, tl.float32)
             for k in tl.static_range(K):
-                of_teacher = tl.where(pair_at // K == k, LSE_T[k], of_teacher)
-                of_student = tl.where(pair_at % K == k, LSE_T[k], of_student)
+                of_teacher = tl.where(teacher == k, LSE_T[k], of_teacher)
+                of_student = tl.where(student == k, LSE_T[k], of_student)
                 if TEMPERED:
-                    total = tl.where(pair_at // K == k, SUM_T[k], total)
+                    total = tl.where(teacher == k, SUM_T[k], total)
                 else:
-                    total = tl.where(pair_at // K == k, SUM[k], total)
+                    total = tl.where(teacher == k, SUM[k], total)
             pairs = cross / total + (of_student - of_teacher)
-            distinct = (pair_at < K * K) & (pair_at // K != pair_at % K)
-            pairs = tl.where(distinct, pairs, 0.0)
-            KL = kl_of_pairs(pairs, peer_weights, GATES, K, EDGE, GATED, SYMMETRIC, PAIRS)
+            pairs = tl.where(is_pair & (teacher != student), pairs, 0.0)
         FORWARD = ()  # sum_c t (log t - log q_k) of a mixed teacher, and the way back
         BACK = ()
         mine = scratch + tl.program_id(0) * (3 * K * K)
@@ -413,8 +466,8 @@ def wide_rows(
             for k in tl.static_range(K):
                 FORWARD = FORWARD + (tl.cast(0.0, tl.float32),)
                 BACK = BACK + (tl.cast(0.0, tl.float32),)
-            toward = tl.zeros((PAIRS,), tl.float32)  # sum_c q_l (log t_k - log q_k), l * K + k
-            ratios = tl.zeros((PAIRS,), tl.float32)  # sum_c q_l q_k / t_k
+            toward = tl.zeros((PEERS, PEERS), tl.float32)  # sum_c q_l (log t_k - log q_k), [l, k]
+            ratios = tl.zeros((PEERS, PEERS), tl.float32)  # sum_c q_l q_k / t_k
             for start in range(0, C, BLOCK_C):
                 c = start + tl.arange(0, BLOCK_C)
                 Z = load_peers(logits, n64, c, -BLOCK_C - start, K, C, STRIDES, READABLE, False)
@@ -429,11 +482,12 @@ def wide_rows(
                     if TARGET == "ensemble" and not DETACH:
                         for l in tl.static_range(K):  # noqa: E741
                             if l != k:
+                                at = (teacher == l) & (student == k)
                                 part = tl.sum(times(Q[l], gap - D[k]), axis=0)
-                                toward = put(toward, l * K + k, part, PAIRS)
+                                toward += tl.where(at, part, 0.0)
                                 if SYMMETRIC:
                                     ratio = tl.where(t == 0.0, 0.0, Q[l] * Q[k] / t)
-                                    ratios = put(ratios, l * K + k, tl.sum(ratio, axis=0), PAIRS)
+                                    ratios += tl.where(at, tl.sum(ratio, axis=0), 0.0)
                 FORWARD = NFORWARD
                 BACK = NBACK
             KL = ()
@@ -443,10 +497,10 @@ def wide_rows(
                     total = 0.5 * (total + BACK[k])
                 KL = KL + (times(TAUGHT[k], total),)
             if TARGET == "ensemble" and not DETACH:
-                tl.store(mine + K * K + pair_at, toward, mask=pair_at < K * K)
-                tl.store(mine + 2 * K * K + pair_at, ratios, mask=pair_at < K * K)
+                tl.store(mine + K * K + pair_at, toward, mask=is_pair)
+                tl.store(mine + 2 * K * K + pair_at, ratios, mask=is_pair)
         if COUPLED and not MIXED:
-            tl.store(mine + pair_at, pairs, mask=pair_at < K * K)
+            tl.store(mine + pair_at, pairs, mask=is_pair)
         if COUPLED:
             tl.debug_barrier()
 
@@ -469,7 +523,7 @@ def wide_rows(
                 Z = load_peers(logits, n64, c, -BLOCK_C - back, K, C, STRIDES, READABLE, True)
                 if MUTUAL:
                     top, D, Q = log_probabilities(Z, LSE_T, inv_t, K, TEMPERED)
-                    if not ONLINE_PAIRS and not VALUES_PASS and not LATE_PAIRS:
+                    if not FROM_PAIRS and not VALUES_PASS:
                         PART = kl_terms(Z, D, Q, top, W_SUM, MIX_LSE, peer_weights, GATES, inv_t,
                                         K, EDGE, GATED, UNIFORM, TARGET, SYMMETRIC)  # fmt: skip
                         NKL = ()
@@ -481,10 +535,14 @@ def wide_rows(
                         KL = NKL
                     if STATS and not ONLINE_PAIRS:
                         for l in tl.static_range(K):  # noqa: E741
+                            PARTS = ()
                             for k in tl.static_range(K):
                                 if l != k:
-                                    part = tl.sum(times(Q[l], D[l] - D[k]), axis=0)
-                                    pairs = put(pairs, l * K + k, part, PAIRS)
+                                    PARTS = PARTS + (times(Q[l], D[l] - D[k]),)
+                                else:
+                                    PARTS = PARTS + (tl.zeros((BLOCK_C,), tl.float32),)
+                            part = peer_sums(PARTS, K, PEERS, BLOCK_C)[None, :]
+                            pairs += tl.where(teacher == l, part, 0.0)
                 if STATS:
                     p_sum = tl.zeros((BLOCK_C,), tl.float32)
                     for k in tl.static_range(K):
@@ -583,14 +641,14 @@ def wide_rows(
                                  g.to(grads[j].dtype.element_ty), mask=c < C,
                                  eviction_policy="evict_first")  # fmt: skip
 
-        if LATE_PAIRS:
-            KL = kl_of_pairs(pairs, peer_weights, GATES, K, EDGE, GATED, SYMMETRIC, PAIRS)
-
         # ---- this row's part of the sums
         kl = tl.zeros((PEERS,), tl.float32)
-        if MUTUAL:
+        if FROM_PAIRS:
+            kl = kl_of_pairs(pairs, peer_weights, GATES, K, EDGE, GATED, SYMMETRIC, PEERS)
+        else:
             for k in tl.static_range(K):
-                kl = put(kl, k, tl.where(mimics, KL[k], 0.0), PEERS)
+                kl = put(kl, k, KL[k], PEERS)
+        kl = tl.where(mimics, kl, 0.0)
         if REDUCTION == "none":
             loss = ce_weight * ce
             if MUTUAL:
@@ -617,6 +675,6 @@ def wide_rows(
             tl.store(mine + 2 * K + 2 + peer_at, entropy_sums, mask=is_peer)
             tl.store(mine + 3 * K + 2 + peer_at, right_sums, mask=is_peer)
             tl.store(mine + 4 * K + 2, together_right)
-            tl.store(mine + 4 * K + 3 + pair_at, pair_sums, mask=pair_at < K * K)
+            tl.store(mine + 4 * K + 3 + pair_at, pair_sums, mask=is_pair)
     finish(partials, counter, losses, stats, ce_weight, kl_weight, kl_scale, N, K, S,
            PROGRAMS_BLOCK, REDUCTION, MIMIC_IGNORED, STATS)  # fmt: skip

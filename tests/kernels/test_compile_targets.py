@@ -125,6 +125,15 @@ def test_wide_rows_read_twice_and_write_once(shape, gradient):
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("settings", [{}, {"stats": True}, {"gradient": False},
+                                      {"stats": True, "gradient": False}])  # fmt: skip
+@pytest.mark.parametrize("K", [4, 8, 16])
+def test_wide_rows_of_many_peers_never_spill(K, settings):
+    (report,) = reports(((K, 32_768), "sm_90", settings))
+    assert report["spills"] == report["stack_bytes"] == 0, report
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("options", [
     {"symmetric": True}, {"detach_targets": False}, {"target": "ensemble_logits"},
     {"gate": "best"}, {"symmetric": True, "detach_targets": False, "target": "ensemble"},

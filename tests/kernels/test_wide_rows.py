@@ -91,7 +91,7 @@ def test_long_rows(K, C):
 
 @pytest.mark.parametrize("K", range(1, 17))
 def test_any_number_of_peers_has_a_tile(K):
-    assert all(wide_tile(K, 262_144, stats).block_c >= 128 for stats in (False, True))
+    assert all(wide_tile(K, 262_144, pairs).block_c >= 128 for pairs in (False, True))
     assert wide_tile(K, 3, False).block_c == 4
 
 
