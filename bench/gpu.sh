@@ -3,7 +3,7 @@
 # nine minutes. Nothing is installed or fetched: torch 2.11 or newer, triton, numpy, pytest,
 # pytest-benchmark, hypothesis, timm, torchvision, matplotlib and tqdm are enough.
 #
-#   bash bench/gpu.sh [FOLDER]      FOLDER (default: $OUT) receives log.txt, six JSON files and
+#   bash bench/gpu.sh [FOLDER]      FOLDER (default: $OUT) receives log.txt, five JSON files and
 #                                   roofline.png; the tables come last on stdout
 #
 # A stage that fails or runs out of its time (what it measured until then is kept) does not stop the
@@ -45,23 +45,21 @@ pytest() {
   stage "$name" "$limit" "$python" -m pytest -q -rs -p no:cacheprovider "$@"
 }
 
-bench() {  # name, or name-part; seconds; more for pytest
+bench() {
   local name=$1 limit=$2
   shift 2
-  pytest "$name" "$limit" "bench/bench_${name%%-*}.py" --device cuda \
+  pytest "$name" "$limit" "bench/bench_$name.py" --device cuda \
     --benchmark-json="$out/$name.json" "$@"
 }
 
 "$python" -c 'import torch; print(torch.__version__, torch.cuda.get_device_name())' || exit 1
 # a test file that needs more than this machine has must not keep the others from running
 pytest tests 130 tests -m gpu --continue-on-collection-errors
-bench loss 140 -k 'not 8x128x100'
+bench loss 185
 bench step 95
 bench end_to_end 40
 bench data 45
 bench reid 25 -k 'loss or training or features-3368'
-# last and apart: eight peers' 56 pairs may take torch.compile longer than all the rest
-bench loss-8 45 -k 8x128x100
 
 stored=$(find "$out" -maxdepth 1 -name '*.json' -size +0 | sort)
 if [ -n "$stored" ]; then

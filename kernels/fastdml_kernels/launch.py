@@ -61,6 +61,20 @@ def wide_tile(K: int, C: int, pairs: bool) -> Tile:
     return Tile(1, block_c, min(warps, max(1, block_c // 32)))  # no more threads than classes
 
 
+def choose(
+    K: int, C: int, options: Options, *, gradient: bool, stats: bool, upstream: Tensor | None,
+    regime: Literal["register", "wide"] | None = None, tile: Tile | None = None,
+) -> tuple[Literal["register", "wide"], Tile]:  # fmt: skip
+    """The kernel for a shape and its tile, where they are not given."""
+    if regime is None:
+        regime = "register" if fits_registers(K, C, options, upstream) else "wide"
+    if tile is None and regime == "register":
+        tile = register_tile(K, C)
+    elif tile is None:
+        tile = wide_tile(K, C, pairs=stats or not gradient)
+    return regime, tile
+
+
 def compiler_options(warps: int, nvidia: bool) -> dict[str, Any]:
     options = {"num_warps": warps, "enable_fp_fusion": True}
     if nvidia and warps == 8:
@@ -212,12 +226,10 @@ def launch(
     `cpu.mutual_loss_cpu`.
     """
     K, (N, C), device = len(logits), logits[0].shape, logits[0].device
-    if regime is None:
-        regime = "register" if fits_registers(K, C, options, upstream) else "wide"
-    if tile is None and regime == "register":
-        tile = register_tile(K, C)
-    elif tile is None:
-        tile = wide_tile(K, C, pairs=want_stats or not grads)
+    regime, tile = choose(
+        K, C, options, gradient=bool(grads), stats=want_stats, upstream=upstream, regime=regime,
+        tile=tile,
+    )  # fmt: skip
     if max_programs is None:
         max_programs = INTERPRETER_PROGRAMS
         if device.type == "cuda":

@@ -29,7 +29,7 @@ from triton.compiler import ASTSource
 
 from . import augment
 from .augment_options import Augment, bytes_moved
-from .launch import Tile, arguments, compiler_options, fits_registers, register_tile, wide_tile
+from .launch import Tile, arguments, choose, compiler_options
 from .options import Options
 from .register_rows import register_rows
 
@@ -158,12 +158,9 @@ def report(
     grads = [make() for _ in range(K)] if gradient else []
     own = torch.ones(K) if upstream else None
     weight = torch.ones(()) if tensor_weights else 1.0
-    if regime is None:
-        regime = "register" if fits_registers(K, C, options, own) else "wide"
-    if tile is None and regime == "register":
-        tile = register_tile(K, C)
-    elif tile is None:
-        tile = wide_tile(K, C, pairs=stats or not gradient)
+    regime, tile = choose(
+        K, C, options, gradient=gradient, stats=stats, upstream=own, regime=regime, tile=tile
+    )
     kernel, named, warps = arguments(
         logits, torch.zeros(N, dtype=torch.int64), options, grads=grads, want_stats=stats,
         regime=regime, tile=tile, upstream=own,

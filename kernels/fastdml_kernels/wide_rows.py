@@ -115,9 +115,10 @@ def log_probabilities(Z, LSE_T, inv_t, K: tl.constexpr, TEMPERED: tl.constexpr):
 def kl_terms(Z, D, Q, top, W_SUM, MIX_LSE, peer_weights, GATES, inv_t,
              K: tl.constexpr, EDGE: tl.constexpr, GATED: tl.constexpr, UNIFORM: tl.constexpr,
              TARGET: tl.constexpr, SYMMETRIC: tl.constexpr):  # fmt: skip
-    """One block's share of each student's KL term, weights included."""
+    """One block's share of each student's KL term, weights included. The symmetric divergence of
+    single peers comes from `kl_of_pairs`."""
     OUT = ()
-    if UNIFORM and TARGET == "peers" and not SYMMETRIC:
+    if UNIFORM and TARGET == "peers":
         mass = Q[0]
         energy = times(Q[0], D[0])
         for k in tl.static_range(1, K):
@@ -132,10 +133,7 @@ def kl_terms(Z, D, Q, top, W_SUM, MIX_LSE, peer_weights, GATES, inv_t,
                 for l in tl.static_range(K):  # noqa: E741
                     if l != k:
                         w = edge(k, l, peer_weights, GATES, K, EDGE, GATED)
-                        pair = times(Q[l], D[l] - D[k])
-                        if SYMMETRIC:
-                            pair = 0.5 * (pair + times(Q[k], D[k] - D[l]))
-                        total += times(w, tl.sum(pair, axis=0))
+                        total += times(w, tl.sum(times(Q[l], D[l] - D[k]), axis=0))
             else:
                 gap, t = mixed_teacher(k, Z, D, top, peer_weights, GATES, W_SUM[k], MIX_LSE[k],
                                        inv_t, K, EDGE, GATED, TARGET)  # fmt: skip
