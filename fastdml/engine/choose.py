@@ -20,7 +20,8 @@ in fp32 (medians of interleaved rounds on a shared 2-core AMD EPYC; repeats diff
     2 mobilenet   16 x 32x32              1279.7   1706.8              1336.0   1864.0
     2 resnet8    256 x 32x32              1000.5   1291.7              1987.8   2764.0
 
-Two resnet32 at 64 x 32x32 and 2 threads, another day: eager 485.9, stacked 582.7, threads 457.5.
+Two resnet32 at 64 x 32x32 and 2 threads, another day (bench/results/step-cpu-epyc.json): eager
+621.8, stacked 641.6, threads 598.7.
 """
 
 from __future__ import annotations

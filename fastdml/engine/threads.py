@@ -3,9 +3,8 @@
 Where peers run one after the other, every layer is split over all cores and joined again. Here each
 peer has a share of the cores for a whole pass: torch's threads over the number of peers, one at
 least. Loss and update, which are for all peers, have such a share too: hundreds of small weights
-are updated faster by one thread than by two that meet at each of them (3 and 25 ms for two
-ResNet-32). Threads are started anew for each pass, a fraction of a millisecond, so that none is
-alive when a data loader forks.
+are updated faster by one thread than by two that meet at each of them. Threads are started anew for
+each pass, a fraction of a millisecond, so that none is alive when a data loader forks.
 
 Peers must not draw random numbers: they share one generator, and whoever came first would draw
 first. Dropout and the like are refused at the first step, which therefore runs the peers one after
