@@ -7,7 +7,6 @@ two copies of one peer in memory at a time.
 
 from __future__ import annotations
 
-import contextlib
 import copy
 import dataclasses
 import hashlib
@@ -20,15 +19,18 @@ from collections.abc import Iterable, Sequence
 from itertools import combinations
 from numbers import Integral
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
 from fastdml.errors import InputError, require
+from fastdml.files import Staged, write_atomically, writing
 from fastdml.models import ReidHead, check_count, create_model, is_own
 
 FORMAT = 1  # of cohort.json
+LONGEST_NAME = 231  # bytes of a name in one of a file, which may have 255 while it is written
 
 
 class Cohort(nn.Module):
@@ -126,7 +128,8 @@ class Cohort(nn.Module):
         safetensors = require("safetensors.torch", "train")
         folder = Path(folder)
         entries = []
-        with _Staged() as staged:
+        with writing(folder), Staged() as staged:
+            (folder / "peers").mkdir(parents=True, exist_ok=True)
             for k, (name, model) in enumerate(zip(self.names, self.models, strict=True)):
                 # A copy per tensor: safetensors wants them contiguous and refuses shared storage.
                 weights = {
@@ -194,7 +197,7 @@ class Cohort(nn.Module):
                     "(truncated, changed, or from an interrupted save): save the cohort again"
                 )
             try:
-                source.load_state_dict(safetensors.load(data))
+                source.load_state_dict(_tensors(safetensors, data, path))
             except RuntimeError as error:  # names every missing, surplus or misshapen tensor
                 reason = " ".join(str(error).split())[:300]
                 raise InputError(f"{path} does not fit peer {name}: {reason}") from None
@@ -240,8 +243,9 @@ class Cohort(nn.Module):
                 torch.export.save(program, buffer)
             suffix = ".onnx" if format == "onnx" else ".pt2"
             path = Path(folder) / (Path(_peer_file(k, name)).stem + suffix)
-            with _Staged() as staged:
-                staged.write(path, buffer.getvalue())
+            with writing(path):
+                path.parent.mkdir(parents=True, exist_ok=True)
+            write_atomically(path, buffer.getvalue())
             paths.append(path)
         return paths
 
@@ -332,37 +336,8 @@ def _listed(peers: Sequence[str | nn.Module]) -> list[str | nn.Module]:
 
 def _peer_file(k: int, name: str) -> str:
     """The number keeps files apart whose names differ only in what a file name cannot hold."""
-    return f"peers/{k:02d}-{re.sub(r'[^A-Za-z0-9_.-]', '_', name)}.safetensors"
-
-
-class _Staged:
-    """Files written under temporary names; all get their own names at the end, or none does."""
-
-    def __init__(self) -> None:
-        self.files: list[tuple[Path, Path]] = []
-
-    def __enter__(self) -> _Staged:
-        return self
-
-    def write(self, path: Path, data: bytes) -> None:
-        temporary = path.with_name(f".{path.name}.partial")
-        self.files.append((temporary, path))
-        try:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            with open(temporary, "wb") as file:
-                file.write(data)
-                file.flush()
-                os.fsync(file.fileno())
-        except OSError as error:
-            raise InputError(f"cannot write {path}: {error.strerror}") from None
-
-    def __exit__(self, kind: type | None, *_: object) -> None:
-        for temporary, path in self.files:
-            if kind is None:
-                os.replace(temporary, path)
-            else:
-                with contextlib.suppress(OSError):
-                    temporary.unlink()
+    safe = re.sub(r"[^A-Za-z0-9_.-]", "_", name)[:LONGEST_NAME]
+    return f"peers/{k:02d}-{safe}.safetensors"
 
 
 def _read(path: Path) -> bytes:
@@ -370,6 +345,15 @@ def _read(path: Path) -> bytes:
         return path.read_bytes()
     except OSError as error:
         raise InputError(f"cannot read {path}: {error.strerror}") from None
+
+
+def _tensors(safetensors: Any, data: bytes, path: Path) -> dict[str, Tensor]:
+    """What a weights file holds; its digest only says that it is the file that was meant."""
+    try:
+        return safetensors.load(data)
+    except Exception as error:  # a header that somebody wrote can make it raise nearly anything
+        reason = " ".join(str(error).split())[:200]
+        raise InputError(f"{path} holds no safetensors that can be read: {reason}") from None
 
 
 def _read_description(path: Path) -> dict:

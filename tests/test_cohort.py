@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import hashlib
 import importlib.util
 import json
 import os
@@ -310,6 +311,48 @@ def test_a_truncated_or_changed_file_is_named(trained, tmp_path, size):
     path.write_bytes(data[:size] if size >= 0 else data[:-1] + bytes([data[-1] ^ 1]))
     with pytest.raises(InputError, match=r"01-wrn_10_1\.safetensors is not the file"):
         Cohort.load(tmp_path)
+
+
+def header(text: str, length: int | None = None) -> bytes:
+    return (len(text) if length is None else length).to_bytes(8, "little") + text.encode()
+
+
+@needs_safetensors
+@pytest.mark.parametrize(
+    "data",
+    [
+        b"",
+        header("{", 2**60),
+        header("no json"),
+        header('{"w": {"dtype": "F99", "shape": [1], "data_offsets": [0, 4]}}') + bytes(4),
+        header('{"w": {"dtype": "F32", "shape": [9], "data_offsets": [0, 4]}}') + bytes(4),
+        header('{"w": {"dtype": "F32", "shape": [1], "data_offsets": [0, 4]}}') + bytes(4),
+    ],
+    ids=["empty", "length", "text", "dtype", "shape", "other tensors"],
+)
+def test_weights_that_are_broken_although_the_digest_agrees(trained, tmp_path, data):
+    trained.save(tmp_path)
+    (tmp_path / "peers" / "01-wrn_10_1.safetensors").write_bytes(data)
+    path = tmp_path / "cohort.json"
+    description = json.loads(path.read_text())
+    description["peers"][1]["sha256"] = hashlib.sha256(data).hexdigest()
+    path.write_text(json.dumps(description))
+    with pytest.raises(
+        InputError, match=r"01-wrn_10_1\.safetensors (holds no safetensors|does not fit peer)"
+    ) as error:
+        Cohort.load(tmp_path)
+    assert "\n" not in str(error.value)
+
+
+@needs_safetensors
+@pytest.mark.parametrize("length", [231, 232, 1000])
+def test_names_longer_than_a_file_may_have(tmp_path, length):
+    cohort = Cohort([nn.Linear(4, 3), nn.Linear(4, 3)])
+    cohort.names = ["x" * length + "a", "x" * length + "b"]
+    cohort.save(tmp_path)
+    loaded = Cohort.load(tmp_path, peers=[nn.Linear(4, 3), nn.Linear(4, 3)])
+    assert loaded.names == cohort.names
+    assert same(loaded, cohort)
 
 
 @needs_safetensors

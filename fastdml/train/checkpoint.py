@@ -1,15 +1,13 @@
 """Checkpoints: tensors and plain values in one file that is always whole.
 
-A file is written under a temporary name, forced to disk, renamed, and the folder forced to disk, so
-that a process or a machine that dies leaves the old checkpoint or the new one. Loading never runs
-code from the file (`weights_only=True`) and compares its checksums. Costs one write of the weights
-and the optimizer's state.
+A file gets its name once it is on disk (`fastdml.files`), so that a process or a machine that dies
+leaves the old checkpoint or the new one. Loading never runs code from the file
+(`weights_only=True`) and compares its checksums. Costs one write of the weights and the optimizer's
+state.
 """
 
 from __future__ import annotations
 
-import contextlib
-import os
 import zipfile
 from pathlib import Path
 from typing import Any
@@ -17,42 +15,48 @@ from typing import Any
 import torch
 
 from fastdml.errors import InputError
+from fastdml.files import Staged
 
 FORMAT = 1
 
 
 def save(path: Path, state: dict[str, Any]) -> None:
-    temporary = path.with_name(f".{path.name}.partial")
     try:
-        with open(temporary, "wb") as file:
+        with Staged() as staged, staged.open(path) as file:
             torch.save({"format": FORMAT, **state}, file)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-        folder = os.open(path.parent, os.O_RDONLY)
-        try:
-            os.fsync(folder)  # the rename itself
-        finally:
-            os.close(folder)
     except (OSError, RuntimeError) as error:
-        with contextlib.suppress(OSError):
-            temporary.unlink()
+        cause = _origin(error)
+        if not isinstance(cause, OSError):
+            raise cause from None
         kept = " (the one before it is kept)" if path.exists() else ""
-        if isinstance(error.__context__, OSError):  # which torch hides behind a RuntimeError
-            error = error.__context__
-        why = getattr(error, "strerror", None) or error
-        raise InputError(f"cannot write the checkpoint {path}{kept}: {why}") from None
+        raise InputError(
+            f"cannot write the checkpoint {path}{kept}: {cause.strerror or cause}"
+        ) from None
+
+
+def _origin(error: BaseException) -> BaseException:
+    """What happened first: torch's writer hides an error of the system, and an interruption, behind
+    a RuntimeError of its own."""
+    while isinstance(error, RuntimeError) and error.__context__ is not None:
+        error = error.__context__
+    return error
 
 
 def load(path: Path) -> dict[str, Any]:
     """The state that `save` wrote, on the host."""
     try:
-        with zipfile.ZipFile(path) as file:
-            if file.testzip():  # torch itself looks at no checksum
-                raise zipfile.BadZipFile
-        state = torch.load(path, map_location="cpu", weights_only=True)
+        opened = path.open("rb")
     except FileNotFoundError:
         raise InputError(f"there is no checkpoint {path}") from None
+    except OSError as error:
+        raise InputError(f"cannot read the checkpoint {path}: {error.strerror}") from None
+    try:
+        with opened:
+            with zipfile.ZipFile(opened) as file:
+                if file.testzip():  # torch itself looks at no checksum
+                    raise zipfile.BadZipFile
+            opened.seek(0)
+            state = torch.load(opened, map_location="cpu", weights_only=True)
     except Exception:  # a damaged file can raise nearly anything
         raise InputError(
             f"{path} is not a checkpoint that can be read (truncated, damaged or another program's)"

@@ -19,9 +19,9 @@ A run folder holds, from this module:
 
 from __future__ import annotations
 
+import io
 import json
 import math
-import os
 import platform
 import time
 from collections.abc import Sequence
@@ -32,6 +32,7 @@ from typing import Any
 
 from fastdml import __version__
 from fastdml.errors import InputError, require
+from fastdml.files import write_atomically
 from fastdml.train.scores import main_name
 
 METRICS = "metrics.jsonl"
@@ -392,13 +393,6 @@ def device_name(device: Any) -> str:
     return f"{model}, {threads} thread{'s' * (threads != 1)}"
 
 
-def write_atomically(path: Path, text: str) -> None:
-    """Replaces a file's text in one rename, so that a reader never meets half of it."""
-    temporary = path.with_name(path.name + ".tmp")
-    temporary.write_text(text)
-    os.replace(temporary, path)
-
-
 def to_json(value: Any, indent: int | None = None) -> str:
     """JSON that every parser reads: it has no NaN and no inf, null stands in their place."""
     return json.dumps(_finite_or_none(value), indent=indent)
@@ -495,7 +489,7 @@ def _figure(width: float, height: float, rows: int, columns: int) -> tuple[Any, 
 
 
 def _save(figure: Any, path: Path) -> Path:
-    temporary = path.with_name(path.name + ".tmp")
-    figure.savefig(temporary, dpi=DPI, format="png")
-    os.replace(temporary, path)
+    picture = io.BytesIO()
+    figure.savefig(picture, dpi=DPI, format="png")
+    write_atomically(path, picture.getvalue())
     return path

@@ -19,7 +19,7 @@ from types import NoneType
 from typing import Any, ClassVar, Literal, get_args, get_origin, get_type_hints
 
 from fastdml.errors import InputError, require
-from fastdml.train.report import write_atomically
+from fastdml.files import write_atomically
 
 Limit = tuple[Callable[[Any], bool], str]  # what a value must fulfil, and how a message says it
 

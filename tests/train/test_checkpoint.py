@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
+import io
 import os
 import pickle
 import resource
+import signal
 from pathlib import Path
 
 import pytest
@@ -120,3 +123,75 @@ def test_other_files_are_refused(path, tmp_path):
         checkpoint.load(path)
     with pytest.raises(InputError, match=r"there is no checkpoint .*none\.ckpt"):
         checkpoint.load(tmp_path / "none.ckpt")
+
+
+@contextlib.contextmanager
+def as_nobody():
+    """Root may read everything."""
+    if os.geteuid():
+        yield
+        return
+    os.seteuid(65534)
+    try:
+        yield
+    finally:
+        os.seteuid(0)
+
+
+def test_a_file_that_may_not_be_read_is_not_called_damaged(path):
+    path.chmod(0)
+    with as_nobody(), pytest.raises(InputError, match=r"cannot read .*last\.ckpt: Permission"):
+        checkpoint.load(path)
+    path.unlink()
+    path.mkdir()
+    with pytest.raises(InputError, match=r"cannot read .*last\.ckpt: Is a directory"):
+        checkpoint.load(path)
+    path.rmdir()
+    path.symlink_to(path.name)
+    with pytest.raises(InputError, match=r"cannot read .*last\.ckpt: Too many levels of symbolic"):
+        checkpoint.load(path)
+
+
+def worker_died(*_):
+    raise RuntimeError("DataLoader worker (pid 7) is killed by signal: Killed. ")
+
+
+class Stopping(SystemExit):
+    pass
+
+
+def stop(*_):
+    raise Stopping
+
+
+@pytest.mark.parametrize(
+    ("handler", "raised"),
+    [
+        (signal.default_int_handler, KeyboardInterrupt),
+        (worker_died, RuntimeError),
+        (stop, Stopping),
+    ],
+)
+@pytest.mark.parametrize("at", [1, 3, 8])
+def test_what_a_signal_raises_in_mid_save_stays_what_it_is(path, monkeypatch, handler, raised, at):
+    """Torch's writer hides it behind "unexpected pos"."""
+
+    class File(io.FileIO):
+        writes = 0
+
+        def write(self, data):
+            self.writes += 1
+            if self.writes == at:
+                os.kill(os.getpid(), signal.SIGINT)
+            return super().write(data)
+
+    monkeypatch.setattr("fastdml.files.create", lambda path: File(path, "x"))
+    before = signal.signal(signal.SIGINT, handler)
+    try:
+        with pytest.raises(raised) as error:
+            checkpoint.save(path, {"w": torch.zeros(1000), "v": torch.ones(10)})
+    finally:
+        signal.signal(signal.SIGINT, before)
+    assert "unexpected pos" not in str(error.value)
+    assert checkpoint.load(path)["step"] == 7
+    assert [p.name for p in path.parent.iterdir()] == ["last.ckpt"]

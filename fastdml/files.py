@@ -1,0 +1,110 @@
+"""Files that are whole or not there.
+
+A file is written under another name, forced to disk and renamed, and its folder is forced to disk,
+so that a process or a machine that dies leaves the old file or the new one. The other name is
+always the same, `.NAME.partial`: what a kill has left there is gone with the next writing, and a
+link that somebody has put there is removed, not followed.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import BinaryIO
+
+from fastdml.errors import InputError
+
+NEW = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC | os.O_NOFOLLOW
+NO_SYNC = (errno.EINVAL, errno.ENOTSUP)  # of file systems that cannot force a folder to disk
+
+
+class Staged:
+    """Files that get their names together at the end of the block, in the order they were written;
+    or, where it ends by an error, none does. Raises OSError."""
+
+    def __init__(self) -> None:
+        self.paths: list[Path] = []
+
+    def __enter__(self) -> Staged:
+        return self
+
+    @contextmanager
+    def open(self, path: Path) -> Iterator[BinaryIO]:
+        self.paths.append(path)
+        with _naming(path), create(partial(path)) as file:
+            yield file
+            sync(file)
+
+    def write(self, path: Path, data: bytes) -> None:
+        with self.open(path) as file:
+            file.write(data)
+
+    def __exit__(self, kind: type | None, *_: object) -> None:
+        try:
+            if kind is None:
+                for path in self.paths:
+                    with _naming(path):
+                        os.replace(partial(path), path)
+                for folder in {path.parent: None for path in self.paths}:
+                    sync_folder(folder)
+        finally:
+            for path in self.paths:
+                with contextlib.suppress(OSError):
+                    partial(path).unlink()
+
+
+def partial(path: Path) -> Path:
+    return path.with_name(f".{path.name}.partial")
+
+
+def create(path: Path) -> BinaryIO:
+    """A new file, in place of whatever has that name."""
+    with contextlib.suppress(FileNotFoundError):
+        path.unlink()
+    return os.fdopen(os.open(path, NEW, 0o666), "wb")
+
+
+def write_atomically(path: Path, data: str | bytes) -> None:
+    """Replaces a file, so that a reader never meets half of it."""
+    with writing(path), Staged() as staged:
+        staged.write(path, data.encode() if isinstance(data, str) else data)
+
+
+@contextmanager
+def writing(path: Path) -> Iterator[None]:
+    """What the system refuses is said in one line, of the file it names or of `path`."""
+    try:
+        yield
+    except OSError as error:
+        name = error.filename or path
+        raise InputError(f"cannot write {name}: {error.strerror or error}") from error
+
+
+@contextmanager
+def _naming(path: Path) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        error.filename = str(path)  # not that of the file under way, or none
+        raise
+
+
+def sync(file: BinaryIO) -> None:
+    file.flush()
+    os.fsync(file.fileno())
+
+
+def sync_folder(folder: Path) -> None:
+    """Forces the names in it to disk."""
+    opened = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(opened)
+    except OSError as error:
+        if error.errno not in NO_SYNC:
+            raise
+    finally:
+        os.close(opened)

@@ -1,0 +1,121 @@
+"""Files are whole or not there, whatever ends their writing; nothing is written through a link."""
+
+from __future__ import annotations
+
+import os
+import resource
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+
+from fastdml.cohort import Cohort
+from fastdml.errors import InputError
+from fastdml.files import partial, write_atomically
+from fastdml.train import TrainConfig, checkpoint
+from fastdml.train.report import MetricsLog
+
+
+@contextmanager
+def no_room(limit: int):
+    """Files cannot grow beyond `limit` bytes."""
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (limit, before[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+
+
+def cohort() -> Cohort:
+    return Cohort([nn.Linear(4, 3), nn.Linear(4, 3)])
+
+
+WRITERS = {
+    "text": lambda folder: write_atomically(folder / "text", "some words"),
+    "last.ckpt": lambda folder: checkpoint.save(folder / "last.ckpt", {"w": torch.ones(9)}),
+    "cohort.json": lambda folder: cohort().save(folder),
+    "peers/00-Linear-1.safetensors": lambda folder: cohort().save(folder),
+    "config.yaml": lambda folder: TrainConfig().save(folder / "config.yaml"),
+    "metrics.jsonl": lambda folder: MetricsLog(folder, ["a"], tensorboard=False).close(),
+}
+
+
+@pytest.mark.parametrize("name", WRITERS)
+def test_a_planted_link_is_not_followed(tmp_path, name):
+    victim = tmp_path / "victim"
+    victim.write_text("not yours")
+    path = tmp_path / "run" / name
+    path.parent.mkdir(parents=True)
+    partial(path).symlink_to(victim)
+    WRITERS[name](tmp_path / "run")
+    assert victim.read_text() == "not yours"
+    assert path.stat().st_size > 0
+    assert not path.is_symlink()
+    assert not os.path.lexists(partial(path))
+
+
+@pytest.mark.parametrize("name", WRITERS)
+def test_what_a_kill_left_is_overwritten(tmp_path, name):
+    path = tmp_path / name
+    path.parent.mkdir(exist_ok=True)
+    partial(path).write_bytes(bytes(10_000_000))  # longer than what replaces it
+    WRITERS[name](tmp_path)
+    assert path.stat().st_size < 100_000
+    assert not partial(path).exists()
+
+
+@pytest.mark.parametrize("name", WRITERS)
+def test_no_room_leaves_nothing_half_written(tmp_path, name):
+    (tmp_path / "peers").mkdir()
+    with no_room(4), pytest.raises(InputError, match=r"cannot write.*File too large") as error:
+        WRITERS[name](tmp_path)
+    assert "\n" not in str(error.value)
+    assert [p.name for p in tmp_path.rglob("*")] == ["peers"]
+
+
+@pytest.mark.parametrize("name", WRITERS)
+def test_a_file_is_on_disk_before_it_gets_its_name_and_the_name_before_it_counts(
+    tmp_path, monkeypatch, name
+):
+    order = []
+    fsync, replace = os.fsync, os.replace
+
+    def note_fsync(fd):
+        order.append(os.path.realpath(f"/proc/self/fd/{fd}"))
+        fsync(fd)
+
+    def note_replace(a, b):
+        order.append(f"rename {b}")
+        replace(a, b)
+
+    monkeypatch.setattr(os, "fsync", note_fsync)
+    monkeypatch.setattr(os, "replace", note_replace)
+    WRITERS[name](tmp_path)
+    path = tmp_path / name
+    written, renamed = order.index(str(partial(path))), order.index(f"rename {path}")
+    assert written < renamed < len(order) - order[::-1].index(str(path.parent)) - 1
+
+
+def test_what_stands_in_the_way_is_named(tmp_path):
+    (tmp_path / "text").mkdir()
+    with pytest.raises(InputError, match=r"cannot write .*text: Is a directory"):
+        write_atomically(tmp_path / "text", "words")
+    assert [p.name for p in tmp_path.iterdir()] == ["text"]
+    partial(tmp_path / "other").mkdir()
+    with pytest.raises(InputError, match=r"cannot write .*other: Is a directory"):
+        write_atomically(tmp_path / "other", "words")
+    with pytest.raises(InputError, match=r"cannot write .*none/text: No such file"):
+        write_atomically(tmp_path / "none/text", "words")
+
+
+def test_files_have_the_permissions_that_the_umask_leaves(tmp_path):
+    before = os.umask(0o027)
+    try:
+        write_atomically(tmp_path / "text", b"bytes")
+    finally:
+        os.umask(before)
+    assert (tmp_path / "text").stat().st_mode & 0o777 == 0o640
+    assert Path(tmp_path / "text").read_bytes() == b"bytes"
