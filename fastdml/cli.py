@@ -23,6 +23,8 @@ from typing import TYPE_CHECKING, Any, NoReturn
 
 from fastdml import __version__
 from fastdml.errors import InputError
+from fastdml.options import split_lists
+from fastdml.paths import expanded
 
 if TYPE_CHECKING:
     from fastdml.cohort import Cohort
@@ -134,7 +136,7 @@ def export(args: list[str]) -> None:
         help="onnx: NN-peer.onnx; torch: NN-peer.pt2, a torch.export program (default: onnx)",
     )
     parser.add_argument(
-        "--to", type=Path, metavar="DIR", help="folder to write into (default: RUN/export)"
+        "--to", type=_folder, metavar="DIR", help="folder to write into (default: RUN/export)"
     )
     options = parser.parse(args)
     to = options.to or options.run / "export"
@@ -263,7 +265,8 @@ class Parser(argparse.ArgumentParser):
 
     def parse(self, args: list[str]) -> argparse.Namespace:
         _check_options(args, self._option_string_actions)
-        return self.parse_args(args)
+        lists = [name for a in self._actions if a.nargs == "+" for name in a.option_strings]
+        return self.parse_args(split_lists(args, lists))
 
     def error(self, message: str) -> NoReturn:
         raise InputError(f"{self.prog}: {message}")
@@ -325,7 +328,7 @@ def _unframed(box: str) -> str:
 
 def _add_run_options(parser: Parser) -> None:
     parser.usage = f"{parser.prog} RUN [OPTIONS]"  # after --peers RUN would be one of them
-    parser.add_argument("run", type=Path, metavar="RUN", help="folder of a training run")
+    parser.add_argument("run", type=_folder, metavar="RUN", help="folder of a training run")
     parser.add_argument(
         "--weights",
         choices=("last", "best"),
@@ -340,6 +343,13 @@ def _add_run_options(parser: Parser) -> None:
         help="what to load into, in order; needed where a peer is package.module:function, which "
         "a file in a run folder does not get to import",
     )
+
+
+def _folder(text: str) -> Path:
+    try:
+        return expanded(text)
+    except InputError as error:
+        raise argparse.ArgumentTypeError(str(error)) from None
 
 
 def _run_config(run: Path) -> TrainConfig:

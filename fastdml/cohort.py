@@ -28,6 +28,7 @@ from torch import Tensor, nn
 from fastdml.errors import InputError, require
 from fastdml.files import Staged, write_atomically, writing
 from fastdml.models import ReidHead, check_count, create_model, is_own
+from fastdml.paths import expanded
 
 FORMAT = 1  # of cohort.json
 LONGEST_NAME = 231  # bytes of a name in one of a file, which may have 255 while it is written
@@ -126,7 +127,7 @@ class Cohort(nn.Module):
         last and holds each file's SHA-256, so `load` notices a mix of two saves.
         """
         safetensors = require("safetensors.torch", "train")
-        folder = Path(folder)
+        folder = expanded(folder)
         entries = []
         with writing(folder), Staged() as staged:
             (folder / "peers").mkdir(parents=True, exist_ok=True)
@@ -163,7 +164,7 @@ class Cohort(nn.Module):
         package.module:function: a file must not decide which code is imported.
         """
         safetensors = require("safetensors.torch", "train")
-        folder = Path(folder)
+        folder = expanded(folder)
         description = _read_description(folder / "cohort.json")
         entries = description["peers"]
         head = description["head"]
@@ -242,7 +243,7 @@ class Cohort(nn.Module):
             else:
                 torch.export.save(program, buffer)
             suffix = ".onnx" if format == "onnx" else ".pt2"
-            path = Path(folder) / (Path(_peer_file(k, name)).stem + suffix)
+            path = expanded(folder) / (Path(_peer_file(k, name)).stem + suffix)
             with writing(path):
                 path.parent.mkdir(parents=True, exist_ok=True)
             write_atomically(path, buffer.getvalue())

@@ -417,3 +417,35 @@ def test_interrupting_says_how_to_go_on(tmp_path):
     assert "resume" in err.splitlines()[-1]
     assert "Traceback" not in err
     assert cli.main(["evaluate", str(tmp_path / "run")]) == 2  # no weights before the end
+
+
+def test_lists_with_commas(capfd):
+    assert cli.main(["train", "digits", "--peers", "resnet8,resnet14", "--dry-run"]) == 0
+    assert [line.split()[2] for line in capfd.readouterr().out.splitlines()[1:3]] == [
+        "resnet8,",
+        "resnet14,",
+    ]
+    parser = cli.Parser("evaluate", cli.evaluate)
+    cli._add_run_options(parser)
+    for options in (["--peers", "a,b"], ["--peers=a,b"], ["--peers", "a,", "b"]):
+        assert parser.parse(["~/run,1", *options]).peers == ["a", "b"]
+    assert parser.parse(["~/run,1"]).run == Path("~/run,1").expanduser()
+
+
+def test_settings_through_a_pipe(tmp_path):
+    code = "import sys; from fastdml.cli import main; sys.exit(main(sys.argv[1:]))"
+    done = subprocess.run(
+        [sys.executable, "-c", code, "train", "digits", "--config", "/dev/stdin", "--dry-run"],
+        cwd=tmp_path, env=ENVIRONMENT, input="epochs: 3\n", capture_output=True, text=True,
+        timeout=120,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert ", 3 epochs, " in done.stdout
+
+
+@pytest.mark.parametrize("columns", [1, 4, 7])
+@pytest.mark.parametrize("command", ["train digits", "evaluate", "export", "kernels"])
+def test_help_in_narrow_terminals(monkeypatch, capfd, columns, command):
+    monkeypatch.setenv("COLUMNS", str(columns))
+    assert cli.main([*command.split(), "--help"]) == 0
+    assert len(capfd.readouterr().out) < 60_000

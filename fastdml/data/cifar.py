@@ -25,6 +25,7 @@ import torch
 from fastdml.data.archive import extract, fetch
 from fastdml.data.image_set import ImageSet
 from fastdml.errors import InputError
+from fastdml.paths import expanded
 
 BASE_URL = "https://www.cs.toronto.edu/~kriz/"
 SHAPE = (3, 32, 32)
@@ -115,12 +116,12 @@ CIFAR100 = Source(
 
 def load_cifar10(root: str | Path, *, download: bool = False) -> tuple[ImageSet, ImageSet]:
     """(train, test): 50,000 and 10,000 images (N, 3, 32, 32)."""
-    return load_source(CIFAR10, Path(root), download)
+    return load_source(CIFAR10, expanded(root), download)
 
 
 def load_cifar100(root: str | Path, *, download: bool = False) -> tuple[ImageSet, ImageSet]:
     """(train, test): 50,000 and 10,000 images (N, 3, 32, 32), labelled with the 100 classes."""
-    return load_source(CIFAR100, Path(root), download)
+    return load_source(CIFAR100, expanded(root), download)
 
 
 def load_source(source: Source, root: Path, download: bool) -> tuple[ImageSet, ImageSet]:

@@ -25,6 +25,7 @@ from fastdml.data.decode import decode
 from fastdml.data.image_set import ImageSet, evenly
 from fastdml.data.scan import check_bad_files, scan
 from fastdml.errors import InputError
+from fastdml.paths import expanded
 
 JUNK = -1
 # ImageNet's, in bytes: what peers trained on it expect, and usual in re-identification
@@ -144,7 +145,7 @@ class ImageFolderReID:
                 raise InputError(f"unknown layout {layout!r}: give one of {', '.join(LAYOUTS)}")
             layout = LAYOUTS[layout]
         check_bad_files(bad_files)
-        self.layout, self.root = layout, _find(Path(root), layout)
+        self.layout, self.root = layout, _find(expanded(root), layout)
         splits = {
             name: _read(self.root, getattr(layout, name), layout)
             for name in ("train", "query", "gallery")

@@ -24,6 +24,7 @@ from fastdml.data.cifar import load_cifar100
 from fastdml.data.counter import check_seed
 from fastdml.data.image_set import ImageSet
 from fastdml.errors import InputError, require
+from fastdml.paths import expanded
 
 FOLDER = "Market-1501-v15.09.15"
 NOTE = "standin.json"
@@ -51,7 +52,7 @@ def build_standin(
 ) -> Path:
     """`root`, holding the stand-in; what is there already is kept if it is the same. `cifar_root`:
     the folder of CIFAR-100, or another set of 100 classes of RGB images."""
-    root = Path(root)
+    root = expanded(root)
     target = root / FOLDER
     note = json.dumps(asdict(what), sort_keys=True)
     if target.exists():

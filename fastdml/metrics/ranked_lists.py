@@ -13,6 +13,7 @@ from torch import Tensor
 
 from fastdml.errors import InputError, require
 from fastdml.metrics.reid import JUNK
+from fastdml.paths import expanded
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -66,7 +67,7 @@ def save_ranked_lists(
             f"{Q} query and {G} gallery images, top {top}, with {counts[0]} and {counts[2]} "
             f"identities, {counts[1]} and {counts[3]} cameras, distances {tuple(distances.shape)}"
         )
-    path = Path(path)
+    path = expanded(path)
     if path.suffix.lower() != ".png":
         raise InputError(f"{path}: a picture of ranked lists is a PNG: give a name ending in .png")
     pillow = require("PIL.Image", "train")

@@ -7,17 +7,25 @@ resume, the run's own config.yaml), `--config file.yaml`, the command line.
 from __future__ import annotations
 
 import argparse
-from collections.abc import Mapping, Sequence
+import os
+import shutil
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, get_origin
 
 from fastdml.errors import InputError, require
+from fastdml.options import split_lists
+from fastdml.paths import expanded
 from fastdml.train.reid_settings import ReidConfig, reid_preset
+from fastdml.train.report import METRICS
 from fastdml.train.settings import TrainConfig, check_names, field_types
+from fastdml.train.yaml_file import read_settings
 
 REID = ("market1501",)  # the data sets of re-identification
 CHOICES = ("recipe", "standin")  # settings that decide the defaults of others
 RESUMING = ("resume", "folder", "peers")  # that say which run to go on with
+NARROWEST = 40  # columns that help is laid out for where a terminal has fewer
 
 # What a data set changes in the defaults; names the paper does not treat get settings that suit a
 # demonstration.
@@ -78,27 +86,10 @@ def check_resumable(saved: Mapping[str, Any], config: TrainConfig) -> None:
 
 def load_config(path: str | Path, base: TrainConfig | None = None) -> TrainConfig:
     """Settings from a YAML file, over `base` (default: the preset of the data set it names)."""
-    values = _read_yaml(path)
+    values = read_settings(path)
     data = base.data if base else values.get("data", "cifar100")
     check_names(values, f" in {path}", config_type(data))
     return (base or preset(data, **_choices(values))).replace(**values)
-
-
-def _read_yaml(path: str | Path) -> dict[str, Any]:
-    yaml = require("yaml", "train")
-    path = Path(path)
-    try:
-        values = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError) as error:
-        reason = getattr(error, "strerror", None) or "not a text file"
-        raise InputError(f"cannot read the settings {path}: {reason}") from None
-    except yaml.YAMLError as error:
-        raise InputError(f"{path} is not YAML: {' '.join(str(error).split())}") from None
-    if values is None:
-        values = {}
-    if not isinstance(values, dict):
-        raise InputError(f"{path} must hold 'name: value' lines, not a {type(values).__name__}")
-    return values
 
 
 def config_type(data: str) -> type[TrainConfig]:
@@ -139,21 +130,55 @@ def _base(data: str, given: Mapping[str, Any]) -> TrainConfig:
 def from_command_line(
     data: str, args: Sequence[str], *, prog: str = "fastdml train"
 ) -> TrainConfig:
-    """Settings from command-line options; `--config file.yaml` and `--resume` give the defaults."""
+    """Settings from command-line options; `--config file.yaml` and `--resume` give the defaults.
+
+    The config.yaml of a run gives another run its settings, and not its folder, which is taken.
+    """
     tyro = require("tyro", "train")
     args, path = _take_config(list(args))
+    args = split_lists(args, list_options(config_type(data)))
     prog = f"{prog} {data}"
     description = (
-        f"Train peers on {data} with Deep Mutual Learning. --config FILE.yaml gives other defaults."
+        f"Train peers on {data} with Deep Mutual Learning. --config FILE.yaml gives other "
+        "defaults, and the config.yaml of a run those of another such run."
     )
 
-    given = _read_yaml(path) if path else {}
-    base = _base(data, {**given, **_command_line_choices(args)})
-    base = load_config(path, base) if path else base
-    config = tyro.cli(type(base), default=base, args=args, prog=prog, description=description)
+    given = read_settings(path) if path else {}  # once: it may be a pipe
+    check_names(given, f" in {path}", config_type(data))
+    chosen = _command_line_choices(args)
+    if path and _is_of_a_run(path) and not {**given, **chosen}.get("resume"):
+        given.pop("folder", None)
+    base = _base(data, {**given, **chosen}).replace(**given)
+    with _wide_enough():
+        config = tyro.cli(type(base), default=base, args=args, prog=prog, description=description)
     if config.data != data:
         raise InputError(f"{prog} cannot train on data {config.data!r}: leave `data` out")
     return config
+
+
+def _is_of_a_run(path: str) -> bool:
+    """Whether a file of settings is what a run recorded of itself."""
+    file = expanded(path)
+    return file.name == "config.yaml" and (file.parent / METRICS).exists()
+
+
+@contextmanager
+def _wide_enough() -> Iterator[None]:
+    """Tells tyro of a terminal that it can fill: in very narrow ones it searches for ever."""
+    given, columns = os.environ.get("COLUMNS"), shutil.get_terminal_size().columns
+    os.environ["COLUMNS"] = str(max(columns, NARROWEST))
+    try:
+        yield
+    finally:
+        os.environ.pop("COLUMNS")
+        if given is not None:
+            os.environ["COLUMNS"] = given
+
+
+def list_options(kind: type[TrainConfig]) -> list[str]:
+    """The options that take several values."""
+    hints = field_types(kind).items()
+    return [f"--{name.replace('_', '-')}" for name, hint in hints if get_origin(hint) is tuple]
 
 
 def _command_line_choices(args: Sequence[str]) -> dict[str, Any]:

@@ -33,6 +33,7 @@ from typing import Any
 from fastdml import __version__
 from fastdml.errors import InputError, require
 from fastdml.files import write_atomically
+from fastdml.paths import expanded
 from fastdml.train.scores import main_name
 
 METRICS = "metrics.jsonl"
@@ -123,7 +124,7 @@ class MetricsLog:
 
 def read_metrics(folder: str | Path) -> list[dict[str, Any]]:
     """Every log point of a run; a last line cut short by a killed process is left out."""
-    path = Path(folder) / METRICS
+    path = expanded(folder) / METRICS
     if not path.exists():
         raise InputError(f"{path} does not exist: {folder} is not the folder of a run")
     lines = path.read_text().splitlines()

@@ -20,6 +20,7 @@ from typing import Any, ClassVar, Literal, get_args, get_origin, get_type_hints
 
 from fastdml.errors import InputError, require
 from fastdml.files import write_atomically
+from fastdml.paths import expand
 
 Limit = tuple[Callable[[Any], bool], str]  # what a value must fulfil, and how a message says it
 
@@ -165,6 +166,8 @@ class TrainConfig:
     def __post_init__(self) -> None:
         for name, hint in field_types(type(self)).items():
             value = _convert(name, getattr(self, name), hint)
+            if name in ("root", "folder") and value is not None:
+                value = expand(value)
             object.__setattr__(self, name, value)
             if name in self.limits:
                 accepts, meaning = self.limits[name]

@@ -5,14 +5,21 @@ from __future__ import annotations
 import ast
 import dataclasses
 import inspect
+import os
+import pwd
+import subprocess
+import sys
+import threading
 from itertools import pairwise
 from pathlib import Path
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from runs import environment
 
 from fastdml.errors import InputError
+from fastdml.paths import expand, expanded
 from fastdml.train import ReidConfig, TrainConfig, config
 from fastdml.train.config import (
     FREE_ON_RESUME,
@@ -181,8 +188,9 @@ def test_yaml_1_1_pitfalls(tmp_path):
     [
         ("lr: [", "is not YAML"),
         ("- lr\n- 3\n", "must hold 'name: value' lines, not a list"),
-        ("5", "must hold 'name: value' lines, not a int"),
-        ("!!python/object/apply:os.system ['touch hacked']", "is not YAML"),
+        ("5", "must hold 'name: value' lines, not a single value"),
+        ("!!python/object/apply:os.system ['touch hacked']", "must hold 'name: value' lines"),
+        ("lr: !!python/object/apply:os.system ['touch hacked']", "is not YAML"),
     ],
 )
 def test_files_that_are_no_settings(tmp_path, monkeypatch, text, message):
@@ -194,6 +202,186 @@ def test_files_that_are_no_settings(tmp_path, monkeypatch, text, message):
     assert not Path("hacked").exists()
     with pytest.raises(InputError, match=r"cannot read the settings none\.yaml: No such file"):
         load_config("none.yaml")
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("lr: 1\nepochs: 3\nlr: 2\n", "line 3: lr is set twice, first on line 1: leave one"),
+        ("peers: [a]\n'peers': [b]\n", "line 2: peers is set twice, first on line 1"),
+        ("data: digits\n? data\n: cifar10\n", "line 2: data is set twice"),
+        ("a: &a {lr: 1}\n<<: *a\n", "line 1: a must be a single value or a list of them"),
+        ("<<: {lr: 1}\n", "line 1: '<<' is not the name of a setting"),
+        ("? [lr]\n: 3\n", "line 1: '.' is not the name of a setting"),
+        ("lr: {value: 1}\n", "line 1: lr must be a single value or a list of them"),
+        ("lr: 2001-99-99\n", "is not YAML: month must be in"),
+        ("lr: !!int ''\n", "is not YAML"),
+        ("lr: !!timestamp x\n", "is not YAML"),
+        ("lr: \0\n", "is not YAML"),
+        ("lr: " + 2000 * "[", "is not YAML: nested too deeply"),
+        ("lr: " + 2000 * "{a: ", "is not YAML: nested too deeply"),
+    ],
+)
+def test_yaml_that_means_no_settings(tmp_path, text, message):
+    path = tmp_path / "c.yaml"
+    path.write_text(text)
+    for read in (
+        lambda: load_config(path),
+        lambda: from_command_line("digits", ["--config", path]),
+    ):
+        with pytest.raises(InputError, match=message) as caught:
+            read()
+        assert str(path) in str(caught.value)
+        assert "\n" not in str(caught.value)
+        assert len(str(caught.value)) < 400
+
+
+@pytest.mark.parametrize("name", ["lr", "peers", "nonsense"])
+def test_aliases_that_stand_for_more_than_memory_holds(tmp_path, name):
+    lines = ["a0: &a0 [x, x, x, x, x, x, x, x, x]"]
+    lines += [f"a{k}: &a{k} [{', '.join([f'*a{k - 1}'] * 9)}]" for k in range(1, 30)]
+    path = tmp_path / "c.yaml"
+    path.write_text("\n".join([*lines, f"{name}: *a29"]))
+    with pytest.raises(InputError, match="line 2: a1 must be a single value or a list of them"):
+        load_config(path)
+
+
+def test_aliases_of_values_are_read(tmp_path):
+    path = tmp_path / "c.yaml"
+    path.write_text("data: digits\nlr: &x 0.5\nmomentum: *x\npeers: &p [resnet8, resnet14]\n")
+    c = load_config(path)
+    assert (c.lr, c.momentum, c.peers) == (0.5, 0.5, ("resnet8", "resnet14"))
+
+
+@pytest.mark.parametrize("kind", ["fifo", "descriptor", "stdin"])
+def test_settings_from_a_pipe_are_read_once(tmp_path, kind):
+    """As in --config <(echo 'epochs: 3'), which gives nothing a second time."""
+    text = b"epochs: 30\nrecipe: strong\npeers: [resnet8]\n"
+    if kind == "stdin":
+        code = (
+            "from fastdml.train import from_command_line\n"
+            "c = from_command_line('market1501', ['--config', '/dev/stdin', '--lr', '1'])\n"
+            "assert (c.epochs, c.neck, c.peers, c.lr) == (30, True, ('resnet8',), 1), c"
+        )
+        command = [sys.executable, "-c", code]
+        subprocess.run(command, input=text, env=environment(), check=True, timeout=60)
+        return
+    if kind == "fifo":
+        path = tmp_path / "pipe"
+        os.mkfifo(path)
+        writer = threading.Thread(target=path.write_bytes, args=(text,))
+        writer.start()
+    else:
+        reader, end = os.pipe()
+        os.write(end, text)
+        os.close(end)
+        path = f"/dev/fd/{reader}"
+    c = from_command_line("market1501", [f"--config={path}", "--lr", "1"])
+    assert (c.epochs, c.neck, c.peers, c.lr) == (30, True, ("resnet8",), 1)
+    if kind == "fifo":
+        writer.join()
+    else:
+        os.close(reader)
+
+
+@pytest.mark.parametrize("path", ["/dev/zero", "big.yaml"])
+def test_files_without_an_end_are_not_read_through(tmp_path, monkeypatch, path):
+    monkeypatch.chdir(tmp_path)
+    Path("big.yaml").write_text("# nothing\n" * 200_000)
+    with pytest.raises(InputError, match=r"more than 1,048,576 bytes"):
+        load_config(path)
+
+
+@pytest.mark.parametrize("width", [1, 2, 3, 5, 8, 39])
+def test_narrow_terminals(monkeypatch, capsys, width):
+    """tyro never ends where a box has no place for a letter."""
+    monkeypatch.setenv("COLUMNS", str(width))
+    with pytest.raises(SystemExit) as stop:
+        from_command_line("digits", ["--help"])
+    assert stop.value.code == 0
+    out = capsys.readouterr().out
+    assert "--peers" in out
+    assert len(out) < 60_000
+    assert os.environ["COLUMNS"] == str(width)
+    with pytest.raises(SystemExit):  # its frame around an error as well
+        from_command_line("digits", ["--epochs", "many"])
+    assert "many" in capsys.readouterr().err
+
+
+def test_the_width_of_a_terminal_itself(monkeypatch, capsys):
+    monkeypatch.delenv("COLUMNS", raising=False)
+    monkeypatch.setattr(os, "get_terminal_size", lambda *_: os.terminal_size((2, 2)))
+    with pytest.raises(SystemExit):
+        from_command_line("digits", ["--help"])
+    assert "--peers" in capsys.readouterr().out
+    assert "COLUMNS" not in os.environ
+
+
+def test_home_folders(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    home = os.path.expanduser("~root")
+    for c in (
+        TrainConfig(folder="~/x", root="~"),
+        preset("digits").replace(folder=Path("~/x"), root="~"),
+        from_command_line("digits", ["--folder=~/x", "--root=~"]),
+    ):
+        assert (c.folder, c.root) == (f"{tmp_path}/x", str(tmp_path))
+    (tmp_path / "c.yaml").write_text("folder: ~root/x\nroot: x/~\n")
+    for c in (load_config("~/c.yaml"), from_command_line("digits", ["--config=~/c.yaml"])):
+        assert (c.folder, c.root) == (f"{home}/x", "x/~")
+    for text in ("~nobody-of-this-name/x", "~\0", "~\udc80", "", "x//y/"):
+        assert expand(text) == text
+    assert expanded(Path("~") / "x") == tmp_path / "x"
+
+
+def test_an_account_without_a_home(monkeypatch):
+    def unknown(uid: int) -> None:
+        raise KeyError(uid)
+
+    monkeypatch.delenv("HOME")
+    monkeypatch.setattr(pwd, "getpwuid", unknown)
+    assert TrainConfig(folder="x").folder == "x"
+    for name in ("folder", "root"):
+        with pytest.raises(InputError, match=r"^~/x: this account has no home folder: write"):
+            TrainConfig(**{name: "~/x"})
+
+
+def test_the_settings_of_a_run_start_another(tmp_path):
+    """They are its own but for the folder, which is taken; going on with the run keeps it."""
+    run = tmp_path / "run"
+    for folder in (run, run / "independent"):
+        folder.mkdir()
+        preset("digits", lr=0.3, folder=str(folder)).save(folder / "config.yaml")
+        (folder / "metrics.jsonl").touch()
+        path = str(folder / "config.yaml")
+        c = from_command_line("digits", ["--config", path])
+        assert (c.lr, c.folder, c.resume) == (0.3, None, False)
+        c = from_command_line("digits", ["--config", path, "--folder", "other"])
+        assert (c.lr, c.folder) == (0.3, "other")
+        c = from_command_line("digits", ["--config", path, "--resume"])
+        assert (c.lr, c.folder, c.resume) == (0.3, str(folder), True)
+    run.rename(tmp_path / "moved")
+    c = from_command_line("digits", ["--config", str(tmp_path / "moved" / "config.yaml")])
+    assert (c.lr, c.folder) == (0.3, None)
+    own = tmp_path / "own.yaml"  # says where another run goes, and is heard
+    own.write_text("folder: there\n")
+    assert from_command_line("digits", ["--config", str(own)]).folder == "there"
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        ["--peers", "resnet8,resnet14", "--lr-drops", "3,5"],
+        ["--peers=resnet8,resnet14", "--lr_drops=3,5"],
+        ["--peers", "resnet8,", "resnet14", "--lr-drops", "3", ",5"],
+        ["--lr-drops", "3", "5", "--peers", "resnet8", "resnet14"],
+    ],
+)
+def test_lists_with_commas(options):
+    c = from_command_line("digits", options)
+    assert (c.peers, c.lr_drops) == (("resnet8", "resnet14"), (3, 5))
+    c = from_command_line("digits", ["--folder", "a,b", "--root=c,d"])
+    assert (c.folder, c.root) == ("a,b", "c,d")
 
 
 def test_command_line_over_file_over_preset(tmp_path):

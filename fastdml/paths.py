@@ -1,0 +1,31 @@
+"""Paths as people write them."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+from fastdml.errors import InputError
+
+
+def expanded(path: str | os.PathLike) -> Path:
+    """`path` with a leading `~` or `~user` as that home folder: see `expand`."""
+    return Path(expand(path))
+
+
+def expand(path: str | os.PathLike) -> str:
+    """`path` as text, with a leading `~` or `~user` as that home folder, as a shell reads it.
+
+    A shell leaves it alone within quotes and in --folder='~/x'. Where an account has no home
+    folder, `~` is refused, rather than made as a folder of that name; an unknown user's stays.
+    """
+    text = os.fspath(path)
+    if not text.startswith("~"):
+        return text
+    try:
+        found = os.path.expanduser(text)
+    except ValueError:  # no user's name holds a NUL or half a character
+        return text
+    if found == text and text.partition("/")[0] == "~":
+        raise InputError(f"{text}: this account has no home folder: write the folder's name out")
+    return found
