@@ -36,6 +36,7 @@ import torch
 from torch import Tensor, nn
 
 from fastdml.engine.graph import SCALARS
+from fastdml.engine.guards import replicated
 from fastdml.engine.snapshot import Snapshot
 from fastdml.engine.step import StepOutput
 from fastdml.errors import InputError
@@ -52,12 +53,14 @@ SMALL = 4096  # pixels of a batch up to which a CPU stacks, 64 images of 8x8
 
 
 def fits_threads(peers: Sequence[nn.Module]) -> bool:
-    """Whether each peer can have a core, and is known to draw no random numbers."""
+    """Whether each peer can have a core, is known to draw no random numbers, and is alone: no
+    replica of others, nor a part of it."""
     ours = all(type(getattr(peer, "backbone", peer)).__module__ in OURS for peer in peers)
     dropout = any(
         isinstance(m, nn.modules.dropout._DropoutNd) and m.p > 0 for p in peers for m in p.modules()
     )
-    return ours and not dropout and 1 < len(peers) <= torch.get_num_threads()
+    cores = 1 < len(peers) <= torch.get_num_threads()
+    return ours and not dropout and cores and not any(map(replicated, peers))
 
 
 class AutoStep:

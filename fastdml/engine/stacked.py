@@ -39,6 +39,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from fastdml.engine.guards import replicated
 from fastdml.engine.step import EagerStep, StepOutput, WithFeatures
 from fastdml.errors import InputError
 from fastdml.models.googlenet import Inception
@@ -275,6 +276,8 @@ def check_alike(peers: Sequence[nn.Module]) -> None:
     """Same modules with the same settings and shapes throughout, and nothing hooked into them."""
     first = _description(peers[0])
     for k, peer in enumerate(peers):
+        if (found := replicated(peer)) is not None:
+            raise _refusal(found)
         other = _description(peer)
         if other.keys() != first.keys():
             raise InputError(

@@ -7,19 +7,25 @@ are updated faster by one thread than by two that meet at each of them. Threads 
 each pass, a fraction of a millisecond, so that none is alive when a data loader forks.
 
 Peers must not draw random numbers: they share one generator, and whoever came first would draw
-first. Dropout and the like are refused at the first step, which therefore runs the peers one after
-the other (each on its share, which the bits of a result depend on).
+first. Nor may they talk to other processes (DistributedDataParallel, FSDP, collectives of their
+own): a collective is matched with the others' by its place in the order, and threads have none.
+Wrappers are refused when the step is made; the rest is noticed at the first step, which therefore
+runs the peers one after the other (each on its share, which the bits of a result depend on).
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
+from fastdml.engine.guards import Generators, NoCollectives, replicated
+from fastdml.engine.snapshot import Snapshot
 from fastdml.engine.step import EagerStep, Outputs, StepOutput
 from fastdml.errors import InputError
 
@@ -29,28 +35,49 @@ class ThreadsStep(EagerStep):
 
     def __init__(self, *arguments) -> None:
         super().__init__(*arguments)
+        self.refuse_replicas()
         self.proved = False
+
+    def refuse_replicas(self) -> None:
+        for name, peer in zip(self.cohort.names, self.peers, strict=True):
+            if (found := replicated(peer)) is not None:
+                raise InputError(
+                    f"execution 'threads' does not go with peers that talk to other processes: "
+                    f"peer {name} has {found}; use eager"
+                )
 
     def train(self, images: Tensor, labels: Tensor) -> StepOutput:
         threads = torch.get_num_threads()
         self.share = max(1, threads // len(self.peers))
         torch.set_num_threads(self.share)
         try:
-            return super().train(images, labels)
+            return self._step(images, labels)
         finally:
             torch.set_num_threads(threads)
 
-    def outputs(self, images: Tensor) -> list[Outputs]:
+    def _step(self, images: Tensor, labels: Tensor) -> StepOutput:
         if self.proved:
-            return self._side_by_side(lambda k: self.forward(k, images))
-        before = torch.get_rng_state()
-        outputs = self._side_by_side(lambda k: self.forward(k, images), workers=1)
-        if not torch.equal(before, torch.get_rng_state()):
+            return super().train(images, labels)
+        self.refuse_replicas()
+        self.generators, buffers = Generators(images.device), Snapshot(self.cohort.buffers, None)
+        try:
+            output = super().train(images, labels)
+        except InputError:  # leaves the peers as they were
+            self.generators.restore()
+            buffers.restore()
+            for w in self.cohort.parameters():
+                w.grad = None
+            raise
+        self.proved = True
+        return output
+
+    def outputs(self, images: Tensor) -> list[Outputs]:
+        outputs = self._side_by_side(lambda k: self.forward(k, images))
+        if not self.proved and self.generators.moved():
             raise InputError(
                 "execution 'threads' does not go with peers that draw random numbers, such as "
                 "dropout's: nothing fixes who draws first; use eager"
             )
-        self.proved = True
         return outputs
 
     def backward(self, outputs: Sequence[Outputs], grads: Sequence[Outputs]) -> None:
@@ -60,12 +87,18 @@ class ThreadsStep(EagerStep):
 
         self._side_by_side(one)
 
-    def _side_by_side(self, work: Callable[[int], Any], workers: int | None = None) -> list[Any]:
-        """`work(k)` of every peer."""
+    def _side_by_side(self, work: Callable[[int], Any]) -> list[Any]:
+        """`work(k)` of every peer; until the first step is done, one after the other."""
 
         def limited(k: int) -> Any:
             torch.set_num_threads(self.share)  # of this thread
-            return work(k)
+            with self._watched():
+                return work(k)
 
-        with ThreadPoolExecutor(workers or len(self.peers)) as pool:
+        with ThreadPoolExecutor(len(self.peers) if self.proved else 1) as pool:
             return list(pool.map(limited, range(len(self.peers))))
+
+    def _watched(self) -> AbstractContextManager:
+        if self.proved or not (dist.is_available() and dist.is_initialized()):
+            return nullcontext()
+        return NoCollectives(self.name)

@@ -2,11 +2,18 @@
 
 from __future__ import annotations
 
+import copy
+import os
+import random
+import socket
 import threading
 
+import numpy as np
 import pytest
 import torch
+import torch.distributed as dist
 from torch import nn
+from torch.nn.parallel import DistributedDataParallel
 
 from fastdml import Cohort, MetricLoss, MutualLoss
 from fastdml.engine import Ema, executions, make_optimizer, make_step
@@ -110,17 +117,202 @@ def test_a_peer_without_weights_to_train():
     assert all(w.grad is None for w in cohort.peers[1].parameters())
 
 
-def test_peers_that_draw_random_numbers_are_refused():
-    class Draws(nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.linear = nn.Linear(3 * 8 * 8, C)
+class Draws(nn.Module):
+    """Normalises, then draws with `draw`."""
 
-        def forward(self, x):
-            return self.linear(nn.functional.dropout(x.flatten(1), 0.1))
+    def __init__(self, draw):
+        super().__init__()
+        self.norm, self.linear, self.draw = nn.BatchNorm2d(3), nn.Linear(3 * 8 * 8, C), draw
 
-    with pytest.raises(InputError, match="draw random numbers"):
-        train("threads", [Draws(), Draws()], steps=1)
+    def forward(self, x):
+        return self.linear(self.draw(self.norm(x).flatten(1)))
+
+
+@pytest.mark.parametrize(
+    "draw",
+    [
+        lambda x: nn.functional.dropout(x, 0.1),
+        lambda x: x if random.random() < 0.5 else 2 * x,
+        lambda x: x * float(np.random.rand()),
+    ],
+    ids=["torch", "python", "numpy"],
+)
+def test_peers_that_draw_random_numbers_are_refused_and_stay(draw):
+    cohort = Cohort([Draws(draw), Draws(draw)], C)
+    step = made(cohort, "threads")
+    before = copy.deepcopy(cohort.state_dict())
+    generators = torch.get_rng_state(), random.getstate(), np.random.get_state()[1].tolist()
+    for _ in range(2):
+        with pytest.raises(InputError, match="draw random numbers") as caught:
+            step(*next(batches(1)))
+        assert "\n" not in str(caught.value)
+    assert all(torch.equal(v, before[k]) for k, v in cohort.state_dict().items())
+    assert all(w.grad is None for w in cohort.parameters())
+    assert torch.equal(torch.get_rng_state(), generators[0])
+    assert (random.getstate(), np.random.get_state()[1].tolist()) == generators[1:]
+
+
+def made(cohort, execution):
+    return make_step(
+        cohort, MutualLoss(), make_optimizer(cohort, lr=0.1), execution=execution, amp="off"
+    )
+
+
+@pytest.fixture
+def job():
+    """A distributed job of this process alone."""
+    dist.init_process_group("gloo", rank=0, world_size=1, store=dist.HashStore())
+    yield
+    dist.destroy_process_group()
+
+
+def dense(seed=0):
+    torch.manual_seed(seed)
+    return nn.Sequential(nn.Flatten(), nn.Linear(3 * 8 * 8, 8), nn.ReLU(), nn.Linear(8, C))
+
+
+def sharded(peer):
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import fully_shard
+
+    return fully_shard(peer, mesh=init_device_mesh("cpu", (1,)))
+
+
+def sharded_flat(peer):
+    from torch.distributed.fsdp import FullyShardedDataParallel, ShardingStrategy
+
+    strategy = ShardingStrategy.NO_SHARD
+    return FullyShardedDataParallel(peer, sharding_strategy=strategy, device_id=torch.device("cpu"))
+
+
+def part_sharded(peer):
+    sharded(peer[1])
+    return peer
+
+
+class Grouped(nn.Module):
+    """Holds the group that its own code would reduce over."""
+
+    def __init__(self, peer):
+        super().__init__()
+        self.peer, self.group = peer, dist.group.WORLD
+
+
+@pytest.mark.parametrize(
+    ("wrap", "found"),
+    [
+        (DistributedDataParallel, "DistributedDataParallel"),
+        (nn.DataParallel, "DataParallel"),
+        (lambda p: nn.Sequential(DistributedDataParallel(p)), "DistributedDataParallel at 0"),
+        (sharded, "FSDPSequential"),
+        (part_sharded, "FSDPLinear at 1"),
+        (sharded_flat, "FullyShardedDataParallel"),
+        (lambda p: nn.Sequential(nn.SyncBatchNorm(3), p), "SyncBatchNorm at 0"),
+        (Grouped, r"ProcessGroup \(group\)"),
+    ],
+    ids=lambda x: x if isinstance(x, str) else "",
+)
+@pytest.mark.filterwarnings("ignore")  # of FSDP's, about one process
+@pytest.mark.usefixtures("job")
+def test_peers_of_a_distributed_job_are_refused(wrap, found):
+    cohort = Cohort([dense(0), dense(1)], C)
+    cohort.peers[1] = wrap(cohort.peers[1])
+    message = f"'threads' does not go with peers that talk to .*: peer Sequential-2 has {found}; "
+    with pytest.raises(InputError, match=message) as caught:
+        made(cohort, "threads")
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.usefixtures("job")
+def test_wrapping_after_the_step_was_made_is_noticed():
+    cohort = Cohort([dense(0), dense(1)], C)
+    step = made(cohort, "threads")
+    cohort.peers[0].append(nn.SyncBatchNorm(C))
+    with pytest.raises(InputError, match="SyncBatchNorm at 4; use eager"):
+        step(*next(batches(1)))
+
+
+class Reduced(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x):
+        return x.clone()
+
+    @staticmethod
+    def backward(ctx, grad):
+        dist.all_reduce(grad)
+        return grad
+
+
+def reduced(x):
+    dist.all_reduce(y := x.detach().clone())
+    return x + 0 * y
+
+
+@pytest.mark.parametrize("reduce", [reduced, Reduced.apply], ids=["forward", "backward"])
+@pytest.mark.usefixtures("job")
+def test_collectives_of_a_peers_own_code_are_refused(reduce):
+    cohort = Cohort([Draws(reduce), Draws(reduce)], C)
+    step = made(cohort, "threads")
+    before = copy.deepcopy(cohort.state_dict())
+    with pytest.raises(
+        InputError, match=r"talk to other processes \(c10d::allreduce_\): use eager"
+    ):
+        step(*next(batches(1)))
+    assert all(torch.equal(v, before[k]) for k, v in cohort.state_dict().items())
+    assert all(w.grad is None for w in cohort.parameters())
+
+
+@pytest.mark.usefixtures("job")
+def test_plain_peers_in_a_distributed_job_have_threads():
+    assert (
+        made(Cohort(["resnet8", "resnet8"], C), "threads")(*next(batches(1)))
+        .losses.isfinite()
+        .all()
+    )
+
+
+@pytest.mark.usefixtures("job")
+def test_auto_leaves_threads_to_peers_without_a_replicated_part(capsys):
+    cohort = Cohort(["resnet8", "resnet8"], C)
+    cohort.peers[1].stage2 = DistributedDataParallel(cohort.peers[1].stage2)
+    step = made(cohort, "auto")
+    step(*next(batches(1, side=72)))
+    assert step.name == "eager"
+    assert capsys.readouterr().err == "execution: eager\n"
+
+
+def replicas(rank, port, folder):
+    """A process of two: the same step, over other images, in every execution that takes it."""
+    os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
+    dist.init_process_group("gloo", rank=rank, world_size=2)
+    found = {}
+    for execution in ("eager", "auto", "threads", "stacked"):
+        cohort = Cohort([DistributedDataParallel(dense(k)) for k in range(2)], C)
+        try:
+            step = made(cohort, execution)
+            generator = torch.Generator().manual_seed(rank)
+            for _ in range(3):
+                images = torch.randn(8, 3, 8, 8, generator=generator)
+                step(images, torch.randint(C, (8,), generator=generator))
+            found[execution] = step.name, [w.detach() for w in cohort.parameters()]
+        except InputError as error:
+            found[execution] = str(error)
+    torch.save(found, f"{folder}/{rank}")
+    dist.destroy_process_group()
+
+
+def test_replicas_of_two_processes_stay_equal_or_are_refused(tmp_path):
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        port = server.getsockname()[1]
+    torch.multiprocessing.spawn(replicas, (port, tmp_path), 2)
+    one, two = (torch.load(tmp_path / str(rank)) for rank in range(2))
+    for found in (one, two):
+        assert found["threads"].startswith("execution 'threads' does not go with peers that talk")
+        assert found["stacked"].startswith("execution 'stacked' does not know Distributed")
+    for execution in ("eager", "auto"):
+        assert one[execution][0] == "eager"
+        assert all(map(torch.equal, one[execution][1], two[execution][1]))
+        assert all(map(torch.equal, one["eager"][1], one[execution][1]))
 
 
 def test_an_error_in_a_peer_reaches_the_caller():

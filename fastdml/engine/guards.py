@@ -1,0 +1,89 @@
+"""What an execution looks at before it leaves the eager order of things: processes that peers talk
+to, and random generators that they draw from."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from fastdml.errors import InputError
+
+PARALLEL = ("torch.distributed.", "torch.nn.parallel.")  # where torch's wrappers are defined
+
+
+def replicated(peer: nn.Module) -> str | None:
+    """What in this peer works together with other processes or devices, in words; or None.
+
+    torch's wrappers and what they leave of themselves in a module (DistributedDataParallel,
+    DataParallel, FSDP of both kinds, `replicate`), process groups and meshes among a module's
+    attributes, distributed weights, and SyncBatchNorm in a distributed job.
+    """
+    together = dist.is_available() and dist.is_initialized()
+    for name, module in peer.named_modules():
+        where = f" at {name}" if name else ""
+        kinds = [k for k in type(module).__mro__ if k.__module__.startswith(PARALLEL)]
+        if kinds or (together and isinstance(module, nn.SyncBatchNorm)):
+            return f"{(kinds or [nn.SyncBatchNorm])[0].__name__}{where}"
+        for attribute, value in vars(module).items():
+            if dist.is_available() and _is_of_processes(value):
+                return f"{type(value).__name__}{where} ({attribute})"
+    for name, w in peer.named_parameters():
+        if any(k.__module__.startswith(PARALLEL) for k in type(w).__mro__):
+            return f"{type(w).__name__} at {name}"
+    return None
+
+
+def _is_of_processes(value: object) -> bool:
+    kinds = (dist.ProcessGroup, dist.device_mesh.DeviceMesh)
+    return isinstance(value, kinds)
+
+
+class NoCollectives(TorchDispatchMode):
+    """Inside, a collective of torch.distributed is refused before it begins."""
+
+    def __init__(self, execution: str) -> None:
+        super().__init__()
+        self.execution = execution
+
+    def __torch_dispatch__(
+        self, func: Any, types: Sequence[type], args: tuple = (), kwargs: dict | None = None
+    ) -> Any:
+        if "c10d" in func.namespace:
+            raise InputError(
+                f"execution {self.execution!r} does not go with peers that talk to other processes "
+                f"({func.name()}): use eager"
+            )
+        return func(*args, **(kwargs or {}))
+
+
+class Generators:
+    """The state of the global random generators: torch's on the host and on `device`, numpy's and
+    Python's."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.device = device if device.type == "cuda" else None
+        self.states = self._now()
+
+    def _now(self) -> tuple[Any, ...]:
+        cuda = None if self.device is None else torch.cuda.get_rng_state(self.device).tolist()
+        kind, keys, *rest = np.random.get_state()
+        return torch.get_rng_state().tolist(), cuda, (kind, keys.tolist(), *rest), random.getstate()
+
+    def moved(self) -> bool:
+        """Whether anyone has drawn since. Waits for the device."""
+        return self._now() != self.states
+
+    def restore(self) -> None:
+        host, cuda, numpys, pythons = self.states
+        torch.set_rng_state(torch.tensor(host, dtype=torch.uint8))
+        if cuda is not None:
+            torch.cuda.set_rng_state(torch.tensor(cuda, dtype=torch.uint8), self.device)
+        np.random.set_state(numpys)
+        random.setstate(pythons)
