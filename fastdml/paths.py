@@ -22,10 +22,17 @@ def expand(path: str | os.PathLike) -> str:
     text = os.fspath(path)
     if not text.startswith("~"):
         return text
+    if text.partition("/")[0] == "~" and home() is None:
+        raise InputError(f"{text}: this account has no home folder: write the folder's name out")
     try:
-        found = os.path.expanduser(text)
+        return os.path.expanduser(text)
     except ValueError:  # no user's name holds a NUL or half a character
         return text
-    if found == text and text.partition("/")[0] == "~":
-        raise InputError(f"{text}: this account has no home folder: write the folder's name out")
-    return found
+
+
+def home() -> Path | None:
+    """The user's home folder; None for an account of a container that has none."""
+    try:
+        return Path.home()
+    except RuntimeError:
+        return None

@@ -6,6 +6,7 @@ that is renamed at the end. Nothing that exists is overwritten; an interrupted r
 
 Entries are written here one by one rather than by `tarfile`'s filters, which differ between the
 Python versions supported: only plain files and folders below the expected folder are accepted.
+What operating systems leave in archives is left out.
 """
 
 from __future__ import annotations
@@ -26,6 +27,7 @@ from fastdml.errors import InputError
 
 CHUNK = 1 << 20
 TIMEOUT = 30  # seconds without a byte
+LEFTOVERS = (".DS_Store", "__MACOSX", "Thumbs.db", "desktop.ini")
 
 
 def fetch(url: str, target: Path, md5: str) -> None:
@@ -110,12 +112,20 @@ def extract(archive: Path, root: Path, folder: str) -> None:
         ) from error
 
 
+def is_leftover(name: str) -> bool:
+    """Of a file or folder that an operating system puts between others: macOS leaves a ._NAME
+    beside each NAME where a file system or an archive holds no attributes."""
+    return name in LEFTOVERS or name.startswith("._")
+
+
 def _unpack(
     tar: tarfile.TarFile, entry: tarfile.TarInfo, into: Path, archive: Path, folder: str
 ) -> None:
     path = PurePosixPath(entry.name)
     if path.is_absolute() or ".." in path.parts or "\\" in entry.name or "\0" in entry.name:
         reason = "climbs out of the folder"
+    elif any(map(is_leftover, path.parts)):
+        return
     elif path.parts[:1] != (folder,):
         reason = f"lies outside {folder}"
     elif entry.issym() or entry.islnk():

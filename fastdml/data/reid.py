@@ -5,7 +5,8 @@ the files; pixels are decoded by a loader, or all at once by `ReidSplit.decode`.
 
 Rules: the identity and the camera come from the file's name alone; identity -1 (junk detections) is
 dropped everywhere; identity 0 (distractors) stays in the gallery; files and identities are sorted,
-so labels never depend on the order of a directory; training identities are numbered from 0.
+so labels never depend on the order of a directory; training identities are numbered from 0. Hidden
+files and what operating systems leave between others are not looked at.
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from fastdml.data.archive import is_leftover
 from fastdml.data.decode import decode
 from fastdml.data.image_set import ImageSet, evenly
 from fastdml.data.scan import check_bad_files, scan
@@ -31,7 +33,7 @@ JUNK = -1
 # ImageNet's, in bytes: what peers trained on it expect, and usual in re-identification
 MEAN, STD = (123.675, 116.28, 103.53), (58.395, 57.12, 57.375)
 STORED = (128, 64)  # Market-1501's own size: nothing is lost by keeping it
-SUFFIXES = (".jpg", ".jpeg", ".png")
+SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".ppm", ".webp")
 
 
 @dataclass(frozen=True, eq=False)
@@ -89,6 +91,7 @@ class Layout:
     pattern: str  # groups: identity, camera; from the start of the file's name
     counts: tuple[int, int, int]  # official images of each split, junk left out
     identities: int  # official, in training
+    form: str = "that its layout has"  # the pattern, for people
 
 
 MARKET = Layout(
@@ -100,6 +103,7 @@ MARKET = Layout(
     r"(-?\d+)_c(\d+)",
     (12_936, 3_368, 15_913),
     751,
+    "0002_c1..., which is identity 2 and camera 1",
 )
 DUKE = Layout(
     "DukeMTMC-reID",
@@ -110,18 +114,26 @@ DUKE = Layout(
     r"(-?\d+)_c(\d+)",
     (16_522, 2_228, 17_661),
     702,
+    MARKET.form,
 )
 MSMT = Layout(
     "MSMT17",
-    ("MSMT17_V1", "MSMT17"),
+    ("MSMT17_V1", "MSMT17_V2", "MSMT17"),
     (("train", "list_train.txt"), ("train", "list_val.txt")),
     (("test", "list_query.txt"),),
     (("test", "list_gallery.txt"),),
     r"(\d+)_\d+_(\d+)_",
     (32_621, 11_659, 82_161),
     1_041,
+    "0002_015_01_..., which is identity 2 and camera 1",
 )
-LAYOUTS = {"market1501": MARKET, "dukemtmc": DUKE, "msmt17": MSMT}
+MSMT_V2 = replace(  # the same images with the faces blurred
+    MSMT,
+    train=tuple(("mask_train_v2", listed) for _, listed in MSMT.train),
+    query=(("mask_test_v2", "list_query.txt"),),
+    gallery=(("mask_test_v2", "list_gallery.txt"),),
+)
+LAYOUTS = {"market1501": (MARKET,), "dukemtmc": (DUKE,), "msmt17": (MSMT, MSMT_V2)}
 
 
 class ImageFolderReID:
@@ -143,11 +155,13 @@ class ImageFolderReID:
         if isinstance(layout, str):
             if layout not in LAYOUTS:
                 raise InputError(f"unknown layout {layout!r}: give one of {', '.join(LAYOUTS)}")
-            layout = LAYOUTS[layout]
+            layouts = LAYOUTS[layout]
+        else:
+            layouts = (layout,)
         check_bad_files(bad_files)
-        self.layout, self.root = layout, _find(expanded(root), layout)
+        self.layout, self.root = _find(expanded(root), layouts)
         splits = {
-            name: _read(self.root, getattr(layout, name), layout)
+            name: _read(self.root, getattr(self.layout, name), self.layout)
             for name in ("train", "query", "gallery")
         }
         self._check(splits, bad_files, progress, cache)
@@ -239,6 +253,8 @@ class Market1501(ImageFolderReID):
             if not folder.is_dir():
                 raise InputError(f"{folder}: no such folder: the 500k distractors go there")
             paths = tuple(str(path) for path in _images(folder))
+            if not paths:
+                raise InputError(_no_images(folder))
             unknown = torch.zeros(len(paths), dtype=torch.int64)
             splits["distractor"] = ReidSplit(paths, unknown, unknown)  # of no known camera
         super()._check(splits, bad_files, progress, cache)
@@ -247,32 +263,48 @@ class Market1501(ImageFolderReID):
             del self.distractor
 
 
-def _find(root: Path, layout: Layout) -> Path:
-    """The folder with the set's splits."""
+def _find(root: Path, layouts: Sequence[Layout]) -> tuple[Layout, Path]:
+    """The layout that the set has and the folder with its splits."""
+    name = layouts[0].name
     if not root.is_dir():
-        raise InputError(f"{root}: no such folder: name the one that holds {layout.name}")
-    needed = [place for split in (layout.train, layout.query, layout.gallery) for place in split]
-    best: tuple[Path, list[str]] | None = None
-    for folder in (*(root / name for name in layout.folders), root):
-        missing = [
-            listed or place
-            for place, listed in dict.fromkeys(needed)
-            if not (folder / place).is_dir() or (listed and not (folder / listed).is_file())
-        ]
-        if not missing:
-            return folder
-        if folder.is_dir() and (best is None or len(missing) < len(best[1])):
-            best = folder, missing
-    folder, missing = best
-    if len(missing) == len(dict.fromkeys(needed)):
-        raise InputError(f"{root}: holds no {layout.name} (no {', no '.join(missing)})")
+        raise InputError(f"{root}: no such folder: name the one that holds {name}")
+    best: tuple[float, Path, list[str]] | None = None  # share that is missing
+    for layout in layouts:
+        for folder in (*(root / name for name in layout.folders), root):
+            needed, missing = _parts(folder, layout)
+            if not missing:
+                return layout, folder
+            share = len(missing) / len(needed)
+            if folder.is_dir() and (best is None or share < best[0]):
+                best = share, folder, missing
+    share, folder, missing = best
+    if share == 1:
+        raise InputError(f"{root}: holds no {name} (no {', no '.join(missing)})")
     raise InputError(
-        f"{folder}: {', '.join(missing)} missing from {layout.name}: unpack the archive again"
+        f"{folder}: {', '.join(missing)} missing from {name}: unpack the archive again"
     )
 
 
+def _parts(folder: Path, layout: Layout) -> tuple[list[str], list[str]]:
+    """The folders and lists that a set needs, and those of them that are not there."""
+    places = [*layout.train, *layout.query, *layout.gallery]
+    folders = list(dict.fromkeys(place for place, _ in places))
+    lists = [listed for _, listed in places if listed]
+    missing = [f for f in folders if not (folder / f).is_dir()]
+    missing += [f for f in lists if not (folder / f).is_file()]
+    return folders + lists, missing
+
+
 def _images(folder: Path) -> list[Path]:
-    return sorted(p for p in folder.iterdir() if p.suffix.lower() in SUFFIXES)
+    return sorted(
+        p for p in folder.iterdir() if p.suffix.lower() in SUFFIXES and not p.name.startswith(".")
+    )
+
+
+def _no_images(folder: Path) -> str:
+    others = sorted(p.name for p in folder.iterdir() if not p.name.startswith("."))
+    held = f", but {len(others):,} other files, such as {others[0]!r}" if others else ""
+    return f"{folder}: holds no images ({' '.join(SUFFIXES)}){held}"
 
 
 def _read(root: Path, places: Sequence[tuple[str, str | None]], layout: Layout) -> ReidSplit:
@@ -282,15 +314,15 @@ def _read(root: Path, places: Sequence[tuple[str, str | None]], layout: Layout) 
         folder = root / place
         found = _listed(root / listed, folder) if listed else _images(folder)
         if not found:
-            raise InputError(f"{folder}: holds no images")
+            raise InputError(_no_images(folder))
         files += found
     paths, ids, cameras = [], [], []
     for file in sorted(files):
         match = pattern.match(file.name)
         if match is None:
             raise InputError(
-                f"{file}: its name is not of the form {layout.pattern!r}, so its identity and "
-                "camera are unknown: move it away"
+                f"{file}: its name is not of the form {layout.form}, so its identity and camera "
+                "are unknown: move it away"
             )
         identity, camera = int(match[1]), int(match[2])
         if identity == JUNK:
@@ -309,6 +341,8 @@ def _listed(file: Path, folder: Path) -> list[Path]:
             continue
         name = line.split()[0]
         path = folder / name
+        if is_leftover(path.name):
+            continue
         if Path(name).is_absolute() or ".." in Path(name).parts:
             raise InputError(f"{file}: line {number} names {name!r}, which is outside of {folder}")
         if not path.is_file():

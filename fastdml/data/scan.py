@@ -28,6 +28,7 @@ from typing import Literal
 import fastdml
 from fastdml.data.probe import READY, reason
 from fastdml.errors import InputError, require
+from fastdml.paths import home
 
 Decoder = Literal["pillow", "dali"]
 IN_PROCESS = 1024  # files; starting a process costs as much as decoding so many
@@ -57,7 +58,7 @@ def scan(
 ) -> Scan:
     """Decodes what the cache does not know. `cache` is its folder (default: the user's)."""
     file = _cache_file(paths, decoder, cache)
-    known = _load(file)
+    known = _load(file) if file else {}
     marks = {path: _mark(path) for path in paths}
     new = [p for p in paths if marks[p] is None or known.get(p, [None])[0] != marks[p]]
     found: dict[str, str | None] = {}
@@ -171,10 +172,13 @@ def _mark(path: str) -> list[int] | None:
     return [status.st_size, status.st_mtime_ns]
 
 
-def _cache_file(paths: Sequence[str], decoder: Decoder, folder: Path | None) -> Path:
-    """One for each set of folders, decoder and version of it."""
+def _cache_file(paths: Sequence[str], decoder: Decoder, folder: Path | None) -> Path | None:
+    """One for each set of folders, decoder and version of it; None where the user has no folder
+    for it."""
     if folder is None:
-        base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+        base = os.environ.get("XDG_CACHE_HOME") or ((own := home()) and own / ".cache")
+        if not base:
+            return None
         folder = Path(base) / "fastdml" / "scans"
     versions = [require("PIL", "train").__version__]
     if decoder == "dali":
@@ -187,13 +191,18 @@ def _cache_file(paths: Sequence[str], decoder: Decoder, folder: Path | None) -> 
 def _load(file: Path) -> dict[str, list]:
     try:
         content = json.loads(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+    except (OSError, ValueError, RecursionError):
         return {}
-    return content if isinstance(content, dict) else {}
+    kept = content.items() if isinstance(content, dict) else ()
+    return {path: entry for path, entry in kept if isinstance(entry, list) and len(entry) == 2}
 
 
-def _save(file: Path, content: dict[str, list]) -> None:
+def _save(file: Path | None, content: dict[str, list]) -> None:
     """A cache that cannot be written costs time, nothing else."""
+    if file is None:
+        forgotten = "the account has no home folder (XDG_CACHE_HOME may name another)"
+        print(f"the scan of the images is not remembered: {forgotten}", file=sys.stderr)
+        return
     part = file.with_name(f"{file.name}.{os.getpid()}.part")
     try:
         file.parent.mkdir(parents=True, exist_ok=True)

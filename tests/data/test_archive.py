@@ -169,9 +169,20 @@ def test_extract(tmp_path):
     assert sorted(p.name for p in tmp_path.iterdir()) == ["set", "set.tar.gz"]
 
 
+def test_what_operating_systems_leave_is_not_unpacked(tmp_path):
+    path = tmp_path / "set.tar.gz"
+    names = ["._set", "set/._a", "set/.DS_Store", "__MACOSX/set/._a", "set/Thumbs.db", ".DS_Store"]
+    links = special("set/._b", tarfile.SYMTYPE, "/etc/passwd")
+    path.write_bytes(tar_of(*((name, b"x") for name in names), links, ("set/a", b"1")))
+    extract(path, tmp_path, "set")
+    assert [p.name for p in (tmp_path / "set").iterdir()] == ["a"]
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["set", "set.tar.gz"]
+
+
 @pytest.mark.parametrize(
     ("entry", "reason"),
     [
+        (("../._evil", b"x"), "climbs out"),
         (("../evil", b"x"), "climbs out"),
         (("set/../../evil", b"x"), "climbs out"),
         (("/tmp/evil", b"x"), "climbs out"),

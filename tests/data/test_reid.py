@@ -1,6 +1,8 @@
 from __future__ import annotations
 
+import json
 import os
+import pwd
 import shutil
 import subprocess
 import sys
@@ -127,7 +129,13 @@ def test_a_missing_split(standin_copy, split):
         Market1501(standin_copy.parent)
     assert "\n" not in str(error.value)
     (standin_copy / split).mkdir()
-    with pytest.raises(InputError, match=f"{split}: holds no images"):
+    with pytest.raises(InputError, match=rf"{split}: holds no images \(.jpg .*\)$"):
+        Market1501(standin_copy.parent)
+    for name in ("b.gif", "a.tiff", "._c.jpg", ".DS_Store"):
+        (standin_copy / split / name).touch()
+    with pytest.raises(
+        InputError, match=rf"{split}: holds .*, but 2 other files, such as 'a.tiff'"
+    ):
         Market1501(standin_copy.parent)
 
 
@@ -141,8 +149,40 @@ def test_a_folder_of_something_else(tmp_path):
 def test_a_name_of_another_form(standin_copy):
     stray = standin_copy / "query" / "c1_0001.jpg"
     shutil.copy(next((standin_copy / "query").iterdir()), stray)
-    with pytest.raises(InputError, match=r"c1_0001\.jpg: its name is not of the form"):
+    with pytest.raises(
+        InputError, match=r"c1_0001\.jpg: its name is not of the form 0002_c1\.\.\., which"
+    ) as error:
         Market1501(standin_copy)
+    assert "\\" not in str(error.value)
+
+
+def test_what_operating_systems_leave_between_images(market, standin_copy):
+    """Beside each image, in every split; not looked at, so that nothing is bad about it."""
+    for split in ("bounding_box_train", "query", "bounding_box_test", "gt_bbox"):
+        for file in sorted((standin_copy / split).iterdir())[:9]:
+            for name in (f"._{file.name}", f".{file.name}", ".DS_Store", "Thumbs.db"):
+                (standin_copy / split / name).write_bytes(b"Mac OS X")
+        (standin_copy / split / "__MACOSX").mkdir()
+    found = Market1501(standin_copy)
+    assert found.bad == {}
+    for split in ("train", "query", "gallery", "multi_query"):
+        names = [[Path(p).name for p in getattr(m, split).paths] for m in (found, market)]
+        assert names[0] == names[1]
+    (standin_copy / "images").mkdir()
+    (standin_copy / "images" / "._00000000.jpg").touch()
+    with pytest.raises(InputError, match="images: holds no images"):
+        Market1501(standin_copy, distractors=True)
+
+
+@pytest.mark.parametrize("suffix", [".bmp", ".BMP", ".ppm", ".webp"])
+def test_other_formats(market, standin_copy, suffix):
+    for file in sorted((standin_copy / "query").iterdir()):
+        decoded = Image.fromarray(decode(file))
+        decoded.save(file.with_suffix(suffix), **({"lossless": True} if suffix == ".webp" else {}))
+        file.unlink()
+    found = Market1501(standin_copy)
+    assert torch.equal(found.query.ids, market.query.ids)
+    assert torch.equal(found.query.decode().images, market.query.decode().images)
 
 
 def test_bad_files_are_named_or_skipped(standin_copy, capsys):
@@ -187,6 +227,38 @@ def test_the_scan_is_remembered_by_size_and_time(market, tmp_path):
     assert scan(paths, cache=cache).decoded == 6
     os.unlink(paths[0])
     assert scan(paths, cache=cache).bad == {paths[0]: "the file is not there"}
+
+
+@pytest.mark.parametrize("why", ["no home", "a file", "no right", "nonsense"])
+def test_without_a_folder_for_what_a_scan_found(market, tmp_path, monkeypatch, capsys, why):
+    """The cache is a courtesy: nothing but time depends on it."""
+    monkeypatch.delenv("XDG_CACHE_HOME")
+    if why == "no home":
+
+        def unknown(uid: int) -> None:
+            raise KeyError(uid)
+
+        monkeypatch.delenv("HOME")
+        monkeypatch.setattr(pwd, "getpwuid", unknown)
+    else:
+        monkeypatch.setenv("HOME", str(tmp_path))
+    if why == "a file":
+        (tmp_path / ".cache").touch()
+    if why == "no right":
+
+        def refused(*_, **__) -> None:
+            raise PermissionError(13, "Permission denied", str(tmp_path))
+
+        monkeypatch.setattr(Path, "mkdir", refused)
+    if why == "nonsense":
+        scan(market.query.paths)
+        (file,) = (tmp_path / ".cache").rglob("*.json")
+        file.write_text(json.dumps(dict.fromkeys(market.query.paths, 5)))
+    for _ in range(1 if why == "nonsense" else 2):
+        assert scan(market.query.paths).decoded == len(market.query)
+        told = capsys.readouterr().err
+        assert told.count("\n") == (why != "nonsense")
+        assert ("is not remembered" in told) == (why != "nonsense")
 
 
 def test_all_bad_files_are_named(tmp_path):
@@ -357,32 +429,70 @@ def test_duke(standin_copy, tmp_path):
     assert duke.train.cameras.unique().tolist() == list(range(1, 7))
 
 
-def test_msmt(standin_copy, tmp_path):
-    """Lists of files, in folders by identity; identity 0 is a person like the others."""
-    root = tmp_path / "MSMT17_V1"
-    files = sorted((standin_copy / "bounding_box_train").iterdir())[:24]
-    lists = {"train": "list_train", "val": "list_val", "query": "list_query"}
-    lists["gallery"] = "list_gallery"
-    for number, name in enumerate(lists):
+def msmt_of(files: list[Path], root: Path, train: str, test: str) -> Path:
+    """24 files in MSMT17's layout: folders by identity, and lists."""
+    for number, name in enumerate(("train", "val", "query", "gallery")):
+        folder = root / (train if number < 2 else test)
         lines = []
         for place, file in enumerate(files[number * 6 : number * 6 + 6]):
             below = f"{place % 3:04d}/{place % 3:04d}_{place:03d}_{place % 4 + 1:02d}_0303m_1_0.jpg"
-            folder = root / ("train" if number < 2 else "test")
             target = folder / below.replace("_0.jpg", f"_{number}.jpg")
             target.parent.mkdir(parents=True, exist_ok=True)
             shutil.copy(file, target)
             lines.append(f"{target.relative_to(folder)} {place % 3}")
-        (root / f"{lists[name]}.txt").write_text("\n".join(lines) + "\n")
+        (root / f"list_{name}.txt").write_text("\n".join(lines) + "\n")
+    return root
+
+
+@pytest.fixture
+def files(standin_copy):
+    return sorted((standin_copy / "bounding_box_train").iterdir())[:24]
+
+
+@pytest.mark.parametrize(
+    ("name", "train", "test"),
+    [
+        ("MSMT17_V1", "train", "test"),
+        ("MSMT17_V2", "mask_train_v2", "mask_test_v2"),
+        ("MSMT17", "mask_train_v2", "mask_test_v2"),
+        (".", "mask_train_v2", "mask_test_v2"),
+    ],
+)
+def test_msmt(files, tmp_path, name, train, test):
+    """Lists of files, in folders by identity; identity 0 is a person like the others."""
+    root = msmt_of(files, tmp_path / name, train, test)
     msmt = ImageFolderReID(tmp_path, "msmt17")
     assert (len(msmt.train), len(msmt.query), len(msmt.gallery)) == (12, 6, 6)
     assert msmt.train.ids.unique().tolist() == [0, 1, 2]
     assert msmt.train.cameras.unique().tolist() == [1, 2, 3, 4]
     with (root / "list_val.txt").open("a") as file:
-        file.write("../../etc/passwd 3\n")
-    with pytest.raises(InputError, match=r"line 7 names '\.\./\.\./etc/passwd', which is outside"):
+        file.write("0001/._0001_001_02_0303m_1_1.jpg 1\n../../etc/passwd 3\n")
+    with pytest.raises(InputError, match=r"line 8 names '\.\./\.\./etc/passwd', which is outside"):
         ImageFolderReID(tmp_path, "msmt17")
     with pytest.raises(InputError, match="unknown layout 'msmt'"):
         ImageFolderReID(tmp_path, "msmt")
+
+
+def test_what_is_missing_from_msmt(files, tmp_path):
+    """Folders by their names, lists by theirs."""
+    root = msmt_of(files, tmp_path / "MSMT17_V2", "mask_train_v2", "mask_test_v2")
+    shutil.rmtree(root / "mask_test_v2")
+    with pytest.raises(InputError, match="MSMT17_V2: mask_test_v2 missing from MSMT17: unpack"):
+        ImageFolderReID(tmp_path, "msmt17")
+    (root / "list_val.txt").unlink()
+    with pytest.raises(InputError, match=r"mask_test_v2, list_val\.txt missing from MSMT17"):
+        ImageFolderReID(tmp_path, "msmt17")
+    (root / "mask_test_v2").mkdir()
+    with pytest.raises(InputError, match=r"MSMT17_V2: list_val\.txt missing from MSMT17"):
+        ImageFolderReID(tmp_path, "msmt17")
+    shutil.rmtree(root)
+    with pytest.raises(InputError, match=r"holds no MSMT17 \(no train, no test, no list_train"):
+        ImageFolderReID(tmp_path, "msmt17")
+    msmt_of(files, root, "train", "test")
+    (root / "list_val.txt").write_text("0001/0001_x_02_0303m_1_1.jpg 1\n")
+    (root / "train" / "0001" / "0001_x_02_0303m_1_1.jpg").touch()
+    with pytest.raises(InputError, match=r"is not of the form 0002_015_01_\.\.\., which is"):
+        ImageFolderReID(tmp_path, "msmt17")
 
 
 def test_building_the_standin_twice(standin, cifar100_root, tmp_path):
