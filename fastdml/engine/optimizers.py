@@ -1,22 +1,25 @@
-"""One optimizer for all peers, a parameter group each, and its learning rate on the device.
+"""One optimizer for all peers, a parameter group each, and its learning rates on the device.
 
-The fused implementation updates the tensors of all peers in a few launches. The learning rate is
-one 0-d tensor shared by the groups, so a schedule never re-captures a CUDA graph, and the schedule
-is a table on the device, so a step in which fp16 skipped every peer holds it back without the host
-knowing. Two of Apex's optimizers take a number instead; the host then counts, skipped or not.
+The learning rate of each group is a 0-d tensor of its own, so any scheduler of torch works on it as
+on numbers, and none re-captures a CUDA graph. `Schedule` puts one tensor into all groups instead:
+then the fused implementation updates the tensors of all peers in a few launches. Its table is on
+the device too, so a step in which fp16 skipped every peer holds it back without the host knowing.
+Two of Apex's optimizers take a number instead; the host then counts, skipped or not.
 """
 
 from __future__ import annotations
 
+import inspect
 import math
 from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
-from torch.optim import SGD, Adam, AdamW, Optimizer
+from torch.optim import SGD, Adam, AdamW, Optimizer, SparseAdam
 
 from fastdml.engine.apex import NAMES as APEX_NAMES
 from fastdml.engine.apex import make_apex_optimizer, takes_number
+from fastdml.engine.weights import check_weights, same
 from fastdml.errors import InputError
 
 if TYPE_CHECKING:
@@ -35,7 +38,10 @@ def make_optimizer(
     weight_decay: float = 0.0,
 ) -> Optimizer:
     """name: "sgd", "adam", "adamw", or with NVIDIA Apex "apex_sgd", "apex_adam", "apex_lamb";
-    `momentum` is the first beta of all but SGD."""
+    `momentum` is the first beta of all but SGD.
+
+    Groups added later get `lr` as a number, as torch's own do, and train with it."""
+    check_weights(cohort)
     groups = [
         {"params": [w for w in peer.parameters() if w.requires_grad]} for peer in cohort.peers
     ]
@@ -61,16 +67,101 @@ def make_optimizer(
             groups, rate, momentum, weight_decay=weight_decay, nesterov=nesterov, fused=fused
         )
         if momentum > 0:
-            # The fused kernel fills buffers it makes itself on the first step only, and not when
-            # that step overflows: fp16 would then go on with uninitialised memory.
             for w in tensors:
                 optimizer.state[w]["momentum_buffer"] = torch.zeros_like(w)
-        return optimizer
+        return _prepared(optimizer, lr)
     if name in ("adam", "adamw"):
         kind = Adam if name == "adam" else AdamW
-        return kind(groups, rate, (momentum, 0.999), weight_decay=weight_decay, fused=fused)
+        optimizer = kind(groups, rate, (momentum, 0.999), weight_decay=weight_decay, fused=fused)
+        return _prepared(optimizer, lr)
     known = ", ".join(("sgd", "adam", "adamw", *APEX_NAMES))
     raise InputError(f"optimizer must be one of {known}, not {name!r}")
+
+
+def _prepared(optimizer: Optimizer, lr: float) -> Optimizer:
+    _separate_rates(optimizer)
+    optimizer.register_load_state_dict_post_hook(_separate_rates)  # a state may share its rates
+    optimizer.defaults["lr"] = lr  # of groups added later, which would share a tensor
+    follow_layouts(optimizer)
+    return optimizer
+
+
+def _separate_rates(optimizer: Optimizer) -> None:
+    """A tensor for each group: a scheduler that reads a rate and fills in its product would
+    otherwise multiply one tensor once a group."""
+    for group in optimizer.param_groups:
+        if isinstance(group["lr"], Tensor):
+            group["lr"] = group["lr"].clone()
+
+
+def follow_layouts(optimizer: Optimizer) -> None:
+    """From now on the state of fused optimizers has the memory layout of its weights."""
+    hooks = optimizer._optimizer_step_pre_hooks.values()
+    if not any(isinstance(hook, LayoutHook) for hook in hooks):
+        optimizer.register_step_pre_hook(LayoutHook())
+
+
+class LayoutHook:
+    """Before a step, prepares the state for fused kernels, which walk it beside the weights.
+
+    Weights that became channels_last after their state was made, or whose state was loaded in
+    another layout, would raise on CUDA and meet the moments of other weights on a CPU.
+    """
+
+    def __init__(self) -> None:
+        self.state: object = None  # that `known` is of; loading replaces it
+        self.known: dict[int, tuple[list[Tensor], list[tuple[int, ...]]]] = {}  # by first weight
+
+    @torch.no_grad()
+    def __call__(self, optimizer: Optimizer, *_: object) -> None:
+        if optimizer.state is not self.state:
+            self.state, self.known = optimizer.state, {}
+        for group in optimizer.param_groups:
+            weights = group["params"]
+            if not group.get("fused") or not weights:
+                continue
+            strides = [w.stride() for w in weights]
+            known, were = self.known.get(id(weights[0]), ((), ()))
+            if strides == were and same(weights, known):
+                continue
+            follows = [self._follows(optimizer, group, w) for w in weights]
+            if all(follows):
+                self.known[id(weights[0])] = (list(weights), strides)
+
+    def _follows(self, optimizer: Optimizer, group: dict, w: Tensor) -> bool:
+        """Whether there is a state, which has the layout of `w` now."""
+        state = optimizer.state.get(w, {})
+        for name, t in state.items():
+            if isinstance(t, Tensor) and t.shape == w.shape and t.stride() != w.stride():
+                state[name] = torch.empty_like(w, dtype=t.dtype).copy_(t)
+        momentum = group.get("momentum", 0) != 0 and group["dampening"] == 0
+        if momentum and w.grad is not None and state.get("momentum_buffer") is None:
+            # The kernel fills those that it makes itself only where no weight beside has one, and
+            # not in a step that overflows: fp16 would go on with uninitialised memory.
+            optimizer.state[w]["momentum_buffer"] = torch.zeros_like(w)
+            return True
+        return bool(state)
+
+
+def check_optimizer(optimizer: Optimizer) -> None:
+    """Refuses what cannot be stepped with gradients of all weights alone."""
+    name = type(optimizer).__name__
+    if not hasattr(optimizer, "param_groups"):
+        raise InputError(
+            f"the optimizer must be one torch optimizer over the weights of all peers, not {name}: "
+            "make_optimizer makes one, with a group a peer"
+        )
+    closure = inspect.signature(optimizer.step).parameters.get("closure")
+    if closure is not None and closure.default is inspect.Parameter.empty:
+        raise InputError(
+            f"{name} computes the loss several times a step, by a closure, which the step does not "
+            "have: use an optimizer that takes gradients, such as sgd or adamw of make_optimizer"
+        )
+    if isinstance(optimizer, SparseAdam):
+        raise InputError(
+            f"{name} takes sparse gradients alone, and the peers' are dense: use adam of "
+            "make_optimizer"
+        )
 
 
 def learning_rates(
@@ -106,7 +197,8 @@ def learning_rates(
 class Schedule:
     """Feeds the optimizer's learning rate from a table on the device; `advance` after each step.
 
-    What `advance` changes on the device is in `tensors()`, so it can be part of a captured step.
+    All groups share its tensor, so an optimizer follows either this or a scheduler of torch. What
+    `advance` changes on the device is in `tensors()`, so it can be part of a captured step.
     """
 
     def __init__(self, optimizer: Optimizer, rates: Tensor) -> None:

