@@ -19,6 +19,7 @@ from typing import BinaryIO
 from fastdml.errors import InputError
 
 NEW = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC | os.O_NOFOLLOW
+NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS)
 NO_SYNC = (errno.EINVAL, errno.ENOTSUP)  # of file systems that cannot force a folder to disk
 
 
@@ -81,7 +82,8 @@ def writing(path: Path) -> Iterator[None]:
         yield
     except OSError as error:
         name = error.filename or path
-        raise InputError(f"cannot write {name}: {error.strerror or error}") from error
+        remedy = ": make room" if error.errno in NO_ROOM else ""
+        raise InputError(f"cannot write {name}: {error.strerror or error}{remedy}") from error
 
 
 @contextmanager

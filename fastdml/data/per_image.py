@@ -13,6 +13,7 @@ import os
 import signal
 import threading
 from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import cache
 from typing import Any, NamedTuple
 
@@ -29,6 +30,7 @@ from fastdml.data.reid import STORED, ReidSplit
 from fastdml.errors import InputError
 
 TERM = {signal.SIGTERM}
+DEAD = ("DataLoader worker (pid", "Pin memory thread exited")  # torch's messages begin so
 
 
 def transform(
@@ -153,6 +155,22 @@ def _end_when_told() -> None:
     while signal.sigwaitinfo(TERM).si_pid != parent:
         pass
     os._exit(0)
+
+
+@contextmanager
+def naming_dead_workers() -> Iterator[None]:
+    """A DataLoader's worker that the system ended is said in one line. Torch raises its error from
+    a signal handler, wherever the process happens to be."""
+    try:
+        yield
+    except RuntimeError as error:
+        text = " ".join(str(error).split())
+        if not text.startswith(DEAD):
+            raise
+        raise InputError(
+            f"a process that loads images has died ({text.rstrip('.')}): where memory ran out, "
+            "end what else takes some, and go on with resume"
+        ) from None
 
 
 class TorchLoader(Batching):

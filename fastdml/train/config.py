@@ -9,6 +9,7 @@ from __future__ import annotations
 import argparse
 import os
 import shutil
+import sys
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -22,6 +23,7 @@ from fastdml.train.report import METRICS
 from fastdml.train.settings import TrainConfig, check_names, field_types
 from fastdml.train.yaml_file import read_settings
 
+CONFIG = "config.yaml"  # the settings of a run, in its folder
 REID = ("market1501",)  # the data sets of re-identification
 CHOICES = ("recipe", "standin")  # settings that decide the defaults of others
 RESUMING = ("resume", "folder", "peers")  # that say which run to go on with
@@ -76,10 +78,13 @@ def check_resumable(saved: Mapping[str, Any], config: TrainConfig) -> None:
     for name, value in saved.items():
         if name in FREE_ON_RESUME or wanted[name] == value:
             continue
-        if name in ("epochs", "iterations") and config.schedule == "step":
-            continue
+        why = ""
+        if name in ("epochs", "iterations"):
+            if config.schedule == "step":
+                continue
+            why = f" (with schedule {config.schedule} every learning rate depends on it)"
         raise InputError(
-            f"cannot resume: {name} was {value!r} and is now {wanted[name]!r}; "
+            f"cannot resume: {name} was {value!r} and is now {wanted[name]!r}{why}; "
             f"give the old value, or start a new run in another folder"
         )
 
@@ -121,7 +126,7 @@ def _base(data: str, given: Mapping[str, Any]) -> TrainConfig:
     if not config.resume:
         return config
     folder = resume_folder(config)
-    config = load_config(folder / "config.yaml")
+    config = load_config(folder / CONFIG)
     if config.data != data:
         raise InputError(f"cannot resume: {folder} is a run on {config.data}, not on {data}")
     return config.replace(folder=str(folder), resume=True)
@@ -159,7 +164,7 @@ def from_command_line(
 def _is_of_a_run(path: str) -> bool:
     """Whether a file of settings is what a run recorded of itself."""
     file = expanded(path)
-    return file.name == "config.yaml" and (file.parent / METRICS).exists()
+    return file.name == CONFIG and (file.parent / METRICS).exists()
 
 
 @contextmanager
@@ -218,20 +223,26 @@ def numbered_folders(config: TrainConfig, runs: Path = Path("runs")) -> dict[int
 
 
 def resume_folder(config: TrainConfig) -> Path:
-    """The folder that `resume` means; it must hold a run."""
+    """The folder that `resume` means; it must hold a run. The newest may be one that was killed
+    before it was a run: such are passed over, in a line on stderr."""
     if config.folder is not None:
         folder = Path(config.folder)
-    else:
-        folders = numbered_folders(config)
-        if not folders:
-            raise InputError(
-                f"nothing to resume: no folder runs/{run_name(config)}-NNN; "
-                "give the run's folder, or start without resume"
-            )
-        folder = folders[max(folders)]
-    if not (folder / "config.yaml").is_file():
-        raise InputError(f"nothing to resume in {folder}: it holds no config.yaml")
-    return folder
+        if not (folder / CONFIG).is_file():
+            raise InputError(f"nothing to resume in {folder}: it holds no {CONFIG}")
+        return folder
+    folders = numbered_folders(config)
+    empty = []
+    for number in sorted(folders, reverse=True):
+        if (folders[number] / CONFIG).is_file():
+            if empty:
+                print(f"passed over, without a {CONFIG}: {', '.join(empty)}", file=sys.stderr)
+            return folders[number]
+        empty.append(str(folders[number]))
+    found = f", and no {CONFIG} in {', '.join(empty)}" if empty else ""
+    raise InputError(
+        f"nothing to resume: no folder runs/{run_name(config)}-NNN holds a run{found}; "
+        "give the run's folder, or start without resume"
+    )
 
 
 def _take_config(args: list[str]) -> tuple[list[str], str | None]:

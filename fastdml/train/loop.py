@@ -11,8 +11,6 @@ empty .lock keeps a second process out while one trains.
 from __future__ import annotations
 
 import dataclasses
-import errno
-import fcntl
 import os
 import sys
 from collections.abc import Iterator, Sequence
@@ -25,27 +23,28 @@ import torch
 
 from fastdml.cohort import Cohort
 from fastdml.data import ImageSet, ResidentLoader, load, make_loader
+from fastdml.data.per_image import naming_dead_workers
 from fastdml.engine.amp import Amp, resolve
 from fastdml.errors import InputError
+from fastdml.files import writing
 from fastdml.metrics import Classification, ClassificationScores
+from fastdml.terminal import lenient_stderr
 from fastdml.train import checkpoint, reid, report
 from fastdml.train.batches import Batches, as_batches
-from fastdml.train.config import (
-    check_resumable,
-    load_config,
-    numbered_folders,
-    resume_folder,
-    run_name,
-)
+from fastdml.train.config import CONFIG
 from fastdml.train.dryrun import plan
+from fastdml.train.folder import (
+    INITIAL_CHECKPOINT,
+    LAST_CHECKPOINT,
+    alone_in,
+    check_folder,
+    open_folder,
+)
 from fastdml.train.phase import Evaluate, Phase, Stop, listening, load_weights
 from fastdml.train.reid_settings import ReidConfig
 from fastdml.train.result import TrainResult
 from fastdml.train.settings import TrainConfig
 
-INITIAL_CHECKPOINT = "initial.ckpt"
-LOCK = ".lock"
-NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS)
 EVALUATION_BATCH = 500  # images; divides CIFAR's test sets
 
 
@@ -103,26 +102,28 @@ def fit(
     evaluate = test
     if test is not None and not callable(test):
         evaluate = partial(_score, as_batches(test, device), amp)
-    with _reproducible(config, device):
+    with lenient_stderr(), naming_dead_workers(), _reproducible(config, device):
         _check_peers(cohort, train)
         phase = Phase(cohort, train, evaluate, config, Path(), amp)  # refuses what cannot run
         if config.dry_run:
-            _refuse_overwriting(config)
+            check_folder(config)
             _tell(notes)
             print(plan(phase))
             return None
-        folder = _open_folder(config)
+        folder = open_folder(config)
         _tell(notes)
-        config = config.replace(folder=str(folder), resume=False)
-        with _alone_in(folder), listening() as stop:
+        resumed, config = config.resume, config.replace(folder=str(folder), resume=False)
+        with alone_in(folder), listening() as stop:
+            if not resumed:
+                config.save(folder / CONFIG)  # from here on it can be resumed
             if config.independent:
-                _load_or_save_initial(folder / INITIAL_CHECKPOINT, cohort)
+                _load_or_save_initial(folder, cohort)
             phase = Phase(cohort, train, evaluate, config, folder, amp)
             mutual = phase.run(stop)
             independent = None
             if config.independent:
                 independent = _independent(phase, stop)
-    return _conclude(mutual, independent)
+            return _conclude(mutual, independent)
 
 
 def _tell(notes: Sequence[str]) -> None:
@@ -160,70 +161,12 @@ def _reproducible(config: TrainConfig, device: torch.device) -> Iterator[None]:
         torch.backends.cudnn.deterministic, torch.backends.cudnn.benchmark = was[2:]
 
 
-def _open_folder(config: TrainConfig) -> Path:
-    """The run's folder: a new one, or with `resume` the one to go on in."""
-    if config.resume:
-        folder = resume_folder(config)
-        check_resumable(load_config(folder / "config.yaml").to_dict(), config)
-        return folder
-    try:
-        if config.folder is not None:
-            folder = Path(config.folder)
-            _refuse_overwriting(config)
-            folder.mkdir(parents=True, exist_ok=True)
-            return folder
-        while True:
-            number = max(numbered_folders(config), default=0) + 1
-            folder = Path("runs") / f"{run_name(config)}-{number:03d}"
-            try:
-                folder.mkdir(parents=True)
-            except FileExistsError:
-                continue  # another run took the number just now
-            return folder
-    except OSError as error:
-        raise InputError(f"cannot make the run's folder {folder}: {error.strerror}") from None
-
-
-def _refuse_overwriting(config: TrainConfig) -> None:
-    if config.folder is None or config.resume:
-        return
-    folder = Path(config.folder)
-    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-        raise InputError(
-            f"{folder} is there already and is not overwritten: resume it, choose another folder, "
-            "or leave folder out for a new numbered one"
-        )
-
-
-@contextmanager
-def _alone_in(folder: Path) -> Iterator[None]:
-    """Refuses a folder that another process trains in. The lock ends with its process, and is not
-    inherited by forks, as a flock would be. Where the file system has none, nothing is refused."""
-    try:
-        with (folder / LOCK).open("a") as file:
-            try:
-                fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except (BlockingIOError, PermissionError):
-                raise InputError(
-                    f"another process is training in {folder}: wait until it ends, or choose "
-                    "another folder"
-                ) from None
-            except OSError:
-                pass
-            yield
-    except OSError as error:
-        if error.errno not in NO_ROOM:
-            raise
-        raise InputError(
-            f"cannot write into {folder}: {error.strerror}: make room and resume"
-        ) from error
-
-
-def _load_or_save_initial(path: Path, cohort: Cohort) -> None:
+def _load_or_save_initial(folder: Path, cohort: Cohort) -> None:
     """Both phases start from this file, also when a resumed run builds its cohort otherwise."""
+    path = folder / INITIAL_CHECKPOINT
     if path.exists():
         load_weights(cohort, checkpoint.load(path)["cohort"], path)
-    else:
+    elif not (folder / LAST_CHECKPOINT).exists():
         checkpoint.save(path, {"cohort": cohort.state_dict()})
 
 
@@ -231,9 +174,11 @@ def _independent(mutual: Phase, stop: Stop) -> TrainResult:
     """The same peers from the same weights on the same batches, each by itself."""
     cohort, folder = mutual.cohort, mutual.folder / report.INDEPENDENT
     trained = {key: value.clone() for key, value in cohort.state_dict().items()}
-    initial = mutual.folder / INITIAL_CHECKPOINT
-    load_weights(cohort, checkpoint.load(initial)["cohort"], initial)
-    folder.mkdir(exist_ok=True)
+    if not (folder / LAST_CHECKPOINT).exists():
+        initial = mutual.folder / INITIAL_CHECKPOINT
+        load_weights(cohort, checkpoint.load(initial)["cohort"], initial)
+    with writing(folder):
+        folder.mkdir(exist_ok=True)
     config = mutual.config.alone().replace(folder=str(folder))
     amp = resolve(config.amp, mutual.device)  # with a scaler of its own
     try:
@@ -244,6 +189,16 @@ def _independent(mutual: Phase, stop: Stop) -> TrainResult:
 
 def _conclude(mutual: TrainResult, independent: TrainResult | None) -> TrainResult:
     """Pictures and summaries, of the independent run too."""
+    try:
+        _report(mutual, independent)
+    except InputError as error:
+        raise InputError(
+            f"{error}; the peers are trained and saved, resume does the rest"
+        ) from error
+    return dataclasses.replace(mutual, independent=independent)
+
+
+def _report(mutual: TrainResult, independent: TrainResult | None) -> None:
     for result in (independent, mutual):
         if result is None:
             continue
@@ -261,7 +216,6 @@ def _conclude(mutual: TrainResult, independent: TrainResult | None) -> TrainResu
             mutual=_summary(result),
             independent=beside and _summary(beside),
         )
-    return dataclasses.replace(mutual, independent=independent)
 
 
 def _summary(result: TrainResult) -> dict[str, Any]:

@@ -37,14 +37,13 @@ from fastdml.engine.update import Update
 from fastdml.errors import InputError, require
 from fastdml.train import checkpoint, losses, report
 from fastdml.train.batches import Batches, assembler
-from fastdml.train.config import check_resumable
+from fastdml.train.config import CONFIG, check_resumable
+from fastdml.train.folder import BEST, LAST_CHECKPOINT
 from fastdml.train.result import TrainResult
 from fastdml.train.scores import Scores, from_dict, main_name, main_values
 from fastdml.train.settings import TrainConfig
 from fastdml.train.statistics import Clock, Totals
 
-BEST = "best"
-LAST_CHECKPOINT = "last.ckpt"
 LOSS_NAMES = {"ce": "cross-entropy", "kl": "KL divergence", "metric": "metric loss"}
 SCORE_NAMES = {"top1": "top-1", "mAP": "mAP"}
 
@@ -160,11 +159,14 @@ class Phase:
     def run(self, stop: Stop) -> TrainResult:
         """Trains to the end, or until a signal: then saves and raises TrainingStopped."""
         seed_generators(self.config.seed, self.device)
-        if (self.folder / LAST_CHECKPOINT).is_file():
-            self._restore()
-        self.config.save(self.folder / "config.yaml")
-        metrics = self.folder / report.METRICS
         self.started = self.saved = time.monotonic()
+        last, metrics = self.folder / LAST_CHECKPOINT, self.folder / report.METRICS
+        if last.is_file():
+            self._restore()
+            self.config.save(self.folder / CONFIG)
+        else:  # so that a folder with results always has a checkpoint too
+            self.config.save(self.folder / CONFIG)
+            checkpoint.save(last, self._state())
         with (
             report.MetricsLog(
                 self.folder,
@@ -230,8 +232,8 @@ class Phase:
         last = self.position == self.total
         if self.evaluate and (last or epoch % self.config.eval_every == 0):
             self._evaluate(epoch)
-        self.bar.write(self._line(epoch, record), file=sys.stderr)
         self._save()
+        self.bar.write(self._line(epoch, record), file=sys.stderr)
 
     def _evaluate(self, epoch: int) -> None:
         with self.ema.applied() if self.ema else nullcontext():
@@ -262,11 +264,10 @@ class Phase:
             raise self._diverged(f"the {LOSS_NAMES[loss]} of peer {k} ({name})", step)
 
     def _diverged(self, what: str, step: int) -> TrainingDiverged:
-        path = self.folder / LAST_CHECKPOINT
-        kept = f"{path}, from before it, is kept" if path.exists() else "no checkpoint exists yet"
+        epoch, path = (step - 1) // self.steps + 1, self.folder / LAST_CHECKPOINT
         return TrainingDiverged(
-            f"training diverged: at step {step} (epoch {(step - 1) // self.steps + 1}) {what} "
-            f"is not finite; {kept}; try a lower lr, warmup_epochs or grad_clip"
+            f"training diverged: at step {step} (epoch {epoch}) {what} is not finite; {path}, from "
+            "before it, is kept; try a lower lr, warmup_epochs or grad_clip"
         )
 
     def _save_due(self) -> bool:
@@ -285,6 +286,7 @@ class Phase:
                 raise self._diverged(
                     f"a weight of peer {k} ({self.cohort.names[k]})", self.position
                 )
+        self.log.sync()  # what is logged until here, a resumed run does not log again
         checkpoint.save(self.folder / LAST_CHECKPOINT, self._state())
         self.saved = time.monotonic()
 

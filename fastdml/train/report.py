@@ -19,10 +19,14 @@ A run folder holds, from this module:
 
 from __future__ import annotations
 
+import contextlib
 import io
 import json
 import math
+import os
 import platform
+import socket
+import sys
 import time
 from collections.abc import Sequence
 from importlib import metadata
@@ -32,7 +36,7 @@ from typing import Any
 
 from fastdml import __version__
 from fastdml.errors import InputError, require
-from fastdml.files import write_atomically
+from fastdml.files import create, sync, write_atomically, writing
 from fastdml.paths import expanded
 from fastdml.train.scores import main_name
 
@@ -69,34 +73,36 @@ class MetricsLog:
     ) -> None:
         self.path = Path(folder) / METRICS
         self.names = list(names)
-        events = self.path.parent / "tensorboard"
         if resume_step is None:
             if self.path.exists():
                 raise InputError(f"{self.path} holds another run's metrics: choose a new folder")
-            self.path.parent.mkdir(parents=True, exist_ok=True)
+            with writing(self.path):
+                self.path.parent.mkdir(parents=True, exist_ok=True)
             kept = [{"kind": "peers", "step": 0, "names": self.names}]
         else:
             kept = [r for r in read_metrics(folder) if r["step"] <= resume_step]
         write_atomically(self.path, "".join(f"{to_json(record)}\n" for record in kept))
-        self.file = self.path.open("a")
-        self.events = None
-        if tensorboard:
-            for old in events.glob("events.out.tfevents.*"):
-                old.unlink()  # an event file cannot be cut, so it is written anew from what is kept
-            writer = require("torch.utils.tensorboard", "train").SummaryWriter
-            self.events = writer(str(events), flush_secs=10)
+        self.file = self.path.open("ab")
+        self.events = Events(self.path.parent / "tensorboard", self.names) if tensorboard else None
         for record in kept:
             self._to_tensorboard(record)
 
     def log(self, kind: str, step: int, epoch: float, **values: Any) -> None:
         """Adds one log point: numbers, lists of one number a peer, or matrices (K, K)."""
         record = {"kind": kind, "step": step, "epoch": epoch, "time": time.time(), **values}
-        self.file.write(f"{to_json(record)}\n")
-        self.file.flush()
+        with writing(self.path):
+            self.file.write(f"{to_json(record)}\n".encode())
+            self.file.flush()
         self._to_tensorboard(record)
 
+    def sync(self) -> None:
+        """Forces what was logged to disk."""
+        with writing(self.path):
+            sync(self.file)
+
     def close(self) -> None:
-        self.file.close()
+        with contextlib.suppress(OSError):  # of what was not flushed, which `log` has raised
+            self.file.close()
         if self.events:
             self.events.close()
 
@@ -109,33 +115,118 @@ class MetricsLog:
     def _to_tensorboard(self, record: dict[str, Any]) -> None:
         if self.events is None:
             return
-        at = {"global_step": record["step"], "walltime": record.get("time")}
+        try:
+            self.events.add(record)
+        except OSError as error:
+            print(
+                f"TensorBoard's events are no longer written ({error.strerror}); {METRICS} goes on",
+                file=sys.stderr,
+            )
+            self.events.close()
+            self.events = None
+
+
+class Events:
+    """A new file of TensorBoard's events in `folder`, in place of those there: a file of events
+    cannot be cut, so it is written anew from what is kept.
+
+    Written at once, not by the thread of TensorBoard's own writer, whose errors have no owner.
+    """
+
+    def __init__(self, folder: Path, names: Sequence[str]) -> None:
+        protos = "tensorboard.compat.proto"
+        self._event = require(f"{protos}.event_pb2", "train").Event
+        self._summary = require(f"{protos}.summary_pb2", "train").Summary
+        records = require("tensorboard.summary.writer.record_writer", "train")
+        self.names = names
+        with writing(folder):
+            folder.mkdir(exist_ok=True)
+            for old in folder.glob("events.out.tfevents.*"):
+                old.unlink()
+            now = time.time()
+            name = f"events.out.tfevents.{int(now):010d}.{socket.gethostname()}.{os.getpid()}.0"
+            self.file = create(folder / name)
+        self._writer = records.RecordWriter(self.file)
+        self._write(self._event(wall_time=now, file_version="brain.Event:2"))
+
+    def add(self, record: dict[str, Any]) -> None:
+        """The numbers of a log point: KIND/NAME, and KIND/NAME/PEER."""
+        values = {}
         for key, value in record.items():
             tag = f"{record['kind']}/{key}"
             if key in ("kind", "step", "time", "names"):
                 continue
             if isinstance(value, (int, float)):
-                self.events.add_scalar(tag, value, **at)
+                values[tag] = value
             elif isinstance(value, (list, tuple)):
                 for name, one in zip(self.names, value, strict=True):
                     if isinstance(one, (int, float)):  # rows of a matrix are for pairwise_kl.png
-                        self.events.add_scalar(f"{tag}/{name}", one, **at)
+                        values[f"{tag}/{name}"] = one
+        if not values:
+            return
+        summary = self._summary(
+            value=[self._summary.Value(tag=tag, simple_value=v) for tag, v in values.items()]
+        )
+        when = record.get("time") or time.time()
+        self._write(self._event(wall_time=when, step=record["step"], summary=summary))
+
+    def close(self) -> None:
+        with contextlib.suppress(OSError):
+            self.file.close()
+
+    def _write(self, event: Any) -> None:
+        self._writer.write(event.SerializeToString())
+        self.file.flush()
 
 
 def read_metrics(folder: str | Path) -> list[dict[str, Any]]:
     """Every log point of a run; a last line cut short by a killed process is left out."""
     path = expanded(folder) / METRICS
-    if not path.exists():
-        raise InputError(f"{path} does not exist: {folder} is not the folder of a run")
-    lines = path.read_text().splitlines()
+    try:
+        lines = path.read_bytes().splitlines()
+    except FileNotFoundError:
+        raise InputError(f"{path} does not exist: {folder} is not the folder of a run") from None
+    except OSError as error:
+        raise InputError(f"cannot read {path}: {error.strerror}") from None
     records = []
     for number, line in enumerate(lines, 1):
         try:
-            records.append(json.loads(line))
-        except json.JSONDecodeError:
+            records.append(json.loads(line.decode()))
+        except (ValueError, RecursionError):
             if number < len(lines):
                 raise InputError(f"{path}, line {number}, is not a JSON object") from None
+    _check_metrics(records, path)
     return records
+
+
+def _check_metrics(records: list[Any], path: Path) -> None:
+    """What is drawn from the file relies on its form."""
+    remedy = "restore the file from a copy, or move it away and go on without what it holds"
+    names = records[0].get("names") if records and isinstance(records[0], dict) else None
+    first = {"kind": "peers", "step": 0, "names": names}
+    listed = isinstance(names, list) and all(isinstance(name, str) for name in names)
+    if not listed or not names or records[0] != first:
+        raise InputError(f"{path} does not begin with the peers' names: {remedy}")
+    for number, record in enumerate(records[1:], 2):
+        if not _is_log_point(record, len(names)):
+            raise InputError(
+                f"{path}, line {number}, is no log point of {len(names)} peers: {remedy}"
+            )
+
+
+def _is_log_point(record: Any, K: int) -> bool:
+    if not isinstance(record, dict) or not isinstance(record.get("kind"), str):
+        return False
+    lists = [value for value in record.values() if isinstance(value, list)]
+    rows = [row for value in lists for row in value if isinstance(row, list)]
+    values = [v for v in record.values() if not isinstance(v, list)]
+    values += [v for row in (*lists, *rows) for v in row if not isinstance(v, list)]
+    return (
+        type(record.get("step")) is int
+        and isinstance(record.get("epoch"), (int, float))
+        and all(len(row) == K for row in (*lists, *rows))
+        and all(v is None or isinstance(v, (int, float, str)) for v in values)
+    )
 
 
 def write_summary(

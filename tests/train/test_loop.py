@@ -8,6 +8,7 @@ import json
 import math
 import os
 import resource
+import shutil
 import signal
 import subprocess
 import sys
@@ -188,7 +189,9 @@ class TestRunFolder:
         before = resource.getrlimit(resource.RLIMIT_FSIZE)
         resource.setrlimit(resource.RLIMIT_FSIZE, (100, before[1]))
         try:
-            with pytest.raises(InputError, match=r"cannot write into .*run: File too large: make"):
+            with pytest.raises(
+                InputError, match=r"cannot write .*run/config\.yaml: File too large: make"
+            ):
                 fit(make_cohort(), *make_loaders(), settings())
         finally:
             resource.setrlimit(resource.RLIMIT_FSIZE, before)
@@ -422,6 +425,219 @@ class TestResume:
         assert logged(tmp_path / "whole") == logged(tmp_path / "run")
 
 
+class TestUnfinishedFolders:
+    """What a folder may hold where there is no checkpoint to go on from."""
+
+    RESULTS = ("metrics.jsonl", "cohort.json", "summary.json", "curves.png", "notes.txt")
+
+    def finished(self, settings) -> Path:
+        return fit(make_cohort(), *make_loaders(), settings(independent=True, epochs=1)).folder
+
+    def refused(self, settings, *patterns: str) -> None:
+        """Resuming changes nothing, and says why in one line; a dry run says it too."""
+        folder = Path(settings().folder)
+
+        def state():
+            return {str(p): (p.lstat().st_mtime_ns, p.lstat().st_size) for p in folder.rglob("*")}
+
+        before = state()
+        for dry in (True, False):
+            config = settings(independent=True, epochs=1, resume=True, dry_run=dry)
+            with pytest.raises(InputError) as error:
+                fit(make_cohort(), *make_loaders(), config)
+            assert "\n" not in str(error.value)
+            for pattern in patterns:
+                assert pattern in str(error.value)
+        assert state() == before
+
+    @pytest.mark.parametrize("phase", ["", "independent"])
+    @pytest.mark.parametrize(
+        ("damage", "said"),
+        [
+            (lambda path: path.unlink(), "last.ckpt is missing"),
+            (
+                lambda path: (path.unlink(), path.symlink_to("gone")),
+                "last.ckpt is a link to nothing",
+            ),
+            (lambda path: (path.unlink(), path.mkdir()), "last.ckpt is a directory"),
+            (lambda path: (path.unlink(), os.mkfifo(path)), "last.ckpt is not a file"),
+        ],
+        ids=["missing", "link", "directory", "pipe"],
+    )
+    def test_a_lost_checkpoint_costs_no_results(self, settings, phase, damage, said):
+        folder = self.finished(settings) / phase
+        damage(folder / "last.ckpt")
+        self.refused(
+            settings, f"cannot resume {folder}: {said}", "metrics.jsonl, peers", "restore last.ckpt"
+        )
+
+    @pytest.mark.parametrize("name", [*RESULTS, "best/cohort.json", "peers/00-a.safetensors"])
+    def test_anything_but_an_untouched_start_is_kept(self, settings, name):
+        config = settings(independent=True, epochs=1)
+        path = Path(config.folder) / name
+        path.parent.mkdir(parents=True)
+        path.write_text("result")
+        config.save(Path(config.folder) / "config.yaml")
+        self.refused(settings, "last.ckpt is missing", name.partition("/")[0])
+
+    def test_the_start_of_the_second_phase_is_not_made_up(self, settings):
+        folder = self.finished(settings)
+        shutil.rmtree(folder / "independent")
+        (folder / "initial.ckpt").unlink()
+        self.refused(settings, "initial.ckpt is missing", "restore it")
+        (folder / "initial.ckpt").symlink_to("gone")
+        self.refused(settings, "initial.ckpt is a link to nothing")
+
+    def test_a_start_that_is_not_needed_any_more_is_not_asked_for(self, settings):
+        first = fit(make_cohort(), *make_loaders(), settings(independent=True, epochs=1))
+        (first.folder / "initial.ckpt").unlink()
+        config = settings(independent=True, epochs=1, resume=True)
+        again = fit(make_cohort(seed=9), *make_loaders(), config)
+        assert again.scores == first.scores
+        assert again.independent.scores == first.independent.scores
+        assert not (first.folder / "initial.ckpt").exists()
+
+    @pytest.mark.parametrize(
+        "left",
+        [
+            [],
+            ["initial.ckpt"],
+            [".lock", ".last.ckpt.partial"],
+            [".initial.ckpt.partial", ".config.yaml.partial"],
+        ],
+    )
+    def test_a_run_killed_before_its_first_checkpoint_begins_anew(self, settings, tmp_path, left):
+        whole = self.finished(settings)
+        config = settings(independent=True, epochs=1, folder=str(tmp_path / "killed"))
+        Path(config.folder).mkdir()
+        config.save(Path(config.folder) / "config.yaml")
+        for name in left:
+            if name == "initial.ckpt":
+                shutil.copy(whole / name, config.folder)
+            else:
+                (Path(config.folder) / name).write_bytes(b"half")
+        fit(make_cohort(), *make_loaders(), config.replace(resume=True))
+        assert logged(config.folder) == logged(whole)
+        assert {p.name for p in Path(config.folder).iterdir()} == {p.name for p in whole.iterdir()}
+
+    @pytest.mark.parametrize("left", [[], [".lock"], [".lock", ".config.yaml.partial"]])
+    def test_a_folder_killed_before_it_was_a_run_is_taken_again(self, settings, left):
+        folder = Path(settings().folder)
+        folder.mkdir()
+        for name in left:
+            (folder / name).write_text("")
+        result = fit(make_cohort(), *make_loaders(), settings(epochs=1))
+        assert result.folder == folder
+        assert not [*folder.glob("*.partial")]
+
+    def test_the_settings_are_there_before_anything_else(self, settings, monkeypatch):
+        seen = []
+        save = checkpoint.save
+
+        def note(path, state):
+            seen.append((path.name, {p.name for p in path.parent.iterdir()}))
+            save(path, state)
+
+        monkeypatch.setattr(checkpoint, "save", note)
+        fit(make_cohort(), *make_loaders(), settings(independent=True, epochs=1))
+        start = {"config.yaml", ".lock"}
+        assert seen[0] == ("initial.ckpt", start)
+        assert seen[1] == ("last.ckpt", start | {"initial.ckpt"})
+        assert seen[3] == ("last.ckpt", {"config.yaml"})  # of the second phase
+
+    def test_the_newest_run_is_meant_not_the_newest_folder(
+        self, settings, tmp_path, monkeypatch, capfd
+    ):
+        monkeypatch.chdir(tmp_path)
+        config = settings(folder=None, epochs=1, data="mine", peers=("a", "b"))
+        fit(make_cohort(), *make_loaders(), config)
+        for number in (2, 3):
+            Path(f"runs/mine-a-b-00{number}").mkdir()
+        (tmp_path / "runs/mine-a-b-003/.lock").touch()
+        capfd.readouterr()
+        again = fit(make_cohort(), *make_loaders(), config.replace(resume=True))
+        assert str(again.folder) == "runs/mine-a-b-001"
+        err = capfd.readouterr().err
+        assert "passed over, without a config.yaml: runs/mine-a-b-003, runs/mine-a-b-002\n" in err
+        shutil.rmtree("runs/mine-a-b-001")
+        with pytest.raises(InputError, match=r"no config\.yaml in runs/mine-a-b-003, runs/mine"):
+            fit(make_cohort(), *make_loaders(), config.replace(resume=True))
+        assert str(fit(make_cohort(), *make_loaders(), config).folder) == "runs/mine-a-b-004"
+
+
+class TestDamagedMetrics:
+    @pytest.mark.parametrize("phase", ["", "independent"])
+    @pytest.mark.parametrize(
+        ("text", "said"),
+        [
+            (b"", "does not begin with the peers' names"),
+            (b"\x00\x00\x00\x00", "does not begin with the peers' names"),
+            (b"[1]\n", "does not begin with the peers' names"),
+            (b'{"kind": "peers", "step": 0, "names": "ab"}\n', "does not begin with"),
+            (b'{"kind": "train"}\n', "does not begin with the peers' names"),
+            (None, "line 2, is not a JSON object"),
+            (b"\xff\xfe\n{}\n", "line 1, is not a JSON object"),
+            (b"null\n", "line 2, is no log point of 2 peers"),
+            (b'{"kind": "train"}\n', "line 2, is no log point of 2 peers"),
+            (b'{"kind": "train", "step": 1, "epoch": 1, "ce": [1.0]}\n', "line 2, is no log point"),
+            (b'{"kind": "train", "step": 1, "epoch": 1, "ce": [[1], [2]]}\n', "line 2, is no log"),
+            (b'{"kind": "train", "step": 1, "epoch": 1, "ce": {}}\n', "line 2, is no log point"),
+        ],
+    )
+    def test_is_found_before_training_goes_on(self, settings, phase, text, said):
+        config = settings(independent=True, epochs=1)
+        result = fit(make_cohort(), *make_loaders(), config)
+        path = result.folder / phase / "metrics.jsonl"
+        lines = path.read_bytes().splitlines(keepends=True)
+        if text is None:
+            path.write_bytes(lines[0] + lines[1].decode().encode("utf-16") + b"".join(lines[2:]))
+        elif said.startswith("line 2"):
+            path.write_bytes(lines[0] + text)
+        else:
+            path.write_bytes(text)
+        stamp = (result.folder / "last.ckpt").stat().st_mtime_ns
+        with pytest.raises(InputError, match=rf"metrics\.jsonl,? {said}") as error:
+            fit(make_cohort(), *make_loaders(), config.replace(epochs=2, resume=True))
+        assert "\n" not in str(error.value)
+        assert (result.folder / "last.ckpt").stat().st_mtime_ns == stamp
+        path.unlink()  # as the message advises
+        longer = fit(make_cohort(), *make_loaders(), config.replace(epochs=2, resume=True))
+        assert longer.history[-1]["epoch"] == 2
+
+    def test_log_lines_are_on_disk_before_the_checkpoint_that_counts_on_them(
+        self, settings, monkeypatch
+    ):
+        order = []
+        fsync, save = os.fsync, checkpoint.save
+
+        def note_fsync(fd):
+            order.append(Path(os.path.realpath(f"/proc/self/fd/{fd}")).name)
+            fsync(fd)
+
+        def note_save(path, state):
+            if state["position"]:
+                order.append(("save", len(read_metrics(path.parent))))
+            save(path, state)
+
+        monkeypatch.setattr(os, "fsync", note_fsync)
+        monkeypatch.setattr(checkpoint, "save", note_save)
+        fit(make_cohort(), *make_loaders(), settings(epochs=2, log_every=1))
+        saves = [i for i, what in enumerate(order) if isinstance(what, tuple)]
+        assert [order[i][1] for i in saves] == [9, 17]  # peers; then 6 readings, epoch and test
+        for i in saves:
+            assert order[i - 1] == "metrics.jsonl"
+
+
+def test_the_refusal_of_another_length_names_the_schedule(settings):
+    config = settings(schedule="cosine", epochs=1)
+    fit(make_cohort(), *make_loaders(), config)
+    for changes in ({"epochs": 2}, {"epochs": 0, "iterations": 9}):
+        with pytest.raises(InputError, match=r"epochs was 1 and is now . \(with schedule cosine"):
+            fit(make_cohort(), *make_loaders(), config.replace(**changes, resume=True))
+    with pytest.raises(InputError, match=r"schedule was 'cosine' and is now 'step'; give"):
+        fit(make_cohort(), *make_loaders(), settings(epochs=2, resume=True))
+
+
 class TestIndependent:
     def test_same_weights_same_batches_no_kl(self, settings, tmp_path):
         mutual, both, alone = make_cohort(), make_cohort(), make_cohort()
@@ -501,12 +717,12 @@ class TestDivergence:
         for value in state["cohort"].values():
             assert value.isfinite().all()
 
-    def test_in_the_first_epoch_there_is_no_checkpoint_to_keep(self, settings):
+    def test_in_the_first_epoch_the_start_is_kept(self, settings):
         peers = list(make_cohort().peers)
         cohort = Cohort([Bomb(peers[0], at=2, value=math.inf), peers[1]], CLASSES)
-        with pytest.raises(TrainingDiverged, match=r"step 2 \(epoch 1\).*no checkpoint exists yet"):
+        with pytest.raises(TrainingDiverged, match=r"step 2 \(epoch 1\).*from before it, is kept"):
             fit(cohort, *make_loaders(), settings())
-        assert not (Path(settings().folder) / "last.ckpt").exists()
+        assert checkpoint.load(Path(settings().folder) / "last.ckpt")["position"] == 0
 
     def test_weights_gone_bad_in_the_last_update_are_not_saved(self, settings):
         cohort = make_cohort()

@@ -1,0 +1,69 @@
+"""Standard streams that are closed, full or without a reader: no reason to lose a run.
+
+A daemon starts with them closed, cron may have closed one, a log's disk fills up, `| head` and a
+lost connection take the reader away. What training says on stderr is a courtesy.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import sys
+from collections.abc import Iterator
+from typing import Any, TextIO
+
+STREAMS = (("stdin", "r"), ("stdout", "w"), ("stderr", "w"))
+
+
+def complete_streams() -> None:
+    """Gives those of the process that are closed to /dev/null. The next file opened would get the
+    number of one, and with it what libraries print there."""
+    for number, (name, mode) in enumerate(STREAMS):
+        try:
+            os.fstat(number)
+        except OSError:
+            os.open(os.devnull, os.O_RDWR)  # takes the lowest number that is free: this one
+            os.set_inheritable(number, True)
+        if getattr(sys, name) is None:
+            setattr(sys, name, os.fdopen(number, mode, closefd=False))
+
+
+def discard(stream: TextIO) -> None:
+    """What the stream still holds and what it gets goes nowhere; the flush at the process's end
+    would fail over it once more."""
+    with contextlib.suppress(OSError, ValueError):
+        nowhere = os.open(os.devnull, os.O_WRONLY)
+        os.dup2(nowhere, stream.fileno())
+        os.close(nowhere)
+
+
+class Lenient:
+    """A stream whose writes never fail; in all else the one that it is made from."""
+
+    def __init__(self, stream: TextIO) -> None:
+        self._stream = stream
+
+    def write(self, text: str) -> int:
+        with contextlib.suppress(OSError, ValueError):  # ValueError: it was closed
+            self._stream.write(text)
+        return len(text)
+
+    def flush(self) -> None:
+        with contextlib.suppress(OSError, ValueError):
+            self._stream.flush()
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._stream, name)
+
+
+@contextlib.contextmanager
+def lenient_stderr() -> Iterator[None]:
+    """In this block nothing fails because stderr does."""
+    if isinstance(sys.stderr, Lenient):
+        yield
+        return
+    with contextlib.ExitStack() as stack:
+        # None is what Python makes of a closed one
+        stream = sys.stderr or stack.enter_context(open(os.devnull, "w"))
+        stack.enter_context(contextlib.redirect_stderr(Lenient(stream)))
+        yield
