@@ -7,6 +7,7 @@ the KL divergences between the peers, the statistics and the gradients; see `fas
 from __future__ import annotations
 
 import math
+import sys
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Literal, NamedTuple, TypedDict, overload
 
@@ -43,18 +44,35 @@ def _unpack(packed: Tensor, K: int) -> MutualStats:
     return MutualStats(ce, kl, pairwise.view(K, K), entropy, correct, ensemble[0])
 
 
+def _refuse_unusual(name: str, tensors: Sequence[Tensor | None]) -> None:
+    """Tensors whose values are not all here, side by side in memory."""
+    distributed = sys.modules.get("torch.distributed.tensor")  # no tensor of it without
+    for t in tensors:
+        if distributed is not None and isinstance(t, distributed.DTensor):
+            raise TypeError(
+                f"{name}: a DTensor, of which this process may hold a part: give its .to_local(), "
+                "or its .full_tensor() where rows or classes are split over processes"
+            )
+        if isinstance(t, Tensor) and (t.layout != torch.strided or t.is_nested):
+            kind = "nested" if t.is_nested else str(t.layout).removeprefix("torch.")
+            raise TypeError(f"{name}: a {kind} tensor: give a dense one")
+
+
 def _check(logits: Tensor | Sequence[Tensor], call: Call) -> list[Tensor]:
     """The logits as K tensors (N, C) or one (K, N, C), after every check that needs no value on
     the device."""
+    tensors = [logits] if isinstance(logits, Tensor) else list(logits)
+    _refuse_unusual("logits", tensors)
+    for name, value in zip(Call._fields, call, strict=True):
+        if isinstance(value, Tensor):
+            _refuse_unusual(name, [value])
     if isinstance(logits, Tensor):
         if logits.dim() != 3:
             raise ValueError(
                 f"logits of shape {tuple(logits.shape)}: give (K, N, C), or a list of K (N, C)"
             )
-        tensors = [logits]
         K, N, C = logits.shape
     else:
-        tensors = list(logits)
         if not tensors or any(not isinstance(z, Tensor) or z.dim() != 2 for z in tensors):
             shapes = [
                 tuple(z.shape) if isinstance(z, Tensor) else type(z).__name__ for z in tensors
@@ -347,6 +365,8 @@ def linear_mutual_loss(
     layers = []
     for name, value in (("hidden", hidden), ("weight", weight)):
         whole = isinstance(value, Tensor)
+        value = value if whole else list(value)
+        _refuse_unusual(name, [value] if whole else value)
         tensors = list(value.unbind() if whole and value.dim() == 3 else () if whole else value)
         if not tensors or any(not isinstance(t, Tensor) or t.dim() != 2 for t in tensors):
             shapes = tuple(value.shape) if whole else [
@@ -357,6 +377,7 @@ def linear_mutual_loss(
     hiddens, weights = layers
     K = len(hiddens)
     biases = [None] * K if bias is None else list(bias)
+    _refuse_unusual("bias", biases)
     if len(weights) != K or len(biases) != K:
         raise ValueError(
             f"{K} hidden, {len(weights)} weight and {len(biases)} bias tensors: one of each a peer"

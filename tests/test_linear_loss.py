@@ -75,13 +75,13 @@ def test_the_default_chunks_cover_every_row(monkeypatch):
 
 def test_logits_of_all_rows_never_exist(monkeypatch):
     seen = []
-    evaluate = linear_module.evaluate
+    compute = linear_module.compute
 
     def watched(logits, *rest):
         seen.extend(z.shape[0] for z in logits)
-        return evaluate(logits, *rest)
+        return compute(logits, *rest)
 
-    monkeypatch.setattr(linear_module, "evaluate", watched)
+    monkeypatch.setattr(linear_module, "compute", watched)
     hidden, weight, bias, labels = problem(2, 50, 7, torch.float32)
     linear_mutual_loss(hidden, weight, labels, bias, chunk_rows=8).sum().backward()
     assert max(seen) == 8
@@ -160,8 +160,8 @@ def test_no_gradient_is_computed_without_need():
     hidden, weight, bias, labels = problem(2, 9, 7, torch.float32)
     wanted = []
     with pytest.MonkeyPatch.context() as patch, torch.no_grad():
-        evaluate = linear_module.evaluate
-        patch.setattr(linear_module, "evaluate", lambda *a: wanted.append(a[2]) or evaluate(*a))
+        compute = linear_module.compute
+        patch.setattr(linear_module, "compute", lambda *a: wanted.append(a[2]) or compute(*a))
         assert not linear_mutual_loss(hidden, weight, labels, bias).requires_grad
     assert wanted == [False]
 
@@ -194,8 +194,8 @@ def test_compiled_layers_may_share_hidden_and_weight():
 def test_opcheck():
     hidden, weight, _, labels = problem(2, 6, 5, torch.float32)
     call = Call(labels, Options(), 1.0, 1.0, 1.0, None, None, False)
-    arguments = ([h.detach() for h in hidden], [w.detach() for w in weight], [None, None], 4,
-                 [True] * 3 + [False] * 3, *flatten(call))  # fmt: skip
+    arguments = ([h.detach() for h in hidden], [w.detach() for w in weight], [], [0, 0], 4,
+                 [1] * 3 + [0] * 3, *flatten(call))  # fmt: skip
     torch.library.opcheck(torch.ops.fastdml.linear_mutual_loss.default, arguments)
 
 

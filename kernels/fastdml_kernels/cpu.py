@@ -99,7 +99,7 @@ class _Problem:
         eps = self.options.label_smoothing
         spread = eps / max(log_p.shape[2], 1)
         if eps:
-            towards_all = log_p.sum(2) if self.w_c is None else torch.matmul(log_p, self.w_c)
+            towards_all = (log_p if self.w_c is None else _times(self.w_c, log_p)).sum(2)
             if labelled is not None:
                 towards_all = torch.where(labelled, towards_all, 0.0)
             ce = (1 - eps) * ce - spread * towards_all
@@ -110,7 +110,7 @@ class _Problem:
             entropy = torch.special.entr(p).sum((1, 2))
             correct = (log_p.argmax(2) == y)[:, has_label].sum(1)
             ensemble_correct = (p.sum(0).argmax(1) == y)[has_label].sum()
-            pairwise = torch.zeros(K, K, dtype=p.dtype)
+            pairwise = p.new_zeros(K, K)
 
         kl, pull = torch.zeros_like(nll), None
         if K > 1:
@@ -131,11 +131,11 @@ class _Problem:
         K, n, _ = q.shape
         options = self.options
         edges = self._row_edges(rows, log_q, nll)  # (K, K, n)
-        up = torch.ones(K, n, dtype=q.dtype)
+        up = q.new_ones(K, n)
         if self.upstream is not None:
             up = self.upstream[:, rows] if self.upstream.dim() == 2 else self.upstream[:, None]
             up = up.expand(K, n)
-        kl = torch.zeros(K, n, dtype=q.dtype)
+        kl = q.new_zeros(K, n)
         pull = torch.zeros_like(q) if self.grads else None
         half = 0.5 if options.symmetric else 1.0
 
@@ -204,7 +204,7 @@ class _Problem:
         if self.options.gate == "correct":  # temperature does not move the maximum
             teaches = log_q.argmax(2) == self.y[rows]
         else:
-            teaches = nll.argmin(0) == torch.arange(K)[:, None]
+            teaches = nll.argmin(0) == torch.arange(K, device=nll.device)[:, None]
         if self.labelled is not None:
             teaches = teaches & self.labelled[rows]
         return edges * teaches
@@ -247,7 +247,7 @@ class _Problem:
         p.mul_(target + smooth * self.w_total)
         if eps:
             p.sub_(smooth if self.w_c is None else smooth * self.w_c)
-        minus = torch.as_tensor(target, dtype=p.dtype).neg().expand(index.shape)
+        minus = torch.as_tensor(target, dtype=p.dtype, device=p.device).neg().expand(index.shape)
         p.scatter_add_(2, index, minus)
         if self.upstream is not None:
             up = self.upstream[:, rows] if self.upstream.dim() == 2 else self.upstream[:, None]
@@ -291,7 +291,7 @@ def mutual_loss_cpu(
     if labelled is not None and not options.mimic_ignored:
         # Rows without a label take no part: work on the others, then put their results in place.
         rows = labelled.nonzero()[:, 0]
-        part = [torch.empty(len(rows), C, dtype=g.dtype) for g in grads]
+        part = [g.new_empty(len(rows), C) for g in grads]
         if upstream is not None and upstream.dim() == 2:
             upstream = upstream[:, rows]
         losses, stats = mutual_loss_cpu(
@@ -302,15 +302,16 @@ def mutual_loss_cpu(
         for grad, grad_rows in zip(grads, part, strict=True):
             grad.zero_()[rows] = grad_rows
         if options.reduction == "none":
-            losses = torch.zeros(K, N, dtype=dtype).index_copy_(1, rows, losses)
+            losses = losses.new_zeros(K, N).index_copy_(1, rows, losses)
         return losses, stats
 
     averaged = options.reduction == "mean"
+    like = {"dtype": dtype, "device": labels.device}  # never the caller's defaults
     y = labels.long() if labelled is None else torch.where(labelled, labels, 0).long()
     w_c = None if class_weight is None else class_weight.to(dtype)
     w_y = None if w_c is None else w_c[y]
     if labelled is not None:
-        w_y = torch.where(labelled, torch.ones(N, dtype=dtype) if w_y is None else w_y, 0.0)
+        w_y = torch.where(labelled, torch.ones(N, **like) if w_y is None else w_y, 0.0)
     labelled_rows = N if labelled is None else int(labelled.sum())
     ce_count = float(N if w_y is None else w_y.sum())
     if options.mimic_ignored and not labelled_rows:
@@ -318,7 +319,7 @@ def mutual_loss_cpu(
     by_row = options.reduction == "none"
     per_ce = 1 / ce_count if ce_count > 0 else 0.0
 
-    edges = torch.full((K, K), default_edge(K, options.gate), dtype=dtype)
+    edges = torch.full((K, K), default_edge(K, options.gate), **like)
     tempered = temperature != 1.0 and K > 1
     step = min(max(1, BLOCK_BYTES // (4 * K * max(C, 1))), max(N, 1))
     problem = _Problem(
@@ -329,12 +330,12 @@ def mutual_loss_cpu(
         kl_factor=kl_weight * temperature / (max(N, 1) if averaged else 1.0),
         grads=grads, upstream=None if upstream is None else upstream.to(dtype),
         want_stats=want_stats,
-        scratch=torch.empty(4 if tempered else 2, K, step, C, dtype=dtype),
+        scratch=torch.empty(4 if tempered else 2, K, step, C, **like),
     )  # fmt: skip
 
     kl_scale = temperature * temperature
-    ce_sum, kl_sum = torch.zeros(K, dtype=dtype), torch.zeros(K, dtype=dtype)
-    losses = torch.empty(K, N, dtype=dtype) if by_row else None
+    ce_sum, kl_sum = torch.zeros(K, **like), torch.zeros(K, **like)
+    losses = torch.empty(K, N, **like) if by_row else None
     sums: list[Tensor] | None = None
     for start in range(0, N, step):
         rows = slice(start, min(start + step, N))
@@ -357,13 +358,13 @@ def mutual_loss_cpu(
         losses = ce_weight * ce
         if K > 1:
             losses += kl_weight * kl
-    stats = torch.zeros(stats_size(K), dtype=dtype)
+    stats = torch.zeros(stats_size(K), **like)
     if want_stats:
         if sums is None:  # no rows at all
-            none, unknown = torch.zeros(K, dtype=dtype), torch.full((K, K), torch.nan, dtype=dtype)
+            none, unknown = torch.zeros(K, **like), torch.full((K, K), torch.nan, **like)
             sums = [unknown[0], none, none.sum(), unknown]
         entropy, correct, together, pairwise = sums
-        counts = torch.tensor([ce_count, labelled_rows], dtype=dtype)
+        counts = torch.tensor([ce_count, labelled_rows], **like)
         packed = torch.cat((ce_mean, kl_mean, counts, entropy / max(N, 1), correct, together[None],
                             pairwise.flatten() * (kl_scale / max(N, 1))))  # fmt: skip
         stats[: len(packed)] = packed

@@ -57,8 +57,10 @@ def rows_loss(
     K, (N, C) = len(logits), logits[0].shape
     logits = [z if z.stride(1) == 1 else z.contiguous() for z in logits]
     labels = labels.contiguous()
-    losses = torch.empty(K, dtype=torch.float32)
-    stats = torch.zeros(stats_size(K), dtype=torch.float32) if want_stats else None
+    losses = torch.empty(K, dtype=torch.float32, device="cpu")
+    stats = None
+    if want_stats:
+        stats = torch.zeros(stats_size(K), dtype=torch.float32, device="cpu")
     whole = [
         K, N, C, labels.itemsize, options.ignore_index, options.reduction == "mean",
         torch.get_num_threads(), labels.data_ptr(), losses.data_ptr(),

@@ -198,7 +198,9 @@ def arguments(
     coupled = options.symmetric or not options.detach_targets
     wide = dict(
         upstream=upstream,
-        scratch=torch.empty((programs, 3 * K * K if coupled and grads else 1), device=device),
+        scratch=torch.empty(
+            (programs, 3 * K * K if coupled and grads else 1), dtype=torch.float32, device=device
+        ),
         u_stride_k=0 if upstream is None else upstream.stride(0),
         u_stride_n=upstream.stride(1) if upstream is not None and upstream.dim() == 2 else 0,
         PEERS=triton.next_power_of_2(max(K, 2)),

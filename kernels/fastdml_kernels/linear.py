@@ -5,7 +5,7 @@ by the fused loss, gradients of hidden, weight and bias by matrix products; then
 memory is used again. All of it happens in the forward pass, so that the backward only scales. For a
 language model's vocabulary the logits are most of the memory of a step (Hsu et al. 2024, Liger).
 
-As in `op`, eager calls compute at once and compiled code sees an operator.
+As in `op`, eager calls of plain tensors compute at once and tracers see an operator.
 """
 
 from __future__ import annotations
@@ -19,8 +19,8 @@ from .op import (
     CALL_SCHEMA,
     NO_SECOND_DERIVATIVE,
     Call,
-    distinct,
-    evaluate,
+    by_operator,
+    compute,
     flatten,
     loss_dtype,
     refuse_transforms,
@@ -97,7 +97,7 @@ def _compute(
                 for h, w, b in zip(hidden, weight, bias, strict=True)
             ]
             part = call._replace(labels=call.labels[rows])
-            sums, _, slopes = evaluate(logits, part, any(needs))
+            sums, _, slopes = compute(logits, part, any(needs))
             losses += sums
             for k, slope in enumerate(slopes):
                 of_hidden, of_weight, of_bias = grads[k], grads[K + k], grads[2 * K + k]
@@ -140,12 +140,20 @@ class _EagerLinear(torch.autograd.Function):
 
 torch.library.define(
     f"fastdml::{NAME}",
-    "(Tensor[] hidden, Tensor[] weight, Tensor?[] bias, int? chunk_rows, bool[] needs, "
-    f"{CALL_SCHEMA}) -> (Tensor, Tensor, Tensor[])",
+    # biased and needs are bools, which torch.jit.trace cannot list
+    "(Tensor[] hidden, Tensor[] weight, Tensor[] bias, int[] biased, int? chunk_rows, "
+    f"int[] needs, {CALL_SCHEMA}) -> (Tensor, Tensor, Tensor[])",
 )
 
 
-def _compute_flat(hidden, weight, bias, chunk_rows, needs, *flat):
+def _of_each(bias: Sequence[Tensor], biased: Sequence[int]) -> list[Tensor | None]:
+    """The biases of all K peers: autograd formulas of operators know no list with None in it."""
+    given = iter(bias)
+    return [next(given) if has else None for has in biased]
+
+
+def _compute_flat(hidden, weight, bias, biased, chunk_rows, needs, *flat):
+    bias = _of_each(bias, biased)
     losses, unit, grads = _compute(hidden, weight, bias, unflatten(*flat), chunk_rows, needs)
     return losses, unit, [g for g in grads if g is not None]
 
@@ -155,36 +163,37 @@ for _device in ("cpu", "cuda"):
 
 
 @torch.library.register_fake(f"fastdml::{NAME}")
-def _fake(hidden, weight, bias, chunk_rows, needs, *flat):
+def _fake(hidden, weight, bias, biased, chunk_rows, needs, *flat):
     dtype, z = loss_dtype(hidden), hidden[0]
-    grads = _new_grads(hidden, weight, bias, needs)
+    grads = _new_grads(hidden, weight, _of_each(bias, biased), needs)
     kept = [g for g in grads if g is not None]
     return z.new_empty(len(hidden), dtype=dtype), z.new_empty((), dtype=dtype), kept
 
 
-class _CompiledLinear(torch.autograd.Function):
-    """As `_EagerLinear`, in the form that a tracer follows."""
+def _setup_context(ctx, inputs, output) -> None:
+    hidden, weight, bias, biased, _, needs = inputs[:6]
+    _, unit, grads = output
+    ctx.mark_non_differentiable(unit)
+    ctx.inputs, ctx.biased, ctx.needs = len(inputs), biased, needs
+    ctx.dtypes = [t.dtype for t in (*hidden, *weight, *bias)]
+    ctx.save_for_backward(unit, *grads)
 
-    @staticmethod
-    def forward(ctx, call: Call, chunk_rows: int | None, needs: list[bool], *tensors):
-        K = len(tensors) // 3
-        losses, unit, grads = torch.ops.fastdml.linear_mutual_loss(
-            tensors[:K], tensors[K : 2 * K], tensors[2 * K :], chunk_rows, needs, *flatten(call)
-        )
-        ctx.needs = needs
-        ctx.dtypes = [None if t is None else t.dtype for t in tensors]
-        ctx.save_for_backward(unit, *grads)
-        return losses
 
-    @staticmethod
-    def backward(ctx, upstream: Tensor):
-        unit, *grads = ctx.saved_tensors
-        factors = (upstream / unit).split(1) * 3
-        rest = iter(grads)
-        return None, None, None, *(
-            (next(rest) * factor).to(dtype) if need else None
-            for need, factor, dtype in zip(ctx.needs, factors, ctx.dtypes, strict=True)
-        )  # fmt: skip
+def _backward(ctx, upstream: Tensor, *_) -> tuple:
+    if torch.is_grad_enabled():
+        raise RuntimeError(NO_SECOND_DERIVATIVE.replace("mutual_loss", NAME))
+    unit, *grads = ctx.saved_tensors
+    K, factors = len(ctx.biased), (upstream / unit).split(1) * 3
+    rest, dtypes, given = iter(grads), iter(ctx.dtypes), [True] * 2 * K + list(ctx.biased)
+    out = []
+    for has, need, factor in zip(given, ctx.needs, factors, strict=True):
+        if has:
+            dtype = next(dtypes)
+            out.append((next(rest) * factor).to(dtype) if need else None)
+    return out[:K], out[K : 2 * K], out[2 * K :], *(None,) * (ctx.inputs - 3)
+
+
+torch.library.register_autograd(f"fastdml::{NAME}", _backward, setup_context=_setup_context)
 
 
 def linear_mutual_loss(
@@ -198,7 +207,12 @@ def linear_mutual_loss(
     tensors = (*hidden, *weight, *bias)
     enabled = torch.is_grad_enabled()
     needs = [enabled and t is not None and t.requires_grad for t in tensors]
-    if torch.compiler.is_compiling():
-        return _CompiledLinear.apply(call, chunk_rows, needs, *distinct(tensors))
-    refuse_transforms(NAME, [t for t in tensors if t is not None])
+    given = [t for t in tensors if t is not None]
+    if not torch.compiler.is_compiling():
+        refuse_transforms(NAME, given)
+    if by_operator((*given, *call.tensors())):
+        biases, biased = [b for b in bias if b is not None], [int(b is not None) for b in bias]
+        return torch.ops.fastdml.linear_mutual_loss(
+            hidden, weight, biases, biased, chunk_rows, list(map(int, needs)), *flatten(call)
+        )[0]
     return _EagerLinear.apply(call, chunk_rows, needs, *tensors)

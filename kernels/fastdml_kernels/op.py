@@ -1,13 +1,15 @@
 """`mutual_loss`: one call from logits to losses and gradients, for eager code and torch.compile.
 
 The forward computes losses and gradients together; the backward hands the gradients over, scaled
-in place where the losses' own gradient is not 1. Eager calls go straight to the launcher; compiled
-code sees the operator `fastdml::mutual_loss`, whose autograd formula is traced around it.
+in place where the losses' own gradient is not 1. Eager calls of plain tensors go straight to the
+launcher; whoever traces or watches operators, and tensors that are not plain memory, meet the
+operator `fastdml::mutual_loss`, which has a fake and its own autograd formula.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from typing import NamedTuple
 
 import torch
@@ -25,6 +27,9 @@ NO_SECOND_DERIVATIVE = (
 )
 
 
+PLAIN = (Tensor, torch.nn.Parameter)  # types, not their subclasses, which may hold anything
+
+
 class Call(NamedTuple):
     """Everything of a call but the logits."""
 
@@ -36,6 +41,9 @@ class Call(NamedTuple):
     peer_weights: Tensor | None  # (K, K)
     class_weight: Tensor | None  # (C,)
     want_stats: bool
+
+    def tensors(self) -> list[Tensor]:
+        return [t for t in self if isinstance(t, Tensor)]
 
 
 def refuse_transforms(name: str, tensors: Sequence[Tensor]) -> None:
@@ -64,6 +72,31 @@ def peers_of(logits: Sequence[Tensor]) -> list[Tensor]:
     return list(logits[0].unbind()) if logits[0].dim() == 3 else list(logits)
 
 
+def _is_plain(t: Tensor) -> bool:
+    """Whether a tensor's memory holds its values, as the launcher reads them."""
+    return type(t) in PLAIN and not (
+        t.is_neg() or t._is_zerotensor() or torch._is_functional_tensor(t)
+    )
+
+
+def by_operator(tensors: Iterable[Tensor]) -> bool:
+    """Whether a call must go through the dispatcher: to the compiler, a tracer, a dispatch mode
+    (FakeTensorMode, make_fx, counters of FLOPs), or since a tensor is not plain memory."""
+    return (
+        torch.compiler.is_compiling()
+        or torch._C._len_torch_dispatch_stack() > 0
+        or torch.jit.is_tracing()
+        or not all(map(_is_plain, tensors))
+    )
+
+
+def _without_autocast(device: str) -> AbstractContextManager:
+    """The loss computes in float32 whatever surrounds it."""
+    if torch.is_autocast_enabled(device):
+        return torch.autocast(device, enabled=False)
+    return nullcontext()
+
+
 def evaluate(
     logits: Sequence[Tensor],  # K tensors (N, C), or one (K, N, C)
     call: Call,
@@ -72,17 +105,34 @@ def evaluate(
 ) -> tuple[Tensor, Tensor | None, list[Tensor]]:
     """Losses (K,) or (K, N), packed statistics (None if not wanted), and gradients shaped as
     `logits` ([] if not needed). No autograd."""
-    grads = [z.new_empty(z.shape) for z in logits] if need_grad else []
-    compute = mutual_loss_cpu if logits[0].device.type == "cpu" else launch
+    if by_operator((*logits, *call.tensors())):
+        with torch.no_grad():
+            losses, stats, grads = torch.ops.fastdml.mutual_loss(
+                logits, upstream, need_grad, *flatten(call)
+            )
+        return losses, stats if call.want_stats else None, grads
+    return compute(logits, call, need_grad, upstream)
+
+
+def compute(
+    logits: Sequence[Tensor],
+    call: Call,
+    need_grad: bool,
+    upstream: Tensor | None = None,
+) -> tuple[Tensor, Tensor | None, list[Tensor]]:
+    """`evaluate` of plain tensors."""
+    grads = [z.new_empty(z.shape) for z in logits if need_grad]
+    of_device = mutual_loss_cpu if logits[0].device.type == "cpu" else launch
     peer_weights, class_weight = (  # kernels know no strides of theirs
         None if w is None else w.contiguous() for w in (call.peer_weights, call.class_weight)
     )
-    losses, stats = compute(
-        peers_of(logits), call.labels, call.options,
-        temperature=call.temperature, ce_weight=call.ce_weight, kl_weight=call.kl_weight,
-        peer_weights=peer_weights, class_weight=class_weight,
-        grads=peers_of(grads) if grads else (), want_stats=call.want_stats, upstream=upstream,
-    )  # fmt: skip
+    with _without_autocast(logits[0].device.type):
+        losses, stats = of_device(
+            peers_of(logits), call.labels, call.options,
+            temperature=call.temperature, ce_weight=call.ce_weight, kl_weight=call.kl_weight,
+            peer_weights=peer_weights, class_weight=class_weight,
+            grads=peers_of(grads) if grads else (), want_stats=call.want_stats, upstream=upstream,
+        )  # fmt: skip
     return losses, stats if call.want_stats else None, grads
 
 
@@ -90,9 +140,11 @@ class _EagerLoss(torch.autograd.Function):
     @staticmethod
     def forward(ctx, call: Call, *logits: Tensor) -> tuple[Tensor, Tensor | None]:
         ctx.now = gradients_now(logits, call)
-        losses, stats, ctx.grads = evaluate(logits, call, ctx.now)
+        losses, stats, ctx.grads = compute(logits, call, ctx.now)
         ctx.call = call
-        ctx.save_for_backward(*logits)  # for a second backward; checked for changes only then
+        # For a backward that computes, as a second one does: only that looks at what is saved, and
+        # raises where something was changed in between.
+        ctx.save_for_backward(*logits, *call.tensors())
         if stats is not None:
             ctx.mark_non_differentiable(stats)
         ctx.set_materialize_grads(False)
@@ -105,17 +157,16 @@ class _EagerLoss(torch.autograd.Function):
         if upstream is None:
             return (None,) * len(ctx.needs_input_grad)
         refuse_transforms("mutual_loss", (upstream,))
-        call = ctx.call._replace(want_stats=False)
-        if ctx.now:
-            # The stored gradients are given away, as the next node may write into them; a second
-            # backward through a retained graph computes them again.
-            grads, ctx.grads = ctx.grads, None
-            if grads is None:
-                grads = evaluate(ctx.saved_tensors, call, True)[2]
-            scale_(peers_of(grads), upstream)
-        else:
-            grads = evaluate(ctx.saved_tensors, call, True, upstream)[2]
         wanted = ctx.needs_input_grad[1:]
+        # The stored gradients are given away, as the next node may write into them; a second
+        # backward through a retained graph computes them again.
+        grads, ctx.grads = ctx.grads, None
+        if not grads:
+            logits = ctx.saved_tensors[: len(wanted)]
+            call = ctx.call._replace(want_stats=False)
+            grads = compute(logits, call, True, None if ctx.now else upstream)[2]
+        if ctx.now:
+            scale_(peers_of(grads), upstream)
         return None, *(g if w else None for g, w in zip(grads, wanted, strict=True))
 
 
@@ -157,7 +208,7 @@ torch.library.define(
 
 
 def _evaluate_flat(logits, upstream, need_grad, *flat):
-    losses, stats, grads = evaluate(logits, unflatten(*flat), need_grad, upstream)
+    losses, stats, grads = compute(logits, unflatten(*flat), need_grad, upstream)
     if stats is None:  # an operator's results have fixed types
         K = logits[0].shape[0] if logits[0].dim() == 3 else len(logits)
         stats = losses.new_zeros(stats_size(K))
@@ -185,51 +236,52 @@ def loss_dtype(logits: Sequence[Tensor]) -> torch.dtype:
     return torch.float64 if any(z.dtype == torch.float64 for z in logits) else torch.float32
 
 
-class _CompiledLoss(torch.autograd.Function):
-    """As `_EagerLoss`, in the form that a tracer follows: the compiler fuses the scaling away."""
-
-    @staticmethod
-    def forward(ctx, call: Call, *logits: Tensor) -> tuple[Tensor, Tensor]:
-        ctx.now = gradients_now(logits, call)
-        losses, stats, grads = torch.ops.fastdml.mutual_loss(logits, None, ctx.now, *flatten(call))
-        ctx.call = call._replace(want_stats=False)
-        ctx.save_for_backward(*(grads if ctx.now else logits))
-        ctx.mark_non_differentiable(stats)
-        return losses, stats
-
-    @staticmethod
-    def backward(ctx, upstream: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
-        saved = ctx.saved_tensors
-        if not ctx.now:
-            flat = flatten(ctx.call)
-            return None, *torch.ops.fastdml.mutual_loss(saved, upstream, True, *flat)[2]
-        if saved[0].dim() == 3:
-            shape = (*upstream.shape, *(1,) * (3 - upstream.dim()))
-            return None, (saved[0] * upstream.view(shape)).to(saved[0].dtype)
-        scaled = []
-        for grad, g in zip(saved, upstream.unbind(), strict=True):
-            g = g if g.dim() == 0 else g[:, None]
-            scaled.append((grad * g).to(grad.dtype))
-        return None, *scaled
+def _setup_context(ctx, inputs, output) -> None:
+    logits, _, need_grad, *flat = inputs
+    _, stats, grads = output
+    ctx.mark_non_differentiable(stats)
+    ctx.inputs, ctx.K, ctx.now = len(inputs), len(logits), need_grad
+    if ctx.now:
+        ctx.save_for_backward(*grads)
+    else:
+        ctx.call = unflatten(*flat)._replace(want_stats=False)
+        ctx.save_for_backward(*logits, *ctx.call.tensors())
 
 
-def distinct(tensors: Sequence[Tensor | None]) -> list[Tensor | None]:
-    """dynamo takes no tensor twice: one that is two peers' goes in as a view as well."""
-    return [
-        t.view_as(t) if t is not None and any(t is other for other in tensors[:i]) else t
-        for i, t in enumerate(tensors)
-    ]
+def _backward(ctx, upstream: Tensor, *_) -> tuple:
+    if torch.is_grad_enabled():
+        raise RuntimeError(NO_SECOND_DERIVATIVE)
+    saved = ctx.saved_tensors
+    if ctx.now:
+        grads = scaled(saved, upstream)
+    else:
+        flat = flatten(ctx.call)
+        grads = torch.ops.fastdml.mutual_loss(saved[: ctx.K], upstream, True, *flat)[2]
+    return grads, *(None,) * (ctx.inputs - 1)
+
+
+torch.library.register_autograd("fastdml::mutual_loss", _backward, setup_context=_setup_context)
+
+
+def scaled(grads: Sequence[Tensor], upstream: Tensor) -> list[Tensor]:
+    """As `scale_`, in new tensors: what a compiler fuses away."""
+    if grads[0].dim() == 3:
+        factors = [upstream.view(*upstream.shape, *(1,) * (3 - upstream.dim()))]
+    else:
+        factors = [g if g.dim() == 0 else g[:, None] for g in upstream.unbind()]
+    return [(grad * g).to(grad.dtype) for grad, g in zip(grads, factors, strict=True)]
 
 
 def mutual_loss(logits: Sequence[Tensor], call: Call) -> tuple[Tensor, Tensor | None]:
     """Losses and packed statistics (None if not wanted), differentiable in the logits: K tensors
     (N, C) or one (K, N, C). Arguments are taken as checked."""
     needs_grad = torch.is_grad_enabled() and any(z.requires_grad for z in logits)
-    if torch.compiler.is_compiling():
-        if needs_grad:
-            return _CompiledLoss.apply(call, *distinct(logits))
-        return torch.ops.fastdml.mutual_loss(logits, None, False, *flatten(call))[:2]
-    refuse_transforms("mutual_loss", logits)
+    if not torch.compiler.is_compiling():
+        refuse_transforms("mutual_loss", logits)
+    if by_operator((*logits, *call.tensors())):
+        now = needs_grad and gradients_now(logits, call)
+        losses, stats, _ = torch.ops.fastdml.mutual_loss(logits, None, now, *flatten(call))
+        return losses, stats if call.want_stats else None
     if needs_grad:
         return _EagerLoss.apply(call, *logits)
-    return evaluate(logits, call, False)[:2]
+    return compute(logits, call, False)[:2]

@@ -45,8 +45,8 @@ def mutual_loss_reference(
     log_p = [torch.log_softmax(z_k, dim=1) for z_k in z]
     log_q = [torch.log_softmax(z_k / temperature, dim=1) for z_k in z]
 
-    weight = torch.ones(C, dtype=torch.float64) if class_weight is None else class_weight.double()
-    nll = [-log_p[k][torch.arange(N), y] for k in range(K)]
+    weight = z[0].new_ones(C) if class_weight is None else class_weight.double()
+    nll = [-log_p[k].gather(1, y[:, None])[:, 0] for k in range(K)]
     right = [(log_p[k].argmax(dim=1) == y) & labelled for k in range(K)]
     eps = options.label_smoothing
     ce_rows = (1 - eps) * weight[y] * torch.stack(nll)
@@ -54,7 +54,7 @@ def mutual_loss_reference(
         ce_rows = ce_rows - eps / C * (weight * torch.stack(log_p)).sum(dim=2)
     ce_rows = torch.where(labelled, ce_rows, 0.0)
 
-    edges = torch.full((K, K), 1.0 if options.gate == "best" else 1.0 / max(K - 1, 1)).double()
+    edges = z[0].new_full((K, K), 1.0 if options.gate == "best" else 1.0 / max(K - 1, 1))
     if peer_weights is not None:
         edges = peer_weights.double()
     first_best = torch.stack(nll).detach().argmin(dim=0)  # (N,)
@@ -78,7 +78,7 @@ def mutual_loss_reference(
     kl_rows = []
     for k in range(K):
         teachers = [teacher for teacher in range(K) if teacher != k]
-        total = torch.zeros(N, dtype=torch.float64)
+        total = z[0].new_zeros(N)
         if options.target == "peers":
             for teacher in teachers:
                 w = edge(k, teacher)

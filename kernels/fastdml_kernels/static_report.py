@@ -153,17 +153,18 @@ def report(
     captured step. upstream: the losses' own gradient comes in, as where logits are float16.
     """
     N, stride = 64, row_stride or C
-    make = lambda: torch.empty(N, stride, dtype=DTYPES[dtype])[:, :C]  # noqa: E731
+    like = {"dtype": torch.float32, "device": "cpu"}  # nothing runs
+    make = lambda: torch.empty(N, stride, **like | {"dtype": DTYPES[dtype]})[:, :C]  # noqa: E731
     logits = [make() for _ in range(K)]
     grads = [make() for _ in range(K)] if gradient else []
-    own = torch.ones(K) if upstream else None
-    weight = torch.ones(()) if tensor_weights else 1.0
+    own = torch.ones(K, **like) if upstream else None
+    weight = torch.ones((), **like) if tensor_weights else 1.0
     regime, tile = choose(
         K, C, options, gradient=gradient, stats=stats, upstream=own, regime=regime, tile=tile
     )
     kernel, named, warps = arguments(
-        logits, torch.zeros(N, dtype=torch.int64), options, grads=grads, want_stats=stats,
-        regime=regime, tile=tile, upstream=own,
+        logits, torch.zeros(N, dtype=torch.int64, device="cpu"), options, grads=grads,
+        want_stats=stats, regime=regime, tile=tile, upstream=own,
         temperature=weight, ce_weight=weight, kl_weight=weight,
     )  # fmt: skip
     built_with = compiler_options(warps, nvidia=not arch.startswith("gfx"))
@@ -204,10 +205,12 @@ def augment_report(name: str, dtype: str = "bf16", arch: str = "sm_90") -> Kerne
     Of the bytes that a resize reads again, most come from the L1 cache: see the kernel.
     """
     stored, what = AUGMENTED[name]
-    index, statistics = torch.zeros(4, dtype=torch.int64), torch.zeros(stored[2])
+    index = torch.zeros(4, dtype=torch.int64, device="cpu")
+    statistics = torch.zeros(stored[2], dtype=torch.float32, device="cpu")
+    images = torch.empty(4, *stored, dtype=torch.uint8, device="cpu")
     kernel, named, built_with = augment.arguments(
-        torch.empty(4, *stored, dtype=torch.uint8), index, index, statistics, statistics, what,
-        seed=0, epoch=index[:1], dtype=DTYPES[dtype],
+        images, index, index, statistics, statistics, what, seed=0, epoch=index[:1],
+        dtype=DTYPES[dtype],
     )  # fmt: skip
     compiled = compile_kernel(kernel, named, built_with, TARGETS[arch])
     warps, tile = built_with["num_warps"], named["ROWS"] * named["COLUMNS"]
