@@ -45,9 +45,10 @@ class Cohort(nn.Module):
     head: the re-identification head that peers given by name get; `embed` and metric losses need
     one. A module brings its own (`logits_and_features` and `embed`, as `ReidModel` has them).
     pretrained: peers begin with timm's weights; all must be models of timm.
+    image_size: (height, width) that timm's networks of one size are built for.
 
     Attributes: `peers`, the modules; `names`, unique names for display; `models`, the name each
-    peer was built from (None for a module); `num_classes`; `in_channels`; `head`.
+    peer was built from (None for a module); `num_classes`; `in_channels`; `head`; `image_size`.
     """
 
     peers: nn.ModuleList
@@ -56,6 +57,7 @@ class Cohort(nn.Module):
     num_classes: int
     in_channels: int
     head: ReidHead | None
+    image_size: tuple[int, int] | None
 
     def __init__(
         self,
@@ -66,6 +68,7 @@ class Cohort(nn.Module):
         seed: int = 0,
         head: ReidHead | None = None,
         pretrained: bool = False,
+        image_size: Sequence[int] | None = None,
     ) -> None:
         super().__init__()
         peers = _listed(peers)
@@ -76,14 +79,17 @@ class Cohort(nn.Module):
         if num_classes is not None:
             check_count("num_classes", num_classes)
         check_count("in_channels", in_channels)
+        if image_size is not None:
+            image_size = _height_and_width(image_size)
 
         self.models = [peer if isinstance(peer, str) else None for peer in peers]
         self.names = _unique([p if isinstance(p, str) else type(p).__name__ for p in peers])
         self.in_channels = in_channels
         self.head = head
+        self.image_size = image_size
         self.num_classes = int(self._common_class_count(peers, num_classes))
         self.peers = nn.ModuleList(
-            _build(p, self.num_classes, in_channels, seed, k, head, pretrained)
+            _build(p, self.num_classes, in_channels, seed, k, head, pretrained, image_size)
             if isinstance(p, str)
             else p
             for k, p in enumerate(peers)
@@ -146,6 +152,7 @@ class Cohort(nn.Module):
                 "num_classes": self.num_classes,
                 "in_channels": int(self.in_channels),
                 "head": self.head and dataclasses.asdict(self.head),
+                "image_size": self.image_size,
                 "peers": entries,
             }
             staged.write(folder / "cohort.json", json.dumps(description, indent=2).encode())
@@ -190,6 +197,7 @@ class Cohort(nn.Module):
                     k=k,
                     head=head,
                     pretrained=False,
+                    image_size=description["image_size"],
                 )
             data = _read(path)
             if hashlib.sha256(data).hexdigest() != entry["sha256"]:
@@ -204,8 +212,8 @@ class Cohort(nn.Module):
                 raise InputError(f"{path} does not fit peer {name}: {reason}") from None
             modules.append(source)
 
-        sizes = {"in_channels": description["in_channels"], "head": head}
-        cohort = cls(modules, description["num_classes"], **sizes)
+        same = {key: description[key] for key in ("in_channels", "head", "image_size")}
+        cohort = cls(modules, description["num_classes"], **same)
         cohort.names = [entry["name"] for entry in entries]
         cohort.models = [entry["model"] for entry in entries]
         return cohort.to(device)
@@ -302,6 +310,7 @@ def _build(
     k: int,
     head: ReidHead | None,
     pretrained: bool,
+    image_size: tuple[int, int] | None,
 ) -> nn.Module:
     """The model `name` with the weights that belong to (seed, k), on the CPU."""
     state = int(np.random.SeedSequence((seed, k)).generate_state(1)[0])
@@ -309,8 +318,22 @@ def _build(
     with torch.random.fork_rng(devices=[]), torch.device("cpu"):
         torch.default_generator.manual_seed(state)
         return create_model(
-            name, num_classes, in_channels=in_channels, head=head, pretrained=pretrained
+            name,
+            num_classes,
+            in_channels=in_channels,
+            head=head,
+            pretrained=pretrained,
+            image_size=image_size,
         )
+
+
+def _height_and_width(size: Sequence[int]) -> tuple[int, int]:
+    size = tuple(size)
+    if len(size) != 2:
+        raise InputError(f"image_size must be (height, width), not {size}")
+    for number in size:
+        check_count("image_size", number)
+    return size
 
 
 def _unique(names: Sequence[str]) -> list[str]:
@@ -366,6 +389,8 @@ def _read_description(path: Path) -> dict:
         sizes = (description["num_classes"], description["in_channels"])
         head = description.get("head")  # not in the files of earlier versions
         description["head"] = None if head is None else ReidHead(**head)
+        size = description.get("image_size")  # nor this
+        description["image_size"] = None if size is None else _height_and_width(size)
     except (ValueError, KeyError, TypeError) as error:
         if isinstance(error, InputError):
             raise

@@ -107,6 +107,16 @@ def test_unknown_model_names_the_nearest(refused):
     refused(["train", "digits", "--peers", "resnet21"], "resnet21", "resnet20", "resnet26")
 
 
+def test_peers_of_timm_that_do_not_fit(refused):
+    pytest.importorskip("timm")
+    for name, pattern in (
+        ("timm:vit_tiny_patch16_224", "cannot take images of 8x8 .*made for 224x224"),
+        ("timm:inception_v3", "cannot take images of 8x8 .*made for 299x299"),
+        ("timm:resnet18.nope", "no weights 'nope' of resnet18: there are a1_in1k"),
+    ):
+        refused(["train", "digits", "--peers", "resnet8", name], pattern)
+
+
 def test_peers_with_different_class_counts(refused, tmp_path, monkeypatch):
     (tmp_path / "own_models.py").write_text(
         "from torch import nn\n"

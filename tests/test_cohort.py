@@ -518,3 +518,32 @@ def test_export_without_onnx_or_with_another_format(trained, tmp_path, monkeypat
         with pytest.raises(InputError, match=r"example must be images \(N, 1, H, W\), not "):
             trained.export(tmp_path, example, format="torch")
     assert not any(tmp_path.iterdir())
+
+
+def test_the_image_size_is_kept(tmp_path):
+    """timm's networks of one size are built for it, also when they are loaded."""
+    pytest.importorskip("timm")
+    name = "timm:vit_tiny_patch16_224"
+    cohort = Cohort([name, name], 4, seed=1, image_size=[32, 48])
+    cohort.save(tmp_path)
+    loaded = Cohort.load(tmp_path)
+    assert loaded.image_size == cohort.image_size == (32, 48)
+    x = torch.randn(2, 3, 32, 48)
+    for a, b in zip(cohort.eval()(x), loaded.eval()(x), strict=True):
+        assert torch.equal(a, b)
+    for size in ((32,), (32, 0), (32, 32.0)):
+        with pytest.raises(InputError, match="image_size must be"):
+            Cohort([name], 4, image_size=size)
+    description = json.loads((tmp_path / "cohort.json").read_text())
+    for size in ([32], 32, ["a", "b"]):
+        (tmp_path / "cohort.json").write_text(json.dumps({**description, "image_size": size}))
+        with pytest.raises(InputError):
+            Cohort.load(tmp_path)
+
+
+def test_files_without_an_image_size_are_read(tmp_path):
+    Cohort(["resnet8"], 4).save(tmp_path)
+    description = json.loads((tmp_path / "cohort.json").read_text())
+    del description["image_size"]
+    (tmp_path / "cohort.json").write_text(json.dumps(description))
+    assert Cohort.load(tmp_path).image_size is None

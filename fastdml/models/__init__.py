@@ -31,7 +31,7 @@ from fastdml.models.googlenet import GoogLeNet
 from fastdml.models.mobilenet import MobileNet
 from fastdml.models.reid import ReidHead, ReidModel
 from fastdml.models.resnet_cifar import ResNetCifar
-from fastdml.models.timm_models import create_timm_model, keep_last_stage
+from fastdml.models.timm_models import check_size, create_timm_model, keep_last_stage
 from fastdml.models.wide_resnet import WideResNet
 
 __all__ = ["ReidHead", "ReidModel", "create_model", "model_names"]
@@ -60,11 +60,14 @@ def create_model(
     in_channels: int = 3,
     head: ReidHead | None = None,
     pretrained: bool = False,
+    image_size: tuple[int, int] | None = None,
 ) -> nn.Module:
     """The model called `name`, with fresh weights from torch's global generator.
 
     head: what to put on the model's feature map, for re-identification.
     pretrained: begin with timm's weights; for its models alone. The classifier is fresh.
+    image_size: (height, width) of the images, which timm's networks of one size are built for; one
+        that cannot take them is refused. Ours take any.
     """
     if not isinstance(name, str):
         raise InputError(f"a model's name is text, such as 'resnet32', not {name!r}")
@@ -86,7 +89,7 @@ def create_model(
             num_classes if head is None else 0,
             in_channels,
             pretrained=pretrained,
-            nearest=_nearest,
+            image_size=image_size,
         )
         if head is not None and head.last_stride == 1:
             keep_last_stage(model)
@@ -94,9 +97,11 @@ def create_model(
         model = _from_import(name, num_classes, in_channels)
     else:
         model = _own(name, num_classes, in_channels, head)
-    if head is None:
-        return model
-    return ReidModel(model, num_classes, head, name=name, in_channels=in_channels)
+    if head is not None:
+        model = ReidModel(model, num_classes, head, name=name, in_channels=in_channels)
+    if timm_name is not None and image_size is not None:
+        check_size(model, timm_name, in_channels, image_size)
+    return model
 
 
 def check_count(label: str, value: object) -> None:
@@ -129,7 +134,7 @@ def _own(name: str, num_classes: int, in_channels: int, head: ReidHead | None) -
         near = " or ".join(f"wrn_{d}_{width}" for d in _neighbours(depth, _is_wide_depth))
         raise InputError(f"no model {name!r}: a Wide ResNet has 6n + 4 layers; nearest: {near}")
     raise InputError(
-        f"no model {name!r}; nearest: {_nearest(name, model_names())} "
+        f"no model {name!r}; {_nearest(name, model_names())} "
         "(or package.module:function for your own, timm:NAME for one of timm)"
     )
 
@@ -149,11 +154,13 @@ def _neighbours(depth: int, valid: Callable[[int], bool]) -> list[int]:
 
 
 def _nearest(name: str, names: Iterable[str]) -> str:
-    """The names closest to `name`, ready for a message; all of them where nothing is close."""
+    """The names closest to `name`, for a message; where nothing is close, all, if they are few."""
     names = list(names)
     wanted = name.lower().replace("-", "_")
     close = difflib.get_close_matches(wanted, names, n=3, cutoff=0.5)
-    return ", ".join(close or names[:12]) or "none"
+    if not close and len(names) > 12:
+        return f"none of its {len(names)} names is like it"
+    return f"{'nearest' if close else 'there is'}: {', '.join(close or names) or 'nothing'}"
 
 
 def _from_import(name: str, num_classes: int, in_channels: int) -> nn.Module:
@@ -173,7 +180,7 @@ def _from_import(name: str, num_classes: int, in_channels: int) -> nn.Module:
         public = [n for n, v in vars(module).items() if callable(v) and not n.startswith("_")]
         raise InputError(
             f"model {name!r}: {module_name} has no function {function_name!r}; "
-            f"nearest: {_nearest(function_name, public)}"
+            f"{_nearest(function_name, public)}"
         )
     function = getattr(module, function_name)
     if isinstance(function, nn.Module) or not callable(function):

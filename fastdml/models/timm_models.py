@@ -6,9 +6,12 @@ downloaded into it. Whether the hub answers is asked once, before timm would ret
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+import difflib
+from collections.abc import Sequence
 from types import ModuleType
+from typing import Any
 
+import torch
 from torch import nn
 
 from fastdml.errors import InputError, require
@@ -23,19 +26,22 @@ def create_timm_model(
     in_channels: int,
     *,
     pretrained: bool,
-    nearest: Callable[[str, Iterable[str]], str],
+    image_size: tuple[int, int] | None,
 ) -> nn.Module:
-    """num_classes: 0 for a backbone alone, which then takes images of any size if it can."""
+    """num_classes: 0 for a backbone alone, which then takes images of any size if it can.
+    image_size: (height, width) that a network of one size is built for, where it can be."""
     timm = require("timm", "reid")
-    if not timm.is_model(name):
-        near = nearest(name, timm.list_models())
-        raise InputError(f"timm has no model {name!r}; nearest: {near}")
+    config = _config(timm, name)
     options = {"num_classes": num_classes, "in_chans": in_channels}
     if pretrained:
         options |= {"pretrained": True, "pretrained_cfg_overlay": _weights(timm, name)}
-    config = timm.get_pretrained_cfg(name)
-    one_size = num_classes == 0 and config is not None and config.fixed_input_size
-    for size_options in ANY_SIZE if one_size else ({},):
+    sizes: tuple[dict, ...] = ({},)
+    if config is not None and config.fixed_input_size:
+        if num_classes == 0:
+            sizes = ANY_SIZE
+        elif image_size is not None and image_size != config.input_size[1:]:
+            sizes = ({"img_size": image_size}, {})
+    for size_options in sizes:
         try:
             return timm.create_model(name, **options, **size_options)
         except TypeError:  # an option that this network does not have
@@ -45,6 +51,46 @@ def create_timm_model(
             reason = str(error).strip().partition("\n")[0][:200]
             raise InputError(f"timm cannot load the weights of {name!r}: {reason}") from None
     raise AssertionError("unreachable: the last options are none")
+
+
+def check_size(model: nn.Module, name: str, in_channels: int, image_size: tuple[int, int]) -> None:
+    """Refuses a network of timm's that cannot take images of this size, by having it try one."""
+    was = model.training
+    try:
+        with torch.no_grad():
+            model.eval()(torch.zeros(1, in_channels, *image_size))
+    except Exception as error:  # networks say it in many ways
+        config = _config(require("timm", "reid"), name)
+        made_for = "{}x{}".format(*config.input_size[1:]) if config else "others"
+        given, reason = "{}x{}".format(*image_size), " ".join(str(error).split())[:200]
+        raise InputError(
+            f"timm:{name} cannot take images of {given} ({reason}): it is made for {made_for}; "
+            "choose a network that takes them, such as a ResNet"
+        ) from None
+    finally:
+        model.train(was)
+
+
+def _config(timm: ModuleType, name: str) -> Any:
+    """timm's description of a network, None where it has none; unknown names are refused."""
+    if not timm.is_model(name):
+        raise InputError(f"timm has no model {name!r}; {_near(name, timm.list_models())}")
+    try:
+        return timm.get_pretrained_cfg(name)
+    except RuntimeError:
+        architecture, _, tag = name.partition(".")
+        tags = [m.partition(".")[2] for m in timm.list_models(architecture, include_tags=True)]
+        raise InputError(
+            f"timm has no weights {tag!r} of {architecture}: there are {', '.join(tags)}"
+        ) from None
+
+
+def _near(name: str, names: Sequence[str]) -> str:
+    """A few names that begin like `name`, or differ from it by a slip of the hand."""
+    wanted = name.lower().replace("-", "_")
+    longer = sorted((n for n in names if n.startswith(wanted)), key=len) if wanted else []
+    near = dict.fromkeys([*longer[:3], *difflib.get_close_matches(wanted, names, 3, cutoff=0.75)])
+    return f"nearest: {', '.join(list(near)[:3])}" if near else "timm.list_models() lists them"
 
 
 def keep_last_stage(model: nn.Module) -> None:

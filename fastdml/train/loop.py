@@ -65,6 +65,7 @@ def run(config: TrainConfig) -> TrainResult | None:
         train_set.num_classes,
         in_channels=train_set.images.shape[1],
         seed=config.seed,
+        image_size=train_set.images.shape[2:],
     ).to(device)
     train = make_loader(
         config.loader,

@@ -115,6 +115,7 @@ def prepare(
         seed=config.seed,
         head=ReidHead(config.pooling, config.neck, config.last_stride),
         pretrained=config.pretrained,
+        image_size=config.size,
     ).to(device)
     train = make_loader(
         kind,

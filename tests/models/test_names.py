@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from torch import nn
 
 from fastdml.errors import InputError, MissingExtra
-from fastdml.models import create_model, model_names
+from fastdml.models import ReidHead, create_model, model_names
 
 needs_timm = pytest.mark.skipif(
     importlib.util.find_spec("timm") is None, reason="timm is not installed"
@@ -178,3 +178,77 @@ def test_timm_models():
         create_model("timm:resnet10x", 7)
     with pytest.raises(InputError, match="timm has no model"):  # would fetch over the network
         create_model("timm:hf-hub:someone/something", 7)
+
+
+@needs_timm
+@pytest.mark.parametrize(
+    ("name", "advice"),
+    [
+        ("resnet10x", "nearest: resnet10t, "),
+        ("ViT-Tiny", "nearest: vit_tiny_patch16_224, "),
+        ("efficientnet", "nearest: efficientnet_"),
+        ("zzzz", "timm.list_models() lists them"),
+        ("", "timm.list_models() lists them"),
+        ("inception_v9_extra_large_of_mine", "timm.list_models() lists them"),
+    ],
+)
+def test_names_of_timm_that_are_really_near(name, advice):
+    with pytest.raises(InputError) as caught:
+        create_model(f"timm:{name}", 7)
+    message = str(caught.value)
+    assert message.startswith(f"timm has no model {name!r}; {advice}")
+    assert message.count(",") <= 2
+
+
+@needs_timm
+@pytest.mark.parametrize("name", ["resnet18.nope", "resnet18.", "vit_tiny_patch16_224.a.b"])
+@pytest.mark.parametrize("head", [None, ReidHead()])
+def test_unknown_tags_of_timm(name, head):
+    architecture, _, tag = name.partition(".")
+    with pytest.raises(InputError) as caught:
+        create_model(f"timm:{name}", 7, head=head)
+    message = str(caught.value)
+    assert message.startswith(f"timm has no weights {tag!r} of {architecture}: there are a")
+    assert "\n" not in message
+    first = message.split("there are ")[1].split(",")[0]
+    assert create_model(f"timm:{architecture}.{first}", 7) is not None
+
+
+@needs_timm
+@pytest.mark.parametrize(
+    "name",
+    ["vit_tiny_patch16_224", "swin_tiny_patch4_window7_224", "mixer_s16_224", "levit_128s"],
+)
+def test_networks_of_timm_for_one_size_are_built_for_that_of_the_images(name):
+    images = torch.zeros(2, 3, 32, 32)
+    model = create_model(f"timm:{name}", 7, image_size=(32, 32))
+    assert model.training
+    assert model(images).shape == (2, 7)
+    with pytest.raises((AssertionError, RuntimeError)):
+        create_model(f"timm:{name}", 7)(images)
+
+
+@needs_timm
+@pytest.mark.parametrize(
+    ("name", "head", "size", "own"),
+    [
+        ("efficientformer_l1", None, (32, 32), "224x224"),
+        ("inception_v3", None, (32, 48), "299x299"),
+        ("vit_tiny_patch16_224", None, (8, 8), "224x224"),
+        ("maxvit_nano_rw_256", ReidHead(), (256, 128), "256x256"),
+    ],
+)
+def test_networks_of_timm_that_cannot_take_the_images(name, head, size, own):
+    with pytest.raises(InputError) as caught:
+        create_model(f"timm:{name}", 7, head=head, image_size=size)
+    message = str(caught.value)
+    assert message.startswith(f"timm:{name} cannot take images of {size[0]}x{size[1]} (")
+    assert f"made for {own}; choose" in message
+    assert "\n" not in message
+
+
+def test_few_names_are_all_listed_and_many_are_not(own):
+    with pytest.raises(InputError, match=r"no function 'zzzz'; there is: "):
+        create_model(f"{own}:zzzz", 7)
+    with pytest.raises(InputError, match=r"'zzzzzz'; none of its \d+ names is like it$"):
+        create_model("torch.nn:zzzzzz", 7)
