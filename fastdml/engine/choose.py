@@ -122,8 +122,9 @@ class AutoStep:
 
     def _seconds(self, step: Step, batch: tuple[Tensor, ...]) -> float:
         """Of one step, from calls that nothing waits between. Leaves no trace."""
-        snapshot = Snapshot(step.tensors, self.device)
-        loss = getattr(step, "inner", step).loss
+        inner = getattr(step, "inner", step)
+        snapshot = Snapshot(step.tensors, self.device, inner.cohort)
+        loss = inner.loss
         numbers = {name: getattr(loss, name) for name in SCALARS}  # a graph makes tensors of them
         try:
             with warnings.catch_warnings():

@@ -7,9 +7,12 @@ then copies its batch, or the index that the batch is assembled from, into the b
 Peers run as parallel branches, since the step that is captured forks a stream for each.
 
 Nothing in a graph is a Python number: learning rate and loss scale are tensors already, and the
-loss's temperature and weights become tensors here, into which a value assigned later is copied. A
-learning rate that is another tensor than before (after the optimizer has loaded its state) has the
-step captured anew. A metric loss keeps the weights that it was made with.
+loss's temperature and weights become tensors here, into which a value assigned later is copied, as
+a number assigned to a group's learning rate is. Whatever else the step is made of (groups and their
+settings, weights, their memory, what of them is frozen, layers in evaluation mode) is compared
+before each replay, and a step made of other things is captured anew: 95 microseconds of the host
+for two ResNet-32 (one thread of a shared AMD EPYC), which it has while the device is at work. Where
+every step is another one, there is no graph. A metric loss keeps the weights that it was made with.
 
 A batch of another shape runs without the graph. A step that cannot be captured (a model that looks
 at a value, a kernel that a capture refuses) runs without one for good, and a warning says why. What
@@ -32,11 +35,14 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from fastdml.engine.snapshot import Snapshot
-from fastdml.engine.step import EagerStep, StepOutput
+from fastdml.engine.step import EagerStep, StepOutput, check_gradients_wanted
+from fastdml.engine.update import Group, alike
+from fastdml.engine.weights import same
 from fastdml.errors import InputError
 from fastdml.loss import MutualStats
 
 WARM_UP = 3  # steps, the last under supervision
+HASTY, REPLAYS = 3, 10  # captures in a row that served for fewer replays: then a graph is no help
 SCALARS = ("temperature", "ce_weight", "kl_weight")
 SUPERVISED = "Synchronization debug mode is a prototype"  # torch, whenever it is switched on
 
@@ -111,8 +117,8 @@ class GraphStep:
 
     def __init__(self, inner: EagerStep, capture: type = CudaCapture) -> None:
         device = inner.amp.device
-        check_capturable(inner)
         make_capturable(inner.optimizer, device)
+        check_capturable(inner)
         self.inner, self.device, self.new_capture = inner, device, capture
         self.update, self.tensors = inner.update, inner.tensors
         self.name = "stacked" if inner.name == "stacked" else "graph"
@@ -124,7 +130,8 @@ class GraphStep:
             value = getattr(inner.loss, name)
             own = value if isinstance(value, Tensor) else torch.tensor(float(value), device=device)
             self.scalars[name] = own
-        self.rates: list[object] = []  # the learning rates in the graph, a group each
+        self.contents: Contents | None = None  # what the graph was made of
+        self.replays = self.hasty = 0
         # Loading replaces the state tensors that the graph writes to.
         inner.optimizer.register_load_state_dict_post_hook(_forget(weakref.ref(self)))
 
@@ -133,9 +140,9 @@ class GraphStep:
         self.captured = None
 
     def __call__(self, *batch: Tensor) -> StepOutput:
-        groups = self.inner.optimizer.param_groups
-        if any(g["lr"] is not lr for g, lr in zip(groups, self.rates, strict=False)):
-            self.forget()
+        check_gradients_wanted()
+        if self.captured is not None:
+            self._check_contents()
         if self.failure is None and self.captured is None:
             self._capture(batch)
         if self.failure is not None or not self._fits(batch):
@@ -144,19 +151,41 @@ class GraphStep:
         for static, given in zip(self.inputs, batch, strict=True):
             static.copy_(given, non_blocking=True)
         self.captured.replay()
+        self.replays += 1
         return self._unpack(self.packed.clone())  # the next replay overwrites the graph's own
+
+    def _check_contents(self) -> None:
+        """Drops a graph of something else than there is now; for good if that is always so."""
+        self.contents.take_numbers()
+        changed = self.contents.changed()
+        if changed is None:
+            return
+        self.hasty = self.hasty + 1 if self.replays < REPLAYS else 0
+        self.forget()
+        if self.hasty == HASTY:
+            self._fail(f"{changed} changed {HASTY} times within {HASTY * REPLAYS} steps")
+
+    def _fail(self, reason: str) -> None:
+        self.failure = reason
+        warnings.warn(
+            f"the step cannot be captured as a CUDA graph and runs as {self.inner.name!r}, "
+            f"which is slower: {reason}",
+            stacklevel=4,
+        )
 
     def _fits(self, batch: tuple[Tensor, ...]) -> bool:
         return [(t.shape, t.dtype) for t in batch] == [(t.shape, t.dtype) for t in self.inputs]
 
     def _capture(self, batch: tuple[Tensor, ...]) -> None:
+        make_capturable(self.inner.optimizer, self.device)
         check_capturable(self.inner)
-        self.rates = [group["lr"] for group in self.inner.optimizer.param_groups]
+        self.update.refresh()
+        self.update.layouts(self.inner.optimizer)
+        self.replays = 0
         self.inputs = [torch.empty_like(t, device=self.device).copy_(t) for t in batch]
         self._set_scalars()
-        make_capturable(self.inner.optimizer, self.device)
         capture = self.new_capture(self.device)
-        snapshot = Snapshot(self.inner.tensors, self.device)
+        snapshot = Snapshot(self.inner.tensors, self.device, self.inner.cohort)
         try:
             with warnings.catch_warnings(), capture.warm_up():
                 for usual in ("This instance was constructed with capturable", SUPERVISED):
@@ -165,22 +194,20 @@ class GraphStep:
                     self._run()
                 with capture.supervised():
                     self._run()
+            if snapshot.buffers.replaced():
+                raise RuntimeError("a peer puts new tensors in the places of its buffers")
             self.packed = capture.capture(self._run)
             self.captured = capture
         except RuntimeError as error:
             first = error
             while first.__context__ is not None:
                 first = first.__context__  # ending a capture that broke off fails as well
-            self.failure = f"{type(first).__name__}: {' '.join(str(first).split())[:300]}"
-            warnings.warn(
-                f"the step cannot be captured as a CUDA graph and runs as {self.inner.name!r}, "
-                f"which is slower: {self.failure}",
-                stacklevel=3,
-            )
+            self._fail(f"{type(first).__name__}: {' '.join(str(first).split())[:300]}")
         finally:
             for w in self.inner.cohort.parameters():
                 w.grad = None
             snapshot.restore()
+        self.contents = Contents(self.inner)
 
     def _run(self) -> Tensor:
         losses, stats, metric = self.inner(*self.inputs)
@@ -204,6 +231,66 @@ class GraphStep:
                 setattr(loss, name, own)
 
 
+class Contents:
+    """What a captured step consists of, as far as Python can change it."""
+
+    def __init__(self, inner: EagerStep) -> None:
+        self.loss, self.optimizer, self.update = inner.loss, inner.optimizer, inner.update
+        self.holdings = self.update.holdings
+        self.modules = self.holdings.parts.modules
+        self.tensors = [t for t in self.holdings.parts.values if isinstance(t, Tensor)]
+        groups = self.optimizer.param_groups
+        self.rates = [group["lr"] for group in groups]
+        self.settings = [_settings(group) for group in groups]
+        self.state = (self.optimizer.state, len(self.optimizer.state))
+        self.own_loss = self._loss()
+        self.frozen, self.training, self.memory = self._frozen(), self._training(), self._memory()
+
+    def take_numbers(self) -> None:
+        """A number that someone assigned goes into the tensor that is in the graph."""
+        for group, own in zip(self.optimizer.param_groups, self.rates, strict=False):
+            shared = sum(own is other for other in self.rates) > 1
+            if isinstance(group["lr"], (int, float)) and not shared:
+                own.fill_(group["lr"])
+                group["lr"] = own
+
+    def changed(self) -> str | None:
+        """What is not as it was."""
+        groups = self.optimizer.param_groups
+        if self.update.holdings is not self.holdings or not self.holdings.current():
+            return "the optimizer's groups or the peers' layers"
+        if not same([group["lr"] for group in groups], self.rates):
+            return "the tensor that holds a learning rate"
+        if not all(map(alike, map(_settings, groups), self.settings)):
+            return "a setting of the optimizer"
+        if self.optimizer.state is not self.state[0] or len(self.state[0]) != self.state[1]:
+            return "the optimizer's state"
+        if not same(self._loss(), self.own_loss):
+            return "a setting of the loss"
+        if self._frozen() != self.frozen:
+            return "what is frozen"
+        if self._training() != self.training:
+            return "what is in evaluation mode"
+        return None if self._memory() == self.memory else "the memory of weights or buffers"
+
+    def _loss(self) -> list[object]:
+        names = ("options", "peer_weights", "class_weight")
+        return [getattr(self.loss, name, None) for name in names]
+
+    def _frozen(self) -> list[bool]:
+        return [t.requires_grad for t in self.tensors]
+
+    def _training(self) -> list[bool]:
+        return [m.training for m in self.modules]
+
+    def _memory(self) -> list[int]:
+        return [t.data_ptr() for t in self.tensors]
+
+
+def _settings(group: Group) -> Group:
+    return {name: v for name, v in group.items() if name not in ("params", "lr", "initial_lr")}
+
+
 def _forget(step: weakref.ref[GraphStep]) -> Callable[[object], None]:
     """A hook that does not keep the graph's memory alive."""
 
@@ -215,8 +302,11 @@ def _forget(step: weakref.ref[GraphStep]) -> Callable[[object], None]:
 
 
 def make_capturable(optimizer: Optimizer, device: torch.device) -> None:
-    """torch's optimizers then count their steps on the device, also those already made."""
+    """torch's optimizers then count their steps on the device, also those already made, and fused
+    ones take their learning rate from there."""
     for group in optimizer.param_groups:
+        if group.get("fused") and isinstance(group["lr"], (int, float)):
+            group["lr"] = torch.tensor(group["lr"], dtype=torch.float32, device=device)
         if "capturable" in group:
             group["capturable"] = True
             for state in (optimizer.state[w] for w in group["params"] if w in optimizer.state):

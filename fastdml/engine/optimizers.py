@@ -94,11 +94,14 @@ def _separate_rates(optimizer: Optimizer) -> None:
             group["lr"] = group["lr"].clone()
 
 
-def follow_layouts(optimizer: Optimizer) -> None:
+def follow_layouts(optimizer: Optimizer) -> LayoutHook:
     """From now on the state of fused optimizers has the memory layout of its weights."""
-    hooks = optimizer._optimizer_step_pre_hooks.values()
-    if not any(isinstance(hook, LayoutHook) for hook in hooks):
-        optimizer.register_step_pre_hook(LayoutHook())
+    for hook in optimizer._optimizer_step_pre_hooks.values():
+        if isinstance(hook, LayoutHook):
+            return hook
+    hook = LayoutHook()
+    optimizer.register_step_pre_hook(hook)
+    return hook
 
 
 class LayoutHook:

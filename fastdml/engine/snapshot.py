@@ -10,8 +10,10 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.optim import Optimizer
+
+from fastdml.engine.weights import Buffers
 
 
 class Snapshot:
@@ -21,12 +23,17 @@ class Snapshot:
     moments: it stays, since a graph may hold it, and becomes zero, which is how all optimizers in
     use start theirs. `device`: the random generators of the host and of this device are kept too;
     with None they are not, as inside a capture, where asking for their state is an error.
+    `module`: buffers below it that a step replaces by new tensors come back as the old ones.
     """
 
     def __init__(
-        self, tensors: Callable[[], Iterable[Tensor]], device: torch.device | None
+        self,
+        tensors: Callable[[], Iterable[Tensor]],
+        device: torch.device | None,
+        module: nn.Module | None = None,
     ) -> None:
         self.tensors, self.device = tensors, device
+        self.buffers = None if module is None else Buffers(module)
         self.values = {id(t): (t, t.detach().clone()) for t in tensors()}
         if device is not None:
             self.rng = torch.get_rng_state()
@@ -34,6 +41,8 @@ class Snapshot:
 
     @torch.no_grad()
     def restore(self) -> None:
+        if self.buffers is not None:
+            self.buffers.put_back()
         for t in self.tensors():
             t.copy_(self.values[id(t)][1]) if id(t) in self.values else t.zero_()
         if self.device is not None:

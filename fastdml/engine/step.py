@@ -114,6 +114,7 @@ class EagerStep:
         return [t for part in parts if part is not None for t in part.tensors()]
 
     def __call__(self, *batch: Tensor) -> StepOutput:
+        check_gradients_wanted()
         self.update.refresh()
         images, labels = self.options.assemble(*batch) if self.options.assemble else batch
         output = self.train(images, labels)
@@ -203,6 +204,16 @@ class SequentialStep(EagerStep):
                 with torch.no_grad(), running_statistics_kept(self.peers[k]):
                     predictions[k] = self.forward(k, images)
         return _own_rounds(rounds)
+
+
+def check_gradients_wanted() -> None:
+    """A training step that autograd does not follow trains nothing, or leaves half of it out."""
+    if not torch.is_grad_enabled() or torch.is_inference_mode_enabled():
+        mode = "inference_mode" if torch.is_inference_mode_enabled() else "no_grad"
+        raise InputError(
+            f"a training step under torch.{mode}() computes no gradients: call the step outside of "
+            "it, and cohort(images) for predictions"
+        )
 
 
 def _detached(out: Outputs) -> Outputs:

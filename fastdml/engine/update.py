@@ -111,7 +111,8 @@ class Update:
         ema: Ema | None = None,
     ) -> None:
         check_optimizer(optimizer)
-        follow_layouts(optimizer)
+        self.layouts = follow_layouts(optimizer)
+        self.layouts(optimizer)
         self.cohort, self.optimizer, self.ema = cohort, optimizer, ema
         self.scaler, self.grad_clip = amp.scaler, grad_clip
         self.torchs_own = type(optimizer) in (SGD, Adam, AdamW)
@@ -229,12 +230,13 @@ class Update:
 def _merged(groups: list[Group]) -> list[Group]:
     """One group of all weights, where the groups differ in nothing else."""
     first, *others = groups
-    if any(not _alike(first, other) for other in others) or first.get("dampening"):
+    if any(not alike(first, other) for other in others) or first.get("dampening"):
         return groups
     return [{**first, "params": [w for group in groups for w in group["params"]]}]
 
 
-def _alike(first: Group, other: Group) -> bool:
+def alike(first: Group, other: Group) -> bool:
+    """Whether the groups differ in their weights at most."""
     return first.keys() == other.keys() and all(
         name == "params" or value is other[name] or _equal(value, other[name])
         for name, value in first.items()

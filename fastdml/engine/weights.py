@@ -42,6 +42,20 @@ class Parts:
         return sum(map(len, self.tables)) == len(self.values) and all(map(is_, now, self.values))
 
 
+class Buffers:
+    """The buffers below a module as objects: a step may put new tensors in their places."""
+
+    def __init__(self, root: nn.Module) -> None:
+        self.tables = [(m._buffers, dict(m._buffers)) for m in root.modules() if m._buffers]
+
+    def replaced(self) -> bool:
+        return any(not same([*now.values()], [*was.values()]) for now, was in self.tables)
+
+    def put_back(self) -> None:
+        for now, was in self.tables:
+            now.update(was)
+
+
 def is_sharded(t: Tensor) -> bool:
     """Whether it is a DTensor; where nobody has imported that (0.7 s), there is none."""
     module = sys.modules.get("torch.distributed.tensor")

@@ -26,7 +26,7 @@ class SlowStep:
 
     def __init__(self, name, step, seconds, failure=None):
         self.name, self.step, self.seconds, self.failure = name, step, seconds, failure
-        self.tensors, self.loss = step.tensors, step.loss
+        self.tensors, self.loss, self.cohort = step.tensors, step.loss, step.cohort
 
     def __call__(self, *batch):
         self.loss.kl_weight = torch.tensor(1.0)

@@ -247,15 +247,13 @@ class TestGraphLogic:
             step = make(cohort, MutualLoss(), optimizer, amp.resolve("off", CPU), StepOptions())
             captures = []
             for i, batch in enumerate(batches(4)):
-                optimizer.param_groups[1]["lr"] = torch.tensor(0.1 * (1 + i // 2))
+                if i % 2 == 0:
+                    optimizer.param_groups[1]["lr"] = torch.tensor(0.1 * (1 + i // 2))
                 step(*batch)
                 captures.append(getattr(step, "captured", None))
             states.append(cohort.state_dict())
         assert_same(*states)
-        assert captures[1] is not captures[2]
-        optimizer.param_groups[1]["lr"] = 0.5
-        with pytest.raises(InputError, match="SGD holds its learning rate on the host"):
-            step(*batch)
+        assert captures[0] is captures[1] is not captures[2]
 
     def test_a_step_that_cannot_be_captured_runs_without_a_graph_and_says_why(self):
         class Refusing(DirectCapture):
