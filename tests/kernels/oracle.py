@@ -230,7 +230,8 @@ def pairwise(p: Problem, dtype: torch.dtype, upstream: Tensor | None = None) -> 
     exact = [x.detach().double() for x in p.logits]  # the gates' choices are discrete
     edges = p.weights.get("peer_weights")
     if edges is None:
-        edges = torch.full((K, K), 1.0 if o.gate == "best" else 1.0 / max(K - 1, 1))
+        edge = 1.0 if o.gate == "best" else 1.0 / max(K - 1, 1)
+        edges = torch.full((K, K), edge, dtype=torch.float64)
     edges = edges.to(dtype)[:, :, None].expand(K, K, N)
     if o.gate == "correct":
         right = torch.stack([x.argmax(1) == y for x in exact]) & labelled
