@@ -17,7 +17,7 @@ import json
 import os
 import re
 import sys
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
@@ -47,7 +47,7 @@ def train(args: list[str]) -> None:
 
     from fastdml.train import report, run
 
-    result = run(config)
+    result = run(config, hint="--download")
     if result is not None:  # None after a dry run, which has said its part
         summary = json.loads((result.folder / report.SUMMARY).read_text())
         print(f"\n{report.summary_table(summary)}\n{result.device}; run folder: {result.folder}")
@@ -64,6 +64,11 @@ def evaluate(args: list[str]) -> None:
     )
     parser.add_argument(
         "--device", default="auto", help="auto, cpu, cuda or cuda:N (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--download",
+        action="store_true",
+        help="fetch CIFAR-10 or CIFAR-100 into the folder of --data where it is missing",
     )
     parser.add_argument("--json", action="store_true", help="print the scores as one JSON object")
     of_retrieval = parser.add_argument_group("re-identification runs only")
@@ -96,24 +101,26 @@ def evaluate(args: list[str]) -> None:
     if options.ranked_lists < 0:
         raise InputError(f"--ranked-lists {options.ranked_lists}: give 0 or more")
     device = loop.choose_device(config)
+    data = _evaluated_set(options, config)
     cohort = _run_cohort(options, device)
+    _check_trained_on(cohort, data, options.run)
     root = options.data or config.root
-    with _no_download(root, "cifar100" if retrieval else config.data):
-        if retrieval:
-            config = config.replace(root=root, download=False)
-            scores, pictures = reid.evaluate(
-                cohort,
-                config,
-                device,
-                rerank=not options.no_rerank,
-                distractors=options.distractors,
-                ranked_lists=options.ranked_lists,
-                folder=options.run / "ranked_lists",
-                say=lambda line: print(line, file=sys.stderr),
-            )
-        else:
-            _, test = load(config.data, root)
-            scores, pictures = asdict(loop.evaluate_batches(cohort, test, amp=config.amp)), []
+    if retrieval:
+        config = config.replace(root=root, download=options.download)
+        scores, pictures = reid.evaluate(
+            cohort,
+            config,
+            device,
+            rerank=not options.no_rerank,
+            distractors=options.distractors,
+            ranked_lists=options.ranked_lists,
+            folder=options.run / "ranked_lists",
+            say=lambda line: print(line, file=sys.stderr),
+            hint="--download",
+        )
+    else:
+        _, test = load(data, root, download=options.download, hint="--download")
+        scores, pictures = asdict(loop.evaluate(cohort, test, amp=config.amp)), []
     if options.json:
         found = {"run": str(options.run), "weights": options.weights, "peers": cohort.names}
         print(report.to_json({**found, "device": report.device_name(device), "scores": scores}))
@@ -123,6 +130,12 @@ def evaluate(args: list[str]) -> None:
         print(f"{options.weights} weights of {options.run}, on {report.device_name(device)}")
         for path in pictures:
             print(path)
+    if cohort.image_shape is None and not retrieval:
+        print(
+            f"the weights of {options.run} are of an earlier version and do not say what images "
+            f"they were trained on: taken for those of {data}, as config.yaml says",
+            file=sys.stderr,
+        )
 
 
 def export(args: list[str]) -> None:
@@ -138,15 +151,28 @@ def export(args: list[str]) -> None:
     parser.add_argument(
         "--to", type=_folder, metavar="DIR", help="folder to write into (default: RUN/export)"
     )
+    parser.add_argument(
+        "--size",
+        nargs=2,
+        type=int,
+        metavar=("HEIGHT", "WIDTH"),
+        help="pixels of the images to export for (default: those that the peers were trained on)",
+    )
     options = parser.parse(args)
     to = options.to or options.run / "export"
+    if options.size and min(options.size) < 1:
+        raise InputError(f"--size {options.size[0]} {options.size[1]}: give 1 or more")
 
     import torch
 
-    config = _run_config(options.run)
+    _run_config(options.run)  # refuses what is no run
     cohort = _run_cohort(options, "cpu")
-    size = getattr(config, "size", (8, 8) if config.data == "digits" else (32, 32))
-    example = torch.zeros(1, cohort.in_channels, *size)
+    if cohort.image_shape is None and not options.size:
+        raise InputError(
+            f"the weights of {options.run} are of an earlier version and do not say what images "
+            "they were trained on: give --size HEIGHT WIDTH"
+        )
+    example = torch.zeros(1, cohort.in_channels, *options.size) if options.size else None
     for path in cohort.export(to, example, options.format):
         print(path)
 
@@ -360,30 +386,72 @@ def _run_config(run: Path) -> TrainConfig:
     return load_config(run / "config.yaml")
 
 
-@contextlib.contextmanager
-def _no_download(root: str, data: str) -> Iterator[None]:
-    """What is said of missing images advises --download, which is an option of training."""
-    try:
-        yield
-    except InputError as error:
-        remedy = f"call fastdml.data.load({data!r}, {root!r}, download=True)"
-        message = re.sub(r"(use|run with) --download", lambda _: remedy, str(error))
-        if message == str(error):
-            raise
-        raise InputError(message) from error
+def _evaluated_set(options: argparse.Namespace, config: TrainConfig) -> str:
+    """The data set to score a run on: its own or, of a run of `fit` on data of one's own, the one
+    that these data were, if any."""
+    from fastdml import data
+    from fastdml.cohort import read_record
+    from fastdml.train import ReidConfig
+    from fastdml.train.config import is_known
+
+    if is_known(config.data):
+        return config.data
+    folder = _weights_folder(options)
+    found = read_record(folder)
+    how = "fastdml.train.evaluate(cohort, batches) scores it on batches (images, labels)"
+    if isinstance(config, ReidConfig):
+        how = "fastdml.train.extract_features and fastdml.metrics.reid_scores score it"
+    else:
+        for name in data.SETS:
+            if data.record(name) == found:
+                return name
+    raise InputError(
+        f"{options.run} was trained by fit on {config.data}, which the command cannot read: in "
+        f"Python, with cohort = fastdml.Cohort.load({str(folder)!r}), {how}"
+    )
+
+
+def _check_trained_on(cohort: Cohort, data: str, run: Path) -> None:
+    """Refuses to score peers on images that are not of the kind that they were trained on."""
+    from fastdml.data import SETS, record
+
+    if data not in SETS:
+        return
+    known, found = record(data), cohort.record()
+    wrong = [name for name, value in found.items() if value not in (None, known[name])]
+    if len(known["classes"]) != cohort.num_classes:
+        raise InputError(
+            f"the peers of {run} tell {cohort.num_classes} classes apart, and {data} has "
+            f"{len(known['classes'])}: they were not trained on it"
+        )
+    if wrong:
+        raise InputError(
+            f"the peers of {run} were not trained on {data}: the {wrong[0]} of their images was "
+            f"{str(found[wrong[0]])[:60]}, and of {data} it is {str(known[wrong[0]])[:60]}"
+        )
+    channels = known["image_shape"][0]
+    if all(cohort.models) and cohort.in_channels != channels:
+        raise InputError(
+            f"the peers of {run} take images of {cohort.in_channels} channels, and those of {data} "
+            f"have {channels}: they were not trained on it"
+        )
 
 
 def _run_cohort(options: argparse.Namespace, device: Any) -> Cohort:
     from fastdml.cohort import Cohort
 
     _find_own_models(options.peers or ())
+    return Cohort.load(_weights_folder(options), device, peers=options.peers)
+
+
+def _weights_folder(options: argparse.Namespace) -> Path:
     folder = options.run if options.weights == "last" else options.run / "best"
     if not (folder / "cohort.json").is_file():
         raise InputError(
             f"{options.run} holds no {options.weights} weights: they are written when "
             f"{'training ends' if options.weights == 'last' else 'an epoch is evaluated'}"
         )
-    return Cohort.load(folder, device, peers=options.peers)
+    return folder
 
 
 def _find_own_models(peers: Sequence[str]) -> None:

@@ -12,6 +12,7 @@ import dataclasses
 import hashlib
 import io
 import json
+import math
 import os
 import re
 from collections import Counter
@@ -25,12 +26,13 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from fastdml.errors import InputError, require
+from fastdml.errors import InputError, one_line, require
 from fastdml.files import Staged, write_atomically, writing
 from fastdml.models import ReidHead, check_count, create_model, is_own
 from fastdml.paths import expanded
 
 FORMAT = 1  # of cohort.json
+RECORD = ("image_shape", "mean", "std", "classes")  # what peers know of the images they learnt from
 LONGEST_NAME = 231  # bytes of a name in one of a file, which may have 255 while it is written
 
 
@@ -49,6 +51,14 @@ class Cohort(nn.Module):
 
     Attributes: `peers`, the modules; `names`, unique names for display; `models`, the name each
     peer was built from (None for a module); `num_classes`; `in_channels`; `head`; `image_size`.
+
+    What the images were that the peers learnt from, each None until it is known. Training records
+    it at the first batch, as far as the batches say; set what they do not say before training.
+    `save`, `load` and `export` keep it:
+    image_shape: (channels, height, width) of a batch's images, after any resizing and cropping.
+    mean, std: a number a channel, that a pixel is normalised by, in units of the pixel as it is
+        stored: 0 to 255 for bytes (digits: 0 to 16).
+    classes: a name for each of the `num_classes` logits, in their order.
     """
 
     peers: nn.ModuleList
@@ -58,6 +68,10 @@ class Cohort(nn.Module):
     in_channels: int
     head: ReidHead | None
     image_size: tuple[int, int] | None
+    image_shape: Sequence[int] | None
+    mean: Sequence[float] | None
+    std: Sequence[float] | None
+    classes: Sequence[str] | None
 
     def __init__(
         self,
@@ -87,6 +101,7 @@ class Cohort(nn.Module):
         self.in_channels = in_channels
         self.head = head
         self.image_size = image_size
+        self.image_shape = self.mean = self.std = self.classes = None
         self.num_classes = int(self._common_class_count(peers, num_classes))
         self.peers = nn.ModuleList(
             _build(p, self.num_classes, in_channels, seed, k, head, pretrained, image_size)
@@ -126,6 +141,11 @@ class Cohort(nn.Module):
                 )
         return [peer.embed(x) for peer in self.peers]
 
+    def record(self) -> dict[str, list | None]:
+        """`image_shape`, `mean`, `std` and `classes` as plain lists; refused where they are not of
+        their kind, or do not fit each other."""
+        return _checked_record({name: getattr(self, name) for name in RECORD}, self.num_classes)
+
     def save(self, folder: str | os.PathLike) -> None:
         """Writes cohort.json and the weights; an interrupted save never leaves a file half written.
 
@@ -134,6 +154,7 @@ class Cohort(nn.Module):
         """
         safetensors = require("safetensors.torch", "train")
         folder = expanded(folder)
+        record = self.record()
         entries = []
         with writing(folder), Staged() as staged:
             (folder / "peers").mkdir(parents=True, exist_ok=True)
@@ -153,6 +174,7 @@ class Cohort(nn.Module):
                 "in_channels": int(self.in_channels),
                 "head": self.head and dataclasses.asdict(self.head),
                 "image_size": self.image_size,
+                **record,
                 "peers": entries,
             }
             staged.write(folder / "cohort.json", json.dumps(description, indent=2).encode())
@@ -165,7 +187,7 @@ class Cohort(nn.Module):
         *,
         peers: Sequence[str | nn.Module] | None = None,
     ) -> Cohort:
-        """The cohort that `save` wrote, on `device`.
+        """The cohort that `save` wrote, on `device` and in evaluation mode.
 
         peers: what to load into, in order. Needed where a peer was a module, or came from
         package.module:function: a file must not decide which code is imported.
@@ -216,47 +238,67 @@ class Cohort(nn.Module):
         cohort = cls(modules, description["num_classes"], **same)
         cohort.names = [entry["name"] for entry in entries]
         cohort.models = [entry["model"] for entry in entries]
-        return cohort.to(device)
+        for name in RECORD:
+            setattr(cohort, name, description[name])
+        return cohort.to(device).eval()
 
     def export(
-        self, folder: str | os.PathLike, example: Tensor, format: str = "onnx"
+        self, folder: str | os.PathLike, example: Tensor | None = None, format: str = "onnx"
     ) -> list[Path]:
         """Writes each peer, in evaluation mode, as NN-name.onnx or (format="torch") NN-name.pt2.
 
-        example: images (N, in_channels, H, W); N stays free in the exported model, the rest is
-        fixed. Needs memory for two copies of one peer.
+        Input "images": (N, in_channels, H, W), normalised; N, in ONNX called "batch", stays free.
+        Output: "logits" (N, C), or of a peer with a re-identification head "features" (N, D), as
+        `embed` gives them; its logits are those of the identities that it was trained on.
+        example: images of the size to export for; by default that of `image_shape`.
+        What is known of `image_shape`, `mean`, `std` and `classes` goes into the file as JSON: in
+        ONNX as metadata of these names, else as the extra file images.json. Needs memory for two
+        copies of one peer.
         """
         if format not in ("onnx", "torch"):
             raise InputError(f"format must be 'onnx' or 'torch', not {format!r}")
         if format == "onnx":
             require("onnx", "onnx")
             require("onnxscript", "onnx")
-        found = tuple(example.shape) if isinstance(example, Tensor) else (type(example).__name__,)
-        own = not any(self.models)  # modules take as many channels as they like
-        if len(found) != 4 or not found[0] or not (own or found[1] == self.in_channels):
-            raise InputError(f"example must be images (N, {self.in_channels}, H, W), not {found}")
-        images = example.detach().cpu()[:1].repeat(2, 1, 1, 1)  # one row would be taken as fixed
+        images = self._example(example)
+        record = {name: value for name, value in self.record().items() if value is not None}
+        write = _onnx if format == "onnx" else _torch_program
         paths = []
         for k, (name, peer) in enumerate(zip(self.names, self.peers, strict=True)):
             peer = copy.deepcopy(peer).to("cpu", memory_format=torch.contiguous_format).eval()
-            batch = torch.export.Dim("batch")
-            program = torch.export.export(peer, (images,), dynamic_shapes=({0: batch},))
-            buffer = io.BytesIO()
-            if format == "onnx":
-                onnx = torch.onnx.export(
-                    program, input_names=["images"], output_names=["logits"],
-                    dynamo=True, verbose=False,
-                )  # fmt: skip
-                buffer.write(onnx.model_proto.SerializeToString())
-            else:
-                torch.export.save(program, buffer)
+            output = "logits"
+            if _has_head(peer):
+                peer, output = _Embedding(peer).eval(), "features"
+            try:
+                data = write(peer, images, output, record)
+            except Exception as error:  # anything that a peer's code may raise, and the compiler
+                raise InputError(
+                    f"peer {name} cannot be exported for images (N, "
+                    f"{', '.join(map(str, images.shape[1:]))}): {one_line(error)}"
+                ) from error
             suffix = ".onnx" if format == "onnx" else ".pt2"
             path = expanded(folder) / (Path(_peer_file(k, name)).stem + suffix)
             with writing(path):
                 path.parent.mkdir(parents=True, exist_ok=True)
-            write_atomically(path, buffer.getvalue())
+            write_atomically(path, data)
             paths.append(path)
         return paths
+
+    def _example(self, example: Tensor | None) -> Tensor:
+        """Two images on the CPU: a batch of one row would be taken as fixed."""
+        if example is None:
+            shape = self.record()["image_shape"]
+            if shape is None:
+                raise InputError(
+                    "nothing says what images these peers take: give example=, a tensor "
+                    f"(N, {self.in_channels}, H, W)"
+                )
+            return torch.zeros(2, *shape)
+        found = tuple(example.shape) if isinstance(example, Tensor) else (type(example).__name__,)
+        own = not any(self.models)  # modules take as many channels as they like
+        if len(found) != 4 or not found[0] or not (own or found[1] == self.in_channels):
+            raise InputError(f"example must be images (N, {self.in_channels}, H, W), not {found}")
+        return example.detach().cpu()[:1].repeat(2, 1, 1, 1)
 
     def _common_class_count(self, peers: Sequence[str | nn.Module], num_classes: int | None) -> int:
         counts = {}
@@ -336,6 +378,43 @@ def _height_and_width(size: Sequence[int]) -> tuple[int, int]:
     return size
 
 
+class _Embedding(nn.Module):
+    """What is exported of a peer with a re-identification head."""
+
+    def __init__(self, peer: nn.Module) -> None:
+        super().__init__()
+        self.peer = peer
+
+    def forward(self, images: Tensor) -> Tensor:
+        return self.peer.embed(images)
+
+
+def _has_head(peer: nn.Module) -> bool:
+    """Both methods: networks of all kinds have an `embed` that means something else."""
+    return all(callable(getattr(peer, name, None)) for name in ("embed", "logits_and_features"))
+
+
+def _onnx(peer: nn.Module, images: Tensor, output: str, record: dict[str, list]) -> bytes:
+    program = torch.onnx.export(
+        peer, (images,), input_names=["images"], output_names=[output],
+        dynamic_shapes=({0: "batch"},), dynamo=True, verbose=False,
+    )  # fmt: skip
+    model = program.model_proto
+    for name, value in record.items():
+        model.metadata_props.add(key=name, value=json.dumps(value))
+    return model.SerializeToString()
+
+
+def _torch_program(peer: nn.Module, images: Tensor, output: str, record: dict[str, list]) -> bytes:
+    batch = torch.export.Dim("batch")
+    program = torch.export.export(peer, (images,), dynamic_shapes=({0: batch},))
+    buffer = io.BytesIO()
+    torch.export.save(
+        program, buffer, extra_files={"images.json": json.dumps({"output": output, **record})}
+    )
+    return buffer.getvalue()
+
+
 def _unique(names: Sequence[str]) -> list[str]:
     """Repeated names get -1, -2, ...; the others stay."""
     total, seen, unique = Counter(names), Counter(), []
@@ -380,6 +459,12 @@ def _tensors(safetensors: Any, data: bytes, path: Path) -> dict[str, Tensor]:
         raise InputError(f"{path} holds no safetensors that can be read: {reason}") from None
 
 
+def read_record(folder: str | os.PathLike) -> dict[str, list | None]:
+    """`Cohort.record` of what `save` wrote, without the weights."""
+    description = _read_description(expanded(folder) / "cohort.json")
+    return {name: description[name] for name in RECORD}
+
+
 def _read_description(path: Path) -> dict:
     """The file's contents, checked; its head as a ReidHead, None where there is none."""
     try:
@@ -387,7 +472,7 @@ def _read_description(path: Path) -> dict:
         version = description["format"]
         peers = [(e["name"], e["model"], e["sha256"]) for e in description["peers"]]
         sizes = (description["num_classes"], description["in_channels"])
-        head = description.get("head")  # not in the files of earlier versions
+        head = description.get("head")  # not in the files of earlier versions, as the record
         description["head"] = None if head is None else ReidHead(**head)
         size = description.get("image_size")  # nor this
         description["image_size"] = None if size is None else _height_and_width(size)
@@ -400,4 +485,50 @@ def _read_description(path: Path) -> dict:
     texts = [t for n, m, sha256 in peers for t in (n, "" if m is None else m, sha256)]
     if not all(isinstance(t, str) for t in texts) or not all(isinstance(n, int) for n in sizes):
         raise InputError(f"{path} does not describe a cohort: a name or a number is of wrong type")
-    return description
+    try:
+        record = {name: description.get(name) for name in RECORD}
+        return description | _checked_record(record, description["num_classes"])
+    except InputError as error:
+        raise InputError(f"{path} does not describe a cohort: {error}") from None
+
+
+def _checked_record(values: dict[str, Any], num_classes: int) -> dict[str, list | None]:
+    """The values of `RECORD` as lists, None where unknown."""
+    channels = None
+    if (shape := values["image_shape"]) is not None:
+        shape = _plain(shape)
+        if len(shape) != 3 or not all(type(n) is int and n > 0 for n in shape):
+            raise InputError(f"image_shape must be (channels, height, width), not {shape!r}")
+        channels = shape[0]
+    found: dict[str, list | None] = {"image_shape": shape}
+    for name in ("mean", "std"):
+        if (numbers := values[name]) is not None:
+            numbers = _plain(numbers)
+            low = 0 if name == "std" else -math.inf
+            if len(numbers) != (channels or len(numbers) or 1) or not all(
+                type(n) in (int, float) and low < n < math.inf for n in numbers
+            ):
+                count = f" for {channels} channels" if channels else ""
+                above = " above 0" if name == "std" else ""
+                raise InputError(
+                    f"{name} must be one finite number{above} a channel{count}, not {numbers!r}"
+                )
+        found[name] = numbers
+    if (classes := values["classes"]) is not None:
+        classes = _plain(classes)
+        if len(classes) != num_classes or not all(isinstance(c, str) for c in classes):
+            raise InputError(
+                f"classes must be {num_classes} names, one for each logit, not {str(classes)[:60]}"
+            )
+    found["classes"] = classes
+    return found
+
+
+def _plain(values: Any) -> list:
+    """A sequence, array or tensor as a list of Python's own values; anything else as a list of it,
+    which fits nowhere."""
+    if hasattr(values, "tolist"):
+        values = values.tolist()
+    if isinstance(values, str) or not isinstance(values, Sequence):
+        return [values]
+    return list(values)

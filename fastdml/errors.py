@@ -18,6 +18,11 @@ class MissingExtra(InputError, ImportError):
     """An optional package is not installed; the message is the command that installs it."""
 
 
+def one_line(error: BaseException, limit: int = 300) -> str:
+    """What an error of somebody else's code says, to be part of a message of one line."""
+    return f"{type(error).__name__}: {' '.join(str(error).split())[:limit]}".removesuffix(": ")
+
+
 def require(module: str, extra: str) -> ModuleType:
     """Imports `module`, or raises `MissingExtra` naming the extra of fastdml that brings it."""
     try:

@@ -19,6 +19,8 @@ from pathlib import Path
 import pytest
 
 from fastdml import cli
+from fastdml.cohort import RECORD, Cohort
+from fastdml.train import TrainConfig
 
 ROOT = Path(__file__).resolve().parents[1]
 FASTDML = [sys.executable, "-m", "fastdml"]
@@ -53,6 +55,20 @@ def refused(tmp_path, monkeypatch, capfd):
         assert tree(tmp_path) == before
 
     return check
+
+
+def saved(cohort: Cohort, run: Path, **settings) -> None:
+    """What `evaluate` and `export` need of a run."""
+    run.mkdir(exist_ok=True)
+    cohort.save(run)
+    TrainConfig(**settings).save(run / "config.yaml")
+
+
+def forget_the_record(run: Path) -> None:
+    """Makes the weights of a run those of an earlier version."""
+    for path in run.rglob("cohort.json"):
+        old = {k: v for k, v in json.loads(path.read_text()).items() if k not in RECORD}
+        path.write_text(json.dumps(old))
 
 
 # --- the data ---
@@ -340,20 +356,81 @@ def test_evaluate_where_the_data_or_the_device_is_missing(refused, tmp_path, run
     refused(["evaluate", "run", "--device", "meta"], "no run on device 'meta'")
     path = tmp_path / "run" / "config.yaml"
     path.write_text(path.read_text().replace("data: digits", "data: cifar10"))
-    call = r"call fastdml\.data\.load\('cifar10', '{}', download=True\)$"
+    wrong = r"peers of run were not trained on cifar10: the image_shape of .* \[1, 8, 8\], and of"
+    refused(["evaluate", "run"], wrong)
+    forget_the_record(tmp_path / "run")
     refused(
-        ["evaluate", "run", "--data", "nowhere"],
-        "nowhere: no such folder: name the one that holds CIFAR-10, or " + call.format("nowhere"),
+        ["evaluate", "run"], "peers of run take images of 1 channels, and those of cifar10 have"
     )
+    saved(Cohort(["resnet8"], 10), tmp_path / "ten", data="cifar10")
+    refused(["evaluate", "ten", "--data", "nowhere"], "nowhere: no such folder: .* --download$")
     cifar10_files(tmp_path)
-    refused(["evaluate", "run"], "0 bytes.*delete its folder and " + call.format("data"))
+    refused(["evaluate", "ten"], "0 bytes.*delete its folder and use --download$")
+    saved(Cohort(["resnet8"], 4), tmp_path / "four", data="cifar10")
+    refused(["evaluate", "four"], "tell 4 classes apart, and cifar10 has 10")
+
+
+@pytest.mark.parametrize("name", ["digits", "cifar10", "cifar100"])
+def test_a_data_set_is_known_by_what_fit_records_of_it(name, tmp_path, refused, capfd):
+    """Its shape, normalisation and classes, all of them: less might be another set."""
+    from fastdml import data
+
+    facts = data.record(name)
+    cohort = Cohort(["resnet8"], len(facts["classes"]), in_channels=facts["image_shape"][0])
+    for key, value in facts.items():
+        setattr(cohort, key, value)
+    label = "own data: 5 batches of 8, images 3x32x32"
+    saved(cohort, tmp_path / "run", data=label)
+    if name == "digits":
+        assert cli.main(["evaluate", str(tmp_path / "run")]) == 0
+        assert "355 test images" in capfd.readouterr().out
+    else:
+        refused(["evaluate", "run", "--data", "nowhere"], "nowhere: no such folder")
+    how = r"in Python, with cohort = fastdml.Cohort.load\('run'\), fastdml.train.evaluate\(cohort, "
+    for key, value in (("mean", None), ("std", [9.0] * cohort.in_channels), ("classes", None)):
+        setattr(cohort, key, value)
+        saved(cohort, tmp_path / "run", data=label)
+        refused(["evaluate", "run"], f"run was trained by fit on {label}, which .*: {how}")
+        setattr(cohort, key, facts[key])
 
 
 def test_export(run, tmp_path, capfd):
     assert cli.main(["export", str(run), "--format", "torch", "--to", str(tmp_path)]) == 0
+    import torch
+
     paths = [Path(line) for line in capfd.readouterr().out.splitlines()]
     assert [p.parent for p in paths] == [tmp_path, tmp_path]
-    assert all(p.stat().st_size > 0 for p in paths)
+    for path in paths:
+        files = {"images.json": ""}
+        program = torch.export.load(path, extra_files=files).module()
+        assert program(torch.zeros(3, 1, 8, 8)).shape == (3, 10)
+        facts = json.loads(files["images.json"])
+        assert (facts["image_shape"], facts["classes"]) == ([1, 8, 8], [str(c) for c in range(10)])
+        assert (facts["mean"], facts["std"]) == ([4.8822], [6.0185])
+
+
+def test_export_of_earlier_weights_asks_for_the_size(run, refused, tmp_path, capfd):
+    import torch
+
+    shutil.copytree(run, tmp_path / "old")
+    forget_the_record(tmp_path / "old")
+    refused(["export", "old"], "old are of an earlier version .* give --size HEIGHT WIDTH$")
+    refused(["export", "old", "--size", "0", "8"], "--size 0 8: give 1 or more")
+    options = ["--format", "torch", "--size", "16", "8", "--to", "there"]
+    assert cli.main(["export", "old", *options]) == 0
+    program = torch.export.load(capfd.readouterr().out.split()[0]).module()
+    assert program(torch.zeros(3, 1, 16, 8)).shape == (3, 10)
+
+
+def test_evaluate_of_earlier_weights_says_what_it_takes_them_for(run, tmp_path, capfd):
+    shutil.copytree(run, tmp_path / "old")
+    forget_the_record(tmp_path / "old")
+    assert cli.main(["evaluate", str(tmp_path / "old"), "--json"]) == 0
+    out, err = capfd.readouterr()
+    mutual = json.loads((run / "summary.json").read_text())["mutual"]
+    assert json.loads(out)["scores"] == mutual["scores"]
+    assert "of an earlier version" in err
+    assert err.count("\n") == 1
 
 
 # --- the process ---

@@ -15,7 +15,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
-from fastdml.cohort import Cohort
+from fastdml.cohort import RECORD, Cohort, read_record
 from fastdml.errors import InputError, MissingExtra
 from fastdml.models import ReidHead
 
@@ -434,6 +434,79 @@ def test_a_head_is_kept_on_disk(head, tmp_path):
 
 
 @needs_safetensors
+def test_what_the_images_were_is_kept_on_disk(tmp_path):
+    cohort = Cohort(["resnet8"], 3)
+    cohort.image_shape = torch.zeros(3, 48, 64).shape
+    cohort.mean, cohort.std = torch.tensor([1.5, 2, 3]), (0.1, 2, 3)
+    cohort.classes = ["cat", "dog", "ant"]  # not in any order but their own
+    cohort.save(tmp_path)
+    loaded = Cohort.load(tmp_path)
+    assert loaded.record() == {
+        "image_shape": [3, 48, 64],
+        "mean": [1.5, 2.0, 3.0],
+        "std": [0.1, 2, 3],
+        "classes": ["cat", "dog", "ant"],
+    }
+    assert read_record(tmp_path) == loaded.record() == cohort.record()
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "message"),
+    [
+        (
+            "image_shape",
+            (64, 64),
+            r"image_shape must be \(channels, height, width\), not \[64, 64\]",
+        ),
+        ("image_shape", 64, "image_shape must be"),
+        ("mean", (1.0, 2.0), r"mean must be one finite number a channel for 3 channels"),
+        ("mean", 0.5, "mean must be one finite number a channel for 3 channels"),
+        ("mean", (1.0, 2.0, float("nan")), "mean must be one finite number"),
+        ("std", (1.0, 0.0, 1.0), "std must be one finite number above 0 a channel"),
+        ("classes", ["a", "b"], "classes must be 3 names, one for each logit, not"),
+        ("classes", "abc", "classes must be 3 names"),
+        ("classes", [1, 2, 3], "classes must be 3 names"),
+    ],
+)
+@needs_safetensors
+def test_a_record_that_does_not_fit_is_neither_saved_nor_loaded(tmp_path, name, value, message):
+    cohort = Cohort(["resnet8"], 3)
+    cohort.image_shape = (3, 8, 8)
+    cohort.save(tmp_path)
+    setattr(cohort, name, value)
+    with pytest.raises(InputError, match=message):
+        cohort.save(tmp_path)
+    path = tmp_path / "cohort.json"
+    description = json.loads(path.read_text())
+    path.write_text(json.dumps(description | {name: value}))
+    with pytest.raises(InputError, match=f"cohort.json does not describe a cohort: {message}"):
+        Cohort.load(tmp_path)
+
+
+@needs_safetensors
+def test_cohorts_of_earlier_versions_know_nothing_of_images(trained, tmp_path):
+    trained.save(tmp_path)
+    path = tmp_path / "cohort.json"
+    old = {k: v for k, v in json.loads(path.read_text()).items() if k not in RECORD}
+    path.write_text(json.dumps(old))
+    loaded = Cohort.load(tmp_path)
+    assert same(loaded, trained)
+    assert set(loaded.record().values()) == {None}
+
+
+@needs_safetensors
+@pytest.mark.parametrize("peers", [None, ["resnet8", "wrn_10_1", "resnet8"]])
+def test_what_is_loaded_is_in_evaluation_mode(trained, tmp_path, peers):
+    trained.save(tmp_path)
+    loaded = Cohort.load(tmp_path, peers=peers)
+    assert not any(module.training for module in loaded.modules())
+    x = torch.randn(3, 1, 8, 8)
+    with torch.no_grad():
+        for a, b in zip(loaded(x), trained.eval()(x), strict=True):
+            assert torch.equal(a, b)
+
+
+@needs_safetensors
 def test_cohorts_of_earlier_versions_have_no_head(trained, tmp_path):
     trained.save(tmp_path)
     path = tmp_path / "cohort.json"
@@ -459,11 +532,11 @@ def test_a_head_comes_with_names_and_not_with_modules():
         cohort.embed(torch.zeros(1, 3, 8, 8))
 
 
-def test_exported_heads_give_the_logits(tmp_path):
+def test_exported_heads_give_the_features(tmp_path):
     cohort = Cohort(["resnet8"], 5, head=ReidHead("gem")).eval()
     (path,) = cohort.export(tmp_path, torch.zeros(1, 3, 16, 8), format="torch")
     x = torch.randn(3, 3, 16, 8)
-    torch.testing.assert_close(torch.export.load(path).module()(x), cohort(x)[0])
+    torch.testing.assert_close(torch.export.load(path).module()(x), cohort.embed(x)[0])
 
 
 # ---- export ----
@@ -481,6 +554,34 @@ def test_torch_export_reproduces_each_peer_at_any_batch_size(trained, tmp_path):
             torch.testing.assert_close(program(x), peer(x), rtol=1e-4, atol=1e-5)
 
 
+def axes(values) -> dict[str, list]:
+    """Of ONNX inputs or outputs: by name, the sizes and the names of the dimensions."""
+    return {
+        v.name: [d.dim_param or d.dim_value for d in v.type.tensor_type.shape.dim] for v in values
+    }
+
+
+@needs_onnx
+def test_onnx_of_a_head_gives_features_and_says_what_images_it_takes(tmp_path):
+    import onnx
+    from onnx.reference import ReferenceEvaluator
+
+    cohort = Cohort(["resnet8"], 5, head=ReidHead())
+    cohort.image_shape, cohort.mean, cohort.classes = (3, 16, 8), (1.0, 2.0, 3.0), list("edcba")
+    (path,) = cohort.export(tmp_path)
+    model = onnx.load(path)
+    onnx.checker.check_model(model)
+    assert axes(model.graph.input) == {"images": ["batch", 3, 16, 8]}
+    assert axes(model.graph.output) == {"features": ["batch", 64]}
+    facts = {p.key: json.loads(p.value) for p in model.metadata_props if p.key in RECORD}
+    assert facts == {"image_shape": [3, 16, 8], "mean": [1, 2, 3], "classes": list("edcba")}
+    x = torch.randn(3, 3, 16, 8)
+    (features,) = ReferenceEvaluator(model).run(None, {"images": x.numpy()})
+    with torch.no_grad():
+        expected = cohort.eval().embed(x)[0]
+    torch.testing.assert_close(torch.from_numpy(features), expected, rtol=1e-3, atol=1e-4)
+
+
 @needs_onnx
 def test_onnx_export_computes_what_the_peer_computes(tmp_path):
     import onnx
@@ -493,8 +594,8 @@ def test_onnx_export_computes_what_the_peer_computes(tmp_path):
     assert [*tmp_path.iterdir()] == [path]
     model = onnx.load(path)
     onnx.checker.check_model(model)
-    assert [i.name for i in model.graph.input] == ["images"]
-    assert [o.name for o in model.graph.output] == ["logits"]
+    assert axes(model.graph.input) == {"images": ["batch", 1, 8, 8]}
+    assert axes(model.graph.output) == {"logits": ["batch", 5]}
     x = torch.randn(2, 1, 8, 8)
     (logits,) = ReferenceEvaluator(model).run(None, {"images": x.numpy()})
     with torch.no_grad():
@@ -506,6 +607,58 @@ def test_a_module_is_exported_for_the_channels_it_takes(tmp_path):
     cohort = Cohort([nn.Sequential(nn.Flatten(), nn.Linear(2 * 64, 4))])
     (path,) = cohort.export(tmp_path, torch.zeros(1, 2, 8, 8), format="torch")
     assert path.stat().st_size > 0
+
+
+class EmbedsPatches(nn.Module):
+    """A classifier whose `embed` is a layer, as vision transformers have one."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed = nn.Conv2d(3, 4, 4, 4)
+        self.head = nn.Linear(4, 6)
+
+    def forward(self, x):
+        return self.head(self.embed(x).mean((2, 3)))
+
+
+@pytest.mark.parametrize("shape", [(3, 64, 64), (3, 8, 24)])
+def test_export_takes_the_size_that_was_trained_on(tmp_path, shape):
+    """Of a network of one size another would fail; of others it would be wrong without a word."""
+    torch.manual_seed(0)
+    fixed = nn.Sequential(nn.Flatten(), nn.Linear(shape[0] * shape[1] * shape[2], 6))
+    cohort = Cohort(["resnet8", fixed, EmbedsPatches()], 6)
+    cohort.image_shape = shape
+    paths = cohort.export(tmp_path, format="torch")
+    x = torch.randn(3, *shape)
+    for path, peer in zip(paths, cohort.eval().peers, strict=True):
+        files = {"images.json": ""}
+        program = torch.export.load(path, extra_files=files).module()
+        torch.testing.assert_close(program(x), peer(x), rtol=1e-4, atol=1e-5)
+        with pytest.raises((RuntimeError, AssertionError)):
+            program(torch.randn(3, 3, 32, 32))
+        assert json.loads(files["images.json"]) == {"output": "logits", "image_shape": [*shape]}
+
+
+class Unexportable(nn.Module):
+    num_classes = 4
+
+    def forward(self, x):
+        if x.sum() > 0:  # depends on values
+            return x.mean((1, 2, 3))[:, None].expand(-1, 4)
+        return x.amax((1, 2, 3))[:, None].expand(-1, 4)
+
+
+def test_peers_that_cannot_be_exported_are_named(tmp_path):
+    with pytest.raises(InputError, match=r"nothing says what images .* \(N, 3, H, W\)$"):
+        Cohort(["resnet8"], 4).export(tmp_path)
+    cohort = Cohort(["resnet8", linear_net()], 4)
+    cohort.image_shape = (3, 16, 16)  # and linear_net takes 8x8
+    with pytest.raises(InputError, match=r"peer Sequential cannot .* images \(N, 3, 16, 16\)") as e:
+        cohort.export(tmp_path, format="torch")
+    assert isinstance(e.value.__cause__, RuntimeError)
+    with pytest.raises(InputError, match="peer Unexportable cannot be exported") as e:
+        Cohort([Unexportable()]).export(tmp_path, torch.ones(1, 3, 8, 8), format="torch")
+    assert "\n" not in str(e.value)
 
 
 def test_export_without_onnx_or_with_another_format(trained, tmp_path, monkeypatch):

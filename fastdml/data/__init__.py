@@ -23,6 +23,8 @@ if TYPE_CHECKING:
     from fastdml.data.resident import ResidentLoader
     from fastdml.data.samplers import PKSampler, RandomSampler, RepeatedSampler
 
+HINT = "download=True"  # how a caller from Python asks for a download; the command has an option
+SETS = ("digits", "cifar10", "cifar100")
 _HOMES = {
     "DALILoader": "dali",
     "ImageFolderReID": "reid",
@@ -58,20 +60,33 @@ __all__ = [
     "load_cifar100",
     "load_digits",
     "make_loader",
+    "record",
 ]
 
 
 def load(
-    name: str, root: str | Path = "data", *, download: bool = False
+    name: str, root: str | Path = "data", *, download: bool = False, hint: str = HINT
 ) -> tuple[ImageSet, ImageSet]:
-    """(train, test) of "digits", "cifar10" or "cifar100"; digits need no files."""
-    names = ("digits", "cifar10", "cifar100")
-    if name not in names:
-        near = difflib.get_close_matches(name, names, 1)
-        hint = f"did you mean {near[0]}?" if near else f"give one of {', '.join(names)}"
-        raise InputError(f"unknown data set {name!r}: {hint}")
+    """(train, test) of "digits", "cifar10" or "cifar100"; digits need no files. hint: what messages
+    say that a download is asked for by."""
+    if name not in SETS:
+        near = difflib.get_close_matches(name, SETS, 1)
+        remedy = f"did you mean {near[0]}?" if near else f"give one of {', '.join(SETS)}"
+        raise InputError(f"unknown data set {name!r}: {remedy}")
     read = __getattr__(f"load_{name}")
-    return read() if name == "digits" else read(root, download=download)
+    return read() if name == "digits" else read(root, download=download, hint=hint)
+
+
+def record(name: str) -> dict[str, list]:
+    """What `Cohort.record` says after training on one of `SETS`, known without its files."""
+    if name == "digits":
+        home, shape = importlib.import_module("fastdml.data.digits"), (1, 8, 8)
+        classes = home.CLASSES
+    else:
+        home = importlib.import_module("fastdml.data.cifar")
+        shape, classes = home.SHAPE, getattr(home, name.upper()).class_names
+    found = {"image_shape": shape, "mean": home.MEAN, "std": home.STD, "classes": classes}
+    return {key: list(values) for key, values in found.items()}
 
 
 def __getattr__(name: str) -> Any:

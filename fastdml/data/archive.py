@@ -23,6 +23,7 @@ import zlib
 from pathlib import Path, PurePosixPath
 from typing import BinaryIO
 
+from fastdml.data import HINT
 from fastdml.errors import InputError
 
 CHUNK = 1 << 20
@@ -30,14 +31,15 @@ TIMEOUT = 30  # seconds without a byte
 LEFTOVERS = (".DS_Store", "__MACOSX", "Thumbs.db", "desktop.ini")
 
 
-def fetch(url: str, target: Path, md5: str) -> None:
-    """Downloads `url` to `target`, or keeps the `target` that is there, if its MD5 is `md5`."""
+def fetch(url: str, target: Path, md5: str, hint: str = HINT) -> None:
+    """Downloads `url` to `target`, or keeps the `target` that is there, if its MD5 is `md5`.
+    hint: what messages say that a download is asked for by."""
     if target.exists():
         with target.open("rb") as file:
             found = hashlib.md5(usedforsecurity=False)
             while chunk := file.read(CHUNK):
                 found.update(chunk)
-        _check_md5(found.hexdigest(), md5, target, "delete it and run again with --download")
+        _check_md5(found.hexdigest(), md5, target, f"delete it and use {hint} again")
         return
     part = target.with_name(f"{target.name}.{os.getpid()}.part")
     try:
@@ -53,7 +55,7 @@ def fetch(url: str, target: Path, md5: str) -> None:
             raise
         raise InputError(
             f"{url}: the download failed ({error}): run again, or put the file at {target} "
-            "and run with --download"
+            f"and use {hint}"
         ) from error
     finally:
         with contextlib.suppress(OSError):
@@ -92,11 +94,11 @@ def _progress(total: int | None, name: str):
     return tqdm(total=total, desc=name, unit="B", unit_scale=True)
 
 
-def extract(archive: Path, root: Path, folder: str) -> None:
+def extract(archive: Path, root: Path, folder: str, hint: str = HINT) -> None:
     """Unpacks the .tar.gz `archive`, whose entries must all lie in `folder`, to `root/folder`."""
     if (root / folder).exists():
         raise InputError(
-            f"{root / folder}: is there but incomplete: move it away and run again with --download"
+            f"{root / folder}: is there but incomplete: move it away and use {hint} again"
         )
     try:
         with tempfile.TemporaryDirectory(prefix=f".{folder}.", dir=root) as temporary:
@@ -108,7 +110,7 @@ def extract(archive: Path, root: Path, folder: str) -> None:
             (Path(temporary) / folder).rename(root / folder)
     except (tarfile.TarError, zlib.error, EOFError, OSError) as error:
         raise InputError(
-            f"{archive}: cannot be unpacked ({error}): delete it and run again with --download"
+            f"{archive}: cannot be unpacked ({error}): delete it and use {hint} again"
         ) from error
 
 

@@ -61,7 +61,8 @@ class Batching:
             cutout=cutout,
         )  # fmt: skip
         self.device, self.dtype, self.channels_last = torch.device(device), dtype, channels_last
-        self.num_classes = images.num_classes
+        self.num_classes, self.class_names = images.num_classes, images.class_names
+        self.mean, self.std = images.mean, images.std
         self.labels = images.labels.to(self.device)  # (N,)
         self._kept: tuple[int, Order] | None = None  # an epoch and its order
         self._chosen: tuple[int, Choices] | None = None  # an epoch and its choices

@@ -22,6 +22,7 @@ from typing import Any, NoReturn
 import numpy as np
 import torch
 
+from fastdml.data import HINT
 from fastdml.data.archive import extract, fetch
 from fastdml.data.image_set import ImageSet
 from fastdml.errors import InputError
@@ -114,26 +115,41 @@ CIFAR100 = Source(
 )
 
 
-def load_cifar10(root: str | Path, *, download: bool = False) -> tuple[ImageSet, ImageSet]:
-    """(train, test): 50,000 and 10,000 images (N, 3, 32, 32)."""
-    return load_source(CIFAR10, expanded(root), download)
+def load_cifar10(
+    root: str | Path, *, download: bool = False, hint: str = HINT
+) -> tuple[ImageSet, ImageSet]:
+    """(train, test): 50,000 and 10,000 images (N, 3, 32, 32). hint: what messages say that a
+    download is asked for by."""
+    return load_source(CIFAR10, expanded(root), download, hint)
 
 
-def load_cifar100(root: str | Path, *, download: bool = False) -> tuple[ImageSet, ImageSet]:
-    """(train, test): 50,000 and 10,000 images (N, 3, 32, 32), labelled with the 100 classes."""
-    return load_source(CIFAR100, expanded(root), download)
+def load_cifar100(
+    root: str | Path, *, download: bool = False, hint: str = HINT
+) -> tuple[ImageSet, ImageSet]:
+    """(train, test): 50,000 and 10,000 images (N, 3, 32, 32), labelled with the 100 classes.
+    hint: what messages say that a download is asked for by."""
+    return load_source(CIFAR100, expanded(root), download, hint)
 
 
-def load_source(source: Source, root: Path, download: bool) -> tuple[ImageSet, ImageSet]:
+def load_source(
+    source: Source, root: Path, download: bool, hint: str = HINT
+) -> tuple[ImageSet, ImageSet]:
+    try:
+        return _load(source, root, download, hint)
+    except _Damaged as error:
+        raise InputError(f"{error}: delete its folder and use {hint}") from None
+
+
+def _load(source: Source, root: Path, download: bool, hint: str) -> tuple[ImageSet, ImageSet]:
     found = _find(source, root)
     if found is None and download:
         if (root / source.binary_folder).exists():
-            raise InputError(_absent(source, root))  # before 160 MB are fetched in vain
-        fetch(BASE_URL + source.archive, root / source.archive, source.md5)
-        extract(root / source.archive, root, source.binary_folder)
+            raise InputError(_absent(source, root, hint))  # before 160 MB are fetched in vain
+        fetch(BASE_URL + source.archive, root / source.archive, source.md5, hint)
+        extract(root / source.archive, root, source.binary_folder, hint)
         found = _find(source, root)
     if found is None:
-        raise InputError(_absent(source, root))
+        raise InputError(_absent(source, root, hint))
     folder, suffix = found
     read = _read_binary if suffix else _read_python
     splits = []
@@ -170,25 +186,29 @@ def _find(source: Source, root: Path) -> tuple[Path, str] | None:
     return None
 
 
-def _absent(source: Source, root: Path) -> str:
+def _absent(source: Source, root: Path, hint: str) -> str:
     """What to tell someone whose `root` holds no complete copy."""
     if not root.is_dir():
-        return f"{root}: no such folder: name the one that holds {source.name}, or use --download"
+        return f"{root}: no such folder: name the one that holds {source.name}, or use {hint}"
     for folder, suffix in _places(source, root):
         missing = [n + suffix for n in source.files if not (folder / (n + suffix)).is_file()]
         if len(missing) < len(source.files) or (folder != root and folder.is_dir()):
             return (
                 f"{folder}: {', '.join(missing)} missing from {source.name}: complete it, or move "
-                "the folder away and run with --download"
+                f"the folder away and use {hint}"
             )
     return (
         f"{root}: holds no {source.name} (neither {source.binary_folder} nor "
-        f"{source.python_folder}, nor their files): name the folder that does, or use --download"
+        f"{source.python_folder}, nor their files): name the folder that does, or use {hint}"
     )
 
 
+class _Damaged(Exception):
+    """What is wrong with a file; `load_source` adds the remedy."""
+
+
 def _bad(path: Path, found: str) -> NoReturn:
-    raise InputError(f"{path}: {found}: delete its folder and run with --download")
+    raise _Damaged(f"{path}: {found}")
 
 
 def _check_labels(path: Path, labels: np.ndarray, classes: int) -> None:

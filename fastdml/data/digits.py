@@ -13,6 +13,7 @@ from fastdml.data.image_set import ImageSet
 from fastdml.errors import require
 
 MEAN, STD = (4.8822,), (6.0185,)  # of the training images, in units of 0 to 16
+CLASSES = tuple(str(c) for c in range(10))
 
 
 def load_digits() -> tuple[ImageSet, ImageSet]:
@@ -27,8 +28,7 @@ def load_digits() -> tuple[ImageSet, ImageSet]:
     test = torch.zeros(len(labels), dtype=torch.bool)
     for c in range(10):
         test[(labels == c).nonzero()[4::5, 0]] = True
-    names = tuple(str(c) for c in range(10))
     train_set, test_set = (
-        ImageSet(images[part], labels[part], 10, names, MEAN, STD) for part in (~test, test)
+        ImageSet(images[part], labels[part], 10, CLASSES, MEAN, STD) for part in (~test, test)
     )
     return train_set, test_set

@@ -56,6 +56,11 @@ class ReidSplit:
     def __len__(self) -> int:
         return len(self.paths)
 
+    @property
+    def class_names(self) -> tuple[str, ...]:
+        """The identities, in the order of their labels."""
+        return tuple(str(i) for i in self.ids.unique().tolist())
+
     def without(self, bad: dict[str, str]) -> ReidSplit:
         keep = [i for i, path in enumerate(self.paths) if path not in bad]
         return self if len(keep) == len(self) else self.at(torch.tensor(keep, dtype=torch.int64))
@@ -74,9 +79,10 @@ class ReidSplit:
         images = np.empty((len(self), *size, 3), np.uint8)
         for place, path in zip(images, self.paths, strict=True):
             place[...] = decode(path, size)
-        names = tuple(str(i) for i in self.ids.unique().tolist())
         pixels = torch.from_numpy(images).permute(0, 3, 1, 2)
-        return ImageSet(pixels, self.labels, self.num_classes, names, self.mean, self.std)
+        return ImageSet(
+            pixels, self.labels, self.num_classes, self.class_names, self.mean, self.std
+        )
 
 
 @dataclass(frozen=True)

@@ -20,6 +20,7 @@ from pathlib import Path
 
 import numpy as np
 
+from fastdml.data import HINT
 from fastdml.data.cifar import load_cifar100
 from fastdml.data.counter import check_seed
 from fastdml.data.image_set import ImageSet
@@ -48,10 +49,14 @@ class StandIn:
 
 
 def build_standin(
-    root: str | Path, cifar_root: str | Path | ImageSet = "data", what: StandIn = StandIn()
+    root: str | Path,
+    cifar_root: str | Path | ImageSet = "data",
+    what: StandIn = StandIn(),
+    hint: str = HINT,
 ) -> Path:
     """`root`, holding the stand-in; what is there already is kept if it is the same. `cifar_root`:
-    the folder of CIFAR-100, or another set of 100 classes of RGB images."""
+    the folder of CIFAR-100, or another set of 100 classes of RGB images; `hint`: as
+    `load_cifar100` takes it."""
     root = expanded(root)
     target = root / FOLDER
     note = json.dumps(asdict(what), sort_keys=True)
@@ -67,7 +72,9 @@ def build_standin(
     for count in (what.images, what.train_images or what.images):
         if not 2 * CAMERAS <= count <= 500:
             raise InputError(f"{count} images an identity: give {2 * CAMERAS} to 500")
-    images = cifar_root if isinstance(cifar_root, ImageSet) else load_cifar100(cifar_root)[0]
+    images = cifar_root
+    if not isinstance(images, ImageSet):
+        images = load_cifar100(cifar_root, hint=hint)[0]
     try:
         root.mkdir(parents=True, exist_ok=True)
         part = Path(tempfile.mkdtemp(prefix=f".{FOLDER}.", dir=root))

@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from fastdml.train.config import from_command_line, load_config, resolve
-from fastdml.train.loop import fit, run
+from fastdml.train.loop import evaluate, fit, run
 from fastdml.train.phase import TrainingDiverged, TrainingStopped
 from fastdml.train.reid import extract_features
 from fastdml.train.reid_settings import ReidConfig
@@ -30,6 +30,7 @@ __all__ = [
     "cifar10",
     "cifar100",
     "digits",
+    "evaluate",
     "extract_features",
     "fit",
     "from_command_line",

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
 from fastdml.errors import InputError
+
+IGNORED = -100  # the label of rows without one, as in torch's cross-entropy
 
 
 class Batches(Protocol):
@@ -19,7 +21,8 @@ class Batches(Protocol):
 
     A source may also offer `index(e, step)`, small tensors on the device, and `assemble(*index)`,
     which makes the batch from them and does nothing else: on CUDA the step then assembles its batch
-    itself, as part of its graph where it has one.
+    itself, as part of its graph where it has one. And `mean`, `std` and `class_names`, which are
+    recorded with the weights as `Cohort` describes them.
     """
 
     batch_size: int
@@ -30,15 +33,20 @@ class Batches(Protocol):
 
 
 class IterableBatches:
-    """Batches from any sized iterable of (images, labels), moved to the device.
+    """Batches from any sized iterable of (images, labels), checked and moved to the device.
 
     Resuming within an epoch reads and drops the batches already done; that is exact where the order
-    depends on the epoch alone (a sampler with `set_epoch`, or no shuffling).
+    depends on the epoch alone (a sampler with `set_epoch`, or no shuffling). Checking labels that
+    are on the host takes microseconds a batch; images are looked at where the device is a CPU, and
+    of others the first batch alone.
     """
 
-    def __init__(self, source: Any, device: torch.device) -> None:
-        self.source, self.device = source, device
-        self.batch_size = getattr(source, "batch_size", None) or 1
+    def __init__(
+        self, source: Any, device: torch.device, num_classes: int, what: str = "training"
+    ) -> None:
+        self.source, self.device, self.num_classes, self.what = source, device, num_classes, what
+        self.batch_size = getattr(source, "batch_size", None) or 0
+        self.shape: tuple[int, ...] | None = None  # of the first image
 
     def __len__(self) -> int:
         return len(self.source)
@@ -50,12 +58,111 @@ class IterableBatches:
         drawn = torch.get_rng_state()
         batches = iter(self.source)
         for _ in range(start):
-            next(batches)
+            next(batches, None)
         if start:  # what was done again must not move on what the peers draw
             torch.set_rng_state(drawn)
-        for images, labels in batches:
+        step = start - 1
+        for step, batch in enumerate(batches, start):
+            images, labels = self._checked(batch, step)
             images = images.to(self.device, non_blocking=True, memory_format=torch.channels_last)
             yield images, labels.to(self.device, non_blocking=True)
+        if step + 1 < len(self):
+            raise InputError(
+                f"the {self.what} batches ended after {step + 1} of the {len(self)} that their "
+                "length promises: give a length that is right"
+            )
+
+    def _checked(self, batch: Any, step: int) -> tuple[Tensor, Tensor]:
+        where = f"{self.what} batch {step}"
+        images, labels = check_batch(batch, where)
+        first = self.shape is None
+        if first:
+            self.shape = tuple(images.shape[1:])
+            self.batch_size = self.batch_size or len(images)
+        if images.shape[1:] != self.shape:
+            raise InputError(
+                f"{where} holds images of {_sizes(images.shape[1:])}, the first one of "
+                f"{_sizes(self.shape)}: resize all images to one size"
+            )
+        if first or labels.device.type == "cpu":
+            check_labels(labels, self.num_classes, where)
+        if first or self.device.type == "cpu" == images.device.type:
+            check_finite(images, where)
+        return images, labels
+
+
+def check_batch(batch: Any, where: str) -> tuple[Tensor, Tensor]:
+    """Images (N, channels, H, W), floating, and labels (N,), int64 or int32; reads no value."""
+    if not isinstance(batch, (tuple, list)) or len(batch) != 2:
+        found = f"a {type(batch).__name__}"
+        if isinstance(batch, Mapping):
+            found = f"a dict of {', '.join(map(repr, batch))}"
+        elif isinstance(batch, (tuple, list)):
+            found = f"{len(batch)} things"
+        raise InputError(
+            f"{where} is {found}: batches must be pairs (images, labels) of two tensors; "
+            "choose these in the data set or the loader's collate_fn"
+        )
+    images, labels = batch
+    for name, value in (("images", images), ("labels", labels)):
+        if not isinstance(value, Tensor):
+            raise InputError(
+                f"{where}: {name} are a {type(value).__name__}, not a tensor: convert them, for "
+                "instance by the loader's collate_fn"
+            )
+    if images.dim() != 4 or not len(images):
+        raise InputError(
+            f"{where}: images are of shape {tuple(images.shape)}: give (N, channels, H, W)"
+        )
+    if not images.is_floating_point():
+        raise InputError(
+            f"{where}: images are {_dtype(images)}: normalise them to floats, at the least by "
+            "images.float() / 255"
+        )
+    if labels.shape != images.shape[:1] or labels.dtype not in (torch.int64, torch.int32):
+        one_hot = labels.dim() == 2 and len(labels) == len(images)
+        remedy = "labels.argmax(1) makes them of one-hot rows" if one_hot else "labels.long()"
+        raise InputError(
+            f"{where}: labels are {_dtype(labels)} of shape {tuple(labels.shape)} for "
+            f"{len(images)} images: give class indices ({len(images)},), int64 ({remedy})"
+        )
+    return images, labels
+
+
+def check_labels(labels: Tensor, num_classes: int, where: str) -> None:
+    """Refuses labels that are no class; waits for the device where they are on one."""
+    low, high = (int(v) for v in labels.aminmax())
+    if low >= 0 and high < num_classes:
+        return
+    wrong = labels[((labels < 0) | (labels >= num_classes)) & (labels != IGNORED)]
+    if len(wrong):
+        raise InputError(
+            f"{where}: label {int(wrong[0])} is no class: with {num_classes} classes labels are "
+            f"0 to {num_classes - 1} (rows without a label: {IGNORED})"
+        )
+
+
+def check_finite(images: Tensor, where: str) -> None:
+    """Refuses NaN and infinities; waits for the device where the images are on one."""
+    if images.sum(dtype=torch.float32).isfinite():  # what is not finite stays so in a sum
+        return
+    bad = (~images.isfinite()).flatten(1).any(1).nonzero()[:, 0]
+    if len(bad):
+        raise InputError(
+            f"{where}: image {int(bad[0])} ({len(bad)} of {len(images)} images) has values that "
+            "are NaN or infinite: look at the data and its normalisation (a std of 0?)"
+        )
+
+
+def first_batch(source: Batches, num_classes: int, what: str = "training") -> tuple[Tensor, Tensor]:
+    """The first batch of a source, checked in full."""
+    batch = next(iter(source.epoch(0)))
+    if not isinstance(source, IterableBatches):  # which looks at its own
+        where = f"{what} batch 0"
+        images, labels = check_batch(batch, where)
+        check_labels(labels, num_classes, where)
+        check_finite(images, where)
+    return batch
 
 
 def assembler(source: Batches, device: torch.device) -> Callable[..., tuple[Tensor, Tensor]] | None:
@@ -63,16 +170,82 @@ def assembler(source: Batches, device: torch.device) -> Callable[..., tuple[Tens
     return getattr(source, "assemble", None) if device.type == "cuda" else None
 
 
-def as_batches(source: Any, device: torch.device) -> Batches:
+def as_batches(
+    source: Any, device: torch.device, num_classes: int, what: str = "training"
+) -> Batches:
+    """what: "training" or "test", for messages."""
     if callable(getattr(source, "epoch", None)):
         batches = source
-    elif hasattr(source, "__len__") and hasattr(source, "__iter__"):
-        batches = IterableBatches(source, device)
+    elif hasattr(source, "__iter__") and _length(source) is not None:
+        batches = IterableBatches(source, device, num_classes, what)
     else:
         raise InputError(
-            f"batches must have a length and be iterable, as a DataLoader; "
-            f"a {type(source).__name__} is not"
+            f"{what} batches must have a length and be iterable, as a DataLoader; "
+            f"a {type(source).__name__} is not (a data set of images: put it into one)"
+        )
+    classes = getattr(source, "num_classes", None)
+    if isinstance(classes, int) and classes > num_classes:
+        raise InputError(
+            f"the {what} data have {classes} classes and the peers {num_classes}: build the "
+            f"cohort with num_classes={classes}"
         )
     if len(batches) == 0:
-        raise InputError("there is not one batch to train on: fewer images than the batch size?")
+        raise InputError(
+            f"there is not one {what} batch: fewer images than the batch size, or no images?"
+        )
     return batches
+
+
+def described(source: Any, num_classes: int) -> dict[str, Sequence]:
+    """Of `mean`, `std` and `classes`, as `Cohort` has them, what the source of batches says.
+
+    Of a DataLoader the data set's `classes` are taken, as torchvision's sets have them, and mean
+    and std of a Normalize after a ToTensor, or ToDtype(scale=True), among its transforms.
+    """
+    found = {name: getattr(source, name, None) for name in ("mean", "std")}
+    found["classes"] = getattr(source, "class_names", None)
+    data = getattr(getattr(source, "source", None), "dataset", None)
+    while hasattr(data, "dataset"):  # torch's Subset
+        data = data.dataset
+    if data is not None:
+        found["mean"], found["std"] = _normalisation(getattr(data, "transform", None))
+        if getattr(data, "target_transform", None) is None:  # which may put them in another order
+            found["classes"] = getattr(data, "classes", None)
+    names = found["classes"]
+    if not isinstance(names, Sequence) or len(names) != num_classes:
+        del found["classes"]
+    return {name: value for name, value in found.items() if value is not None}
+
+
+def _normalisation(transform: Any) -> tuple[list[float] | None, list[float] | None]:
+    """mean and std in bytes, where it is certain that bytes are what is normalised."""
+    steps = getattr(transform, "transforms", None)
+    if not isinstance(steps, Sequence):
+        return None, None
+    kinds = [type(step).__name__ for step in steps]
+    if kinds.count("Normalize") != 1:
+        return None, None
+    at = kinds.index("Normalize")
+    scaled = [
+        kind == "ToTensor" or (kind == "ToDtype" and getattr(step, "scale", False) is True)
+        for kind, step in zip(kinds[:at], steps, strict=False)
+    ]
+    if sum(scaled) != 1 or not scaled[-1]:  # something between them may change the scale
+        return None, None
+    mean, std = ([255.0 * float(v) for v in getattr(steps[at], name)] for name in ("mean", "std"))
+    return mean, std
+
+
+def _length(source: Any) -> int | None:
+    try:
+        return len(source)
+    except TypeError:  # none, or that of a DataLoader over a stream
+        return None
+
+
+def _sizes(shape: Sequence[int]) -> str:
+    return "x".join(map(str, shape))
+
+
+def _dtype(tensor: Tensor) -> str:
+    return str(tensor.dtype).removeprefix("torch.")

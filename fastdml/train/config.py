@@ -10,7 +10,7 @@ import argparse
 import os
 import shutil
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Container, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, get_origin
@@ -67,6 +67,12 @@ FREE_ON_RESUME = frozenset(
 )
 
 
+# Recorded of the data of `fit` as far as the loader shows it, which one within another does not.
+SHOWN_BY_LOADER = frozenset(["pad", "flip", "erasing", "images_per_id"])
+# Recorded by `fit` of earlier versions as the data set's defaults, whatever ran.
+DEFAULTS_OF_FIT = frozenset(["data", "peers", "subset", "batch_size", "standin", "height", "width"])
+
+
 def check_resumable(saved: Mapping[str, Any], config: TrainConfig) -> None:
     """Refuses to continue a run whose settings `saved` differ from `config` where it matters.
 
@@ -75,8 +81,13 @@ def check_resumable(saved: Mapping[str, Any], config: TrainConfig) -> None:
     """
     check_names(saved, " in the checkpoint", type(config))
     wanted = config.to_dict()
+    free = FREE_ON_RESUME
+    if not is_known(config.data):
+        free |= SHOWN_BY_LOADER
+        if is_known(saved.get("data")):
+            free |= DEFAULTS_OF_FIT
     for name, value in saved.items():
-        if name in FREE_ON_RESUME or wanted[name] == value:
+        if name in free or wanted[name] == value:
             continue
         why = ""
         if name in ("epochs", "iterations"):
@@ -93,17 +104,24 @@ def load_config(path: str | Path, base: TrainConfig | None = None) -> TrainConfi
     """Settings from a YAML file, over `base` (default: the preset of the data set it names)."""
     values = read_settings(path)
     data = base.data if base else values.get("data", "cifar100")
-    check_names(values, f" in {path}", config_type(data))
+    check_names(values, f" in {path}", type(base) if base else config_type(data, values))
     return (base or preset(data, **_choices(values))).replace(**values)
 
 
-def config_type(data: str) -> type[TrainConfig]:
-    return ReidConfig if data in REID else TrainConfig
+def is_known(data: str) -> bool:
+    """Whether a name means a data set of fastdml, not data of one's own that `fit` trained on."""
+    return data in (*PRESETS, *REID)
+
+
+def config_type(data: str, names: Container[str] = ()) -> type[TrainConfig]:
+    """names: of settings that are given, which decide it for data of one's own."""
+    reid = data in REID or (not is_known(data) and "recipe" in names)
+    return ReidConfig if reid else TrainConfig
 
 
 def preset(data: str, **changes: Any) -> TrainConfig:
     """The defaults for a data set, with some settings changed."""
-    kind = config_type(data)
+    kind = config_type(data, changes)
     check_names(changes, kind=kind)
     defaults = reid_preset(changes) if kind is ReidConfig else PRESETS.get(data, {})
     return kind(**{"data": data, **defaults, **changes})
@@ -128,7 +146,8 @@ def _base(data: str, given: Mapping[str, Any]) -> TrainConfig:
     folder = resume_folder(config)
     config = load_config(folder / CONFIG)
     if config.data != data:
-        raise InputError(f"cannot resume: {folder} is a run on {config.data}, not on {data}")
+        how = "" if is_known(config.data) else ": go on in Python, by fit(..., resume=True)"
+        raise InputError(f"cannot resume: {folder} is a run on {config.data}, not on {data}{how}")
     return config.replace(folder=str(folder), resume=True)
 
 
@@ -207,7 +226,7 @@ def run_name(config: TrainConfig) -> str:
     peers = list(config.peers)
     if len(peers) > 2 and len(set(peers)) == 1:
         peers = [f"{len(peers)}x{peers[0]}"]
-    name = "-".join([config.data, *peers])
+    name = "-".join([config.data.partition(":")[0], *peers])  # own data: NAME, or NAME: DESCRIPTION
     return "".join(c if c.isalnum() or c in "-_." else "_" for c in name)[:100]
 
 

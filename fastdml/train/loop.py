@@ -22,15 +22,15 @@ from typing import Any
 import torch
 
 from fastdml.cohort import Cohort
-from fastdml.data import ImageSet, ResidentLoader, load, make_loader
+from fastdml.data import HINT, ImageSet, ResidentLoader, load, make_loader
 from fastdml.data.per_image import naming_dead_workers
 from fastdml.engine.amp import Amp, resolve
 from fastdml.errors import InputError
 from fastdml.files import writing
 from fastdml.metrics import Classification, ClassificationScores
 from fastdml.terminal import lenient_stderr
-from fastdml.train import checkpoint, reid, report
-from fastdml.train.batches import Batches, as_batches
+from fastdml.train import checkpoint, checks, reid, report
+from fastdml.train.batches import Batches, as_batches, first_batch
 from fastdml.train.config import CONFIG
 from fastdml.train.dryrun import plan
 from fastdml.train.folder import (
@@ -48,16 +48,19 @@ from fastdml.train.settings import TrainConfig
 EVALUATION_BATCH = 500  # images; divides CIFAR's test sets
 
 
-def run(config: TrainConfig) -> TrainResult | None:
-    """The run that `config` describes: data, peers, training. None after a dry run."""
+def run(config: TrainConfig, *, hint: str = HINT) -> TrainResult | None:
+    """The run that `config` describes: data, peers, training. None after a dry run. hint: what
+    messages say that a download is asked for by."""
+    checks.one_process()
+    checks.extras(config)
     device = choose_device(config)
     notes: list[str] = []  # said once nothing is refused any more
     if isinstance(config, ReidConfig):
-        with reid.opened(config, notes.append) as market:
+        with reid.opened(config, notes.append, hint=hint) as market:
             cohort, train, retrieval = reid.prepare(market, config, device, notes.append)
-            return fit(cohort, train, retrieval, config, notes)
+            return _fit(cohort, train, retrieval, config, notes)
     download = config.download and not config.dry_run
-    train_set, test_set = load(config.data, config.root, download=download)
+    train_set, test_set = load(config.data, config.root, download=download, hint=hint)
     if config.subset:
         train_set = train_set.subset(config.subset, config.seed)
     cohort = Cohort(
@@ -79,7 +82,7 @@ def run(config: TrainConfig) -> TrainResult | None:
         say=notes.append,
     )
     test = ResidentLoader(test_set, EVALUATION_BATCH, train=False, device=device)
-    return fit(cohort, train, test, config, notes)
+    return _fit(cohort, train, test, config, notes)
 
 
 def fit(
@@ -93,18 +96,43 @@ def fit(
 
     train: a `data.ResidentLoader`, or any sized iterable of (images, labels) such as a DataLoader;
     `train.batches` says what resuming asks of it. test: the same for evaluation, or a function from
-    the cohort to its scores, or None. `config`'s data, peers and device are recorded, not used.
-    notes: lines for stderr before the first step. Returns None after a dry run.
+    the cohort to its scores, or None. What the images are is recorded with the weights, see
+    `Cohort`. `config`'s device is not used, and of what describes a data set and peers, what runs
+    is recorded in place of what it says. notes: lines for stderr before the first step. Returns
+    None after a dry run.
     """
+    checks.one_process()
+    checks.arguments(cohort, config)
+    checks.extras(config)
+    return _fit(cohort, train, test, config, notes, own=True)
+
+
+def _fit(
+    cohort: Cohort,
+    train: Any,
+    test: Any | Evaluate | None,
+    config: TrainConfig,
+    notes: Sequence[str],
+    *,
+    own: bool = False,
+) -> TrainResult | None:
+    """own: the data and the peers are not those that `config` names."""
     device = next(cohort.parameters()).device
     cohort.to(memory_format=torch.channels_last)
-    train = as_batches(train, device)
+    train = as_batches(train, device, cohort.num_classes)
     amp = resolve(config.amp, device)
     evaluate = test
     if test is not None and not callable(test):
-        evaluate = partial(_score, as_batches(test, device), amp)
+        test = as_batches(test, device, cohort.num_classes, "test")
+        evaluate = partial(_score, test, amp)
+    if len(cohort) == 1:
+        notes = [*notes, "one peer learns from the labels alone: nothing is mutual below two"]
     with lenient_stderr(), naming_dead_workers(), _reproducible(config, device):
-        _check_peers(cohort, train)
+        images = checks.first_look(cohort, train, config, amp)
+        if evaluate is not test:  # batches, whose mistakes an epoch would find too late
+            first_batch(test, cohort.num_classes, "test")
+        if own:
+            config = checks.recorded(config, cohort, train, images)
         phase = Phase(cohort, train, evaluate, config, Path(), amp)  # refuses what cannot run
         if config.dry_run:
             check_folder(config)
@@ -130,15 +158,6 @@ def fit(
 def _tell(notes: Sequence[str]) -> None:
     for line in notes:
         print(line, file=sys.stderr)
-
-
-def _check_peers(cohort: Cohort, train: Batches) -> None:
-    """Peers whose logits do not fit each other are found before a folder is made for them."""
-    images, _ = next(iter(train.epoch(0)))
-    cohort.eval()
-    with torch.inference_mode():
-        cohort(images[:2])
-    cohort.train()
 
 
 @contextmanager
@@ -244,17 +263,30 @@ def choose_device(config: TrainConfig) -> torch.device:
             return device
     except (RuntimeError, AssertionError):
         pass
-    raise InputError(f"no run on device {config.device!r} here: use auto, cpu, cuda or cuda:N")
+    raise InputError(f"no run on device {config.device!r} here: use {_devices()}")
 
 
-def evaluate_batches(
-    cohort: Cohort, test: ImageSet, batch_size: int = EVALUATION_BATCH, amp: str = "auto"
-) -> ClassificationScores:
-    """Scores of a cohort, in evaluation mode, on the device it is on."""
+def _devices() -> str:
+    """What can be asked for here."""
+    count = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    if not count:
+        return "auto or cpu; torch finds no CUDA device"
+    return "auto, cpu, cuda or " + ("cuda:0" if count == 1 else f"cuda:0 to cuda:{count - 1}")
+
+
+def evaluate(cohort: Cohort, test: ImageSet | Any, amp: str = "auto") -> ClassificationScores:
+    """Scores of a cohort on the device it is on.
+
+    test: an `ImageSet`, such as `data.load` gives, or batches as `fit` takes them: normalised as
+    those that the cohort was trained on.
+    """
     device = next(cohort.parameters()).device
-    loader = ResidentLoader(test, batch_size, train=False, device=device)
-    cohort.eval().to(memory_format=torch.channels_last)
-    return _score(loader, resolve(amp, device), cohort)
+    if isinstance(test, ImageSet):
+        test = ResidentLoader(test, EVALUATION_BATCH, train=False, device=device)
+    test = as_batches(test, device, cohort.num_classes, "test")
+    cohort.to(memory_format=torch.channels_last)
+    with reid.evaluating(cohort):
+        return _score(test, resolve(amp, device), cohort)
 
 
 def _score(test: Batches, amp: Amp, cohort: Cohort) -> ClassificationScores:

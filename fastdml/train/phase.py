@@ -295,6 +295,7 @@ class Phase:
             "config": self.config.to_dict(),
             "precision": self.amp.name,
             "peers": list(self.cohort.names),
+            "images": self.cohort.record(),
             "steps_per_epoch": self.steps,
             "position": self.position,
             "cohort": self.cohort.state_dict(),
@@ -326,6 +327,15 @@ class Phase:
         ):
             if state[key] != now:
                 raise InputError(f"cannot resume {path}: {what} was {state[key]} and is now {now}")
+        now = self.cohort.record()
+        for key, was in state.get("images", {}).items():  # not of earlier versions
+            if now[key] is None:
+                setattr(self.cohort, key, was)
+            elif was not in (None, now[key]):
+                raise InputError(
+                    f"cannot resume {path}: the {key} of the images was {str(was)[:60]} and is now "
+                    f"{str(now[key])[:60]}"
+                )
         if state["position"] > self.total:
             raise InputError(
                 f"cannot resume: the run has done {state['position'] // self.steps} epochs, more "

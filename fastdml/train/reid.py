@@ -23,6 +23,7 @@ from torch import Tensor
 from fastdml import metrics
 from fastdml.cohort import Cohort
 from fastdml.data import (
+    HINT,
     Market1501,
     PKSampler,
     ReidSplit,
@@ -46,17 +47,19 @@ Say = Callable[[str], None]
 
 
 @contextmanager
-def opened(config: ReidConfig, say: Say, *, distractors: bool = False) -> Iterator[Market1501]:
+def opened(
+    config: ReidConfig, say: Say, *, distractors: bool = False, hint: str = HINT
+) -> Iterator[Market1501]:
     """The data set of a run, checked; with `standin` it is built if need be, by a dry run in a
     folder that is gone afterwards. What is odd about it goes to `say`."""
     with tempfile.TemporaryDirectory(prefix="fastdml-") as temporary:
         root = Path(config.root)
         if config.standin:
             if config.download and not config.dry_run:
-                load_cifar100(root, download=True)
+                load_cifar100(root, download=True, hint=hint)
             folder = root / STANDIN_FOLDER
             build = Path(temporary) if config.dry_run and not folder.exists() else folder
-            root = build_standin(build, config.root, STANDIN)
+            root = build_standin(build, config.root, STANDIN, hint)
         with warnings.catch_warnings(record=True) as caught:
             warnings.simplefilter("always")
             market = Market1501(
@@ -199,11 +202,18 @@ def extract_features(
     `torch.distributed` each process extracts a share, and all get all.
     """
     device = next(cohort.parameters()).device
+    with evaluating(cohort):
+        features = Features(source, size, device, loader=loader, batch_size=batch_size)
+        return features(cohort, resolve(amp, device), flip_test)
+
+
+@contextmanager
+def evaluating(cohort: Cohort) -> Iterator[None]:
+    """In evaluation mode; afterwards each layer is in the mode it was in."""
     training = [module.training for module in cohort.modules()]
     cohort.eval()
     try:
-        features = Features(source, size, device, loader=loader, batch_size=batch_size)
-        return features(cohort, resolve(amp, device), flip_test)
+        yield
     finally:
         for module, was in zip(cohort.modules(), training, strict=True):
             module.training = was
@@ -219,11 +229,12 @@ def evaluate(
     ranked_lists: int,
     folder: Path,
     say: Say,
+    hint: str,
 ) -> tuple[dict[str, dict[str, Any] | None], list[Path]]:
     """Scores of a run's peers by protocol, as dicts, and the pictures of some ranked lists that it
     drew into `folder`."""
     notes: list[str] = []
-    with opened(config, notes.append, distractors=distractors) as market:
+    with opened(config, notes.append, distractors=distractors, hint=hint) as market:
         retrieval = Retrieval(market, config, device, notes.append)
         for line in notes:
             say(line)

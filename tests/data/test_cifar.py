@@ -76,7 +76,7 @@ def test_absent(tmp_path, source):
     assert f"{tmp_path}: holds no {source.name}" in found
     assert source.binary_folder in found
     assert source.python_folder in found
-    assert "--download" in found
+    assert found.endswith("or use download=True")
 
 
 def test_folders_of_the_other_set_are_not_taken(tmp_path):

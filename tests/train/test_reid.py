@@ -218,7 +218,7 @@ def test_export(run, tmp_path, capfd):
     assert cli.main(["export", str(run), "--format", "torch", "--to", str(tmp_path)]) == 0
     paths = capfd.readouterr().out.split()
     program = torch.export.load(paths[0]).module()
-    assert program(torch.zeros(3, 3, 16, 8)).shape == (3, 6)
+    assert program(torch.zeros(3, 3, 16, 8)).shape == (3, 64)  # features, not the 6 identities
 
 
 # --- resuming ---

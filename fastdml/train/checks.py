@@ -1,0 +1,160 @@
+"""What is found out, recorded and refused before a run has a folder."""
+
+from __future__ import annotations
+
+import copy
+import os
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from fastdml.cohort import Cohort
+from fastdml.engine.amp import Amp
+from fastdml.errors import InputError, one_line, require
+from fastdml.train.batches import Batches, described, first_batch
+from fastdml.train.config import is_known
+from fastdml.train.reid_settings import ReidConfig
+from fastdml.train.settings import TrainConfig
+
+HEAD = ("pooling", "neck", "last_stride")  # settings of re-identification that a cohort has
+# How many processes a launcher started, as it tells each of them: torchrun; Open MPI; MPICH, Intel
+# MPI and others of their kind; MVAPICH; srun (SLURM_NTASKS is set in a batch script as well, which
+# is one process).
+WORLD_SIZES = (
+    "WORLD_SIZE",
+    "OMPI_COMM_WORLD_SIZE",
+    "PMI_SIZE",
+    "MV2_COMM_WORLD_SIZE",
+    "SLURM_STEP_NUM_TASKS",
+)
+
+
+def one_process(environment: Mapping[str, str] = os.environ) -> None:
+    """Refuses to train where several processes were started: each would train the same run."""
+    sizes = {name: environment[name] for name in WORLD_SIZES if name in environment}
+    several = [f"{name}={size}" for name, size in sizes.items() if size.strip() != "1"]
+    if not sizes and "RANK" in environment:
+        several = [f"RANK={environment['RANK']}"]
+    if not several and dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1:
+        several = [f"torch.distributed has {dist.get_world_size()} processes"]
+    if several:
+        raise InputError(
+            f"started as one of several processes ({several[0]}), each of which would train the "
+            "same run: a run takes one process, so start it without torchrun, srun or mpirun"
+        )
+
+
+def extras(config: TrainConfig) -> None:
+    """Imports what a run needs at any time, so that nothing is missing after the last epoch."""
+    for module in ("yaml", "tqdm", "safetensors.torch", "matplotlib.figure"):
+        require(module, "train")
+    if config.tensorboard:
+        require("tensorboard", "train")  # or torch's own error would be that of a torch module
+        require("torch.utils.tensorboard", "train")
+
+
+def arguments(cohort: Any, config: Any) -> None:
+    if not isinstance(cohort, Cohort):
+        raise InputError(
+            f"cohort must be a fastdml.Cohort, not a {type(cohort).__name__}: make one, for "
+            "instance Cohort(['resnet32', 'resnet32'], num_classes=10)"
+        )
+    if not isinstance(config, TrainConfig):
+        raise InputError(
+            f"config must be a TrainConfig, not a {type(config).__name__}: make one, for instance "
+            "TrainConfig(epochs=10)"
+        )
+    if next(cohort.parameters(), None) is None:
+        raise InputError("the peers have no parameters, so that there is nothing to train")
+
+
+def first_look(cohort: Cohort, train: Batches, config: TrainConfig, amp: Amp) -> Tensor:
+    """The images of the first batch, after what they tell: that every peer can be trained on them,
+    and what `cohort` records of them."""
+    images, _ = first_batch(train, cohort.num_classes)
+    part = images[: max(1, len(images) // config.accumulate)]
+    for name, peer in zip(cohort.names, cohort.peers, strict=True):
+        _try(name, peer, part, cohort.num_classes, amp)
+    cohort.image_shape = tuple(images.shape[1:])
+    cohort.in_channels = images.shape[1]
+    for name, value in described(train, cohort.num_classes).items():
+        setattr(cohort, name, value)
+    cohort.record()  # refuses what the caller set and does not fit
+    return images
+
+
+def _try(name: str, peer: nn.Module, images: Tensor, num_classes: int, amp: Amp) -> None:
+    """One pass in evaluation mode, then one with gradients in training mode by a copy, so that the
+    peer keeps its statistics and whatever else it counts."""
+    fits = f"images {tuple(images.shape)}"
+    try:
+        with torch.inference_mode(), amp.autocast():
+            logits = peer.eval()(images)
+    except Exception as error:  # whatever a peer's code may raise
+        raise InputError(f"peer {name} fails on {fits}: {one_line(error)}") from error
+    finally:
+        peer.train()
+    _check_logits(name, logits, len(images), num_classes)
+    twin = _copied(peer)
+    if twin is None:
+        return
+    try:
+        with amp.autocast():
+            logits = twin(images)
+        if isinstance(logits, Tensor) and logits.requires_grad:
+            logits.float().sum().backward()
+    except Exception as error:
+        raise InputError(f"peer {name} fails on {fits} in training: {one_line(error)}") from error
+    _check_logits(name, logits, len(images), num_classes, " in training")
+
+
+def _check_logits(name: str, logits: Any, rows: int, num_classes: int, when: str = "") -> None:
+    if not isinstance(logits, Tensor) or logits.shape != (rows, num_classes):
+        got = tuple(logits.shape) if isinstance(logits, Tensor) else type(logits).__name__
+        raise InputError(
+            f"peer {name} must return logits (N, {num_classes}), and for {rows} images{when} "
+            f"returned {got}"
+        )
+
+
+def _copied(peer: nn.Module) -> nn.Module | None:
+    """None where there is no copy to be had, or compiling one would take minutes."""
+    if any(hasattr(module, "_orig_mod") for module in peer.modules()):
+        return None
+    try:
+        return copy.deepcopy(peer).train()
+    except Exception:
+        return None
+
+
+def recorded(config: TrainConfig, cohort: Cohort, train: Batches, images: Tensor) -> TrainConfig:
+    """`config` with what runs on data of one's own where it has the settings of a data set."""
+    label = "own data" if is_known(config.data) else config.data.partition(":")[0]
+    shape = "x".join(map(str, images.shape[1:]))
+    augment = getattr(train, "augment", None)  # of fastdml's loaders
+    changes: dict[str, Any] = {
+        "data": f"{label}: {len(train)} batches of {len(images)}, images {shape}",
+        "download": False,
+        "subset": 0,
+        "batch_size": len(images),
+        "pad": getattr(augment, "pad", 0),
+        "flip": bool(getattr(augment, "flip", False)),
+        "peers": tuple(
+            model or type(peer).__name__
+            for model, peer in zip(cohort.models, cohort.peers, strict=True)
+        ),
+    }
+    if isinstance(config, ReidConfig):
+        changes |= {
+            "standin": False,
+            "height": images.shape[2],
+            "width": images.shape[3],
+            "images_per_id": getattr(getattr(train, "sampler", None), "k", 0),
+            "erasing": float(getattr(augment, "erase", 0.0)),
+        }
+        if cohort.head is not None:
+            changes |= {name: getattr(cohort.head, name) for name in HEAD}
+    return config.replace(**changes)
