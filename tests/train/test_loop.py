@@ -561,20 +561,20 @@ class TestUnfinishedFolders:
         self, settings, tmp_path, monkeypatch, capfd
     ):
         monkeypatch.chdir(tmp_path)
-        config = settings(folder=None, epochs=1, data="mine", peers=("a", "b"))
+        config = settings(folder=None, epochs=1, data="mine")
         fit(make_cohort(), *make_loaders(), config)
         for number in (2, 3):
-            Path(f"runs/mine-a-b-00{number}").mkdir()
-        (tmp_path / "runs/mine-a-b-003/.lock").touch()
+            Path(f"runs/mine-TinyPeer-TinyPeer-00{number}").mkdir()
+        (tmp_path / "runs/mine-TinyPeer-TinyPeer-003/.lock").touch()
         capfd.readouterr()
         again = fit(make_cohort(), *make_loaders(), config.replace(resume=True))
-        assert str(again.folder) == "runs/mine-a-b-001"
+        assert str(again.folder) == "runs/mine-TinyPeer-TinyPeer-001"
         err = capfd.readouterr().err
-        assert "passed over, without a config.yaml: runs/mine-a-b-003, runs/mine-a-b-002\n" in err
-        shutil.rmtree("runs/mine-a-b-001")
-        with pytest.raises(InputError, match=r"no config\.yaml in runs/mine-a-b-003, runs/mine"):
+        assert "passed over, without a config.yaml: runs/mine-TinyPeer-TinyPeer-003, runs/mine-TinyPeer-TinyPeer-002\n" in err
+        shutil.rmtree("runs/mine-TinyPeer-TinyPeer-001")
+        with pytest.raises(InputError, match=r"no config\.yaml in runs/mine-TinyPeer-TinyPeer-003, runs/mine"):
             fit(make_cohort(), *make_loaders(), config.replace(resume=True))
-        assert str(fit(make_cohort(), *make_loaders(), config).folder) == "runs/mine-a-b-004"
+        assert str(fit(make_cohort(), *make_loaders(), config).folder) == "runs/mine-TinyPeer-TinyPeer-004"
 
 
 class TestDamagedMetrics:
