@@ -476,10 +476,12 @@ def _read_description(path: Path) -> dict:
         description["head"] = None if head is None else ReidHead(**head)
         size = description.get("image_size")  # nor this
         description["image_size"] = None if size is None else _height_and_width(size)
-    except (ValueError, KeyError, TypeError) as error:
+    except (ValueError, KeyError, TypeError, RecursionError) as error:
         if isinstance(error, InputError):
             raise
-        raise InputError(f"{path} does not describe a cohort: {error!r}") from None
+        text = not isinstance(error, UnicodeDecodeError)  # which holds the whole file
+        reason = repr(error) if text else "not a text file"
+        raise InputError(f"{path} does not describe a cohort: {reason}") from None
     if version != FORMAT:
         raise InputError(f"{path} has format {version!r}; this version of fastdml reads {FORMAT}")
     texts = [t for n, m, sha256 in peers for t in (n, "" if m is None else m, sha256)]

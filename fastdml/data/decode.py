@@ -19,6 +19,9 @@ import numpy as np
 from fastdml.errors import InputError, require
 
 LARGEST = 1 << 26  # pixels; what a header may claim before anything is decoded
+# What Pillow may take a file for, whatever its name. Of others, EPS would be handed to Ghostscript,
+# another program.
+FORMATS = ("JPEG", "PNG", "BMP", "PPM", "WEBP", "GIF", "TIFF")
 
 
 class BadImage(InputError):
@@ -47,7 +50,7 @@ def decode(path: str | Path, size: tuple[int, int] | None = None) -> np.ndarray:
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # of odd but readable headers
-            image = pillow.open(io.BytesIO(content))
+            image = pillow.open(io.BytesIO(content), formats=FORMATS)
             if image.width * image.height > LARGEST:
                 raise BadImage(path, f"claims {image.width}x{image.height} pixels")
             image.load()

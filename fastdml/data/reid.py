@@ -11,6 +11,7 @@ files and what operating systems leave between others are not looked at.
 
 from __future__ import annotations
 
+import os
 import re
 import sys
 import warnings
@@ -342,7 +343,11 @@ def _read(root: Path, places: Sequence[tuple[str, str | None]], layout: Layout) 
 def _listed(file: Path, folder: Path) -> list[Path]:
     """The files that the lines "NAME LABEL" of a list name."""
     found = []
-    for number, line in enumerate(file.read_text(encoding="utf-8").splitlines(), 1):
+    try:
+        text = file.read_text(encoding="utf-8")
+    except UnicodeDecodeError:
+        raise InputError(f"{file}: not a text file: unpack the archive again") from None
+    for number, line in enumerate(text.splitlines(), 1):
         if not line.strip():
             continue
         name = line.split()[0]
@@ -351,7 +356,7 @@ def _listed(file: Path, folder: Path) -> list[Path]:
             continue
         if Path(name).is_absolute() or ".." in Path(name).parts:
             raise InputError(f"{file}: line {number} names {name!r}, which is outside of {folder}")
-        if not path.is_file():
+        if not os.path.isfile(path):  # False for names that no file system takes, too
             raise InputError(f"{path}: the file is not there, but line {number} of {file} names it")
         found.append(path)
     return found

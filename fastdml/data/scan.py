@@ -194,7 +194,17 @@ def _load(file: Path) -> dict[str, list]:
     except (OSError, ValueError, RecursionError):
         return {}
     kept = content.items() if isinstance(content, dict) else ()
-    return {path: entry for path, entry in kept if isinstance(entry, list) and len(entry) == 2}
+    return {path: entry for path, entry in kept if _is_entry(entry)}
+
+
+def _is_entry(entry: object) -> bool:
+    """Whether it is what a scan writes for a file: its mark, and why it is bad or None."""
+    return (
+        isinstance(entry, list)
+        and len(entry) == 2
+        and isinstance(entry[0], list)
+        and (entry[1] is None or isinstance(entry[1], str))
+    )
 
 
 def _save(file: Path | None, content: dict[str, list]) -> None:

@@ -96,7 +96,14 @@ def create_model(
     elif is_own(name):
         model = _from_import(name, num_classes, in_channels)
     else:
-        model = _own(name, num_classes, in_channels, head)
+        try:
+            model = _own(name, num_classes, in_channels, head)
+        except RuntimeError as error:  # of torch: no memory has so much
+            reason = str(error).strip().partition("\n")[0][:200]
+            raise InputError(
+                f"model {name!r} for {num_classes} classes and {in_channels} channels cannot be "
+                f"built here: {reason}"
+            ) from None
     if head is not None:
         model = ReidModel(model, num_classes, head, name=name, in_channels=in_channels)
     if timm_name is not None and image_size is not None:
@@ -107,6 +114,8 @@ def create_model(
 def check_count(label: str, value: object) -> None:
     if not isinstance(value, Integral) or isinstance(value, bool) or value < 1:
         raise InputError(f"{label} must be a whole number of at least 1, not {value!r}")
+    if value >= 1 << 63:
+        raise InputError(f"{label} must be below 2**63, not {value}")
 
 
 def _own(name: str, num_classes: int, in_channels: int, head: ReidHead | None) -> nn.Module:

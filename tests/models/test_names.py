@@ -98,12 +98,21 @@ def test_advice_on_a_depth_can_be_followed(depth):
     assert depth not in depths
 
 
-@pytest.mark.parametrize("value", [0, -1, 2.0, True, None, "10"])
+@pytest.mark.parametrize("value", [0, -1, 2.0, True, None, "10", 2**63])
 def test_class_and_channel_counts_are_checked(value):
     with pytest.raises(InputError, match=r"num_classes must be .* not "):
         create_model("resnet20", value)
     with pytest.raises(InputError, match=r"in_channels must be .* not "):
         create_model("resnet20", 10, in_channels=value)
+
+
+@pytest.mark.parametrize("name", ["resnet8", "wrn_10_1", "mobilenet", "googlenet"])
+@pytest.mark.parametrize("sizes", [(2**40, 3), (10, 2**40), (2**63 - 1, 1)])
+def test_a_model_that_no_memory_holds(name, sizes):
+    """As a damaged file may ask for."""
+    with pytest.raises(InputError, match="cannot be built here") as raised:
+        create_model(name, sizes[0], in_channels=sizes[1])
+    assert "\n" not in str(raised.value)
 
 
 @pytest.mark.parametrize("name", [5, None, ["resnet8"]])
