@@ -1,7 +1,11 @@
-"""Exponential moving average of the peers: weights and BatchNorm statistics.
+"""Exponential moving average of what training changes in the peers.
+
+That is the weights, and the running statistics of normalisation layers. All other buffers (masks,
+positional tables, spectral norm's vectors, counts of batches) stay the cohort's own: averaged, an
+infinite one would be NaN and a unit vector none any more. A weight that is frozen is copied.
 
 `update` costs one multi-tensor launch and reads and writes the average once. The averages begin at
-the weights that the peers have when the average is made.
+the weights that the peers have when the average is made, or when a layer is replaced.
 """
 
 from __future__ import annotations
@@ -13,10 +17,13 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from fastdml.engine.weights import Parts
 from fastdml.errors import InputError
 
 if TYPE_CHECKING:
     from fastdml.cohort import Cohort
+
+STATISTICS = "running_"  # how torch, and who follows it, begin the names of such buffers
 
 
 class Ema:
@@ -25,25 +32,62 @@ class Ema:
     def __init__(self, cohort: Cohort, decay: float) -> None:
         if not 0 < decay < 1:
             raise InputError(f"the decay of the moving average must be within 0..1, not {decay!r}")
-        named = [*cohort.named_parameters(), *cohort.named_buffers()]
-        named = [(name, t) for name, t in named if t.is_floating_point()]
-        self.decay = decay
-        self.names = [name for name, _ in named]
-        self.live = [t for _, t in named]
-        self.averages = [t.detach().clone() for t in self.live]
+        self.cohort, self.decay = cohort, decay
+        self.names: list[str] = []
+        self.averages: list[Tensor] = []
+        self._collect()
+
+    def refresh(self) -> None:
+        """Follows weights that were replaced: an average begins at the new weight where the shape
+        is another, and goes on otherwise."""
+        if not self.parts.unchanged():
+            self._collect()
+
+    @torch.no_grad()
+    def _collect(self) -> None:
+        before = dict(zip(self.names, self.averages, strict=True))
+        self.parts = Parts(self.cohort)
+        named = dict(self.cohort.named_parameters())
+        for name, t in self.cohort.named_buffers():
+            if name.rpartition(".")[2].startswith(STATISTICS):
+                named[name] = t
+        named = {n: t for n, t in named.items() if t.is_floating_point() or t.is_complex()}
+        self.names, self.live, self.averages = list(named), list(named.values()), []
+        for name, t in named.items():
+            average = before.get(name)
+            if average is None or average.shape != t.shape:
+                average = t.detach().clone()
+            self.averages.append(average.to(t.device, t.dtype))
+        # Of an infinite weight, as of a bias that masks: the step towards itself would be NaN.
+        self.infinite = [bool((~t.isfinite()).any()) for t in self.live]
 
     @torch.no_grad()
     def update(self) -> None:
-        torch._foreach_lerp_(self.averages, self.live, 1 - self.decay)
+        self.refresh()
+        trained, copied = ([], []), ([], [])
+        for average, t, infinite in zip(self.averages, self.live, self.infinite, strict=True):
+            if infinite:
+                moved = average.lerp(t, 1 - self.decay)
+                average.copy_(torch.where(average == t, t, moved))
+                continue
+            # Buffers never require a gradient, and those here follow every batch.
+            lists = trained if t.requires_grad or not isinstance(t, torch.nn.Parameter) else copied
+            lists[0].append(average)
+            lists[1].append(t)
+        torch._foreach_lerp_(*trained, 1 - self.decay)
+        if copied[0]:
+            torch._foreach_copy_(*copied)
 
     @torch.no_grad()
     def copy_to_cohort(self) -> None:
         """The cohort has the averages from now on; its own weights are lost."""
+        self.refresh()
         torch._foreach_copy_(self.live, self.averages)
 
     @contextmanager
     def applied(self) -> Iterator[None]:
         """Inside, the cohort has the averages; afterwards its own weights again."""
+        self.refresh()
         with torch.no_grad():
             own = [t.detach().clone() for t in self.live]
         self.copy_to_cohort()
@@ -57,6 +101,15 @@ class Ema:
         return dict(zip(self.names, self.averages, strict=True))
 
     def load_state_dict(self, state: dict[str, Tensor]) -> None:
+        """Takes the averages; what else `state` holds, as earlier versions' do, is left out."""
+        self.refresh()
+        for name, average in zip(self.names, self.averages, strict=True):
+            found = tuple(state[name].shape) if name in state else "nothing"
+            if found != average.shape:
+                raise InputError(
+                    f"the averages are of another cohort: {name} needs {tuple(average.shape)}, "
+                    f"and the state has {found}"
+                )
         with torch.no_grad():
             for name, average in zip(self.names, self.averages, strict=True):
                 average.copy_(state[name])

@@ -128,6 +128,8 @@ class Update:
         """Takes the optimizer's groups and the peers' weights as they are now."""
         if not self.holdings.current():
             self.holdings = Holdings(self.cohort, self.optimizer)
+            if self.ema is not None:
+                self.ema.refresh()
 
     def tensors(self) -> list[Tensor]:
         """Everything that a training step changes."""

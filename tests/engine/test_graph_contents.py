@@ -70,7 +70,6 @@ def new_head(s):
         torch.manual_seed(k)
         old, p[5] = [id(w) for w in p[5].parameters()], nn.Linear(6, C)
         group["params"] = [w for w in group["params"] if id(w) not in old] + [*p[5].parameters()]
-    s.ema.__init__(s.cohort, 0.9)
 
 
 def new_memory(s):
