@@ -10,6 +10,7 @@ answer at once.
 from __future__ import annotations
 
 import argparse
+import codecs
 import contextlib
 import difflib
 import io
@@ -232,6 +233,7 @@ COMMANDS: dict[str, Callable[[list[str]], None]] = {
 
 def main(argv: Sequence[str] | None = None) -> int:
     args = list(sys.argv[1:] if argv is None else argv)
+    _print_anything()
     try:
         code = _dispatch(args)
         sys.stdout.flush()
@@ -247,6 +249,22 @@ def main(argv: Sequence[str] | None = None) -> int:
         # `fastdml ... | head`: nobody reads on, and the flush at exit must not say so again.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 141
+
+
+def _print_anything() -> None:
+    """Names of files are printed as they are; of other text, what the terminal's encoding lacks,
+    such as an é under ASCII, as \\xe9."""
+    codecs.register_error("fastdml", _as_bytes_or_escaped)
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="fastdml")
+
+
+def _as_bytes_or_escaped(error: UnicodeError) -> tuple[str | bytes, int]:
+    try:
+        return codecs.lookup_error("surrogateescape")(error)
+    except UnicodeError:
+        return codecs.lookup_error("backslashreplace")(error)
 
 
 def _dispatch(args: list[str]) -> int:

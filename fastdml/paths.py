@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import sys
 from pathlib import Path
 
 from fastdml.errors import InputError
@@ -20,14 +21,20 @@ def expand(path: str | os.PathLike) -> str:
     folder, `~` is refused, rather than made as a folder of that name; an unknown user's stays.
     """
     text = os.fspath(path)
+    try:
+        encoded = os.fsencode(text)
+    except UnicodeEncodeError:  # of a locale without UTF-8
+        encoded = b"\0"
+    if b"\0" in encoded:
+        raise InputError(
+            f"{text!r} cannot be the name of a file here (names are in "
+            f"{sys.getfilesystemencoding()})"
+        )
     if not text.startswith("~"):
         return text
     if text.partition("/")[0] == "~" and home() is None:
         raise InputError(f"{text}: this account has no home folder: write the folder's name out")
-    try:
-        return os.path.expanduser(text)
-    except ValueError:  # no user's name holds a NUL or half a character
-        return text
+    return os.path.expanduser(text)
 
 
 def home() -> Path | None:

@@ -536,3 +536,51 @@ def test_help_in_narrow_terminals(monkeypatch, capfd, columns, command):
     monkeypatch.setenv("COLUMNS", str(columns))
     assert cli.main([*command.split(), "--help"]) == 0
     assert len(capfd.readouterr().out) < 60_000
+
+
+C_LOCALE = {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}
+
+
+@pytest.mark.parametrize(
+    ("environment", "shown"),
+    [
+        ({"PYTHONIOENCODING": "latin-1"}, b"\xe9"),
+        ({"PYTHONIOENCODING": "ascii"}, b"\\xe9"),
+        (C_LOCALE | {"PYTHONIOENCODING": "ascii"}, "é".encode()),
+    ],
+)
+def test_what_a_terminal_cannot_show(tmp_path, environment, shown):
+    """A whole run in a folder called é, said as the terminal can; and then a refusal."""
+    code = (
+        "import sys; from fastdml.cli import main\n"
+        "options = 'train digits --peers resnet8 --epochs 1 --subset 128 --no-tensorboard'\n"
+        "args = [*options.split(), '--folder', sys.argv[1]]\n"
+        "sys.exit([main(args), main(args)] != [0, 2])\n"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code, "é"],
+        cwd=tmp_path, env=ENVIRONMENT | environment, capture_output=True, timeout=120,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.endswith(b"run folder: " + shown + b"\n")
+    assert b"error: " + shown + b" is there already" in done.stderr
+    assert (tmp_path / "é" / "cohort.json").exists()
+
+
+def test_names_that_are_no_text(tmp_path, capfdbinary):
+    """Bytes that are not UTF-8 reach the terminal as they are."""
+    folder = os.fsencode(tmp_path) + b"/\xff"
+    assert cli.main(["evaluate", os.fsdecode(folder)]) == 2
+    assert folder in capfdbinary.readouterr().err
+
+
+def test_a_file_of_settings_in_a_locale_without_its_letters(tmp_path):
+    (tmp_path / "c.yaml").write_text("folder: é\n", encoding="utf-8")
+    done = subprocess.run(
+        [*FASTDML, "train", "digits", "--config", "c.yaml"],
+        cwd=tmp_path, capture_output=True, timeout=60, text=True,
+        env=ENVIRONMENT | C_LOCALE,
+    )  # fmt: skip
+    assert done.returncode == 2
+    assert done.stderr.count("\n") == 1
+    assert "cannot be the name of a file here" in done.stderr
