@@ -211,6 +211,35 @@ def test_function_transforms_and_forward_mode_are_refused_by_name():
             linear_mutual_loss([moving, hidden[1]], weight, labels, bias)
 
 
+def test_changes_after_the_forward_move_no_gradient():
+    """Every gradient is ready by then."""
+    hidden, weight, bias, labels = problem(2, 6, 5, torch.float32)
+    temperature, class_weight = torch.tensor(2.0), torch.ones(5)
+    options = {"temperature": temperature, "class_weight": class_weight, "chunk_rows": 4}
+    leaves = [*hidden, *weight, *bias]
+    expected = torch.autograd.grad(
+        linear_mutual_loss(hidden, weight, labels, bias, **options).sum(), leaves
+    )
+    value = linear_mutual_loss(hidden, weight, labels, bias, **options).sum()
+    with torch.no_grad():
+        for t in (labels, temperature, class_weight, *leaves):
+            t.zero_()
+    assert all(map(torch.equal, torch.autograd.grad(value, leaves), expected))
+
+
+@pytest.mark.parametrize("frozen", ["hidden", "weight"])
+def test_layers_from_inference_mode(frozen):
+    hidden, weight, bias, labels = problem(2, 6, 5, torch.float32)
+    with torch.inference_mode():
+        fixed = [t.detach().clone() for t in (hidden if frozen == "hidden" else weight)]
+    given = (fixed, weight) if frozen == "hidden" else (hidden, fixed)
+    grads = [
+        torch.autograd.grad(linear_mutual_loss(*layers, labels, bias).sum(), bias)
+        for layers in (given, (hidden, weight))
+    ]
+    torch.testing.assert_close(*grads)
+
+
 def test_frozen_layers_get_no_gradient():
     hidden, weight, bias, labels = problem(2, 6, 5, torch.float32)
     weight[0].requires_grad_(False)

@@ -272,12 +272,23 @@ def scaled(grads: Sequence[Tensor], upstream: Tensor) -> list[Tensor]:
     return [(grad * g).to(grad.dtype) for grad, g in zip(grads, factors, strict=True)]
 
 
+def keepable(logits: Sequence[Tensor], call: Call) -> tuple[Sequence[Tensor], Call]:
+    """The same, with copies of what was made under inference_mode: autograd keeps no such tensor,
+    as it could not notice a change."""
+    if any(t.is_inference() for t in (*logits, *call.tensors())):
+        copy = lambda v: v.clone() if isinstance(v, Tensor) and v.is_inference() else v  # noqa: E731
+        return list(map(copy, logits)), Call(*map(copy, call))
+    return logits, call
+
+
 def mutual_loss(logits: Sequence[Tensor], call: Call) -> tuple[Tensor, Tensor | None]:
     """Losses and packed statistics (None if not wanted), differentiable in the logits: K tensors
     (N, C) or one (K, N, C). Arguments are taken as checked."""
     needs_grad = torch.is_grad_enabled() and any(z.requires_grad for z in logits)
     if not torch.compiler.is_compiling():
         refuse_transforms("mutual_loss", logits)
+        if needs_grad:
+            logits, call = keepable(logits, call)
     if by_operator((*logits, *call.tensors())):
         now = needs_grad and gradients_now(logits, call)
         losses, stats, _ = torch.ops.fastdml.mutual_loss(logits, None, now, *flatten(call))

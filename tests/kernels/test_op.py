@@ -167,6 +167,105 @@ def test_logits_changed_before_a_second_backward_are_noticed():
         value.backward()
 
 
+CHANGEABLE = ("logits", "labels", "temperature", "ce_weight", "kl_weight", "peer_weights",
+              "class_weight")  # fmt: skip
+
+
+def changeable(dtype=torch.float32, **options) -> tuple[list[Tensor], list[Tensor], dict, Call]:
+    """Leaves, logits, and everything that a loop may write the next batch or a schedule into."""
+    z = leaves(dtype=dtype)
+    logits = [x * 1 for x in z]
+    parts = {
+        "logits": logits[1], "labels": labels_for(z), "peer_weights": torch.ones(3, 3),
+        "class_weight": torch.linspace(0.5, 1.5, 10),
+        **{name: torch.tensor(2.0) for name in ("temperature", "ce_weight", "kl_weight")},
+    }  # fmt: skip
+    parts = {name: t.to(DEVICE) for name, t in parts.items()}
+    scalars = (parts[name] for name in ("temperature", "ce_weight", "kl_weight"))
+    weights = parts["peer_weights"], parts["class_weight"]
+    return z, logits, parts, Call(parts["labels"], Options(**options), *scalars, *weights, False)
+
+
+def changed(parts: dict[str, Tensor], name: str) -> None:
+    with torch.no_grad():
+        parts[name].fill_(1)
+
+
+@pytest.mark.parametrize("compile_it", [False, True])
+@pytest.mark.parametrize("name", CHANGEABLE)
+@pytest.mark.parametrize("settings", [
+    {"dtype": torch.float16}, {"detach_targets": False}, {"detach_targets": False,
+    "reduction": "none", "symmetric": True},
+])  # fmt: skip
+def test_what_changed_before_a_backward_that_reads_it_is_noticed(settings, name, compile_it):
+    _, logits, parts, arguments = changeable(**settings)
+    run = lambda logits, arguments: mutual_loss(logits, arguments)[0]  # noqa: E731
+    if compile_it:
+        torch._dynamo.reset()
+        run = torch.compile(run, fullgraph=True, backend="aot_eager")
+    value = run(logits, arguments).sum()
+    changed(parts, name)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        value.backward()
+
+
+@pytest.mark.parametrize("name", CHANGEABLE)
+def test_a_gradient_from_the_forward_outlives_changes_and_a_second_one_notices_them(name):
+    z, logits, parts, arguments = changeable()
+    expected = torch.autograd.grad(mutual_loss(logits, arguments)[0].sum(), z, retain_graph=True)
+    value = mutual_loss(logits, arguments)[0].sum()
+    changed(parts, name)
+    same(torch.autograd.grad(value, z, retain_graph=True), expected)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        value.backward()
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("settings", OPTIONS)
+def test_a_teacher_labels_and_weights_from_inference_mode(settings, dtype):
+    """As of a frozen network, and of a loader or a schedule that runs under it."""
+    z = leaves(dtype=dtype)
+    numbers = {"temperature": torch.tensor(2.0, device=DEVICE), "class_weight": True}
+    plain = call(labels_for(z), **{**settings, **numbers})
+    with torch.inference_mode():
+        teachers = [x.detach().clone() for x in z[1:]]
+        given = Call(*(v.clone() if isinstance(v, Tensor) else v for v in plain))
+    losses = mutual_loss([z[0], *teachers], given)[0]
+    expected = mutual_loss([z[0], *(t.clone() for t in teachers)], plain)[0]
+    same([losses], [expected])
+    for retain_graph in (True, False):  # a second backward computes
+        same(*(
+            torch.autograd.grad(value.sum(), z[0], retain_graph=retain_graph)
+            for value in (losses, expected)
+        ))  # fmt: skip
+
+
+def test_what_inference_mode_changes_later_is_kept_as_it_was():
+    z = leaves(dtype=torch.float16)
+    expected = torch.autograd.grad(loss(z).sum(), z[0])
+    with torch.inference_mode():
+        teachers = [x.detach().clone() for x in z[1:]]
+    value = mutual_loss([z[0], *teachers], call(labels_for(z)))[0].sum()
+    with torch.inference_mode():
+        for teacher in teachers:
+            teacher.zero_()
+    same(torch.autograd.grad(value, z[0]), expected)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_compiled_code_takes_a_teacher_from_inference_mode_or_torch_names_the_remedy(dtype):
+    z = leaves(dtype=dtype)
+    with torch.inference_mode():
+        teachers = [x.detach().clone() for x in z[1:]]
+    step, scale = compiled("aot_eager"), torch.ones((), device=DEVICE)
+    if dtype == torch.float16:  # its backward reads the logits
+        with pytest.raises(RuntimeError, match="make a clone to get a normal tensor"):
+            step([z[0], *teachers], labels_for(z), scale)
+        return
+    value = step([z[0], *teachers], labels_for(z), scale)
+    same(torch.autograd.grad(value.sum(), z[0]), torch.autograd.grad(loss(z).sum(), z[0]))
+
+
 def test_nothing_is_written_over_the_logits():
     """exp saves its output, the logits, for its own backward."""
     z = leaves()
