@@ -17,6 +17,7 @@ import io
 import json
 import os
 import re
+import shlex
 import sys
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
@@ -48,7 +49,8 @@ def train(args: list[str]) -> None:
 
     from fastdml.train import report, run
 
-    result = run(config, hint="--download")
+    command = shlex.join(["fastdml", "train", *args])
+    result = run(config, hint="--download", command=command)
     if result is not None:  # None after a dry run, which has said its part
         summary = json.loads((result.folder / report.SUMMARY).read_text())
         print(f"\n{report.summary_table(summary)}\n{result.device}; run folder: {result.folder}")

@@ -11,6 +11,8 @@ Each is a small class in its own file with the same constructor and the same cal
 
 from __future__ import annotations
 
+import copy
+import dataclasses
 import sys
 from collections.abc import Callable
 from typing import TYPE_CHECKING
@@ -19,12 +21,20 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
+from fastdml.engine import cpus
 from fastdml.engine.amp import Amp, resolve
 from fastdml.engine.apex import takes_number
-from fastdml.engine.choose import AutoStep, fits_threads
+from fastdml.engine.choose import (
+    AutoStep,
+    CpuAutoStep,
+    CudaAutoStep,
+    only_by_rule,
+    unfit_for_threads,
+)
 from fastdml.engine.ema import Ema
 from fastdml.engine.graph import GraphStep
 from fastdml.engine.optimizers import Schedule, learning_rates, make_optimizer
+from fastdml.engine.rehearsal import Uncopyable
 from fastdml.engine.stacked import StackedStep
 from fastdml.engine.step import After, EagerStep, SequentialStep, StepOptions, StepOutput
 from fastdml.engine.streams import StreamsStep
@@ -96,15 +106,16 @@ def make_step(
     assemble: Callable[..., tuple[Tensor, Tensor]] | None = None,
     after: After | None = None,
     metric: MetricLoss | None = None,
+    threads: int | None = None,
 ) -> Step:
     """`step(images, labels) -> StepOutput(losses, stats, metric)`; device tensors, no
     synchronisation.
 
-    execution: "eager", "threads" (on a CPU), "streams", "graph" (on CUDA), "stacked", or "auto": on
-        CUDA the one that a short measurement at the first step finds fastest (eager for an
-        optimizer of Apex that counts on the host), on a CPU by a rule (stacked for very small
-        batches of one architecture, threads where there is a core for each peer, else eager), in
-        one line on stderr.
+    execution: "eager", "threads" (on a CPU), "streams", "graph" (on CUDA), "stacked", or "auto":
+        the one that a short measurement at the first step finds fastest, on a CPU together with the
+        number of threads, in one line on stderr. By a rule, so that runs repeat bit for bit, where
+        torch's deterministic algorithms are on; eager for an optimizer of Apex that counts on the
+        host.
     amp: "auto", "off", "bf16", "fp16" or a resolved `Amp`.
     compile: the networks go through torch.compile first.
     update: "simultaneous" or "sequential" (the paper's Algorithm 1; eager and graph only).
@@ -117,6 +128,9 @@ def make_step(
         does from an index; in a graph it is captured too, and only the index is copied.
     after: called with the step's output and `step.update` at its end; captured too.
     metric: a loss on the peers' features, added to the other; peers need a head (`ReidHead`).
+    threads: torch's number of threads during a step on a CPU; before and after it the number is the
+        caller's. 0: OMP_NUM_THREADS where it is set, else measured at the first step, for a named
+        execution too. None: 0 for "auto"; a named execution takes torch's number as it finds it.
     """
     device = next(cohort.parameters()).device
     if update not in ("simultaneous", "sequential"):
@@ -160,17 +174,62 @@ def make_step(
     def make(name: str) -> Step:
         return EXECUTIONS[name][update](cohort, loss, optimizer, amp, options)
 
-    if execution != "auto":
+    if execution != "auto" and (threads is None or device.type != "cpu"):
         return make(execution)
-    if takes_number(optimizer):
+    if execution == "auto" and takes_number(optimizer):
         print(f"execution: eager ({type(optimizer).__name__} counts on the host)", file=sys.stderr)
         return make("eager")
+    deterministic = torch.are_deterministic_algorithms_enabled()
     able = [name for name in executions(device) if update in EXECUTIONS[name]]
-    if device.type != "cuda" and (len(able) == 1 or len(cohort) == 1 or amp.dtype is not None):
-        return make("eager")  # the rule has nothing to choose, or was not measured
-    if "threads" in able and not fits_threads(cohort.peers):
+    if device.type == "cuda":
+        return make("eager") if deterministic else CudaAutoStep(able, make, device)
+
+    def copies() -> Callable[[str], Step]:
+        return _on_copies(cohort, loss, optimizer, amp, options, update)
+
+    unfit = {}
+    by_rule = only_by_rule(cohort.peers, compile)
+    if execution != "auto":
+        able = [execution]
+    elif by_rule or len(cohort) == 1:
+        able = ["eager"]
+    elif "threads" in able and (reason := unfit_for_threads(cohort.peers)):
         able.remove("threads")
-    return AutoStep(able, make, device)
+        unfit["threads"] = reason
+    if deterministic:
+        by_rule = "deterministic"
+    if execution != "auto" and (threads or cpus.asked()):
+        by_rule = None  # nothing is left to choose
+    return CpuAutoStep(
+        able,
+        make,
+        cohort.peers,
+        threads=threads,
+        copies=copies,
+        unfit=unfit,
+        by_rule=by_rule,
+    )
+
+
+def _on_copies(
+    cohort: Cohort,
+    loss: MutualLoss,
+    optimizer: Optimizer,
+    amp: Amp,
+    options: StepOptions,
+    update: str,
+) -> Callable[[str], Step]:
+    """Builds steps that do the same work and touch nothing of the caller's, nor do they learn."""
+    try:
+        cohort, optimizer, amp, metric = copy.deepcopy((cohort, optimizer, amp, options.metric))
+    except Exception as error:  # of the peers' own code, or out of memory
+        reason = " ".join(str(error).split()) or type(error).__name__
+        raise Uncopyable(f"peers or optimizer cannot be copied: {reason}") from None
+    for group in optimizer.param_groups:
+        if "lr" in group:
+            group["lr"] = group["lr"] * 0
+    options = dataclasses.replace(options, ema=None, after=None, metric=metric)
+    return lambda name: EXECUTIONS[name][update](cohort, loss, optimizer, amp, options)
 
 
 def _check_metric(

@@ -3,25 +3,17 @@
 On CUDA by measurement. Each candidate runs a few steps on the first batch, is timed over a few
 more, and the state is restored bit for bit. Candidates that cannot run here (peers of several
 architectures cannot be stacked) are left out. Costs some tens of steps and the start-up of every
-candidate, and the memory of two of them at once; name an execution to save them. A run that resumes
-takes the execution that it began with. Eager without measuring where the optimizer counts on the
-host: what it counted could not be restored, and a graph would freeze its learning rate.
+candidate, and the memory of two of them at once; name an execution to save them. Eager without
+measuring where the optimizer counts on the host: what it counted could not be restored, and a graph
+would freeze its learning rate.
 
-On a CPU by a rule, since two runs of the same settings must not differ in rounding: stacked where
-the batch is so small that calls cost more than arithmetic, else threads where every peer has a core
-and is a model of ours without dropout, else eager. Milliseconds of a whole step
-in fp32 (medians of interleaved rounds on a shared 2-core AMD EPYC; repeats differ by 10 %):
-
-    peers             batch      1 thread: eager  stacked    2 threads: eager  stacked
-    2 resnet8      64 x 8x8                 55.3     50.2                34.0     31.5
-    4 resnet8      64 x 8x8                101.0     96.1                67.0     45.4
-    2 resnet20    64 x 32x32               929.9   1019.3               847.6    875.2
-    2 wrn_10_2    32 x 32x32               486.1    534.0               627.0    629.4
-    2 mobilenet   16 x 32x32              1279.7   1706.8              1336.0   1864.0
-    2 resnet8    256 x 32x32              1000.5   1291.7              1987.8   2764.0
-
-Two resnet32 at 64 x 32x32 and 2 threads, another day (bench/results/step-cpu-epyc.json): eager
-621.8, stacked 641.6, threads 598.7.
+On a CPU with the number of threads, in one measurement on copies (`fastdml.engine.rehearsal`): two
+copies of the weights and of the optimizer's state meanwhile. Two runs of the same settings may
+therefore choose differently, and then differ in rounding; a run that resumes takes what it began
+with. By a rule, so that runs repeat, where torch's deterministic algorithms are asked for: threads
+where every peer has a core and may run beside the others, else eager, on one thread where the batch
+is as small as digits' and else on all. By that rule too, eager alone, where a rehearsal would not
+stay one: with hooks, compiled peers and several processes.
 """
 
 from __future__ import annotations
@@ -30,74 +22,66 @@ import sys
 import time
 import warnings
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 
+from fastdml.engine import cpus
 from fastdml.engine.graph import SCALARS
 from fastdml.engine.guards import replicated
+from fastdml.engine.rehearsal import Candidate, Rehearsal, Uncopyable, candidates, fastest
 from fastdml.engine.snapshot import Snapshot
-from fastdml.engine.step import StepOutput
+from fastdml.engine.step import EagerStep, StepOutput
 from fastdml.errors import InputError
 
 if TYPE_CHECKING:
     from fastdml.engine import Step
 
-WARM_UP, TIMED = 3, 10  # steps of each candidate
-ORDER = ("eager", "streams", "stacked", "graph")  # in which they are measured
-OURS = tuple(
-    f"fastdml.models.{name}" for name in ("resnet_cifar", "wide_resnet", "mobilenet", "googlenet")
-)
-SMALL = 4096  # pixels of a batch up to which a CPU stacks, 64 images of 8x8
+WARM_UP, TIMED = 3, 10  # steps of each candidate on CUDA
+ORDER = ("eager", "streams", "stacked", "graph")  # in which they are measured there
+SMALL = 4096  # pixels of a batch, 64 images of 8x8, whose layers are not worth a second thread
 
 
-def fits_threads(peers: Sequence[nn.Module]) -> bool:
-    """Whether each peer can have a core, is known to draw no random numbers, and is alone: no
-    replica of others, nor a part of it."""
-    ours = all(type(getattr(peer, "backbone", peer)).__module__ in OURS for peer in peers)
-    dropout = any(
-        isinstance(m, nn.modules.dropout._DropoutNd) and m.p > 0 for p in peers for m in p.modules()
-    )
-    cores = 1 < len(peers) <= torch.get_num_threads()
-    return ours and not dropout and cores and not any(map(replicated, peers))
+class Choice(NamedTuple):
+    """What steps run as. elsewhere: the number of threads on which torch's own operations, such as
+    those of evaluations, had better run."""
+
+    execution: str
+    threads: int | None = None  # None on CUDA
+    elsewhere: int | None = None
 
 
 class AutoStep:
     """A step that becomes another at its first call."""
 
+    device: torch.device
+    make: Callable[[str], Step]
+    chosen: Step | None = None
+
+    def __getattr__(self, name: str) -> Any:
+        """`update`, `tensors` and the rest of the chosen step."""
+        if name.startswith("__") or self.chosen is None:
+            raise AttributeError(f"{name!r}: the execution is chosen at the first step")
+        return getattr(self.chosen, name)
+
+
+class CudaAutoStep(AutoStep):
     def __init__(
         self, names: Sequence[str], make: Callable[[str], Step], device: torch.device
     ) -> None:
         self.names, self.make, self.device = names, make, device
-        self.chosen: Step | None = None
-
-    def __getattr__(self, name: str) -> Any:
-        """`update`, `tensors` and the rest of the chosen step."""
-        if name.startswith("__") or self.__dict__.get("chosen") is None:
-            raise AttributeError(f"{name!r}: the execution is chosen at the first step")
-        return getattr(self.chosen, name)
 
     def __call__(self, *batch: Tensor) -> StepOutput:
-        if self.chosen is None:
-            cuda = self.device.type == "cuda"
-            self.chosen = self._measure(batch) if cuda else self._rule(batch)
+        self.choose(*batch)
         return self.chosen(*batch)
 
-    def _rule(self, batch: tuple[Tensor, ...]) -> Step:
-        images = batch[0]
-        if images.dim() == 4 and images[:, 0].numel() <= SMALL:
-            try:
-                step = self.make("stacked")
-                step.prove(images)
-            except InputError:
-                pass  # eager can do without what stacking needs
-            else:
-                print("execution: stacked (a small batch on a CPU)", file=sys.stderr)
-                return step
-        name = "threads" if "threads" in self.names else "eager"
-        print(f"execution: {name}", file=sys.stderr)
-        return self.make(name)
+    def choose(self, *batch: Tensor) -> Choice:
+        """What this step runs as, from now on; measures where that is still open."""
+        if self.chosen is None:
+            self.chosen = self._measure(batch)
+        return Choice(self.chosen.name)
 
     def _measure(self, batch: tuple[Tensor, ...]) -> Step:
         best, times = None, {}
@@ -141,3 +125,161 @@ class AutoStep:
             snapshot.restore()
             for name, value in numbers.items():
                 setattr(loss, name, value)
+
+
+class CpuAutoStep(AutoStep):
+    """The step that is chosen runs on the threads that are chosen; torch's number is the caller's
+    again afterwards.
+
+    names: the executions to choose from, with their number of threads; a single one is made at
+    once. threads: the only number to consider; by default that of OMP_NUM_THREADS, if it is set.
+    copies: see `Rehearsal`. unfit: executions that were left out, with the reason. by_rule: why
+    nothing can be measured.
+    """
+
+    def __init__(
+        self,
+        names: Sequence[str],
+        make: Callable[[str], EagerStep],
+        peers: Sequence[nn.Module],
+        *,
+        threads: int | None,
+        copies: Callable[[], Callable[[str], EagerStep]],
+        unfit: dict[str, str],
+        by_rule: str | None,
+    ) -> None:
+        self.names, self.make, self.device = names, make, torch.device("cpu")
+        self.peers, self.copies, self.unfit, self.by_rule = peers, copies, unfit, by_rule
+        self.threads = threads or cpus.asked()
+        self.choice: Choice | None = None
+        self.seconds: float | None = None  # of a step, where it was measured
+        if len(names) == 1:
+            self.chosen = make(names[0])
+
+    def __call__(self, *batch: Tensor) -> StepOutput:
+        choice = self.choose(*batch)
+        with cpus.threads(choice.threads):
+            try:
+                return self.chosen(*batch)
+            except InputError as error:
+                if len(self.names) == 1 or choice.execution == "eager":
+                    raise
+                return self._without(choice.execution, error, batch)
+
+    def choose(self, *batch: Tensor) -> Choice:
+        """What this step runs as, from now on; chooses where that is still open."""
+        if self.choice is None:
+            found = candidates(self.names, len(self.peers), self.threads)
+            if self.by_rule:
+                self.choice = self._choice(self._rule(found, batch))
+                self._say(f"by rule: {self.by_rule}", self.unfit)
+            elif len(found) == 1:
+                self.choice = self._choice(found[0])
+                if self.unfit:
+                    self._say(None, self.unfit)
+            else:
+                self.choice = self._measured(found, batch)
+            if self.chosen is None:
+                self._make_chosen()
+        return self.choice
+
+    def _make_chosen(self) -> None:
+        name = self.choice.execution
+        try:
+            self.chosen = self.make(name)
+        except InputError as error:
+            if name == "eager":
+                raise
+            self._take_eager(self.make("eager"), {name: str(error)})
+
+    def _rule(self, found: Sequence[Candidate], batch: tuple[Tensor, ...]) -> Candidate:
+        for candidate in found:
+            if candidate.execution == "threads":
+                return candidate
+        images = batch[0]
+        same = [c for c in found if c.execution == found[0].execution]
+        small = images.dim() == 4 and images[:, 0].numel() <= SMALL
+        return same[0 if small else -1]
+
+    def _measured(self, found: Sequence[Candidate], batch: tuple[Tensor, ...]) -> Choice:
+        rehearsal = Rehearsal(self.copies, batch)
+        try:
+            rehearsal.run(found)
+        except Uncopyable as error:
+            same = [c for c in found if c.execution == found[0].execution]
+            self.choice = self._choice(self._rule(same, batch))
+            self._say(f"by rule: {error}")
+            return self.choice
+        best = fastest(rehearsal.times)
+        self.seconds = rehearsal.times[best]
+        eager = {c: t for c, t in rehearsal.times.items() if c.execution == "eager"}
+        self.choice = self._choice(best, fastest(eager).threads if eager else None)
+        took = [f"{c} {1000 * t:.1f}" for c, t in rehearsal.times.items()]
+        took += [f"{c} given up" for c in rehearsal.late]
+        self._say(f"ms a step: {', '.join(took)}", {**self.unfit, **rehearsal.unfit})
+        return self.choice
+
+    def _choice(self, found: Candidate, elsewhere: int | None = None) -> Choice:
+        """Elsewhere the user's own number; or what was measured; or the peers' share, since threads
+        that do not wait for each other say nothing of those that do."""
+        share = found.threads
+        if found.execution == "threads":
+            share = max(1, found.threads // len(self.peers))
+        return Choice(*found, self.threads or elsewhere or share)
+
+    def _without(self, name: str, error: InputError, batch: tuple[Tensor, ...]) -> StepOutput:
+        """Eager from here on, unless that fails as well; a refused step has changed nothing."""
+        step = self.make("eager")
+        output = step(*batch)
+        self._take_eager(step, {name: str(error)})
+        return output
+
+    def _take_eager(self, step: EagerStep, unfit: dict[str, str]) -> None:
+        self.chosen, self.choice = step, self.choice._replace(execution="eager")
+        self._say(None, unfit)
+
+    def _say(self, how: str | None, unfit: dict[str, str] | None = None) -> None:
+        execution, threads, _ = self.choice
+        how = f" ({how})" if how else ""
+        reasons = "".join(f"; not {name}: {reason}" for name, reason in (unfit or {}).items())
+        print(f"execution: {execution}, {count_of_threads(threads)}{how}{reasons}", file=sys.stderr)
+
+
+def count_of_threads(n: int) -> str:
+    return f"{n} thread{'s' * (n != 1)}"
+
+
+def unfit_for_threads(peers: Sequence[nn.Module]) -> str | None:
+    """What might come out otherwise where peers run side by side; their first step proves that they
+    draw no random numbers."""
+    if len(peers) == 1:
+        return "one peer has nobody beside it"
+    if hooked(peers):
+        return "hooks would be called by several threads at once"
+    owners: dict[int, int] = {}
+    for k, peer in enumerate(peers):
+        for t in (*peer.parameters(), *peer.buffers()):
+            if t.numel() and owners.setdefault(t.data_ptr(), k) != k:
+                return f"peers {owners[t.data_ptr()]} and {k} share memory"
+    return None
+
+
+def hooked(peers: Sequence[nn.Module]) -> bool:
+    """Whether anything of the caller's is called in a pass."""
+    kinds = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+    if any(getattr(m, kind) for p in peers for m in p.modules() for kind in kinds):
+        return True
+    kinds = ("_backward_hooks", "_post_accumulate_grad_hooks")
+    return any(getattr(w, kind) for p in peers for w in p.parameters() for kind in kinds)
+
+
+def only_by_rule(peers: Sequence[nn.Module], compiled: bool) -> str | None:
+    """Why a measurement on copies would not do."""
+    if compiled or any(hasattr(m, "_orig_mod") for p in peers for m in p.modules()):
+        return "compiled peers would be compiled anew for each candidate"
+    together = dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
+    if together or any(map(replicated, peers)):
+        return "several processes might choose differently"
+    if hooked(peers):
+        return "hooks would be called by what is measured"
+    return None

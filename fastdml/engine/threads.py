@@ -10,7 +10,9 @@ Peers must not draw random numbers: they share one generator, and whoever came f
 first. Nor may they talk to other processes (DistributedDataParallel, FSDP, collectives of their
 own): a collective is matched with the others' by its place in the order, and threads have none.
 Wrappers are refused when the step is made; the rest is noticed at the first step, which therefore
-runs the peers one after the other (each on its share, which the bits of a result depend on).
+runs the peers one after the other (each on its share, which the bits of a result depend on). What
+draws from torch's generator at some later step, as a drop rate that rises, is refused there, before
+any weight has changed; a refused step leaves no trace.
 """
 
 from __future__ import annotations
@@ -24,8 +26,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from fastdml.engine.guards import Generators, NoCollectives, replicated
-from fastdml.engine.snapshot import Snapshot
+from fastdml.engine.guards import Before, Generators, NoCollectives, replicated
 from fastdml.engine.step import EagerStep, Outputs, StepOutput
 from fastdml.errors import InputError
 
@@ -56,15 +57,17 @@ class ThreadsStep(EagerStep):
             torch.set_num_threads(threads)
 
     def _step(self, images: Tensor, labels: Tensor) -> StepOutput:
-        if self.proved:
-            return super().train(images, labels)
-        self.refuse_replicas()
-        self.generators, buffers = Generators(images.device), Snapshot(self.cohort.buffers, None)
+        if not self.proved:
+            self.refuse_replicas()
+            self.generators = Generators(images.device)
+            self.before = Before(list(self.cohort.buffers()))
+        self.before.keep()
         try:
             output = super().train(images, labels)
         except InputError:  # leaves the peers as they were
-            self.generators.restore()
-            buffers.restore()
+            if not self.proved:
+                self.generators.restore()
+            self.before.restore()
             for w in self.cohort.parameters():
                 w.grad = None
             raise
@@ -73,7 +76,7 @@ class ThreadsStep(EagerStep):
 
     def outputs(self, images: Tensor) -> list[Outputs]:
         outputs = self._side_by_side(lambda k: self.forward(k, images))
-        if not self.proved and self.generators.moved():
+        if self.before.drew() or (not self.proved and self.generators.moved()):
             raise InputError(
                 "execution 'threads' does not go with peers that draw random numbers, such as "
                 "dropout's: nothing fixes who draws first; use eager"

@@ -44,9 +44,9 @@ PRESETS: dict[str, dict[str, Any]] = {
 }
 
 # A resumed run may change these: where it is, what it shows and how often it saves. None of them
-# touches a weight. `device`, `execution` and `amp` are here because machines come and go; the
-# checkpoint insists on the precision itself, "auto" goes on with the execution that the run began
-# with, and a run repeats bit for bit on a device of the same kind.
+# touches a weight. `device`, `execution`, `threads` and `amp` are here because machines come and
+# go; the checkpoint insists on the precision itself, "auto" and 0 threads go on with what the run
+# began with, and a run repeats bit for bit on a device of the same kind.
 FREE_ON_RESUME = frozenset(
     [
         "folder",
@@ -56,6 +56,7 @@ FREE_ON_RESUME = frozenset(
         "download",
         "device",
         "execution",
+        "threads",
         "amp",
         "profile",
         "log_every",

@@ -23,6 +23,7 @@ def plan(phase: Phase) -> str:
     config, device, cohort = phase.config, phase.device, phase.cohort
     cohort.train()
     batch = next(phase.batches(0))
+    choice = phase.choose(batch)
     started = time.perf_counter()
     losses = phase.step(*batch).losses.tolist()
     seconds = time.perf_counter() - started
@@ -47,13 +48,17 @@ def plan(phase: Phase) -> str:
         f"config.yaml metrics.jsonl last.ckpt ({held / MB:,.1f} MB) cohort.json peers/ best/ "
         "curves.png pairwise_kl.png summary.json"
     )
+    hardware = report.device_name(device, choice.threads)
     rows = [
         ("dry run", "nothing was written"),
         *(
             (f"peer {k}", f"{name}, {count:,} parameters, loss of the first step {loss:.4f}")
             for k, (name, count, loss) in enumerate(zip(cohort.names, counts, losses, strict=True))
         ),
-        ("device", f"{report.device_name(device)}, {phase.amp.name}, {config.update} updates"),
+        (
+            "device",
+            f"{hardware}, {phase.amp.name}, {config.update} updates",
+        ),
         ("execution", phase.step.name),
         (
             "steps",

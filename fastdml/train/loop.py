@@ -48,9 +48,11 @@ from fastdml.train.settings import TrainConfig
 EVALUATION_BATCH = 500  # images; divides CIFAR's test sets
 
 
-def run(config: TrainConfig, *, hint: str = HINT) -> TrainResult | None:
+def run(
+    config: TrainConfig, *, hint: str = HINT, command: str = "fastdml.train.run"
+) -> TrainResult | None:
     """The run that `config` describes: data, peers, training. None after a dry run. hint: what
-    messages say that a download is asked for by."""
+    messages say that a download is asked for by. command: what summary.json says was called."""
     checks.one_process()
     checks.extras(config)
     device = choose_device(config)
@@ -58,7 +60,7 @@ def run(config: TrainConfig, *, hint: str = HINT) -> TrainResult | None:
     if isinstance(config, ReidConfig):
         with reid.opened(config, notes.append, hint=hint) as market:
             cohort, train, retrieval = reid.prepare(market, config, device, notes.append)
-            return _fit(cohort, train, retrieval, config, notes)
+            return _fit(cohort, train, retrieval, config, notes, command)
     download = config.download and not config.dry_run
     train_set, test_set = load(config.data, config.root, download=download, hint=hint)
     if config.subset:
@@ -82,7 +84,7 @@ def run(config: TrainConfig, *, hint: str = HINT) -> TrainResult | None:
         say=notes.append,
     )
     test = ResidentLoader(test_set, EVALUATION_BATCH, train=False, device=device)
-    return _fit(cohort, train, test, config, notes)
+    return _fit(cohort, train, test, config, notes, command)
 
 
 def fit(
@@ -104,7 +106,7 @@ def fit(
     checks.one_process()
     checks.arguments(cohort, config)
     checks.extras(config)
-    return _fit(cohort, train, test, config, notes, own=True)
+    return _fit(cohort, train, test, config, notes, "fastdml.train.fit", own=True)
 
 
 def _fit(
@@ -113,10 +115,11 @@ def _fit(
     test: Any | Evaluate | None,
     config: TrainConfig,
     notes: Sequence[str],
+    command: str,
     *,
     own: bool = False,
 ) -> TrainResult | None:
-    """own: the data and the peers are not those that `config` names."""
+    """own: the data and the peers are not those that `config` names. command: what was called."""
     device = next(cohort.parameters()).device
     cohort.to(memory_format=torch.channels_last)
     train = as_batches(train, device, cohort.num_classes)
@@ -152,7 +155,7 @@ def _fit(
             independent = None
             if config.independent:
                 independent = _independent(phase, stop)
-            return _conclude(mutual, independent)
+            return _conclude(mutual, independent, command)
 
 
 def _tell(notes: Sequence[str]) -> None:
@@ -162,13 +165,16 @@ def _tell(notes: Sequence[str]) -> None:
 
 @contextmanager
 def _reproducible(config: TrainConfig, device: torch.device) -> Iterator[None]:
-    """The caller's generators and determinism settings are as before afterwards."""
+    """The caller's generators, threads and determinism settings are as before afterwards."""
     was = (
         torch.are_deterministic_algorithms_enabled(),
         torch.is_deterministic_algorithms_warn_only_enabled(),
         torch.backends.cudnn.deterministic,
         torch.backends.cudnn.benchmark,
     )
+    threads = torch.get_num_threads()
+    if config.threads:
+        torch.set_num_threads(config.threads)
     if config.deterministic:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # read when cuBLAS starts
         torch.use_deterministic_algorithms(True)
@@ -177,6 +183,7 @@ def _reproducible(config: TrainConfig, device: torch.device) -> Iterator[None]:
         with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
             yield
     finally:
+        torch.set_num_threads(threads)
         torch.use_deterministic_algorithms(was[0], warn_only=was[1])
         torch.backends.cudnn.deterministic, torch.backends.cudnn.benchmark = was[2:]
 
@@ -202,15 +209,16 @@ def _independent(mutual: Phase, stop: Stop) -> TrainResult:
     config = mutual.config.alone().replace(folder=str(folder))
     amp = resolve(config.amp, mutual.device)  # with a scaler of its own
     try:
-        return Phase(cohort, mutual.train, mutual.evaluate, config, folder, amp).run(stop)
+        choice = mutual.choice and mutual.choice._replace(execution=mutual.execution)
+        return Phase(cohort, mutual.train, mutual.evaluate, config, folder, amp, choice).run(stop)
     finally:
         cohort.load_state_dict(trained)
 
 
-def _conclude(mutual: TrainResult, independent: TrainResult | None) -> TrainResult:
+def _conclude(mutual: TrainResult, independent: TrainResult | None, command: str) -> TrainResult:
     """Pictures and summaries, of the independent run too."""
     try:
-        _report(mutual, independent)
+        _report(mutual, independent, command)
     except InputError as error:
         raise InputError(
             f"{error}; the peers are trained and saved, resume does the rest"
@@ -218,7 +226,7 @@ def _conclude(mutual: TrainResult, independent: TrainResult | None) -> TrainResu
     return dataclasses.replace(mutual, independent=independent)
 
 
-def _report(mutual: TrainResult, independent: TrainResult | None) -> None:
+def _report(mutual: TrainResult, independent: TrainResult | None, command: str) -> None:
     for result in (independent, mutual):
         if result is None:
             continue
@@ -233,6 +241,9 @@ def _report(mutual: TrainResult, independent: TrainResult | None) -> None:
             peers=result.peers,
             parameters=result.parameters,
             device=result.device,
+            execution=result.execution,
+            threads=result.threads,
+            command=command,
             mutual=_summary(result),
             independent=beside and _summary(beside),
         )

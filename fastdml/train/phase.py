@@ -32,6 +32,7 @@ from fastdml.engine import (
     make_step,
 )
 from fastdml.engine.amp import Amp
+from fastdml.engine.choose import Choice
 from fastdml.engine.profile import Profile
 from fastdml.engine.update import Update
 from fastdml.errors import InputError, require
@@ -93,6 +94,7 @@ class Phase:
         config: TrainConfig,
         folder: Path,
         amp: Amp,
+        choice: Choice | None = None,  # what the steps run as; made at the first one by default
     ) -> None:
         self.cohort, self.peers = cohort, list(cohort.peers)
         self.train, self.evaluate = train, evaluate
@@ -121,17 +123,21 @@ class Phase:
         self.record = Record(self.schedule, self.totals)
         self.ema = Ema(cohort, config.ema) if config.ema else None
         self.assemble = assembler(train, self.device)
-        self.step = self._make_step(config.execution)
+        self.choice = choice
+        self.step = self._make_step()
         self.clock = Clock(self.device)
         self.position = 0  # steps done in the run
+        self.first: int | None = None  # the position when this process began, at `begun`
+        self.begun = 0.0
         self.seconds = 0.0
         self.history: list[dict[str, Any]] = []
         self.scores: Scores | None = None
         self.best_epoch = 0
         self.best_scores: Scores | None = None
 
-    def _make_step(self, execution: str) -> Any:
+    def _make_step(self) -> Any:
         config = self.config
+        execution, threads, _ = self.choice or (config.execution, config.threads, None)
         return make_step(
             self.cohort,
             self.loss,
@@ -146,7 +152,17 @@ class Phase:
             assemble=self.assemble,
             after=self.record,
             metric=self.metric,
+            threads=threads if self.device.type == "cpu" else None,
         )
+
+    def choose(self, batch: tuple[Tensor, ...]) -> Choice:
+        """What the steps run as, from the first one on; what is not a step follows suit."""
+        if self.choice is None:
+            choose = getattr(self.step, "choose", None)
+            self.choice = choose(*batch) if choose else Choice(self.step.name)
+        if self.choice.elsewhere:
+            torch.set_num_threads(self.choice.elsewhere)
+        return self.choice
 
     def batches(self, epoch: int, start: int = 0) -> Iterator[tuple[Tensor, ...]]:
         """What the step takes: the batches of an epoch, or what it assembles them from."""
@@ -195,6 +211,8 @@ class Phase:
         for done in range(start + 1, end + 1):
             clock.ask()
             batch = next(batches)
+            if self.first is None:
+                self._begin(batch)
             clock.got()
             self.step(*batch)
             rows = len(batch[-1])
@@ -213,6 +231,28 @@ class Phase:
                 stop.leave_if_asked(self)
                 clock.start()
         clock.stop()
+
+    @property
+    def execution(self) -> str | None:
+        """None before the first step. A choice that turns out not to fit is left for eager."""
+        return self.choice and self.step.name
+
+    def _begin(self, batch: tuple[Tensor, ...]) -> None:
+        choice = self.choose(batch)
+        parts = [
+            f"{self.label}: {report.device_name(self.device, choice.threads)}, {self.amp.name}",
+            f"execution {choice.execution}",
+            f"{self.total - self.position:,} steps",
+            f"folder {self.folder}",
+        ]
+        if seconds := getattr(self.step, "seconds", None):
+            parts.append(f"about {report.duration(seconds * self._steps_left())}")
+        self.bar.write(", ".join(parts), file=sys.stderr)
+        self.first, self.begun = self.position, time.monotonic()
+
+    def _steps_left(self) -> int:
+        """Of the whole run."""
+        return self.total - self.position + self.total * self.config.independent
 
     def _end_epoch(self) -> None:
         self._read()
@@ -301,7 +341,9 @@ class Phase:
             "cohort": self.cohort.state_dict(),
             "optimizer": self.optimizer.state_dict(),
             "scaler": self.amp.scaler.state_dict() if self.amp.scaler else None,
-            "execution": self.step.name if self.position else None,
+            "execution": self.execution,
+            "threads": self.choice
+            and {"step": self.choice.threads, "elsewhere": self.choice.elsewhere},
             "ema": self.ema.state_dict() if self.ema else None,
             "metric": self.metric.state_dict() if self.metric else None,
             "updates": self.schedule.updates,
@@ -352,8 +394,7 @@ class Phase:
         self.schedule.load(state["updates"])
         self.record.overflows.copy_(state["overflows"])
         self.totals.load(state["totals"])
-        if self.config.execution == "auto" and state["execution"] in executions(self.device):
-            self.step = self._make_step(state["execution"])
+        self._restore_choice(state)
         self.clock.load(state["clock"])
         self.position, self.seconds = state["position"], state["seconds"]
         self.history, self.best_epoch = state["history"], state["best_epoch"]
@@ -363,6 +404,22 @@ class Phase:
         torch.set_rng_state(state["rng"]["cpu"])
         if self.device.type == "cuda" and state["rng"]["cuda"] is not None:
             torch.cuda.set_rng_state(state["rng"]["cuda"], self.device)
+
+    def _restore_choice(self, state: dict[str, Any]) -> None:
+        """What the settings leave open is as it was: a run's bits depend on it."""
+        config, execution = self.config, state["execution"]
+        if config.execution != "auto":
+            execution = config.execution
+        if execution not in executions(self.device):
+            return  # no step yet, or another kind of device
+        threads = elsewhere = None
+        if self.device.type == "cpu":
+            # Checkpoints from before threads were chosen lack them: a run had torch's own number.
+            was = state.get("threads") or {}
+            threads = config.threads or was.get("step") or torch.get_num_threads()
+            elsewhere = config.threads or was.get("elsewhere") or torch.get_num_threads()
+        self.choice = Choice(execution, threads, elsewhere)
+        self.step = self._make_step()
 
     def parameters(self) -> tuple[int, ...]:
         return tuple(sum(w.numel() for w in peer.parameters()) for peer in self.peers)
@@ -397,6 +454,9 @@ class Phase:
                 f"{record['images_per_second']:,.0f} images/s, "
                 f"data wait {100 * record['data_wait']:.1f} %"
             )
+        if self.position < self.total and (done := self.position - self.first):
+            seconds = (time.monotonic() - self.begun) / done * self._steps_left()
+            parts.append(f"{report.duration(seconds)} left")
         return "  ".join(parts)
 
     def _finish(self) -> TrainResult:
@@ -421,8 +481,10 @@ class Phase:
             data_wait=self.clock.data_wait,
             seconds=self._elapsed(),
             skipped_steps=self.position - int(self.schedule.updates),
-            device=report.device_name(self.device),
+            device=report.device_name(self.device, self.choice and self.choice.threads),
             precision=self.amp.name,
+            execution=self.execution,
+            threads=self.choice and self.choice.threads,
         )
 
 

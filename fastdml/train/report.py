@@ -29,6 +29,7 @@ import socket
 import sys
 import time
 from collections.abc import Sequence
+from datetime import datetime, timezone
 from importlib import metadata
 from itertools import pairwise
 from pathlib import Path
@@ -236,10 +237,13 @@ def write_summary(
     peers: Sequence[str],
     parameters: Sequence[int],
     device: str,
+    execution: str | None,
+    threads: int | None,
+    command: str,
     mutual: dict[str, Any],
     independent: dict[str, Any] | None = None,
 ) -> dict[str, Any]:
-    """Writes summary.json and returns what it holds.
+    """Writes summary.json and returns what it holds; its date is that of the end, in UTC.
 
     `mutual` and `independent` are each {"scores": ClassificationScores or RetrievalScores as a
     dict, or None where nothing was evaluated, "images_per_second": float, "wall_seconds": float}
@@ -251,6 +255,10 @@ def write_summary(
         "config": config,
         "versions": versions(),
         "device": device,
+        "execution": execution,
+        "threads": threads,
+        "command": command,
+        "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
         "peers": [
             {
                 "name": name,
@@ -469,9 +477,12 @@ def versions() -> dict[str, str]:
     return found
 
 
-def device_name(device: Any) -> str:
-    """The hardware behind a torch device, as a table names it."""
+def device_name(device: Any, threads: int | None = None) -> str:
+    """The hardware behind a torch device, as a table names it; of a CPU with the number of threads,
+    by default torch's."""
     import torch
+
+    from fastdml.engine.choose import count_of_threads
 
     device = torch.device(device)
     if device.type == "cuda":
@@ -481,8 +492,15 @@ def device_name(device: Any) -> str:
     if cpuinfo.exists():
         fields = (line.partition(":") for line in cpuinfo.read_text().splitlines())
         model = next((v.strip() for k, _, v in fields if k.strip() == "model name"), model)
-    threads = torch.get_num_threads()
-    return f"{model}, {threads} thread{'s' * (threads != 1)}"
+    return f"{model}, {count_of_threads(threads or torch.get_num_threads())}"
+
+
+def duration(seconds: float) -> str:
+    """In the unit that suits it, for instance "7.5 min"."""
+    units = (("days", 86400.0), ("h", 3600.0), ("min", 60.0), ("s", 1.0))
+    unit, length = next((u, n) for u, n in units if seconds >= 1.5 * n or u == "s")
+    count = seconds / length
+    return f"{count:.1f} {unit}" if count < 9.95 else f"{count:,.0f} {unit}"
 
 
 def to_json(value: Any, indent: int | None = None) -> str:

@@ -27,4 +27,6 @@ class TrainResult:
     skipped_steps: int  # updates left out because an fp16 gradient overflowed
     device: str  # for instance "cpu" or "NVIDIA H100"
     precision: str  # of the networks: "fp32", "bf16" or "fp16"
+    execution: str | None  # of the steps, for instance "eager"
+    threads: int | None  # of the steps, on a CPU
     independent: TrainResult | None = None  # the same peers trained without the KL term

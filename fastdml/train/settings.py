@@ -103,7 +103,9 @@ class TrainConfig:
     device: str = "auto"
     """auto (cuda where there is one, else cpu), cpu, cuda or cuda:N."""
     execution: Literal["auto", "eager", "threads", "streams", "graph", "stacked"] = "auto"
-    """How a step runs. auto: on a GPU the fastest by a short measurement, on a CPU by a rule."""
+    """How a step runs. auto: the fastest by a short measurement; by a rule where deterministic."""
+    threads: int = 0
+    """Threads of a CPU. 0: OMP_NUM_THREADS if set, else measured at the start with execution."""
     amp: Literal["auto", "off", "bf16", "fp16"] = "auto"
     """Precision of the peers. auto: bf16 if the hardware has it, fp16 on older CUDA, else off."""
     compile: bool = False
@@ -115,7 +117,7 @@ class TrainConfig:
     seed: int = 0
     """Fixes initial weights, order and augmentation."""
     deterministic: bool = False
-    """Deterministic algorithms only: CUDA runs repeat bit for bit (CPU runs always do); slower."""
+    """Runs repeat bit for bit: deterministic algorithms, execution and threads by rule; slower."""
 
     # --- the run ---
     folder: str | None = None
@@ -157,6 +159,7 @@ class TrainConfig:
         "accumulate": COUNT,
         "ema": (lambda x: 0 <= x < 1, "at least 0 and below 1"),
         "seed": (lambda x: 0 <= x < 2**63, "within 0..2**63-1"),
+        "threads": (lambda x: 0 <= x <= 1024, "within 0..1024"),
         "eval_every": COUNT,
         "log_every": NOT_NEGATIVE,
         "save_every_steps": NOT_NEGATIVE,

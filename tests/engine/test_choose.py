@@ -3,18 +3,21 @@
 from __future__ import annotations
 
 import copy
+import random
 import time
 import weakref
 
+import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import nn
 
 from fastdml.cohort import Cohort
-from fastdml.engine import make_optimizer, make_step
-from fastdml.engine.choose import AutoStep
-from fastdml.engine.stacked import StackedStep
-from fastdml.engine.step import EagerStep, SequentialStep
+from fastdml.engine import Ema, choose, cpus, make_optimizer, make_step, rehearsal
+from fastdml.engine.choose import CudaAutoStep
+from fastdml.engine.rehearsal import Candidate
+from fastdml.engine.step import EagerStep
 from fastdml.errors import InputError
 from fastdml.loss import MutualLoss
 
@@ -43,41 +46,6 @@ def setting():
     return cohort, step, (torch.randn(5, 6), torch.tensor([0, 1, 2, 0, 1]))
 
 
-def cnn(width=4, mixing=False):
-    layers = [nn.Conv2d(2, width, 3), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten()]
-    return nn.Sequential(*layers, *[nn.Softmax(1)] * mixing, nn.Linear(width, 3))
-
-
-@pytest.mark.parametrize(
-    ("peers", "n", "options", "kind"),
-    [
-        ((cnn, cnn), 8, {}, StackedStep),
-        ((cnn, cnn), 65, {}, EagerStep),  # of 8x8 pixels: not small any more
-        ((cnn,), 8, {}, EagerStep),
-        ((cnn, lambda: cnn(5)), 8, {}, EagerStep),
-        ((lambda: cnn(mixing=True),) * 2, 8, {}, EagerStep),
-        ((cnn, cnn), 8, {"update": "sequential"}, SequentialStep),
-        ((cnn, cnn), 8, {"amp": "bf16"}, EagerStep),
-    ],
-)
-def test_on_a_cpu_a_rule_decides(capsys, peers, n, options, kind):
-    cohort = Cohort([p() for p in peers], 3)
-    options = {"amp": "off", **options}
-    step = make_step(cohort, MutualLoss(), make_optimizer(cohort, lr=0.1), **options)
-    step(torch.randn(n, 2, 8, 8), torch.zeros(n, dtype=torch.int64))
-    chosen = step.chosen if isinstance(step, AutoStep) else step
-    assert type(chosen) is kind
-    line = capsys.readouterr().err
-    if isinstance(step, AutoStep):
-        assert line == (
-            "execution: stacked (a small batch on a CPU)\n"
-            if kind is StackedStep
-            else "execution: eager\n"
-        )
-    else:
-        assert line == ""
-
-
 def test_the_fastest_is_kept_and_measuring_leaves_no_trace(capsys, monkeypatch):
     cohort, inner, batch = setting()
     made = []
@@ -90,8 +58,7 @@ def test_the_fastest_is_kept_and_measuring_leaves_no_trace(capsys, monkeypatch):
         return SlowStep(name, inner, {"eager": 0.02, "streams": 0.005, "graph": 0.0}[name], failure)
 
     monkeypatch.setattr(torch.cuda, "synchronize", lambda device: None)
-    monkeypatch.setattr(AutoStep, "_rule", AutoStep._measure)  # as if on CUDA
-    step = AutoStep(["eager", "streams", "graph", "stacked"], make, CPU)
+    step = CudaAutoStep(["eager", "streams", "graph", "stacked"], make, CPU)
     with pytest.raises(AttributeError, match="chosen at the first step"):
         _ = step.name
     before, rng = copy.deepcopy(cohort.state_dict()), torch.get_rng_state()
@@ -133,8 +100,7 @@ def test_a_candidate_is_gone_before_the_next_is_measured(monkeypatch):
         return step
 
     monkeypatch.setattr(torch.cuda, "synchronize", lambda device: None)
-    monkeypatch.setattr(AutoStep, "_rule", AutoStep._measure)
-    step = AutoStep(["eager", "streams", "graph", "stacked"], make, CPU)
+    step = CudaAutoStep(["eager", "streams", "graph", "stacked"], make, CPU)
     step(*batch)
     assert {step.name for step in alive} == {"stacked"} == {step.name}
 
@@ -150,12 +116,317 @@ def test_an_optimizer_that_counts_on_the_host_is_not_measured(capsys):
     step(*batch)
 
 
-def test_a_mistake_that_stops_every_candidate_is_told(capsys, monkeypatch):
+def test_a_mistake_that_stops_every_candidate_is_told(capsys):
     def make(name):
         raise InputError(f"{name} is wrong")
 
-    monkeypatch.setattr(AutoStep, "_rule", AutoStep._measure)
-    step = AutoStep(["eager", "graph"], make, CPU)
+    step = CudaAutoStep(["eager", "graph"], make, CPU)
     with pytest.raises(InputError, match="eager is wrong"):
         step(torch.zeros(1))
     assert capsys.readouterr().err == ""
+
+
+class TestOnACpu:
+    @pytest.fixture(autouse=True)
+    def _two_cores(self, monkeypatch):
+        monkeypatch.setattr(cpus, "available", lambda: 2)
+        monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+        with cpus.threads(2):
+            yield
+
+    @pytest.fixture
+    def take(self, monkeypatch):
+        """Lets the measurement find one candidate fastest, and elsewhere one thread."""
+
+        def fastest(execution: str, threads: int) -> None:
+            def chosen(times):
+                wanted = Candidate(execution, threads)
+                return wanted if wanted in times else next(iter(times))
+
+            monkeypatch.setattr(choose, "fastest", chosen)
+            monkeypatch.setattr(rehearsal, "LATE", 1e9)
+            monkeypatch.setattr(rehearsal, "FIRST_LATE", 1e9)
+
+        return fastest
+
+    @pytest.mark.parametrize("amp", ["off", "bf16", "fp16"])
+    @pytest.mark.parametrize(
+        ("name", "threads"),
+        [("eager", 1), ("eager", 2), ("threads", 2), ("stacked", 1), ("stacked", 2)],
+    )
+    def test_measuring_leaves_no_trace(self, take, capsys, name, threads, amp):
+        """The chosen step trains as if it had been named, and nobody's state dict has grown."""
+        take(name, threads)
+        auto, named = make_run(amp), make_run(amp, execution=name, threads=threads)
+        for x, y in batches(3):
+            assert torch.equal(auto.step(x, y).losses, named.step(x, y).losses)
+        assert (auto.step.name, auto.step.choice.threads) == (name, threads)
+        assert auto.same_as(named)
+        if name != "stacked":
+            sizes = [t.untyped_storage().nbytes() - t.nbytes for t in auto.cohort.parameters()]
+            assert sizes == [0] * len(sizes)
+        line = capsys.readouterr().err
+        assert line.startswith(f"execution: {name}, {threads} thread{'s' * (threads - 1)} (ms a ")
+        assert line.count("\n") == 1
+        for candidate in ("eager on 1", "eager on 2", "threads on 2", "stacked on 1"):
+            assert candidate in line
+
+    def test_what_peers_draw_goes_on_where_it_was(self, take):
+        """By torch, numpy and Python; hidden state of a peer stays as well."""
+
+        class Draws(Cnn):
+            calls = 0
+
+            def forward(self, x):
+                self.calls += 1
+                noise = torch.rand(()) + random.random() + np.random.rand()
+                return super().forward(F.dropout(x, 0.1) * noise)
+
+        take("eager", 1)
+        runs = []
+        for options in ({}, {"execution": "eager"}):
+            torch.manual_seed(1), random.seed(1), np.random.seed(1)
+            run = make_run(peers=[Draws(), Draws()], **options)
+            losses = [run.step(x, y).losses for x, y in batches(3)]
+            drawn = torch.rand(2).tolist(), random.random(), np.random.rand()
+            runs.append((run, torch.stack(losses), drawn))
+        (auto, found, after), (named, expected, then) = runs
+        assert auto.step.name == "eager"
+        assert auto.step.choice.threads == 1
+        with cpus.threads(1):
+            assert torch.allclose(found, expected, atol=1e-5)
+        assert after == then
+        assert [p.calls for p in auto.cohort.peers] == [3, 3] == [p.calls for p in named.peers]
+
+    @pytest.mark.parametrize("threads", [1, 2])
+    def test_threads_are_the_callers_before_and_after(self, take, threads):
+        seen = []
+
+        class Sees(Cnn):
+            def forward(self, x):
+                seen.append(torch.get_num_threads())
+                return super().forward(x)
+
+        take("eager", threads)
+        run = make_run(peers=[Sees(), Sees()])
+        x, y = next(batches(1))
+        run.step.choose(x, y)
+        assert torch.get_num_threads() == 2
+        seen.clear()
+        run.step(x, y)
+        assert seen == [threads] * 2
+        assert torch.get_num_threads() == 2
+
+    def test_the_number_that_the_user_asks_for(self, monkeypatch, capsys):
+        for options, environment in (({"threads": 1}, "2"), ({}, "1"), ({"threads": 0}, "1")):
+            monkeypatch.setenv("OMP_NUM_THREADS", environment)
+            with cpus.threads(int(environment)):
+                run = make_run(**options)
+                run.step(*next(batches(1)))
+            assert run.step.choice.threads == 1 == run.step.choice.elsewhere
+            line = capsys.readouterr().err
+            assert "eager on 1" in line
+            assert "stacked on 1" in line
+            assert "on 2" not in line
+
+    def test_a_named_execution_chooses_threads_where_asked(self, take, capsys):
+        take("stacked", 2)
+        run = make_run(execution="stacked", threads=0)
+        run.step(*next(batches(1)))
+        assert run.step.choice == ("stacked", 2, 2)
+        line = capsys.readouterr().err
+        assert line.startswith("execution: stacked, 2 threads (ms a step: stacked on 1 ")
+        assert "eager" not in line
+        run = make_run(execution="threads", threads=0)  # nothing to choose
+        run.step(*next(batches(1)))
+        assert run.step.choice == ("threads", 2, 1)
+        assert capsys.readouterr().err == ""
+        assert type(make_run(execution="eager").step) is EagerStep  # on torch's threads
+
+    def test_elsewhere_what_is_fastest_for_eager(self, monkeypatch):
+        """Threads of peers do not wait for each other; those of evaluations do."""
+        times = {("eager", 1): 10.0, ("eager", 2): 30.0, ("threads", 2): 5.0}
+
+        def run(self, found):
+            self.times = {c: times[c] for c in found if c in times}
+
+        monkeypatch.setattr(rehearsal.Rehearsal, "run", run)
+        step = make_run().step
+        assert step.choose(*next(batches(1))) == ("threads", 2, 1)
+        times["eager", 2] = 6.0
+        step = make_run().step
+        assert step.choose(*next(batches(1))) == ("threads", 2, 2)
+
+    @pytest.mark.parametrize(
+        ("peers", "side", "chosen"),
+        [
+            (2, 8, ("threads", 2, 1)),
+            (3, 8, ("eager", 1, 1)),  # more peers than cores, and a batch of few pixels
+            (3, 32, ("eager", 2, 2)),
+            (1, 8, ("eager", 1, 1)),
+        ],
+    )
+    def test_by_rule_where_runs_must_repeat(self, monkeypatch, capsys, peers, side, chosen):
+        monkeypatch.setattr(rehearsal.Rehearsal, "run", None)  # not called
+        torch.use_deterministic_algorithms(True)
+        try:
+            run = make_run(peers=[Cnn(w) for w in range(4, 4 + peers)])
+            run.step(*next(batches(1, side)))
+        finally:
+            torch.use_deterministic_algorithms(False)
+        assert run.step.choice == chosen
+        assert capsys.readouterr().err.endswith(" (by rule: deterministic)\n")
+
+    @pytest.mark.parametrize("kind", ["hook", "gradient", "compiled", "options", "locked"])
+    def test_by_rule_where_a_rehearsal_would_not_stay_one(self, capsys, kind):
+        peers, options, calls = [Cnn(), Cnn(5)], {}, []
+        if kind == "hook":
+            peers[1].conv.register_forward_hook(lambda *_: calls.append(1))
+        elif kind == "gradient":
+            w = peers[0].head.bias
+            w.register_post_accumulate_grad_hook(lambda w: calls.append(1))
+        elif kind == "compiled":
+            peers[0] = torch.compile(peers[0], backend=lambda graph, _: graph)
+        elif kind == "options":
+            options["compile"] = True
+        else:
+            peers[0].state = torch.ones(2, requires_grad=True) * 2  # torch copies leaves alone
+        run = make_run(peers=peers, **options)
+        if kind == "options":
+            run.step.chosen = make_run(peers=peers, execution="eager").step  # compiling takes long
+        run.step(*next(batches(1)))
+        assert run.step.choice == ("eager", 1, 1)
+        assert calls in ([], [1])
+        reason = {
+            "compiled": "compiled peers would be compiled anew for each candidate",
+            "options": "compiled peers would be compiled anew for each candidate",
+            "locked": "peers or optimizer cannot be copied: Only Tensors created explicitly by",
+        }.get(kind, "hooks would be called by what is measured")
+        line = capsys.readouterr().err
+        assert line.startswith(f"execution: eager, 1 thread (by rule: {reason}")
+        assert line.count("\n") == 1
+
+    def test_executions_that_do_not_fit_are_named(self, capsys):
+        peers = [Cnn(), Cnn()]
+        peers[1].register_buffer("also", peers[0].norm.running_mean)
+        run = make_run(peers=peers)
+        run.step(*next(batches(1)))
+        assert run.step.name == "eager"
+        line = capsys.readouterr().err
+        assert "; not threads: peers 0 and 1 share memory; not stacked: " in line
+        assert line.count("\n") == 1
+
+    def test_an_execution_that_stops_fitting_is_left_for_eager(self, take, capsys):
+        """In one line, with the bits of eager; what eager refuses as well is the caller's."""
+        take("threads", 2)
+        run, eager = (make_run(peers=[Late(), Late(5)], **o) for o in ({}, {"execution": "eager"}))
+        data = list(batches(4))
+        for i, (x, y) in enumerate(data):
+            if i == 2:
+                for peer in (*run.peers, *eager.peers):
+                    peer.rate = 0.2
+            torch.manual_seed(i)
+            found = run.step(x, y)
+            torch.manual_seed(i)
+            with cpus.threads(1):
+                expected = eager.step(x, y)
+            if i < 2:  # of threads, each peer on one
+                assert torch.equal(found.losses, expected.losses)
+            assert run.step.name == ("threads" if i < 2 else "eager")
+            torch.testing.assert_close(found.losses, expected.losses)
+            a, b = run.cohort.state_dict(), eager.cohort.state_dict()
+            torch.testing.assert_close(a, b)  # running statistics took in each batch once
+        first, second = capsys.readouterr().err.splitlines()
+        assert first.startswith("execution: threads, 2 threads (ms")
+        assert second.startswith("execution: eager, 2 threads; not threads: execution 'threads' ")
+        assert run.step.choice.execution == "eager"
+        with pytest.raises(RuntimeError):
+            run.step(torch.randn(8, 7, 8, 8), data[0][1])
+
+    def test_a_conversion_refused_at_last_leaves_eager(self, take, monkeypatch, capsys):
+        take("stacked", 1)
+        run = make_run()
+        make = run.step.make
+
+        def refuses(name):
+            if name == "stacked":
+                raise InputError("not any more")
+            return make(name)
+
+        run.step.make = refuses
+        run.step(*next(batches(1)))
+        assert run.step.name == "eager" == run.step.choice.execution
+        assert capsys.readouterr().err.endswith(
+            "execution: eager, 1 thread; not stacked: not any more\n"
+        )
+
+    def test_the_learning_rate_of_the_copies_is_no_ones(self, take):
+        """Nor are averages, metric losses and what is called after a step."""
+        take("eager", 1)
+        called = []
+
+        class After:
+            def __call__(self, output, update):
+                called.append(1)
+
+            def tensors(self):
+                return []
+
+        run = make_run(after=After(), average=True)
+        rates = [group["lr"] for group in run.optimizer.param_groups]
+        run.step.choose(*next(batches(1)))
+        assert called == []
+        assert all(r is g["lr"] for r, g in zip(rates, run.optimizer.param_groups, strict=True))
+        assert all(r == 0.1 for r in rates)
+        averages = run.step.options.ema.state_dict()
+        assert all(torch.equal(v, run.cohort.state_dict()[k]) for k, v in averages.items())
+        run.step(*next(batches(1)))
+        assert called == [1]
+
+
+class Cnn(nn.Module):
+    def __init__(self, width=4):
+        super().__init__()
+        self.conv, self.norm = nn.Conv2d(2, width, 3), nn.BatchNorm2d(width)
+        self.head = nn.Linear(width, 3)
+
+    def forward(self, x):
+        return self.head(self.norm(self.conv(x)).relu().mean((2, 3)))
+
+
+class Late(Cnn):
+    """Begins to draw at some later step."""
+
+    rate = 0.0
+
+    def forward(self, x):
+        return super().forward(F.dropout(x, self.rate) if self.rate else x)
+
+
+class Run:
+    def __init__(self, cohort, optimizer, step):
+        self.cohort, self.optimizer, self.step, self.peers = cohort, optimizer, step, cohort.peers
+
+    def same_as(self, other):
+        a, b = self.cohort.state_dict(), other.cohort.state_dict()
+        mine, theirs = (
+            [t for s in run.optimizer.state.values() for t in s.values()] for run in (self, other)
+        )
+        return all(torch.equal(a[k], b[k]) for k in a) and all(map(torch.equal, mine, theirs))
+
+
+def make_run(amp="off", peers=None, **options):
+    torch.manual_seed(0)
+    cohort = Cohort(peers or [Cnn(), Cnn()], 3).train()
+    optimizer = make_optimizer(cohort, "sgd", lr=0.1, momentum=0.9)
+    if options.pop("average", False):
+        options["ema"] = Ema(cohort, 0.9)
+    step = make_step(cohort, MutualLoss(), optimizer, amp=amp, **options)
+    return Run(cohort, optimizer, step)
+
+
+def batches(steps, side=8):
+    generator = torch.Generator().manual_seed(1)
+    for _ in range(steps):
+        y = torch.randint(3, (8,), generator=generator)
+        yield torch.randn(8, 2, side, side, generator=generator) + y[:, None, None, None], y

@@ -288,14 +288,13 @@ def test_make_step_takes_a_metric_loss_in_every_execution(capsys):
         step = make(["resnet8"] * 2, head=ReidHead(), execution=execution)
         output = step(*next(images(1, torch.float32)))
         assert output.metric.shape == (2,)
-    assert step.name == "stacked"  # by the rule for small batches on a CPU
-    assert "execution: stacked" in capsys.readouterr().err
+    assert f"execution: {step.name}, " in capsys.readouterr().err
     step = make(["resnet8", "wrn_10_1"], head=ReidHead(), update="sequential")
     assert step(*next(images(1, torch.float32))).metric.shape == (2,)
     # peers of several architectures are no reason to fail where the choice is free
     step = make(["resnet8", "wrn_10_1"], head=ReidHead())
     step(*next(images(1, torch.float32)))
-    assert step.name == "eager"
+    assert step.name in ("eager", "threads")
     # and a cohort that has been given such a step gives logits as before
     assert all(z.shape == (8, C) for z in step.cohort(next(images(1, torch.float32))[0]))
 

@@ -45,7 +45,9 @@ def batches(steps: int, dtype: torch.dtype = torch.float32):
 def step_for(peers, *, momentum=0.9, weight_decay=1e-3, **options):
     cohort = Cohort(peers, C)
     optimizer = make_optimizer(cohort, lr=RATE, momentum=momentum, weight_decay=weight_decay)
-    return make_step(cohort, MutualLoss(), optimizer, **{"amp": "off", **options})
+    return make_step(
+        cohort, MutualLoss(), optimizer, **{"amp": "off", "execution": "eager", **options}
+    )
 
 
 def loss_by_hand(k: int, logits: list[torch.Tensor], labels: torch.Tensor) -> torch.Tensor:
@@ -139,7 +141,9 @@ def test_sequential_steps_see_the_gradients_of_one_peer():
         lambda *_: seen.append([p[0].weight.grad is not None if k else p.weight.grad is not None
                                 for k, p in enumerate(peers)])
     )  # fmt: skip
-    step = make_step(cohort, MutualLoss(), optimizer, amp="off", update="sequential")
+    step = make_step(
+        cohort, MutualLoss(), optimizer, amp="off", update="sequential", execution="eager"
+    )
     step(*next(batches(1)))
     assert seen == [[True, False], [False, True]]
     assert all(w.grad is None for w in cohort.parameters())
@@ -224,7 +228,7 @@ class TestOverflow:
             optimizer = make_optimizer(cohort, lr=RATE)
         else:
             optimizer = torch.optim.SGD(cohort.parameters(), RATE, 0.9, foreach=True)
-        step = make_step(cohort, MutualLoss(), optimizer, amp=amp, update=update)
+        step = make_step(cohort, MutualLoss(), optimizer, amp=amp, update=update, execution="eager")
         return cohort, scaler, optimizer, step
 
     @pytest.mark.parametrize("update", ["simultaneous", "sequential"])
@@ -322,7 +326,7 @@ class TestOverflow:
             cohort = Cohort(peers, C)
             amp = Amp(CPU, torch.float16, LossScale(CPU, init=8.0))
             step = make_step(cohort, MutualLoss(), make_optimizer(cohort, lr=RATE), amp=amp,
-                             update=update)  # fmt: skip
+                             update=update, execution="eager")  # fmt: skip
             step(*next(batches(1)))
             assert step.update.skipped == 1
             assert amp.scaler.scale == 4.0
@@ -332,7 +336,7 @@ class TestOverflow:
         cohort = Cohort(peers, C)
         optimizer = make_optimizer(cohort, lr=RATE, momentum=0.0)
         loss = MutualLoss(ce_weight=1e-8, kl_weight=0.0)  # gradients of about 1e-10, fp16 has 6e-8
-        step = make_step(cohort, loss, optimizer, amp="fp16")
+        step = make_step(cohort, loss, optimizer, amp="fp16", execution="eager")
         seen = []
         optimizer.register_step_pre_hook(lambda *_: seen.append(peers[0].bias.grad.clone()))
         x, y = next(batches(1))
@@ -356,7 +360,7 @@ def test_a_second_list_of_groups_is_narrowed_with_the_first(update):
     optimizer = Paired([{"params": list(p.parameters())} for p in cohort.peers], RATE)
     masters = [{"params": [None] * len(group["params"])} for group in optimizer.param_groups]
     optimizer.param_groups_master = masters
-    step = make_step(cohort, MutualLoss(), optimizer, amp="off", update=update)
+    step = make_step(cohort, MutualLoss(), optimizer, amp="off", update=update, execution="eager")
     step(*next(batches(1)))
     assert seen == [id(w) for w in cohort.parameters()]
     assert optimizer.param_groups_master is masters
@@ -390,7 +394,9 @@ def test_the_step_never_asks_for_a_value(monkeypatch, update, amp):
     cohort = Cohort([norm_peer(0), norm_peer(1)], C)
     optimizer = make_optimizer(cohort, lr=RATE)
     schedule = Schedule(optimizer, torch.full((9,), RATE))
-    step = make_step(cohort, Loss(), optimizer, amp=amp, update=update, grad_clip=1.0)
+    step = make_step(
+        cohort, Loss(), optimizer, amp=amp, update=update, grad_clip=1.0, execution="eager"
+    )
     data = list(batches(3))
     watched[0] = True
     for x, y in data:

@@ -277,7 +277,9 @@ def test_auto_leaves_threads_to_peers_without_a_replicated_part(capsys):
     step = made(cohort, "auto")
     step(*next(batches(1, side=72)))
     assert step.name == "eager"
-    assert capsys.readouterr().err == "execution: eager\n"
+    line = capsys.readouterr().err
+    assert line.startswith("execution: eager, ")
+    assert line.endswith(" (by rule: several processes might choose differently)\n")
 
 
 def replicas(rank, port, folder):
@@ -329,28 +331,6 @@ def test_an_error_in_a_peer_reaches_the_caller():
     with pytest.raises(RuntimeError, match="the third call"):
         train("threads", [Fails(), Fails()], steps=4)
     assert torch.get_num_threads() == 2
-
-
-@pytest.mark.parametrize(
-    ("peers", "threads", "chosen"),
-    [
-        (("resnet8", "resnet8"), 2, "threads"),
-        (("resnet8", "wrn_10_1"), 2, "threads"),
-        (("resnet8", "resnet8"), 1, "eager"),  # no core for each
-        (("resnet8",) * 3, 2, "eager"),
-        (("resnet8", nn.Sequential(nn.Flatten(), nn.Linear(3 * 72 * 72, C))), 2, "eager"),
-    ],
-    ids=str,
-)
-def test_auto_takes_threads_where_every_peer_has_a_core(capsys, peers, threads, chosen):
-    """Not for peers of others, which may draw random numbers at some later step."""
-    torch.set_num_threads(threads)
-    cohort = Cohort(peers, C)
-    optimizer = make_optimizer(cohort, "sgd", lr=0.1)
-    step = make_step(cohort, MutualLoss(), optimizer, amp="off")
-    step(*next(batches(1, side=72)))
-    assert step.name == chosen
-    assert capsys.readouterr().err == f"execution: {chosen}\n"
 
 
 def test_threads_are_for_a_cpu():

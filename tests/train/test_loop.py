@@ -105,6 +105,8 @@ def settings(tmp_path):
             "log_every": 4,
             "amp": "off",
             "device": "cpu",
+            "execution": "eager",
+            "threads": 1,
             "tensorboard": False,
         }
         return TrainConfig(**{**values, **changes})
@@ -895,6 +897,7 @@ def test_the_step_loop_never_asks_for_a_value(settings, monkeypatch):
         monkeypatch.setattr(owner, name, method)
 
     with_running(Phase, "_epoch", True)
+    with_running(Phase, "_begin", False)
     with_running(Phase, "_read", False)
     with_running(Phase, "_save", False)
     # On a CPU the loss looks at the labels, which are at hand there; the GPU test watches CUDA.
@@ -982,16 +985,12 @@ class TestDataSets:
         """kill -9, for real: the weights end up the same, bit for bit, and so do the metrics."""
         options = {
             "epochs": 2, "subset": 640, "amp": "off", "device": "cpu", "tensorboard": False,
-            "log_every": 1, "save_every_steps": 3,
+            "log_every": 1, "save_every_steps": 3, "execution": "eager", "threads": 1,
         }  # fmt: skip
-        script = (
-            "import sys, torch; torch.set_num_threads(int(sys.argv[1]))\n"
-            f"from fastdml import train; train.digits(folder='broken', **{options!r})"
-        )
+        script = f"from fastdml import train; train.digits(folder='broken', **{options!r})"
         training.digits(folder="whole", **options)
         process = subprocess.Popen(
-            # as many threads as here: sums are split among them
-            [sys.executable, "-c", script, str(torch.get_num_threads())],
+            [sys.executable, "-c", script],
             env=environment(),
             stdout=subprocess.DEVNULL,
             stderr=subprocess.PIPE,

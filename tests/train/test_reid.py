@@ -42,6 +42,7 @@ SMALL = {
     "amp": "off",
     "device": "cpu",
     "execution": "eager",
+    "threads": 1,
     "tensorboard": False,
     "neck": True,
     "last_stride": 1,

@@ -210,6 +210,9 @@ def summarise(folder, *, independent: bool) -> dict:
         peers=NAMES,
         parameters=[278_324, 278_324],
         device="one device",
+        execution="threads",
+        threads=2,
+        command="fastdml train cifar100 --epochs 200",
         mutual=run([0.7119, 0.7075], 0.7312, 4321.4),
         independent=run([0.6899, 0.6912], 0.7201, 4400.0) if independent else None,
     )
@@ -264,8 +267,9 @@ def test_a_run_too_short_for_a_rate_has_a_dash(tmp_path):
 def test_a_run_without_an_evaluation_has_a_table_too(tmp_path):
     run = {"scores": None, "images_per_second": 10.0, "wall_seconds": 1.0}
     summary = report.write_summary(
-        tmp_path, config={}, peers=["a"], parameters=[5], device="cpu", mutual=run
-    )
+        tmp_path, config={}, peers=["a"], parameters=[5], device="cpu", mutual=run,
+        execution="eager", threads=None, command="fastdml.train.fit",
+    )  # fmt: skip
     assert report.summary_table(summary).splitlines()[2].split() == ["a", "5", "-", "-", "-", "10"]
 
 

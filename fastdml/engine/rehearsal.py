@@ -1,0 +1,181 @@
+"""Which execution on how many threads is fastest on a CPU: measured, on copies.
+
+Copies of peers, optimizer and metric loss take a few steps on the first batch with a learning rate
+of 0; nothing of the caller's is touched, the random generators included. Candidates are every
+execution on one thread, on a thread a peer, and on all (`cpus.most`).
+
+Noise: candidates take turns, and of each the median counts. The first in order of simplicity (eager
+before threads before stacked, few threads before many) is left only for what saves `MARGIN`.
+
+Cost: at most `ROUNDS` rounds, begun within `BUDGET` seconds. Where the first steps took as long,
+they decide, one of each candidate; stacking is then not tried, and a pass on one thread is given up
+after `PATIENCE` seconds. Who falls far behind is out, a pass in its middle, since threads that wait
+for each other in vain may need seconds for a step of milliseconds.
+"""
+
+from __future__ import annotations
+
+import statistics
+import time
+import warnings
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, NamedTuple
+
+import torch
+from torch import Tensor
+
+from fastdml.engine import cpus
+from fastdml.engine.guards import Generators
+from fastdml.errors import InputError
+
+if TYPE_CHECKING:
+    from fastdml.engine.step import EagerStep
+
+ORDER = ("eager", "threads", "stacked")  # from the simplest
+ROUNDS = 5
+BUDGET = 1.5  # seconds
+PATIENCE = 1.0  # seconds
+FIRST_LATE, LATE = 10.0, 3.0  # times the fastest of the others: in a first step, and later
+GRACE = 0.2  # seconds that a first step may take in any case
+MARGIN = 0.1  # share of a step
+INFINITY = float("inf")
+
+
+class Candidate(NamedTuple):
+    execution: str
+    threads: int  # torch's, around the step
+
+    def __str__(self) -> str:
+        return f"{self.execution} on {self.threads}"
+
+
+def candidates(
+    executions: Sequence[str], peers: int, threads: int | None = None
+) -> list[Candidate]:
+    """In order of simplicity. threads: the only number of them to consider."""
+    most = cpus.most()
+    counts = [threads] if threads else sorted({1, min(peers, most), most})
+    found = []
+    for execution in sorted(executions, key=ORDER.index):
+        usable = counts
+        if execution == "threads":
+            # What differs is a peer's share, of one thread at least.
+            shares = {n // peers: n for n in reversed(counts) if n >= peers}
+            usable = sorted(shares.values()) or counts[-1:] * (len(executions) == 1)
+        found += [Candidate(execution, n) for n in usable]
+    return found
+
+
+def fastest(times: dict[Candidate, float], margin: float = MARGIN) -> Candidate:
+    """The first that takes not much more than the best; times are in order of simplicity."""
+    best = min(times.values())
+    return next(c for c, seconds in times.items() if (1 - margin) * seconds <= best)
+
+
+class Late(Exception):
+    """A pass that is given up."""
+
+
+class Uncopyable(RuntimeError):
+    """What steps change cannot be copied; the message says why."""
+
+
+class Rehearsal:
+    """What candidates take a step. `copies()` copies all that steps change and gives what builds a
+    step of some execution on them; stacking, which moves tensors, gets copies of its own.
+
+    After `run`, `times` has the seconds a step in order of simplicity, `late` those given up, and
+    `unfit` the executions that do not fit, with the reason.
+    """
+
+    def __init__(
+        self, copies: Callable[[], Callable[[str], EagerStep]], batch: tuple[Tensor, ...]
+    ) -> None:
+        self.copies, self.batch = copies, batch
+        self.builders: dict[bool, Callable[[str], EagerStep]] = {}
+        self.steps: dict[str, EagerStep] = {}
+        self.times: dict[Candidate, float] = {}
+        self.late: list[Candidate] = []
+        self.unfit: dict[str, str] = {}
+        self.deadline = INFINITY  # of the pass in progress
+
+    def run(self, found: Sequence[Candidate]) -> None:
+        self.simplest = found[0].execution
+        generators = Generators(torch.device("cpu"))
+        try:
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")  # the step that is chosen says it again
+                self._rounds(found)
+        finally:
+            generators.restore()
+            self.steps.clear()
+            self.builders.clear()
+
+    def _rounds(self, found: Sequence[Candidate]) -> None:
+        started = time.perf_counter()
+
+        def over() -> bool:
+            return time.perf_counter() - started > BUDGET
+
+        more = any(c.threads > found[0].threads for c in found)
+        self._step(found[0], PATIENCE if more else INFINITY)
+        for candidate in found[1:]:
+            eager = Candidate("eager", candidate.threads)
+            if candidate.execution != "stacked" or not (over() or eager in self.late):
+                self._step(candidate, max(GRACE, FIRST_LATE * self._best_but(candidate)))
+        taken: dict[Candidate, list[float]] = {candidate: [] for candidate in self.times}
+        for _ in range(ROUNDS):
+            if over():
+                break
+            for candidate in list(self.times):
+                seconds = self._step(candidate, LATE * self._best_but(candidate))
+                if seconds is not None:
+                    taken[candidate].append(seconds)
+                    self.times[candidate] = statistics.median(taken[candidate])
+
+    def _best_but(self, candidate: Candidate) -> float:
+        return min((t for c, t in self.times.items() if c != candidate), default=INFINITY)
+
+    def _step(self, candidate: Candidate, limit: float) -> float | None:
+        """Seconds of one, which go into `times` if they are the first; None where it takes more
+        than the limit and others do not, or does not fit."""
+        execution, threads = candidate
+        if execution in self.unfit:
+            return None
+        try:
+            step = self._made(execution)
+            with cpus.threads(threads):
+                started = time.perf_counter()
+                self.deadline = started + limit
+                step(*self.batch)
+                seconds = time.perf_counter() - started
+        except Late:
+            seconds = INFINITY
+        except (InputError, RuntimeError) as error:
+            if execution == self.simplest:
+                raise  # what all can do; the mistake is elsewhere
+            self.unfit[execution] = " ".join(str(error).split())
+            self.times = {c: t for c, t in self.times.items() if c.execution != execution}
+            return None
+        if seconds > limit and (seconds == INFINITY or self._best_but(candidate) < INFINITY):
+            self.late.append(candidate)
+            self.times.pop(candidate, None)
+            return None
+        self.times.setdefault(candidate, seconds)
+        return seconds
+
+    def _made(self, execution: str) -> EagerStep:
+        if execution not in self.steps:
+            moves = execution == "stacked"
+            fresh = moves not in self.builders
+            if fresh:
+                self.builders[moves] = self.copies()
+            self.steps[execution] = step = self.builders[moves](execution)
+            if fresh and not moves:  # a stack knows no hooks
+                for module in (m for peer in step.peers for m in peer.modules()):
+                    module.register_forward_pre_hook(self._heed)
+        return self.steps[execution]
+
+    def _heed(self, *call: object) -> None:
+        if time.perf_counter() > self.deadline:
+            raise Late
