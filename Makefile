@@ -35,10 +35,8 @@ help:
 	@echo "make bench        the benchmarks this machine can run"
 	@echo "make clean        remove both venvs and every cache"
 
-# Passive waiting: with one of two cores busy elsewhere, threads that spin while they wait for each
-# other trained 676 images/s, threads that sleep 1,805.
 demo: $(TRAIN)
-	OMP_WAIT_POLICY=PASSIVE $(BIN)/fastdml train digits --independent
+	$(BIN)/fastdml train digits --independent
 
 test: $(DEV)
 	$(TESTS)
