@@ -16,7 +16,7 @@ import math
 import os
 import re
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from itertools import combinations
 from numbers import Integral
 from pathlib import Path
@@ -118,13 +118,7 @@ class Cohort(nn.Module):
         """x: (N, in_channels, H, W) -> K logits (N, C)."""
         logits = tuple(peer(x) for peer in self.peers)
         for name, z in zip(self.names, logits, strict=True):
-            # Shapes only: known without waiting for the device.
-            if not isinstance(z, Tensor) or z.shape != (x.shape[0], self.num_classes):
-                got = tuple(z.shape) if isinstance(z, Tensor) else type(z).__name__
-                raise InputError(
-                    f"peer {name} must return logits (N, {self.num_classes}), "
-                    f"and for {x.shape[0]} images returned {got}"
-                )
+            check_logits(name, z, x, self.num_classes, "wrap it in a module that returns {it}")
         return logits
 
     def ensemble(self, x: Tensor) -> Tensor:
@@ -342,6 +336,31 @@ class Cohort(nn.Module):
                     f"peers {a} and {b} start with identical parameters (a deepcopy?) and would "
                     f"never differ; {remedy}"
                 )
+
+
+def check_logits(name: str, out: object, x: object, num_classes: int, remedy: str) -> None:
+    """Refuses what is not one tensor (N, C); by shapes only, known without waiting for the device.
+
+    x: the images, whose number is compared where it is known. remedy: where `out` holds more than
+    the logits; `{it}` in it becomes the expression that picks them.
+    """
+    n = x.shape[0] if isinstance(x, Tensor) else None
+    if isinstance(out, Tensor) and out.shape[1:] == (num_classes,) and n in (None, len(out)):
+        return
+    got, it = type(out).__name__, "its logits"
+    if isinstance(out, Tensor):
+        got, remedy = tuple(out.shape), "num_classes of the cohort and of the peer must be one"
+    elif hasattr(out, "logits"):
+        it = "out.logits"
+    elif isinstance(out, Mapping):
+        it = f"out[{next(iter(out), None)!r}]"
+        got += f" of {', '.join(map(str, out))}"
+    elif isinstance(out, Sequence):
+        it = "out[0]"
+    raise InputError(
+        f"peer {name} must return logits (N, {num_classes}), and for "
+        f"{'a batch' if n is None else f'{n} images'} returned {got}: {remedy.format(it=it)}"
+    )
 
 
 def _build(

@@ -15,7 +15,7 @@ import copy
 import dataclasses
 import sys
 from collections.abc import Callable
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -33,12 +33,18 @@ from fastdml.engine.choose import (
 )
 from fastdml.engine.ema import Ema
 from fastdml.engine.graph import GraphStep
-from fastdml.engine.optimizers import Schedule, learning_rates, make_optimizer
+from fastdml.engine.optimizers import (
+    Schedule,
+    check_optimizer,
+    learning_rates,
+    make_optimizer,
+)
 from fastdml.engine.rehearsal import Uncopyable
 from fastdml.engine.stacked import StackedStep
 from fastdml.engine.step import After, EagerStep, SequentialStep, StepOptions, StepOutput
 from fastdml.engine.streams import StreamsStep
 from fastdml.engine.threads import ThreadsStep
+from fastdml.engine.weights import check_weights
 from fastdml.errors import InputError
 
 if TYPE_CHECKING:
@@ -68,8 +74,10 @@ def _sequential_graph(*arguments) -> GraphStep:
     return GraphStep(SequentialStep(*arguments))
 
 
-def _stacked(*arguments) -> Step:
-    step = StackedStep(*arguments)
+def _stacked(cohort, loss, optimizer, amp, options) -> Step:
+    if options.output is not None:
+        raise InputError("output= does not go with execution 'stacked': wrap the peers instead")
+    step = StackedStep(cohort, loss, optimizer, amp, options)
     return GraphStep(step) if step.amp.device.type == "cuda" else step
 
 
@@ -107,6 +115,7 @@ def make_step(
     after: After | None = None,
     metric: MetricLoss | None = None,
     threads: int | None = None,
+    output: Callable[[Any], Tensor] | None = None,
 ) -> Step:
     """`step(images, labels) -> StepOutput(losses, stats, metric)`; device tensors, no
     synchronisation.
@@ -131,7 +140,15 @@ def make_step(
     threads: torch's number of threads during a step on a CPU; before and after it the number is the
         caller's. 0: OMP_NUM_THREADS where it is set, else measured at the first step, for a named
         execution too. None: 0 for "auto"; a named execution takes torch's number as it finds it.
+    output: picks the logits (N, C) from what a peer returns in training, such as
+        `lambda out: out.logits` for models of Hugging Face, where it is more than the logits; not
+        with execution="stacked" or a metric loss. For evaluation wrap such a peer instead.
+
+    Each step takes the groups of the optimizer and the peers' layers as they are: weights that are
+    unfrozen, groups that are added and layers that are replaced train from the next step on.
     """
+    check_weights(cohort)
+    check_optimizer(optimizer)
     device = next(cohort.parameters()).device
     if update not in ("simultaneous", "sequential"):
         raise InputError(f"update must be simultaneous or sequential, not {update!r}")
@@ -142,6 +159,8 @@ def make_step(
             "accumulate does not go with update='sequential', which needs the predictions on the "
             "whole batch at hand: use simultaneous, or a smaller batch"
         )
+    if metric is not None and output is not None:
+        raise InputError("output= does not go with a metric loss, whose peers give what it needs")
     if metric is not None:
         _check_metric(cohort, metric, device, accumulate)
     if execution != "auto":
@@ -169,6 +188,7 @@ def make_step(
         assemble=assemble,
         after=after,
         metric=metric,
+        output=output,
     )
 
     def make(name: str) -> Step:

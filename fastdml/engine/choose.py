@@ -33,7 +33,7 @@ from fastdml.engine.graph import SCALARS
 from fastdml.engine.guards import replicated
 from fastdml.engine.rehearsal import Candidate, Rehearsal, Uncopyable, candidates, fastest
 from fastdml.engine.snapshot import Snapshot
-from fastdml.engine.step import EagerStep, StepOutput
+from fastdml.engine.step import EagerStep, StepOutput, check_gradients_wanted
 from fastdml.errors import InputError
 
 if TYPE_CHECKING:
@@ -74,6 +74,7 @@ class CudaAutoStep(AutoStep):
         self.names, self.make, self.device = names, make, device
 
     def __call__(self, *batch: Tensor) -> StepOutput:
+        check_gradients_wanted()
         self.choose(*batch)
         return self.chosen(*batch)
 
@@ -157,6 +158,7 @@ class CpuAutoStep(AutoStep):
             self.chosen = make(names[0])
 
     def __call__(self, *batch: Tensor) -> StepOutput:
+        check_gradients_wanted()
         choice = self.choose(*batch)
         with cpus.threads(choice.threads):
             try:

@@ -40,7 +40,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fastdml.engine.guards import replicated
-from fastdml.engine.step import EagerStep, StepOutput, WithFeatures
+from fastdml.engine.step import EagerStep, Outputs, StepOutput, WithFeatures
 from fastdml.errors import InputError
 from fastdml.models.googlenet import Inception
 from fastdml.models.reid import GeMPool
@@ -72,6 +72,13 @@ class StackedStep(EagerStep):
         if not self.proved:
             prove(self.stack, super().networks(), images[:PROBE])
             self.proved = True
+
+    def checked(self, k: int, out: Tensor | tuple[Tensor, ...], images: Tensor) -> Outputs:
+        """Of the stack, (K, N, C) and more; what peer 0 gives is looked at for all."""
+        out = (out,) if isinstance(out, Tensor) else out
+        own = [t[0] for t in out]
+        super().checked(0, own[0] if len(own) == 1 else tuple(own), images)
+        return out
 
     def gradients(self, images: Tensor, labels: Tensor) -> StepOutput:
         out = self.forward(0, images)  # logits (K, N, C), and with a metric loss features (K, N, D)
@@ -358,13 +365,15 @@ def prove(stack: Stack, peers: Sequence[nn.Module], images: Tensor) -> None:
         for network in (stack, *peers):
             network.eval()
         each = [_tuple(peer(images)) for peer in peers]
+        if not all(isinstance(t, Tensor) for own in each for t in own):
+            raise _refusal(f"outputs of type {type(each[0][0]).__name__}")
         try:
             fits = True
             for found, own in zip(_tuple(stack(images)), zip(*each, strict=True), strict=True):
                 expected = torch.stack(own)
                 error = (found - expected).norm() / expected.norm().clamp(min=1e-12)
                 fits = fits and bool(error < TOLERANCE)
-        except RuntimeError:  # shapes that do not fit
+        except (RuntimeError, ValueError):  # shapes that do not fit
             fits = False
     finally:
         for module, was in zip(modules, training, strict=True):
@@ -375,7 +384,7 @@ def prove(stack: Stack, peers: Sequence[nn.Module], images: Tensor) -> None:
 
 
 def _tuple(out: Tensor | tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-    return (out,) if isinstance(out, Tensor) else out
+    return out if isinstance(out, tuple) else (out,)
 
 
 def _refusal(what: str) -> InputError:

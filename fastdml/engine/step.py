@@ -21,13 +21,14 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import chain
-from typing import TYPE_CHECKING, NamedTuple, Protocol
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _NormBase
 from torch.optim import Optimizer
 
+from fastdml.cohort import check_logits
 from fastdml.engine.amp import Amp
 from fastdml.engine.ema import Ema
 from fastdml.engine.update import Update
@@ -70,6 +71,7 @@ class StepOptions:
     assemble: Callable[..., tuple[Tensor, Tensor]] | None = None
     after: After | None = None
     metric: MetricLoss | None = None
+    output: Callable[[Any], Tensor] | None = None
 
 
 class WithFeatures(nn.Module):
@@ -154,8 +156,20 @@ class EagerStep:
         to fp16, not after."""
         with self.amp.autocast():
             out = self.forwards[k](images)
-        out = (out,) if isinstance(out, Tensor) else out
+        out = self.checked(k, out, images)
         return tuple(t.float() if t.dtype == torch.float16 else t for t in out)
+
+    def checked(self, k: int, out: Any, images: Tensor) -> Outputs:
+        """What peer k gave, as far as it is wanted."""
+        wanted = 1 if self.options.metric is None else 2
+        if self.options.output is not None:
+            out = self.options.output(out)
+        tensors = out if isinstance(out, (tuple, list)) and len(out) == wanted else (out,)
+        name, num_classes = self.cohort.names[k], self.cohort.num_classes
+        check_logits(name, tensors[0], images, num_classes, "make_step(output=lambda out: {it})")
+        if len(tensors) != wanted:
+            raise InputError(f"peer {name} must return logits and features for a metric loss")
+        return tuple(tensors)
 
     def evaluate(
         self, outputs: list[Outputs], labels: Tensor, metric_of: Sequence[int] | None = None
@@ -174,6 +188,8 @@ class EagerStep:
     def backward(self, outputs: Sequence[Outputs], grads: Sequence[Outputs]) -> None:
         pairs = zip(chain(*outputs), chain(*grads), strict=True)
         trained = [(t, g) for t, g in pairs if t.requires_grad]
+        if not trained:
+            return
         tensors, grads = map(list, zip(*trained, strict=True))
         self.scale_(grads)
         torch.autograd.backward(tensors, grads)

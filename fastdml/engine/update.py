@@ -165,7 +165,12 @@ class Update:
 
     def finish(self) -> None:
         """Scale and averages follow the step."""
-        if self.scaler is not None and self.updated:
+        if not self.updated:
+            raise InputError(
+                "the step has trained nothing: no weight that the optimizer holds has a gradient; "
+                "unfreeze some with requires_grad_(True)"
+            )
+        if self.scaler is not None:
             flags = torch.stack([self.overflow[k] for k in self.updated])
             torch.amin(flags, dim=0, out=self.skipped)
             self.scaler.update_(flags.amax())

@@ -63,7 +63,9 @@ def is_sharded(t: Tensor) -> bool:
 
 
 def check_weights(cohort: Cohort) -> None:
-    """Refuses weights that no update can change: those without values, and shards."""
+    """Refuses weights that no update can change: none, those without values, and shards."""
+    if next(cohort.parameters(), None) is None:
+        raise InputError("the peers have no parameters, so that there is nothing to train")
     for name, peer in zip(cohort.names, cohort.peers, strict=True):
         for w in peer.parameters():
             if is_lazy(w):
