@@ -196,44 +196,45 @@ def as_batches(
     return batches
 
 
-def described(source: Any, num_classes: int) -> dict[str, Sequence]:
+def described(source: Any) -> dict[str, Any]:
     """Of `mean`, `std` and `classes`, as `Cohort` has them, what the source of batches says.
 
     Of a DataLoader the data set's `classes` are taken, as torchvision's sets have them, and mean
     and std of a Normalize after a ToTensor, or ToDtype(scale=True), among its transforms.
     """
-    found = {name: getattr(source, name, None) for name in ("mean", "std")}
-    found["classes"] = getattr(source, "class_names", None)
-    data = getattr(getattr(source, "source", None), "dataset", None)
-    while hasattr(data, "dataset"):  # torch's Subset
-        data = data.dataset
-    if data is not None:
-        found["mean"], found["std"] = _normalisation(getattr(data, "transform", None))
-        if getattr(data, "target_transform", None) is None:  # which may put them in another order
+    if not isinstance(source, IterableBatches):
+        names = {"mean": "mean", "std": "std", "classes": "class_names"}
+        found = {name: getattr(source, theirs, None) for name, theirs in names.items()}
+    else:
+        data = getattr(source.source, "dataset", None)
+        while hasattr(data, "dataset"):  # torch's Subset
+            data = data.dataset
+        found = _normalisation(getattr(data, "transform", None), source.shape[0])
+        if getattr(data, "target_transform", None) is None:  # which may change their order
             found["classes"] = getattr(data, "classes", None)
-    names = found["classes"]
-    if not isinstance(names, Sequence) or len(names) != num_classes:
-        del found["classes"]
     return {name: value for name, value in found.items() if value is not None}
 
 
-def _normalisation(transform: Any) -> tuple[list[float] | None, list[float] | None]:
+def _normalisation(transform: Any, channels: int) -> dict[str, list[float]]:
     """mean and std in bytes, where it is certain that bytes are what is normalised."""
     steps = getattr(transform, "transforms", None)
     if not isinstance(steps, Sequence):
-        return None, None
+        return {}
     kinds = [type(step).__name__ for step in steps]
     if kinds.count("Normalize") != 1:
-        return None, None
+        return {}
     at = kinds.index("Normalize")
     scaled = [
         kind == "ToTensor" or (kind == "ToDtype" and getattr(step, "scale", False) is True)
         for kind, step in zip(kinds[:at], steps, strict=False)
     ]
     if sum(scaled) != 1 or not scaled[-1]:  # something between them may change the scale
-        return None, None
-    mean, std = ([255.0 * float(v) for v in getattr(steps[at], name)] for name in ("mean", "std"))
-    return mean, std
+        return {}
+    found = {}
+    for name in ("mean", "std"):
+        values = [255.0 * float(value) for value in getattr(steps[at], name)]
+        found[name] = values * channels if len(values) == 1 else values
+    return found
 
 
 def _length(source: Any) -> int | None:

@@ -77,27 +77,43 @@ def first_look(cohort: Cohort, train: Batches, config: TrainConfig, amp: Amp) ->
     images, _ = first_batch(train, cohort.num_classes)
     part = images[: max(1, len(images) // config.accumulate)]
     for name, peer in zip(cohort.names, cohort.peers, strict=True):
-        _try(name, peer, part, cohort.num_classes, amp)
+        _try_evaluation(name, peer, part, cohort.num_classes, amp)
+        _try_training(name, peer, part, cohort.num_classes, amp)
     cohort.image_shape = tuple(images.shape[1:])
     cohort.in_channels = images.shape[1]
-    for name, value in described(train, cohort.num_classes).items():
-        setattr(cohort, name, value)
     cohort.record()  # refuses what the caller set and does not fit
+    for name, value in described(train).items():
+        before = getattr(cohort, name)
+        setattr(cohort, name, value)
+        try:
+            cohort.record()
+        except InputError:  # names or numbers of something else
+            setattr(cohort, name, before)
     return images
 
 
-def _try(name: str, peer: nn.Module, images: Tensor, num_classes: int, amp: Amp) -> None:
-    """One pass in evaluation mode, then one with gradients in training mode by a copy, so that the
-    peer keeps its statistics and whatever else it counts."""
-    fits = f"images {tuple(images.shape)}"
+def test_look(cohort: Cohort, test: Batches, amp: Amp) -> None:
+    """That every peer can be evaluated on the first batch, which an epoch would find too late."""
+    images, _ = first_batch(test, cohort.num_classes, "test")
+    for name, peer in zip(cohort.names, cohort.peers, strict=True):
+        _try_evaluation(name, peer, images, cohort.num_classes, amp)
+
+
+def _try_evaluation(name: str, peer: nn.Module, images: Tensor, num_classes: int, amp: Amp) -> None:
     try:
         with torch.inference_mode(), amp.autocast():
             logits = peer.eval()(images)
     except Exception as error:  # whatever a peer's code may raise
-        raise InputError(f"peer {name} fails on {fits}: {one_line(error)}") from error
+        raise InputError(
+            f"peer {name} fails on images {tuple(images.shape)}: {one_line(error)}"
+        ) from error
     finally:
         peer.train()
     _check_logits(name, logits, len(images), num_classes)
+
+
+def _try_training(name: str, peer: nn.Module, images: Tensor, num_classes: int, amp: Amp) -> None:
+    """With gradients, by a copy: the peer keeps its statistics and whatever else it counts."""
     twin = _copied(peer)
     if twin is None:
         return
@@ -107,7 +123,9 @@ def _try(name: str, peer: nn.Module, images: Tensor, num_classes: int, amp: Amp)
         if isinstance(logits, Tensor) and logits.requires_grad:
             logits.float().sum().backward()
     except Exception as error:
-        raise InputError(f"peer {name} fails on {fits} in training: {one_line(error)}") from error
+        raise InputError(
+            f"peer {name} fails on images {tuple(images.shape)} in training: {one_line(error)}"
+        ) from error
     _check_logits(name, logits, len(images), num_classes, " in training")
 
 

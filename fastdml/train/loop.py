@@ -30,7 +30,7 @@ from fastdml.files import writing
 from fastdml.metrics import Classification, ClassificationScores
 from fastdml.terminal import lenient_stderr
 from fastdml.train import checkpoint, checks, reid, report
-from fastdml.train.batches import Batches, as_batches, first_batch
+from fastdml.train.batches import Batches, as_batches
 from fastdml.train.config import CONFIG
 from fastdml.train.dryrun import plan
 from fastdml.train.folder import (
@@ -132,8 +132,8 @@ def _fit(
         notes = [*notes, "one peer learns from the labels alone: nothing is mutual below two"]
     with lenient_stderr(), naming_dead_workers(), _reproducible(config, device):
         images = checks.first_look(cohort, train, config, amp)
-        if evaluate is not test:  # batches, whose mistakes an epoch would find too late
-            first_batch(test, cohort.num_classes, "test")
+        if evaluate is not test:
+            checks.test_look(cohort, test, amp)
         if own:
             config = checks.recorded(config, cohort, train, images)
         phase = Phase(cohort, train, evaluate, config, Path(), amp)  # refuses what cannot run

@@ -565,18 +565,19 @@ class TestUnfinishedFolders:
         monkeypatch.chdir(tmp_path)
         config = settings(folder=None, epochs=1, data="mine")
         fit(make_cohort(), *make_loaders(), config)
+        run = "runs/mine-TinyPeer-TinyPeer"
         for number in (2, 3):
-            Path(f"runs/mine-TinyPeer-TinyPeer-00{number}").mkdir()
-        (tmp_path / "runs/mine-TinyPeer-TinyPeer-003/.lock").touch()
+            Path(f"{run}-00{number}").mkdir()
+        (tmp_path / f"{run}-003/.lock").touch()
         capfd.readouterr()
         again = fit(make_cohort(), *make_loaders(), config.replace(resume=True))
-        assert str(again.folder) == "runs/mine-TinyPeer-TinyPeer-001"
+        assert str(again.folder) == f"{run}-001"
         err = capfd.readouterr().err
-        assert "passed over, without a config.yaml: runs/mine-TinyPeer-TinyPeer-003, runs/mine-TinyPeer-TinyPeer-002\n" in err
-        shutil.rmtree("runs/mine-TinyPeer-TinyPeer-001")
-        with pytest.raises(InputError, match=r"no config\.yaml in runs/mine-TinyPeer-TinyPeer-003, runs/mine"):
+        assert f"passed over, without a config.yaml: {run}-003, {run}-002\n" in err
+        shutil.rmtree(f"{run}-001")
+        with pytest.raises(InputError, match=rf"no config\.yaml in {run}-003, runs/mine"):
             fit(make_cohort(), *make_loaders(), config.replace(resume=True))
-        assert str(fit(make_cohort(), *make_loaders(), config).folder) == "runs/mine-TinyPeer-TinyPeer-004"
+        assert str(fit(make_cohort(), *make_loaders(), config).folder) == f"{run}-004"
 
 
 class TestDamagedMetrics:
