@@ -11,7 +11,13 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from fastdml import data, engine, metrics, models, train
     from fastdml.cohort import Cohort
-    from fastdml.loss import MutualLoss, MutualStats, linear_mutual_loss, mutual_loss
+    from fastdml.loss import (
+        MutualLoss,
+        MutualStats,
+        linear_mutual_loss,
+        mutual_loss,
+        mutual_losses,
+    )
     from fastdml.metric_losses import (
         CenterLoss,
         MetricLoss,
@@ -35,6 +41,7 @@ _HOMES = {
     "distance_mutual_loss": "fastdml.metric_losses",
     "linear_mutual_loss": "fastdml.loss",
     "mutual_loss": "fastdml.loss",
+    "mutual_losses": "fastdml.loss",
     "triplet_loss": "fastdml.metric_losses",
 }
 _MODULES = ("data", "engine", "metrics", "models", "train")
@@ -55,6 +62,7 @@ __all__ = [
     "metrics",
     "models",
     "mutual_loss",
+    "mutual_losses",
     "train",
     "triplet_loss",
 ]

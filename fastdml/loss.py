@@ -16,6 +16,7 @@ from fastdml_kernels import Call, Options
 from fastdml_kernels import evaluate as _evaluate
 from fastdml_kernels import linear_mutual_loss as _linear_mutual_loss
 from fastdml_kernels import mutual_loss as _mutual_loss
+from fastdml_kernels import mutual_losses as _mutual_losses
 from fastdml_kernels.options import Scalar
 from torch import Tensor, nn
 
@@ -285,6 +286,7 @@ def mutual_loss(
     L_k = ce_weight CE(y, p_k) + kl_weight T**2 sum_l w_kl KL(p_l || p_k), w_kl = 1 / (K - 1),
     with p_k = softmax(z_k / T) inside the KL. `loss.sum().backward()` trains all peers; with
     constant teachers the k-th loss touches the k-th logits only. K = 1 is plain cross-entropy.
+    For a loop with a backward and an optimizer per peer there is `mutual_losses`.
 
     logits: (K, N, C), or a sequence of K tensors (N, C), which is not copied; float32, bfloat16,
         float16, or float64 on the CPU; any strides; dtypes may differ between peers. Sums are in
@@ -321,6 +323,85 @@ def mutual_loss(
     call = Call(labels, options, temperature, ce_weight, kl_weight, peer_weights, class_weight,
                 return_stats)  # fmt: skip
     return _losses(_check(logits, call), call)
+
+
+@overload
+def mutual_losses(
+    logits: Sequence[Tensor],
+    labels: Tensor,
+    *,
+    return_stats: Literal[False] = ...,
+    **options: Unpack[LossOptions],
+) -> tuple[Tensor, ...]: ...
+
+
+@overload
+def mutual_losses(
+    logits: Sequence[Tensor],
+    labels: Tensor,
+    *,
+    return_stats: Literal[True],
+    **options: Unpack[LossOptions],
+) -> tuple[tuple[Tensor, ...], MutualStats]: ...
+
+
+def mutual_losses(
+    logits: Sequence[Tensor],
+    labels: Tensor,
+    *,
+    temperature: Scalar = 1.0,
+    ce_weight: Scalar = 1.0,
+    kl_weight: Scalar = 1.0,
+    target: str = "peers",
+    peer_weights: Tensor | None = None,
+    gate: str = "none",
+    symmetric: bool = False,
+    detach_targets: bool = True,
+    label_smoothing: float = 0.0,
+    class_weight: Tensor | None = None,
+    ignore_index: int = -100,
+    mimic_ignored: bool = False,
+    reduction: str = "mean",
+    return_stats: bool = False,
+) -> tuple[Tensor, ...] | tuple[tuple[Tensor, ...], MutualStats]:
+    """`mutual_loss` as a tuple of K losses, for a loop with a backward and an optimizer per peer:
+
+        losses = mutual_losses([peer(images) for peer in peers], labels)
+        for loss, optimizer in zip(losses, optimizers):
+            optimizer.zero_grad()
+            loss.backward()  # peer k's graph alone: no retain_graph, no gradient for another peer
+            optimizer.step()
+
+    One launch computes all losses and gradients, the same bits as `mutual_loss(...).sum()` and its
+    backward. `losses[k]` has an autograd node of its own, which goes to `logits[k]` only, so that
+    the others' gradients stay None. All are of the predictions given here: a peer that has stepped
+    is not run again (Algorithm 1 of the paper runs it: `fastdml.engine.make_step` with
+    update="sequential"). A GradScaler per peer works too. What torch.compile makes of a region has
+    one backward: compile the peers and call this outside, or sum the losses inside.
+
+    logits: K tensors (N, C). One stacked tensor is refused: through it every peer's backward would
+        run into the others'. Gradients of float16 logits are kept in float32 until the backward.
+    reduction: "mean" or "sum", K losses of no dimension; "none", K of (N,).
+    detach_targets: False is refused: a teacher's gradient is a sum over its students' losses.
+    Everything else is as in `mutual_loss`.
+    """
+    if isinstance(logits, Tensor):
+        raise ValueError(
+            f"logits as one tensor {tuple(logits.shape)}: mutual_losses takes a list of K tensors "
+            "(N, C), whose graphs are apart; of one tensor use mutual_loss(...).sum().backward()"
+        )
+    if not detach_targets:
+        raise ValueError(
+            "detach_targets=False: gradients into the teachers mix the peers' losses, which "
+            "mutual_losses keeps apart; use mutual_loss(...).sum().backward()"
+        )
+    options = Options(target, gate, symmetric, True, label_smoothing, ignore_index, mimic_ignored,
+                      reduction)  # fmt: skip
+    call = Call(labels, options, temperature, ce_weight, kl_weight, peer_weights, class_weight,
+                return_stats)  # fmt: skip
+    tensors = _check(logits, call)
+    losses, packed = _mutual_losses(tensors, call)
+    return (losses, _unpack(packed, len(tensors))) if return_stats else losses
 
 
 def linear_mutual_loss(

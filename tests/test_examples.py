@@ -26,6 +26,12 @@ def test_plain_loop():
     assert min(accuracies) > 0.8  # chance is 0.1
 
 
+def test_optimizer_per_peer():
+    accuracies = example("optimizer_per_peer", "sklearn").main()
+    assert len(accuracies) == 2
+    assert min(accuracies) > 0.8  # chance is 0.1
+
+
 def test_compiled_step():
     first, last = example("compiled_step").main()
     assert last < 0.9 * first

@@ -1,13 +1,14 @@
 """Fused Triton kernels for Deep Mutual Learning; needs torch and triton alone.
 
-`mutual_loss`, `linear_mutual_loss` and `evaluate` take checked arguments; the functions of
-`fastdml` check them.
+`mutual_loss`, `mutual_losses`, `linear_mutual_loss` and `evaluate` take checked arguments; the
+functions of `fastdml` check them.
 """
 
 from __future__ import annotations
 
+from .apart import mutual_losses
 from .linear import linear_mutual_loss
 from .op import Call, evaluate, mutual_loss
 from .options import Options
 
-__all__ = ["Call", "Options", "evaluate", "linear_mutual_loss", "mutual_loss"]
+__all__ = ["Call", "Options", "evaluate", "linear_mutual_loss", "mutual_loss", "mutual_losses"]

@@ -23,6 +23,7 @@ from .op import (
     compute,
     flatten,
     loss_dtype,
+    new_grads,
     refuse_transforms,
     unflatten,
 )
@@ -97,7 +98,8 @@ def _compute(
                 for h, w, b in zip(hidden, weight, bias, strict=True)
             ]
             part = call._replace(labels=call.labels[rows])
-            sums, _, slopes = compute(logits, part, any(needs))
+            slopes = new_grads(logits) if any(needs) else []
+            sums, _ = compute(logits, part, slopes)
             losses += sums
             for k, slope in enumerate(slopes):
                 of_hidden, of_weight, of_bias = grads[k], grads[K + k], grads[2 * K + k]

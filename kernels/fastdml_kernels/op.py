@@ -111,17 +111,23 @@ def evaluate(
                 logits, upstream, need_grad, *flatten(call)
             )
         return losses, stats if call.want_stats else None, grads
-    return compute(logits, call, need_grad, upstream)
+    grads = new_grads(logits) if need_grad else []
+    return *compute(logits, call, grads, upstream), grads
+
+
+def new_grads(logits: Sequence[Tensor], of_float16: torch.dtype = torch.float16) -> list[Tensor]:
+    """Room for the gradients, in the logits' shape and dtype."""
+    dtypes = {torch.float16: of_float16}
+    return [z.new_empty(z.shape, dtype=dtypes.get(z.dtype, z.dtype)) for z in logits]
 
 
 def compute(
-    logits: Sequence[Tensor],
+    logits: Sequence[Tensor],  # K tensors (N, C), or one (K, N, C); plain ones
     call: Call,
-    need_grad: bool,
+    grads: Sequence[Tensor] = (),  # to be filled; () for none
     upstream: Tensor | None = None,
-) -> tuple[Tensor, Tensor | None, list[Tensor]]:
-    """`evaluate` of plain tensors."""
-    grads = [z.new_empty(z.shape) for z in logits if need_grad]
+) -> tuple[Tensor, Tensor | None]:
+    """Losses (K,) or (K, N) and packed statistics (None if not wanted)."""
     of_device = mutual_loss_cpu if logits[0].device.type == "cpu" else launch
     peer_weights, class_weight = (  # kernels know no strides of theirs
         None if w is None else w.contiguous() for w in (call.peer_weights, call.class_weight)
@@ -133,14 +139,15 @@ def compute(
             peer_weights=peer_weights, class_weight=class_weight,
             grads=peers_of(grads) if grads else (), want_stats=call.want_stats, upstream=upstream,
         )  # fmt: skip
-    return losses, stats if call.want_stats else None, grads
+    return losses, stats if call.want_stats else None
 
 
 class _EagerLoss(torch.autograd.Function):
     @staticmethod
     def forward(ctx, call: Call, *logits: Tensor) -> tuple[Tensor, Tensor | None]:
         ctx.now = gradients_now(logits, call)
-        losses, stats, ctx.grads = compute(logits, call, ctx.now)
+        ctx.grads = new_grads(logits) if ctx.now else None
+        losses, stats = compute(logits, call, ctx.grads or ())
         ctx.call = call
         # For a backward that computes, as a second one does: only that looks at what is saved, and
         # raises where something was changed in between.
@@ -161,10 +168,11 @@ class _EagerLoss(torch.autograd.Function):
         # The stored gradients are given away, as the next node may write into them; a second
         # backward through a retained graph computes them again.
         grads, ctx.grads = ctx.grads, None
-        if not grads:
+        if grads is None:
             logits = ctx.saved_tensors[: len(wanted)]
+            grads = new_grads(logits)
             call = ctx.call._replace(want_stats=False)
-            grads = compute(logits, call, True, None if ctx.now else upstream)[2]
+            compute(logits, call, grads, None if ctx.now else upstream)
         if ctx.now:
             scale_(peers_of(grads), upstream)
         return None, *(g if w else None for g, w in zip(grads, wanted, strict=True))
@@ -208,7 +216,8 @@ torch.library.define(
 
 
 def _evaluate_flat(logits, upstream, need_grad, *flat):
-    losses, stats, grads = compute(logits, unflatten(*flat), need_grad, upstream)
+    grads = new_grads(logits) if need_grad else []
+    losses, stats = compute(logits, unflatten(*flat), grads, upstream)
     if stats is None:  # an operator's results have fixed types
         K = logits[0].shape[0] if logits[0].dim() == 3 else len(logits)
         stats = losses.new_zeros(stats_size(K))
@@ -295,4 +304,4 @@ def mutual_loss(logits: Sequence[Tensor], call: Call) -> tuple[Tensor, Tensor | 
         return losses, stats if call.want_stats else None
     if needs_grad:
         return _EagerLoss.apply(call, *logits)
-    return compute(logits, call, False)[:2]
+    return compute(logits, call)

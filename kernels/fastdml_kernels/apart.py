@@ -1,0 +1,139 @@
+"""The losses of K peers with an autograd node each: `losses[k].backward()` is about peer k alone.
+
+One launch computes all of them and their gradients. Peer k's node holds peer k's gradient, scales
+it, and hands it to peer k's logits; the other peers' graphs are not touched, nor freed.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from .op import (
+    NO_SECOND_DERIVATIVE,
+    Call,
+    by_operator,
+    compute,
+    flatten,
+    keepable,
+    new_grads,
+    refuse_transforms,
+)
+from .scale import scale_
+
+NAME = "mutual_losses"
+
+
+def _ones(logits: Sequence[Tensor], call: Call) -> Tensor | None:
+    """Of float16 logits `mutual_loss` has the gradient in its backward, to which the losses' own
+    gradient comes; with ones for it here the same kernel makes the same bits."""
+    if all(z.dtype != torch.float16 for z in logits):
+        return None
+    K, N = len(logits), logits[0].shape[0]
+    shape = (K, N) if call.options.reduction == "none" else (K,)
+    return logits[0].new_ones(shape, dtype=torch.float32)
+
+
+def _with_gradients(
+    logits: Sequence[Tensor], call: Call
+) -> tuple[Tensor, Tensor | None, list[Tensor]]:
+    """Losses, statistics, gradients: those of float16 logits in float32, since a loss scale comes
+    before the rounding."""
+    grads = new_grads(logits, of_float16=torch.float32)
+    return *compute(logits, call, grads, _ones(logits, call)), grads
+
+
+class _OwnLoss(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, z: Tensor, k: int, loss: Tensor, grad: Tensor, fixed: Sequence[Tensor],
+                call: Call) -> Tensor:  # fmt: skip
+        ctx.k, ctx.grad, ctx.call, ctx.dtype = k, grad, call, z.dtype
+        ctx.save_for_backward(*fixed, *call.tensors())  # for a second backward
+        return loss.data  # no view: `loss += penalty` is allowed
+
+    @staticmethod
+    def backward(ctx, upstream: Tensor) -> tuple[Tensor | None, ...]:
+        if torch.is_grad_enabled():
+            raise RuntimeError(NO_SECOND_DERIVATIVE.replace("mutual_loss", NAME))
+        refuse_transforms(NAME, (upstream,))
+        grad, ctx.grad = ctx.grad, None  # given away, as in `mutual_loss`
+        if grad is None:
+            fixed = ctx.saved_tensors[: len(ctx.saved_tensors) - len(ctx.call.tensors())]
+            grad = _with_gradients(fixed, ctx.call._replace(want_stats=False))[2][ctx.k]
+        if grad.dtype == ctx.dtype:
+            scale_([grad], upstream[None])
+        else:
+            factor = upstream if upstream.dim() == 0 else upstream[:, None]
+            grad = torch.mul(grad, factor, out=torch.empty_like(grad, dtype=ctx.dtype))
+        return grad, None, None, None, None, None
+
+
+# ---- for tracers: the losses and gradients of `fastdml::mutual_loss`, joined to the logits
+
+torch.library.define("fastdml::own_loss", "(Tensor logits, Tensor loss, Tensor grad) -> Tensor")
+
+
+@torch.library.impl("fastdml::own_loss", "CompositeExplicitAutograd")
+def _own_loss(logits: Tensor, loss: Tensor, grad: Tensor) -> Tensor:
+    return loss.clone()
+
+
+@torch.library.register_fake("fastdml::own_loss")
+def _fake(logits: Tensor, loss: Tensor, grad: Tensor) -> Tensor:
+    return torch.empty_like(loss)
+
+
+def _setup_context(ctx, inputs, output) -> None:
+    logits, _, grad = inputs
+    ctx.dtype = logits.dtype
+    ctx.save_for_backward(grad)
+
+
+def _backward(ctx, upstream: Tensor) -> tuple[Tensor | None, ...]:
+    if torch.is_grad_enabled():
+        raise RuntimeError(NO_SECOND_DERIVATIVE.replace("mutual_loss", NAME))
+    factor = upstream if upstream.dim() == 0 else upstream[:, None]
+    return (ctx.saved_tensors[0] * factor).to(ctx.dtype), None, None
+
+
+torch.library.register_autograd("fastdml::own_loss", _backward, setup_context=_setup_context)
+
+
+def _traced(
+    logits: Sequence[Tensor], call: Call, need_grad: bool
+) -> tuple[tuple[Tensor, ...], Tensor]:
+    with torch.no_grad():
+        fixed = [z.detach().float() if z.dtype == torch.float16 else z.detach() for z in logits]
+        ones = _ones(logits, call) if need_grad else None
+        losses, stats, grads = torch.ops.fastdml.mutual_loss(fixed, ones, need_grad, *flatten(call))
+        if not need_grad:
+            return tuple(loss.clone() for loss in losses.unbind()), stats
+    each = zip(logits, losses.unbind(), grads, strict=True)
+    return tuple(torch.ops.fastdml.own_loss(*one) for one in each), stats
+
+
+def mutual_losses(
+    logits: Sequence[Tensor],  # K tensors (N, C)
+    call: Call,
+) -> tuple[tuple[Tensor, ...], Tensor | None]:
+    """K losses, 0-d or (N,), each differentiable in its own logits, and packed statistics (None if
+    not wanted). Arguments are taken as checked."""
+    needs = [torch.is_grad_enabled() and z.requires_grad for z in logits]
+    if not torch.compiler.is_compiling():
+        refuse_transforms(NAME, logits)
+    if by_operator((*logits, *call.tensors())):
+        losses, stats = _traced(logits, call, any(needs))
+        return losses, stats if call.want_stats else None
+    if not any(needs):
+        losses, stats = compute(logits, call)
+        return tuple(loss.data for loss in losses.unbind()), stats
+    kept, call = keepable(logits, call)
+    fixed = [z.detach() for z in kept]
+    losses, stats, grads = _with_gradients(fixed, call)
+    each = enumerate(zip(logits, needs, losses.unbind(), grads, strict=True))
+    return tuple(
+        _OwnLoss.apply(z, k, loss, grad, fixed, call) if need else loss.data
+        for k, (z, need, loss, grad) in each
+    ), stats
