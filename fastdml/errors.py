@@ -7,6 +7,8 @@ defect and keeps its traceback.
 from __future__ import annotations
 
 import importlib
+import traceback
+from pathlib import Path
 from types import ModuleType
 
 
@@ -19,8 +21,17 @@ class MissingExtra(InputError, ImportError):
 
 
 def one_line(error: BaseException, limit: int = 300) -> str:
-    """What an error of somebody else's code says, to be part of a message of one line."""
-    return f"{type(error).__name__}: {' '.join(str(error).split())[:limit]}".removesuffix(": ")
+    """What an error of somebody else's code says, and where in code that is not installed, to be
+    part of a message of one line."""
+    text = f"{type(error).__name__}: {' '.join(str(error).split())[:limit]}".removesuffix(": ")
+    frames = traceback.extract_tb(error.__traceback__)
+    own = [f for f in frames if not f.filename.startswith("<") and not _installed(f.filename)]
+    return f"{text} ({Path(own[-1].filename).name}, line {own[-1].lineno})" if own else text
+
+
+def _installed(filename: str) -> bool:
+    path = Path(filename)
+    return "site-packages" in path.parts or Path(__file__).parent in path.parents
 
 
 def require(module: str, extra: str) -> ModuleType:

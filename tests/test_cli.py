@@ -157,6 +157,10 @@ def own_models(tmp_path, monkeypatch):
         "    return nn.Sequential(nn.Flatten(), nn.Linear(64, num_classes))\n"
         "def wrong(num_classes):\n"
         "    return 3\n"
+        "def deaf(): return net(7)\n"
+        "class Late(nn.Linear):\n"
+        "    def forward(self, x): return super().forward(x.flatten(1)[:, :3])\n"
+        "def late(num_classes): return Late(64, num_classes)\n"
         "constant = 3\n"
     )
     monkeypatch.chdir(tmp_path)
@@ -175,10 +179,31 @@ def test_own_code_that_is_no_model(own_models, refused):
     for name, reason in [
         ("test:wrong", "returned int, not a torch nn.Module"),
         ("test:constant", "constant is of type int"),
+        ("test:deaf", r"peer test:deaf must return logits \(N, 10\), .* returned \(64, 7\)"),
+        ("test:late", r"peer test:late fails on images .* RuntimeError: .* \(test.py, line 8\)"),
         ("test:nat", "no function 'nat'; nearest: net"),
         ("tast:net", "no module 'tast'"),
     ]:
-        refused(["train", "digits", "--peers", "resnet8", name], f"model '{name}': .*{reason}")
+        found = reason if "peer" in reason else f"model '{name}': .*{reason}"
+        refused(["train", "digits", "--peers", "resnet8", name], found)
+
+
+def test_a_builder_of_torchvision_trains(tmp_path, monkeypatch):
+    pytest.importorskip("torchvision")
+    import torch
+
+    from fastdml.data import ImageSet
+
+    data = ImageSet(
+        torch.randint(256, (16, 3, 32, 32), dtype=torch.uint8),
+        torch.arange(16) % 10, 10, tuple("abcdefghij"), (1.0,) * 3, (1.0,) * 3,
+    )  # fmt: skip
+    monkeypatch.setattr("fastdml.train.loop.load", lambda *args, **options: (data, data))
+    folder = tmp_path / "run"
+    options = f"--folder {folder} --epochs 1 --batch-size 8 --no-tensorboard --lr 0.001"
+    peers = ["--peers", "torchvision.models:resnet18", "resnet8"]
+    assert cli.main(["train", "cifar10", *options.split(), *peers]) == 0
+    assert json.loads((folder / "cohort.json").read_text())["peers"][0]["model"] == peers[1]
 
 
 # --- the settings ---

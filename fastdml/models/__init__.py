@@ -3,7 +3,8 @@
     resnet20, resnet32, ...   CIFAR ResNet, any depth 6n + 2
     wrn_28_10, wrn_16_4, ...  Wide ResNet, any depth 6n + 4 and width
     mobilenet, googlenet      their CIFAR forms
-    package.module:function   your own, called with num_classes= and, if it takes it, in_channels=
+    package.module:function   your own, called with num_classes= and in_channels=, as far as its
+                              signature names them; num_classes= also goes to **arguments
     timm:NAME                 any model of timm, with pretrained weights if asked
 
 All of the first three kinds take images of 8x8 and up with any number of channels, return logits
@@ -26,7 +27,7 @@ from numbers import Integral
 
 from torch import nn
 
-from fastdml.errors import InputError
+from fastdml.errors import InputError, one_line
 from fastdml.models.googlenet import GoogLeNet
 from fastdml.models.mobilenet import MobileNet
 from fastdml.models.reid import ReidHead, ReidModel
@@ -178,13 +179,16 @@ def _from_import(name: str, num_classes: int, in_channels: int) -> nn.Module:
         raise InputError(f"cannot read the model {name!r}: write package.module:function")
     try:
         module = importlib.import_module(module_name)
-    except ModuleNotFoundError as error:
-        if error.name is None or not f"{module_name}.".startswith(f"{error.name}."):
-            raise  # the module is there and something it imports is not: show that
+    except Exception as error:  # whatever a module may raise
+        missing = error.name if isinstance(error, ModuleNotFoundError) else None
+        if missing is None or not f"{module_name}.".startswith(f"{missing}."):
+            raise InputError(
+                f"model {name!r}: importing {module_name} fails: {one_line(error)}"
+            ) from error
         remedy = "install it, or put its folder on PYTHONPATH"
         if module_name.endswith(".py"):
             remedy = f"give the module's name, {module_name.removesuffix('.py')}:{function_name}"
-        raise InputError(f"model {name!r}: no module {error.name!r}; {remedy}") from None
+        raise InputError(f"model {name!r}: no module {missing!r}; {remedy}") from None
     if not hasattr(module, function_name):
         public = [n for n, v in vars(module).items() if callable(v) and not n.startswith("_")]
         raise InputError(
@@ -197,7 +201,14 @@ def _from_import(name: str, num_classes: int, in_channels: int) -> nn.Module:
             f"model {name!r}: {function_name} is of type {type(function).__name__}: name a "
             "function that takes num_classes and returns a torch nn.Module"
         )
-    model = function(**_own_arguments(name, function, num_classes, in_channels))
+    arguments = _own_arguments(name, function, num_classes, in_channels)
+    try:
+        model = function(**arguments)
+    except Exception as error:  # whatever a user's code may raise
+        given = ", ".join(f"{key}={value}" for key, value in arguments.items())
+        raise InputError(
+            f"model {name!r}: {function_name}({given}) fails: {one_line(error)}"
+        ) from error
     if not isinstance(model, nn.Module):
         raise InputError(
             f"model {name!r}: the function returned {type(model).__name__}, not a torch nn.Module"
@@ -208,24 +219,24 @@ def _from_import(name: str, num_classes: int, in_channels: int) -> nn.Module:
 def _own_arguments(
     name: str, function: Callable[..., object], num_classes: int, in_channels: int
 ) -> dict[str, int]:
-    """num_classes, and in_channels where the function takes it; refused if it needs more."""
+    """Of num_classes and in_channels those that the signature names, and num_classes for a function
+    with **arguments of any name, which a library passes on to its models; a function that needs
+    more is refused. Whether the model heeds num_classes, its logits show."""
     arguments = {"num_classes": num_classes, "in_channels": in_channels}
     try:
         signature = inspect.signature(function)
     except ValueError:  # some builtins have none
         signature = inspect.Signature()
     parameters = signature.parameters.values()
-    if not any(p.kind is p.VAR_KEYWORD for p in parameters):
-        named = {p.name for p in parameters if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)}
-        if "num_classes" not in named:
-            raise InputError(
-                f"model {name!r}: the function must take an argument num_classes by name"
-            )
-        arguments = {key: value for key, value in arguments.items() if key in named}
+    named = {p.name for p in parameters if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)}
+    if any(p.kind is p.VAR_KEYWORD for p in parameters):
+        named.add("num_classes")
+    arguments = {key: value for key, value in arguments.items() if key in named}
     try:
         signature.bind(**arguments)
     except TypeError as error:
         raise InputError(
-            f"model {name!r}: the function gets {' and '.join(arguments)} alone: {error}"
+            f"model {name!r}: the function gets {' and '.join(arguments) or 'nothing'} alone (of "
+            f"num_classes and in_channels what it takes by name): {error}"
         ) from None
     return arguments

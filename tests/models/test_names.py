@@ -23,7 +23,7 @@ from torch import nn
 
 def full(num_classes, in_channels=3): return nn.Linear(in_channels, num_classes)
 def classes_only(num_classes): return nn.Linear(3, num_classes)
-def anything(**kwargs): return nn.Linear(kwargs["in_channels"], kwargs["num_classes"])
+def anything(in_channels, **kwargs): return nn.Linear(in_channels, kwargs["num_classes"])
 def none(width): return nn.Linear(3, width)
 def wrong(num_classes): return num_classes
 def broken(num_classes): raise ZeroDivisionError
@@ -36,6 +36,23 @@ built = nn.Linear(3, 3)
 builtin = dict
 """
 
+BUILDERS = """
+import functools
+from torch import nn
+
+def library(width=3, **kwargs): return Passed(width, **kwargs)
+class Passed(nn.Linear):
+    def __init__(self, width=3, num_classes=1000): super().__init__(width, num_classes)
+bound = functools.partial(library, width=3)
+fixed = functools.partial(nn.Linear, 3, 5)
+short = lambda num_classes: nn.Linear(3, num_classes)
+stubborn = lambda: nn.Linear(3, 5)
+class Maker:
+    def __call__(self, *, num_classes): return nn.Linear(3, num_classes)
+    def method(self, num_classes): return nn.Linear(3, num_classes)
+made, method = Maker(), Maker().method
+"""
+
 
 @pytest.fixture
 def own(tmp_path, monkeypatch) -> str:
@@ -44,7 +61,10 @@ def own(tmp_path, monkeypatch) -> str:
     package.mkdir()
     (package / "__init__.py").write_text("")
     (package / "nets.py").write_text(OWN)
+    (package / "builders.py").write_text(BUILDERS)
     (package / "broken.py").write_text("import not_installed_anywhere")
+    (package / "wrong.py").write_text("def net(:")
+    (package / "failing.py").write_text("1 / 0")
     monkeypatch.syspath_prepend(tmp_path)
     yield "fastdml_test_own.nets"
     for name in [m for m in sys.modules if m.startswith("fastdml_test_own")]:
@@ -140,15 +160,25 @@ def test_own_function_without_channels(own, function):
 
 
 @pytest.mark.parametrize(
+    "builder", ["library", "Passed", "bound", "fixed", "short", "stubborn", "made", "method"]
+)
+def test_builders_of_every_kind(own, builder):
+    """Channels go to a signature that names them alone; who hears of no classes has its own."""
+    model = create_model(f"{own.replace('nets', 'builders')}:{builder}", 5, in_channels=2)
+    assert (model.in_features, model.out_features) == (3, 5)
+
+
+@pytest.mark.parametrize(
     ("function", "message"),
     [
         ("clases_only", "nearest: classes_only"),
         ("constant", "constant is of type int: name a function"),
         ("built", "built is of type Linear: name a function"),
-        ("none", "must take an argument num_classes by name"),
-        ("by_place", "must take an argument num_classes by name"),
-        ("builtin", "must take an argument num_classes by name"),
-        ("more", "gets num_classes alone: missing a required argument: 'width'"),
+        ("none", "gets nothing alone .*: missing a required argument: 'width'"),
+        ("by_place", "gets nothing alone .*: missing a required .*'num_classes'"),
+        ("builtin", "returned dict, not a torch nn.Module"),
+        ("more", "gets num_classes alone .*: missing a required argument: 'width'"),
+        ("broken", r"broken\(num_classes=5\) fails: ZeroDivisionError \(nets.py, line \d+\)$"),
         ("wrong", "returned int, not a torch nn.Module"),
         ("", "write package.module:function"),
         ("a:b", "write package.module:function"),
@@ -166,11 +196,37 @@ def test_missing_module_is_named_and_faults_of_its_own_are_shown(own):
         create_model("not_there.py:net", 5)
     with pytest.raises(InputError, match=r"no module 'fastdml_test_own.nest'"):
         create_model("fastdml_test_own.nest:net", 5)
-    with pytest.raises(ModuleNotFoundError, match="not_installed_anywhere") as caught:
-        create_model("fastdml_test_own.broken:net", 5)
-    assert not isinstance(caught.value, InputError)
-    with pytest.raises(ZeroDivisionError):
-        create_model(f"{own}:broken", 5)
+    for name, cause in (
+        ("broken", r"ModuleNotFoundError: No module named 'not_installed_anywhere' \(broken.py, "),
+        ("wrong", r"SyntaxError: .* \(wrong.py, line 1\)"),
+        ("failing", r"ZeroDivisionError: division by zero \(failing.py, line 1\)$"),
+    ):
+        pattern = f"importing fastdml_test_own.{name} fails: {cause}"
+        with pytest.raises(InputError, match=pattern) as caught:
+            create_model(f"fastdml_test_own.{name}:net", 5)
+        assert type(caught.value.__cause__).__name__ in cause
+
+
+@pytest.mark.parametrize(
+    ("name", "module"),
+    [
+        ("torchvision.models:resnet18", "torchvision"),
+        ("torchvision.models:mobilenet_v2", "torchvision"),
+        ("torchvision.models.resnet:ResNet", "torchvision"),
+        ("timm.models.resnet:resnet18", "timm"),
+        ("timm.models:mobilenetv3_small_050", "timm"),
+    ],
+)
+def test_models_of_libraries_by_their_builders(name, module):
+    """They pass **kwargs on to a model that knows no in_channels."""
+    pytest.importorskip(module)
+    if name.endswith("ResNet"):  # a class that needs more
+        with pytest.raises(InputError, match="missing a required argument: 'block'"):
+            create_model(name, 7)
+        return
+    with torch.device("meta"):
+        model = create_model(name, 7).eval()
+        assert model(torch.zeros(2, 3, 64, 64)).shape == (2, 7)
 
 
 def test_without_timm_the_message_is_the_command(monkeypatch):
