@@ -129,9 +129,9 @@ def make_step(
     compile: the networks go through torch.compile first.
     update: "simultaneous" or "sequential" (the paper's Algorithm 1; eager and graph only).
     grad_clip: largest norm of one peer's gradient.
-    accumulate: parts of equal size that a batch is computed in, their gradients averaged: less
-        memory, and BatchNorm sees the parts. Losses are those of the whole batch where every row
-        has a label.
+    accumulate: parts of equal size that a batch is computed in: less memory, and BatchNorm sees the
+        parts. Gradients, losses and statistics are those of the whole batch, also where rows have
+        no label.
     ema: averages that follow every step.
     assemble: makes (images, labels) from what the step is called with, as `ResidentLoader.assemble`
         does from an index; in a graph it is captured too, and only the index is copied.

@@ -42,6 +42,7 @@ from torch import Tensor, nn
 from fastdml.engine.guards import replicated
 from fastdml.engine.step import EagerStep, Outputs, StepOutput, WithFeatures
 from fastdml.errors import InputError
+from fastdml.loss import MutualLoss
 from fastdml.models.googlenet import Inception
 from fastdml.models.reid import GeMPool
 from fastdml.models.resnet_cifar import Shortcut
@@ -80,9 +81,9 @@ class StackedStep(EagerStep):
         super().checked(0, own[0] if len(own) == 1 else tuple(own), images)
         return out
 
-    def gradients(self, images: Tensor, labels: Tensor) -> StepOutput:
+    def gradients(self, images: Tensor, labels: Tensor, loss: MutualLoss) -> StepOutput:
         out = self.forward(0, images)  # logits (K, N, C), and with a metric loss features (K, N, D)
-        losses, stats, grads = self.loss.value_and_grad(out[0].detach(), labels)
+        losses, stats, grads = loss.value_and_grad(out[0].detach(), labels)
         output = StepOutput(losses, stats)
         if self.options.metric is not None:
             metric, more = self.options.metric.value_and_grad(out[1].detach().unbind(), labels)

@@ -29,6 +29,7 @@ from torch.nn.modules.batchnorm import _NormBase
 from torch.optim import Optimizer
 
 from fastdml.cohort import check_logits
+from fastdml.engine.accumulate import Split
 from fastdml.engine.amp import Amp
 from fastdml.engine.ema import Ema
 from fastdml.engine.update import Update
@@ -128,22 +129,24 @@ class EagerStep:
     def train(self, images: Tensor, labels: Tensor) -> StepOutput:
         parts = self.options.accumulate
         if parts == 1:
-            output = self.gradients(images, labels)
+            output = self.gradients(images, labels, self.loss)
         else:
             if len(labels) % parts:
                 raise InputError(
                     f"a batch of {len(labels)} images does not split into accumulate={parts} equal "
                     "parts: choose a batch size that does"
                 )
+            split = Split(self.loss, labels, parts)
             batches = zip(images.chunk(parts), labels.chunk(parts), strict=True)
-            output = _mean_of([self.gradients(x, y) for x, y in batches])
+            found = [self.gradients(x, y, split.loss) for x, y in batches]
+            output = StepOutput(*split.whole(found))
         self.update.apply(range(len(self.peers)))
         return output
 
-    def gradients(self, images: Tensor, labels: Tensor) -> StepOutput:
+    def gradients(self, images: Tensor, labels: Tensor, loss: MutualLoss) -> StepOutput:
         """Adds the gradients of a part of the batch to the weights' own."""
         outputs = self.outputs(images)
-        output, grads = self.evaluate([_detached(out) for out in outputs], labels)
+        output, grads = self.evaluate([_detached(out) for out in outputs], labels, loss)
         self.backward(outputs, grads)
         return output
 
@@ -172,13 +175,17 @@ class EagerStep:
         return tuple(tensors)
 
     def evaluate(
-        self, outputs: list[Outputs], labels: Tensor, metric_of: Sequence[int] | None = None
+        self,
+        outputs: list[Outputs],
+        labels: Tensor,
+        loss: MutualLoss,
+        metric_of: Sequence[int] | None = None,
     ) -> tuple[StepOutput, list[Outputs]]:
         """The losses, and the gradients of all outputs, both unscaled.
 
         metric_of: the peers whose metric loss is wanted, and whose centres follow; all by default.
         """
-        losses, stats, grads = self.loss.value_and_grad([out[0] for out in outputs], labels)
+        losses, stats, grads = loss.value_and_grad([out[0] for out in outputs], labels)
         if self.options.metric is None:
             return StepOutput(losses, stats), [(g,) for g in grads]
         features = [out[1] for out in outputs]
@@ -191,14 +198,9 @@ class EagerStep:
         if not trained:
             return
         tensors, grads = map(list, zip(*trained, strict=True))
-        self.scale_(grads)
-        torch.autograd.backward(tensors, grads)
-
-    def scale_(self, grads: list[Tensor]) -> None:
-        if self.options.accumulate > 1:
-            torch._foreach_mul_(grads, 1 / self.options.accumulate)
         if self.amp.scaler is not None:
             torch._foreach_mul_(grads, self.amp.scaler.scale)
+        torch.autograd.backward(tensors, grads)
 
 
 class SequentialStep(EagerStep):
@@ -210,7 +212,7 @@ class SequentialStep(EagerStep):
         predictions = [_detached(out) for out in outputs]
         rounds = []  # the loss as each peer met it
         for k in range(K):
-            output, grads = self.evaluate(predictions, labels, [k])
+            output, grads = self.evaluate(predictions, labels, self.loss, [k])
             rounds.append(output)
             if not outputs[k][0].requires_grad:
                 continue
@@ -234,14 +236,6 @@ def check_gradients_wanted() -> None:
 
 def _detached(out: Outputs) -> Outputs:
     return tuple(t.detach() for t in out)
-
-
-def _mean_of(parts: list[StepOutput]) -> StepOutput:
-    """Of parts of equal size: means of means, sums of counts."""
-    mean = [torch.stack(values).mean(0) for values in zip(*(p.stats for p in parts), strict=True)]
-    stats = MutualStats(*mean)
-    counts = {name: getattr(stats, name) * len(parts) for name in ("correct", "ensemble_correct")}
-    return StepOutput(torch.stack([p.losses for p in parts]).mean(0), stats._replace(**counts))
 
 
 def _own_rounds(rounds: list[StepOutput]) -> StepOutput:

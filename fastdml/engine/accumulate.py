@@ -1,0 +1,77 @@
+"""A batch in parts whose gradients add up to the whole batch's, whichever rows have a label.
+
+A part's own means would count a row more where its neighbours have no label, and be 0 / 0 where
+none of a part has one. So every part gives sums, whose weights hold the whole batch's counts.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from fastdml.loss import MutualLoss, MutualStats
+
+if TYPE_CHECKING:
+    from fastdml.engine.step import StepOutput
+
+
+class Split:
+    """`loss` for each of `parts` parts of equal size of a batch with these `labels` (N,).
+
+    Counts are on the labels' device, and nobody waits for them. Where all labels of a part have a
+    class weight of 0, their label smoothing is in the losses and gradients, and not in `stats.ce`.
+    """
+
+    def __init__(self, loss: MutualLoss, labels: Tensor, parts: int) -> None:
+        options, weight = loss.options, loss.class_weight
+        dtype = torch.float64 if labels.device.type == "cpu" else torch.float32
+        labelled = labels != options.ignore_index
+        ce = labelled.to(dtype)
+        if weight is not None:
+            classes = labels.long().clamp(0, len(weight) - 1)  # what is no class the loss finds
+            ce = ce * weight.to(dtype)[classes]
+        kl = torch.ones_like(ce) if options.mimic_ignored else labelled.to(dtype)
+        self.options = options
+        self.ce, self.kl = (rows.view(parts, -1).sum(1) for rows in (ce, kl))  # (parts,)
+        # Without any label there is no cross-entropy, and its mean is 0 / 0.
+        self.without_ce = options.mimic_ignored & ~labelled.any()
+        self.loss = copy.copy(loss)
+        if options.reduction == "mean":
+            self.loss.options = options.summed()
+            self.loss.ce_weight = _divided(loss.ce_weight, self.ce.sum())
+            self.loss.kl_weight = _divided(loss.kl_weight, self.kl.sum())
+
+    def whole(self, outputs: Sequence[StepOutput]) -> tuple[Tensor, MutualStats]:
+        """The batch's losses and statistics, of what its parts gave."""
+        fields = zip(*(o.stats for o in outputs), strict=True)
+        parts = MutualStats(*(torch.stack(values, dim=-1) for values in fields))
+        stats = MutualStats(
+            ce=torch.where(self.without_ce, 0.0, _mean(parts.ce, self.ce)),
+            kl=_mean(parts.kl, self.kl),
+            pairwise_kl=_mean(parts.pairwise_kl, self.kl),
+            entropy=_mean(parts.entropy, self.kl),
+            correct=parts.correct.sum(-1),
+            ensemble_correct=parts.ensemble_correct.sum(-1),
+        )
+        losses = [o.losses for o in outputs]
+        if self.options.reduction == "none":
+            return torch.cat(losses, 1), stats
+        losses = torch.stack(losses).sum(0)
+        if self.options.reduction == "mean":
+            losses = torch.where(stats.ce.isnan(), stats.ce, losses)  # nothing to take a mean of
+        return losses, stats
+
+
+def _divided(weight: Tensor | float, count: Tensor) -> Tensor:
+    """Without rows there is nothing to weigh, and no gradient."""
+    return torch.where(count == 0, 0.0, weight / count)
+
+
+def _mean(values: Tensor, counts: Tensor) -> Tensor:
+    """Of the parts' means (..., parts), which are 0 / 0 where a part has no such row."""
+    sums = torch.where(counts == 0, 0.0, values * counts).sum(-1)
+    return (sums / counts.sum()).to(values.dtype)
