@@ -311,8 +311,9 @@ def run(tmp_path_factory) -> Path:
 
 def test_training_prints_the_table_and_the_folder(tmp_path, capfd):
     folder = tmp_path / "run"
-    options = "--peers resnet8 --epochs 1 --subset 128 --no-tensorboard --folder"
+    options = "--peers resnet8 --epochs 1 --subset 128 --no-tensorboard --figures pdf,svg --folder"
     assert cli.main(["train", "digits", *options.split(), str(folder)]) == 0
+    assert sorted(p.name for p in folder.glob("curves.*")) == ["curves.pdf", "curves.svg"]
     out = capfd.readouterr().out
     assert re.search(
         r"^peer +parameters +independent % +mutual % +ensemble % +images/s$", out, re.M
@@ -544,15 +545,13 @@ def test_lists_with_commas(capfd):
     assert parser.parse(["~/run,1"]).run == Path("~/run,1").expanduser()
 
 
-def test_settings_through_a_pipe(tmp_path):
-    code = "import sys; from fastdml.cli import main; sys.exit(main(sys.argv[1:]))"
-    done = subprocess.run(
-        [sys.executable, "-c", code, "train", "digits", "--config", "/dev/stdin", "--dry-run"],
-        cwd=tmp_path, env=ENVIRONMENT, input="epochs: 3\n", capture_output=True, text=True,
-        timeout=120,
-    )  # fmt: skip
-    assert done.returncode == 0, done.stderr
-    assert ", 3 epochs, " in done.stdout
+def test_settings_through_a_pipe(capfd):
+    reader, writer = os.pipe()
+    os.write(writer, b"epochs: 3\npeers: [resnet8]\n")
+    os.close(writer)
+    assert cli.main(["train", "digits", "--config", f"/dev/fd/{reader}", "--dry-run"]) == 0
+    os.close(reader)
+    assert ", 3 epochs, " in capfd.readouterr().out
 
 
 @pytest.mark.parametrize("columns", [1, 4, 7])
@@ -569,7 +568,6 @@ C_LOCALE = {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}
 @pytest.mark.parametrize(
     ("environment", "shown"),
     [
-        ({"PYTHONIOENCODING": "latin-1"}, b"\xe9"),
         ({"PYTHONIOENCODING": "ascii"}, b"\\xe9"),
         (C_LOCALE | {"PYTHONIOENCODING": "ascii"}, "é".encode()),
     ],

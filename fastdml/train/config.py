@@ -64,6 +64,7 @@ FREE_ON_RESUME = frozenset(
         "save_every_minutes",
         "progress",
         "tensorboard",
+        "figures",
     ]
 )
 

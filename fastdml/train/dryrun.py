@@ -46,7 +46,8 @@ def plan(phase: Phase) -> str:
     folder = config.folder or f"runs/{run_name(config)}-NNN, the next free number"
     files = (
         f"config.yaml metrics.jsonl last.ckpt ({held / MB:,.1f} MB) cohort.json peers/ best/ "
-        "curves.png pairwise_kl.png summary.json"
+        + "".join(f"curves.{kind} pairwise_kl.{kind} " for kind in config.figures)
+        + "summary.json"
     )
     hardware = report.device_name(device, choice.threads)
     rows = [

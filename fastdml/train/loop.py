@@ -29,7 +29,7 @@ from fastdml.errors import InputError
 from fastdml.files import writing
 from fastdml.metrics import Classification, ClassificationScores
 from fastdml.terminal import lenient_stderr
-from fastdml.train import checkpoint, checks, reid, report
+from fastdml.train import checkpoint, checks, figures, reid, report
 from fastdml.train.batches import Batches, as_batches
 from fastdml.train.config import CONFIG
 from fastdml.train.dryrun import plan
@@ -230,8 +230,7 @@ def _report(mutual: TrainResult, independent: TrainResult | None, command: str) 
     for result in (independent, mutual):
         if result is None:
             continue
-        report.plot_curves(result.folder)
-        report.plot_pairwise_kl(result.folder)
+        figures.draw(result.folder, result.config.figures)
         if result.scores is None:
             continue  # nothing to sum up
         beside = independent if result is mutual else None

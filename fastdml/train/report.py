@@ -1,4 +1,4 @@
-"""What a run leaves to read: metrics.jsonl, TensorBoard events, two pictures, a summary, a table.
+"""What a run leaves to read: metrics.jsonl, TensorBoard events, a summary, a table.
 
 Everything here takes plain numbers, lists and folders; the loop fetches device tensors first, in
 one transfer a log point. One log point costs a flushed line and a queued TensorBoard event.
@@ -13,14 +13,13 @@ A run folder holds, from this module:
                                                (of re-identification "mAP", "rank1" and so on)
         `step` counts batches done, `time` is in seconds since 1970, null stands for NaN and inf.
     tensorboard/       the same scalars: KIND/NAME, with /PEER where there is one a peer
-    curves.png, pairwise_kl.png, summary.json
+    summary.json       `fastdml.train.figures` draws the pictures beside it
     independent/       the comparison without the KL term, a run folder of the same form
 """
 
 from __future__ import annotations
 
 import contextlib
-import io
 import json
 import math
 import os
@@ -31,7 +30,6 @@ import time
 from collections.abc import Sequence
 from datetime import datetime, timezone
 from importlib import metadata
-from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -45,15 +43,12 @@ METRICS = "metrics.jsonl"
 SUMMARY = "summary.json"
 INDEPENDENT = "independent"
 VERSIONED = ("torch", "triton", "numpy")
-DPI = 100
 # By the score that a run is judged by: those that its reports lead with, as (score, label).
 HEADLINES = {"top1": (("top1", "accuracy"),), "mAP": (("mAP", "mAP"), ("rank1", "rank1"))}
 ENSEMBLES = {
     "top1": "mean of the mutual peers' probabilities",
     "mAP": "the mutual peers' features, concatenated",
 }
-MARKED_POINTS = 40  # a curve of this many points or fewer shows each of them
-ENOUGH_EPOCHS = 10  # from here on training is drawn by epochs; readings between them are noisier
 
 
 class MetricsLog:
@@ -367,105 +362,6 @@ def fixed_columns(rows: Sequence[Sequence[str]]) -> str:
     return "\n".join([lines[0], "-" * len(lines[0]), *lines[1:]])
 
 
-def plot_curves(folder: str | Path) -> Path:
-    """Draws curves.png: training losses and test scores, mutual beside independent."""
-    runs = _runs(folder)
-    names = _names(runs["mutual"])
-    colours = _colours(len(names))
-    panels = [("train", "ce", "training cross-entropy (nats)", 1.0)]
-    if len(names) > 1:
-        panels.append(("train", "kl", "training KL from the other peers (nats)", 1.0))
-    if any("metric" in r for r in runs["mutual"]):
-        panels.append(("train", "metric", "training loss on features", 1.0))
-    if any("mAP" in r for r in runs["mutual"]):
-        panels.append(("test", "mAP", "test mAP (%)", 100.0))
-        panels.append(("test", "rank1", "test rank-1 (%)", 100.0))
-    else:
-        panels.append(("test", "top1", "test accuracy (%)", 100.0))
-
-    figure, axes = _figure(5.0 * len(panels), 4.6, 1, len(panels))
-    for axis, (kind, key, title, unit) in zip(axes[0], panels, strict=True):
-        for run, records in runs.items():
-            points = [r for r in _select(records, kind) if key in r]
-            epochs = [r["epoch"] for r in points]
-            style = {"linestyle": "-" if run == "mutual" else "--", "linewidth": 1.6}
-            if len(points) <= MARKED_POINTS:
-                style |= {"marker": "o", "markersize": 3}
-            for k in range(len(names)):
-                values = [_scaled(r[key][k], unit) for r in points]
-                axis.plot(epochs, values, color=colours[k], **style)
-            if kind == "test" and len(names) > 1:
-                values = [_scaled(r[f"ensemble_{key}"], unit) for r in points]
-                axis.plot(epochs, values, color="black", **style)
-        axis.set(title=title, xlabel="epoch")
-        axis.set_xlim(left=0)
-        axis.xaxis.get_major_locator().set_params(integer=True)
-        axis.grid(alpha=0.3)
-        axis.spines[["top", "right"]].set_visible(False)
-    lines = require("matplotlib.lines", "train")
-    entries = [(c, "-", name) for c, name in zip(colours, names, strict=True)]
-    if len(names) > 1:
-        entries.append(("black", "-", "ensemble"))
-    if len(runs) > 1:
-        entries += [("0.5", "-", "mutual"), ("0.5", "--", "independent")]
-    figure.legend(
-        handles=[
-            lines.Line2D([], [], color=c, linestyle=s, linewidth=1.6, label=label)
-            for c, s, label in entries
-        ],
-        loc="outside lower center",
-        ncols=min(len(entries), 8),
-        frameon=False,
-    )
-    return _save(figure, Path(folder) / "curves.png")
-
-
-def plot_pairwise_kl(folder: str | Path) -> Path | None:
-    """Draws pairwise_kl.png: KL(teacher || student) of every pair, over four spans of training.
-
-    One row of heat maps for the mutual run and one for the independent run, all on one scale.
-    None, and no picture, where there is no pair: a single peer, or nothing logged.
-    """
-    runs = {run: _pairwise_spans(records) for run, records in _runs(folder).items()}
-    runs = {run: spans for run, spans in runs.items() if spans}
-    if not runs:
-        return None
-    names = _names(read_metrics(folder))
-    K, columns = len(names), max(len(spans) for spans in runs.values())
-    side = max(2.6, 0.5 * K + 1.2)
-    figure, axes = _figure(side * columns + 1.4, side * len(runs) + 0.6, len(runs), columns)
-    values = [v for spans in runs.values() for _, m in spans for row in m for v in row if v == v]
-    top = max(values, default=0.0) or 1.0
-    image = None
-    for row, (run, spans) in zip(axes, runs.items(), strict=True):
-        for column, axis in enumerate(row):
-            if column >= len(spans):
-                axis.set_axis_off()
-                continue
-            label, matrix = spans[column]
-            image = axis.imshow(matrix, vmin=0, vmax=top, cmap="viridis")
-            axis.set_facecolor("0.9")  # shows on the diagonal, where there is no pair
-            axis.set_title(f"{run}, {label}", fontsize=10)
-            axis.set_xticks(range(K), names, rotation=45, ha="right", fontsize=9)
-            axis.set_yticks(range(K), names, fontsize=9)
-            axis.set(xlabel="student", ylabel="teacher")
-            axis.label_outer()
-            for teacher, line in enumerate(matrix):
-                for student, v in enumerate(line):
-                    if v == v:
-                        axis.text(
-                            *(student, teacher),
-                            f"{v:.2f}",
-                            ha="center",
-                            va="center",
-                            fontsize=9,
-                            color="black" if v > 0.6 * top else "white",
-                        )
-    bar = figure.colorbar(image, ax=axes, fraction=0.03)
-    bar.set_label("KL(teacher || student) (nats)")
-    return _save(figure, Path(folder) / "pairwise_kl.png")
-
-
 def versions() -> dict[str, str]:
     """Versions of Python and of the packages that decide a run's numbers."""
     found = {"fastdml": __version__, "python": platform.python_version()}
@@ -533,73 +429,3 @@ def _percent(fraction: float | None) -> str:
 def _rate(run: dict[str, Any]) -> str:
     rate = run["images_per_second"]
     return f"{rate:,.0f}" if rate else "-"  # 0: the run was too short to tell
-
-
-def _runs(folder: str | Path) -> dict[str, list[dict[str, Any]]]:
-    runs = {"mutual": read_metrics(folder)}
-    if (Path(folder) / INDEPENDENT / METRICS).exists():
-        runs["independent"] = read_metrics(Path(folder) / INDEPENDENT)
-    return runs
-
-
-def _names(records: list[dict[str, Any]]) -> list[str]:
-    return next(r["names"] for r in records if r["kind"] == "peers")
-
-
-def _scaled(value: float | None, unit: float) -> float:
-    return math.nan if value is None else unit * value
-
-
-def _select(records: list[dict[str, Any]], kind: str) -> list[dict[str, Any]]:
-    """The records of one kind; of "train", whole epochs instead of readings once there are many."""
-    epochs = [r for r in records if r["kind"] == "epoch"]
-    if kind == "train" and len(epochs) >= ENOUGH_EPOCHS:
-        return epochs
-    return [r for r in records if r["kind"] == kind]
-
-
-def _pairwise_spans(records: list[dict[str, Any]]) -> list[tuple[str, list[list[float]]]]:
-    """Up to four equal spans of training, each with its mean (K, K) matrix, NaN on the diagonal."""
-    points = [r for r in _select(records, "train") if len(r.get("pairwise_kl") or ()) > 1]
-    if not points:
-        return []
-    count = min(4, len(points))
-    bounds = [round(i * len(points) / count) for i in range(count + 1)]
-    K = len(points[0]["pairwise_kl"])
-    spans, start = [], 0.0
-    for first, end in pairwise(bounds):
-        span = [r["pairwise_kl"] for r in points[first:end]]
-        mean = [
-            [
-                math.nan
-                if i == j or any(m[i][j] is None for m in span)
-                else sum(m[i][j] for m in span) / len(span)
-                for j in range(K)
-            ]
-            for i in range(K)
-        ]
-        stop = points[end - 1]["epoch"]
-        spans.append((f"epochs {start:.3g}-{stop:.3g}", mean))
-        start = stop
-    return spans
-
-
-def _colours(count: int) -> list[Any]:
-    colormaps = require("matplotlib", "train").colormaps
-    qualitative = [colormaps["tab10"](i) for i in range(10) if i != 7]  # without its grey
-    if count <= len(qualitative):
-        return qualitative[:count]
-    return [colormaps["turbo"]((i + 0.5) / count) for i in range(count)]
-
-
-def _figure(width: float, height: float, rows: int, columns: int) -> tuple[Any, Any]:
-    # Figure by itself, not pyplot: no global state, no display, no backend to choose.
-    figure = require("matplotlib.figure", "train").Figure((width, height), layout="constrained")
-    return figure, figure.subplots(rows, columns, squeeze=False)
-
-
-def _save(figure: Any, path: Path) -> Path:
-    picture = io.BytesIO()
-    figure.savefig(picture, dpi=DPI, format="png")
-    write_atomically(path, picture.getvalue())
-    return path

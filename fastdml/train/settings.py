@@ -138,6 +138,8 @@ class TrainConfig:
     """Show the progress bar even where the output is not a terminal."""
     tensorboard: bool = True
     """Write TensorBoard events beside metrics.jsonl."""
+    figures: tuple[Literal["png", "pdf", "svg"], ...] = ("png",)
+    """Formats of the pictures, curves and pairwise_kl."""
 
     limits: ClassVar[dict[str, Limit]] = {
         "subset": NOT_NEGATIVE,
@@ -269,7 +271,7 @@ def _convert(name: str, value: Any, hint: Any) -> Any:
         return value
     if get_origin(hint) is tuple:
         if isinstance(value, str) or not isinstance(value, Sequence):
-            items = "names" if get_args(hint)[0] is str else "numbers"
+            items = "numbers" if get_args(hint)[0] in (int, float) else "names"
             raise InputError(f"{name} must be a list of {items}, not {value!r}")
         return tuple(_convert(name, item, get_args(hint)[0]) for item in value)
     if hint is bool and isinstance(value, bool):

@@ -32,7 +32,7 @@ from fastdml.data import (
 from fastdml.data.dali import checked
 from fastdml.data.decode import decode
 from fastdml.errors import InputError, MissingExtra
-from fastdml.train import checkpoint, reid, report
+from fastdml.train import checkpoint, figures, reid
 
 MARKET = {"size": (256, 128), "pad": 10, "padding": "black", "erase": 0.5}
 # of a batch normalised by ImageNet's deviations: rounding alone, and that of weights to 1/256
@@ -322,8 +322,7 @@ def test_a_file_that_vanishes_from_the_resident_loader(standin_copy, split):
 def test_a_file_that_vanishes_ends_a_run_that_goes_on(standin_copy, kind, tmp_path, monkeypatch):
     """One line and a checkpoint; with the file back, the run resumes in the middle of the epoch and
     ends with the weights of a run that nothing happened to, bit for bit."""
-    for plot in ("plot_curves", "plot_pairwise_kl"):
-        monkeypatch.setattr(report, plot, lambda folder: None)
+    monkeypatch.setattr(figures, "draw", lambda folder, formats: [])
     lost: dict[Path, bytes] = {}
 
     class Losing:

@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from fastdml.train import report
+from fastdml.train import figures
 
 sys.path.append(str(Path(__file__).parent))
 SIZE = (32, 16)
@@ -61,5 +61,4 @@ def _own_scans(scans):
 @pytest.fixture
 def _no_pictures(monkeypatch):
     """Drawing takes longer than these runs."""
-    monkeypatch.setattr(report, "plot_curves", lambda folder: None)
-    monkeypatch.setattr(report, "plot_pairwise_kl", lambda folder: None)
+    monkeypatch.setattr(figures, "draw", lambda folder, formats: [])

@@ -1,11 +1,10 @@
-"""What a run leaves behind: the log across kills and resumes, the plots, the summary, the table."""
+"""What a run leaves behind: the log across kills and resumes, the summary, the table."""
 
 from __future__ import annotations
 
 import json
 import math
 
-import matplotlib.image
 import pytest
 
 from fastdml.errors import InputError
@@ -122,65 +121,6 @@ def test_a_broken_line_in_the_middle_is_named(tmp_path):
         report.read_metrics(tmp_path)
     with pytest.raises(InputError, match="not the folder of a run"):
         report.read_metrics(tmp_path / "absent")
-
-
-@pytest.mark.parametrize("peers", [1, 2, 12])
-@pytest.mark.parametrize("independent", [False, True])
-def test_plots_are_drawn(tmp_path, peers, independent):
-    names = [f"resnet20-{k + 1}" for k in range(peers)]
-    for folder in [tmp_path, tmp_path / "independent"][: 1 + independent]:
-        with MetricsLog(folder, names, tensorboard=False) as log:
-            for step in range(1, 9):
-                values = [1.0 / (step + k) for k in range(peers)]
-                pairs = [[0.0 if i == j else i / step for j in range(peers)] for i in range(peers)]
-                log.log("train", step, step / 2, ce=values, kl=values, pairwise_kl=pairs)
-            log.log("train", 9, 4.5, ce=[None] * peers, kl=values, pairwise_kl=pairs)
-            log.log("test", 9, 4.5, top1=values, ensemble_top1=0.5)
-    curves = matplotlib.image.imread(report.plot_curves(tmp_path))
-    assert curves.shape[:2] == (460, 1000 if peers == 1 else 1500)
-    assert curves[..., :3].std() > 0.05  # something is drawn
-    pairs = report.plot_pairwise_kl(tmp_path)
-    if peers == 1:
-        assert pairs is None
-        assert not (tmp_path / "pairwise_kl.png").exists()
-    else:
-        rows = 2 if independent else 1
-        height, width = matplotlib.image.imread(pairs).shape[:2]
-        assert width > 1000
-        assert height > 250 * rows
-    assert not list(tmp_path.glob("*.tmp"))
-
-
-def test_plots_of_a_run_that_logged_nothing(tmp_path):
-    MetricsLog(tmp_path, NAMES, tensorboard=False).close()
-    assert report.plot_curves(tmp_path).exists()
-    assert report.plot_pairwise_kl(tmp_path) is None
-
-
-@pytest.mark.parametrize(("epochs", "drawn"), [(9, "train"), (10, "epoch")])
-def test_many_epochs_are_drawn_by_their_means(epochs, drawn):
-    records = [
-        {"kind": kind, "epoch": e} for e in range(epochs) for kind in ("train", "epoch", "test")
-    ]
-    assert {r["kind"] for r in report._select(records, "train")} == {drawn}
-    assert {r["kind"] for r in report._select(records, "test")} == {"test"}
-
-
-def test_pairwise_spans_cover_training_and_keep_teacher_and_student_apart():
-    records = [
-        {"kind": "train", "epoch": e, "pairwise_kl": [[0.0, float(e)], [10.0 * e, 0.0]]}
-        for e in range(1, 9)
-    ]
-    spans = report._pairwise_spans(records)
-    assert [label for label, _ in spans] == [
-        "epochs 0-2",
-        "epochs 2-4",
-        "epochs 4-6",
-        "epochs 6-8",
-    ]
-    last = spans[-1][1]
-    assert (last[0][1], last[1][0]) == (7.5, 75.0)
-    assert math.isnan(last[0][0])
 
 
 def scores(top1: list[float], ensemble: float) -> dict:
