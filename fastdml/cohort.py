@@ -17,7 +17,7 @@ import os
 import re
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
-from itertools import combinations
+from itertools import chain, combinations
 from numbers import Integral
 from pathlib import Path
 from typing import Any
@@ -30,6 +30,7 @@ from fastdml.errors import InputError, one_line, require
 from fastdml.files import Staged, write_atomically, writing
 from fastdml.models import ReidHead, check_count, create_model, is_own
 from fastdml.paths import expanded
+from fastdml.tensors import absence, lacks_values
 
 FORMAT = 1  # of cohort.json
 RECORD = ("image_shape", "mean", "std", "classes")  # what peers know of the images they learnt from
@@ -144,9 +145,11 @@ class Cohort(nn.Module):
         """Writes cohort.json and the weights; an interrupted save never leaves a file half written.
 
         Files are completed under temporary names first and renamed together; cohort.json comes
-        last and holds each file's SHA-256, so `load` notices a mix of two saves.
+        last and holds each file's SHA-256, so `load` notices a mix of two saves. What the files
+        cannot hold (see `check_savable`) is refused before any is written.
         """
         safetensors = require("safetensors.torch", "train")
+        self.check_savable()
         folder = expanded(folder)
         record = self.record()
         entries = []
@@ -172,6 +175,29 @@ class Cohort(nn.Module):
                 "peers": entries,
             }
             staged.write(folder / "cohort.json", json.dumps(description, indent=2).encode())
+
+    def check_savable(self) -> None:
+        """Refuses peers whose state is more than tensors that are all here: safetensors holds
+        nothing else, such as what a `get_extra_state` returns."""
+        safetensors = require("safetensors.torch", "train")
+        for name, peer in zip(self.names, self.peers, strict=True):
+            for key, value in peer.state_dict().items():
+                if not isinstance(value, Tensor):
+                    raise InputError(
+                        f"{key} of peer {name} is a {type(value).__name__}, and the files of a "
+                        "cohort hold tensors: let get_extra_state return one, or save with "
+                        "torch.save(cohort.state_dict(), path)"
+                    )
+                if (why := absence(value)) is not None:
+                    raise InputError(f"{key} of peer {name} is {why}")
+                try:
+                    safetensors.save({key: value.new_empty(0, device="cpu")})
+                except Exception:  # of several kinds, and of tensor subclasses' own
+                    kind = f"{value.dtype}, {value.layout}".replace("torch.", "")
+                    raise InputError(
+                        f"{key} of peer {name} is a tensor ({kind}) that safetensors cannot hold: "
+                        "save with torch.save(cohort.state_dict(), path)"
+                    ) from None
 
     @classmethod
     def load(
@@ -221,11 +247,18 @@ class Cohort(nn.Module):
                     f"{path} is not the file that cohort.json was written with "
                     "(truncated, changed, or from an interrupted save): save the cohort again"
                 )
+            tensors = _tensors(safetensors, data, path)
+            absent = any(t.is_meta for t in chain(source.parameters(), source.buffers()))
+            if absent:  # it takes the loaded ones for its own
+                tensors = {key: t.clone() for key, t in tensors.items()}
             try:
-                source.load_state_dict(_tensors(safetensors, data, path))
+                source.load_state_dict(tensors, assign=absent)
             except RuntimeError as error:  # names every missing, surplus or misshapen tensor
                 reason = " ".join(str(error).split())[:300]
                 raise InputError(f"{path} does not fit peer {name}: {reason}") from None
+            for key, t in chain(source.named_parameters(), source.named_buffers()):
+                if (why := absence(t)) is not None:  # a buffer that no file has
+                    raise InputError(f"{key} of peer {name} is {why}")
             modules.append(source)
 
         same = {key: description[key] for key in ("in_channels", "head", "image_size")}
@@ -325,6 +358,8 @@ class Cohort(nn.Module):
             if first is second:
                 raise InputError(f"peers {a} and {b} are the same module; {remedy}")
             ours, theirs = [*first.parameters()], [*second.parameters()]
+            if any(map(lacks_values, chain(ours, theirs))):
+                continue  # they get their values later
             shared = {id(p) for p in ours} & {id(p) for p in theirs}
             if shared:
                 raise InputError(f"peers {a} and {b} share {len(shared)} parameters; {remedy}")

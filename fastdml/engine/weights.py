@@ -8,16 +8,15 @@ shared AMD EPYC).
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Sequence
 from itertools import chain
 from operator import is_
 from typing import TYPE_CHECKING, Any
 
-from torch import Tensor, nn
-from torch.nn.parameter import is_lazy
+from torch import nn
 
 from fastdml.errors import InputError
+from fastdml.tensors import absence
 
 if TYPE_CHECKING:
     from fastdml.cohort import Cohort
@@ -56,30 +55,11 @@ class Buffers:
             now.update(was)
 
 
-def is_sharded(t: Tensor) -> bool:
-    """Whether it is a DTensor; where nobody has imported that (0.7 s), there is none."""
-    module = sys.modules.get("torch.distributed.tensor")
-    return module is not None and isinstance(t, module.DTensor)
-
-
 def check_weights(cohort: Cohort) -> None:
     """Refuses weights that no update can change: none, those without values, and shards."""
     if next(cohort.parameters(), None) is None:
         raise InputError("the peers have no parameters, so that there is nothing to train")
     for name, peer in zip(cohort.names, cohort.peers, strict=True):
-        for w in peer.parameters():
-            if is_lazy(w):
-                raise InputError(
-                    f"peer {name} has lazy layers, whose weights have no shape yet: run a batch "
-                    "through it first, as in cohort(images)"
-                )
-            if w.is_meta:
-                raise InputError(
-                    f"peer {name} is on the meta device, where weights have no values: give them "
-                    "some first, as with cohort.to_empty(device='cpu') and load_state_dict"
-                )
-            if is_sharded(w):
-                raise InputError(
-                    f"peer {name} has sharded weights (DTensor, as fully_shard of FSDP2 makes "
-                    "them), which the step cannot update: keep each peer whole"
-                )
+        for key, t in chain(peer.named_parameters(), peer.named_buffers()):
+            if (why := absence(t)) is not None:
+                raise InputError(f"{key} of peer {name} is {why}")

@@ -81,6 +81,7 @@ def first_look(cohort: Cohort, train: Batches, config: TrainConfig, amp: Amp) ->
         _try_training(name, peer, part, cohort.num_classes, amp)
     cohort.image_shape = tuple(images.shape[1:])
     cohort.in_channels = images.shape[1]
+    cohort.check_savable()
     cohort.record()  # refuses what the caller set and does not fit
     for name, value in described(train).items():
         before = getattr(cohort, name)

@@ -1,0 +1,40 @@
+"""Tensors that are not, or not wholly, here."""
+
+from __future__ import annotations
+
+import sys
+
+from torch import Tensor
+from torch.nn.parameter import is_lazy
+
+
+def lacks_values(t: Tensor) -> bool:
+    """Whether it is on the meta device, or of a lazy module that has not seen a batch yet."""
+    return is_lazy(t) or t.is_meta
+
+
+def is_sharded(t: Tensor) -> bool:
+    """Whether it is a DTensor; where nobody has imported that (0.7 s), there is none."""
+    module = sys.modules.get("torch.distributed.tensor")
+    return module is not None and isinstance(t, module.DTensor)
+
+
+def absence(t: Tensor) -> str | None:
+    """What is missing, and how to get it; None where `t` is whole."""
+    if is_lazy(t):
+        return (
+            "of a lazy layer, and has no shape yet: run a batch through the cohort first, as in "
+            "cohort(images)"
+        )
+    if t.is_meta:
+        return (
+            "on the meta device, and has no values: give it some first, as with "
+            "cohort.to_empty(device='cpu') and load_state_dict"
+        )
+    if is_sharded(t):
+        return (
+            "sharded (a DTensor, as fully_shard of FSDP2 makes them), and only a part of it is "
+            "here: keep each peer whole, or gather it into a plain one first, as with "
+            "get_model_state_dict of torch.distributed.checkpoint.state_dict"
+        )
+    return None
