@@ -207,27 +207,20 @@ def make_step(
     def copies() -> Callable[[str], Step]:
         return _on_copies(cohort, loss, optimizer, amp, options, update)
 
-    unfit = {}
-    by_rule = only_by_rule(cohort.peers, compile)
+    threads = threads or cpus.asked()
+    unfit, by_rule = {}, only_by_rule(cohort.peers, compile)
     if execution != "auto":
         able = [execution]
+        by_rule = None if threads else by_rule  # nothing is left to choose
     elif by_rule or len(cohort) == 1:
         able = ["eager"]
     elif "threads" in able and (reason := unfit_for_threads(cohort.peers)):
         able.remove("threads")
         unfit["threads"] = reason
-    if deterministic:
+    if deterministic and (len(able) > 1 or not threads):
         by_rule = "deterministic"
-    if execution != "auto" and (threads or cpus.asked()):
-        by_rule = None  # nothing is left to choose
     return CpuAutoStep(
-        able,
-        make,
-        cohort.peers,
-        threads=threads,
-        copies=copies,
-        unfit=unfit,
-        by_rule=by_rule,
+        able, make, cohort.peers, threads=threads, copies=copies, unfit=unfit, by_rule=by_rule
     )
 
 
@@ -240,16 +233,32 @@ def _on_copies(
     update: str,
 ) -> Callable[[str], Step]:
     """Builds steps that do the same work and touch nothing of the caller's, nor do they learn."""
+    held = _held(cohort, optimizer)
     try:
         cohort, optimizer, amp, metric = copy.deepcopy((cohort, optimizer, amp, options.metric))
     except Exception as error:  # of the peers' own code, or out of memory
         reason = " ".join(str(error).split()) or type(error).__name__
         raise Uncopyable(f"peers or optimizer cannot be copied: {reason}") from None
+    if _held(cohort, optimizer) != held:  # by a __deepcopy__ of one's own
+        raise Uncopyable("a copy of the optimizer holds other weights than a copy of the peers")
     for group in optimizer.param_groups:
         if "lr" in group:
             group["lr"] = group["lr"] * 0
     options = dataclasses.replace(options, ema=None, after=None, metric=metric)
-    return lambda name: EXECUTIONS[name][update](cohort, loss, optimizer, amp, options)
+
+    def make(name: str) -> Step:
+        step = EXECUTIONS[name][update](cohort, loss, optimizer, amp, options)
+        if isinstance(step, ThreadsStep):
+            step.assume_proved()  # its proof is no faster than eager
+        return step
+
+    return make
+
+
+def _held(cohort: Cohort, optimizer: Optimizer) -> int:
+    """How many of the peers' weights the optimizer holds."""
+    own = {id(w) for w in cohort.parameters()}
+    return sum(id(w) in own for group in optimizer.param_groups for w in group["params"])
 
 
 def _check_metric(

@@ -133,7 +133,7 @@ class CpuAutoStep(AutoStep):
     again afterwards.
 
     names: the executions to choose from, with their number of threads; a single one is made at
-    once. threads: the only number to consider; by default that of OMP_NUM_THREADS, if it is set.
+    once. threads: the only number to consider.
     copies: see `Rehearsal`. unfit: executions that were left out, with the reason. by_rule: why
     nothing can be measured.
     """
@@ -151,7 +151,7 @@ class CpuAutoStep(AutoStep):
     ) -> None:
         self.names, self.make, self.device = names, make, torch.device("cpu")
         self.peers, self.copies, self.unfit, self.by_rule = peers, copies, unfit, by_rule
-        self.threads = threads or cpus.asked()
+        self.threads = threads
         self.choice: Choice | None = None
         self.seconds: float | None = None  # of a step, where it was measured
         if len(names) == 1:

@@ -22,12 +22,11 @@ step, with several they are other masks of the same kind.
 
 Saving one peer's state dict with torch.save writes the memory of all; `Cohort.save` writes its own.
 
-What it is worth on a CPU is in `fastdml.engine.choose`: a little on small maps, and less than
-nothing on others, where K convolutions are faster than one in K groups. `torch.func`'s
-stack_module_state and vmap do the same without layers of their own, and slower (forward and
-backward in fp32, one thread, medians of interleaved rounds: 2 resnet8 at 64 x 8x8 eager 62.6,
-stacked 54.0, vmap 80.5 ms; 4 of them 121.0, 114.8, 157.4; 2 resnet32 at 64 x 32x32 2367, 2189,
-2706).
+On a CPU it is worth a little on small maps, and less than nothing on others, where K convolutions
+are faster than one in K groups. `torch.func`'s stack_module_state and vmap do the same without
+layers of their own, and slower (forward and backward in fp32, one thread, medians of interleaved
+rounds: 2 resnet8 at 64 x 8x8 eager 62.6, stacked 54.0, vmap 80.5 ms; 4 of them 121.0, 114.8, 157.4;
+2 resnet32 at 64 x 32x32 2367, 2189, 2706).
 """
 
 from __future__ import annotations

@@ -47,6 +47,14 @@ class ThreadsStep(EagerStep):
                     f"peer {name} has {found}; use eager"
                 )
 
+    def assume_proved(self) -> None:
+        """For copies whose results nobody uses; torch's generator is watched all the same."""
+        self._remember()
+        self.proved = True
+
+    def _remember(self) -> None:
+        self.before = Before(list(self.cohort.buffers()))
+
     def train(self, images: Tensor, labels: Tensor) -> StepOutput:
         threads = torch.get_num_threads()
         self.share = max(1, threads // len(self.peers))
@@ -60,7 +68,7 @@ class ThreadsStep(EagerStep):
         if not self.proved:
             self.refuse_replicas()
             self.generators = Generators(images.device)
-            self.before = Before(list(self.cohort.buffers()))
+            self._remember()
         self.before.keep()
         try:
             output = super().train(images, labels)

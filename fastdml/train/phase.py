@@ -416,6 +416,8 @@ class Phase:
         if self.device.type == "cpu":
             # Checkpoints from before threads were chosen lack them: a run had torch's own number.
             was = state.get("threads") or {}
+            if was.get("step", 0) is None:
+                return  # begun on CUDA
             threads = config.threads or was.get("step") or torch.get_num_threads()
             elsewhere = config.threads or was.get("elsewhere") or torch.get_num_threads()
         self.choice = Choice(execution, threads, elsewhere)

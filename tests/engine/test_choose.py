@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import copy
 import random
+import re
+import threading
 import time
 import weakref
 
@@ -198,6 +200,22 @@ class TestOnACpu:
         assert after == then
         assert [p.calls for p in auto.cohort.peers] == [3, 3] == [p.calls for p in named.peers]
 
+    def test_threads_are_measured_side_by_side(self, capsys):
+        """Their proof, one after the other, would say nothing of their speed."""
+
+        class Meets(Cnn):
+            def forward(self, x):
+                if threading.current_thread() is not threading.main_thread():
+                    barrier.wait()
+                return super().forward(x)
+
+        barrier = threading.Barrier(2, timeout=20)
+        run = make_run(peers=[Meets(), Meets()])
+        run.step.choose(*next(batches(1)))
+        line = capsys.readouterr().err
+        assert re.search(r"threads on 2 (\d|given up)", line)
+        assert "not threads" not in line
+
     @pytest.mark.parametrize("threads", [1, 2])
     def test_threads_are_the_callers_before_and_after(self, take, threads):
         seen = []
@@ -277,7 +295,7 @@ class TestOnACpu:
         assert run.step.choice == chosen
         assert capsys.readouterr().err.endswith(" (by rule: deterministic)\n")
 
-    @pytest.mark.parametrize("kind", ["hook", "gradient", "compiled", "options", "locked"])
+    @pytest.mark.parametrize("kind", ["hook", "gradient", "compiled", "options", "locked", "own"])
     def test_by_rule_where_a_rehearsal_would_not_stay_one(self, capsys, kind):
         peers, options, calls = [Cnn(), Cnn(5)], {}, []
         if kind == "hook":
@@ -289,6 +307,8 @@ class TestOnACpu:
             peers[0] = torch.compile(peers[0], backend=lambda graph, _: graph)
         elif kind == "options":
             options["compile"] = True
+        elif kind == "own":
+            peers[0] = Copies()
         else:
             peers[0].state = torch.ones(2, requires_grad=True) * 2  # torch copies leaves alone
         run = make_run(peers=peers, **options)
@@ -300,6 +320,7 @@ class TestOnACpu:
         reason = {
             "compiled": "compiled peers would be compiled anew for each candidate",
             "options": "compiled peers would be compiled anew for each candidate",
+            "own": "a copy of the optimizer holds other weights than a copy of the peers",
             "locked": "peers or optimizer cannot be copied: Only Tensors created explicitly by",
         }.get(kind, "hooks would be called by what is measured")
         line = capsys.readouterr().err
@@ -392,6 +413,13 @@ class Cnn(nn.Module):
 
     def forward(self, x):
         return self.head(self.norm(self.conv(x)).relu().mean((2, 3)))
+
+
+class Copies(Cnn):
+    def __deepcopy__(self, memo):
+        other = Copies()
+        other.load_state_dict(self.state_dict())
+        return other
 
 
 class Late(Cnn):

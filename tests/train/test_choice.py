@@ -26,23 +26,23 @@ pytestmark = [
 C = 10
 
 
+class Notes(list):
+    def __deepcopy__(self, memo):
+        return Notes()  # what is measured on copies goes elsewhere
+
+
 class Peer(nn.Module):
     """Notes on how many threads it is run, and whether to learn."""
 
     def __init__(self, seen: list, seed: int) -> None:
         super().__init__()
         torch.manual_seed(seed)
-        self.seen = [seen]  # the list itself, in copies too
+        self.seen = seen
         self.num_classes = C
         self.conv, self.norm, self.head = nn.Conv2d(1, 4, 3), nn.BatchNorm2d(4), nn.Linear(4, C)
 
-    def __deepcopy__(self, memo):
-        other = Peer([], 0)
-        other.load_state_dict(self.state_dict())
-        return other
-
     def forward(self, x):
-        self.seen[0].append((self.training, torch.get_num_threads()))
+        self.seen.append((self.training, torch.get_num_threads()))
         return self.head(self.norm(self.conv(x)).relu().mean((2, 3)))
 
 
@@ -104,7 +104,7 @@ class Fails(CrashingLoader):
 
 
 def make_cohort(seen: list | None = None) -> Cohort:
-    seen = [] if seen is None else seen
+    seen = Notes() if seen is None else seen
     return Cohort([Peer(seen, 1), Peer(seen, 2)], C)
 
 
@@ -117,7 +117,7 @@ def test_a_choice_is_for_the_whole_run(
 ):
     """Its independent phase and its evaluations; the caller's number is back in the end."""
     asked = take(execution, threads)
-    seen: list = []
+    seen = Notes()
     cohort = make_cohort(seen)
     result = fit(cohort, *loaders, config(independent=True))
     assert len(asked) == 2  # what steps run as, and what else does: once
@@ -175,6 +175,24 @@ def test_checkpoints_without_threads_go_on_with_torchs(config, loaders, take):
     assert (resumed.execution, resumed.threads) == ("eager", 2)
 
 
+def test_a_run_begun_on_cuda_measures_threads_here(config, loaders, take):
+    with pytest.raises(Crash):
+        fit(
+            make_cohort(),
+            CrashingLoader(loaders[0], 7),
+            loaders[1],
+            config(save_every_steps=1, execution="eager", threads=1),
+        )
+    path = config().folder + "/last.ckpt"
+    state = torch.load(path, weights_only=True)
+    state["threads"] = {"step": None, "elsewhere": None}
+    torch.save(state, path)
+    asked = take("eager", 2)
+    resumed = fit(make_cohort(), *loaders, config(resume=True, execution="eager", threads=0))
+    assert (resumed.execution, resumed.threads) == ("eager", 2)
+    assert asked
+
+
 @pytest.mark.parametrize(
     ("settings", "environment", "threads"),
     [({"threads": 1}, None, 1), ({"threads": 2}, "1", 2), ({}, "1", 1)],
@@ -186,7 +204,7 @@ def test_what_the_user_asks_for(
     if environment:
         monkeypatch.setenv("OMP_NUM_THREADS", environment)
         torch.set_num_threads(int(environment))
-    seen: list = []
+    seen = Notes()
     result = fit(make_cohort(seen), *loaders, config(**settings))
     assert result.threads == threads
     assert {n for learns, n in seen if not learns} == {threads}
