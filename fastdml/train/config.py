@@ -20,7 +20,7 @@ from fastdml.options import split_lists
 from fastdml.paths import expanded
 from fastdml.train.reid_settings import ReidConfig, reid_preset
 from fastdml.train.report import METRICS
-from fastdml.train.settings import TrainConfig, check_names, field_types
+from fastdml.train.settings import TrainConfig, check_names, field_types, with_length
 from fastdml.train.yaml_file import read_settings
 
 CONFIG = "config.yaml"  # the settings of a run, in its folder
@@ -126,7 +126,7 @@ def preset(data: str, **changes: Any) -> TrainConfig:
     kind = config_type(data, changes)
     check_names(changes, kind=kind)
     defaults = reid_preset(changes) if kind is ReidConfig else PRESETS.get(data, {})
-    return kind(**{"data": data, **defaults, **changes})
+    return kind(**{"data": data, **defaults, **with_length(changes)})
 
 
 def _choices(values: Mapping[str, Any]) -> dict[str, Any]:
@@ -175,6 +175,10 @@ def from_command_line(
     if path and _is_of_a_run(path) and not {**given, **chosen}.get("resume"):
         given.pop("folder", None)
     base = _base(data, {**given, **chosen}).replace(**given)
+    length = {name: chosen[name] for name in ("epochs", "iterations") if name in chosen}
+    for name, value in with_length(length).items():
+        if name not in length:
+            args += [f"--{name}", str(value)]
     with _wide_enough():
         config = tyro.cli(type(base), default=base, args=args, prog=prog, description=description)
     if config.data != data:
@@ -216,6 +220,8 @@ def _command_line_choices(args: Sequence[str]) -> dict[str, Any]:
     parser.add_argument("--folder")
     parser.add_argument("--peers", nargs="+")
     parser.add_argument("--recipe")
+    parser.add_argument("--epochs")
+    parser.add_argument("--iterations")
     parser.add_argument("--standin", action=argparse.BooleanOptionalAction)
     try:
         return vars(parser.parse_known_args(list(args))[0])

@@ -132,7 +132,7 @@ class Phase:
         self.seconds = 0.0
         self.history: list[dict[str, Any]] = []
         self.scores: Scores | None = None
-        self.best_epoch = 0
+        self.best_epoch: float = 0
         self.best_scores: Scores | None = None
 
     def _make_step(self) -> Any:
@@ -257,6 +257,8 @@ class Phase:
     def _end_epoch(self) -> None:
         self._read()
         epoch = -(-self.position // self.steps)
+        trained = self.position / self.steps  # of a last epoch cut short, the part that there was
+        trained = int(trained) if trained == epoch else trained
         updates = int(self.schedule.updates)
         record = {
             **self.totals.epoch(),
@@ -266,16 +268,16 @@ class Phase:
             "images_per_second": self.clock.images_per_second,
             "data_wait": self.clock.data_wait,
         }
-        self.log.log("epoch", self.position, epoch, **record)
-        self.history.append({"epoch": epoch, "step": self.position, **record})
+        self.log.log("epoch", self.position, trained, **record)
+        self.history.append({"epoch": trained, "step": self.position, **record})
         self.totals.reset()
         last = self.position == self.total
         if self.evaluate and (last or epoch % self.config.eval_every == 0):
-            self._evaluate(epoch)
+            self._evaluate(trained)
         self._save()
         self.bar.write(self._line(epoch, record), file=sys.stderr)
 
-    def _evaluate(self, epoch: int) -> None:
+    def _evaluate(self, epoch: float) -> None:
         with self.ema.applied() if self.ema else nullcontext():
             self.cohort.eval()
             try:

@@ -18,7 +18,7 @@ class TrainResult:
     parameters: tuple[int, ...]  # trainable parameters of each peer
     history: list[dict[str, Any]]  # the epoch records of metrics.jsonl, in order
     scores: Scores | None  # of the last weights; None without an evaluation
-    best_epoch: int  # epochs trained when the peers' mean top-1 (mAP) was best; 0: not evaluated
+    best_epoch: float  # epochs trained when the peers' mean top-1 (mAP) was best; 0: not evaluated
     best_scores: Scores | None
     weights: dict[str, Path]  # "last" and "best": folders that Cohort.load reads
     images_per_second: float  # of training alone, first steps left out; 0 if too short to tell

@@ -226,7 +226,7 @@ class TrainConfig:
     def replace(self, **changes: Any) -> TrainConfig:
         """A copy with some settings changed; unknown ones are refused by name."""
         check_names(changes, kind=type(self))
-        return dataclasses.replace(self, **changes)
+        return dataclasses.replace(self, **with_length(changes))
 
     def alone(self) -> TrainConfig:
         """The settings of the same peers without what they learn from each other."""
@@ -235,6 +235,15 @@ class TrainConfig:
     def save(self, path: Path) -> None:
         yaml = require("yaml", "train")
         write_atomically(path, yaml.safe_dump(self.to_dict(), sort_keys=False))
+
+
+def with_length(changes: Mapping[str, Any]) -> Mapping[str, Any]:
+    """`changes` that give epochs alone, or iterations alone, with the other at 0: what is given
+    wins over a default in the other unit."""
+    for name, other in (("epochs", "iterations"), ("iterations", "epochs")):
+        if name in changes and other not in changes and changes[name] not in (0, "0"):
+            return {**changes, other: 0}
+    return changes
 
 
 def check_names(

@@ -14,6 +14,7 @@ from itertools import pairwise
 from pathlib import Path
 
 import pytest
+import yaml
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from runs import environment
@@ -512,6 +513,36 @@ def test_command_line_over_file_over_recipe(tmp_path):
     file.write_text("data: market1501\nrecipe: strong\n")
     assert load_config(file) == preset("market1501", recipe="strong")
     assert load_config(file).triplet_weight == 1
+
+
+@pytest.mark.parametrize("data", ["market1501", "cifar100"])
+@pytest.mark.parametrize(
+    ("given", "length"),
+    [
+        ({"epochs": 2}, (2, 0)),
+        ({"iterations": 7}, (0, 7)),
+        ({"epochs": 2, "iterations": 0}, (2, 0)),
+    ],
+)
+def test_the_length_that_is_given_wins_over_the_other_of_a_recipe(tmp_path, data, given, length):
+    """However it is given: in Python, by a file, on the command line, over a file's."""
+    file = tmp_path / "c.yaml"
+    file.write_text(yaml.safe_dump({"data": data, **given}))
+    options = [f"--{name}={value}" for name, value in given.items()]
+    found = [
+        preset(data, **given),
+        preset(data).replace(**given),
+        resolve(data, given),
+        load_config(file),
+        from_command_line(data, ["--config", str(file)]),
+        from_command_line(data, options),
+        from_command_line(data, " ".join(options).replace("=", " ").split()),
+    ]
+    file.write_text("iterations: 50\n" if "epochs" in given else "epochs: 50\n")
+    found.append(from_command_line(data, ["--config", str(file), *options]))
+    assert {(c.epochs, c.iterations) for c in found} == {length}
+    with pytest.raises(InputError, match=r"epochs \(2\) and iterations \(7\) both say how long"):
+        from_command_line(data, ["--epochs", "2", "--iterations", "7"])
 
 
 def test_the_standin_is_small_and_strong_unless_told_otherwise():

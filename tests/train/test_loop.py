@@ -250,6 +250,16 @@ class TestRunFolder:
         at = [r["epoch"] for r in read_metrics(settings().folder) if r["kind"] == "test"]
         assert at == [2, 4, 5]
 
+    @pytest.mark.parametrize("iterations", [4, 6, 13, 17])
+    def test_a_run_of_iterations_is_tested_where_its_training_ends(self, settings, iterations):
+        config = settings(epochs=0, iterations=iterations)
+        result = fit(make_cohort(), *make_loaders(), config)
+        for kind in ("test", "epoch"):
+            record = [r for r in read_metrics(result.folder) if r["kind"] == kind][-1]
+            assert (record["step"], record["epoch"]) == (iterations, iterations / 6)
+        assert result.history[-1]["epoch"] == iterations / 6
+        assert all(6 * r["epoch"] == r["step"] for r in read_metrics(result.folder) if r["step"])
+
     def test_without_evaluation(self, settings):
         result = fit(make_cohort(), make_loaders()[0], None, settings())
         assert (result.scores, result.best_epoch, list(result.weights)) == (None, 0, ["last"])
