@@ -236,6 +236,7 @@ class Contents:
 
     def __init__(self, inner: EagerStep) -> None:
         self.loss, self.optimizer, self.update = inner.loss, inner.optimizer, inner.update
+        self.stale = inner.stale
         self.holdings = self.update.holdings
         self.modules = self.holdings.parts.modules
         self.tensors = [t for t in self.holdings.parts.values if isinstance(t, Tensor)]
@@ -271,7 +272,9 @@ class Contents:
             return "what is frozen"
         if self._training() != self.training:
             return "what is in evaluation mode"
-        return None if self._memory() == self.memory else "the memory of weights or buffers"
+        if self._memory() != self.memory:
+            return "the memory of weights or buffers"
+        return "what the peers consist of" if self.stale() else None
 
     def _loss(self) -> list[object]:
         names = ("options", "peer_weights", "class_weight")

@@ -111,6 +111,10 @@ class EagerStep:
         """What is run, and compiled if asked."""
         return self.peers if self.options.metric is None else [WithFeatures(p) for p in self.peers]
 
+    def stale(self) -> bool:
+        """Whether what runs was made from peers that have changed since."""
+        return False
+
     def tensors(self) -> list[Tensor]:
         """Everything that a step changes."""
         parts = (self.update, self.options.after, self.options.metric)

@@ -11,7 +11,9 @@ from torch import nn
 
 from fastdml.cohort import Cohort
 from fastdml.engine import make_optimizer, make_step
-from fastdml.engine.stacked import Stack, prove
+from fastdml.engine.proof import prove
+from fastdml.engine.stackable import Unstackable
+from fastdml.engine.stacked import Stack
 from fastdml.errors import InputError
 from fastdml.loss import MutualLoss
 
@@ -111,13 +113,6 @@ class TestPeersStayOrdinary:
         with torch.no_grad():
             torch.testing.assert_close(step.stack(x), torch.stack(other.eval()(x)))
 
-    def test_moved_peers_are_noticed(self):
-        cohort = cohort_of("resnet8", dtype=torch.float32)
-        step, _, _ = train(cohort, "stacked", batches(1, 8, dtype=torch.float32))
-        cohort.to(torch.float64)
-        with pytest.raises(InputError, match="move or cast a cohort before make_step"):
-            step(*next(batches(1, 8)))
-
     def test_a_frozen_peer_teaches_and_stays(self):
         cohort = cohort_of("resnet8")
         cohort.peers[0].requires_grad_(False)
@@ -171,7 +166,10 @@ def dense(**options):
         (["wrn_10_1", "wrn_10_2"], "different layers|differs between peers 0 and 1"),
         ([dense, lambda: dense(dilation=1, bias=False)], "0 differs between peers 0 and 1"),
         ([Mixing, Mixing], "does not know the way that Mixing combines its layers"),
-        ([Scaled, Scaled], "a layer of type Scaled with weights of its own; use another execution"),
+        (
+            [Scaled, Scaled],
+            r"type Scaled with weights of its own \(Scaled\); use another execution",
+        ),
         ([hooked, hooked], "does not know a module with hooks"),
         (
             [lambda: dense(padding_mode="circular", padding=0)] * 2,
@@ -192,13 +190,205 @@ def test_peers_that_do_not_stack_are_refused(peers, message):
     assert all(torch.equal(v, before[k]) for k, v in cohort.state_dict().items())
 
 
-def test_the_proof_leaves_modes_as_they_were():
+def test_the_proof_leaves_the_peers_as_they_were():
     cohort = cohort_of("resnet8")
-    cohort.peers[1].bn1.eval()
-    stack = Stack([copy.deepcopy(cohort.peers[0]), copy.deepcopy(cohort.peers[0])])
+    for peer in cohort.peers:
+        peer.bn1.eval()
     modes = [m.training for m in cohort.modules()]
-    prove(stack, [cohort.peers[0], cohort.peers[0]], next(batches(1, 8))[0])
+    before = copy.deepcopy(cohort.state_dict())
+    generator = torch.get_rng_state()
+    prove(Stack, list(cohort.peers), next(batches(1, 8))[0])
     assert [m.training for m in cohort.modules()] == modes
+    assert torch.equal(torch.get_rng_state(), generator)
+    assert all(torch.equal(v, before[k]) for k, v in cohort.state_dict().items())
+
+
+def small(seed, dropout=0.5):
+    torch.manual_seed(seed)
+    return Small(
+        nn.Conv2d(3, 4, 3, bias=False), nn.BatchNorm2d(4), nn.ReLU(), nn.Conv2d(4, 4, 3, groups=2),
+        nn.BatchNorm2d(4), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Dropout(dropout),
+        nn.Linear(4, C),
+    )  # fmt: skip
+
+
+class Small(nn.Sequential):
+    scale = 1.0
+
+    def forward(self, x):
+        return self.scale * super().forward(x)
+
+
+def each(change):
+    """The same change in all peers."""
+
+    def do(cohort):
+        for k, peer in enumerate(cohort.peers):
+            change(peer, k)
+
+    return do
+
+
+def modes(*layers, training=False):
+    return each(lambda p, k: [p[i].train(training) for i in layers or range(len(p))])
+
+
+def setting(layer, **values):
+    return each(lambda p, k: [setattr(p[layer], name, v) for name, v in values.items()])
+
+
+def new_head(peer, k):
+    torch.manual_seed(10 + k)
+    peer[8] = nn.Linear(4, C).double()
+
+
+def assigned(peer, k):
+    for layer in peer[4], peer[8]:
+        state = {name: 1.5 * t if t.dim() else t for name, t in layer.state_dict().items()}
+        layer.load_state_dict(state, assign=True)
+
+
+def other_memory(peer, k):
+    peer[3].weight.data = 0.5 * peer[3].weight.data
+
+
+def other_statistics(peer, k):
+    peer[4].running_mean = torch.ones_like(peer[4].running_mean)
+
+
+def gradients(peer, k):
+    for i, w in enumerate(peer.parameters()):
+        if (i + k) % 2:
+            w.grad = torch.full_like(w, 0.1)
+
+
+CHANGES = {
+    "frozen BatchNorm": modes(1, 4),
+    "one frozen BatchNorm": modes(4),
+    "all in eval": modes(),
+    "dropout in eval": modes(7),
+    "momentum": setting(1, momentum=0.5),
+    "eps": setting(4, eps=0.1),
+    "no statistics": setting(1, track_running_stats=False),
+    "rate of dropout": setting(7, p=0.9),
+    "attribute": each(lambda p, k: setattr(p, "scale", 2.0 + k * 0)),
+    "one frozen layer": each(lambda p, k: p[0].requires_grad_(False)),
+    "one frozen peer": lambda cohort: cohort.peers[1].requires_grad_(False),
+    "frozen by turns": each(lambda p, k: p[8 * k].requires_grad_(False)),
+    "another layer": each(lambda p, k: p.__setitem__(2, nn.Tanh())),
+    "new head": each(new_head),
+    "assigned state": each(assigned),
+    "memory of one layer": each(other_memory),
+    "memory of one peer": lambda cohort: other_memory(cohort.peers[1], 1),
+    "statistics of one layer": each(other_statistics),
+    "layout": lambda cohort: cohort.to(memory_format=torch.channels_last),
+    "gradients of others": each(gradients),
+    "values": each(lambda p, k: p[8].weight.data.mul_(2)),
+}
+
+
+@pytest.mark.parametrize(
+    ("name", "accumulate"),
+    [*((name, 1) for name in CHANGES), ("gradients of others", 2), ("one frozen layer", 2)],
+)
+@pytest.mark.filterwarnings("ignore:.*(no group of the optimizer|belong to no peer)")
+def test_what_changes_after_the_step_was_made_is_what_eager_makes_of_it(name, accumulate):
+    """Before the first step, between steps, and back again where that is a mode."""
+    for at in (0, 2):
+        states = []
+        for execution in ("eager", "stacked"):
+            cohort = Cohort([small(k).double() for k in range(2)], C).train()
+            optimizer = torch.optim.SGD(cohort.parameters(), 0.05, 0.9, weight_decay=0.1)
+            step = make_step(
+                cohort, MutualLoss(), optimizer, execution=execution, amp="off",
+                accumulate=accumulate,
+            )  # fmt: skip
+            torch.manual_seed(0)
+            losses = []
+            for i, (x, y) in enumerate(batches(5, 8)):
+                if i == at:
+                    CHANGES[name](cohort)
+                if i == 4:
+                    cohort.train().requires_grad_(True)
+                losses.append(step(x.contiguous(), y).losses)
+            grads = [torch.zeros(1) if w.grad is None else w.grad for w in cohort.parameters()]
+            states.append([*losses, *cohort.state_dict().values(), *grads])
+        for a, b in zip(*states, strict=True):
+            torch.testing.assert_close(b, a, rtol=1e-6, atol=1e-8)
+
+
+@pytest.mark.parametrize(
+    "change", [lambda p: p.eval(), lambda p: p[1].eval(), lambda p: p[7].eval()]
+)
+@pytest.mark.parametrize("steps", [0, 1])
+def test_peers_in_different_modes_are_refused(change, steps):
+    cohort = Cohort([small(k).double() for k in range(2)], C).train()
+    optimizer = make_optimizer(cohort, lr=0.1)
+    step = make_step(cohort, MutualLoss(), optimizer, execution="stacked", amp="off")
+    for batch in batches(steps, 8):
+        step(*batch)
+    change(cohort.peers[1])
+    with pytest.raises(Unstackable, match=r"peers in one mode: of .*, peers 0 and 1 differ in tr"):
+        step(*next(batches(1, 8)))
+    cohort.train()
+    step(*next(batches(1, 8)))
+
+
+def test_modes_that_were_proved_are_not_proved_again(monkeypatch):
+    calls = []
+    monkeypatch.setattr(
+        "fastdml.engine.stacked.prove", lambda *a: calls.append(a[2].shape[1:]) or prove(*a)
+    )
+    cohort = Cohort([small(k).double() for k in range(2)], C)
+    optimizer = make_optimizer(cohort, lr=0.1)
+    step = make_step(cohort, MutualLoss(), optimizer, execution="stacked", amp="off")
+    for i in range(6):
+        cohort.train(i % 2 == 0)
+        step(*next(batches(1, 8)))
+    assert len(calls) == 2
+    step(*next(batches(1, 9)))  # images of another size
+    assert len(calls) == 3
+    setting(1, eps=0.1)(cohort)
+    step(*next(batches(1, 8)))
+    step(*next(batches(1, 8)))
+    assert len(calls) == 4
+
+
+@pytest.mark.parametrize(
+    ("build", "stacks"),
+    [
+        (lambda tv, timm: tv.resnet.ResNet(tv.resnet.BasicBlock, [1] * 4, C), True),
+        (lambda tv, timm: tv.resnet.ResNet(tv.resnet.Bottleneck, [1] * 4, C, True, 8, 8), True),
+        (lambda tv, timm: tv.mobilenet_v2(num_classes=C, width_mult=0.1), True),
+        (lambda tv, timm: timm.create_model("resnet18", num_classes=C, channels=(8,) * 4), True),
+        (lambda tv, timm: timm.create_model("resnet10t", num_classes=C, channels=(8,) * 4), True),
+        (lambda tv, timm: tv.squeezenet1_1(num_classes=C), False),  # joins channels
+        (lambda tv, timm: tv.shufflenet_v2_x0_5(num_classes=C), False),  # shuffles them
+        (lambda tv, timm: tv.densenet.DenseNet(4, (1, 1), 8, num_classes=C), False),
+        (lambda tv, timm: timm.create_model("convnext_atto", num_classes=C), False),
+        (lambda tv, timm: timm.create_model("vit_tiny_patch16_224", num_classes=C), False),
+    ],
+)
+def test_networks_of_others_are_stacked_exactly_or_refused(build, stacks):
+    tv, timm = pytest.importorskip("torchvision.models"), pytest.importorskip("timm")
+    states = []
+    for execution in ("eager", "stacked"):
+        peers = []
+        for k in range(2):
+            torch.manual_seed(k)
+            peers.append(build(tv, timm).double())
+        cohort = Cohort(peers, C).train()
+        torch.manual_seed(0)
+        if not stacks:
+            before = [t.data_ptr() for t in (*cohort.parameters(), *cohort.buffers())]
+            with pytest.raises(Unstackable):
+                train(cohort, "stacked", batches(1, 32, n=4))
+            assert before == [t.data_ptr() for t in (*cohort.parameters(), *cohort.buffers())]
+            return
+        _, _, outputs = train(cohort, execution, batches(2, 32, n=4))
+        states.append([*cohort.state_dict().values(), *(o.losses for o in outputs)])
+    for a, b in zip(*states, strict=True):
+        torch.testing.assert_close(b, a, rtol=1e-5, atol=1e-6)
 
 
 def test_vectors_and_images_that_all_peers_see():

@@ -1,0 +1,269 @@
+"""Which peers can run as one network: the check at the door, and what is watched afterwards.
+
+Nothing here changes a peer. What is not known is refused, in one line that names it:
+
+    layers      exactly those that have a stacked form, and modules of torch that treat every
+                channel alike; modules of others that combine these are the proof's to judge
+    wrappers    DistributedDataParallel, FSDP, torch.compile, TorchScript, parametrizations, ...
+    hooks       of modules, of tensors, of the nodes that gradients are accumulated by, of torch
+    tensors     used by two layers, in overlapping or shared memory, of a class of their own
+    randomness  modules that draw an image at a time, generators among a module's attributes
+    modes       layers whose training flag is not that of the same layer of the other peers
+"""
+
+from __future__ import annotations
+
+import gc
+import random
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from itertools import pairwise
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.nn.modules import module as torch_module
+from torch.nn.utils import parametrize
+
+from fastdml.engine.guards import replicated
+from fastdml.errors import InputError
+
+# Of torch.nn and without weights: nothing in them depends on which channels lie beside a channel,
+# and nothing is drawn.
+PLAIN = frozenset({
+    nn.Sequential, nn.ModuleList, nn.ModuleDict, nn.Identity, nn.Flatten,
+    nn.ReLU, nn.ReLU6, nn.LeakyReLU, nn.ELU, nn.CELU, nn.SELU, nn.GELU, nn.SiLU, nn.Mish,
+    nn.Hardswish, nn.Hardsigmoid, nn.Hardtanh, nn.Hardshrink, nn.Softshrink, nn.Tanhshrink,
+    nn.Threshold, nn.Sigmoid, nn.LogSigmoid, nn.Tanh, nn.Softplus, nn.Softsign,
+    nn.MaxPool2d, nn.AvgPool2d, nn.LPPool2d, nn.AdaptiveAvgPool2d, nn.AdaptiveMaxPool2d,
+    nn.ZeroPad2d, nn.ConstantPad2d, nn.ReflectionPad2d, nn.ReplicationPad2d, nn.CircularPad2d,
+    nn.Upsample, nn.UpsamplingNearest2d, nn.UpsamplingBilinear2d,
+})  # fmt: skip
+RANDOM = ("DropPath", "StochasticDepth", "DropBlock2d", "DropBlock3d")  # and names of their rates:
+RATES = ("drop_prob", "p")
+GENERATORS = (torch.Generator, random.Random, np.random.Generator, np.random.RandomState)
+HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+TABLES = ("_parameters", "_buffers", "_modules")
+INTERNAL = frozenset(vars(nn.Module()))  # attributes that every module has
+
+
+class Unstackable(InputError):
+    """`reason` goes on from the words "execution 'stacked'"."""
+
+    def __init__(self, reason: str) -> None:
+        super().__init__(f"execution 'stacked' {reason}; use another execution")
+        self.reason = reason
+
+
+def unknown(what: str) -> Unstackable:
+    return Unstackable(f"does not know {what}")
+
+
+def check(
+    peers: Sequence[nn.Module], layers: Mapping[type, Callable[[nn.Module], str | None]]
+) -> None:
+    """Refuses peers that cannot be stacked.
+
+    layers: types of modules that have a stacked form, and for each what says why a certain layer
+        has none all the same.
+    """
+    if any(getattr(torch_module, f"_global{name}", None) for name in HOOKS):
+        raise unknown("hooks on all modules")
+    for peer in peers:
+        if (found := replicated(peer)) is not None:
+            raise unknown(found)
+        for name, module in peer.named_modules():
+            if (found := _strange(module, layers)) is not None:
+                raise unknown(f"{found} ({name or type(peer).__name__})")
+            for tensor_name, t in _own_tensors(module):
+                if (found := _strange_tensor(t)) is not None:
+                    raise unknown(f"{found} ({f'{name}.{tensor_name}'.lstrip('.')})")
+    _check_alike(peers, layers)
+    _check_apart(peers)
+    _check_accumulators(peers)
+
+
+def _own_tensors(module: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    for table in (module._parameters, module._buffers):
+        yield from ((name, t) for name, t in table.items() if t is not None)
+
+
+def _strange(m: nn.Module, layers: Mapping[type, Callable[[nn.Module], str | None]]) -> str | None:
+    """What about this module is not known, in words."""
+    kind = type(m)
+    if m._compiled_call_impl is not None or any("_dynamo" in k.__module__ for k in kind.__mro__):
+        return "a module that went through torch.compile, which compile=True of make_step does"
+    if any(getattr(m, name) for name in HOOKS):
+        return "a module with hooks"
+    if "forward" in vars(m) or "__call__" in vars(m):
+        return "a module with a forward of its own"
+    if parametrize.is_parametrized(m):
+        return "a parametrized module"
+    if kind in layers:
+        return f"modules inside a {kind.__name__}" if m._modules else layers[kind](m)
+    if kind.__module__.startswith("torch.") and kind not in PLAIN:
+        return f"a layer of type {kind.__name__}"
+    if next(_own_tensors(m), None) is not None:
+        return f"a layer of type {kind.__name__} with weights of its own"
+    if kind.__name__ in RANDOM and any(getattr(m, name, 0) for name in RATES):
+        return f"{kind.__name__}, which draws a number for every image"
+    if any(isinstance(getattr(v, "__self__", v), GENERATORS) for v in vars(m).values()):
+        return "a module with a random generator of its own"
+    return None
+
+
+def _strange_tensor(t: Tensor) -> str | None:
+    if t._backward_hooks or t._post_accumulate_grad_hooks:
+        return "a parameter with hooks"
+    if type(t) not in (Tensor, nn.Parameter) or t.layout != torch.strided or t.is_meta:
+        return f"a weight of type {type(t).__name__} on {t.device}"
+    if not t.is_leaf:
+        return "a weight that is computed"
+    if t.device.type == "cpu" and t.is_shared():
+        return "a weight in memory that processes share"
+    if not _joins(t):
+        return f"a weight of shape {tuple(t.shape)} and strides {t.stride()}"
+    return None
+
+
+def _joins(t: Tensor) -> bool:
+    """Whether it fills its memory, the first dimension outermost: so that several of them, one
+    after another, are again such a tensor."""
+    dims = [(size, stride) for size, stride in zip(t.shape, t.stride(), strict=True) if size > 1]
+    expected = 1
+    for size, stride in sorted(dims, key=lambda dim: dim[1]):
+        if stride != expected:
+            return False
+        expected *= size
+    outermost = t.dim() == 0 or t.shape[0] == 1 or t.stride(0) * t.shape[0] == expected
+    return t.numel() > 0 and outermost
+
+
+def _check_alike(peers: Sequence[nn.Module], layers: Mapping[type, Any]) -> None:
+    """Same modules, connected in the same way, with the same settings, shapes and modes."""
+    structures = [_structure(peer) for peer in peers]
+    for k, other in enumerate(structures):
+        if other != structures[0]:
+            raise Unstackable(
+                f"needs peers of one architecture: peers 0 and {k} have different layers"
+            )
+    names = [name for name, _ in peers[0].named_modules()]
+    for name, modules in zip(names, together(peers), strict=True):
+        name = name or type(modules[0]).__name__
+        first = _description(modules[0], layers)
+        for k, module in enumerate(modules):
+            if _description(module, layers) != first:
+                raise Unstackable(
+                    f"needs peers of one architecture: {name} differs between peers 0 and {k}"
+                )
+            if module.training != modules[0].training:
+                raise Unstackable(
+                    f"needs peers in one mode: of {name}, peers 0 and {k} differ in training"
+                )
+
+
+def together(peers: Sequence[nn.Module]) -> Iterator[tuple[nn.Module, ...]]:
+    """The modules of the peers, those of one place in one tuple; each once."""
+    return zip(*(peer.modules() for peer in peers), strict=True)
+
+
+def _structure(peer: nn.Module) -> list[tuple[type, list[tuple[str, int | None]]]]:
+    """Each module's type and children, by their numbers: a module in two places has one."""
+    modules = list(peer.modules())
+    numbers = {id(m): i for i, m in enumerate(modules)}
+    return [
+        (type(m), [(name, numbers.get(id(child))) for name, child in m._modules.items()])
+        for m in modules
+    ]
+
+
+def _description(m: nn.Module, layers: Mapping[type, Any]) -> tuple:
+    """What has to be equal. Attributes of others' modules may differ, such as a name: what they
+    mean is seen in the proof."""
+    tensors = [
+        (name, t if t is None else (type(t), t.shape, t.stride(), t.dtype, t.device))
+        for table in (m._parameters, m._buffers)
+        for name, t in table.items()
+    ]
+    known = type(m) in layers or type(m) in PLAIN
+    settings = {name: v for name, v in vars(m).items() if known and name not in INTERNAL}
+    return tensors, settings
+
+
+def _check_apart(peers: Sequence[nn.Module]) -> None:
+    """No tensor in two places, and none in the memory of another."""
+    places: dict[int, str] = {}
+    spans = []
+    for k, peer in enumerate(peers):
+        for name, module in peer.named_modules():
+            for tensor_name, t in _own_tensors(module):
+                place = f"{name}.{tensor_name}".lstrip(".") + f" of peer {k}"
+                if id(t) in places:
+                    raise unknown(f"a weight that is used twice ({places[id(t)]}, {place})")
+                places[id(t)] = place
+                start = t.data_ptr()
+                spans.append((str(t.device), start, start + t.numel() * t.element_size(), place))
+    for (device, _, end, a), (other, start, _, b) in pairwise(sorted(spans)):
+        if device == other and start < end:
+            raise unknown(f"weights that share memory ({a}, {b})")
+
+
+def _check_accumulators(peers: Sequence[nn.Module]) -> None:
+    """Nobody holds a weight's AccumulateGrad node, which is done to put a hook on it."""
+    own = {id(w) for peer in peers for w in peer.parameters()}
+    for held in gc.get_objects():
+        if type(held).__name__ == "AccumulateGrad" and id(held.variable) in own:
+            raise unknown("a hook where the gradient of a weight is accumulated")
+
+
+class Watch:
+    """Notices whatever of the peers is not as it was: modes, hooks, settings and attributes,
+    children, weights that were frozen, replaced, moved or cast."""
+
+    def __init__(self, peers: Sequence[nn.Module]) -> None:
+        modules = [m for peer in peers for m in peer.modules()]
+        self.modules = [(m, type(m), _state(m)) for m in modules]
+        self.tensors = [
+            (table, name, t, t.data_ptr(), t.requires_grad)
+            for m in modules
+            for table in (m._parameters, m._buffers)
+            for name, t in table.items()
+            if t is not None
+        ]
+
+    def changed(self) -> bool:
+        if any(getattr(torch_module, f"_global{name}") for name in HOOKS):
+            return True
+        for m, kind, state in self.modules:
+            if type(m) is not kind or _differ(vars(m), state):
+                return True
+        for table, name, t, address, trained in self.tensors:
+            if table.get(name) is not t or t.data_ptr() != address or t.requires_grad != trained:
+                return True
+            if t._backward_hooks or t._post_accumulate_grad_hooks:
+                return True
+        return False
+
+    def changed_more_than_modes(self) -> bool:
+        """Whether something changed beside which layers and which weights train."""
+        for m, kind, state in self.modules:
+            if type(m) is not kind or _differ(vars(m) | {"training": state["training"]}, state):
+                return True
+        return any(
+            table.get(name) is not t or t.data_ptr() != address
+            for table, name, t, address, _ in self.tensors
+        )
+
+
+def _state(m: nn.Module) -> dict[str, Any]:
+    """Its attributes; of the tables that change in place, what is in them."""
+    state = dict(vars(m))
+    return state | {name: dict(state[name]) for name in (*TABLES, *HOOKS)}
+
+
+def _differ(a: dict[str, Any], b: dict[str, Any]) -> bool:
+    """Values that are the same object are equal, and are not asked."""
+    try:
+        return a != b
+    except Exception:  # of others' values that cannot be compared, and are not the same
+        return True
