@@ -15,6 +15,7 @@ import copy
 import dataclasses
 import sys
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -191,9 +192,7 @@ def make_step(
         output=output,
     )
 
-    def make(name: str) -> Step:
-        return EXECUTIONS[name][update](cohort, loss, optimizer, amp, options)
-
+    make = Maker(cohort, loss, optimizer, amp, options, update)
     if execution != "auto" and (threads is None or device.type != "cpu"):
         return make(execution)
     if execution == "auto" and takes_number(optimizer):
@@ -203,9 +202,6 @@ def make_step(
     able = [name for name in executions(device) if update in EXECUTIONS[name]]
     if device.type == "cuda":
         return make("eager") if deterministic else CudaAutoStep(able, make, device)
-
-    def copies() -> Callable[[str], Step]:
-        return _on_copies(cohort, loss, optimizer, amp, options, update)
 
     threads = threads or cpus.asked()
     unfit, by_rule = {}, only_by_rule(cohort.peers, compile)
@@ -220,8 +216,34 @@ def make_step(
     if deterministic and (len(able) > 1 or not threads):
         by_rule = "deterministic"
     return CpuAutoStep(
-        able, make, cohort.peers, threads=threads, copies=copies, unfit=unfit, by_rule=by_rule
+        able,
+        make,
+        cohort.peers,
+        threads=threads,
+        copies=make.on_copies,
+        unfit=unfit,
+        by_rule=by_rule,
     )
+
+
+@dataclass(frozen=True)
+class Maker:
+    """Builds steps of any execution. Unlike a function's, its copies build steps of copies."""
+
+    cohort: Cohort
+    loss: MutualLoss
+    optimizer: Optimizer
+    amp: Amp
+    options: StepOptions
+    update: str
+
+    def __call__(self, name: str) -> Step:
+        arguments = (self.cohort, self.loss, self.optimizer, self.amp, self.options)
+        return EXECUTIONS[name][self.update](*arguments)
+
+    def on_copies(self) -> Callable[[str], Step]:
+        arguments = (self.cohort, self.loss, self.optimizer, self.amp, self.options, self.update)
+        return _on_copies(*arguments)
 
 
 def _on_copies(

@@ -135,6 +135,10 @@ class GraphStep:
         # Loading replaces the state tensors that the graph writes to.
         inner.optimizer.register_load_state_dict_post_hook(_forget(weakref.ref(self)))
 
+    def __reduce__(self) -> tuple[type[GraphStep], tuple]:
+        """A copy captures a graph of its own at its first call."""
+        return type(self), (self.inner, self.new_capture)
+
     def forget(self) -> None:
         """The next call captures anew."""
         self.captured = None

@@ -10,8 +10,8 @@ features that its peers give beside their logits, and the same pass takes both.
 "sequential" is the paper's Algorithm 1: peer 1 is updated, its predictions on the same batch are
 recomputed, peer 2 is updated against those, and so on. Only the peer just updated is recomputed,
 since the others' predictions could not have changed: 2K - 1 forward and K backward passes. The
-recomputation runs in training mode, as the paper's does, but leaves BatchNorm's running statistics
-alone: they take in each batch once, in the pass that the peer's own update uses. A peer's loss is
+recomputation runs in training mode, as the paper's does, but leaves all buffers alone: running
+statistics take in each batch once, in the pass that the peer's own update uses. A peer's loss is
 reported as it was just before its own update, and its metric loss is computed then alone.
 """
 
@@ -25,7 +25,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor, nn
-from torch.nn.modules.batchnorm import _NormBase
+from torch.nn.modules.batchnorm import SyncBatchNorm, _BatchNorm
 from torch.optim import Optimizer
 
 from fastdml.cohort import check_logits
@@ -33,12 +33,16 @@ from fastdml.engine.accumulate import Split
 from fastdml.engine.amp import Amp
 from fastdml.engine.ema import Ema
 from fastdml.engine.update import Update
+from fastdml.engine.weights import Buffers
 from fastdml.errors import InputError
 from fastdml.loss import MutualLoss, MutualStats
 
 if TYPE_CHECKING:
     from fastdml.cohort import Cohort
     from fastdml.metric_losses import MetricLoss
+
+# Layers that record no statistics where their track_running_stats is False.
+RECORD_AS_TOLD = (_BatchNorm.forward, SyncBatchNorm.forward)
 
 Outputs = tuple[Tensor, ...]  # of a peer: logits (N, C), and with a metric loss features (N, D)
 
@@ -106,6 +110,10 @@ class EagerStep:
         self.forwards = self.networks()
         if options.compile:
             self.forwards = [torch.compile(network) for network in self.forwards]
+
+    def __reduce__(self) -> tuple[type[EagerStep], tuple]:
+        """Copies and pickles are made anew of copies of what the step was made of."""
+        return type(self), (self.cohort, self.loss, self.optimizer, self.amp, self.options)
 
     def networks(self) -> list[nn.Module]:
         """What is run, and compiled if asked."""
@@ -223,7 +231,7 @@ class SequentialStep(EagerStep):
             self.backward([outputs[k]], [grads[k]])
             self.update.apply([k])
             if k + 1 < K:
-                with torch.no_grad(), running_statistics_kept(self.peers[k]):
+                with torch.no_grad(), buffers_kept(self.peers[k]):
                     predictions[k] = self.forward(k, images)
         return _own_rounds(rounds)
 
@@ -263,13 +271,24 @@ def _own_rounds(rounds: list[StepOutput]) -> StepOutput:
 
 
 @contextmanager
-def running_statistics_kept(peer: nn.Module) -> Iterator[None]:
-    """Normalisation layers in training mode use the batch's statistics and record nothing."""
-    layers = [m for m in peer.modules() if isinstance(m, _NormBase) and m.track_running_stats]
-    for layer in layers:
-        layer.track_running_stats = False
+def buffers_kept(peer: nn.Module) -> Iterator[None]:
+    """A pass in training mode inside leaves no buffer changed.
+
+    torch's BatchNorm is told to record nothing, which costs nothing; all others, such as the
+    vectors of spectral norm or the statistics of InstanceNorm, are copied and put back.
+    """
+    norms = [m for m in peer.modules() if type(m).forward in RECORD_AS_TOLD]
+    norms = [m for m in norms if m.track_running_stats]
+    told = {id(t) for m in norms for t in m._buffers.values()}
+    buffers = Buffers(peer)
+    kept = [(t, t.clone()) for t in peer.buffers() if id(t) not in told]
+    for m in norms:
+        m.track_running_stats = False
     try:
         yield
     finally:
-        for layer in layers:
-            layer.track_running_stats = True
+        for m in norms:
+            m.track_running_stats = True
+        buffers.put_back()
+        for t, value in kept:
+            t.copy_(value)

@@ -8,6 +8,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.ao.quantization import MovingAverageMinMaxObserver
+from torch.nn.utils import parametrizations
 
 from fastdml.cohort import Cohort
 from fastdml.engine import Amp, Schedule, make_optimizer, make_step
@@ -130,6 +132,71 @@ def test_sequential_recomputes_in_training_mode_and_records_statistics_once():
         start(x)  # one pass with the weights from before the update
         torch.testing.assert_close(mine[1].running_mean, start[1].running_mean)
         torch.testing.assert_close(mine[1].running_var, start[1].running_var)
+
+
+class OwnNorm(nn.BatchNorm1d):
+    """Records its statistics by itself, whatever track_running_stats says."""
+
+    def forward(self, x):
+        if self.training:
+            with torch.no_grad():
+                self.running_mean.lerp_(x.mean(0), 0.5)
+                self.num_batches_tracked += 1
+        return x - self.running_mean
+
+
+class Replacing(nn.Module):
+    """Puts a new tensor into the place of its buffer."""
+
+    def __init__(self):
+        super().__init__()
+        self.register_buffer("centre", torch.zeros(8))
+
+    def forward(self, x):
+        self.centre = 0.5 * self.centre + 0.5 * x.detach().mean(0)
+        return x - self.centre
+
+
+class Sequence(nn.Module):
+    """InstanceNorm over 2 groups of 4 features."""
+
+    def __init__(self):
+        super().__init__()
+        self.norm = nn.InstanceNorm1d(2, track_running_stats=True)
+
+    def forward(self, x):
+        return self.norm(x.view(-1, 2, 4)).flatten(1)
+
+
+RECORDERS = {
+    "batch norm": lambda: nn.BatchNorm1d(8),
+    "batch norm of one's own": lambda: OwnNorm(8),
+    "instance norm": Sequence,
+    "spectral norm": lambda: parametrizations.spectral_norm(nn.Linear(8, 8)),
+    "spectral norm by hooks": lambda: nn.utils.spectral_norm(nn.Linear(8, 8)),
+    "quantiser's observer": MovingAverageMinMaxObserver,
+    "replaced buffer": Replacing,
+}
+
+
+@pytest.mark.filterwarnings("ignore:.*spectral_norm.*:FutureWarning")
+@pytest.mark.parametrize("recorder", RECORDERS)
+def test_sequential_leaves_buffers_as_one_pass_does(recorder):
+    """What is recomputed for the next peer is seen by that peer alone."""
+    torch.manual_seed(0)
+    peers = [
+        nn.Sequential(nn.Linear(6, 8), RECORDERS[recorder](), nn.Linear(8, C)) for _ in range(3)
+    ]
+    starts = [copy.deepcopy(p) for p in peers]
+    step = step_for(peers, update="sequential")
+    x, y = next(batches(1))
+    step(x, y)
+    for peer, start in zip(peers, starts, strict=True):
+        start(x)
+        for (name, found), expected in zip(peer.named_buffers(), start.buffers(), strict=True):
+            assert torch.equal(found, expected), name
+        assert not torch.equal(peer[0].weight, start[0].weight)
+    assert all(m.track_running_stats for p in peers for m in p if hasattr(m, "track_running_stats"))
 
 
 def test_sequential_steps_see_the_gradients_of_one_peer():
