@@ -1,4 +1,4 @@
-"""Pictures of ranked lists: their order by the rules of the scores, their frames by colour."""
+"""Pictures of ranked lists: their order by the rules of the scores, what tells right from wrong."""
 
 from __future__ import annotations
 
@@ -8,7 +8,17 @@ import torch
 
 from fastdml.errors import InputError
 from fastdml.metrics import ranked_list, ranked_lists, reid_scores, save_ranked_lists
-from fastdml.metrics.ranked_lists import BLACK, FRAME, GAP, GREEN, RED, SIZE, WHITE
+from fastdml.metrics.ranked_lists import (
+    BLACK,
+    FRAME,
+    GAP,
+    LINE,
+    LINES,
+    RIGHT,
+    SIZE,
+    WHITE,
+    WRONG,
+)
 
 Image = pytest.importorskip("PIL.Image")
 
@@ -16,17 +26,22 @@ Image = pytest.importorskip("PIL.Image")
 def cell(picture: np.ndarray, row: int, place: int) -> np.ndarray:
     """The framed image at a place (0: the query)."""
     height, width = SIZE[0] + 2 * FRAME, SIZE[1] + 2 * FRAME
-    top = GAP + row * (height + GAP)
+    top = GAP + row * (height + LINES * LINE + GAP)
     left = GAP + place * (width + GAP) + (2 * GAP if place else 0)
     return picture[top : top + height, left : left + width]
 
 
-def frame_of(framed: np.ndarray) -> tuple[int, int, int] | None:
-    """Its one colour, or None."""
+def frame_of(framed: np.ndarray) -> tuple[tuple[int, int, int] | None, bool]:
+    """Its one colour, or None, and whether it is dashed."""
     edge = np.ones(framed.shape[:2], bool)
     edge[FRAME:-FRAME, FRAME:-FRAME] = False
-    colors = np.unique(framed[edge], axis=0)
-    return tuple(colors[0].tolist()) if len(colors) == 1 else None
+    pixels = framed[edge]
+    gaps = (pixels == WHITE).all(1)
+    colors = np.unique(pixels[~gaps], axis=0)
+    return tuple(colors[0].tolist()) if len(colors) == 1 else None, 0.3 < gaps.mean() < 0.6
+
+
+OF = {True: (RIGHT, False), False: (WRONG, True), None: (BLACK, False)}  # None: the query
 
 
 @pytest.fixture
@@ -67,19 +82,65 @@ def test_frames_and_order(pictures, tmp_path):
     picture = np.asarray(Image.open(target))
     # row 0: image 0 is of the query's own camera, image 4 is junk; row 1: best is image 3
     expected = [
-        [(BLACK, 90), (RED, 50), (GREEN, 60), (RED, 70)],
-        [(BLACK, 40), (RED, 70), (RED, 60), (GREEN, 50)],
+        [(None, 90), (False, 50), (True, 60), (False, 70)],
+        [(None, 40), (False, 70), (False, 60), (True, 50)],
     ]
     for row, places in enumerate(expected):
-        for place, (color, grey) in enumerate(places):
+        for place, (right, grey) in enumerate(places):
             framed = cell(picture, row, place)
-            assert frame_of(framed) == color, (row, place)
+            assert frame_of(framed) == OF[right], (row, place)
             inside = framed[FRAME:-FRAME, FRAME:-FRAME]
             assert inside.shape == (*SIZE, 3)
             assert (inside[-20:] == grey).all(), (row, place)
             if grey == 70:  # the one on its side: its left, which is bright, has become its top
                 assert (inside[:20] == 250).all()
-    assert picture.shape == (GAP + 2 * (128 + 8 + GAP), GAP + 4 * (64 + 8 + GAP) + 2 * GAP, 3)
+    height = 2 * (128 + 8 + LINES * LINE + GAP) + 2 * LINE
+    assert picture.shape == (GAP + height + GAP, GAP + 4 * (64 + 8 + GAP) + 2 * GAP, 3)
+
+
+def test_what_stands_below_each_image(pictures, tmp_path, monkeypatch):
+    """Rank, identity, camera and distance, and a mark that tells right from wrong by its shape."""
+    draw = pytest.importorskip("PIL.ImageDraw").ImageDraw
+    texts, marks = [], []
+    write, mark = draw.text, ranked_lists._mark
+    monkeypatch.setattr(draw, "text", lambda d, at, s, *a: texts.append(s) or write(d, at, s, *a))
+    monkeypatch.setattr(ranked_lists, "_mark", lambda d, at, r: marks.append(r) or mark(d, at, r))
+    save_ranked_lists(
+        tmp_path / "lists.png",
+        pictures[:1],
+        pictures[:5],
+        torch.tensor([7]),
+        GALLERY_IDS,
+        torch.tensor([1]),
+        GALLERY_CAMERAS,
+        torch.tensor([[0.1, 0.25, 0.3125, torch.inf, 0.0]]),
+    )
+    assert texts == [
+        *("query", "id 7", "cam 1"),
+        *("1", "id 8", "cam 2", "0.250"),
+        *("2", "id 7", "cam 2", "0.312"),
+        *("3", "id 0", "cam 3", "inf"),
+        *("same identity", "another"),
+    ]
+    assert marks == [False, True, False, True, False]
+    shapes = {}
+    for right in (True, False):
+        image = Image.new("RGB", (LINE, LINE))
+        mark(pytest.importorskip("PIL.ImageDraw").Draw(image), (0, 0), right)
+        shapes[right] = np.asarray(image).any(2)
+        assert shapes[right].sum() > LINE
+    assert (shapes[True] != shapes[False]).sum() > LINE, "told apart without colours"
+    picture = np.asarray(Image.open(tmp_path / "lists.png"))
+    below = picture[GAP + 128 + 8 : -2 * LINE - GAP]
+    assert (below.reshape(-1, 3) == BLACK).all(1).mean() > 0.01, "there are letters"
+
+
+def test_letters_fit_between_images(tmp_path, pictures):
+    """Of an identity of five digits and a camera of two; so they can be read in a column: 18 of the
+    picture's 876 pixels are 5 points in 3.3 inches."""
+    font = pytest.importorskip("PIL.ImageFont").load_default(LINE - 1)
+    for text in ("id 12345", "cam 15", "0.123", "100.000"):
+        assert font.getlength(text) <= SIZE[1] + 2 * FRAME + GAP
 
 
 def test_a_query_with_a_shorter_list_leaves_the_rest_white(pictures, tmp_path):
@@ -94,9 +155,10 @@ def test_a_query_with_a_shorter_list_leaves_the_rest_white(pictures, tmp_path):
         torch.rand(2, 2),
     )
     picture = np.asarray(Image.open(tmp_path / "lists.png"))
-    assert frame_of(cell(picture, 0, 1)) == RED
+    assert frame_of(cell(picture, 0, 1)) == OF[False]
     assert (cell(picture, 0, 2) == WHITE).all()
-    assert {frame_of(cell(picture, 1, 1)), frame_of(cell(picture, 1, 2))} == {RED, GREEN}
+    found = {frame_of(cell(picture, 1, 1)), frame_of(cell(picture, 1, 2))}
+    assert found == {OF[True], OF[False]}
 
 
 def test_lists_follow_the_rules_of_the_scores():
