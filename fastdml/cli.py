@@ -1,7 +1,8 @@
 """The command `fastdml`: finds the subcommand, hands over, turns the user's mistakes into a line.
 
-Exit codes: 0 done; 2 the input is wrong (one line on stderr, nothing written); 130 interrupted;
-141 the reader of the output went away. Anything else is a defect and keeps its traceback.
+Exit codes: 0 done; 1 the output could not be written; 2 the input is wrong (one line on stderr,
+nothing written); 130 interrupted; 141 the reader of the output went away. Anything else is a defect
+and keeps its traceback. A stderr that cannot be written to stops nothing.
 
 Subcommands import what they need when they are called, so that `fastdml --help` and a mistyped name
 answer at once.
@@ -25,8 +26,10 @@ from typing import TYPE_CHECKING, Any, NoReturn
 
 from fastdml import __version__
 from fastdml.errors import InputError
+from fastdml.files import NO_ROOM
 from fastdml.options import split_lists
 from fastdml.paths import expanded
+from fastdml.terminal import complete_streams, discard, lenient_stderr
 
 if TYPE_CHECKING:
     from fastdml.cohort import Cohort
@@ -234,23 +237,32 @@ COMMANDS: dict[str, Callable[[list[str]], None]] = {
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    args = list(sys.argv[1:] if argv is None else argv)
+    complete_streams()
     _print_anything()
+    with lenient_stderr():
+        return _run(list(sys.argv[1:] if argv is None else argv))
+
+
+def _run(args: list[str]) -> int:
     try:
         code = _dispatch(args)
         sys.stdout.flush()
         return code
     except InputError as error:
         return _complain(f"error: {error}", 2)
-    except PermissionError as error:
-        return _complain(f"error: {error.filename}: {error.strerror}", 2)
     except KeyboardInterrupt:
         # Training itself ends by a checkpoint and its own message, unless it is asked twice.
         return _complain("interrupted", 130)
     except BrokenPipeError:
-        # `fastdml ... | head`: nobody reads on, and the flush at exit must not say so again.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        discard(sys.stdout)  # `fastdml ... | head`: nobody reads on
         return 141
+    except OSError as error:
+        if error.filename is not None:
+            return _complain(f"error: {error.filename}: {error.strerror}", 2)
+        if error.errno not in NO_ROOM:
+            raise
+        discard(sys.stdout)
+        return _complain(f"error: cannot write the output: {error.strerror}", 1)
 
 
 def _print_anything() -> None:
@@ -298,7 +310,10 @@ def _help() -> str:
 
 
 def _complain(message: str, code: int) -> int:
-    sys.stdout.flush()
+    try:
+        sys.stdout.flush()
+    except OSError:
+        discard(sys.stdout)
     print(f"fastdml: {' '.join(message.splitlines())}", file=sys.stderr)
     return code
 

@@ -12,6 +12,7 @@ import multiprocessing
 import os
 import signal
 import threading
+import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import cache
@@ -20,7 +21,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader, Dataset, dataloader
 
 from fastdml.data.augment import Augment
 from fastdml.data.batching import Batching
@@ -30,6 +31,7 @@ from fastdml.data.reid import STORED, ReidSplit
 from fastdml.errors import InputError
 
 TERM = {signal.SIGTERM}
+FETCHING = (dataloader.__file__, "_try_get_data")  # of a batch from a worker
 DEAD = ("DataLoader worker (pid", "Pin memory thread exited")  # torch's messages begin so
 
 
@@ -159,18 +161,33 @@ def _end_when_told() -> None:
 
 @contextmanager
 def naming_dead_workers() -> Iterator[None]:
-    """A DataLoader's worker that the system ended is said in one line. Torch raises its error from
-    a signal handler, wherever the process happens to be."""
+    """A DataLoader's worker that the system ended is said in one line."""
     try:
         yield
-    except RuntimeError as error:
-        text = " ".join(str(error).split())
-        if not text.startswith(DEAD):
+    except (RuntimeError, OSError, EOFError) as error:
+        if not _of_dead_worker(error):
             raise
+        if threading.current_thread() is threading.main_thread():
+            # Of the next one's death the handler would raise again, in the middle of anything;
+            # without it torch finds a dead worker when it waits for a batch.
+            signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+        text = " ".join(str(error).split()).rstrip(".")
         raise InputError(
-            f"a process that loads images has died ({text.rstrip('.')}): where memory ran out, "
-            "end what else takes some, and go on with resume"
+            f"a process that loads images has died ({text}): where memory ran out, end what else "
+            "takes some, and go on with resume"
         ) from None
+
+
+def _of_dead_worker(error: Exception) -> bool:
+    """Torch says so from a handler of SIGCHLD, wherever the process happens to be, or when it waits
+    for a batch; or the batch is there, and the one it is to be fetched from no longer."""
+    text = str(error)
+    if isinstance(error, RuntimeError):
+        return text.startswith(DEAD)
+    if "in pin memory thread" in text:
+        return True
+    frames = (frame.f_code for frame, _ in traceback.walk_tb(error.__traceback__))
+    return any((code.co_filename, code.co_name) == FETCHING for code in frames)
 
 
 class TorchLoader(Batching):

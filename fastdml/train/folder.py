@@ -7,6 +7,7 @@ over them.
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import fcntl
 import os
@@ -31,6 +32,7 @@ LAST_CHECKPOINT = "last.ckpt"
 INITIAL_CHECKPOINT = "initial.ckpt"
 BEST = "best"
 LOCK = ".lock"
+DEEPEST = ("x" * 60,) * 5  # a path below the folder as long as any of a run's
 # What a process leaves that is killed before its run is one: no settings yet.
 STILLBORN = {LOCK, partial(Path(CONFIG)).name}
 # What it leaves that is killed before the first checkpoint.
@@ -79,6 +81,8 @@ def check_folder(config: TrainConfig) -> None:
 
 def _refuse_overwriting(folder: Path) -> None:
     try:
+        with contextlib.suppress(FileNotFoundError, NotADirectoryError):
+            os.lstat(folder.joinpath(*DEEPEST))
         taken = os.path.lexists(folder) and (
             not folder.is_dir() or {p.name for p in folder.iterdir()} - STILLBORN
         )

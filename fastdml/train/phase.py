@@ -363,6 +363,24 @@ class Phase:
     def _restore(self) -> None:
         path = self.folder / LAST_CHECKPOINT
         state = checkpoint.load(path)
+        try:
+            self._take(state, path)
+        except (InputError, torch.OutOfMemoryError):
+            raise
+        except KeyError as error:
+            raise InputError(f"{path} is not a checkpoint that a run saved: no {error}") from error
+        except (
+            ArithmeticError,
+            AttributeError,
+            IndexError,
+            RuntimeError,
+            TypeError,
+            ValueError,
+        ) as e:
+            reason = " ".join(str(e).split())[:200]
+            raise InputError(f"{path} is not a checkpoint that a run saved: {reason}") from e
+
+    def _take(self, state: dict[str, Any], path: Path) -> None:
         check_resumable(state["config"], self.config)
         for key, what, now in (
             ("peers", "peers", list(self.cohort.names)),
@@ -380,9 +398,16 @@ class Phase:
                     f"cannot resume {path}: the {key} of the images was {str(was)[:60]} and is now "
                     f"{str(now[key])[:60]}"
                 )
-        if state["position"] > self.total:
+        position, history = state["position"], state["history"]
+        if type(position) is not int or position < 0:
+            raise ValueError(f"position {position!r}")
+        if [r["step"] for r in history] != [
+            min(r["epoch"] * self.steps, position) for r in history
+        ]:
+            raise ValueError("a history of other steps")
+        if position > self.total:
             raise InputError(
-                f"cannot resume: the run has done {state['position'] // self.steps} epochs, more "
+                f"cannot resume: the run has done {position // self.steps} epochs, more "
                 f"than epochs={self.epochs}"
             )
         load_weights(self.cohort, state["cohort"], path)
@@ -398,8 +423,8 @@ class Phase:
         self.totals.load(state["totals"])
         self._restore_choice(state)
         self.clock.load(state["clock"])
-        self.position, self.seconds = state["position"], state["seconds"]
-        self.history, self.best_epoch = state["history"], state["best_epoch"]
+        self.position, self.seconds = position, float(state["seconds"])
+        self.history, self.best_epoch = history, int(state["best_epoch"])
         self.scores, self.best_scores = (
             state[key] and from_dict(state[key]) for key in ("scores", "best_scores")
         )

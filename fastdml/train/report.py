@@ -142,8 +142,8 @@ class Events:
             now = time.time()
             name = f"events.out.tfevents.{int(now):010d}.{socket.gethostname()}.{os.getpid()}.0"
             self.file = create(folder / name)
-        self._writer = records.RecordWriter(self.file)
-        self._write(self._event(wall_time=now, file_version="brain.Event:2"))
+            self._writer = records.RecordWriter(self.file)
+            self._write(self._event(wall_time=now, file_version="brain.Event:2"))
 
     def add(self, record: dict[str, Any]) -> None:
         """The numbers of a log point: KIND/NAME, and KIND/NAME/PEER."""

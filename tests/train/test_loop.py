@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
+import errno
 import functools
+import io
 import json
 import math
 import os
@@ -22,6 +25,7 @@ from runs import Crash, CrashingLoader, environment, logged, same_weights, timel
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
+from fastdml import files
 from fastdml import train as training
 from fastdml.cohort import Cohort
 from fastdml.data import ImageSet, ResidentLoader, TorchLoader, loaders
@@ -36,6 +40,7 @@ from fastdml.train import (
     checkpoint,
     fit,
     loop,
+    report,
 )
 from fastdml.train.batches import as_batches
 from fastdml.train.report import read_metrics
@@ -661,6 +666,178 @@ def test_the_refusal_of_another_length_names_the_schedule(settings):
             fit(make_cohort(), *make_loaders(), config.replace(**changes, resume=True))
     with pytest.raises(InputError, match=r"schedule was 'cosine' and is now 'step'; give"):
         fit(make_cohort(), *make_loaders(), settings(epochs=2, resume=True))
+
+
+class Failing:
+    """`fastdml.files.create`, but files of some names cannot be written."""
+
+    def __init__(self, name: str, error: int) -> None:
+        self.name, self.error, self.create = name, error, files.create
+
+    def __call__(self, path):
+        if self.name in path.name:
+            raise OSError(self.error, os.strerror(self.error))
+        return self.create(path)
+
+
+class TestNoRoom:
+    @pytest.mark.parametrize(
+        ("name", "error"),
+        [
+            ("curves.png", errno.ENOSPC),
+            ("pairwise_kl.png", errno.EDQUOT),
+            ("summary.json", errno.ENOSPC),
+            ("summary.json", errno.EIO),
+        ],
+    )
+    def test_at_the_end_is_one_line_and_the_rest_is_done_by_resuming(
+        self, settings, monkeypatch, name, error
+    ):
+        monkeypatch.undo()
+        with monkeypatch.context() as patch:
+            patch.setattr(files, "create", Failing(name, error))
+            with pytest.raises(
+                InputError,
+                match=rf"cannot write .*{name}: {os.strerror(error)}.*the peers are trained and "
+                r"saved, resume does the rest$",
+            ):
+                fit(make_cohort(), *make_loaders(), settings(epochs=1))
+        folder = Path(settings().folder)
+        assert not (folder / name).exists()
+        assert not [*folder.glob(".*.partial")]
+        fit(make_cohort(), *make_loaders(), settings(epochs=1, resume=True))
+        assert (folder / name).stat().st_size > 0
+
+    def test_for_the_first_of_tensorboards_files_is_one_line(self, settings, monkeypatch):
+        monkeypatch.setattr(report, "create", Failing("tfevents", errno.ENOSPC))
+        with pytest.raises(InputError, match=r"cannot write .*tensorboard: No space left"):
+            fit(make_cohort(), *make_loaders(), settings(tensorboard=True))
+
+    @pytest.mark.parametrize("at", [1, 5, 100])
+    def test_for_tensorboard_costs_its_events_alone(self, settings, monkeypatch, capfd, at):
+        write, count = report.Events._write, iter(range(1000))
+
+        def fail(events, event):
+            if next(count) == at:
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+            write(events, event)
+
+        with monkeypatch.context() as patch:
+            patch.setattr(report.Events, "_write", fail)
+            result = fit(make_cohort(), *make_loaders(), settings(tensorboard=True))
+        lines = [x for x in capfd.readouterr().err.splitlines() if "TensorBoard" in x]
+        told = "TensorBoard's events are no longer written (No space left on device)"
+        assert [line.startswith(told) for line in lines] == [True] * (at < 100)
+        assert [r["epoch"] for r in read_metrics(result.folder) if r["kind"] == "test"] == [1, 2, 3]
+        fit(make_cohort(), *make_loaders(), settings(tensorboard=True, resume=True))
+        (events,) = (result.folder / "tensorboard").iterdir()
+        assert events.stat().st_size > 1000
+
+    def test_for_a_line_of_the_log_is_one_line(self, settings):
+        train, test = make_loaders()
+        before = resource.getrlimit(resource.RLIMIT_FSIZE)
+        path = Path(settings().folder) / "metrics.jsonl"
+
+        def fill():
+            resource.setrlimit(resource.RLIMIT_FSIZE, (path.stat().st_size + 5, before[1]))
+
+        try:
+            with pytest.raises(InputError, match=r"cannot write .*metrics\.jsonl: File too large"):
+                fit(make_cohort(), CrashingLoader(train, 8, fill), test, settings())
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, before)
+        fit(make_cohort(), train, test, settings(resume=True))
+        assert [r["epoch"] for r in read_metrics(path.parent) if r["kind"] == "test"] == [1, 2, 3]
+
+
+class TestStderr:
+    @pytest.mark.parametrize("kind", ["closed", "none", "full", "no reader"])
+    def test_that_cannot_be_written_to_stops_nothing(self, settings, monkeypatch, kind):
+        reader, writer = os.pipe()
+        os.close(reader)
+        place = {"full": "/dev/full", "no reader": writer}.get(kind, os.devnull)
+        with contextlib.suppress(OSError), open(place, "w", 1) as stream:
+            if kind == "closed":
+                stream.close()
+            monkeypatch.setattr(sys, "stderr", None if kind == "none" else stream)
+            before = sys.stderr
+            result = fit(make_cohort(), *make_loaders(), settings(progress=True), notes=["a note"])
+            assert sys.stderr is before
+        assert result.history[-1]["epoch"] == 3
+        if kind != "no reader":
+            os.close(writer)
+
+    def test_gets_its_line_after_the_checkpoint_of_the_epoch(self, settings, monkeypatch):
+        positions = []
+
+        class Stream(io.StringIO):
+            def write(self, text):
+                if "epoch" in text:
+                    state = checkpoint.load(Path(settings().folder) / "last.ckpt")
+                    positions.append(state["position"])
+                return len(text)
+
+        monkeypatch.setattr(sys, "stderr", Stream())
+        fit(make_cohort(), *make_loaders(), settings(log_every=0, save_every_minutes=0))
+        assert positions == [6, 12, 18]
+
+
+class TestHandMadeCheckpoints:
+    """Of the right format, and yet not what a run saves."""
+
+    def damaged(self, settings, change) -> str:
+        path = Path(settings().folder) / "last.ckpt"
+        if not path.exists():
+            fit(make_cohort(), *make_loaders(), settings(epochs=1, ema=0.5, amp="fp16", lr=1e-3))
+        before = path.read_bytes()
+        state = checkpoint.load(path)
+        change(state)
+        torch.save(state, path)
+        config = settings(epochs=2, ema=0.5, amp="fp16", lr=1e-3, resume=True)
+        with pytest.raises(InputError) as error:
+            fit(make_cohort(), *make_loaders(), config)
+        path.write_bytes(before)
+        assert "\n" not in str(error.value)
+        assert "last.ckpt" in str(error.value)
+        return str(error.value)
+
+    def test_a_missing_entry_is_named(self, settings):
+        fit(make_cohort(), *make_loaders(), settings(epochs=1, ema=0.5, amp="fp16", lr=1e-3))
+        state = checkpoint.load(Path(settings().folder) / "last.ckpt")
+        unused = {"format", "metric"}  # the second without a loss on features
+        for name in state.keys() - unused:
+            assert name in self.damaged(settings, lambda state, name=name: state.pop(name))
+
+    @pytest.mark.parametrize(
+        ("name", "value"),
+        [
+            ("position", -1),
+            ("position", "six"),
+            ("position", 2.5),
+            ("config", None),
+            ("cohort", []),
+            ("optimizer", {}),
+            ("optimizer", {"state": {}, "param_groups": []}),
+            ("scaler", None),
+            ("ema", None),
+            ("ema", {"a": 1}),
+            ("updates", None),
+            ("overflows", torch.zeros(5)),
+            ("rng", {}),
+            ("rng", {"cpu": torch.zeros(3), "cuda": None}),
+            ("totals", {"sums": 1}),
+            ("clock", [1]),
+            ("clock", None),
+            ("seconds", "long"),
+            ("history", 7),
+            ("history", [{}]),
+            ("scores", {"top1": 1}),
+            ("best_scores", {"mAP": 1}),
+            ("best_epoch", None),
+        ],
+    )
+    def test_an_entry_of_another_kind_is_one_line(self, settings, name, value):
+        self.damaged(settings, lambda state: state.update({name: value}))
 
 
 class TestIndependent:
