@@ -65,16 +65,17 @@ class TestStreams:
             assert (ended.code, ended.output.count("\n")) == (2, 1)
 
 
-class TestDeadWorkers:
-    @pytest.fixture(scope="class")
-    def whole(self, warm, tmp_path_factory):
-        """What a run leaves whose workers live."""
-        folder = tmp_path_factory.mktemp("whole")
-        train = [*TRAIN, "--loader", "torch"]
-        ended = warm.run("command_without_pictures", train, folder / "log")
-        assert ended.code == 0, ended.output
-        return outcome(folder / "run")
+@pytest.fixture(scope="module")
+def whole(warm, tmp_path_factory):
+    """What a run leaves whose loading processes live."""
+    folder = tmp_path_factory.mktemp("whole")
+    train = [*TRAIN, "--loader", "torch"]
+    ended = warm.run("command_without_pictures", train, folder / "log")
+    assert ended.code == 0, ended.output
+    return outcome(folder / "run")
 
+
+class TestDeadWorkers:
     @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGSEGV, signal.SIGBUS])
     def test_are_one_line_and_the_run_goes_on(self, warm, tmp_path, whole, number):
         train = [*TRAIN, "--loader", "torch"]
