@@ -10,6 +10,7 @@ import io
 import json
 import math
 import os
+import re
 import resource
 import shutil
 import signal
@@ -798,13 +799,14 @@ class TestHandMadeCheckpoints:
             fit(make_cohort(), *make_loaders(), config)
         path.write_bytes(before)
         assert "\n" not in str(error.value)
-        assert "last.ckpt" in str(error.value)
+        assert re.search(r"last\.ckpt|the averages are of another cohort", str(error.value))
         return str(error.value)
 
     def test_a_missing_entry_is_named(self, settings):
         fit(make_cohort(), *make_loaders(), settings(epochs=1, ema=0.5, amp="fp16", lr=1e-3))
         state = checkpoint.load(Path(settings().folder) / "last.ckpt")
-        unused = {"format", "metric"}  # the second without a loss on features
+        # Without a loss on features; not in checkpoints of earlier versions.
+        unused = {"format", "metric", "images", "threads"}
         for name in state.keys() - unused:
             assert name in self.damaged(settings, lambda state, name=name: state.pop(name))
 
