@@ -1,17 +1,28 @@
-"""What a training run came to, as plain values."""
+"""What a training run came to: plain values, a table of them, a frame of every epoch."""
 
 from __future__ import annotations
 
+import html
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from fastdml.train.scores import Scores
+from fastdml.errors import MissingExtra
+from fastdml.train import report
+from fastdml.train.scores import RetrievalScores, Scores
 from fastdml.train.settings import TrainConfig
+
+if TYPE_CHECKING:
+    import pandas
+
+SCORES = {"top1": "top-1 %", "mAP": "mAP %", "rank1": "rank-1 %"}
+LOSSES = {"ce": "cross-entropy", "kl": "KL", "metric": "loss on features"}
 
 
 @dataclass(frozen=True)
 class TrainResult:
+    """`print` shows a table of the peers, a notebook the same; `to_frame` has the epochs."""
+
     folder: Path
     config: TrainConfig
     peers: tuple[str, ...]  # display names, in order
@@ -30,3 +41,77 @@ class TrainResult:
     execution: str | None  # of the steps, for instance "eager"
     threads: int | None  # of the steps, on a CPU
     independent: TrainResult | None = None  # the same peers trained without the KL term
+
+    def __repr__(self) -> str:
+        return f"<TrainResult of {len(self.peers)} peers in {self.folder}: print shows a table>"
+
+    def __str__(self) -> str:
+        return f"{report.fixed_columns(self._rows())}\n{self._note()}"
+
+    def _repr_html_(self) -> str:
+        head, *body = [[html.escape(cell) for cell in row] for row in self._rows()]
+        lines = ["".join(f"<th>{cell}</th>" for cell in head)]
+        lines += ["".join(f"<td>{cell}</td>" for cell in row) for row in body]
+        rows = "".join(f"<tr>{line}</tr>" for line in lines)
+        return f"<table>{rows}</table><p>{html.escape(self._note())}</p>"
+
+    def to_frame(self) -> pandas.DataFrame:
+        """A row an epoch and peer, of both runs where there are two (column `run`): losses in nats,
+        scores as fractions under test_NAME, what holds for all peers alike in each of their rows.
+        Matrices of pairs stay in `history`."""
+        try:
+            import pandas
+        except ModuleNotFoundError:
+            raise MissingExtra("pandas is not installed: pip install pandas") from None
+        rows = []
+        for run, result in (("mutual", self), ("independent", self.independent)):
+            for record in result.history if result else ():
+                test = {f"test_{key}": value for key, value in record.get("test", {}).items()}
+                values = {**record, **test}
+                values.pop("test", None)
+                values.pop("pairwise_kl", None)
+                for k, peer in enumerate(result.peers):
+                    own = {n: v[k] if isinstance(v, list) else v for n, v in values.items()}
+                    rows.append({"run": run, "peer": peer, **own})
+        return pandas.DataFrame(rows)
+
+    def _rows(self) -> list[tuple[str, ...]]:
+        """A row a peer below the columns' names: scores, or where nothing was evaluated the last
+        epoch's training losses."""
+        columns = [
+            ("peer", list(self.peers)),
+            ("parameters", [f"{count:,}" for count in self.parameters]),
+        ]
+        ensemble = ["ensemble", ""]
+        runs = {"mutual": self.scores}
+        if self.independent:
+            runs = {"independent": self.independent.scores, **runs}
+        if self.scores is None:
+            last = self.history[-1]
+            columns += [
+                (label, [f"{value:.4f}" for value in last[key]])
+                for key, label in LOSSES.items()
+                if key in last
+            ]
+            ensemble = []
+        else:
+            keys = ("mAP", "rank1") if isinstance(self.scores, RetrievalScores) else ("top1",)
+            for key in keys:
+                for run, scores in runs.items():
+                    label = f"{SCORES[key]} {run}" if len(runs) > 1 else SCORES[key]
+                    columns.append((label, [_percent(x) for x in getattr(scores, key)]))
+                    ensemble.append(_percent(getattr(scores, f"ensemble_{key}")))
+        rows = list(zip(*([label, *values] for label, values in columns), strict=True))
+        return [*rows, tuple(ensemble)] if ensemble and len(self.peers) > 1 else rows
+
+    def _note(self) -> str:
+        best = f", best epoch {self.best_epoch:.4g}" if self.best_epoch else ""
+        rate = f", {self.images_per_second:,.0f} images/s" if self.images_per_second else ""
+        return (
+            f"{self.history[-1]['epoch']:.4g} epochs{best}, {self.seconds:,.0f} s{rate}, "
+            f"{self.precision} on {self.device}; run folder: {self.folder}"
+        )
+
+
+def _percent(fraction: float) -> str:
+    return f"{100 * fraction:.2f}"

@@ -542,7 +542,7 @@ def test_the_length_that_is_given_wins_over_the_other_of_a_recipe(tmp_path, data
     found.append(from_command_line(data, ["--config", str(file), *options]))
     assert {(c.epochs, c.iterations) for c in found} == {length}
     with pytest.raises(InputError, match=r"epochs \(2\) and iterations \(7\) both say how long"):
-        from_command_line(data, ["--epochs", "2", "--iterations", "7"])
+        preset(data, epochs=2, iterations=7)
 
 
 def test_the_standin_is_small_and_strong_unless_told_otherwise():
