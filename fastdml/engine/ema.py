@@ -38,9 +38,13 @@ class Ema:
         self._collect()
 
     def refresh(self) -> None:
-        """Follows weights that were replaced: an average begins at the new weight where the shape
-        is another, and goes on otherwise."""
-        if not self.parts.unchanged():
+        """Follows weights that were replaced or moved: an average begins at the new weight where
+        the shape is another, and goes on otherwise."""
+        moved = any(
+            (average.device, average.dtype) != (t.device, t.dtype)
+            for average, t in zip(self.averages[:1], self.live[:1], strict=True)
+        )
+        if moved or not self.parts.unchanged():
             self._collect()
 
     @torch.no_grad()

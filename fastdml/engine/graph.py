@@ -29,6 +29,7 @@ import warnings
 import weakref
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
+from numbers import Real
 
 import torch
 from torch import Tensor
@@ -255,7 +256,7 @@ class Contents:
         """A number that someone assigned goes into the tensor that is in the graph."""
         for group, own in zip(self.optimizer.param_groups, self.rates, strict=False):
             shared = sum(own is other for other in self.rates) > 1
-            if isinstance(group["lr"], (int, float)) and not shared:
+            if isinstance(group["lr"], Real) and not shared:
                 own.fill_(group["lr"])
                 group["lr"] = own
 
@@ -312,8 +313,8 @@ def make_capturable(optimizer: Optimizer, device: torch.device) -> None:
     """torch's optimizers then count their steps on the device, also those already made, and fused
     ones take their learning rate from there."""
     for group in optimizer.param_groups:
-        if group.get("fused") and isinstance(group["lr"], (int, float)):
-            group["lr"] = torch.tensor(group["lr"], dtype=torch.float32, device=device)
+        if group.get("fused") and isinstance(group["lr"], Real):
+            group["lr"] = torch.tensor(float(group["lr"]), dtype=torch.float32, device=device)
         if "capturable" in group:
             group["capturable"] = True
             for state in (optimizer.state[w] for w in group["params"] if w in optimizer.state):

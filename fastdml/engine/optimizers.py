@@ -95,7 +95,7 @@ def _separate_rates(optimizer: Optimizer) -> None:
 
 
 def follow_layouts(optimizer: Optimizer) -> LayoutHook:
-    """From now on the state of fused optimizers has the memory layout of its weights."""
+    """From now on the state of fused optimizers lies where and as its weights do."""
     for hook in optimizer._optimizer_step_pre_hooks.values():
         if isinstance(hook, LayoutHook):
             return hook
@@ -108,12 +108,13 @@ class LayoutHook:
     """Before a step, prepares the state for fused kernels, which walk it beside the weights.
 
     Weights that became channels_last after their state was made, or whose state was loaded in
-    another layout, would raise on CUDA and meet the moments of other weights on a CPU.
+    another layout, would raise on CUDA and meet the moments of other weights on a CPU. State and
+    learning rate follow to another device, and the state to another dtype.
     """
 
     def __init__(self) -> None:
         self.state: object = None  # that `known` is of; loading replaces it
-        self.known: dict[int, tuple[list[Tensor], list[tuple[int, ...]]]] = {}  # by first weight
+        self.known: dict[int, tuple[list[Tensor], list[int]]] = {}  # by first weight
 
     @torch.no_grad()
     def __call__(self, optimizer: Optimizer, *_: object) -> None:
@@ -123,20 +124,24 @@ class LayoutHook:
             weights = group["params"]
             if not group.get("fused") or not weights:
                 continue
-            strides = [w.stride() for w in weights]
-            known, were = self.known.get(id(weights[0]), ((), ()))
-            if strides == were and same(weights, known):
+            memory = [w.data_ptr() for w in weights]
+            known, was = self.known.get(id(weights[0]), ((), ()))
+            if memory == was and same(weights, known):
                 continue
+            if isinstance(group["lr"], Tensor) and group["lr"].device != weights[0].device:
+                group["lr"] = group["lr"].to(weights[0].device)
             follows = [self._follows(optimizer, group, w) for w in weights]
             if all(follows):
-                self.known[id(weights[0])] = (list(weights), strides)
+                self.known[id(weights[0])] = (list(weights), memory)
 
     def _follows(self, optimizer: Optimizer, group: dict, w: Tensor) -> bool:
-        """Whether there is a state, which has the layout of `w` now."""
+        """Whether there is a state, which lies as `w` does now."""
         state = optimizer.state.get(w, {})
         for name, t in state.items():
-            if isinstance(t, Tensor) and t.shape == w.shape and t.stride() != w.stride():
-                state[name] = torch.empty_like(w, dtype=t.dtype).copy_(t)
+            if name == "step" or not isinstance(t, Tensor) or t.shape != w.shape:
+                continue
+            if (t.stride(), t.dtype, t.device) != (w.stride(), w.dtype, w.device):
+                state[name] = torch.empty_like(w).copy_(t)
         momentum = group.get("momentum", 0) != 0 and group["dampening"] == 0
         if momentum and w.grad is not None and state.get("momentum_buffer") is None:
             # The kernel fills those that it makes itself only where no weight beside has one, and

@@ -160,6 +160,18 @@ def test_layers_replaced_and_moved_are_followed():
     torch.testing.assert_close(moved.detach(), torch.full_like(moved, DECAY), rtol=1e-5, atol=1e-6)
 
 
+def test_averages_follow_to_another_dtype():
+    cohort = Cohort([nn.Linear(2, C), nn.Linear(2, C)], C)  # no buffer that would be replaced
+    ema = Ema(cohort, DECAY)
+    cohort.double()
+    with torch.no_grad():
+        cohort.peers[0].bias.add_(4.0)
+    ema.update()
+    assert ema.state_dict()["peers.0.bias"].dtype == torch.float64
+    moved = cohort.peers[0].bias - ema.state_dict()["peers.0.bias"]
+    torch.testing.assert_close(moved.detach(), torch.full_like(moved, 3.0))
+
+
 def test_complex_weights_are_averaged():
     class Spectral(nn.Linear):
         def __init__(self):

@@ -309,3 +309,21 @@ def test_the_state_follows_weights_into_another_layout(name, when):
         results.append([w.detach().clone() for w in cohort.parameters()])
     for w, v in zip(*results, strict=True):
         torch.testing.assert_close(w, v, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", ["sgd", "adam", "adamw"])
+@pytest.mark.parametrize("when", [0, 2], ids=["before the first step", "between steps"])
+def test_the_state_follows_weights_into_another_dtype(name, when):
+    cohort = Cohort([p.float() for p in peers_of()], C)
+    optimizer = make_optimizer(cohort, name, lr=0.05)
+    step = make_step(cohort, MutualLoss(), optimizer, amp="off", execution="eager")
+    for i in range(4):
+        if i == when:
+            cohort.double()
+        x, y = batch(i)
+        step(x.double() if i >= when else x.float(), y)
+    for w in cohort.parameters():
+        moments = {n: t for n, t in optimizer.state[w].items() if n != "step"}
+        assert moments
+        assert all(t.dtype == torch.float64 and (t != 0).any() for t in moments.values())
+        assert optimizer.state[w].get("step", torch.tensor(4.0)) == 4
