@@ -6,7 +6,7 @@ PYTEST = -m pytest --durations=5
 # Two processes of one thread each; a file's tests stay together, for what they share is made once.
 TESTS = OMP_NUM_THREADS=1 $(BIN)/python $(PYTEST) -n 2 --dist loadfile
 
-# Of soak and fuzz: how long, and the seed that shows a failure again.
+# Of soak, fuzz and sanitize: how long, and the seed that shows a failure again.
 SECONDS = 3600
 SEED := $(shell date +%s)
 FAULTS = $(BIN)/python tests/faults
@@ -21,7 +21,7 @@ OLDEST_STAMP = .venv-oldest/installed.stamp
 NATIVE = kernels/fastdml_kernels/cpu_rows.c
 
 .NOTPARALLEL:
-.PHONY: help demo test test-slow test-gpu test-oldest soak fuzz lint bench clean
+.PHONY: help demo test test-slow test-gpu test-oldest soak fuzz sanitize lint bench clean
 
 help:
 	@echo "make demo         train two peers on real handwritten digits, mutually and independently"
@@ -31,6 +31,7 @@ help:
 	@echo "make test-oldest  the kernel and loss tests on the oldest supported torch and triton"
 	@echo "make soak         kill runs and compare, for SECONDS=3600 from SEED (printed)"
 	@echo "make fuzz         feed every parser odd inputs, for SECONDS=3600 from SEED (printed)"
+	@echo "make sanitize     the CPU's native code under sanitizers, for SECONDS=3600 from SEED (printed)"
 	@echo "make lint         ruff: rules and formatting"
 	@echo "make bench        the benchmarks this machine can run"
 	@echo "make clean        remove both venvs and every cache"
@@ -57,6 +58,9 @@ soak: $(DEV)
 
 fuzz: $(DEV)
 	$(FAULTS)/fuzzing.py --seconds $(SECONDS) --seed $(SEED)
+
+sanitize: $(DEV)
+	$(FAULTS)/sanitize.py --seconds $(SECONDS) --seed $(SEED)
 
 lint: $(DEV)
 	$(BIN)/ruff check .

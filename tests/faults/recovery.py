@@ -87,12 +87,10 @@ class Recovery:
     options: tuple[str, ...] = ()
 
     def go(self, **breaking: Any) -> Ended:
-        """Starts the run, or goes on with what is in the folder."""
+        """Starts the run, or resumes it if it had come into being."""
         arguments = [*SETTINGS, *self.options, "--folder", str(self.folder)]
         if (self.folder / "config.yaml").is_file():
             arguments.append("--resume")
-        elif self.folder.exists():
-            shutil.rmtree(self.folder)
         log = self.folder.with_suffix(".log")
         return self.warm.run(self.job, arguments, log, **breaking)
 
@@ -151,13 +149,21 @@ def at_events(
     for number in numbers:
         run = Recovery(warm, folder / f"{mode}-{number}", job)
         ended = run.at_event(mode, number)
-        what = (run.events() or ["nothing"])[-1]
-        lines = [] if ended.code == SIGKILLED else [f"ended with {ended.code}: {ended.output}"]
+        what = (run.events()[number:] or ["nothing"])[0]
+        fine = said_why(ended) if mode == "full" else ended.code == SIGKILLED
+        lines = [] if fine else [f"ended with {ended.code}: {ended.output}"]
         lines += run.differences(expected)
         if lines:
             yield f"{run.folder}, {mode} at event {number} ({what}): {lines}"
         else:
             shutil.rmtree(run.folder)
+
+
+def said_why(ended: Ended) -> bool:
+    """Whether it was stopped by a line, or was done in spite of a full disk."""
+    errors = [line for line in ended.output.splitlines() if line.startswith("fastdml: ")]
+    stopped = ended.code == 2 and len(errors) == 1 and ended.output.endswith(f"{errors[0]}\n")
+    return (stopped or ended.code == 0) and "Traceback" not in ended.output
 
 
 def one_of_each(events: list[str], random: Random) -> list[int]:

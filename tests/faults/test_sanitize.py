@@ -1,0 +1,40 @@
+"""The CPU's native code under sanitizers, against plain double arithmetic; see `make sanitize`."""
+
+from __future__ import annotations
+
+import pytest
+from sanitize import BUILDS, HERE, available, driver, problems
+
+ROWS = HERE.parents[1] / "kernels" / "fastdml_kernels" / "cpu_rows.c"
+
+
+def need(tmp_path, build):
+    if not available(tmp_path, build):
+        pytest.skip(f"the compiler here has no sanitizer for {build}")
+
+
+@pytest.mark.parametrize("build", BUILDS)
+def test_random_problems(build, tmp_path):
+    need(tmp_path, build)
+    assert problems(driver(tmp_path, build), 0, 60 if build == "thread" else 150) is None
+
+
+@pytest.mark.parametrize(
+    ("build", "right", "wrong", "said"),
+    [
+        ("plain", "0 : C - LANES;", "0 : C - LANES + 1;", "AddressSanitizer"),
+        ("thread", "Sums *own = sums + b;", "Sums *own = sums;", "data race"),
+    ],
+)
+def test_what_is_wrong_is_found(tmp_path, monkeypatch, build, right, wrong, said):
+    """A mistake put into a copy of the code."""
+    need(tmp_path, build)
+    code, text = ROWS.read_text(), (HERE / "rows_driver.c").read_text()
+    assert right in code
+    (tmp_path / "cpu_rows.c").write_text(code.replace(right, wrong))
+    text = text.replace("../../kernels/fastdml_kernels/", "")
+    if build == "thread":
+        text = text.replace("!draw(40)", "1")  # every problem is worth threads
+    (tmp_path / "rows_driver.c").write_text(text)
+    monkeypatch.setattr("sanitize.HERE", tmp_path)
+    assert said in problems(driver(tmp_path, build), 0, 60)
