@@ -95,7 +95,10 @@ def evaluate(args: list[str]) -> None:
 
     from dataclasses import asdict
 
+    import torch
+
     from fastdml.data import load
+    from fastdml.engine import cpus
     from fastdml.train import ReidConfig, loop, reid, report
 
     config = _run_config(options.run).replace(device=options.device)
@@ -107,6 +110,7 @@ def evaluate(args: list[str]) -> None:
     if options.ranked_lists < 0:
         raise InputError(f"--ranked-lists {options.ranked_lists}: give 0 or more")
     device = loop.choose_device(config)
+    torch.set_num_threads(cpus.sensible())
     data = _evaluated_set(options, config)
     cohort = _run_cohort(options, device)
     _check_trained_on(cohort, data, options.run)

@@ -18,6 +18,7 @@ stay one: with hooks, compiled peers and several processes.
 
 from __future__ import annotations
 
+import re
 import sys
 import time
 import warnings
@@ -27,12 +28,14 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.nn.modules import module as torch_module
 
 from fastdml.engine import cpus
 from fastdml.engine.graph import SCALARS
 from fastdml.engine.guards import replicated
 from fastdml.engine.rehearsal import Candidate, Rehearsal, Uncopyable, candidates, fastest
 from fastdml.engine.snapshot import Snapshot
+from fastdml.engine.stackable import HOOKS
 from fastdml.engine.step import EagerStep, StepOutput, check_gradients_wanted
 from fastdml.errors import InputError
 
@@ -243,8 +246,15 @@ class CpuAutoStep(AutoStep):
     def _say(self, how: str | None, unfit: dict[str, str] | None = None) -> None:
         execution, threads, _ = self.choice
         how = f" ({how})" if how else ""
-        reasons = "".join(f"; not {name}: {reason}" for name, reason in (unfit or {}).items())
+        reasons = "".join(
+            f"; not {name}: {_brief(name, why)}" for name, why in (unfit or {}).items()
+        )
         print(f"execution: {execution}, {count_of_threads(threads)}{how}{reasons}", file=sys.stderr)
+
+
+def _brief(name: str, reason: str) -> str:
+    """A refusal without what goes without saying here."""
+    return re.sub(r"; use [\w ]+$", "", reason.removeprefix(f"execution {name!r} "))
 
 
 def count_of_threads(n: int) -> str:
@@ -268,8 +278,9 @@ def unfit_for_threads(peers: Sequence[nn.Module]) -> str | None:
 
 def hooked(peers: Sequence[nn.Module]) -> bool:
     """Whether anything of the caller's is called in a pass."""
-    kinds = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
-    if any(getattr(m, kind) for p in peers for m in p.modules() for kind in kinds):
+    if any(getattr(torch_module, f"_global{kind}", None) for kind in HOOKS):
+        return True
+    if any(getattr(m, kind) for p in peers for m in p.modules() for kind in HOOKS):
         return True
     kinds = ("_backward_hooks", "_post_accumulate_grad_hooks")
     return any(getattr(w, kind) for p in peers for w in p.parameters() for kind in kinds)

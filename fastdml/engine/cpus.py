@@ -44,6 +44,11 @@ def most() -> int:
     return min(torch.get_num_threads(), available())
 
 
+def sensible() -> int:
+    """Threads for what nobody measures: the user's own number, else all there is a CPU for."""
+    return asked() or most()
+
+
 @contextmanager
 def threads(count: int | None) -> Iterator[None]:
     """Inside, torch has `count` threads; None leaves it as it is. A fraction of a microsecond."""

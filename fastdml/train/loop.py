@@ -24,6 +24,7 @@ import torch
 from fastdml.cohort import Cohort
 from fastdml.data import HINT, ImageSet, ResidentLoader, load, make_loader
 from fastdml.data.per_image import naming_dead_workers
+from fastdml.engine import cpus
 from fastdml.engine.amp import Amp, resolve
 from fastdml.errors import InputError
 from fastdml.files import writing
@@ -173,8 +174,7 @@ def _reproducible(config: TrainConfig, device: torch.device) -> Iterator[None]:
         torch.backends.cudnn.benchmark,
     )
     threads = torch.get_num_threads()
-    if config.threads:
-        torch.set_num_threads(config.threads)
+    torch.set_num_threads(config.threads or cpus.sensible())
     if config.deterministic:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # read when cuBLAS starts
         torch.use_deterministic_algorithms(True)

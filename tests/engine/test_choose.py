@@ -295,11 +295,15 @@ class TestOnACpu:
         assert run.step.choice == chosen
         assert capsys.readouterr().err.endswith(" (by rule: deterministic)\n")
 
-    @pytest.mark.parametrize("kind", ["hook", "gradient", "compiled", "options", "locked", "own"])
+    @pytest.mark.parametrize(
+        "kind", ["hook", "all", "gradient", "compiled", "options", "locked", "own"]
+    )
     def test_by_rule_where_a_rehearsal_would_not_stay_one(self, capsys, kind):
         peers, options, calls = [Cnn(), Cnn(5)], {}, []
         if kind == "hook":
             peers[1].conv.register_forward_hook(lambda *_: calls.append(1))
+        elif kind == "all":
+            hook = nn.modules.module.register_module_forward_hook(lambda *_: calls.append(1))
         elif kind == "gradient":
             w = peers[0].head.bias
             w.register_post_accumulate_grad_hook(lambda w: calls.append(1))
@@ -315,8 +319,10 @@ class TestOnACpu:
         if kind == "options":
             run.step.chosen = make_run(peers=peers, execution="eager").step  # compiling takes long
         run.step(*next(batches(1)))
+        if kind == "all":
+            hook.remove()
         assert run.step.choice == ("eager", 1, 1)
-        assert calls in ([], [1])
+        assert len(calls) == {"hook": 1, "gradient": 1, "all": 2 * 4}.get(kind, 0)  # of one step
         reason = {
             "compiled": "compiled peers would be compiled anew for each candidate",
             "options": "compiled peers would be compiled anew for each candidate",
@@ -359,10 +365,35 @@ class TestOnACpu:
             torch.testing.assert_close(a, b)  # running statistics took in each batch once
         first, second = capsys.readouterr().err.splitlines()
         assert first.startswith("execution: threads, 2 threads (ms")
-        assert second.startswith("execution: eager, 2 threads; not threads: execution 'threads' ")
+        assert second.startswith("execution: eager, 2 threads; not threads: does not go with ")
         assert run.step.choice.execution == "eager"
         with pytest.raises(RuntimeError):
             run.step(torch.randn(8, 7, 8, 8), data[0][1])
+
+    @pytest.mark.parametrize("change", ["hook", "layer", "kind"])
+    def test_a_stack_that_stops_fitting_leaves_the_peers_to_themselves(self, take, capsys, change):
+        """In one line; nobody's weights lie in the memory of all any more, and hooks are called."""
+        take("stacked", 1)
+        run, eager = make_run(), make_run(execution="eager", threads=1)
+        called = []
+        for i, (x, y) in enumerate(batches(4)):
+            if i == 2:
+                for peer in (run.peers[1], eager.peers[1]):
+                    if change == "hook":
+                        peer.conv.register_forward_hook(lambda *_: called.append(1))
+                    elif change == "layer":
+                        peer.conv.padding_mode = "circular"
+                    else:
+                        peer.head = nn.Sequential(peer.head, nn.Identity())
+            found, expected = run.step(x, y), eager.step(x, y)
+            torch.testing.assert_close(found.losses, expected.losses)
+            assert run.step.name == ("stacked" if i < 2 else "eager")
+        sizes = [t.untyped_storage().nbytes() - t.nbytes for t in run.cohort.state_dict().values()]
+        assert sizes == [0] * len(sizes)
+        assert len(called) == (4 if change == "hook" else 0)  # two steps of both
+        line = capsys.readouterr().err.splitlines()[1]
+        assert line.startswith("execution: eager, 1 thread; not stacked: ")
+        assert "use another" not in line
 
     def test_a_conversion_refused_at_last_leaves_eager(self, take, monkeypatch, capsys):
         take("stacked", 1)

@@ -26,23 +26,14 @@ pytestmark = [
 C = 10
 
 
-class Notes(list):
-    def __deepcopy__(self, memo):
-        return Notes()  # what is measured on copies goes elsewhere
-
-
 class Peer(nn.Module):
-    """Notes on how many threads it is run, and whether to learn."""
-
-    def __init__(self, seen: list, seed: int) -> None:
+    def __init__(self, seed: int) -> None:
         super().__init__()
         torch.manual_seed(seed)
-        self.seen = seen
         self.num_classes = C
         self.conv, self.norm, self.head = nn.Conv2d(1, 4, 3), nn.BatchNorm2d(4), nn.Linear(4, C)
 
     def forward(self, x):
-        self.seen.append((self.training, torch.get_num_threads()))
         return self.head(self.norm(self.conv(x)).relu().mean((2, 3)))
 
 
@@ -104,8 +95,19 @@ class Fails(CrashingLoader):
 
 
 def make_cohort(seen: list | None = None) -> Cohort:
-    seen = Notes() if seen is None else seen
-    return Cohort([Peer(seen, 1), Peer(seen, 2)], C)
+    """seen: where the peers, not copies of them, note whether they learn, on how many threads."""
+    own = set()
+
+    class Noting(Peer):
+        def forward(self, x):
+            if id(self) in own:
+                seen.append((self.training, torch.get_num_threads()))
+            return super().forward(x)
+
+    peers = [Noting(1), Noting(2)]
+    if seen is not None:
+        own.update(map(id, peers))
+    return Cohort(peers, C)
 
 
 @pytest.mark.parametrize(
@@ -117,14 +119,15 @@ def test_a_choice_is_for_the_whole_run(
 ):
     """Its independent phase and its evaluations; the caller's number is back in the end."""
     asked = take(execution, threads)
-    seen = Notes()
+    seen: list = []
     cohort = make_cohort(seen)
     result = fit(cohort, *loaders, config(independent=True))
     assert len(asked) == 2  # what steps run as, and what else does: once
-    started = next(i for i, (learns, _) in enumerate(seen) if learns)
-    found = set(seen[started:])
-    assert {(True, inside), (False, elsewhere)} <= found
-    assert len(found) == 2 or execution == "stacked"  # whose proof looks at the peers' evaluation
+    if execution == "stacked":  # whose steps run another network
+        assert seen[-16:] == [(False, elsewhere)] * 16  # evaluations of two peers
+    else:
+        chosen = next(i for i, (learns, _) in enumerate(seen) if learns)
+        assert set(seen[chosen:]) == {(True, inside), (False, elsewhere)}
     for run in (result, result.independent):
         assert (run.execution, run.threads) == (execution, threads)
         state = checkpoint.load(run.folder / "last.ckpt")
@@ -204,13 +207,28 @@ def test_what_the_user_asks_for(
     if environment:
         monkeypatch.setenv("OMP_NUM_THREADS", environment)
         torch.set_num_threads(int(environment))
-    seen = Notes()
+    seen: list = []
     result = fit(make_cohort(seen), *loaders, config(**settings))
     assert result.threads == threads
     assert {n for learns, n in seen if not learns} == {threads}
     line = next(s for s in capsys.readouterr().err.splitlines() if s.startswith("execution"))
     assert f"eager on {threads} " in line
     assert f" on {3 - threads}" not in line
+    torch.set_num_threads(2)
+
+
+def test_a_quota_holds_for_what_is_not_measured(config, loaders, monkeypatch, tmp_path, capsys):
+    """For the look at the peers before a run, and for the command that evaluates."""
+    monkeypatch.setattr(cpus, "available", lambda: 1)
+    seen: list = []
+    result = fit(make_cohort(seen), *loaders, config())
+    assert {n for _, n in seen} == {1} == {result.threads}
+    run = training.digits(
+        ["resnet8"], epochs=1, subset=128, tensorboard=False, folder=str(tmp_path / "digits")
+    )
+    capsys.readouterr()
+    assert cli.main(["evaluate", str(run.folder)]) == 0
+    assert ", 1 thread\n" in capsys.readouterr().out
     torch.set_num_threads(2)
 
 
