@@ -20,8 +20,8 @@ SETTINGS = [
     "--epochs", "2", "--independent", "--save-every-steps", "3", "--log-every", "2",
     "--device", "cpu", "--execution", "eager", "--amp", "off",
 ]  # fmt: skip
-TIMES = ("time", "seconds", "wall_seconds", "images_per_second", "data_wait", "clock")
-PLACES = ("folder", "weights", "resume")  # of settings and summaries: they differ between runs
+TIMES = ("time", "date", "seconds", "wall_seconds", "images_per_second", "data_wait", "clock")
+PLACES = ("command", "folder", "weights", "resume")  # of settings and summaries
 
 
 def compile_events(folder: Path) -> Path:
