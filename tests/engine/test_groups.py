@@ -10,7 +10,8 @@ import torch.nn.functional as F
 from torch import nn
 
 from fastdml.cohort import Cohort
-from fastdml.engine import make_optimizer, make_step
+from fastdml.engine import Amp, make_optimizer, make_step
+from fastdml.engine.amp import LossScale
 from fastdml.errors import InputError
 from fastdml.loss import MutualLoss
 
@@ -327,3 +328,69 @@ def test_the_state_follows_weights_into_another_dtype(name, when):
         assert moments
         assert all(t.dtype == torch.float64 and (t != 0).any() for t in moments.values())
         assert optimizer.state[w].get("step", torch.tensor(4.0)) == 4
+
+
+class Failing(nn.Module):
+    """Runs out of memory at some of its calls."""
+
+    def __init__(self, net, at):
+        super().__init__()
+        self.net, self.at, self.calls = net, at, 0
+
+    def forward(self, x):
+        self.calls += 1
+        if self.calls in self.at:
+            raise torch.OutOfMemoryError("no more")
+        return self.net(x)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [{"accumulate": 2}, {"update": "sequential"}, {"execution": "threads", "accumulate": 2}],
+    ids=str,
+)
+def test_a_step_that_broke_off_leaves_no_gradient_to_the_next(options):
+    options = {"execution": "eager", "amp": "off", **options}
+    found = []
+    for at in ((), (2,)):
+        peers = peers_of()
+        cohort = Cohort([Failing(peers[0], at), peers[1]], C)
+        optimizer = make_optimizer(cohort, lr=RATE)
+        step = make_step(cohort, MutualLoss(), optimizer, **options)
+        if at:
+            before = [w.detach().clone() for w in cohort.parameters()]
+            with pytest.raises(torch.OutOfMemoryError):
+                step(*batch(0))
+            assert all(w.grad is None for w in cohort.parameters())
+            with torch.no_grad():
+                for w, value in zip(cohort.parameters(), before, strict=True):
+                    w.copy_(value)
+            optimizer.state.clear()
+        step(*batch(1))
+        found.append([w.detach().clone() for w in cohort.parameters()])
+    for w, v in zip(*found, strict=True):
+        assert torch.equal(w, v)
+
+
+@pytest.mark.parametrize("name", ["sgd", "adam"])
+def test_weights_unfrozen_in_a_step_that_overflows_start_from_clean_moments(name):
+    peers = [p.float() for p in peers_of()]
+    freeze(peers)
+    cohort = Cohort(peers, C)
+    optimizer = make_optimizer(cohort, name, lr=0.01)
+    amp = Amp(CPU, torch.float16, LossScale(CPU, init=2.0**10))
+    step = make_step(cohort, MutualLoss(), optimizer, amp=amp, execution="eager")
+    x, y = batch(0)
+    step(x.float(), y)
+    Unfrozen().change(peers, optimizer)
+    before = [w.detach().clone() for w in cohort.parameters()]
+    amp.scaler.scale.fill_(2.0**127)
+    step(x.float() * 100, y)
+    assert step.update.overflow.tolist() == [1.0, 1.0]
+    assert all(torch.equal(w, b) for w, b in zip(cohort.parameters(), before, strict=True))
+    amp.scaler.scale.fill_(2.0**10)
+    step(x.float(), y)
+    assert step.update.skipped == 0
+    for w, b in zip(cohort.parameters(), before, strict=True):
+        assert w.isfinite().all()
+        assert not torch.equal(w, b)
