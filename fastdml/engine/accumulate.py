@@ -50,7 +50,7 @@ class Split:
         fields = zip(*(o.stats for o in outputs), strict=True)
         parts = MutualStats(*(torch.stack(values, dim=-1) for values in fields))
         stats = MutualStats(
-            ce=torch.where(self.without_ce, 0.0, _mean(parts.ce, self.ce)),
+            ce=_mean(parts.ce, self.ce).masked_fill(self.without_ce, 0.0),
             kl=_mean(parts.kl, self.kl),
             pairwise_kl=_mean(parts.pairwise_kl, self.kl),
             entropy=_mean(parts.entropy, self.kl),
@@ -68,10 +68,10 @@ class Split:
 
 def _divided(weight: Tensor | float, count: Tensor) -> Tensor:
     """Without rows there is nothing to weigh, and no gradient."""
-    return torch.where(count == 0, 0.0, weight / count)
+    return (weight / count).masked_fill(count == 0, 0.0)
 
 
 def _mean(values: Tensor, counts: Tensor) -> Tensor:
     """Of the parts' means (..., parts), which are 0 / 0 where a part has no such row."""
-    sums = torch.where(counts == 0, 0.0, values * counts).sum(-1)
+    sums = (values * counts).masked_fill(counts == 0, 0.0).sum(-1)
     return (sums / counts.sum()).to(values.dtype)
