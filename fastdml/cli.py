@@ -34,6 +34,7 @@ from fastdml.terminal import complete_streams, discard, lenient_stderr
 if TYPE_CHECKING:
     from fastdml.cohort import Cohort
     from fastdml.train import TrainConfig
+    from fastdml.train.unfinished import Unfinished
 
 DATA = ("digits", "cifar10", "cifar100", "market1501")
 
@@ -435,8 +436,8 @@ def _evaluated_set(options: argparse.Namespace, config: TrainConfig) -> str:
 
     if is_known(config.data):
         return config.data
-    folder = _weights_folder(options)
-    found = read_record(folder)
+    found, folder = _run_weights(options)
+    found = read_record(folder) if found is None else found.record()
     how = "fastdml.train.evaluate(cohort, batches) scores it on batches (images, labels)"
     if isinstance(config, ReidConfig):
         how = "fastdml.train.extract_features and fastdml.metrics.reid_scores score it"
@@ -480,17 +481,30 @@ def _run_cohort(options: argparse.Namespace, device: Any) -> Cohort:
     from fastdml.cohort import Cohort
 
     _find_own_models(options.peers or ())
-    return Cohort.load(_weights_folder(options), device, peers=options.peers)
+    found, folder = _run_weights(options)
+    if found is None:
+        return Cohort.load(folder, device, peers=options.peers)
+    cohort = found.cohort(device, options.peers)
+    print(found.describe(), file=sys.stderr)
+    return cohort
 
 
-def _weights_folder(options: argparse.Namespace) -> Path:
-    folder = options.run if options.weights == "last" else options.run / "best"
-    if not (folder / "cohort.json").is_file():
+def _run_weights(options: argparse.Namespace) -> tuple[Unfinished | None, Path]:
+    """The folder that a run's weights are in; of a run that has not ended, its last are those of
+    its checkpoint."""
+    from fastdml.train.unfinished import unfinished
+
+    last = options.weights == "last"
+    folder = options.run if last else options.run / "best"
+    if (folder / "cohort.json").is_file():
+        return None, folder
+    found = unfinished(options.run) if last else None
+    if found is None:
         raise InputError(
             f"{options.run} holds no {options.weights} weights: they are written when "
-            f"{'training ends' if options.weights == 'last' else 'an epoch is evaluated'}"
+            f"{'training ends' if last else 'an epoch is evaluated'}"
         )
-    return folder
+    return found, found.path
 
 
 def _find_own_models(peers: Sequence[str]) -> None:

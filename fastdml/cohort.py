@@ -16,7 +16,8 @@ import math
 import os
 import re
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from functools import partial
 from itertools import chain, combinations
 from numbers import Integral
 from pathlib import Path
@@ -151,11 +152,10 @@ class Cohort(nn.Module):
         safetensors = require("safetensors.torch", "train")
         self.check_savable()
         folder = expanded(folder)
-        record = self.record()
-        entries = []
+        description = self.description()
         with writing(folder), Staged() as staged:
             (folder / "peers").mkdir(parents=True, exist_ok=True)
-            for k, (name, model) in enumerate(zip(self.names, self.models, strict=True)):
+            for k, name in enumerate(self.names):
                 # A copy per tensor: safetensors wants them contiguous and refuses shared storage.
                 weights = {
                     key: value.detach().to("cpu", copy=True, memory_format=torch.contiguous_format)
@@ -163,18 +163,21 @@ class Cohort(nn.Module):
                 }
                 data = safetensors.save(weights)
                 staged.write(folder / _peer_file(k, name), data)
-                digest = hashlib.sha256(data).hexdigest()
-                entries.append({"name": name, "model": model, "sha256": digest})
-            description = {
-                "format": FORMAT,
-                "num_classes": self.num_classes,
-                "in_channels": int(self.in_channels),
-                "head": self.head and dataclasses.asdict(self.head),
-                "image_size": self.image_size,
-                **record,
-                "peers": entries,
-            }
+                description["peers"][k]["sha256"] = hashlib.sha256(data).hexdigest()
             staged.write(folder / "cohort.json", json.dumps(description, indent=2).encode())
+
+    def description(self) -> dict[str, Any]:
+        """What cohort.json says, in plain values, without the digests of files."""
+        models = zip(self.names, self.models, strict=True)
+        return {
+            "format": FORMAT,
+            "num_classes": self.num_classes,
+            "in_channels": int(self.in_channels),
+            "head": self.head and dataclasses.asdict(self.head),
+            "image_size": self.image_size,
+            **self.record(),
+            "peers": [{"name": name, "model": model, "sha256": ""} for name, model in models],
+        }
 
     def check_savable(self) -> None:
         """Refuses peers whose state is more than tensors that are all here: safetensors holds
@@ -212,21 +215,52 @@ class Cohort(nn.Module):
         peers: what to load into, in order. Needed where a peer was a module, or came from
         package.module:function: a file must not decide which code is imported.
         """
-        safetensors = require("safetensors.torch", "train")
         folder = expanded(folder)
         description = _read_description(folder / "cohort.json")
+        return cls._rebuilt(description, folder, partial(_read_peer, folder), device, peers)
+
+    @classmethod
+    def restore(
+        cls,
+        description: dict[str, Any],
+        weights: dict[str, Tensor],
+        path: Path,
+        device: str | torch.device = "cpu",
+        *,
+        peers: Sequence[str | nn.Module] | None = None,
+    ) -> Cohort:
+        """As `load`, from what a cohort's `description` and `state_dict` were. path: of the file
+        that held them."""
+        description = _checked_description(lambda: dict(description), path)
+
+        def read(k: int, entry: dict[str, str]) -> tuple[dict[str, Tensor], Path]:
+            own = f"peers.{k}."
+            return {n.removeprefix(own): w for n, w in weights.items() if n.startswith(own)}, path
+
+        return cls._rebuilt(description, path, read, device, peers)
+
+    @classmethod
+    def _rebuilt(
+        cls,
+        description: dict[str, Any],
+        place: Path,
+        read: Callable[[int, dict[str, str]], tuple[dict[str, Tensor], Path]],
+        device: str | torch.device,
+        peers: Sequence[str | nn.Module] | None,
+    ) -> Cohort:
+        """read: the tensors of a peer, and the file they are from."""
         entries = description["peers"]
         head = description["head"]
         sources = [entry["model"] for entry in entries] if peers is None else _listed(peers)
         if len(sources) != len(entries):
-            raise InputError(f"{folder} holds {len(entries)} peers, and peers= has {len(sources)}")
+            raise InputError(f"{place} holds {len(entries)} peers, and peers= has {len(sources)}")
 
         modules = []
         for k, (entry, source) in enumerate(zip(entries, sources, strict=True)):
-            name, path = entry["name"], folder / _peer_file(k, entry["name"])
+            name = entry["name"]
             if peers is None and (source is None or is_own(source)):
                 raise InputError(
-                    f"peer {name} of {folder} is your own code ({source or 'a module'}): say what "
+                    f"peer {name} of {place} is your own code ({source or 'a module'}): say what "
                     "to load into, a name or a module for each (peers= of Cohort.load, names only: "
                     "--peers of the command)"
                 )
@@ -241,13 +275,7 @@ class Cohort(nn.Module):
                     pretrained=False,
                     image_size=description["image_size"],
                 )
-            data = _read(path)
-            if hashlib.sha256(data).hexdigest() != entry["sha256"]:
-                raise InputError(
-                    f"{path} is not the file that cohort.json was written with "
-                    "(truncated, changed, or from an interrupted save): save the cohort again"
-                )
-            tensors = _tensors(safetensors, data, path)
+            tensors, path = read(k, entry)
             absent = any(t.is_meta for t in chain(source.parameters(), source.buffers()))
             if absent:  # it takes the loaded ones for its own
                 tensors = {key: t.clone() for key, t in tensors.items()}
@@ -504,12 +532,20 @@ def _read(path: Path) -> bytes:
         raise InputError(f"cannot read {path}: {error.strerror}") from None
 
 
-def _tensors(safetensors: Any, data: bytes, path: Path) -> dict[str, Tensor]:
-    """What a weights file holds; its digest only says that it is the file that was meant."""
+def _read_peer(folder: Path, k: int, entry: dict[str, str]) -> tuple[dict[str, Tensor], Path]:
+    """The weights of a peer and their file, which is the one that cohort.json means."""
+    path = folder / _peer_file(k, entry["name"])
+    data = _read(path)
+    if hashlib.sha256(data).hexdigest() != entry["sha256"]:
+        raise InputError(
+            f"{path} is not the file that cohort.json was written with (truncated, changed, or "
+            "from an interrupted save): save the cohort again"
+        )
+    safetensors = require("safetensors.torch", "train")
     try:
-        return safetensors.load(data)
+        return safetensors.load(data), path
     except Exception as error:  # a header that somebody wrote can make it raise nearly anything
-        reason = " ".join(str(error).split())[:200]
+        reason = one_line(error)
         raise InputError(f"{path} holds no safetensors that can be read: {reason}") from None
 
 
@@ -520,9 +556,13 @@ def read_record(folder: str | os.PathLike) -> dict[str, list | None]:
 
 
 def _read_description(path: Path) -> dict:
-    """The file's contents, checked; its head as a ReidHead, None where there is none."""
+    return _checked_description(lambda: json.loads(_read(path)), path)
+
+
+def _checked_description(read: Callable[[], dict], path: Path) -> dict:
+    """What `read` gives of a file, checked; its head as a ReidHead, None where there is none."""
     try:
-        description = json.loads(_read(path))
+        description = read()
         version = description["format"]
         peers = [(e["name"], e["model"], e["sha256"]) for e in description["peers"]]
         sizes = (description["num_classes"], description["in_channels"])

@@ -377,6 +377,69 @@ def test_evaluate_before_there_are_weights(refused, tmp_path, run):
     refused(["evaluate", "young"], "young holds no last weights")
 
 
+@pytest.fixture
+def unfinished(run, tmp_path) -> Path:
+    """A run that was killed when its last weights were to be written."""
+    folder = tmp_path / "unfinished"
+    shutil.copytree(run, folder)
+    shutil.rmtree(folder / "peers")
+    (folder / "cohort.json").unlink()
+    return folder
+
+
+def test_what_has_not_ended_is_evaluated_and_exported_from_its_checkpoint(run, unfinished, capfd):
+    assert cli.main(["evaluate", str(unfinished), "--json"]) == 0
+    out, err = capfd.readouterr()
+    mutual = json.loads((run / "summary.json").read_text())["mutual"]
+    assert json.loads(out)["scores"] == mutual["scores"]
+    assert err == (
+        f"the run has not ended: weights of {unfinished / 'last.ckpt'}, from epoch 3, after 0 of 5 "
+        "steps\n"
+    )
+    assert cli.main(["evaluate", str(unfinished), "--weights", "best", "--json"]) == 0
+    assert capfd.readouterr().err == ""
+    assert cli.main(["export", str(unfinished), "--format", "torch"]) == 0
+    out, err = capfd.readouterr()
+    assert "the run has not ended" in err
+    assert all(Path(line).stat().st_size > 0 for line in out.splitlines())
+
+
+def test_averages_are_what_an_unfinished_run_is_evaluated_by(tmp_path, capfd):
+    folder = tmp_path / "run"
+    options = "--peers resnet8 --epochs 1 --subset 128 --ema 0.5 --no-tensorboard --folder"
+    assert cli.main(["train", "digits", *options.split(), str(folder)]) == 0
+    capfd.readouterr()
+    found = []
+    for _ in range(2):
+        assert cli.main(["evaluate", str(folder), "--json"]) == 0
+        found.append(json.loads(capfd.readouterr().out))
+        (folder / "cohort.json").unlink(missing_ok=True)
+    assert found[0] == found[1]
+
+
+def test_checkpoints_that_cannot_be_evaluated(refused, unfinished):
+    import torch
+
+    path = unfinished / "last.ckpt"
+    whole = path.read_bytes()
+    state = torch.load(path, weights_only=True)
+
+    def check(pattern: str, **changes) -> None:
+        torch.save({**state, **changes}, path)
+        refused(["evaluate", str(unfinished)], pattern)
+
+    check("no position", position="six")
+    check("no ema", ema=3)
+    check("no cohort", cohort=None)
+    check("does not describe a cohort", description={"format": 1})
+    check("has format 2", description={**state["description"], "format": 2})
+    check("does not fit peer resnet8-1", cohort={})
+    del state["description"]  # as of earlier versions
+    check("holds no last weights")
+    path.write_bytes(whole[:-100])
+    refused(["export", str(unfinished)], r"last\.ckpt is not a checkpoint that can be read")
+
+
 def test_evaluate_where_the_data_or_the_device_is_missing(refused, tmp_path, run):
     shutil.copytree(run, tmp_path / "run")
     refused(["evaluate", "run", "--device", "meta"], "no run on device 'meta'")
@@ -529,7 +592,7 @@ def test_interrupting_says_how_to_go_on(tmp_path):
     assert err.splitlines()[-1].startswith("fastdml: ")
     assert "resume" in err.splitlines()[-1]
     assert "Traceback" not in err
-    assert cli.main(["evaluate", str(tmp_path / "run")]) == 2  # no weights before the end
+    assert cli.main(["evaluate", str(tmp_path / "run")]) == 0  # from the checkpoint
 
 
 def test_lists_with_commas(capfd):

@@ -340,6 +340,7 @@ class Phase:
             "images": self.cohort.record(),
             "steps_per_epoch": self.steps,
             "position": self.position,
+            "description": self.cohort.description(),
             "cohort": self.cohort.state_dict(),
             "optimizer": self.optimizer.state_dict(),
             "scaler": self.amp.scaler.state_dict() if self.amp.scaler else None,

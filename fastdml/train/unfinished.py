@@ -1,0 +1,58 @@
+"""The peers of a run that has not ended, from its checkpoint."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+
+from fastdml.cohort import RECORD, Cohort
+from fastdml.errors import InputError
+from fastdml.train import checkpoint
+from fastdml.train.folder import LAST_CHECKPOINT
+
+ENTRIES = {  # of a checkpoint that are used here
+    "description": dict,
+    "cohort": dict,
+    "ema": dict | None,
+    "position": int,
+    "steps_per_epoch": int,
+}
+
+
+class Unfinished(NamedTuple):
+    path: Path
+    state: dict[str, Any]  # of the checkpoint
+
+    def cohort(self, device: str | torch.device, peers: Sequence[str] | None) -> Cohort:
+        """The peers as the end of training would save them: with `ema` their averages."""
+        weights = {**self.state["cohort"], **(self.state["ema"] or {})}
+        return Cohort.restore(self.state["description"], weights, self.path, device, peers=peers)
+
+    def record(self) -> dict[str, list | None]:
+        """As of `Cohort`."""
+        return {name: self.state["description"].get(name) for name in RECORD}
+
+    def describe(self) -> str:
+        epoch, step = divmod(self.state["position"], self.state["steps_per_epoch"])
+        return (
+            f"the run has not ended: weights of {self.path}, from epoch {epoch + 1}, after {step} "
+            f"of {self.state['steps_per_epoch']} steps"
+        )
+
+
+def unfinished(folder: Path) -> Unfinished | None:
+    """None where the folder has no checkpoint, or one of a version that does not say what the
+    peers are."""
+    path = folder / LAST_CHECKPOINT
+    if not path.is_file():
+        return None
+    state = checkpoint.load(path)
+    if "description" not in state:
+        return None
+    for name, kind in ENTRIES.items():
+        if not isinstance(state.get(name), kind):
+            raise InputError(f"{path} is not a checkpoint that a run saved: no {name}")
+    return Unfinished(path, state)
