@@ -214,8 +214,7 @@ def checked(split: ReidSplit, bad_files: str, *, progress: bool | None = None) -
     found = scan(split.paths, decoder="dali", progress=progress)
     if found.bad and bad_files == "error":
         raise InputError(
-            f"{found.describe()}: restore them, leave them out with --bad-files skip, or use "
-            "--loader resident"
+            f"{found.describe()}: restore them, set bad_files to skip, or set loader to resident"
         )
     if found.bad:
         print(f"left out: {found.describe()}", file=sys.stderr)

@@ -28,7 +28,7 @@ class BadImage(InputError):
     """A file that cannot be decoded; `reason` alone says why."""
 
     def __init__(self, path: str | Path, reason: str) -> None:
-        super().__init__(f"{path}: {reason}: restore it, or leave it out with --bad-files skip")
+        super().__init__(f"{path}: {reason}: restore it, or set bad_files to skip")
         self.path, self.reason = str(path), reason
 
 

@@ -185,8 +185,7 @@ class ImageFolderReID:
         found = scan(every, progress=progress, cache=cache)
         if found.bad and bad_files == "error":
             raise InputError(
-                f"{self.layout.name}: {found.describe()}: restore them, or leave them out with "
-                "bad_files='skip' (--bad-files skip)"
+                f"{self.layout.name}: {found.describe()}: restore them, or set bad_files to skip"
             )
         if found.bad:
             print(f"{self.layout.name}: left out: {found.describe()}", file=sys.stderr)

@@ -82,7 +82,7 @@ def create_model(
     if pretrained and timm_name is None:
         raise InputError(
             f"model {name!r} has no pretrained weights, only models of timm have: name one as "
-            "timm:NAME, or use pretrained=False"
+            "timm:NAME, or set pretrained to false"
         )
     if timm_name is not None:
         model = create_timm_model(

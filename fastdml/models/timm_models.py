@@ -113,8 +113,8 @@ def _weights(timm: ModuleType, name: str) -> dict[str, str]:
     config = timm.get_pretrained_cfg(name)
     if config is None or not config.has_weights:
         raise InputError(
-            f"timm has no pretrained weights for {name!r}: use pretrained=False, or a model of "
-            "timm.list_models(pretrained=True)"
+            f"timm has no pretrained weights for {name!r}: set pretrained to false, or name "
+            "one that has (timm.list_models(pretrained=True) lists them)"
         )
     if config.hf_hub_id is None:
         return {}
@@ -130,6 +130,6 @@ def _weights(timm: ModuleType, name: str) -> dict[str, str]:
         raise InputError(
             f"the pretrained weights of timm:{name} ({repo}) are not in {cache}, and {endpoint} "
             f"cannot be reached ({type(error).__name__}): go online once, copy the cache here, or "
-            "use pretrained=False"
+            "set pretrained to false"
         ) from None
     return {}

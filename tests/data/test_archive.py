@@ -15,6 +15,7 @@ import pytest
 
 from fastdml.data import archive, cifar
 from fastdml.data.archive import extract, fetch
+from fastdml.data.standin import StandIn, build_standin
 from fastdml.errors import InputError
 
 
@@ -279,3 +280,39 @@ def test_official_addresses():
     assert cifar.BASE_URL.startswith("https://www.cs.toronto.edu/")
     assert cifar.CIFAR100.md5 == "03b5dce01913d631647c71ecec9e9cb8"
     assert cifar.CIFAR10.md5 == "c32a1d4ab5d03f1284b67883e8d87530"
+
+
+@pytest.mark.parametrize("hint", ["download=True", "--download"])
+@pytest.mark.parametrize(
+    "state", ["absent", "empty", "incomplete", "short", "wrong archive", "damaged archive", "gone"]
+)
+def test_the_remedy_is_that_of_the_caller(tmp_path, monkeypatch, state, hint):
+    """An option to the command, an argument in Python; never the one of the other."""
+    source, root, download = cifar.CIFAR100, tmp_path / "data", False
+    if state != "absent":
+        root.mkdir()
+    folder, packed = root / source.binary_folder, root / source.archive
+    if state in ("incomplete", "short"):
+        folder.mkdir()
+        (folder / "train.bin").write_bytes(b"")
+        download = state == "incomplete"
+    if state == "short":
+        (folder / "test.bin").write_bytes(b"")
+    if "archive" in state:
+        packed.write_bytes(b"<html>")
+        download = True
+    if state == "damaged archive":
+        source = replace(source, md5=md5(b"<html>"))
+    if state == "gone":
+        monkeypatch.setattr(cifar, "BASE_URL", "http://127.0.0.1:9/")
+        download = True
+    found = message(cifar.load_source, source, root, download, hint)
+    other = {"download=True": "--download", "--download": "download=True"}[hint]
+    assert f"use {hint}" in found
+    assert other not in found
+
+
+def test_the_stand_in_passes_the_remedy_on(tmp_path):
+    for hint in ("download=True", "--download"):
+        found = message(build_standin, tmp_path / "to", tmp_path / "nowhere", StandIn(), hint)
+        assert found.endswith(f"or use {hint}")

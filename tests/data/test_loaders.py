@@ -315,7 +315,7 @@ def test_a_file_that_vanishes_from_the_resident_loader(standin_copy, split):
     with pytest.raises(InputError) as error:
         make_loader("resident", split, 16, train=True, **MARKET)
     missing = f"{split.paths[0]}: the file is not there"
-    assert str(error.value) == f"{missing}: restore it, or leave it out with --bad-files skip"
+    assert str(error.value) == f"{missing}: restore it, or set bad_files to skip"
 
 
 @pytest.mark.parametrize("kind", ["torch", pytest.param("dali", marks=needs_dali)])

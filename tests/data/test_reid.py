@@ -273,7 +273,9 @@ def test_what_is_no_file_is_bad(tmp_path):
     os.mkfifo(tmp_path / "pipe.jpg")
     (tmp_path / "folder.jpg").mkdir()
     for name in ("pipe.jpg", "folder.jpg"):
-        with pytest.raises(BadImage, match=rf"{name}: not a file: restore it, or leave it out"):
+        with pytest.raises(
+            BadImage, match=rf"{name}: not a file: restore it, or set bad_files to skip"
+        ):
             decode(tmp_path / name)
 
 
@@ -355,7 +357,7 @@ def test_every_odd_jpeg_through_the_loaders(jpegs, tmp_path, scans, capsys):
     found = {}
     for kind in ("resident", "torch", "dali")[: 3 if has_dali() else 2]:
         if kind == "dali":
-            with pytest.raises(InputError, match=r"use --loader resident$") as error:
+            with pytest.raises(InputError, match=r"set loader to resident$") as error:
                 make_loader(kind, market.train, 16, train=False, size=(64, 32))
             assert all(str(name) in str(error.value) for name in refused)
         kept = market.train.without({str(name): "" for name in refused})

@@ -1162,14 +1162,30 @@ class TestDataSets:
             ({"subset": 10**6}, "subset of 1000000"),
             ({"device": "tpu9"}, "no run on device 'tpu9' here: use auto"),
             ({"device": "meta"}, "no run on device 'meta' here: use auto"),
+            ({"device": "cuda:99"}, "no run on device 'cuda:99' here: use auto"),
             ({"epoch": 3}, "unknown setting 'epoch'; did you mean epochs"),
         ):
             with pytest.raises(InputError, match=message) as caught:
                 training.digits(**changes)
             assert "\n" not in str(caught.value)
-        with pytest.raises(InputError):
+        with pytest.raises(InputError, match=r"nowhere: .* or use download=True$"):
             training.cifar100(root="nowhere")
         assert not Path("runs").exists()
+
+    @pytest.mark.parametrize(
+        ("count", "offered"),
+        [
+            (0, "use auto or cpu; torch finds no CUDA device"),
+            (1, "use auto, cpu, cuda or cuda:0"),
+            (4, "use auto, cpu, cuda or cuda:0 to cuda:3"),
+        ],
+    )
+    @pytest.mark.parametrize("asked", ["cuda:9", "mps", "gpu"])
+    def test_devices_that_are_not_there_are_not_offered(self, monkeypatch, count, offered, asked):
+        monkeypatch.setattr(torch.cuda, "is_available", lambda: count > 0)
+        monkeypatch.setattr(torch.cuda, "device_count", lambda: count)
+        with pytest.raises(InputError, match=f"no run on device '{asked}' here: {offered}$"):
+            training.digits(device=asked)
 
     def test_killed_in_mid_epoch(self, tmp_path):
         """kill -9, for real: the weights end up the same, bit for bit, and so do the metrics."""

@@ -18,6 +18,7 @@ from fastdml import cli, metrics
 from fastdml import train as training
 from fastdml.cohort import Cohort
 from fastdml.data import Market1501, PKSampler, TorchLoader, loaders
+from fastdml.data.reid import MEAN, STD
 from fastdml.data.standin import StandIn
 from fastdml.engine.amp import Amp
 from fastdml.errors import InputError
@@ -218,7 +219,12 @@ def test_evaluate_of_a_run_on_other_data(run, tmp_path, capfd):
 def test_export(run, tmp_path, capfd):
     assert cli.main(["export", str(run), "--format", "torch", "--to", str(tmp_path)]) == 0
     paths = capfd.readouterr().out.split()
-    program = torch.export.load(paths[0]).module()
+    files = {"images.json": ""}
+    program = torch.export.load(paths[0], extra_files=files).module()
+    facts = json.loads(files["images.json"])
+    assert (facts["output"], facts["image_shape"]) == ("features", [3, 16, 8])
+    assert facts["classes"] == [str(identity) for identity in range(1, 7)]
+    assert (facts["mean"], facts["std"]) == ([*MEAN], [*STD])
     assert program(torch.zeros(3, 3, 16, 8)).shape == (3, 64)  # features, not the 6 identities
 
 
@@ -432,7 +438,7 @@ def test_bad_files(settings, market_root, tmp_path, capfd):
     shutil.copytree(market_root, root)
     bad = sorted((root / "bounding_box_train").iterdir())[3]
     bad.write_bytes(b"no picture")
-    with pytest.raises(InputError, match=f"{bad.name}: not an image.*--bad-files skip"):
+    with pytest.raises(InputError, match=f"{bad.name}: not an image.*set bad_files to skip"):
         loop.run(settings(root=root))
     assert not Path(settings().folder).exists()
     result = loop.run(settings(root=root, bad_files="skip", epochs=1, subset=24))
