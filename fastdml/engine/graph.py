@@ -38,7 +38,7 @@ from torch.optim import Optimizer
 from fastdml.engine.snapshot import Snapshot
 from fastdml.engine.step import EagerStep, StepOutput, check_gradients_wanted
 from fastdml.engine.update import Group, alike
-from fastdml.engine.weights import same
+from fastdml.engine.weights import Parts, same
 from fastdml.errors import InputError
 from fastdml.loss import MutualStats
 
@@ -243,11 +243,12 @@ class Contents:
         self.loss, self.optimizer, self.update = inner.loss, inner.optimizer, inner.update
         self.stale = inner.stale
         self.holdings = self.update.holdings
-        self.modules = self.holdings.parts.modules
-        self.tensors = [t for t in self.holdings.parts.values if isinstance(t, Tensor)]
+        self.parts = Parts(inner.cohort)
+        self.modules = self.parts.modules
+        self.tensors = [t for t in self.parts.values if isinstance(t, Tensor)]
         groups = self.optimizer.param_groups
         self.rates = [group["lr"] for group in groups]
-        self.settings = [_settings(group) for group in groups]
+        self.settings = self._settings()
         self.state = (self.optimizer.state, len(self.optimizer.state))
         self.own_loss = self._loss()
         self.frozen, self.training, self.memory = self._frozen(), self._training(), self._memory()
@@ -263,11 +264,13 @@ class Contents:
     def changed(self) -> str | None:
         """What is not as it was."""
         groups = self.optimizer.param_groups
-        if self.update.holdings is not self.holdings or not self.holdings.current():
-            return "the optimizer's groups or the peers' layers"
+        if self.update.holdings is not self.holdings or not self.holdings.same_groups():
+            return "what the optimizer's groups hold"
+        if not self.parts.unchanged():
+            return "what the peers consist of"
         if not same([group["lr"] for group in groups], self.rates):
             return "the tensor that holds a learning rate"
-        if not all(map(alike, map(_settings, groups), self.settings)):
+        if not all(map(alike, self._settings(), self.settings)):
             return "a setting of the optimizer"
         if self.optimizer.state is not self.state[0] or len(self.state[0]) != self.state[1]:
             return "the optimizer's state"
@@ -281,6 +284,10 @@ class Contents:
             return "the memory of weights or buffers"
         return "what the peers consist of" if self.stale() else None
 
+    def _settings(self) -> list[Group]:
+        names = self.optimizer.defaults.keys() - {"lr"}
+        return [{n: group[n] for n in names} for group in self.optimizer.param_groups]
+
     def _loss(self) -> list[object]:
         names = ("options", "peer_weights", "class_weight")
         return [getattr(self.loss, name, None) for name in names]
@@ -293,10 +300,6 @@ class Contents:
 
     def _memory(self) -> list[int]:
         return [t.data_ptr() for t in self.tensors]
-
-
-def _settings(group: Group) -> Group:
-    return {name: v for name, v in group.items() if name not in ("params", "lr", "initial_lr")}
 
 
 def _forget(step: weakref.ref[GraphStep]) -> Callable[[object], None]:

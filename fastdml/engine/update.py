@@ -45,7 +45,7 @@ class Holdings:
 
     def __init__(self, cohort: Cohort, optimizer: Optimizer) -> None:
         check_weights(cohort)
-        self.optimizer, self.parts = optimizer, Parts(cohort)
+        self.optimizer, self.parts = optimizer, Parts(cohort, buffers=False)
         self.groups = [list(group["params"]) for group in optimizer.param_groups]
         held = {id(w) for params in self.groups for w in params}
         peers = [list(peer.parameters()) for peer in cohort.peers]
@@ -65,9 +65,11 @@ class Holdings:
             )
 
     def current(self) -> bool:
+        return self.same_groups() and self.parts.unchanged()
+
+    def same_groups(self) -> bool:
         groups = [group["params"] for group in self.optimizer.param_groups]
-        alike = len(groups) == len(self.groups) and all(map(same, groups, self.groups))
-        return alike and self.parts.unchanged()
+        return len(groups) == len(self.groups) and all(map(same, groups, self.groups))
 
     def warn(self, k: int, name: str, weights: list[Tensor]) -> None:
         """Once a peer."""
@@ -116,6 +118,7 @@ class Update:
         self.layouts = follow_layouts(optimizer)
         self.layouts(optimizer)
         self.cohort, self.optimizer, self.ema = cohort, optimizer, ema
+        self.peers = list(cohort.peers)
         self.scaler, self.grad_clip = amp.scaler, grad_clip
         self.torchs_own = type(optimizer) in (SGD, Adam, AdamW)
         self.holdings = Holdings(cohort, optimizer)
@@ -129,7 +132,13 @@ class Update:
     def refresh(self) -> None:
         """Takes the optimizer's groups and the peers' weights as they are now."""
         if not self.holdings.current():
-            self.holdings = Holdings(self.cohort, self.optimizer)
+            holdings = Holdings(self.cohort, self.optimizer)
+            if not same(list(self.cohort.peers), self.peers):
+                raise InputError(
+                    "the cohort has other peers than when the step was made: make a new step (only "
+                    "parts of a peer may be replaced)"
+                )
+            self.holdings = holdings
             if self.ema is not None:
                 self.ema.refresh()
 

@@ -28,13 +28,13 @@ def same(first: Sequence[Any], second: Sequence[Any]) -> bool:
 
 
 class Parts:
-    """The modules, parameters and buffers below a module, as they were."""
+    """The modules and parameters below a module, and its buffers if asked, as they were."""
 
-    def __init__(self, root: nn.Module) -> None:
+    def __init__(self, root: nn.Module, *, buffers: bool = True) -> None:
         self.modules = list(root.modules())
-        tables = [t for m in self.modules for t in (m._modules, m._parameters, m._buffers)]
-        self.tables = tables
-        self.values = [v for table in tables for v in table.values()]
+        kinds = ("_modules", "_parameters", "_buffers")[: 3 if buffers else 2]
+        self.tables = [getattr(m, kind) for m in self.modules for kind in kinds]
+        self.values = [v for table in self.tables for v in table.values()]
 
     def unchanged(self) -> bool:
         now = chain.from_iterable(map(dict.values, self.tables))

@@ -262,6 +262,46 @@ class TestWeightsThatNothingHolds:
         assert texts[1].startswith("the optimizer holds 2 weights that belong to no peer")
         assert len(texts) == 2
 
+    def test_peers_that_replace_their_buffers_are_warned_of_once(self):
+        class Replacing(nn.Module):
+            def __init__(self, net):
+                super().__init__()
+                self.net = net
+                self.register_buffer("seen", torch.zeros(()))
+
+            def forward(self, x):
+                self.seen = self.seen + 1
+                return self.net(x)
+
+        cohort = Cohort([Replacing(p) for p in peers_of()], C)
+        optimizer = torch.optim.SGD(cohort.peers[0].parameters(), RATE)
+        with pytest.warns(UserWarning, match="Replacing-2 has 6 weights") as caught:
+            self.steps(cohort, optimizer)
+        assert len(caught) == 1
+
+
+@pytest.mark.parametrize("how", ["replaced", "added", "swapped"])
+def test_other_peers_need_another_step(how):
+    cohort = Cohort(peers_of(), C)
+    step = make_step(cohort, MutualLoss(), make_optimizer(cohort, lr=RATE), amp="off",
+                     execution="eager")  # fmt: skip
+    step(*batch(0))
+    first, second = cohort.peers
+    if how == "replaced":
+        cohort.peers[1] = nn.Sequential(second)
+    elif how == "added":
+        cohort.peers.append(peers_of(1)[0])
+        cohort.names.append("third")
+    else:
+        cohort.peers = nn.ModuleList([second, first])
+    before = [w.detach().clone() for w in cohort.parameters()]
+    for _ in range(2):
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of the third's weights
+            with pytest.raises(InputError, match="other peers than when the step was made: make a"):
+                step(*batch(1))
+    assert all(torch.equal(w, b) for w, b in zip(cohort.parameters(), before, strict=True))
+
 
 def test_a_part_of_a_group_that_counts_is_refused():
     class Counting(torch.optim.SGD):
