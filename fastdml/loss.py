@@ -139,6 +139,13 @@ def _check(logits: Tensor | Sequence[Tensor], call: Call) -> list[Tensor]:
         raise ValueError(
             f"temperature={call.temperature}: it divides the logits and must be above 0, and finite"
         )
+    for name in ("ce_weight", "kl_weight"):
+        value = getattr(call, name)
+        if not isinstance(value, Tensor) and not 0 <= value < math.inf:
+            raise ValueError(
+                f"{name}={value}: below 0 the loss would be without a lower bound; give 0 or more, "
+                "and a finite number"
+            )
     ignore = call.options.ignore_index
     if not isinstance(ignore, int) and not hasattr(ignore, "__index__"):
         raise TypeError(f"ignore_index={ignore!r}: give a whole number")
@@ -295,8 +302,9 @@ def mutual_loss(
     labels: (N,) int64 or int32. On the CPU a label that is no class raises ValueError. On CUDA,
         where the host never waits for a value, its row's losses and gradients are NaN.
     temperature: T, for the KL term only, which is multiplied by T**2 (Hinton et al. 2015).
-    ce_weight, kl_weight, temperature: numbers, or 0-d tensors on the logits' device, which a
-        schedule can change inside a captured graph, and without compiling anew.
+    ce_weight, kl_weight, temperature: numbers, the weights not below 0, where the loss would have
+        no lower bound; or 0-d tensors on the logits' device, whose values are not looked at, and
+        which a schedule can change inside a captured graph, and without compiling anew.
     target: what a peer learns from. "peers": each other peer, KL(p_l || p_k). "ensemble": the
         probability mean of the others, the paper's DML_e: the same gradient as "peers", since
         cross-entropy is linear in its target, and a smaller value. "ensemble_logits": the softmax

@@ -13,7 +13,14 @@ import torch.nn.functional as F
 from oracle import DEVICE, DTYPES, LAYOUTS, make, pairwise, reference
 from torch import nn
 
-from fastdml.loss import LossOptions, MutualLoss, MutualStats, mutual_loss
+from fastdml.loss import (
+    LossOptions,
+    MutualLoss,
+    MutualStats,
+    linear_mutual_loss,
+    mutual_loss,
+    mutual_losses,
+)
 
 K, N, C = 3, 6, 10
 EVERY_OPTION = {
@@ -156,6 +163,10 @@ PAIR = [z_of(4, 5), z_of(4, 5)]
         (PAIR, Y, {"class_weight": [1.0] * 5}, TypeError, r"class_weight.*list.*\(5,\)"),
         (PAIR, Y, {"temperature": 0.0}, ValueError, r"temperature=0\.0.*above 0"),
         (PAIR, Y, {"temperature": -1.0}, ValueError, r"temperature=-1\.0"),
+        (PAIR, Y, {"kl_weight": -1}, ValueError, r"kl_weight=-1: below 0 .* give 0 or more"),
+        (PAIR, Y, {"ce_weight": -0.5}, ValueError, r"ce_weight=-0\.5: below 0"),
+        (PAIR, Y, {"kl_weight": float("nan")}, ValueError, r"kl_weight=nan.*a finite number"),
+        (PAIR, Y, {"ce_weight": float("inf")}, ValueError, r"ce_weight=inf.*a finite number"),
         (PAIR, Y, {"temperature": float("nan")}, ValueError, "temperature=nan"),
         (PAIR, Y, {"kl_weight": z_of(1)}, ValueError, r"kl_weight.*\(1,\).*0-d"),
         (PAIR, Y, {"ce_weight": z_of().requires_grad_()}, ValueError, "ce_weight.*gradient"),
@@ -210,6 +221,21 @@ def test_a_label_that_is_no_class_is_nan_in_its_row_on_cuda():
 def test_float64_is_refused_on_cuda():
     with pytest.raises(TypeError, match="float64"):
         mutual_loss(z_of(2, 4, 5, dtype=torch.float64), Y)
+
+
+def test_the_module_and_separate_losses_refuse_weights_below_0():
+    for run in (
+        lambda: MutualLoss(kl_weight=-1)(PAIR, Y),
+        lambda: MutualLoss(kl_weight=-1).value_and_grad(PAIR, Y),
+        lambda: mutual_losses(PAIR, Y, kl_weight=-1),
+        lambda: linear_mutual_loss(
+            torch.zeros(2, 4, 3, device=DEVICE), torch.zeros(2, 5, 3, device=DEVICE), Y,
+            kl_weight=-1,
+        ),
+    ):  # fmt: skip
+        with pytest.raises(ValueError, match="kl_weight=-1: below 0"):
+            run()
+    mutual_loss(PAIR, Y, kl_weight=0, ce_weight=-0.0)
 
 
 def test_options_are_given_by_name():
