@@ -11,9 +11,7 @@ answer at once.
 from __future__ import annotations
 
 import argparse
-import codecs
 import contextlib
-import difflib
 import io
 import json
 import os
@@ -27,9 +25,9 @@ from typing import TYPE_CHECKING, Any, NoReturn
 from fastdml import __version__
 from fastdml.errors import InputError
 from fastdml.files import NO_ROOM
-from fastdml.options import split_lists
+from fastdml.options import advice, split_lists
 from fastdml.paths import expanded
-from fastdml.terminal import complete_streams, discard, lenient_stderr
+from fastdml.terminal import complete_streams, discard, lenient_stderr, print_anything
 
 if TYPE_CHECKING:
     from fastdml.cohort import Cohort
@@ -47,7 +45,7 @@ def train(args: list[str]) -> None:
         return
     data, *options = args
     if data not in DATA:
-        raise InputError(f"cannot train on {data!r}{_nearest(data, DATA)}")
+        raise InputError(f"cannot train on {data!r}; {advice(data, DATA)}")
     config = _train_config(data, options)
     _find_own_models(config.peers)
 
@@ -213,8 +211,8 @@ def kernels(args: list[str]) -> None:
     archs = options.archs or list(static_report.TARGETS)
     unknown = [arch for arch in archs if arch not in static_report.TARGETS]
     if unknown:
-        near = _nearest(unknown[0], static_report.TARGETS)
-        raise InputError(f"no report for {unknown[0]!r}{near}")
+        near = advice(unknown[0], static_report.TARGETS)
+        raise InputError(f"no report for {unknown[0]!r}; {near}")
     shapes = [_shape(text) for text in options.shapes or ()] or static_report.SHAPES
     found = static_report.reports(shapes, options.dtypes, archs)
     if options.json:
@@ -243,7 +241,7 @@ COMMANDS: dict[str, Callable[[list[str]], None]] = {
 
 def main(argv: Sequence[str] | None = None) -> int:
     complete_streams()
-    _print_anything()
+    print_anything()
     with lenient_stderr():
         return _run(list(sys.argv[1:] if argv is None else argv))
 
@@ -270,23 +268,9 @@ def _run(args: list[str]) -> int:
         return _complain(f"error: cannot write the output: {error.strerror}", 1)
 
 
-def _print_anything() -> None:
-    """Names of files are printed as they are; of other text, what the terminal's encoding lacks,
-    such as an é under ASCII, as \\xe9."""
-    codecs.register_error("fastdml", _as_bytes_or_escaped)
-    for stream in (sys.stdout, sys.stderr):
-        if isinstance(stream, io.TextIOWrapper):
-            stream.reconfigure(errors="fastdml")
-
-
-def _as_bytes_or_escaped(error: UnicodeError) -> tuple[str | bytes, int]:
-    try:
-        return codecs.lookup_error("surrogateescape")(error)
-    except UnicodeError:
-        return codecs.lookup_error("backslashreplace")(error)
-
-
 def _dispatch(args: list[str]) -> int:
+    if args[:1] == ["help"]:
+        args = [*(arg for arg in args if arg != "help"), "--help"]
     if not args or args[0] in ("-h", "--help"):
         print(_help())
         return 0 if args else 2
@@ -294,7 +278,7 @@ def _dispatch(args: list[str]) -> int:
         print(f"fastdml {__version__}")
         return 0
     if args[0] not in COMMANDS:
-        raise InputError(f"unknown command {args[0]!r}{_nearest(args[0], COMMANDS)}")
+        raise InputError(f"unknown command {args[0]!r}; {advice(args[0], [*COMMANDS, 'help'])}")
     try:
         COMMANDS[args[0]](args[1:])
     except SystemExit as stop:  # after --help, from tyro, or because a signal ended training
@@ -310,7 +294,8 @@ def _help() -> str:
         "usage: fastdml COMMAND ...\n\n"
         "Deep Mutual Learning: peers that learn from the labels and from each other.\n\n"
         f"{commands}\n\n"
-        "fastdml COMMAND --help lists its options; fastdml --version prints the version."
+        "fastdml help COMMAND lists its options, as fastdml COMMAND --help does; fastdml --version "
+        "prints the version."
     )
 
 
@@ -330,7 +315,7 @@ class Parser(argparse.ArgumentParser):
         super().__init__(f"fastdml {name}", description=command.__doc__, allow_abbrev=False)
 
     def parse(self, args: list[str]) -> argparse.Namespace:
-        _check_options(args, self._option_string_actions)
+        _check_options(args, self._option_string_actions, self.prog)
         lists = [name for a in self._actions if a.nargs == "+" for name in a.option_strings]
         return self.parse_args(split_lists(args, lists))
 
@@ -338,18 +323,13 @@ class Parser(argparse.ArgumentParser):
         raise InputError(f"{self.prog}: {message}")
 
 
-def _check_options(args: Iterable[str], known: Iterable[str]) -> None:
+def _check_options(args: Iterable[str], known: Iterable[str], command: str) -> None:
     known = list(known)
     for arg in args:
         option = arg.partition("=")[0]
         if option.startswith("--") and option.replace("_", "-") not in known:
-            raise InputError(f"unknown option {option}{_nearest(option, known)}")
-
-
-def _nearest(name: str, known: Iterable[str]) -> str:
-    known = list(known)
-    near = difflib.get_close_matches(name.lower(), known, n=1, cutoff=0.5)
-    return f"; did you mean {near[0]}?" if near else f"; there is {', '.join(known)}"
+            others = f"{command} --help lists those there are"
+            raise InputError(f"unknown option {option}; {advice(option, known, others=others)}")
 
 
 def _train_config(data: str, options: list[str]) -> TrainConfig:
@@ -357,10 +337,11 @@ def _train_config(data: str, options: list[str]) -> TrainConfig:
 
     from fastdml.train.config import config_type, from_command_line
 
-    known = fields(config_type(data))
-    names = [field.name.replace("_", "-") for field in known]
-    flags = [f"--no-{field.name.replace('_', '-')}" for field in known if field.type == "bool"]
-    _check_options(options, ["--help", "--config", *(f"--{name}" for name in names), *flags])
+    settings = fields(config_type(data))
+    names = [field.name.replace("_", "-") for field in settings]
+    flags = [f"--no-{field.name.replace('_', '-')}" for field in settings if field.type == "bool"]
+    known = ["--help", "--config", *(f"--{name}" for name in names), *flags]
+    _check_options(options, known, f"fastdml train {data}")
     if os.environ.get("NO_COLOR"):  # which tyro does not look at
         os.environ.setdefault("PYTHON_TYRO_ANSI_CODES", "False")
     shown = io.StringIO()

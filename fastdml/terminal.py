@@ -6,7 +6,9 @@ lost connection take the reader away. What training says on stderr is a courtesy
 
 from __future__ import annotations
 
+import codecs
 import contextlib
+import io
 import os
 import sys
 from collections.abc import Iterator
@@ -26,6 +28,22 @@ def complete_streams() -> None:
             os.set_inheritable(number, True)
         if getattr(sys, name) is None:
             setattr(sys, name, os.fdopen(number, mode, closefd=False))
+
+
+def print_anything() -> None:
+    """Names of files are printed as they are; of other text, what a terminal's encoding lacks, such
+    as an é under ASCII, as \\xe9."""
+    codecs.register_error("fastdml", _as_bytes_or_escaped)
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="fastdml")
+
+
+def _as_bytes_or_escaped(error: UnicodeError) -> tuple[str | bytes, int]:
+    try:
+        return codecs.lookup_error("surrogateescape")(error)
+    except UnicodeError:
+        return codecs.lookup_error("backslashreplace")(error)
 
 
 def discard(stream: TextIO) -> None:

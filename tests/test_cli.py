@@ -213,7 +213,13 @@ def test_a_builder_of_torchvision_trains(tmp_path, monkeypatch):
     ("options", "patterns"),
     [
         (["--epoch", "3"], ["--epoch", "did you mean --epochs"]),
-        (["--lerning-rate=1"], ["--lerning-rate"]),
+        (["--learning-rate", "1"], [r"--learning-rate; did you mean --lr\?"]),
+        (["--lerning-rate=1"], [r"--lerning-rate; did you mean --lr\?"]),
+        (["--max_epochs", "1"], [r"did you mean --epochs\?"]),
+        (["--output-dir", "x"], [r"did you mean --folder\?"]),
+        (["--workers", "2"], ["--workers; fastdml train digits --help lists"]),
+        (["--no-nonsense"], ["--no-nonsense; fastdml train digits --help lists"]),
+        (["--triplet"], ["--triplet; fastdml train digits --help lists"]),
         (["--no-flop"], ["did you mean --no-flip"]),
         (["--epochs", "0"], ["epochs must be 1 or more, not 0"]),
         (["--device", "cuda:99"], ["cuda:99"]),
@@ -256,6 +262,10 @@ def test_wrong_commands(refused):
     refused(["train", "imagenet"], "imagenet", "digits, cifar10, cifar100, market1501")
     refused(["evaluate"], "RUN")
     refused(["evaluate", "run", "--weigths", "best"], "did you mean --weights")
+    refused(["evaluate", "run", "--norerank"], "did you mean --no-rerank")
+    refused(["evaluate", "run", "--learning-rate", "1"], "fastdml evaluate --help lists")
+    refused(["help", "trian"], "did you mean train")
+    refused(["hepl"], "did you mean help")
     refused(["evaluate", "nowhere"], "nowhere", "not the folder of a run")
 
 
@@ -277,6 +287,22 @@ def test_help(capfd):
     assert cli.main([]) == 2
     assert cli.main(["train"]) == 0
     assert "{digits,cifar10,cifar100,market1501}" in capfd.readouterr().out
+
+
+def test_help_as_a_command(capfd):
+    for asked, same in (
+        ("help", "--help"),
+        ("help help", "--help"),
+        ("help train", "train --help"),
+        ("help train digits", "train digits --help"),
+        ("help evaluate", "evaluate --help"),
+    ):
+        outputs = []
+        for arguments in (asked, same):
+            assert cli.main(arguments.split()) == 0
+            outputs.append(capfd.readouterr().out)
+        assert outputs[0] == outputs[1]
+        assert "usage: fastdml" in outputs[0]
 
 
 def test_help_of_training_states_the_papers_settings(capfd):

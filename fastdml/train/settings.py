@@ -8,7 +8,6 @@ one. `fastdml.train.reid_settings` has what re-identification adds.
 from __future__ import annotations
 
 import dataclasses
-import difflib
 import math
 import os
 from collections.abc import Callable, Mapping, Sequence
@@ -20,6 +19,7 @@ from typing import Any, ClassVar, Literal, get_args, get_origin, get_type_hints
 
 from fastdml.errors import InputError, require
 from fastdml.files import write_atomically
+from fastdml.options import advice
 from fastdml.paths import expand
 
 Limit = tuple[Callable[[Any], bool], str]  # what a value must fulfil, and how a message says it
@@ -253,8 +253,7 @@ def check_names(
     known = list(field_types(kind))
     for name in names:
         if name not in known:
-            near = difflib.get_close_matches(str(name).replace("-", "_"), known, n=1, cutoff=0.5)
-            hint = f"did you mean {near[0]}?" if near else f"the settings are {', '.join(known)}"
+            hint = advice(str(name), known, others="the settings are {}")
             raise InputError(f"unknown setting {name!r}{where}; {hint}")
 
 

@@ -67,13 +67,16 @@ def test_every_setting_has_a_help_text():
     ("name", "near"),
     [
         ("epoch", "epochs"),
-        ("learning_rate", None),
+        ("learning_rate", "lr"),
+        ("max-epochs", "epochs"),
+        ("nonsense", None),
         ("batchsize", "batch_size"),
         ("kl-weigth", "kl_weight"),
     ],
 )
 def test_unknown_settings_are_refused_with_the_nearest(name, near, tmp_path):
-    expected = f"unknown setting '{name}'.*" + (f"did you mean {near}" if near else "")
+    hint = rf"did you mean {near}\?$" if near else "the settings are data, root, "
+    expected = f"unknown setting '{name}'.*{hint}"
     file = tmp_path / "c.yaml"
     file.write_text(f"{name}: 3\n")
     for attempt in (
