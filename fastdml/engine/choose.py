@@ -35,7 +35,8 @@ from fastdml.engine.graph import SCALARS
 from fastdml.engine.guards import replicated
 from fastdml.engine.rehearsal import Candidate, Rehearsal, Uncopyable, candidates, fastest
 from fastdml.engine.snapshot import Snapshot
-from fastdml.engine.stackable import HOOKS
+from fastdml.engine.stackable import HOOKS, Unstackable
+from fastdml.engine.stacked import StackedStep
 from fastdml.engine.step import EagerStep, StepOutput, check_gradients_wanted
 from fastdml.errors import InputError
 
@@ -79,7 +80,13 @@ class CudaAutoStep(AutoStep):
     def __call__(self, *batch: Tensor) -> StepOutput:
         check_gradients_wanted()
         self.choose(*batch)
-        return self.chosen(*batch)
+        try:
+            return self.chosen(*batch)
+        except Unstackable as error:  # peers that have changed; the step had not begun
+            why = _brief("stacked", str(error))
+            print(f"execution: eager; not stacked: {why}", file=sys.stderr)
+            self.chosen = self.make("eager")
+            return self.chosen(*batch)
 
     def choose(self, *batch: Tensor) -> Choice:
         """What this step runs as, from now on; measures where that is still open."""
@@ -88,24 +95,28 @@ class CudaAutoStep(AutoStep):
         return Choice(self.chosen.name)
 
     def _measure(self, batch: tuple[Tensor, ...]) -> Step:
-        best, times = None, {}
+        best, times, unfit = None, {}, ""
         # The graph last: it keeps the addresses of the weights, which stacking moves. Eager first:
         # a graph's memory is its own for as long as it lives, and eager is what must not fail.
         for name in sorted(self.names, key=ORDER.index):
+            step = None
             try:
                 step = self.make(name)
                 seconds = self._seconds(step, batch)
-            except (InputError, RuntimeError):  # of the latter: out of memory, no such kernel
+            except (InputError, RuntimeError) as error:  # of these: out of memory, no such kernel
                 if name == "eager":
                     raise
-                continue
-            if getattr(step, "failure", None) is None:
-                times[name] = seconds
-                if seconds == min(times.values()):
-                    best = step
+                if isinstance(error, Unstackable):
+                    unfit = f"; not stacked: {_brief('stacked', str(error))}"
+            else:
+                if getattr(step, "failure", None) is None:
+                    times[name] = seconds
+                    if seconds == min(times.values()):
+                        best, step = step, best
+            _release(step)
             del step  # the slower one's memory goes to the next
         found = ", ".join(f"{name} {1000 * seconds:.2f}" for name, seconds in times.items())
-        print(f"execution: {best.name} (ms a step: {found})", file=sys.stderr)
+        print(f"execution: {best.name} (ms a step: {found}){unfit}", file=sys.stderr)
         return best
 
     def _seconds(self, step: Step, batch: tuple[Tensor, ...]) -> float:
@@ -129,6 +140,13 @@ class CudaAutoStep(AutoStep):
             snapshot.restore()
             for name, value in numbers.items():
                 setattr(loss, name, value)
+
+
+def _release(step: Step | None) -> None:
+    """Peers that were stacked have their weights to themselves again."""
+    inner = getattr(step, "inner", step)
+    if isinstance(inner, StackedStep):
+        inner.release()
 
 
 class CpuAutoStep(AutoStep):

@@ -218,7 +218,12 @@ def _check_accumulators(peers: Sequence[nn.Module]) -> None:
 
 class Watch:
     """Notices whatever of the peers is not as it was: modes, hooks, settings and attributes,
-    children, weights that were frozen, replaced, moved or cast."""
+    children, weights that were frozen, replaced, moved or cast.
+
+    `changed` takes 36 microseconds for two ResNet-8 (50 modules, 88 tensors), where a step on 64
+    images of 8x8 takes 8.5 ms, and 145 for two ResNet-32 (194, 376), where it takes 41 ms (one
+    thread of a shared AMD EPYC, medians of 300 calls and of 30 steps).
+    """
 
     def __init__(self, peers: Sequence[nn.Module]) -> None:
         modules = [m for peer in peers for m in peer.modules()]

@@ -64,7 +64,6 @@ class StackedStep(EagerStep):
 
     def train(self, images: Tensor, labels: Tensor) -> StepOutput:
         self.prove(images)
-        self.stack.follow()
         return super().train(images, labels)
 
     def prove(self, images: Tensor) -> None:
@@ -91,6 +90,7 @@ class StackedStep(EagerStep):
             self.stack.fill(self.own)
             self.stack.adopt()
         if changed:
+            self.stack.follow()
             self.modes, self.watch = modes, Watch(self.own)
 
     def stale(self) -> bool:
@@ -132,13 +132,13 @@ class Stack(nn.Module):
         self.pairs: list[tuple[nn.Module, nn.Module]] = []  # modules here, and of the first peer
         if peers:
             self.fill(peers)
+            self.follow()
 
     def fill(self, peers: Sequence[nn.Module]) -> None:
         self.K = len(peers)
         done: dict[int, nn.Module] = {}
         self.network = _converted(peers, done)
         self.pairs = [(done[id(m)], m) for m in peers[0].modules()]
-        self.follow()
 
     def forward(self, x: Tensor) -> Tensor | tuple[Tensor, ...]:
         out = self.network(x)  # (N, K * C)

@@ -107,6 +107,47 @@ def test_a_candidate_is_gone_before_the_next_is_measured(monkeypatch):
     assert {step.name for step in alive} == {"stacked"} == {step.name}
 
 
+@pytest.mark.parametrize("fastest", ["eager", "stacked", "graph"])
+def test_peers_stay_stacked_where_that_is_chosen_alone(monkeypatch, capsys, fastest):
+    """Else they have their weights to themselves again; and so they have when a hook comes."""
+    cohort, eager, batch = setting()
+    memory = [w.untyped_storage().nbytes() for w in cohort.parameters()]
+
+    def make(name):
+        if name == "stacked":
+            options = {"execution": name, "amp": "off"}
+            step = make_step(cohort, MutualLoss(), eager.optimizer, **options)
+        else:
+            step = SlowStep(name, eager, 0.0)
+        taken.append(name)
+        return step
+
+    seconds = {"eager": 3, "streams": 3, "stacked": 2, "graph": 3, fastest: 1}
+    taken = []
+    monkeypatch.setattr(
+        CudaAutoStep, "_seconds", lambda self, step, batch: step(*batch) and seconds[step.name]
+    )
+    step = CudaAutoStep(["eager", "streams", "graph", "stacked"], make, CPU)
+    step(*batch)
+    assert step.name == fastest
+    assert len(taken) == 4
+    stacked = [w.untyped_storage().nbytes() for w in cohort.parameters()]
+    assert (stacked == memory) == (fastest != "stacked")
+    capsys.readouterr()
+    calls = []
+    cohort.peers[0][0].register_forward_hook(lambda *_: calls.append(1))
+    step(*batch)
+    assert calls
+    assert [w.untyped_storage().nbytes() for w in cohort.parameters()] == memory
+    line = capsys.readouterr().err
+    assert (
+        line == ""
+        if fastest != "stacked"
+        else "; not stacked: does not know a module with hooks (0)" in line
+    )
+    assert line.count("\n") <= 1
+
+
 def test_an_optimizer_that_counts_on_the_host_is_not_measured(capsys):
     """What steps leave in Python numbers could not be restored."""
     cohort, _, batch = setting()
