@@ -18,6 +18,7 @@ before (`fastdml.data.scan`, decoder "dali"), and after an error the batch's fil
 
 from __future__ import annotations
 
+import contextlib
 import os
 import sys
 from collections.abc import Iterator
@@ -29,7 +30,7 @@ from torch import Tensor
 
 from fastdml.data.augment import Choices
 from fastdml.data.batching import Batching
-from fastdml.data.decode import BadImage, decode
+from fastdml.data.decode import BadImage, check_file, decode
 from fastdml.data.image_set import ImageSet
 from fastdml.data.probe import decoded
 from fastdml.data.reid import ReidSplit
@@ -146,8 +147,11 @@ class DALILoader(Batching):
 
     def _feed(self, epoch: int, step: int) -> None:
         part, order, what = self.part(epoch, step), self.order(epoch), self.augment
-        feed = self._pipe.feed_input
-        feed("source", [self._names[i] for i in order.sample[part].tolist()])
+        feed, samples = self._pipe.feed_input, order.sample[part].tolist()
+        if self.paths:
+            for i in samples:
+                check_file(self.paths[i])
+        feed("source", [self._names[i] for i in samples])
         choices = Choices(*(c[part] for c in self.choices(epoch)))
         if what.pad:
             shift = 0 if what.reflect else what.pad  # a set padded in memory begins at its border
@@ -187,7 +191,8 @@ class DALILoader(Batching):
                     self._feed(epoch, step)
                 images = self._take()
                 if step + 1 < len(self):
-                    self._feed(epoch, step + 1)
+                    with contextlib.suppress(BadImage):  # which its own turn raises
+                        self._feed(epoch, step + 1)
             except RuntimeError as error:
                 at = self._ahead or (epoch, step)
                 self._pipe, self._ahead = None, None  # it is of no further use

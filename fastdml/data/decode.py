@@ -12,6 +12,7 @@ import io
 import os
 import stat
 import warnings
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -37,14 +38,9 @@ def decode(path: str | Path, size: tuple[int, int] | None = None) -> np.ndarray:
     Pillow's bilinear filter, which averages when it shrinks."""
     pillow = require("PIL.Image", "train")
     operations = require("PIL.ImageOps", "train")
-    try:
-        if not stat.S_ISREG(os.stat(path).st_mode):  # reading a pipe could wait for ever
-            raise BadImage(path, "not a file")
+    with _named(path):
+        check_file(path)
         content = Path(path).read_bytes()
-    except FileNotFoundError:
-        raise BadImage(path, "the file is not there") from None
-    except OSError as error:
-        raise BadImage(path, f"cannot be read ({error.strerror})") from None
     if not content:
         raise BadImage(path, "the file is empty")
     try:
@@ -66,6 +62,24 @@ def decode(path: str | Path, size: tuple[int, int] | None = None) -> np.ndarray:
         raise BadImage(path, "not an image that can be decoded") from None
     except Exception as error:  # decoders raise nearly anything on damaged files
         raise BadImage(path, _one_line(error)) from None
+
+
+def check_file(path: str | Path) -> None:
+    """Raises BadImage where reading could wait for ever, as from a pipe. Costs a stat."""
+    with _named(path):
+        regular = stat.S_ISREG(os.stat(path).st_mode)
+    if not regular:
+        raise BadImage(path, "not a file")
+
+
+@contextlib.contextmanager
+def _named(path: str | Path) -> Iterator[None]:
+    try:
+        yield
+    except FileNotFoundError:
+        raise BadImage(path, "the file is not there") from None
+    except OSError as error:
+        raise BadImage(path, f"cannot be read ({error.strerror})") from None
 
 
 def _one_line(error: Exception) -> str:

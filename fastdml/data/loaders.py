@@ -46,7 +46,7 @@ def make_loader(
     kind = choose_loader(kind, source, device, say=say, **options)
     if kind == "resident":
         loader = ResidentLoader(source, batch_size, device=device, **options)
-        say(f"{len(source):,} images stay in {_where(device)}: {loader.nbytes / 1e6:,.0f} MB")
+        say(f"{len(source):,} images stay in {_where(device)}: {size(loader.nbytes)}")
         return loader
     if kind == "torch":
         return TorchLoader(source, batch_size, device=device, **options)
@@ -75,11 +75,16 @@ def choose_loader(
     if kind == "dali" and options.get("padding", "reflect") == "reflect":
         kind = "torch" if isinstance(source, ReidSplit) or options.get("size") else "dali"
     say(
-        f"{len(source):,} images would take {need / 1e6:,.0f} MB, more than "
-        f"{SHARE:.0%} of the {free / 1e6:,.0f} MB free in {_where(device)}: "
+        f"{len(source):,} images would take {size(need)}, more than "
+        f"{SHARE:.0%} of the {size(free)} free in {_where(device)}: "
         f"streamed by {kind} instead"
     )
     return kind
+
+
+def size(nbytes: float) -> str:
+    """A number of bytes as people read it, never 0 MB of something."""
+    return f"{nbytes / 1e6:,.0f} MB" if nbytes >= 1e6 else f"{nbytes / 1e3:,.1f} kB"
 
 
 def has_dali() -> bool:

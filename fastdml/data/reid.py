@@ -31,6 +31,7 @@ from fastdml.errors import InputError
 from fastdml.paths import expanded
 
 JUNK = -1
+LARGEST = 2**63 - 1  # of int64
 # ImageNet's, in bytes: what peers trained on it expect, and usual in re-identification
 MEAN, STD = (123.675, 116.28, 103.53), (58.395, 57.12, 57.375)
 STORED = (128, 64)  # Market-1501's own size: nothing is lost by keeping it
@@ -331,6 +332,11 @@ def _read(root: Path, places: Sequence[tuple[str, str | None]], layout: Layout) 
                 "are unknown: move it away"
             )
         identity, camera = int(match[1]), int(match[2])
+        if max(abs(identity), abs(camera)) > LARGEST:
+            raise InputError(
+                f"{file}: the identity or the camera in its name is beyond {LARGEST}, what 64 bits "
+                "hold: rename it"
+            )
         if identity == JUNK:
             continue
         paths.append(str(file))

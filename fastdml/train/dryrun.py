@@ -9,13 +9,12 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from fastdml.data.loaders import size
 from fastdml.train import report
 from fastdml.train.config import run_name
 
 if TYPE_CHECKING:
     from fastdml.train.phase import Phase
-
-MB = 1e6
 
 
 def plan(phase: Phase) -> str:
@@ -36,16 +35,16 @@ def plan(phase: Phase) -> str:
         if torch.is_tensor(v)
     )
     if device.type == "cuda":
-        memory = f"{torch.cuda.max_memory_allocated(device) / MB:,.0f} MB on the device at most"
+        memory = f"{size(torch.cuda.max_memory_allocated(device))} on the device at most"
     else:
         # ru_maxrss is in kilobytes, on macOS in bytes.
         unit = 1 if sys.platform == "darwin" else 1024
         peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
-        memory = f"{peak / MB:,.0f} MB of this process at most, the data included"
+        memory = f"{size(peak)} of this process at most, the data included"
     phases = 2 if config.independent else 1
     folder = config.folder or f"runs/{run_name(config)}-NNN, the next free number"
     files = (
-        f"config.yaml metrics.jsonl last.ckpt ({held / MB:,.1f} MB) cohort.json peers/ best/ "
+        f"config.yaml metrics.jsonl last.ckpt ({size(held)}) cohort.json peers/ best/ "
         + "".join(f"curves.{kind} pairwise_kl.{kind} " for kind in config.figures)
         + "summary.json"
     )

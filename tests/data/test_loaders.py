@@ -19,6 +19,7 @@ from torch.utils.data._utils import signal_handling
 from fastdml import train as training
 from fastdml.data import (
     DALILoader,
+    ImageSet,
     PKSampler,
     RandomSampler,
     RepeatedSampler,
@@ -287,8 +288,8 @@ def test_workers_end_when_their_parent_says_so(market):
 
 
 @needs_dali
-@pytest.mark.parametrize("damage", ["gone", "cut"])
-def test_a_file_that_vanishes_from_dali(split, damage):
+@pytest.mark.parametrize("damage", ["gone", "cut", "pipe", "link to a pipe", "folder"])
+def test_a_file_that_vanishes_from_dali(split, damage, tmp_path):
     loader = DALILoader(split, 16, train=True, **MARKET)
     whole = [images for images, _ in loader.epoch(1)]
     spoilt = Path(split.paths[int(loader.order(1).sample[20])])
@@ -296,10 +297,20 @@ def test_a_file_that_vanishes_from_dali(split, damage):
     spoilt.unlink()
     if damage == "cut":
         spoilt.write_bytes(content[:800])
+    elif damage == "pipe":  # DALI would wait for it for ever
+        os.mkfifo(spoilt)
+    elif damage == "link to a pipe":
+        os.mkfifo(tmp_path / "pipe")
+        spoilt.symlink_to(tmp_path / "pipe")
+    elif damage == "folder":
+        spoilt.mkdir()
     with pytest.raises(InputError) as error:
         list(loader.epoch(1))
     assert str(spoilt) in str(error.value)
     assert "\n" not in str(error.value)
+    if damage in ("pipe", "link to a pipe", "folder"):
+        assert f"{spoilt}: not a file" in str(error.value)
+        spoilt.rmdir() if damage == "folder" else spoilt.unlink()
     spoilt.write_bytes(content)  # restored: training goes on where it was
     assert all(torch.equal(a, b) for (a, _), b in zip(loader.epoch(1, 1), whole[1:], strict=True))
 
@@ -392,6 +403,21 @@ def test_make_loader(market, kind, capsys):
     assert labels.shape == (16,)
     told = capsys.readouterr().err
     assert told == ("128 images stay in memory: 3 MB\n" if kind == "resident" else "")
+
+
+@pytest.mark.parametrize(
+    ("nbytes", "text"),
+    [(64, "0.1 kB"), (8192, "8.2 kB"), (499_999, "500.0 kB"), (1e6, "1 MB"), (3.2e9, "3,200 MB")],
+)
+def test_sizes_are_never_0_mb(nbytes, text):
+    assert loaders.size(nbytes) == text
+
+
+def test_a_small_set_says_what_it_takes(capsys):
+    images = torch.zeros(32, 1, 8, 8, dtype=torch.uint8)
+    source = ImageSet(images, torch.arange(32) % 4, 4, tuple("abcd"), (1.0,), (1.0,))
+    make_loader("resident", source, 8, train=False)
+    assert capsys.readouterr().err == "32 images stay in memory: 2.1 kB\n"
 
 
 def test_what_does_not_fit_is_streamed(market, monkeypatch, capsys):

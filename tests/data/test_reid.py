@@ -146,6 +146,27 @@ def test_a_folder_of_something_else(tmp_path):
         Market1501(tmp_path / "nowhere")
 
 
+@pytest.mark.parametrize(
+    "name",
+    [
+        f"{2**63}_c1s1_000000_00.jpg",
+        f"-{2**63}_c1s1_000000_00.jpg",
+        f"{10**200}_c1.jpg",
+        f"0001_c{2**63}s1_000000_00.jpg",
+    ],
+)
+@pytest.mark.filterwarnings("ignore:.*have no image in the gallery")
+def test_numbers_beyond_64_bits(standin_copy, name):
+    stray = standin_copy / "query" / name
+    shutil.copy(next((standin_copy / "query").iterdir()), stray)
+    with pytest.raises(InputError, match=r"is beyond \d+, what 64 bits hold: rename it") as error:
+        Market1501(standin_copy.parent)
+    assert str(stray) in str(error.value)
+    largest = f"{2**63 - 1}_c{2**63 - 1}.jpg"
+    stray.rename(stray.with_name(largest))
+    assert 2**63 - 1 in Market1501(standin_copy.parent).query.ids.tolist()
+
+
 def test_a_name_of_another_form(standin_copy):
     stray = standin_copy / "query" / "c1_0001.jpg"
     shutil.copy(next((standin_copy / "query").iterdir()), stray)
