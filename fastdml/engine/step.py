@@ -132,6 +132,8 @@ class EagerStep:
         check_gradients_wanted()
         self.update.refresh()
         images, labels = self.options.assemble(*batch) if self.options.assemble else batch
+        if images.is_inference():
+            images = images.clone()  # autograd keeps no inference tensor
         try:
             output = self.train(images, labels)
             self.update.finish()

@@ -115,13 +115,13 @@ class Update:
         ema: Ema | None = None,
     ) -> None:
         check_optimizer(optimizer)
-        self.layouts = follow_layouts(optimizer)
-        self.layouts(optimizer)
         self.cohort, self.optimizer, self.ema = cohort, optimizer, ema
         self.peers = list(cohort.peers)
         self.scaler, self.grad_clip = amp.scaler, grad_clip
         self.torchs_own = type(optimizer) in (SGD, Adam, AdamW)
         self.holdings = Holdings(cohort, optimizer)
+        self.layouts = follow_layouts(optimizer)
+        self.layouts(optimizer)
         self.updated: list[int] = []  # the peers, in this training step
         self.overflow: Tensor | None = None
         self.skipped: Tensor | None = None

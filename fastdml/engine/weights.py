@@ -63,3 +63,8 @@ def check_weights(cohort: Cohort) -> None:
         for key, t in chain(peer.named_parameters(), peer.named_buffers()):
             if (why := absence(t)) is not None:
                 raise InputError(f"{key} of peer {name} is {why}")
+            if t.is_inference():
+                raise InputError(
+                    f"{key} of peer {name} was made under torch.inference_mode() and can never "
+                    "train: build the cohort outside of it"
+                )

@@ -192,6 +192,33 @@ def test_gradients_enabled_within_inference_mode_are_not_enough():
 
 
 @pytest.mark.parametrize("options", [*EXECUTIONS, {"execution": "stacked"}], ids=str)
+def test_images_made_in_inference_mode_are_as_good_as_others(options):
+    states = []
+    for mode in (torch.inference_mode, torch.enable_grad):
+        peers = [nn.Sequential(nn.Flatten(), nn.Linear(12, C)) for _ in range(2)]
+        for k, p in enumerate(peers):
+            nn.init.constant_(p[1].weight, k + 1.0)
+        if options["execution"] == "auto":
+            options = {"execution": "eager"}
+        cohort, step = made(peers, **options)
+        nn.init.zeros_(cohort.peers[0][1].bias)
+        nn.init.zeros_(cohort.peers[1][1].bias)
+        with mode():
+            x, y = batch()
+            x = x * 1.0
+        step(x, y)
+        states.append(cohort.state_dict())
+    assert all(torch.equal(v, states[0][k]) for k, v in states[1].items())
+
+
+def test_peers_made_in_inference_mode_are_one_line():
+    with torch.inference_mode():
+        peers = [Net(0), Net(1)]
+    with pytest.raises(InputError, match=r"net.1.weight of peer Net-1 was made under torch.inf"):
+        made(peers)
+
+
+@pytest.mark.parametrize("options", [*EXECUTIONS, {"execution": "stacked"}], ids=str)
 def test_peers_that_are_frozen_altogether_are_one_line(options):
     cohort, step = made([nn.Sequential(nn.Flatten(), nn.Linear(12, C)) for _ in range(2)],
                         **options)  # fmt: skip
