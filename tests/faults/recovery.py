@@ -18,7 +18,7 @@ from warm import HERE, SIGKILLED, Ended, Warm
 SETTINGS = [
     "train", "digits", "--peers", "resnet8", "resnet8", "--subset", "128", "--batch-size", "32",
     "--epochs", "2", "--independent", "--save-every-steps", "3", "--log-every", "2",
-    "--device", "cpu", "--execution", "eager", "--amp", "off",
+    "--device", "cpu", "--execution", "eager", "--threads", "1", "--amp", "off",
 ]  # fmt: skip
 TIMES = ("time", "date", "seconds", "wall_seconds", "images_per_second", "data_wait", "clock")
 PLACES = ("command", "folder", "weights", "resume")  # of settings and summaries

@@ -1,7 +1,8 @@
 """Breaks runs for as long as it is told: `make soak SECONDS=3600 SEED=7`.
 
-Rounds of random kills, and between them every file event of a run in turn, in random order. Says
-what came out wrong, with the seed that shows it again, and leaves those folders.
+Rounds of random kills, and between them every file event of a run in turn, in random order: killed
+there, killed with what is not synced, or without room on the disk. Says what came out wrong, with
+the seed that shows it again, and leaves those folders.
 """
 
 from __future__ import annotations
@@ -11,7 +12,7 @@ import shutil
 import sys
 import tempfile
 import time
-from itertools import count
+from itertools import chain, count
 from pathlib import Path
 from random import Random
 
@@ -46,10 +47,10 @@ def main() -> int:
             here = folder / f"seed-{seed}"
             here.mkdir()
             numbers = order[start : start + EVENTS]
-            for line in (
-                *random_kills(warm, here, expected, seconds, Random(seed), KILLS),
-                *at_events(warm, here, undrawn, "kill", numbers, whole.job),
-            ):
+            found = [random_kills(warm, here, expected, seconds, Random(seed), KILLS)]
+            for mode in ("kill", "power", "full"):
+                found.append(at_events(warm, here, undrawn, mode, numbers, whole.job))
+            for line in chain(*found):
                 print(line, flush=True)
                 wrong += 1
     print(f"{wrong} came out wrong" + (f": see {folder}" if wrong else ""))

@@ -1,4 +1,5 @@
-"""Runs that are killed, and go on to the same weights, metrics and scores, bit for bit."""
+"""Runs that are killed or lose the disk, and go on to the same weights, metrics and scores, bit for
+bit. `make soak` goes on for as long as it is told."""
 
 from __future__ import annotations
 
@@ -9,22 +10,43 @@ from recovery import Recovery, at_events, one_of_each, outcome, random_kills
 
 pytest.importorskip("sklearn", reason="the digits come with scikit-learn, which is absent")
 
+UNDRAWN = "command_without_pictures"
+
+
+@pytest.fixture(scope="module")
+def whole(breakable, tmp_path_factory):
+    """What a run leaves that nothing breaks, and its file events."""
+    run = Recovery(breakable, tmp_path_factory.mktemp("whole") / "run", UNDRAWN)
+    ended = run.at_event("count", -1)
+    assert ended.code == 0, ended.output
+    return outcome(run.folder), run.events()
+
 
 def test_killed_at_any_time(warm, tmp_path):
-    whole = Recovery(warm, tmp_path / "whole")
-    ended = whole.go()
+    drawn = Recovery(warm, tmp_path / "drawn")
+    ended = drawn.go()
     assert ended.code == 0, ended.output
-    expected = outcome(whole.folder)
+    expected = outcome(drawn.folder)
     assert [*random_kills(warm, tmp_path, expected, ended.seconds, Random(0), 20)] == []
 
 
-def test_killed_at_every_kind_of_file_event(breakable, tmp_path):
-    """Within writes too. A sample of each call on each file; `make soak` takes all events."""
-    whole = Recovery(breakable, tmp_path / "whole", "command_without_pictures")
-    ended = whole.at_event("count", -1)
-    assert ended.code == 0, ended.output
-    expected, events = outcome(whole.folder), whole.events()
+@pytest.mark.parametrize("mode", ["kill", "power", "full"])
+def test_broken_at_file_events(breakable, whole, tmp_path, mode):
+    """Killed, also within a write; by a machine that dies with what is not synced; or told that the
+    disk is full. Of each call on each file one, and of these a sample."""
+    expected, events = whole
     for name in ("config.yaml", "initial.ckpt", "last.ckpt", "cohort.json", "summary.json"):
         assert f"rename /{name}" in events
-    numbers = Random(0).sample(one_of_each(events, Random(0)), 24)
-    assert [*at_events(breakable, tmp_path, expected, "kill", numbers, whole.job)] == []
+    random = Random(mode)
+    numbers = random.sample(one_of_each(events, random), 10)
+    assert [*at_events(breakable, tmp_path, expected, mode, numbers, UNDRAWN)] == []
+
+
+def test_what_is_not_synced_would_be_found(breakable, whole, tmp_path):
+    """A machine dies just after a checkpoint got its name, and its bytes were not on the disk."""
+    expected, _ = whole
+    run = Recovery(breakable, tmp_path / "run", "command_unsynced")
+    run.at_event("count", -1)
+    number = [at for at, what in enumerate(run.events()) if what == "rename /last.ckpt"][1] + 1
+    (said,) = at_events(breakable, tmp_path, expected, "power", [number], run.job)
+    assert "resuming ended with" in said
