@@ -194,6 +194,44 @@ def test_the_step_takes_groups_and_weights_as_they_are(change, optimizer, option
         assert not torch.equal(p[3].weight, was[3].weight)
 
 
+OPTIMIZERS = {
+    "SGD": {"lr": RATE, "momentum": 0.9, "dampening": 0.5},
+    "SGD fused": {"lr": RATE, "momentum": 0.9, "dampening": 0.5, "fused": True},
+    "Adam": {"lr": 0.01, "amsgrad": True},
+    "AdamW fused": {"lr": 0.01, "fused": True},
+    **{name: {} for name in ("Adadelta", "Adafactor", "Adagrad", "Adamax", "ASGD")},
+    **{name: {} for name in ("NAdam", "RAdam", "RMSprop", "Rprop")},
+}
+
+
+@pytest.mark.parametrize("groups", ["one", "a peer", "a kind of weight"])
+@pytest.mark.parametrize("update", ["simultaneous", "sequential"])
+@pytest.mark.parametrize("name", OPTIMIZERS)
+def test_any_optimizer_of_torch_steps_as_in_a_plain_loop(name, update, groups):
+    def made(peers):
+        weights = [w for p in peers for w in p.parameters()]
+        kinds = [[w for w in weights if (w.dim() > 1) == large] for large in (True, False)]
+        given = {
+            "one": weights,
+            "a peer": groups_of(peers),
+            "a kind of weight": [{"params": kind} for kind in kinds],
+        }[groups]
+        return getattr(torch.optim, name.split()[0])(given, **OPTIMIZERS[name])
+
+    ours, theirs = peers_of(), peers_of()
+    cohort = Cohort(ours, C)
+    step = make_step(cohort, MutualLoss(), made(ours), amp="off", update=update,
+                     execution="eager")  # fmt: skip
+    plain = Plain(theirs, made(theirs), update)
+    for i in range(3):
+        step(*batch(i))
+        plain(*batch(i))
+    for p, q, was in zip(ours, theirs, peers_of(), strict=True):
+        for w, v in zip(p.parameters(), q.parameters(), strict=True):
+            torch.testing.assert_close(w, v, rtol=1e-9, atol=1e-11)
+        assert not torch.equal(p[0].weight, was[0].weight)
+
+
 @pytest.mark.parametrize("name", ["sgd", "adam", "adamw"])
 @pytest.mark.parametrize("amp", ["fp16", "bf16"])
 @pytest.mark.parametrize("update", ["simultaneous", "sequential"])

@@ -96,6 +96,31 @@ def test_rates_and_weights_are_those_of_plain_groups(name, K):
         torch.testing.assert_close(w, v, rtol=1e-5, atol=1e-6)
 
 
+@pytest.mark.parametrize("library", ["timm", "transformers"])
+def test_schedulers_of_other_libraries(library):
+    """timm's assign numbers, and count by themselves; Hugging Face's are LambdaLR."""
+    cohort = cohort_of(2)
+    optimizer = make_optimizer(cohort, lr=RATE)
+    step = make_step(cohort, MutualLoss(), optimizer, execution="eager", amp="off")
+    plain = torch.optim.SGD([{"params": list(p.parameters())} for p in cohort_of(2).peers], RATE)
+    if library == "timm":
+        kind = pytest.importorskip("timm.scheduler").CosineLRScheduler
+        ours, theirs = (kind(o, t_initial=10, warmup_t=3) for o in (optimizer, plain))
+    else:
+        make = pytest.importorskip("transformers").get_cosine_schedule_with_warmup
+        ours, theirs = (make(o, 3, 10) for o in (optimizer, plain))
+    seen = set()
+    for i in range(8):
+        step(*batch(i))
+        plain.step()
+        for scheduler in (ours, theirs):
+            scheduler.step(*[i + 1] * (library == "timm"))
+        rates, expected = ([float(g["lr"]) for g in o.param_groups] for o in (optimizer, plain))
+        assert rates == pytest.approx(expected, rel=1e-6, abs=1e-9)
+        seen.update(expected)
+    assert len(seen) > 5
+
+
 def cuts(optimizer) -> list[float]:
     """The rates after two cuts to a half."""
     for _ in range(2):
