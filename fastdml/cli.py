@@ -473,13 +473,16 @@ def _run_cohort(options: argparse.Namespace, device: Any) -> Cohort:
 def _run_weights(options: argparse.Namespace) -> tuple[Unfinished | None, Path]:
     """The folder that a run's weights are in; of a run that has not ended, its last are those of
     its checkpoint."""
-    from fastdml.train.unfinished import unfinished
+    from fastdml.train.unfinished import prolonged, unfinished
 
     last = options.weights == "last"
     folder = options.run if last else options.run / "best"
-    if (folder / "cohort.json").is_file():
+    there = (folder / "cohort.json").is_file()
+    if there and not (last and prolonged(options.run, _run_config(options.run))):
         return None, folder
     found = unfinished(options.run) if last else None
+    if found is None and there:
+        return None, folder
     if found is None:
         raise InputError(
             f"{options.run} holds no {options.weights} weights: they are written when "

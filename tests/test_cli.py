@@ -430,6 +430,18 @@ def test_what_has_not_ended_is_evaluated_and_exported_from_its_checkpoint(run, u
     assert all(Path(line).stat().st_size > 0 for line in out.splitlines())
 
 
+def test_what_is_trained_on_after_its_end_has_not_ended(run, tmp_path, capfd):
+    folder = tmp_path / "prolonged"
+    shutil.copytree(run, folder)
+    path = folder / "config.yaml"
+    path.write_text(path.read_text().replace("epochs: 2\n", "epochs: 3\n"))
+    assert cli.main(["evaluate", str(folder), "--json"]) == 0
+    assert "the run has not ended" in capfd.readouterr().err
+    (folder / "last.ckpt").unlink()
+    assert cli.main(["evaluate", str(folder), "--json"]) == 0
+    assert capfd.readouterr().err == ""
+
+
 def test_averages_are_what_an_unfinished_run_is_evaluated_by(tmp_path, capfd):
     folder = tmp_path / "run"
     options = "--peers resnet8 --epochs 1 --subset 128 --ema 0.5 --no-tensorboard --folder"

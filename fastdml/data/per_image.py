@@ -174,7 +174,7 @@ def naming_dead_workers() -> Iterator[None]:
         text = " ".join(str(error).split()).rstrip(".")
         raise InputError(
             f"a process that loads images has died ({text}): where memory ran out, end what else "
-            "takes some, and go on with resume"
+            "takes some; training goes on with resume"
         ) from None
 
 

@@ -1,11 +1,11 @@
 """Whole runs: data, peers and one or two phases of training, into a folder.
 
-A run folder holds config.yaml, metrics.jsonl, tensorboard/, last.ckpt, and at the end cohort.json
-and peers/ (the last weights), curves.png, pairwise_kl.png and summary.json; best/ has the weights
-of the epoch with the highest mean test accuracy, or mAP, of the peers (chosen on the test images,
-so it flatters; the summary's table reports the last weights). With `independent` there is also
-initial.ckpt, the weights both phases start from, and independent/, a run folder of its own. The
-empty .lock keeps a second process out while one trains.
+A run folder holds config.yaml, from before the first step last.ckpt, metrics.jsonl, tensorboard/,
+and at the end cohort.json and peers/ (the last weights), curves.png, pairwise_kl.png and
+summary.json; best/ has the weights of the epoch with the highest mean test accuracy, or mAP, of the
+peers (chosen on the test images, so it flatters; the summary's table reports the last weights).
+With `independent` there is also initial.ckpt, the weights both phases start from, and independent/,
+a run folder of its own. The empty .lock keeps a second process out while one trains.
 """
 
 from __future__ import annotations
@@ -191,7 +191,7 @@ def _reproducible(config: TrainConfig, device: torch.device) -> Iterator[None]:
 def _load_or_save_initial(folder: Path, cohort: Cohort) -> None:
     """Both phases start from this file, also when a resumed run builds its cohort otherwise."""
     path = folder / INITIAL_CHECKPOINT
-    if path.exists():
+    if path.is_file():
         load_weights(cohort, checkpoint.load(path)["cohort"], path)
     elif not (folder / LAST_CHECKPOINT).exists():
         checkpoint.save(path, {"cohort": cohort.state_dict()})

@@ -46,6 +46,7 @@ from fastdml.train.settings import TrainConfig
 from fastdml.train.statistics import Clock, Totals
 
 LOSS_NAMES = {"ce": "cross-entropy", "kl": "KL divergence", "metric": "metric loss"}
+STOPPING = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 SCORE_NAMES = {"top1": "top-1", "mAP": "mAP"}
 
 Evaluate = Callable[[Cohort], Scores]
@@ -538,12 +539,14 @@ class Stop:
 
 @contextmanager
 def listening() -> Iterator[Stop]:
-    """SIGINT and SIGTERM set `signal`; a second one acts as if nobody listened."""
+    """SIGINT, SIGTERM and SIGHUP, of a terminal that goes away, set `signal`; a second one acts as
+    if nobody listened. Those that the process ignores, as under nohup, stay ignored."""
     stop = Stop()
     if threading.current_thread() is not threading.main_thread():
         yield stop  # only the main thread may listen
         return
-    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    before = {number: signal.getsignal(number) for number in STOPPING}
+    before = {number: handler for number, handler in before.items() if handler != signal.SIG_IGN}
 
     def restore() -> None:
         for number, handler in before.items():

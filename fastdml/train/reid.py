@@ -32,6 +32,7 @@ from fastdml.data import (
     make_loader,
 )
 from fastdml.data.dali import checked
+from fastdml.data.per_image import naming_dead_workers
 from fastdml.data.standin import StandIn, build_standin
 from fastdml.engine.amp import Amp, resolve
 from fastdml.errors import InputError
@@ -234,7 +235,10 @@ def evaluate(
     """Scores of a run's peers by protocol, as dicts, and the pictures of some ranked lists that it
     drew into `folder`."""
     notes: list[str] = []
-    with opened(config, notes.append, distractors=distractors, hint=hint) as market:
+    with (
+        naming_dead_workers(),
+        opened(config, notes.append, distractors=distractors, hint=hint) as market,
+    ):
         retrieval = Retrieval(market, config, device, notes.append)
         for line in notes:
             say(line)

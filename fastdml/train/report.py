@@ -178,6 +178,8 @@ class Events:
 def read_metrics(folder: str | Path) -> list[dict[str, Any]]:
     """Every log point of a run; a last line cut short by a killed process is left out."""
     path = expanded(folder) / METRICS
+    if path.exists() and not path.is_file():
+        raise InputError(f"{path} is not a file")  # reading a pipe could wait for ever
     try:
         lines = path.read_bytes().splitlines()
     except FileNotFoundError:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -10,8 +11,9 @@ import torch
 
 from fastdml.cohort import RECORD, Cohort
 from fastdml.errors import InputError
-from fastdml.train import checkpoint
+from fastdml.train import checkpoint, report
 from fastdml.train.folder import LAST_CHECKPOINT
+from fastdml.train.settings import TrainConfig
 
 ENTRIES = {  # of a checkpoint that are used here
     "description": dict,
@@ -41,6 +43,16 @@ class Unfinished(NamedTuple):
             f"the run has not ended: weights of {self.path}, from epoch {epoch + 1}, after {step} "
             f"of {self.state['steps_per_epoch']} steps"
         )
+
+
+def prolonged(folder: Path, config: TrainConfig) -> bool:
+    """Whether a run of these settings ended once and was then resumed to be of another length, and
+    has not ended again: its summary is of the length that it had."""
+    try:
+        before = json.loads((folder / report.SUMMARY).read_text())["config"]
+        return any(before[name] != getattr(config, name) for name in ("epochs", "iterations"))
+    except (OSError, ValueError, KeyError, TypeError):
+        return False
 
 
 def unfinished(folder: Path) -> Unfinished | None:

@@ -86,7 +86,7 @@ class TestDeadWorkers:
         assert "epoch 1/2" in first
         assert all(line.startswith("ERROR: Unexpected") for line in others)  # torch's own
         assert last.startswith("fastdml: error: a process that loads images has died (")
-        assert last.endswith("go on with resume")
+        assert last.endswith("training goes on with resume")
         ended = warm.run("command_without_pictures", [*train, "--resume"], tmp_path / "log")
         assert ended.code == 0, ended.output
         assert outcome(tmp_path / "run") == whole

@@ -424,7 +424,7 @@ class TestResume:
             fit(make_cohort(), *make_loaders(), settings(resume=True))
 
     @pytest.mark.parametrize("at", [4, 10])
-    @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+    @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP])
     def test_a_signal_saves_and_says_so(self, settings, tmp_path, at, number):
         whole, again = make_cohort(), make_cohort()
         fit(whole, *make_loaders(), settings())
@@ -442,6 +442,19 @@ class TestResume:
         fit(again, *make_loaders(), config.replace(resume=True))
         assert same_weights(whole, again)
         assert logged(tmp_path / "stopped") == logged(tmp_path / "run")
+
+    @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP])
+    def test_a_signal_that_is_ignored_stays_ignored(self, settings, number):
+        """As SIGHUP under nohup, and SIGINT of what a script runs in the background."""
+        train, test = make_loaders()
+        before = signal.signal(number, signal.SIG_IGN)
+        try:
+            loader = CrashingLoader(train, 4, lambda: os.kill(os.getpid(), number))
+            result = fit(make_cohort(), loader, test, settings())
+            assert signal.getsignal(number) == signal.SIG_IGN
+        finally:
+            signal.signal(number, before)
+        assert result.history[-1]["epoch"] == 3
 
     def test_a_signal_in_the_last_step_of_an_epoch(self, settings, tmp_path):
         train, test = make_loaders()
@@ -634,6 +647,15 @@ class TestDamagedMetrics:
         path.unlink()  # as the message advises
         longer = fit(make_cohort(), *make_loaders(), config.replace(epochs=2, resume=True))
         assert longer.history[-1]["epoch"] == 2
+
+    @pytest.mark.parametrize("kind", ["pipe", "directory"])
+    def test_that_are_no_file_are_found_too(self, settings, kind):
+        result = fit(make_cohort(), *make_loaders(), settings(epochs=1))
+        path = result.folder / "metrics.jsonl"
+        path.unlink()
+        path.mkdir() if kind == "directory" else os.mkfifo(path)
+        with pytest.raises(InputError, match=r"metrics\.jsonl is not a file"):
+            fit(make_cohort(), *make_loaders(), settings(epochs=2, resume=True))
 
     def test_log_lines_are_on_disk_before_the_checkpoint_that_counts_on_them(
         self, settings, monkeypatch
