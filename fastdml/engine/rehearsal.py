@@ -7,10 +7,10 @@ execution on one thread, on a thread a peer, and on all (`cpus.most`).
 Noise: candidates take turns, and of each the median counts. The first in order of simplicity (eager
 before threads before stacked, few threads before many) is left only for what saves `MARGIN`.
 
-Cost: at most `ROUNDS` rounds, begun within `BUDGET` seconds. Where the first steps took as long,
-they decide, one of each candidate; stacking is then not tried, and a pass on one thread is given up
-after `PATIENCE` seconds. Who falls far behind is out, a pass in its middle, since threads that wait
-for each other in vain may need seconds for a step of milliseconds.
+Cost: at most `ROUNDS` rounds, begun within `BUDGET` seconds or, of a slow model, the time of
+`STEPS` steps. A slow one has a step of each candidate; stacking is not tried, and a pass on one
+thread is given up after `PATIENCE` seconds. Who falls far behind is out, a pass in its middle,
+since threads that wait for each other in vain may need seconds for a step of milliseconds.
 """
 
 from __future__ import annotations
@@ -33,9 +33,10 @@ if TYPE_CHECKING:
 
 ORDER = ("eager", "threads", "stacked")  # from the simplest
 ROUNDS = 5
-BUDGET = 1.5  # seconds
+BUDGET = 1.5  # seconds, or this many of the fastest steps:
+STEPS = 8
 PATIENCE = 1.0  # seconds
-FIRST_LATE, LATE = 10.0, 3.0  # times the fastest of the others: in a first step, and later
+FIRST_LATE, LATE = 4.0, 3.0  # times the fastest of the others: in a first step, and later
 GRACE = 0.2  # seconds that a first step may take in any case
 MARGIN = 0.1  # share of a step
 INFINITY = float("inf")
@@ -114,18 +115,25 @@ class Rehearsal:
     def _rounds(self, found: Sequence[Candidate]) -> None:
         started = time.perf_counter()
 
-        def over() -> bool:
-            return time.perf_counter() - started > BUDGET
+        def over(steps: int = 0) -> bool:
+            longest = max(BUDGET, steps * min(self.times.values(), default=0.0))
+            return time.perf_counter() - started > longest
 
         more = any(c.threads > found[0].threads for c in found)
-        self._step(found[0], PATIENCE if more else INFINITY)
-        for candidate in found[1:]:
-            eager = Candidate("eager", candidate.threads)
-            if candidate.execution != "stacked" or not (over() or eager in self.late):
-                self._step(candidate, max(GRACE, FIRST_LATE * self._best_but(candidate)))
+        for candidate in found:
+            limit = max(GRACE, FIRST_LATE * self._best_but(candidate))
+            if candidate == found[0] and more:
+                limit = PATIENCE
+            elif candidate.execution == "stacked":
+                if over() or Candidate("eager", candidate.threads) in self.late:
+                    continue
+                limit = INFINITY  # it begins with its proof
+            if self._step(candidate, limit) is not None and not over():
+                del self.times[candidate]  # the first step is slower: threads start, stacks prove
+                self._step(candidate, LATE * self._best_but(candidate))
         taken: dict[Candidate, list[float]] = {candidate: [] for candidate in self.times}
         for _ in range(ROUNDS):
-            if over():
+            if over(STEPS) or len(self.times) == 1:
                 break
             for candidate in list(self.times):
                 seconds = self._step(candidate, LATE * self._best_but(candidate))

@@ -110,7 +110,7 @@ def measured(monkeypatch):
 )
 def test_the_fastest_is_found(measured, times, best):
     assert fastest(measured(times).times) == listed(best)[0]
-    assert world.now < rehearsal.BUDGET
+    assert world.now < 1.2 * rehearsal.BUDGET
 
 
 def test_threads_that_wait_in_vain_cost_a_moment(measured):
@@ -125,8 +125,8 @@ def test_threads_that_wait_in_vain_cost_a_moment(measured):
 
 
 def test_one_bad_moment_decides_nothing(measured):
-    def noisy():
-        yield from [0.05, 0.008, 0.011, 0.02, 0.008, 0.008]
+    def noisy():  # the first step, which proves something, and the second; then rounds
+        yield from [0.3, 0.008, 0.011, 0.02, 0.008, 0.008, 0.008]
 
     found = measured({"eager 1": 0.012, "stacked 1": noisy()})
     assert found.times[Candidate("stacked", 1)] == pytest.approx(0.008)
@@ -137,7 +137,7 @@ def test_what_is_fast_now_and_then_is_out_once_it_is_late(measured):
     """A second thread is fine until its core is taken."""
 
     def bimodal():
-        yield from [0.02, 0.006, 0.006, 0.9, 0.006, 0.9]
+        yield from [0.02, 0.006, 0.006, 0.006, 0.9, 0.006, 0.9]
 
     found = measured({"eager 1": 0.01, "eager 2": bimodal()})
     assert found.late == listed("eager 2")
@@ -150,8 +150,19 @@ def test_slow_models_take_a_step_each(measured):
          "stacked 1": 60.0, "stacked 16": 6.0}
     )  # fmt: skip
     assert world.calls == listed("eager 1, eager 2, eager 16, threads 2, threads 16")
-    assert found.late == listed("eager 1")  # after a second
+    assert found.late == listed("eager 1, threads 2")  # the first after a second
     assert fastest(found.times) == Candidate("threads", 16)
+
+
+def test_rounds_of_steps_that_are_neither_fast_nor_slow(measured):
+    """Some, where the first steps took less than eight of the fastest."""
+
+    def loaded():  # by others, at first
+        yield from [1.9, *[0.5] * 9]
+
+    found = measured({"eager 1": 0.9, "eager 2": 0.7, "threads 2": loaded()})
+    assert len(world.calls) == 4 + 3
+    assert fastest(found.times) == Candidate("threads", 2)
 
 
 def test_a_slow_model_on_one_thread_alone_is_not_given_up(measured):
