@@ -22,6 +22,7 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.autograd.graph import get_gradient_edge
 from torch.nn.modules import module as torch_module
 from torch.nn.utils import parametrize
 
@@ -44,6 +45,7 @@ RATES = ("drop_prob", "p")
 GENERATORS = (torch.Generator, random.Random, np.random.Generator, np.random.RandomState)
 HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 TABLES = ("_parameters", "_buffers", "_modules")
+ACCUMULATOR = type(get_gradient_edge(nn.Parameter(torch.zeros(()))).node)
 INTERNAL = frozenset(vars(nn.Module()))  # attributes that every module has
 
 
@@ -209,11 +211,12 @@ def _check_apart(peers: Sequence[nn.Module]) -> None:
 
 
 def _check_accumulators(peers: Sequence[nn.Module]) -> None:
-    """Nobody holds a weight's AccumulateGrad node, which is done to put a hook on it."""
+    """Nobody holds a weight's AccumulateGrad node, which is done to put a hook on it. The nodes
+    themselves do not tell of their hooks, so that later ones are not noticed."""
     own = {id(w) for peer in peers for w in peer.parameters()}
-    for held in gc.get_objects():
-        if type(held).__name__ == "AccumulateGrad" and id(held.variable) in own:
-            raise unknown("a hook where the gradient of a weight is accumulated")
+    held = [node for node in gc.get_objects() if type(node) is ACCUMULATOR]
+    if any(id(node.variable) in own for node in held):
+        raise unknown("a hook where the gradient of a weight is accumulated")
 
 
 class Watch:

@@ -343,6 +343,40 @@ class TestStacked:
             loose = {"correct": 1.5, "ensemble_correct": 1.5}.get(name, 2e-3)
             torch.testing.assert_close(b[name], a[name], rtol=2e-3, atol=loose)
 
+    @pytest.mark.parametrize(
+        "change",
+        [
+            lambda p: setattr(p[1], "momentum", 0.5),
+            lambda p: setattr(p[8], "p", 0.5),
+            lambda p: p[4].eval(),
+            lambda p: p[0].requires_grad_(False),
+        ],
+    )
+    def test_captured_steps_follow_what_changes_in_the_peers(self, change):
+        runs = []
+        for kind in ("eager", "stacked graph"):
+            runs.append(run := Run(kind))
+            run.outputs = []
+            for i, batch in enumerate(batches(8)):
+                if i == 4:
+                    for p in run.cohort.peers:
+                        change(p)
+                run.outputs.append(run.step(*batch))
+        eager, graph = (run.state() for run in runs)
+        assert runs[1].step.captured.calls == 4
+        for name, value in eager.items():
+            torch.testing.assert_close(graph[name], value, rtol=1e-3, atol=1e-4)
+
+    def test_a_captured_step_notices_hooks(self):
+        run = Run("stacked graph").train(2)
+        calls = []
+        run.cohort.peers[1].register_forward_hook(lambda *_: calls.append(1))
+        before = copy.deepcopy(run.cohort.state_dict())
+        with pytest.raises(InputError, match="'stacked' does not know a module with hooks"):
+            run.train(1)
+        assert_same(run.cohort.state_dict(), before)
+        assert not calls
+
     @pytest.mark.parametrize("precision", ["bf16", "fp16"])
     def test_in_half_precision(self, precision):
         eager = Run("eager", precision=precision).train(5)

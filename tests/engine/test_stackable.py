@@ -518,6 +518,88 @@ def test_what_treats_channels_alike_is_taken(mix):
         torch.testing.assert_close(b, a, rtol=1e-6, atol=1e-8)
 
 
+def frozen(cohort):
+    for peer in cohort.peers:
+        peer.norm.eval()
+
+
+@pytest.mark.parametrize(
+    ("build", "change", "reason"),
+    [
+        (tied, None, "not stacked: does not know a weight that is used twice"),
+        (drop_path, None, "not stacked: does not know DropPath, which draws"),
+        (stochastic_depth, None, "not stacked: does not know StochasticDepth, which draws"),
+        (lambda: Net(Hidden()), None, "not stacked: does not know the way that Net combines"),
+        (
+            lambda: Net(lambda net, x: F.normalize(x, dim=1) if net.training else x),
+            None,
+            "not stacked: does not know the way that Net combines",
+        ),
+        (Net, lambda cohort: cohort.peers[1].eval(), "not stacked: needs peers in one mode"),
+        (Net, frozen, None),
+    ],
+)
+def test_auto_does_what_eager_does(capsys, build, change, reason):
+    """And names in its line what cannot be stacked."""
+    found = []
+    for execution in ("eager", "auto"):
+        cohort = cohort_of(build)
+        lies = memory(cohort)
+        step = stacked(cohort, execution=execution, threads=1)
+        if change:
+            change(cohort)
+        torch.manual_seed(3)
+        losses = [step(*batch(i)).losses for i in range(3)]
+        found.append([*losses, *cohort.state_dict().values()])
+    line = capsys.readouterr().err
+    assert line.count("\n") == 1
+    if reason:
+        assert line.startswith("execution: eager, 1 thread")
+        assert reason in line
+        assert memory(cohort) == lies
+    for a, b in zip(*found, strict=True):
+        torch.testing.assert_close(b, a, rtol=1e-6, atol=1e-8)
+
+
+def test_auto_goes_on_as_eager_when_a_hook_comes(capsys):
+    found = []
+    for execution in ("eager", "auto", "stacked"):
+        cohort = cohort_of(Net)
+        own = saved_bytes(cohort.peers[0])
+        step = stacked(cohort, execution=execution, threads=1)
+        torch.manual_seed(3)
+        step(*batch())
+        calls = []
+        cohort.peers[1].head.register_full_backward_hook(lambda *_, calls=calls: calls.append(1))
+        if execution == "stacked":
+            with pytest.raises(Unstackable):
+                step(*batch(1))
+            step = stacked(cohort, execution="eager")
+        step(*batch(1))
+        step(*batch(2))
+        assert len(calls) == 2
+        assert saved_bytes(cohort.peers[0]) == own
+        found.append(cohort.state_dict().values())
+    for a, b in zip(found[0], found[1], strict=True):
+        torch.testing.assert_close(b, a, rtol=1e-6, atol=1e-8)
+    assert capsys.readouterr().err.count("\n") <= 2
+
+
+def test_a_copied_step_goes_on_by_itself():
+    cohort = cohort_of(Net)
+    step = stacked(cohort)
+    torch.manual_seed(0)
+    step(*batch())
+    twin = copy.deepcopy(step)
+    generator, results = torch.get_rng_state(), []
+    for one in (step, twin):
+        torch.set_rng_state(generator)
+        losses = [one(*batch(i)).losses for i in (1, 2)]
+        results.append([*losses, *one.cohort.state_dict().values()])
+    assert all(map(torch.equal, *results))
+    assert not set(memory(step.cohort)) & set(memory(twin.cohort))
+
+
 def test_shared_memory_of_processes():
     cohort = cohort_of(Net)
     cohort.peers[0].head.weight.share_memory_()
