@@ -196,7 +196,7 @@ def as_batches(
     return batches
 
 
-def described(source: Any) -> dict[str, Any]:
+def described(source: Any, channels: int) -> dict[str, list]:
     """Of `mean`, `std` and `classes`, as `Cohort` has them, what the source of batches says.
 
     Of a DataLoader the data set's `classes` are taken, as torchvision's sets have them, and mean
@@ -209,13 +209,19 @@ def described(source: Any) -> dict[str, Any]:
         data = getattr(source.source, "dataset", None)
         while hasattr(data, "dataset"):  # torch's Subset
             data = data.dataset
-        found = _normalisation(getattr(data, "transform", None), source.shape[0])
+        found = _normalisation(getattr(data, "transform", None))
         if getattr(data, "target_transform", None) is None:  # which may change their order
             found["classes"] = getattr(data, "classes", None)
-    return {name: value for name, value in found.items() if value is not None}
+    lists = {}
+    for name, value in found.items():
+        value = value.tolist() if hasattr(value, "tolist") else value
+        if isinstance(value, (list, tuple)):
+            one_for_all = name != "classes" and len(value) == 1
+            lists[name] = [*value] * (channels if one_for_all else 1)
+    return lists
 
 
-def _normalisation(transform: Any, channels: int) -> dict[str, list[float]]:
+def _normalisation(transform: Any) -> dict[str, list[float]]:
     """mean and std in bytes, where it is certain that bytes are what is normalised."""
     steps = getattr(transform, "transforms", None)
     if not isinstance(steps, Sequence):
@@ -230,11 +236,10 @@ def _normalisation(transform: Any, channels: int) -> dict[str, list[float]]:
     ]
     if sum(scaled) != 1 or not scaled[-1]:  # something between them may change the scale
         return {}
-    found = {}
-    for name in ("mean", "std"):
-        values = [255.0 * float(value) for value in getattr(steps[at], name)]
-        found[name] = values * channels if len(values) == 1 else values
-    return found
+    return {
+        name: [255.0 * float(value) for value in getattr(steps[at], name)]
+        for name in ("mean", "std")
+    }
 
 
 def _length(source: Any) -> int | None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import os
 from collections.abc import Mapping
+from itertools import zip_longest
 from typing import Any
 
 import torch
@@ -83,7 +84,7 @@ def first_look(cohort: Cohort, train: Batches, config: TrainConfig, amp: Amp) ->
     cohort.in_channels = images.shape[1]
     cohort.check_savable()
     cohort.record()  # refuses what the caller set and does not fit
-    for name, value in described(train).items():
+    for name, value in described(train, cohort.in_channels).items():
         before = getattr(cohort, name)
         setattr(cohort, name, value)
         try:
@@ -93,11 +94,33 @@ def first_look(cohort: Cohort, train: Batches, config: TrainConfig, amp: Amp) ->
     return images
 
 
-def test_look(cohort: Cohort, test: Batches, amp: Amp) -> None:
-    """That every peer can be evaluated on the first batch, which an epoch would find too late."""
+def test_look(cohort: Cohort, test: Batches, amp: Amp) -> list[str]:
+    """That every peer can be evaluated on the first batch, which an epoch would find too late, and
+    that its labels mean what they do in training. Returns lines to be said."""
+    notes = same_images(cohort, test)
     images, _ = first_batch(test, cohort.num_classes, "test")
     for name, peer in zip(cohort.names, cohort.peers, strict=True):
         _try_evaluation(name, peer, images, cohort.num_classes, amp)
+    return notes
+
+
+def same_images(cohort: Cohort, test: Batches) -> list[str]:
+    """Refuses test batches whose classes are others than those that `cohort` has recorded, or in
+    another order; another normalisation is a line to be said."""
+    found, known = described(test, cohort.in_channels), cohort.record()
+    names = found.get("classes")
+    if known["classes"] and names and names != known["classes"]:
+        pairs = enumerate(zip_longest(known["classes"], names))
+        k, (ours, theirs) = next((k, pair) for k, pair in pairs if pair[0] != pair[1])
+        raise InputError(
+            f"the test data have other classes than the training data, or another order: label {k} "
+            f"is {ours!r} in training and {theirs!r} in the test"
+        )
+    return [
+        f"the test images are normalised by another {name} than the training images"
+        for name in ("mean", "std")
+        if known[name] and found.get(name, known[name]) != known[name]
+    ]
 
 
 def _try_evaluation(name: str, peer: nn.Module, images: Tensor, num_classes: int, amp: Amp) -> None:

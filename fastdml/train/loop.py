@@ -134,7 +134,7 @@ def _fit(
     with lenient_stderr(), naming_dead_workers(), _reproducible(config, device):
         images = checks.first_look(cohort, train, config, amp)
         if evaluate is not test:
-            checks.test_look(cohort, test, amp)
+            notes = [*notes, *checks.test_look(cohort, test, amp)]
         if own:
             config = checks.recorded(config, cohort, train, images)
         phase = Phase(cohort, train, evaluate, config, Path(), amp)  # refuses what cannot run
@@ -287,16 +287,33 @@ def _devices() -> str:
 def evaluate(cohort: Cohort, test: ImageSet | Any, amp: str = "auto") -> ClassificationScores:
     """Scores of a cohort on the device it is on.
 
-    test: an `ImageSet`, such as `data.load` gives, or batches as `fit` takes them: normalised as
-    those that the cohort was trained on.
+    test: batches as `fit` takes them, or an `ImageSet`, such as `data.load` gives. What the cohort
+    has recorded of the images that it was trained on decides the size and the normalisation of a
+    set's images and the order of its classes; batches of other classes are refused.
     """
     device = next(cohort.parameters()).device
     if isinstance(test, ImageSet):
-        test = ResidentLoader(test, EVALUATION_BATCH, train=False, device=device)
+        test = _as_trained(cohort, test, device)
     test = as_batches(test, device, cohort.num_classes, "test")
+    for line in checks.same_images(cohort, test):
+        print(line, file=sys.stderr)
     cohort.to(memory_format=torch.channels_last)
     with reid.evaluating(cohort):
         return _score(test, resolve(amp, device), cohort)
+
+
+def _as_trained(cohort: Cohort, test: ImageSet, device: torch.device) -> ResidentLoader:
+    """A set's images as the cohort has learnt to see them."""
+    known = cohort.record()
+    mean, std = known["mean"] or test.mean, known["std"] or test.std
+    labels, classes = test.labels, tuple(known["classes"] or test.class_names)
+    names = test.class_names
+    if classes != tuple(names) and sorted(classes) == sorted(names) and len({*names}) == len(names):
+        order = torch.tensor([classes.index(name) for name in names], device=labels.device)
+        labels, names = order[labels], classes
+    test = dataclasses.replace(test, labels=labels, class_names=names, mean=mean, std=std)
+    size = known["image_shape"] and tuple(known["image_shape"][1:])
+    return ResidentLoader(test, EVALUATION_BATCH, train=False, size=size, device=device)
 
 
 def _score(test: Batches, amp: Amp, cohort: Cohort) -> ClassificationScores:

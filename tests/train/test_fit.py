@@ -353,6 +353,23 @@ class TestRecord:
         assert record["mean"] == (None if mean is None else [pytest.approx(mean)] * 3)
         assert record["std"] == (None if mean is None else [pytest.approx(102.0)] * 3)
 
+    def test_sources_that_mean_something_else_by_mean_say_nothing(self, settings):
+        class Loader(list):
+            class_names = "abcd"
+            std = 3.0
+
+            def mean(self):
+                raise AssertionError
+
+            def epoch(self, epoch, start=0):
+                return iter(self[start:])
+
+            batch_size = 8
+
+        peers = cohort()
+        fit(peers, Loader([pairs(8)]), None, settings())
+        assert peers.record() == {**dict.fromkeys(peers.record()), "image_shape": [*SHAPE]}
+
     def test_classes_in_an_order_that_is_not_certain_are_left_out(self, settings):
         for changes in ({"target_transform": abs}, {"classes": ["a", "b"]}, {"classes": None}):
             data = Folder(*pairs())
@@ -460,6 +477,64 @@ def test_evaluate_scores_batches_of_ones_own(settings):
     assert all(m.training for m in loaded.modules())
     with pytest.raises(InputError, match="test batch 0: images are uint8"):
         train.evaluate(loaded, [(pairs()[0].byte(), pairs()[1])])
+
+
+class TestSameImages:
+    """What evaluation takes from the record of training, and what it refuses."""
+
+    def folders(self, *names: str) -> DataLoader:
+        data = Folder(*pairs())
+        data.classes = list(names)
+        return DataLoader(data, batch_size=8)
+
+    @pytest.mark.parametrize(
+        ("names", "pattern"),
+        [
+            (["ant", "cat", "dog"], "label 1 is 'bee' in training and 'cat' in the test"),
+            (["ant", "cat", "bee", "dog"], "label 1 is 'bee' in training and 'cat' in the test"),
+            (["ant", "bee", "cat", "dog", "elk"], "label 4 is None in training and 'elk' in the"),
+        ],
+    )
+    def test_other_classes_or_another_order_are_refused(self, settings, refused, names, pattern):
+        """A folder less in the test data shifts the labels of all classes behind it."""
+        train_loader = self.folders("ant", "bee", "cat", "dog")
+        refused(cohort(), train_loader, pattern, test=self.folders(*names))
+        peers = cohort()
+        fit(peers, train_loader, train_loader, settings())
+        with pytest.raises(InputError, match=pattern):
+            train.evaluate(peers, self.folders(*names))
+
+    def test_another_normalisation_is_said(self, settings, capfd):
+        loaders = []
+        for std in ([0.4], [0.4] * 3, [0.4, 0.4, 0.5]):
+            data = Folder(*pairs())
+            data.transform = Compose(step("ToTensor"), step("Normalize", mean=[0.2], std=std))
+            loaders.append(DataLoader(data, batch_size=8))
+        fit(cohort(), loaders[0], loaders[1], settings())
+        assert "normalised" not in capfd.readouterr().err
+        fit(cohort(), loaders[0], loaders[2], settings(folder=settings().folder + "2"))
+        assert "test images are normalised by another std than the" in capfd.readouterr().err
+
+    def test_a_set_is_seen_as_in_training(self, settings):
+        """Its size, normalisation and order of classes are those of the record."""
+        generator = torch.Generator().manual_seed(0)
+        images = torch.randint(256, (24, 3, 8, 8), dtype=torch.uint8, generator=generator)
+        names, labels = ("ant", "bee", "cat", "dog"), torch.arange(24) % 4
+        usual = ImageSet(images, labels, 4, names, (120.0,) * 3, (60.0,) * 3)
+        peers = cohort()
+        options = {"size": (12, 10)}
+        batches = ResidentLoader(usual, 8, train=True, pad=0, flip=False, **options)
+        test = ResidentLoader(usual, 8, train=False, **options)
+        result = fit(peers, batches, test, settings(epochs=4))
+        assert train.evaluate(peers, usual, amp="off") == result.scores
+        order = torch.tensor([2, 0, 3, 1])
+        other = ImageSet(
+            images, order[labels], 4, ("bee", "dog", "ant", "cat"), (0.0,) * 3, (1.0,) * 3
+        )
+        assert train.evaluate(peers, other, amp="off") == result.scores
+        foreign = ImageSet(images, labels, 4, ("a", "b", "c", "d"), (0.0,) * 3, (1.0,) * 3)
+        with pytest.raises(InputError, match="label 0 is 'ant' in training and 'a' in the test"):
+            train.evaluate(peers, foreign)
 
 
 def test_one_peer_is_told_that_nothing_is_mutual(settings, capfd):
