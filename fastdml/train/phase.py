@@ -338,7 +338,6 @@ class Phase:
             "config": self.config.to_dict(),
             "precision": self.amp.name,
             "peers": list(self.cohort.names),
-            "images": self.cohort.record(),
             "steps_per_epoch": self.steps,
             "position": self.position,
             "description": self.cohort.description(),
@@ -391,20 +390,21 @@ class Phase:
         ):
             if state[key] != now:
                 raise InputError(f"cannot resume {path}: {what} was {state[key]} and is now {now}")
-        now = self.cohort.record()
-        for key, was in state.get("images", {}).items():  # not of earlier versions
-            if now[key] is None:
+        saved = state.get("description", {})  # not in checkpoints of earlier versions
+        for key, now in self.cohort.record().items():
+            was = saved.get(key)
+            if now is None:
                 setattr(self.cohort, key, was)
-            elif was not in (None, now[key]):
+            elif was not in (None, now):
                 raise InputError(
                     f"cannot resume {path}: the {key} of the images was {str(was)[:60]} and is now "
-                    f"{str(now[key])[:60]}"
+                    f"{str(now)[:60]}"
                 )
         position, history = state["position"], state["history"]
         if type(position) is not int or position < 0:
             raise ValueError(f"position {position!r}")
         if [r["step"] for r in history] != [
-            min(r["epoch"] * self.steps, position) for r in history
+            min(round(r["epoch"] * self.steps), position) for r in history
         ]:
             raise ValueError("a history of other steps")
         if position > self.total:

@@ -286,7 +286,7 @@ class TestRecord:
         for values in (saved, state["config"], result.config.to_dict()):
             assert {key: values[key] for key in ran} == ran
         description = json.loads((result.folder / "cohort.json").read_text())
-        for values in (description, state["images"]):
+        for values in (description, state["description"]):
             assert values["image_shape"] == [3, 12, 10]
 
     def test_peers_by_name_and_batch_sampler(self, settings, tmp_path, monkeypatch):
@@ -451,7 +451,7 @@ class TestResume:
         path = folder / "config.yaml"
         path.write_text(yaml.safe_dump(yaml.safe_load(path.read_text()) | old))
         state = checkpoint.load(folder / "last.ckpt")
-        del state["images"], state["format"]
+        del state["description"], state["format"]
         state["config"] |= old
         checkpoint.save(folder / "last.ckpt", state)
         result = fit(cohort(), loader(), None, settings(resume=True, epochs=2))

@@ -265,6 +265,8 @@ class TestRunFolder:
             assert (record["step"], record["epoch"]) == (iterations, iterations / 6)
         assert result.history[-1]["epoch"] == iterations / 6
         assert all(6 * r["epoch"] == r["step"] for r in read_metrics(result.folder) if r["step"])
+        longer = fit(make_cohort(), *make_loaders(), config.replace(resume=True, iterations=23))
+        assert [r["step"] for r in longer.history][-2:] == [18, 23]
 
     def test_without_evaluation(self, settings):
         result = fit(make_cohort(), make_loaders()[0], None, settings())
@@ -828,7 +830,7 @@ class TestHandMadeCheckpoints:
         fit(make_cohort(), *make_loaders(), settings(epochs=1, ema=0.5, amp="fp16", lr=1e-3))
         state = checkpoint.load(Path(settings().folder) / "last.ckpt")
         # Without a loss on features; not in checkpoints of earlier versions.
-        unused = {"format", "metric", "images", "threads"}
+        unused = {"format", "metric", "description", "threads"}
         for name in state.keys() - unused:
             assert name in self.damaged(settings, lambda state, name=name: state.pop(name))
 
@@ -839,6 +841,8 @@ class TestHandMadeCheckpoints:
             ("position", "six"),
             ("position", 2.5),
             ("config", None),
+            ("description", []),
+            ("description", {"image_shape": 3}),
             ("cohort", []),
             ("optimizer", {}),
             ("optimizer", {"state": {}, "param_groups": []}),
