@@ -108,8 +108,8 @@ class LayoutHook:
     """Before a step, prepares the state for fused kernels, which walk it beside the weights.
 
     Weights that became channels_last after their state was made, or whose state was loaded in
-    another layout, would raise on CUDA and meet the moments of other weights on a CPU. State and
-    learning rate follow to another device, and the state to another dtype.
+    another layout, would raise on CUDA and meet the moments of other weights on a CPU. The state
+    follows to another device or dtype too.
     """
 
     def __init__(self) -> None:
@@ -128,8 +128,6 @@ class LayoutHook:
             known, was = self.known.get(id(weights[0]), ((), ()))
             if memory == was and same(weights, known):
                 continue
-            if isinstance(group["lr"], Tensor) and group["lr"].device != weights[0].device:
-                group["lr"] = group["lr"].to(weights[0].device)
             follows = [self._follows(optimizer, group, w) for w in weights]
             if all(follows):
                 self.known[id(weights[0])] = (list(weights), memory)
