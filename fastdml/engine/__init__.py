@@ -146,7 +146,7 @@ def make_step(
         with execution="stacked" or a metric loss. For evaluation wrap such a peer instead.
 
     Each step takes the groups of the optimizer and the peers' layers as they are: weights that are
-    unfrozen, groups that are added and layers that are replaced train from the next step on. Weights
+    unfrozen, groups that are added and layers that are replaced train from the next step on. Those
     that no group holds stay as they are, with a warning; after a step no weight has a gradient.
     """
     check_weights(cohort)
