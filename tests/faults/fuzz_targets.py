@@ -23,6 +23,7 @@ import torch
 from fuzzing import Check, Target
 from mutations import NUMBERS, REALS, TEXTS, altered, junk, mutated, name, nearly_json
 from PIL import Image
+from recovery import SETTINGS
 
 from fastdml import Cohort, cli, mutual_loss
 from fastdml.data import archive, cifar, decode, reid, scan
@@ -288,6 +289,51 @@ def metrics_file(folder: Path) -> Check:
         with report.MetricsLog(folder, ["a", "b"], resume_step=4, tensorboard=False) as log:
             log.log("train", 5, 1.25, loss=[1.0, 2.0])
         assert report.read_metrics(folder)[-1]["step"] == 5
+
+    return check
+
+
+@target()
+def damaged_run(folder: Path) -> Check:
+    """A finished run with one file of it changed, gone or something else: it is evaluated or
+    resumed, or refused in a line."""
+    report.plot_curves = report.plot_pairwise_kl = lambda folder: None
+    whole, run = folder / "whole", folder / "run"
+    settings = [*SETTINGS, "--no-tensorboard", "--folder"]
+    assert cli.main([*settings, str(whole)]) == 0
+    names = sorted(str(p.relative_to(whole)) for p in whole.rglob("*") if p.is_file())
+
+    def damage(random: Random, path: Path) -> None:
+        content = path.read_bytes()
+        kind = random.randrange(8)
+        if kind >= 3:
+            try:
+                value = json.loads(content)
+            except ValueError:
+                value = None
+            path.write_bytes(nearly_json(random, value) if value else mutated(random, content))
+            return
+        path.unlink()
+        if kind == 1:
+            path.mkdir()
+        elif kind == 2:
+            path.symlink_to(random.choice(("nowhere", "/dev/null", path.name)))
+
+    def check(random: Random) -> None:
+        shutil.rmtree(run, ignore_errors=True)
+        shutil.copytree(whole, run)
+        settings_file = (run / "config.yaml").read_text().replace(str(whole), str(run))
+        (run / "config.yaml").write_text(settings_file)
+        damage(random, run / random.choice(names))
+        command = random.choice((
+            ["evaluate", str(run)], ["evaluate", str(run), "--weights", "best", "--json"],
+            [*settings, str(run), "--resume"], [*settings, str(run), "--resume"],
+        ))  # fmt: skip
+        out, err = io.StringIO(), io.StringIO()
+        with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+            code = cli.main(command)
+        said = [line for line in err.getvalue().splitlines() if line.startswith("fastdml: ")]
+        assert (code, len(said)) in ((0, 0), (2, 1)), (code, err.getvalue())
 
     return check
 

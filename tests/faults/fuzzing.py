@@ -31,7 +31,7 @@ from warm import Warm
 PATIENCE = 10  # seconds an input
 MEMORY = 4 << 30  # bytes beyond what the imports take
 SHOWN = 5  # failures in full
-LONGEST, LINES = 3000, 3  # of a message; names may hold line ends, which the command joins
+LONGEST, LINES = 5000, 3  # of a message; names may hold line ends, which the command joins
 
 Check = Callable[[Random], None]  # makes one input and feeds it
 

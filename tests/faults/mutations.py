@@ -49,7 +49,7 @@ def mutated(random: Random, data: bytes, most: int = 8) -> bytes:
         elif kind == 2:
             del data[at : at + size]
         elif kind == 3:
-            data[at:at] = data[at : at + size] * random.choice((1, 1, 1, 100))
+            data[at:at] = data[at : at + size] * random.choice((1, 1, 1, 20))
         elif kind == 4:
             data[at:at] = random.randbytes(size)
         elif kind == 5:

@@ -12,6 +12,7 @@ INPUTS = {
     "model_name": 100,
     "cohort_description": 150,
     "weights_file": 150,
+    "damaged_run": 25,
 }
 
 
