@@ -168,8 +168,9 @@ class ImageFolderReID:
             layouts = (layout,)
         check_bad_files(bad_files)
         self.layout, self.root = _find(expanded(root), layouts)
+        self.bad: dict[str, str] = {}  # path -> reason
         splits = {
-            name: _read(self.root, getattr(self.layout, name), self.layout)
+            name: _read(self.root, getattr(self.layout, name), self.layout, self.bad)
             for name in ("train", "query", "gallery")
         }
         self._check(splits, bad_files, progress, cache)
@@ -181,9 +182,10 @@ class ImageFolderReID:
         progress: bool | None,
         cache: Path | None,
     ) -> None:
-        """Decodability, counts, identities; then the splits become attributes."""
+        """Names, decodability, counts, identities; then the splits become attributes."""
         every = [path for split in splits.values() for path in split.paths]
         found = scan(every, progress=progress, cache=cache)
+        found = replace(found, bad={**self.bad, **found.bad}, files=found.files + len(self.bad))
         if found.bad and bad_files == "error":
             raise InputError(
                 f"{self.layout.name}: {found.describe()}: restore them, or set bad_files to skip"
@@ -249,7 +251,10 @@ class Market1501(ImageFolderReID):
     ) -> None:
         self.multi_query: ReidSplit | None = None
         if (self.root / "gt_bbox").is_dir():
-            drawn, query = _read(self.root, (("gt_bbox", None),), self.layout), splits["query"]
+            drawn, query = (
+                _read(self.root, (("gt_bbox", None),), self.layout, self.bad),
+                splits["query"],
+            )
             wanted = set(zip(query.ids.tolist(), query.cameras.tolist(), strict=True))
             of = zip(drawn.paths, drawn.ids.tolist(), drawn.cameras.tolist(), strict=True)
             others = {path: "" for path, *which in of if tuple(which) not in wanted}
@@ -314,7 +319,10 @@ def _no_images(folder: Path) -> str:
     return f"{folder}: holds no images ({' '.join(SUFFIXES)}){held}"
 
 
-def _read(root: Path, places: Sequence[tuple[str, str | None]], layout: Layout) -> ReidSplit:
+def _read(
+    root: Path, places: Sequence[tuple[str, str | None]], layout: Layout, bad: dict[str, str]
+) -> ReidSplit:
+    """What the names of the files say; those that say nothing go into `bad`, with the reason."""
     pattern = re.compile(layout.pattern)
     files: list[Path] = []
     for place, listed in places:
@@ -327,10 +335,8 @@ def _read(root: Path, places: Sequence[tuple[str, str | None]], layout: Layout) 
     for file in sorted(files):
         match = pattern.match(file.name)
         if match is None:
-            raise InputError(
-                f"{file}: its name is not of the form {layout.form}, so its identity and camera "
-                "are unknown: move it away"
-            )
+            bad[str(file)] = f"its name is not of the form {layout.form}"
+            continue
         identity, camera = int(match[1]), int(match[2])
         if max(abs(identity), abs(camera)) > LARGEST:
             raise InputError(

@@ -177,6 +177,34 @@ def test_a_name_of_another_form(standin_copy):
     assert "\\" not in str(error.value)
 
 
+def test_names_of_other_forms_are_skipped_with_other_bad_files(market, standin_copy, capsys):
+    strange = []
+    for split, name in (("query", "Copy of 0001.jpg"), ("bounding_box_train", "a.jpg"),
+                        ("gt_bbox", "b.png"), ("bounding_box_test", "c.jpg")):  # fmt: skip
+        strange.append(standin_copy / split / name)
+        shutil.copy(market.query.paths[0], strange[-1])
+    (standin_copy / "query" / "._a.jpg").touch()
+    broken = sorted((standin_copy / "query").glob("0*"))[0]
+    broken.write_bytes(b"")
+    with pytest.raises(InputError, match=r"Market-1501: 5 of \d+ files are bad: ") as error:
+        Market1501(standin_copy)
+    found = Market1501(standin_copy, bad_files="skip")
+    assert set(found.bad) == {str(p) for p in (*strange, broken)}
+    told = capsys.readouterr().err
+    for path in found.bad:
+        assert path in str(error.value)
+        assert path in told
+    assert (len(found.train), len(found.query)) == (len(market.train), len(market.query) - 1)
+    assert len(found.multi_query) <= len(market.multi_query)
+
+
+def test_a_split_of_strange_names_alone(standin_copy):
+    for file in (standin_copy / "query").iterdir():
+        file.rename(file.with_name(f"x{file.name}"))
+    with pytest.raises(InputError, match="no image of the query split is left"):
+        Market1501(standin_copy, bad_files="skip")
+
+
 def test_what_operating_systems_leave_between_images(market, standin_copy):
     """Beside each image, in every split; not looked at, so that nothing is bad about it."""
     for split in ("bounding_box_train", "query", "bounding_box_test", "gt_bbox"):
