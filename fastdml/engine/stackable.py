@@ -8,7 +8,8 @@ Nothing here changes a peer. What is not known is refused, in one line that name
     hooks       of modules, of tensors, of the nodes that gradients are accumulated by, of torch
     tensors     used by two layers, in overlapping or shared memory, of a class of their own
     randomness  modules that draw an image at a time, generators among a module's attributes
-    modes       layers whose training flag is not that of the same layer of the other peers
+
+and at a step (`check_modes`) layers in another mode than the same layer of the other peers.
 """
 
 from __future__ import annotations
@@ -142,7 +143,7 @@ def _joins(t: Tensor) -> bool:
 
 
 def _check_alike(peers: Sequence[nn.Module], layers: Mapping[type, Any]) -> None:
-    """Same modules, connected in the same way, with the same settings, shapes and modes."""
+    """Same modules, connected in the same way, with the same settings and shapes."""
     structures = [_structure(peer) for peer in peers]
     for k, other in enumerate(structures):
         if other != structures[0]:
@@ -150,7 +151,7 @@ def _check_alike(peers: Sequence[nn.Module], layers: Mapping[type, Any]) -> None
                 f"needs peers of one architecture: peers 0 and {k} have different layers"
             )
     names = [name for name, _ in peers[0].named_modules()]
-    for name, modules in zip(names, together(peers), strict=True):
+    for name, modules in zip(names, _together(peers), strict=True):
         name = name or type(modules[0]).__name__
         first = _description(modules[0], layers)
         for k, module in enumerate(modules):
@@ -158,13 +159,22 @@ def _check_alike(peers: Sequence[nn.Module], layers: Mapping[type, Any]) -> None
                 raise Unstackable(
                     f"needs peers of one architecture: {name} differs between peers 0 and {k}"
                 )
+
+
+def check_modes(peers: Sequence[nn.Module]) -> tuple[bool, ...]:
+    """The training flags of peers that passed `check`, which must be the same in all."""
+    names = [name for name, _ in peers[0].named_modules()]
+    for name, modules in zip(names, _together(peers), strict=True):
+        for k, module in enumerate(modules):
             if module.training != modules[0].training:
+                where = name or type(module).__name__
                 raise Unstackable(
-                    f"needs peers in one mode: of {name}, peers 0 and {k} differ in training"
+                    f"needs peers in one mode: of {where}, peers 0 and {k} differ in training"
                 )
+    return tuple(m.training for m in peers[0].modules())
 
 
-def together(peers: Sequence[nn.Module]) -> Iterator[tuple[nn.Module, ...]]:
+def _together(peers: Sequence[nn.Module]) -> Iterator[tuple[nn.Module, ...]]:
     """The modules of the peers, those of one place in one tuple; each once."""
     return zip(*(peer.modules() for peer in peers), strict=True)
 

@@ -45,7 +45,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fastdml.engine.proof import prove
-from fastdml.engine.stackable import Unstackable, Watch, check, unknown
+from fastdml.engine.stackable import Unstackable, Watch, check, check_modes, unknown
 from fastdml.engine.step import EagerStep, Outputs, StepOutput
 from fastdml.loss import MutualLoss
 from fastdml.models.googlenet import Inception
@@ -81,7 +81,7 @@ class StackedStep(EagerStep):
             check(self.own, KNOWN)
             if self.watch is None or self.watch.changed_more_than_modes():
                 self.proved, self.watch = set(), None
-        modes = tuple(m.training for m in self.own[0].modules()) if changed else self.modes
+        modes = check_modes(self.own) if changed else self.modes
         case = modes, images.shape[1:], images.dtype
         if case not in self.proved:
             prove(Stack, self.own, images)

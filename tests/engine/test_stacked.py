@@ -321,10 +321,13 @@ def test_what_changes_after_the_step_was_made_is_what_eager_makes_of_it(name, ac
     "change", [lambda p: p.eval(), lambda p: p[1].eval(), lambda p: p[7].eval()]
 )
 @pytest.mark.parametrize("steps", [0, 1])
-def test_peers_in_different_modes_are_refused(change, steps):
+def test_peers_in_different_modes_are_refused_at_a_step(change, steps):
     cohort = Cohort([small(k).double() for k in range(2)], C).train()
+    if not steps:
+        change(cohort.peers[0])  # is no matter before
     optimizer = make_optimizer(cohort, lr=0.1)
     step = make_step(cohort, MutualLoss(), optimizer, execution="stacked", amp="off")
+    cohort.train()
     for batch in batches(steps, 8):
         step(*batch)
     change(cohort.peers[1])
