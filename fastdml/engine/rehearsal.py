@@ -128,8 +128,9 @@ class Rehearsal:
                 if over() or Candidate("eager", candidate.threads) in self.late:
                     continue
                 limit = INFINITY  # it begins with its proof
-            if self._step(candidate, limit) is not None and not over():
-                del self.times[candidate]  # the first step is slower: threads start, stacks prove
+            proves = candidate.execution == "stacked"
+            if self._step(candidate, limit) is not None and (proves or not over()):
+                del self.times[candidate]  # the first step is slower
                 self._step(candidate, LATE * self._best_but(candidate))
         taken: dict[Candidate, list[float]] = {candidate: [] for candidate in self.times}
         for _ in range(ROUNDS):

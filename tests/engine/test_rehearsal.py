@@ -133,6 +133,17 @@ def test_one_bad_moment_decides_nothing(measured):
     assert fastest(found.times) == Candidate("stacked", 1)
 
 
+def test_a_proof_is_no_part_of_a_step(measured):
+    """However long it takes."""
+
+    def stacked():
+        yield from [4.0, 0.01]
+
+    found = measured({"eager 1": 0.02, "stacked 1": stacked(), "stacked 2": 0.1})
+    assert world.calls == listed("eager 1, eager 1, stacked 1, stacked 1")
+    assert list(found.times.values()) == pytest.approx([0.02, 0.01])
+
+
 def test_what_is_fast_now_and_then_is_out_once_it_is_late(measured):
     """A second thread is fine until its core is taken."""
 
