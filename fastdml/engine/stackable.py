@@ -9,7 +9,7 @@ Nothing here changes a peer. What is not known is refused, in one line that name
     tensors     used by two layers, in overlapping or shared memory, of a class of their own
     randomness  modules that draw an image at a time, generators among a module's attributes
 
-and at a step (`check_modes`) layers in another mode than the same layer of the other peers.
+and at a step layers in another mode than the same layer of the other peers (`check_modes`).
 """
 
 from __future__ import annotations
@@ -83,7 +83,6 @@ def check(
                     raise unknown(f"{found} ({f'{name}.{tensor_name}'.lstrip('.')})")
     _check_alike(peers, layers)
     _check_apart(peers)
-    _check_accumulators(peers)
 
 
 def _own_tensors(module: nn.Module) -> Iterator[tuple[str, Tensor]]:
@@ -220,9 +219,10 @@ def _check_apart(peers: Sequence[nn.Module]) -> None:
             raise unknown(f"weights that share memory ({a}, {b})")
 
 
-def _check_accumulators(peers: Sequence[nn.Module]) -> None:
-    """Nobody holds a weight's AccumulateGrad node, which is done to put a hook on it. The nodes
-    themselves do not tell of their hooks, so that later ones are not noticed."""
+def check_accumulators(peers: Sequence[nn.Module]) -> None:
+    """Nobody holds a weight's AccumulateGrad node, which is done to put a hook on it. The nodes do
+    not tell of their hooks, so that all objects of Python are gone through, and this is not done
+    at each step: later ones are not noticed."""
     own = {id(w) for peer in peers for w in peer.parameters()}
     held = [node for node in gc.get_objects() if type(node) is ACCUMULATOR]
     if any(id(node.variable) in own for node in held):

@@ -45,7 +45,14 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fastdml.engine.proof import prove
-from fastdml.engine.stackable import Unstackable, Watch, check, check_modes, unknown
+from fastdml.engine.stackable import (
+    Unstackable,
+    Watch,
+    check,
+    check_accumulators,
+    check_modes,
+    unknown,
+)
 from fastdml.engine.step import EagerStep, Outputs, StepOutput
 from fastdml.loss import MutualLoss
 from fastdml.models.googlenet import Inception
@@ -87,6 +94,7 @@ class StackedStep(EagerStep):
             prove(Stack, self.own, images)
             self.proved.add(case)
         if self.watch is None:
+            check_accumulators(self.own)
             self.stack.fill(self.own)
             self.stack.adopt()
         if changed:

@@ -124,6 +124,12 @@ class TestHooks:
         assert_refused(cohort, "does not know a .*hook")
         del held
 
+    def test_a_graph_that_is_kept_is_no_hook(self):
+        cohort = cohort_of(Net)
+        losses = cohort(batch()[0])[0].sum()
+        stacked(cohort)(*batch())
+        assert losses.requires_grad
+
     @pytest.mark.parametrize("name", HOOKS)
     @pytest.mark.parametrize("steps", [0, 2])
     def test_afterwards(self, name, steps):

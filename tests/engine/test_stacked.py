@@ -360,7 +360,6 @@ def test_modes_that_were_proved_are_not_proved_again(monkeypatch):
 @pytest.mark.parametrize(
     ("build", "stacks"),
     [
-        (lambda tv, timm: tv.resnet.ResNet(tv.resnet.BasicBlock, [1] * 4, C), True),
         (lambda tv, timm: tv.resnet.ResNet(tv.resnet.Bottleneck, [1] * 4, C, True, 8, 8), True),
         (lambda tv, timm: tv.mobilenet_v2(num_classes=C, width_mult=0.1), True),
         (lambda tv, timm: timm.create_model("resnet18", num_classes=C, channels=(8,) * 4), True),
