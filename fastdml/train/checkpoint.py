@@ -15,7 +15,7 @@ from typing import Any
 import torch
 
 from fastdml.errors import InputError
-from fastdml.files import Staged
+from fastdml.files import NO_ROOM, Staged
 
 FORMAT = 1
 
@@ -29,8 +29,9 @@ def save(path: Path, state: dict[str, Any]) -> None:
         if not isinstance(cause, OSError):
             raise cause from None
         kept = " (the one before it is kept)" if path.exists() else ""
+        remedy = ": make room and resume" if cause.errno in NO_ROOM else ""
         raise InputError(
-            f"cannot write the checkpoint {path}{kept}: {cause.strerror or cause}"
+            f"cannot write the checkpoint {path}{kept}: {cause.strerror or cause}{remedy}"
         ) from None
 
 

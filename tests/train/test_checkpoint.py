@@ -94,7 +94,8 @@ def test_a_full_disk(path):
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
     assert str(error.value) == (
-        f"cannot write the checkpoint {path} (the one before it is kept): File too large"
+        f"cannot write the checkpoint {path} (the one before it is kept): File too large: "
+        "make room and resume"
     )
     assert path.read_bytes() == before
     assert [p.name for p in path.parent.iterdir()] == [path.name]

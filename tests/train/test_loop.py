@@ -612,7 +612,6 @@ class TestUnfinishedFolders:
 
 
 class TestDamagedMetrics:
-    @pytest.mark.parametrize("phase", ["", "independent"])
     @pytest.mark.parametrize(
         ("text", "said"),
         [
@@ -630,10 +629,10 @@ class TestDamagedMetrics:
             (b'{"kind": "train", "step": 1, "epoch": 1, "ce": {}}\n', "line 2, is no log point"),
         ],
     )
-    def test_is_found_before_training_goes_on(self, settings, phase, text, said):
-        config = settings(independent=True, epochs=1)
+    def test_is_found_before_training_goes_on(self, settings, text, said):
+        config = settings(epochs=1)
         result = fit(make_cohort(), *make_loaders(), config)
-        path = result.folder / phase / "metrics.jsonl"
+        path = result.folder / "metrics.jsonl"
         lines = path.read_bytes().splitlines(keepends=True)
         if text is None:
             path.write_bytes(lines[0] + lines[1].decode().encode("utf-16") + b"".join(lines[2:]))
@@ -649,6 +648,16 @@ class TestDamagedMetrics:
         path.unlink()  # as the message advises
         longer = fit(make_cohort(), *make_loaders(), config.replace(epochs=2, resume=True))
         assert longer.history[-1]["epoch"] == 2
+
+    @pytest.mark.parametrize("text", [b"", b"\xff\n{}\n", b"null\n"])
+    def test_of_the_second_phase_are_looked_at_too(self, settings, text):
+        config = settings(independent=True, epochs=1)
+        folder = fit(make_cohort(), *make_loaders(), config).folder
+        (folder / "independent" / "metrics.jsonl").write_bytes(text)
+        stamp = (folder / "last.ckpt").stat().st_mtime_ns
+        with pytest.raises(InputError, match=r"independent/metrics\.jsonl"):
+            fit(make_cohort(), *make_loaders(), config.replace(epochs=2, resume=True))
+        assert (folder / "last.ckpt").stat().st_mtime_ns == stamp
 
     @pytest.mark.parametrize("kind", ["pipe", "directory"])
     def test_that_are_no_file_are_found_too(self, settings, kind):
