@@ -23,6 +23,7 @@ from torch import Tensor, nn
 if TYPE_CHECKING:
     from typing_extensions import Unpack
 
+FARTHEST = 1e18  # of temperatures from 1
 LOGIT_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 
@@ -135,9 +136,11 @@ def _check(logits: Tensor | Sequence[Tensor], call: Call) -> list[Tensor]:
             )
         if value.requires_grad:
             raise ValueError(f"{name} requires a gradient, which the loss does not compute")
-    if not isinstance(call.temperature, Tensor) and not 0 < call.temperature < math.inf:
+    T = call.temperature
+    if not isinstance(T, Tensor) and not 1 / FARTHEST <= T <= FARTHEST:
         raise ValueError(
-            f"temperature={call.temperature}: it divides the logits and must be above 0, and finite"
+            f"temperature={T}: it divides the logits and must be above 0, and finite "
+            f"({1 / FARTHEST:g} to {FARTHEST:g}: its square is a float32)"
         )
     for name in ("ce_weight", "kl_weight"):
         value = getattr(call, name)

@@ -20,6 +20,8 @@ from typing import Any
 
 import numpy as np
 import torch
+from fastdml_kernels import Options
+from fastdml_kernels.reference import mutual_loss_reference
 from fuzzing import Check, Target
 from mutations import NUMBERS, REALS, TEXTS, altered, junk, mutated, name, nearly_json
 from PIL import Image
@@ -609,6 +611,27 @@ def laid_out(random: Random, values: torch.Tensor) -> torch.Tensor:
     return values
 
 
+def agree(
+    losses: torch.Tensor,
+    exact: list[torch.Tensor],
+    labels: torch.Tensor,
+    options: dict[str, Any],
+    wild: bool,
+) -> None:
+    """Losses are those of the definitions in float64; of wild logits where those are finite."""
+    beside = {"temperature", "kl_weight", "peer_weights", "class_weight"} & options.keys()
+    chosen = Options(**{k: v for k, v in options.items() if k not in beside})
+    want, _ = mutual_loss_reference(exact, labels, chosen, **{k: options[k] for k in beside})
+    assert losses.shape == want.shape
+    if wild:
+        sure = want.isfinite() & (want.abs() < 1e30)
+        losses, want = losses[sure], want[sure]
+    scale = float(want.abs().nan_to_num(0).max()) if want.numel() else 0.0
+    torch.testing.assert_close(
+        losses.double(), want, rtol=1e-4, atol=1e-4 + 1e-5 * scale, equal_nan=True
+    )
+
+
 @target(ValueError, TypeError)
 def loss_arguments(folder: Path) -> Check:
     """Whatever fits is answered as in float64; gradients are finite where the losses are."""
@@ -633,7 +656,20 @@ def loss_arguments(folder: Path) -> Check:
         if random.random() < 0.3:
             options["reduction"] = random.choice(("mean", "sum", "none"))
         if random.random() < 0.3:
+            options["target"] = random.choice(("peers", "ensemble", "ensemble_logits"))
+        if random.random() < 0.2:
+            options["symmetric"] = options["detach_targets"] = True
+        if random.random() < 0.2:
+            options["detach_targets"] = False
+        if random.random() < 0.2:
+            options["peer_weights"] = torch.rand(K, K)
+        if random.random() < 0.2:
+            options["class_weight"] = torch.rand(C) + 0.1
+        if random.random() < 0.2:
+            options["kl_weight"] = 0.3 if wild else random.choice((0.0, 0.3))
+        if random.random() < 0.3:
             labels[torch.rand(N) < 0.3] = -100
+            options["mimic_ignored"] = random.random() < 0.3
         exact = [z.double() for z in logits]
         if random.random() < 0.3:  # what does not fit
             kind = random.randrange(6)
@@ -654,10 +690,9 @@ def loss_arguments(folder: Path) -> Check:
             isinstance(z, torch.Tensor) and z.is_floating_point() for z in logits
         ) else logits  # fmt: skip
         losses = mutual_loss(inputs, labels, **options)
-        want = mutual_loss(exact, labels, **options)
-        assert losses.shape == want.shape
-        if not wild and options.get("temperature", 1.0) not in (1e-3, 1e3):
-            torch.testing.assert_close(losses.double(), want, rtol=1e-4, atol=1e-4, equal_nan=True)
+        # Of other temperatures float32 has too few digits, or for a huge z / T too few powers.
+        if options.get("temperature", 1.0) in ((1.0, 4.0) if wild else (0.5, 1.0, 4.0)):
+            agree(losses, exact, labels, options, wild)
         losses.sum().backward()
         if not wild and losses.isfinite().all():
             assert all(z.grad.isfinite().all() for z in inputs)
