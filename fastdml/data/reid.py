@@ -251,10 +251,8 @@ class Market1501(ImageFolderReID):
     ) -> None:
         self.multi_query: ReidSplit | None = None
         if (self.root / "gt_bbox").is_dir():
-            drawn, query = (
-                _read(self.root, (("gt_bbox", None),), self.layout, self.bad),
-                splits["query"],
-            )
+            drawn = _read(self.root, (("gt_bbox", None),), self.layout, self.bad)
+            query = splits["query"]
             wanted = set(zip(query.ids.tolist(), query.cameras.tolist(), strict=True))
             of = zip(drawn.paths, drawn.ids.tolist(), drawn.cameras.tolist(), strict=True)
             others = {path: "" for path, *which in of if tuple(which) not in wanted}
@@ -335,7 +333,9 @@ def _read(
     for file in sorted(files):
         match = pattern.match(file.name)
         if match is None:
-            bad[str(file)] = f"its name is not of the form {layout.form}"
+            bad[str(file)] = (
+                f"its name is not of the form {layout.form}, so its identity and camera are unknown"
+            )
             continue
         identity, camera = int(match[1]), int(match[2])
         if max(abs(identity), abs(camera)) > LARGEST:
