@@ -240,6 +240,36 @@ def test_layers_from_inference_mode(frozen):
     torch.testing.assert_close(*grads)
 
 
+@pytest.mark.parametrize("zero", [0.0, torch.tensor(0.0)])
+def test_a_peer_that_has_diverged_is_nobodys_but_its_own_without_the_kl_term(zero):
+    results = []
+    for diverged in (False, True):
+        hidden, weight, bias, labels = problem(3, 6, 5, torch.float32)
+        if diverged:
+            weight[1].data.fill_(torch.inf)
+        losses = linear_mutual_loss(hidden, weight, labels, bias, kl_weight=zero, chunk_rows=4)
+        losses.sum().backward()
+        others = [t for part in (hidden, weight, bias) for t in (part[0], part[2])]
+        results.append([losses.detach()[[0, 2]], *(t.grad for t in others)])
+        assert losses[1].isnan() == diverged
+    for one, two in zip(*results, strict=True):
+        torch.testing.assert_close(one, two)
+
+
+@pytest.mark.parametrize("options", [
+    {"label_smoothing": 0.2}, {}, {"ce_weight": 0.0}, {"ce_weight": torch.tensor(0.0)},
+])  # fmt: skip
+def test_class_weights_that_are_all_zero(options):
+    """The mean is 0 / 0; without it, and in the gradients, the KL term goes on."""
+    hidden, weight, bias, labels = problem(2, 6, 5, torch.float32)
+    labels.fill_(3)
+    options["class_weight"] = torch.tensor([1.0, 1, 1, 0, 1])
+    fused, plain = both(hidden, weight, bias, labels, torch.ones(2), 4, **options)
+    assert fused[0].isnan().all() == ("ce_weight" not in options)
+    for ours, theirs in zip(fused, plain, strict=True):
+        torch.testing.assert_close(ours, theirs, equal_nan=True)
+
+
 def test_frozen_layers_get_no_gradient():
     hidden, weight, bias, labels = problem(2, 6, 5, torch.float32)
     weight[0].requires_grad_(False)

@@ -347,6 +347,38 @@ def test_training_with_it_lowers_it():
     assert history[-1] < 0.9 * history[0]
 
 
+@pytest.mark.parametrize("zero", [0.0, torch.tensor(0.0, device=DEVICE)], ids=["0", "tensor"])
+@pytest.mark.parametrize("loss", ["together", "apart", "value_and_grad", "compiled"])
+def test_independent_peers_train_as_if_alone_beside_one_that_diverges(loss, zero):
+    """Its logits turn infinite after a few steps."""
+
+    def run(diverging: bool) -> list[torch.Tensor]:
+        torch.manual_seed(0)
+        x, y = torch.randn(32, 8, device=DEVICE), torch.randint(0, 4, (32,), device=DEVICE)
+        peers = nn.ModuleList(nn.Linear(8, 4) for _ in range(3)).to(DEVICE)
+        optimizer = torch.optim.SGD(peers.parameters(), lr=0.5, momentum=0.9)
+        module = MutualLoss(kl_weight=zero)
+        compiled = torch.compile(module, fullgraph=True, backend="aot_eager")
+        for at in range(6):
+            if diverging and at == 2:
+                with torch.no_grad():
+                    peers[1].weight.fill_(torch.inf)
+            optimizer.zero_grad()
+            z = [peer(x) for peer in peers]
+            if loss == "value_and_grad":
+                torch.autograd.backward(z, module.value_and_grad([a.detach() for a in z], y)[2])
+            elif loss == "apart":
+                for own in mutual_losses(z, y, kl_weight=zero):
+                    own.backward()
+            else:
+                (module if loss == "together" else compiled)(z, y).sum().backward()
+            optimizer.step()
+        assert peers[1].weight.isnan().any() == diverging
+        return [p.detach() for k in (0, 2) for p in peers[k].parameters()]
+
+    close(tuple(run(True)), tuple(run(False)), rtol=1e-6, atol=1e-7)
+
+
 @pytest.mark.parametrize("backend", ["aot_eager", "inductor"])
 @pytest.mark.parametrize("stacked", [False, True])
 @torch._dynamo.config.patch(error_on_recompile=True)

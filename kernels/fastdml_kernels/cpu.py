@@ -31,8 +31,14 @@ def log_softmax(z: Sequence[Tensor], scale: float, out: Tensor) -> None:
 
 
 def _times(p: Tensor, gap: Tensor) -> Tensor:
-    """p * gap, where a class of probability 0 contributes 0, never 0 * inf."""
+    """p * gap, where a factor of 0 (a class without probability, no edge) gives 0, never 0 * inf or
+    0 * NaN."""
     return torch.where(p == 0, 0.0, p * gap)
+
+
+def _weighted(weight: float, term: Tensor) -> Tensor:
+    """weight * term; a weight of 0 leaves the term out, whatever it is."""
+    return weight * term if weight else torch.zeros_like(term)
 
 
 def _find_labelled(labels: Tensor, ignore_index: int, C: int) -> Tensor | None:
@@ -76,6 +82,7 @@ class _Problem:
     temperature: float
     ce_factor: float
     kl_factor: float
+    mutual: bool  # whether the KL term counts
     grads: Sequence[Tensor]
     upstream: Tensor | None
     want_stats: bool
@@ -108,12 +115,13 @@ class _Problem:
         if self.want_stats:
             has_label = slice(None) if labelled is None else labelled
             entropy = torch.special.entr(p).sum((1, 2))
-            correct = (log_p.argmax(2) == y)[:, has_label].sum(1)
-            ensemble_correct = (p.sum(0).argmax(1) == y)[has_label].sum()
+            correct = self._right(log_p, nll, y)[:, has_label].sum(1)
+            together = p.sum(0)
+            ensemble_correct = self._right(together, together[:, 0], y)[has_label].sum()
             pairwise = p.new_zeros(K, K)
 
         kl, pull = torch.zeros_like(nll), None
-        if K > 1:
+        if K > 1 and (self.mutual or self.want_stats):
             log_q, q = log_p, p
             if tempered:
                 log_q, q = tempered
@@ -123,6 +131,11 @@ class _Problem:
         if self.grads:
             self._write_grads(rows, p, index, labelled, pull)
         return _BlockResult(ce, kl, entropy, correct, ensemble_correct, pairwise)
+
+    @staticmethod
+    def _right(scores: Tensor, row: Tensor, y: Tensor) -> Tensor:
+        """Which rows have their largest score at the label; none whose number in `row` is NaN."""
+        return (scores.argmax(-1) == y) & ~row.isnan()
 
     def _general_kl(
         self, rows: slice, log_q: Tensor, q: Tensor, nll: Tensor, pairwise: Tensor | None
@@ -136,7 +149,7 @@ class _Problem:
             up = self.upstream[:, rows] if self.upstream.dim() == 2 else self.upstream[:, None]
             up = up.expand(K, n)
         kl = q.new_zeros(K, n)
-        pull = torch.zeros_like(q) if self.grads else None
+        pull = torch.zeros_like(q) if self.grads and self.mutual else None
         half = 0.5 if options.symmetric else 1.0
 
         def learn(k: int, log_t: Tensor, t: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
@@ -202,9 +215,10 @@ class _Problem:
         if self.options.gate == "none":
             return edges
         if self.options.gate == "correct":  # temperature does not move the maximum
-            teaches = log_q.argmax(2) == self.y[rows]
+            teaches = self._right(log_q, nll, self.y[rows])
         else:
-            teaches = nll.argmin(0) == torch.arange(K, device=nll.device)[:, None]
+            best = torch.where(nll.isnan(), torch.inf, nll).argmin(0)
+            teaches = (best == torch.arange(K, device=nll.device)[:, None]) & ~nll.isnan()
         if self.labelled is not None:
             teaches = teaches & self.labelled[rows]
         return edges * teaches
@@ -215,18 +229,20 @@ class _Problem:
         """log of the mixed teacher, (n, C): of probabilities, or of logits then normalised."""
         shares = edges[teachers] / torch.where(w_sum != 0, w_sum, 1.0)  # (K-1, n)
         if self.options.target == "ensemble":
-            top = log_q[teachers].amax(0)
+            top = torch.where((shares != 0)[:, :, None], log_q[teachers], -torch.inf).amax(0)
             top = torch.where(top == -torch.inf, 0.0, top)
             mixed = sum(
-                s[:, None] * (log_q[teacher] - top).exp()
+                _times(s[:, None], (log_q[teacher] - top).exp())
                 for s, teacher in zip(shares, teachers, strict=True)
             )
             return top + mixed.log()
-        # from differences to the first teacher: identical peers mix to themselves, exactly
-        base = self.logits[teachers[0]][rows].to(log_q.dtype)
+        # from differences to the first that teaches: identical peers mix to themselves, exactly
+        z_of = [self.logits[teacher][rows].to(log_q.dtype) for teacher in teachers]
+        base = z_of[0]
+        for s, z in zip(shares.flip(0), reversed(z_of), strict=True):
+            base = torch.where(s[:, None] != 0, z, base)
         mixed, lowest = torch.zeros_like(base), base
-        for s, teacher in zip(shares, teachers, strict=True):
-            z = self.logits[teacher][rows].to(log_q.dtype)
+        for s, z in zip(shares, z_of, strict=True):
             lowest = torch.where(s[:, None] != 0, torch.minimum(lowest, z), lowest)
             mixed += _times(s[:, None], torch.where(z == base, 0.0, z - base))
         mixed = torch.where(lowest == -torch.inf, lowest, base + mixed)
@@ -328,6 +344,7 @@ def mutual_loss_cpu(
         edges=edges if peer_weights is None else peer_weights.to(dtype), temperature=temperature,
         ce_factor=ce_weight * (per_ce if averaged else 1.0),
         kl_factor=kl_weight * temperature / (max(N, 1) if averaged else 1.0),
+        mutual=kl_weight != 0,
         grads=grads, upstream=None if upstream is None else upstream.to(dtype),
         want_stats=want_stats,
         scratch=torch.empty(4 if tempered else 2, K, step, C, **like),
@@ -343,21 +360,21 @@ def mutual_loss_cpu(
         ce_sum += result.ce.sum(1)
         kl_sum += result.kl.sum(1)
         if by_row:
-            losses[:, rows] = ce_weight * result.ce
+            losses[:, rows] = _weighted(ce_weight, result.ce)
             if K > 1:
-                losses[:, rows] += kl_weight * kl_scale * result.kl
+                losses[:, rows] += _weighted(kl_weight, kl_scale * result.kl)
         if want_stats:
             sums = list(result[2:]) if sums is None else [
                 total + part for total, part in zip(sums, result[2:], strict=True)
             ]  # fmt: skip
 
-    # 0 / 0 is NaN, as torch's cross_entropy without any label
-    ce_mean, kl_mean = ce_sum / ce_count, kl_sum * kl_scale / N if N else kl_sum / 0
+    # NaN where nothing is counted, as torch's cross_entropy without any label
+    ce_mean, kl_mean = ce_sum / (ce_count or torch.nan), kl_sum * kl_scale / (N or torch.nan)
     if not by_row:
         ce, kl = (ce_mean, kl_mean) if averaged else (ce_sum, kl_sum * kl_scale)
-        losses = ce_weight * ce
+        losses = _weighted(ce_weight, ce)
         if K > 1:
-            losses += kl_weight * kl
+            losses += _weighted(kl_weight, kl)
     stats = torch.zeros(stats_size(K), **like)
     if want_stats:
         if sums is None:  # no rows at all

@@ -27,9 +27,20 @@ from .op import (
     refuse_transforms,
     unflatten,
 )
+from .options import Scalar
 
 CHUNK_BYTES = {"cpu": 16 << 20, "cuda": 256 << 20}  # of all peers' logits at a time
 NAME = "linear_mutual_loss"
+
+
+def _per(count: Tensor, unit: Tensor, weight: Scalar) -> tuple[Scalar, Tensor]:
+    """A term's weight in a sum that makes it a mean over `count`, times `unit`, and what there is
+    to add to its losses: NaN where nothing was counted. A weight of 0 leaves the term out."""
+    empty = count == 0
+    unknown = torch.where(empty & (weight != 0), torch.nan, torch.zeros_like(unit))
+    if not isinstance(weight, Tensor):
+        return (torch.where(empty, 0.0, weight * (unit / count)) if weight else 0.0), unknown
+    return torch.where(empty | (weight == 0), 0.0, weight * (unit / count)), unknown
 
 
 def _denominators(call: Call, N: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
@@ -76,18 +87,21 @@ def _compute(
     K, (N, _), C = len(hidden), hidden[0].shape, weight[0].shape[0]
     dtype, device = loss_dtype(hidden), hidden[0].device
     unit = torch.ones((), dtype=dtype, device=device)
+    losses = torch.zeros(K, dtype=dtype, device=device)
     if call.options.reduction == "mean":
         ce_count, kl_count = _denominators(call, N, dtype)
         unit = kl_count.clamp(min=1)
+        ce_weight, unknown = _per(ce_count, unit, call.ce_weight)
+        losses += unknown
+        kl_weight, unknown = _per(kl_count, unit, call.kl_weight)
+        if K > 1:
+            losses += unknown
         call = call._replace(
-            options=call.options.summed(),
-            ce_weight=call.ce_weight * (unit / ce_count),
-            kl_weight=call.kl_weight * (unit / kl_count),
+            options=call.options.summed(), ce_weight=ce_weight, kl_weight=kl_weight
         )
     if chunk_rows is None:
         row_bytes = sum(h.element_size() for h in hidden) * C
         chunk_rows = max(1, CHUNK_BYTES[device.type] // row_bytes)
-    losses = torch.zeros(K, dtype=dtype, device=device)
     grads = _new_grads(hidden, weight, bias, needs)
     # the layers' dtypes are their own, within autocast too
     with torch.autocast(device.type, enabled=False):

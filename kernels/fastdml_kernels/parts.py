@@ -18,7 +18,8 @@ def scalar(x, IS_POINTER: tl.constexpr):
 
 @triton.jit
 def times(q, gap):
-    """q * gap, where a class that the teacher gives no probability contributes 0, never 0 * inf."""
+    """q * gap, where a factor of 0 (a class without probability, no edge, a term left out) gives 0,
+    never 0 * inf or 0 * NaN."""
     return tl.where(q == 0.0, 0.0, q * gap)
 
 
@@ -104,7 +105,7 @@ def open_gates(RIGHT, NLL, labelled, GATE: tl.constexpr, K: tl.constexpr):
     GATES = ()
     best = NLL[0]
     for k in tl.static_range(1, K):
-        best = tl.minimum(best, NLL[k])
+        best = tl.minimum(best, NLL[k])  # of a NaN and a number, the number
     free = labelled
     for k in tl.static_range(K):
         teaches = RIGHT[k]
@@ -142,6 +143,8 @@ def reduce_programs(partials, losses, stats, ce_weight, kl_weight, kl_scale, N,
         kl_count = tl.cast(N, tl.float32)
         # a batch without any label teaches by the KL term alone
         ce_count = tl.where(labelled == 0, 1.0, ce_count)
+    # 0 / 0 as in torch, where label smoothing makes the sum another number too
+    ce_count = tl.where(ce_count == 0, float("nan"), ce_count)
     is_ce = s < K
     is_kl = (s >= K) & (s < 2 * K)
     is_count = (s == 2 * K) | (s == 2 * K + 1)
@@ -156,6 +159,9 @@ def reduce_programs(partials, losses, stats, ce_weight, kl_weight, kl_scale, N,
         value = mean
         if REDUCTION == "sum":
             value = tl.where(is_kl, total * kl_scale, total)
+        # a term left out is 0, whatever its sum is
+        value = tl.where(ce_weight == 0.0, tl.where(is_ce, 0.0, value), value)
+        value = tl.where(kl_weight == 0.0, tl.where(is_kl, 0.0, value), value)
         for k in tl.static_range(K):
             ce = tl.sum(tl.where(s == k, value, 0.0), axis=0)
             kl = tl.sum(tl.where(s == K + k, value, 0.0), axis=0)

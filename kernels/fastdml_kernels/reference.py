@@ -103,13 +103,19 @@ def mutual_loss_reference(
 
     ce_count = (weight[y] * labelled).sum()
     kl_count = mimics.sum().double()
-    ce, kl = ce_rows.sum(dim=1) / ce_count, kl_rows.sum(dim=1) / kl_count
+    ce = torch.where(ce_count == 0, torch.nan, ce_rows.sum(dim=1) / ce_count)
+    kl = kl_rows.sum(dim=1) / kl_count
     if options.mimic_ignored and not labelled.any():
         ce = ce_rows.sum(dim=1)  # a batch without any label teaches by the KL term alone
+
+    def weighted(weight: float, term: Tensor) -> Tensor:
+        """0 where the weight is: the term is left out."""
+        return torch.where(torch.full_like(term, weight) != 0, weight * term, 0.0)
+
     if options.reduction == "mean":
-        loss = ce_weight * ce + (kl_weight * kl if K > 1 else 0.0)
+        loss = weighted(ce_weight, ce) + (weighted(kl_weight, kl) if K > 1 else 0.0)
     else:
-        loss = ce_weight * ce_rows + kl_weight * kl_rows
+        loss = weighted(ce_weight, ce_rows) + weighted(kl_weight, kl_rows)
         loss = loss.sum(dim=1) if options.reduction == "sum" else loss
 
     def mean(rows: Tensor) -> Tensor:

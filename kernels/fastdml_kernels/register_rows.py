@@ -107,7 +107,7 @@ def register_rows(
             right = labelled
             if STATS or GATE == "correct":
                 first = tl.min(tl.where(z == m[:, None], cols[None, :], C), axis=1)
-                right = labelled & (first == y)
+                right = labelled & (first == y) & (nll == nll)  # a peer that is NaN is never right
             Z = Z + (z,)
             LSE = LSE + (lse,)
             LSE_T = LSE_T + (lse_t,)
@@ -215,14 +215,16 @@ def register_rows(
                             packed = put(packed, 4 * K + 3 + l * K + k, tl.sum(pair, axis=0), S)
         if REDUCTION == "none":
             for k in tl.static_range(K):
-                loss = ce_weight * CE[k]
+                loss = times(ce_weight, CE[k])
                 if K > 1:
-                    loss += kl_weight * kl_scale * KL[k]
+                    loss += times(kl_weight * kl_scale, KL[k])
                 tl.store(losses + n64 + tl.cast(N, tl.int64) * k, loss, mask=inside)
 
         # ---- write each gradient row once
         if NEED_GRAD:
-            # select, not multiply: a factor may be inf or NaN where a row has no part
+            # select, not multiply: a factor may be inf or NaN where a row has no part, and another
+            # peer NaN where the term is left out
+            has_kl = (mimics & (tl.where(kl_factor != 0.0, 1, 0) == 1))[:, None]
             ce_row = tl.where(labelled, ce_factor, 0.0)[:, None]
             kl_row = tl.where(mimics, kl_factor, 0.0)[:, None]
             bad = tl.where(misfit, float("nan"), 0.0)[:, None]
@@ -254,7 +256,7 @@ def register_rows(
                                 if GATE != "none":
                                     w *= GATES[l]
                                 pull += times(w[:, None] + 0.0 * pull, Q[k] - Q[l])
-                    g += tl.where(mimics[:, None], kl_row * pull, 0.0)
+                    g += tl.where(has_kl, kl_row * pull, 0.0)
                 g += bad
                 tl.store(grads[k] + n64[:, None] * STRIDES[k][2] + cols[None, :],
                          g.to(grads[k].dtype.element_ty),

@@ -68,6 +68,10 @@ def mixed_logits(k: tl.constexpr, Z, peer_weights, GATES, w_sum, inv_t,
     """Mean of the other peers' logits over T, from differences to the first of them: identical
     peers mix to themselves, exactly."""
     base = Z[(0 if k else 1)]
+    for back in tl.static_range(K):  # the first of them that teaches: the others count for nothing
+        if K - 1 - back != k:
+            w = edge(k, K - 1 - back, peer_weights, GATES, K, EDGE, GATED)
+            base = tl.where(w != 0.0, Z[K - 1 - back], base)
     low = base
     mixed = tl.zeros_like(base)
     for l in tl.static_range(K):  # noqa: E741
@@ -87,7 +91,7 @@ def mixed_teacher(k: tl.constexpr, Z, D, top, peer_weights, GATES, w_sum, mix_ls
         mixed = tl.zeros_like(top)
         for l in tl.static_range(K):  # noqa: E741
             if l != k:
-                mixed += edge(k, l, peer_weights, GATES, K, EDGE, GATED) * tl.exp(D[l])
+                mixed += times(edge(k, l, peer_weights, GATES, K, EDGE, GATED), tl.exp(D[l]))
         gap = tl.log(mixed / w_sum)
     else:
         log_t = mixed_logits(k, Z, peer_weights, GATES, w_sum, inv_t, K, EDGE, GATED) - mix_lse
@@ -385,6 +389,9 @@ def wide_rows(
             LSE_T = LSE_T + (lse_t,)
             nll = tl.where(misfit, float("nan"), lse - z_y)
             NLL = NLL + (nll,)
+            if STATS or GATE == "correct":
+                known = tl.where(nll == nll, 1, 0)  # a peer that is NaN is never right
+                right = right & ((peer_at != k) | (known == 1))
             if GATE == "correct":
                 RIGHT = RIGHT + (tl.max(tl.where((peer_at == k) & right, 1, 0), axis=0) > 0,)
             else:
@@ -509,6 +516,8 @@ def wide_rows(
             if NEED_GRAD:
                 ce_row = tl.where(labelled, ce_factor, 0.0)
                 kl_row = tl.where(mimics, kl_factor, 0.0)
+                # a term left out is selected, not multiplied
+                has_kl = mimics & (tl.where(kl_factor != 0.0, 1, 0) == 1)
                 bad = tl.where(misfit, float("nan"), 0.0)
                 UP = ()
                 for k in tl.static_range(K):
@@ -584,7 +593,7 @@ def wide_rows(
                                     if l != j:
                                         w = edge(j, l, peer_weights, GATES, K, EDGE, GATED)
                                         pull += times(w, Q[j] - Q[l])
-                            g += tl.where(mimics, kl_row * UP[j] * pull, 0.0)
+                            g += tl.where(has_kl, kl_row * UP[j] * pull, 0.0)
                         if COUPLED:
                             pull = tl.zeros((BLOCK_C,), tl.float32)
                             if MIXED:
@@ -633,7 +642,7 @@ def wide_rows(
                                                 if SYMMETRIC:
                                                     slope += t - Q[o]
                                         pull += times(HALF * UP[o] * w, slope)
-                            g += tl.where(mimics, kl_row * pull, 0.0)
+                            g += tl.where(has_kl, kl_row * pull, 0.0)
                         g += bad
                         tl.store(grads[j] + (row_start(n64, STRIDES[j][2], -BLOCK_C - back) + c),
                                  g.to(grads[j].dtype.element_ty), mask=c < C,
@@ -648,9 +657,9 @@ def wide_rows(
                 kl = put(kl, k, KL[k], PEERS)
         kl = tl.where(mimics, kl, 0.0)
         if REDUCTION == "none":
-            loss = ce_weight * ce
+            loss = times(ce_weight, ce)
             if MUTUAL:
-                loss += kl_weight * kl_scale * kl
+                loss += times(kl_weight * kl_scale, kl)
             tl.store(losses + n64 + tl.cast(N, tl.int64) * peer_at, loss, mask=peer_at < K)
         ce_sums += ce
         kl_sums += kl

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from fastdml_kernels import Options
 from oracle import DEVICE, DTYPES, PATHS, Problem, check, cpu, make, reference, rounding, within
 
 
@@ -247,6 +248,107 @@ def test_a_broken_row_is_seen_and_stays_alone(path, value, reduction):
     if reduction == "none":
         assert broken.losses[:, 1].isnan().all()
         torch.testing.assert_close(broken.losses[:, others], fine.losses[:, others])
+
+
+# ---- a peer that has diverged, and the others, who do not learn from it
+
+
+def diverge(p: Problem) -> Problem:
+    """Peer 1 of 3: a row of NaN, and infinite logits in others."""
+    return masked(masked(p, [1], torch.nan, (1, slice(None))), [1], torch.inf, (slice(2, None), 3))
+
+
+def others_of(answer):
+    return [answer.losses[[0, 2]], answer.grads[0], answer.grads[2]]
+
+
+def all_finite(answer) -> bool:
+    return all(bool(x.isfinite().all()) for x in others_of(answer))
+
+
+@pytest.mark.parametrize(("settings", "as_tensor"), [
+    ({}, False), ({}, True), ({"temperature": 2.0, "stats": True}, True),
+    ({"reduction": "none", "mimic_ignored": True}, False),
+    ({"target": "ensemble", "reduction": "sum"}, True), ({"gate": "best"}, False),
+    ({"peer_weights": True}, True), ({"symmetric": True}, False),
+    ({"detach_targets": False, "target": "ensemble_logits"}, True),
+    ({"detach_targets": False, "symmetric": True, "target": "ensemble"}, False),
+], ids=str)  # fmt: skip
+def test_without_the_kl_term_peers_are_independent(path, settings, as_tensor):
+    settings = dict(settings)
+    stats = settings.pop("stats", False)
+    if path is PATHS["register"] and not settings.keys().isdisjoint(
+        {"symmetric", "detach_targets"}
+    ):
+        pytest.skip("the wide kernel's option")
+    zero = torch.tensor(0.0, device="cpu" if path is cpu else DEVICE) if as_tensor else 0.0
+    p = make(3, 4, 5, ignored=0.2, seed=2, **settings, kl_weight=zero)
+    broken, fine = (path(q, stats=stats) for q in (diverge(p), p))
+    assert all_finite(broken)
+    for got, want in zip(others_of(broken), others_of(fine), strict=True):
+        torch.testing.assert_close(got, want, rtol=1e-5, atol=1e-7)
+    assert broken.losses[1].isnan().any()
+
+
+@pytest.mark.parametrize("settings", [
+    {}, {"target": "ensemble", "temperature": 2.0, "reduction": "none"},
+    {"target": "ensemble_logits"}, {"symmetric": True}, {"symmetric": True, "target": "ensemble"},
+    {"symmetric": True, "target": "ensemble_logits"},
+], ids=str)  # fmt: skip
+def test_edges_that_leave_a_peer_out_leave_its_values_out(path, settings):
+    wide_alone = "symmetric" in settings or settings.get("target") == "ensemble_logits"
+    if path is PATHS["register"] and wide_alone:
+        pytest.skip("the wide kernel's option")
+    p = make(3, 4, 5, seed=2, **settings)
+    own = [0, 0, 0] if "symmetric" in settings else [0.6, 0, 0]  # learns from nobody, or from one
+    p.weights["peer_weights"] = torch.tensor([[0, 0, 0.7], [1, 0, 1], own])
+    broken, fine = (path(q, stats=False) for q in (diverge(p), p))
+    assert all_finite(broken)
+    for got, want in zip(others_of(broken), others_of(fine), strict=True):
+        torch.testing.assert_close(got, want, rtol=1e-5, atol=1e-7)
+
+
+@pytest.mark.parametrize("gate", ["correct", "best"])
+def test_a_peer_that_has_diverged_passes_no_gate(path, gate):
+    """It is as one that is wrong on those rows; argmax and argmin take a NaN for the extreme."""
+    p = make(3, 4, 5, gate=gate, seed=2)
+    p.labels[1:3] = 0
+    wrong = [z.clone() for z in p.logits]
+    rows = torch.arange(1, 4)
+    wrong[1][rows, p.labels[rows]] = -50.0
+    broken, fine = path(diverge(p)), path(Problem(wrong, p.labels, p.options))
+    assert all_finite(broken)
+    for got, want in zip(others_of(broken), others_of(fine), strict=True):
+        torch.testing.assert_close(got, want, rtol=1e-5, atol=1e-7)
+    assert broken.stats["correct"][1] <= 1  # of the first row
+
+
+def test_without_the_cross_entropy_a_label_ruled_out_costs_nothing(path):
+    p = make(2, 3, 5)
+    q = masked(p, slice(None), -torch.inf, (1, p.labels[1].item()))
+    for zero in (0.0, torch.tensor(0.0, device="cpu" if path is cpu else DEVICE)):
+        for reduction in ("mean", "none"):
+            options = Options(reduction=reduction)
+            own = path(Problem(q.logits, q.labels, options, {"ce_weight": zero}))
+            exact = reference(Problem(q.logits, q.labels, options, {"ce_weight": 0.0}), grad=False)
+            within("losses", own.losses, exact.losses, None, torch.tensor(2e-5))
+            assert own.losses.isfinite().all()
+
+
+@pytest.mark.parametrize("options", [{}, {"label_smoothing": 0.3}, {"kl_weight": 0.0}])
+def test_the_mean_over_class_weights_that_are_all_zero_is_torchs(path, options):
+    """NaN, with label smoothing too, which alone would be a number over 0."""
+    p = make(2, 3, 5, **options)
+    weight = torch.ones(5)
+    weight[p.labels] = 0
+    own = path(Problem(p.logits, p.labels, p.options, p.weights | {"class_weight": weight}))
+    theirs = torch.nn.functional.cross_entropy(
+        p.logits[0], p.labels, weight, label_smoothing=p.options.label_smoothing
+    )
+    assert theirs.isnan()
+    assert own.losses.isnan().all()
+    assert own.stats["ce"].isnan().all()
+    assert all(g.isfinite().all() for g in own.grads)
 
 
 # ---- labels that are no class
