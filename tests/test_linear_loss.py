@@ -11,6 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.autograd import forward_ad
 from torch.nn.functional import linear
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from fastdml import linear_mutual_loss, mutual_loss
 
@@ -329,3 +330,26 @@ def test_options_that_cannot_be_fused_are_named():
         linear_mutual_loss(hidden, weight, labels, bias, chunk_rows=0)
     with pytest.raises(ValueError, match=r"chunk_rows=2\.5: give a whole number"):
         linear_mutual_loss(hidden, weight, labels, bias, chunk_rows=2.5)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_chunks_add_to_the_weights_gradient_in_place(dtype):
+    """No (C, D) is made beside it, which for a vocabulary is as large as the weight."""
+    hidden, weight, _, labels = problem(2, 12, 7, dtype)
+    sizes = []
+
+    class Watch(TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            out = func(*args, **(kwargs or {}))
+            if "mm" in str(func) and tuple(out.shape) in {tuple(w.shape) for w in weight}:
+                sizes.append(str(func))
+            return out
+
+    arguments = (
+        Call(labels, Options(), 1.0, 1.0, 1.0, None, None, False),
+        4,
+        [True] * 4 + [False] * 2,
+    )
+    with torch.no_grad(), Watch():
+        linear_module._compute(hidden, weight, [None, None], *arguments)
+    assert sizes == ["aten.addmm_.default"] * 6  # of 2 peers and 3 chunks

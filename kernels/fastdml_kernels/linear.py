@@ -119,7 +119,9 @@ def _compute(
                 of_hidden, of_weight, of_bias = grads[k], grads[K + k], grads[2 * K + k]
                 if of_hidden is not None:
                     torch.mm(slope, weight[k], out=of_hidden[rows])
-                if of_weight is not None:
+                if of_weight is not None and of_weight.dtype == slope.dtype:
+                    of_weight.addmm_(slope.t(), hidden[k][rows])  # no (C, D) beside it
+                elif of_weight is not None:
                     of_weight += slope.t() @ hidden[k][rows]
                 if of_bias is not None:
                     of_bias += slope.sum(0, dtype=of_bias.dtype)
