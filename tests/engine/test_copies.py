@@ -101,9 +101,13 @@ CASES = [
 ]
 
 
+def named(value: str | dict) -> str:
+    return value if isinstance(value, str) else "-".join(value) or "plain"
+
+
 @pytest.mark.parametrize("way", [copy.deepcopy, lambda s: pickle.loads(pickle.dumps(s))],
                          ids=["deepcopy", "pickle"])  # fmt: skip
-@pytest.mark.parametrize(("execution", "options"), CASES, ids=str)
+@pytest.mark.parametrize(("execution", "options"), CASES, ids=named)
 @pytest.mark.parametrize("steps", [0, 2])
 def test_a_copy_goes_on_alone(way, execution, options, steps, capfd):
     torch.use_deterministic_algorithms(execution == "auto")  # chosen by a rule
