@@ -666,7 +666,7 @@ def loss_arguments(folder: Path) -> Check:
         if random.random() < 0.2:
             options["class_weight"] = torch.rand(C) + 0.1
         if random.random() < 0.2:
-            options["kl_weight"] = 0.3 if wild else random.choice((0.0, 0.3))
+            options["kl_weight"] = random.choice((0.0, 0.3))
         if random.random() < 0.3:
             labels[torch.rand(N) < 0.3] = -100
             options["mimic_ignored"] = random.random() < 0.3
