@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from fastdml.engine.guards import Generators
-from fastdml.engine.stackable import INTERNAL, unknown
+from fastdml.engine.stackable import INTERNAL, Contents, unknown
 from fastdml.errors import InputError
 
 if TYPE_CHECKING:
@@ -65,7 +65,8 @@ def _prove(stack: type[Stack], peers: Sequence[nn.Module], images: Tensor) -> No
     one = stack(copies)
     _fix_dropout(copies, one)
     x = _generic(images) if images.is_floating_point() else images
-    states = [(m, _python_state(m)) for peer in copies for m in peer.modules()]
+    modules = [m for peer in copies for m in peer.modules()]
+    states, contents = [(m, _python_state(m)) for m in modules], Contents(modules)
     seen, seen_by_one = x.clone(), x.clone()
 
     outputs = _run(copies, seen)
@@ -106,6 +107,8 @@ def _prove(stack: type[Stack], peers: Sequence[nn.Module], images: Tensor) -> No
     for m, state in states:
         if _python_state(m) != state:
             raise unknown(f"a model that changes its attributes ({type(m).__name__})")
+    if contents.changed():
+        raise unknown(f"a model that changes what its attributes hold ({type(peer).__name__})")
 
 
 def _run(peers: Sequence[nn.Module], x: Tensor) -> list[tuple[Any, ...]]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import io
 import random
+from functools import partial
 
 import numpy as np
 import pytest
@@ -451,6 +452,17 @@ def counts(net, x):
     return x
 
 
+def counts_inside(net, x):
+    net.table["calls"] += 1
+    return x
+
+
+def counting(table):
+    net = Net(counts_inside)
+    net.table = table
+    return net
+
+
 def keeps(net, x):
     net.seen.append(x.detach())
     return x
@@ -489,6 +501,8 @@ class Overwriting(Net):
         (lambda: Net(lambda net, x: x + len(x.nonzero())), "a model that looks at values"),
         (lambda: Net(counts), r"a model that changes its attributes \(Net\)"),
         (keeping, r"a model that changes its attributes \(Net\)"),
+        (lambda: counting({"calls": 0}), r"changes what its attributes hold \(Net\)"),
+        (lambda: counting({"calls": torch.zeros(1)}), r"changes what its attributes hold \(Net\)"),
         (
             lambda: Net(lambda net, x: x.float().double() @ torch.ones(8, 8)),
             "fail in float64 .Runt",
@@ -497,6 +511,85 @@ class Overwriting(Net):
 )
 def test_what_layers_do_not_tell(build, message):
     assert_refused(cohort_of(build), message)
+
+
+class Settings:
+    """As of a configuration that all layers of a network share."""
+
+    def __init__(self):
+        self.factor, self.more = 1.0, {"bias": [0.0]}
+
+    def apply(self, x):
+        return x * self.factor
+
+
+def holding():
+    """A network with settings of every kind, each of which changes what it computes."""
+
+    def mix(net, x):
+        x = net.method(net.partial(x * net.table["factor"] + net.settings.more["bias"][0]))
+        x = x * net.scale + float(net.grid.sum()) + net.pair[0]["bias"] + net.nested[0]
+        return x + len(net.names)
+
+    net = Net(mix)
+    net.table, net.settings, net.scale = {"factor": 1.0}, Settings(), torch.tensor(1.0).double()
+    net.grid, net.pair, net.nested = np.zeros(2), ({"bias": 0.0}, "x"), [torch.zeros(1).double()]
+    net.names, net.method = {"a"}, Settings().apply
+    net.partial = partial(torch.add, other=torch.zeros(1).double())
+    return net
+
+
+CONTENTS = {
+    "an entry of a dict": lambda p: p.table.update(factor=2.0),
+    "an object's attribute": lambda p: setattr(p.settings, "more", {"bias": [1.0]}),
+    "deep inside": lambda p: p.settings.more["bias"].__setitem__(0, 0.5),
+    "a tensor's value": lambda p: p.scale.fill_(2.0),
+    "an array's value": lambda p: p.grid.__setitem__(0, 0.5),
+    "inside a tuple": lambda p: p.pair[0].update(bias=0.5),
+    "a tensor in a list": lambda p: p.nested[0].fill_(0.5),
+    "another tensor in a list": lambda p: p.nested.__setitem__(0, torch.ones(1).double()),
+    "a set": lambda p: p.names.add("b"),
+    "an object behind a method": lambda p: setattr(p.method.__self__, "factor", 2.0),
+    "an argument of a partial": lambda p: p.partial.keywords["other"].fill_(0.5),
+}
+
+
+@pytest.mark.parametrize("name", CONTENTS)
+@pytest.mark.parametrize("changed", [(0,), (1,), (0, 1)])
+def test_what_attributes_hold_is_followed_or_refused(name, changed):
+    """Changed in one peer they are no longer one network; changed in all they train as in eager."""
+
+    def train(execution):
+        cohort = cohort_of(holding)
+        step = stacked(cohort, execution=execution)
+        torch.manual_seed(3)
+        losses = [step(*batch()).losses]
+        for k in changed:
+            CONTENTS[name](cohort.peers[k])
+        losses += [step(*batch(i)).losses for i in (1, 2)]
+        return [*losses, *cohort.state_dict().values()]
+
+    if len(changed) == 1:
+        with pytest.raises(Unstackable, match="the way that Net combines"):
+            train("stacked")
+        return
+    for a, b in zip(train("eager"), train("stacked"), strict=True):
+        torch.testing.assert_close(b, a, rtol=1e-6, atol=1e-8)
+
+
+def test_a_tensor_that_another_of_its_value_replaced_is_watched():
+    net = holding()
+    watch = Watch([net])
+    assert not watch.changed()
+    net.scale = net.scale.clone()
+    assert watch.changed()
+
+
+def test_attributes_that_hold_too_much_to_be_watched():
+    cohort = cohort_of(Net)
+    for peer in cohort.peers:
+        peer.table = [[i] for i in range(2000)]
+    assert_refused(cohort, "attributes hold more than can be watched")
 
 
 @pytest.mark.parametrize(
