@@ -221,7 +221,7 @@ class CpuAutoStep(AutoStep):
                 return candidate
         images = batch[0]
         same = [c for c in found if c.execution == found[0].execution]
-        small = images.dim() == 4 and images[:, 0].numel() <= SMALL
+        small = isinstance(images, Tensor) and images.dim() == 4 and images[:, 0].numel() <= SMALL
         return same[0 if small else -1]
 
     def _measured(self, found: Sequence[Candidate], batch: tuple[Tensor, ...]) -> Choice:

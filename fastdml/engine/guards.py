@@ -82,9 +82,10 @@ class Generators:
 
     def restore(self) -> None:
         host, cuda, numpys, pythons = self.states
-        torch.set_rng_state(torch.tensor(host, dtype=torch.uint8))
+        torch.set_rng_state(torch.tensor(host, dtype=torch.uint8, device="cpu"))
         if cuda is not None:
-            torch.cuda.set_rng_state(torch.tensor(cuda, dtype=torch.uint8), self.device)
+            state = torch.tensor(cuda, dtype=torch.uint8, device="cpu")
+            torch.cuda.set_rng_state(state, self.device)
         np.random.set_state(numpys)
         random.setstate(pythons)
 

@@ -77,6 +77,8 @@ class StackedStep(EagerStep):
         """Stacks the peers where this is not done, or they have changed; at images of a new size
         and at new modes compares them again. Refused peers are released."""
         try:
+            if not isinstance(images, Tensor):
+                raise unknown(f"images of type {type(images).__name__}")
             self._prove(images)
         except Unstackable:
             self.release()

@@ -132,7 +132,7 @@ class EagerStep:
         check_gradients_wanted()
         self.update.refresh()
         images, labels = self.options.assemble(*batch) if self.options.assemble else batch
-        if images.is_inference():
+        if isinstance(images, Tensor) and images.is_inference():
             images = images.clone()  # autograd keeps no inference tensor
         try:
             output = self.train(images, labels)
@@ -149,6 +149,11 @@ class EagerStep:
         if parts == 1:
             output = self.gradients(images, labels, self.loss)
         else:
+            if not isinstance(images, Tensor):
+                raise InputError(
+                    f"accumulate={parts} splits images that are one tensor, not "
+                    f"{type(images).__name__}: use accumulate=1"
+                )
             if len(labels) % parts:
                 raise InputError(
                     f"a batch of {len(labels)} images does not split into accumulate={parts} equal "

@@ -67,7 +67,7 @@ class ThreadsStep(EagerStep):
     def _step(self, images: Tensor, labels: Tensor) -> StepOutput:
         if not self.proved:
             self.refuse_replicas()
-            self.generators = Generators(images.device)
+            self.generators = Generators(self.amp.device)
             self._remember()
         self.before.keep()
         try:

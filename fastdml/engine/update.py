@@ -126,8 +126,8 @@ class Update:
         self.overflow: Tensor | None = None
         self.skipped: Tensor | None = None
         if self.scaler is not None:
-            self.overflow = torch.zeros(len(cohort.peers), device=amp.device)
-            self.skipped = torch.zeros((), device=amp.device)
+            self.overflow = torch.zeros(len(cohort.peers), dtype=torch.float32, device=amp.device)
+            self.skipped = torch.zeros((), dtype=torch.float32, device=amp.device)
 
     def refresh(self) -> None:
         """Takes the optimizer's groups and the peers' weights as they are now."""

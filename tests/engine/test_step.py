@@ -520,3 +520,104 @@ def test_compiled_peers_take_the_same_steps():
 def test_unknown_options_are_refused(options, message):
     with pytest.raises(InputError, match=message):
         step_for([linear_peer(0)], **options)
+
+
+def _use(device=None, dtype=torch.float32):
+    torch.set_default_device(device)
+    torch.set_default_dtype(dtype)
+
+
+@pytest.fixture
+def other_defaults():
+    """Sets torch's default device and dtype for a test alone."""
+    yield _use
+    _use()
+
+
+@pytest.mark.parametrize("defaults", [{"device": "meta"}, {"dtype": torch.float64}])
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"execution": "stacked", "amp": "off"},
+        {"execution": "stacked", "amp": "fp16"},
+        {"execution": "threads", "amp": "off"},
+        {"execution": "auto", "amp": "off"},
+        {"execution": "eager", "amp": "fp16"},
+        {"execution": "eager", "amp": "fp16", "update": "sequential"},
+        {"execution": "eager", "amp": "off", "accumulate": 2},
+    ],
+)
+def test_torchs_defaults_for_new_tensors_change_nothing(other_defaults, options, defaults):
+    torch.manual_seed(0)
+    results = []
+    first = [
+        nn.Sequential(nn.Flatten(), nn.Linear(12, 8), nn.Tanh(), nn.Linear(8, 5)) for _ in "ab"
+    ]
+    images, labels = torch.randn(4, 3, 2, 2), torch.tensor([0, 1, 4, 2])
+    for given in ({}, defaults):
+        other_defaults()
+        cohort = Cohort(copy.deepcopy(first), 5)
+        optimizer = make_optimizer(cohort, "sgd", lr=0.1)
+        other_defaults(**given)
+        step = make_step(cohort, MutualLoss(), optimizer, **options)
+        losses = [step(images, labels).losses for _ in range(3)]
+        results.append([*losses, *(w.detach() for w in cohort.parameters())])
+    for a, b in zip(*results, strict=True):
+        assert (b.device, b.dtype) == (a.device, a.dtype)
+        torch.testing.assert_close(b, a)
+
+
+class OfParts(nn.Module):
+    """Takes its images in a container, as a tokenizer's batch is one."""
+
+    def __init__(self):
+        super().__init__()
+        self.head = nn.Linear(4, 5)
+
+    def forward(self, parts):
+        first, second = parts.values() if isinstance(parts, dict) else parts
+        return self.head(first + second)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"execution": "eager"},
+        {"execution": "eager", "update": "sequential"},
+        {"execution": "threads"},
+        {"execution": "auto"},
+        {"execution": "auto", "threads": 1},
+    ],
+)
+@pytest.mark.parametrize(
+    "container", [list, tuple, lambda pair: dict(zip("ab", pair, strict=True))]
+)
+def test_images_in_a_container_go_to_the_peers_as_they_are(options, container):
+    torch.manual_seed(0)
+    cohort = Cohort([OfParts(), OfParts()], 5)
+    pair, labels = torch.randn(2, 6, 4), torch.tensor([0, 1, 4, 2, 3, 3])
+    losses = MutualLoss()([peer(tuple(pair)) for peer in cohort.peers], labels)
+    expected = torch.autograd.grad(losses.sum(), [peer.head.weight for peer in cohort.peers])
+    if options.get("update") == "sequential":
+        expected = expected[:1]
+    before = [peer.head.weight.detach().clone() for peer in cohort.peers]
+    optimizer = make_optimizer(cohort, "sgd", lr=1.0, momentum=0.0, weight_decay=0.0)
+    make_step(cohort, MutualLoss(), optimizer, amp="off", **options)(container([*pair]), labels)
+    for peer, was, grad in zip(cohort.peers, before, expected, strict=False):
+        torch.testing.assert_close(was - peer.head.weight, grad)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"execution": "stacked"}, "does not know images of type list"),
+        ({"execution": "eager", "accumulate": 2}, "splits images that are one tensor, not list"),
+    ],
+)
+def test_images_in_a_container_are_one_line_where_a_tensor_is_needed(options, message):
+    cohort = Cohort([OfParts(), OfParts()], 5)
+    step = make_step(
+        cohort, MutualLoss(), make_optimizer(cohort, "sgd", lr=0.1), amp="off", **options
+    )
+    with pytest.raises(InputError, match=message):
+        step([torch.randn(4, 4), torch.randn(4, 4)], torch.tensor([0, 1, 4, 2]))
