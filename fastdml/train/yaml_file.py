@@ -34,7 +34,7 @@ def read_settings(path: str | Path) -> dict[str, Any]:
         raise
     except RecursionError:
         raise InputError(f"{path} is not YAML: nested too deeply") from None
-    except Exception as error:  # of yaml, and whatever its constructors meet, as in 2001-99-99
+    except Exception as error:  # of yaml, and whatever its constructors meet in names
         raise InputError(f"{path} is not YAML: {' '.join(str(error).split())}") from None
 
 
@@ -45,12 +45,13 @@ def _values(yaml: Any, loader: Any, path: str | Path) -> dict[str, Any]:
     if not isinstance(node, yaml.MappingNode):
         kind = "a list" if isinstance(node, yaml.SequenceNode) else "a single value"
         raise InputError(f"{path} must hold 'name: value' lines, not {kind}")
-    _check_flat(yaml, node, path)
+    _check_flat(yaml, loader, node, path)
     return loader.construct_document(node)
 
 
-def _check_flat(yaml: Any, node: Any, path: str | Path) -> None:
-    """Refuses a name given twice and values that are more than a list of scalars."""
+def _check_flat(yaml: Any, loader: Any, node: Any, path: str | Path) -> None:
+    """Refuses a name given twice, values that are more than a list of scalars, and those that are
+    not what they look like, such as the date 2001-99-99."""
     names: dict[str, int] = {}
     for key, value in node.value:
         line = key.start_mark.line + 1
@@ -68,3 +69,18 @@ def _check_flat(yaml: Any, node: Any, path: str | Path) -> None:
             raise InputError(
                 f"{path}, line {line}: {name} must be a single value or a list of them"
             )
+        for part in {id(part): part for part in (*items, value)}.values():
+            _check_value(loader, part, name, path)
+
+
+def _check_value(loader: Any, node: Any, name: str, path: str | Path) -> None:
+    try:
+        loader.construct_object(node, deep=True)
+    except Exception:  # of yaml, or whatever its constructors meet, such as an AttributeError
+        text = repr(node.value)[:80] if isinstance(node.value, str) else "the list"
+        kind = node.tag.removeprefix("tag:yaml.org,2002:")
+        line = node.start_mark.line + 1
+        raise InputError(
+            f"{path}, line {line}: {text} for {name} is no {kind}: write a number, or a name in "
+            "quotes"
+        ) from None
