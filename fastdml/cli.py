@@ -36,6 +36,12 @@ if TYPE_CHECKING:
 
 DATA = ("digits", "cifar10", "cifar100", "market1501")
 
+# What tyro passes on of Python's int() and float().
+NO_NUMBER = re.compile(
+    r"Error parsing (--[\w-]+): (?:invalid literal for (int)\(\) with base 10|"
+    r"could not convert string to float): (.+)"
+)
+
 
 def train(args: list[str]) -> None:
     """train peers together on digits, cifar10, cifar100 or market1501"""
@@ -370,7 +376,12 @@ def _unframed(box: str) -> str:
             paragraph.append(text)
         elif paragraph:  # the rule below it
             break
-    return " ".join(paragraph).rstrip(".") or "wrong options"
+    text = " ".join(paragraph).rstrip(".") or "wrong options"
+    number = NO_NUMBER.search(text)
+    if not number:
+        return text
+    option, whole, value = number.groups()
+    return f"{option} must be {'a whole number' if whole else 'a number'}, not {value}"
 
 
 def _add_run_options(parser: Parser) -> None:
@@ -403,7 +414,9 @@ def _run_config(run: Path) -> TrainConfig:
     from fastdml.train.config import load_config
 
     if not (run / "config.yaml").is_file():
-        raise InputError(f"{run} is not the folder of a run: it holds no config.yaml")
+        within = (run.parent / "config.yaml").is_file()
+        remedy = f": give the run's folder, {run.parent}" if within else ": it holds no config.yaml"
+        raise InputError(f"{run} is not the folder of a run{remedy}")
     return load_config(run / "config.yaml")
 
 

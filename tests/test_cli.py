@@ -240,7 +240,9 @@ def test_wrong_settings(refused, tmp_path, options, patterns):
 @pytest.mark.parametrize(
     ("options", "patterns"),
     [
-        (["--epochs", "many"], ["--epochs", "'many'"]),
+        (["--epochs", "many"], ["--epochs must be a whole number, not 'many'"]),
+        (["--seed=1.5"], [r"--seed must be a whole number, not '1\.5'"]),
+        (["--lr", "0,1"], ["--lr must be a number, not '0,1'"]),
         (["--epochs"], ["Missing value", "--epochs"]),
         (["--loader", "fast"], ["'fast'", "--loader", "'auto', 'resident', 'dali', 'torch'"]),
         (["more"], ["more"]),
@@ -254,6 +256,14 @@ def test_usage_errors_of_the_parser_too(refused, monkeypatch, options, patterns,
     if terminal == "ascii":
         sys.stdout.reconfigure(encoding="ascii")
     refused(["train", "digits", *options], *patterns, "fastdml train digits --help")
+
+
+def test_a_file_of_a_run_where_its_folder_is_due(refused, tmp_path):
+    (tmp_path / "config.yaml").write_text("data: digits\n")
+    (tmp_path / "last.ckpt").write_bytes(b"")
+    for name in ("config.yaml", "last.ckpt", "no such file"):
+        refused(["evaluate", str(tmp_path / name)], f"give the run's folder, {tmp_path}$")
+    refused(["export", str(tmp_path / "none" / "config.yaml")], "holds no config.yaml$")
 
 
 def test_wrong_commands(refused):
