@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from typing_extensions import Unpack
 
 FARTHEST = 1e18  # of temperatures from 1
+CALL_TENSORS = ("labels", "temperature", "ce_weight", "kl_weight", "peer_weights", "class_weight")
 LOGIT_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 
@@ -65,8 +66,9 @@ def _check(logits: Tensor | Sequence[Tensor], call: Call) -> list[Tensor]:
     the device."""
     tensors = [logits] if isinstance(logits, Tensor) else list(logits)
     _refuse_unusual("logits", tensors)
-    for name, value in zip(Call._fields, call, strict=True):
-        if isinstance(value, Tensor):
+    for name in CALL_TENSORS:
+        value = getattr(call, name)
+        if value is not None and type(value) is not float:
             _refuse_unusual(name, [value])
     if isinstance(logits, Tensor):
         if logits.dim() != 3:
