@@ -22,7 +22,7 @@ from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from functools import partial
 from itertools import pairwise
-from types import FunctionType, MethodType, ModuleType
+from types import CellType, FunctionType, MethodType, ModuleType
 from typing import Any
 
 import numpy as np
@@ -246,6 +246,7 @@ class Contents:
         self.tensors: list[tuple[Any, Any, Tensor, int]] = []
         self.arrays: list[tuple[np.ndarray, np.ndarray]] = []
         self.tables: list[tuple[Any, Any]] = []
+        self.hidden: list[tuple[Any, tuple[Any, ...]]] = []
         self.seen = {id(m) for m in modules}
         for m in modules:
             if not type(m).__module__.startswith("torch.nn."):
@@ -265,6 +266,9 @@ class Contents:
                     self.arrays.append((value, value.copy()))
                 else:
                     self._look_into(_held(value))
+                    if inside := _hidden(value):
+                        self.hidden.append((value, inside))
+                        self._look(inside, enumerate(inside))
 
     def _look_into(self, table: Any) -> None:
         if not isinstance(table, tuple):
@@ -277,6 +281,7 @@ class Contents:
     def changed(self) -> bool:
         return (
             any(_differ(table, was) for table, was in self.tables)
+            or any(_differ(_hidden(value), was) for value, was in self.hidden)
             or any(
                 _item(table, key) is not t or _version(t) != version
                 for table, key, t, version in self.tensors
@@ -296,6 +301,25 @@ def _held(value: Any) -> Any:
     if isinstance(value, NOT_LOOKED_INTO) or not hasattr(value, "__dict__"):
         return ()
     return vars(value)
+
+
+def _hidden(value: Any) -> tuple[Any, ...]:
+    """What functions have around them, and objects in slots."""
+    if isinstance(value, FunctionType):
+        return tuple(map(_in_cell, value.__closure__ or ()))
+    names = [n for kind in type(value).__mro__ for n in _listed(vars(kind).get("__slots__", ()))]
+    return tuple(getattr(value, name, None) for name in names if name != "__weakref__")
+
+
+def _in_cell(cell: CellType) -> Any:
+    try:
+        return cell.cell_contents
+    except ValueError:  # of a name that has no value yet
+        return None
+
+
+def _listed(slots: Any) -> Sequence[str]:
+    return (slots,) if isinstance(slots, str) else tuple(slots)
 
 
 def _item(table: Any, key: Any) -> Any:

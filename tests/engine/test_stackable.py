@@ -523,17 +523,42 @@ class Settings:
         return x * self.factor
 
 
+class Slotted:
+    __slots__ = ("factor",)
+
+    def __init__(self):
+        self.factor = 1.0
+
+
+class Closed:
+    """A function with a setting around it; copies have their own."""
+
+    def __init__(self, factor=1.0):
+        def scaled(x):
+            return x * factor
+
+        def change(value):
+            nonlocal factor
+            factor = value
+
+        self.scaled, self.change, self.now = scaled, change, lambda: factor
+
+    def __deepcopy__(self, memo):
+        return Closed(self.now())
+
+
 def holding():
     """A network with settings of every kind, each of which changes what it computes."""
 
     def mix(net, x):
         x = net.method(net.partial(x * net.table["factor"] + net.settings.more["bias"][0]))
         x = x * net.scale + float(net.grid.sum()) + net.pair[0]["bias"] + net.nested[0]
-        return x + len(net.names)
+        return net.closed.scaled(x) * net.slotted.factor + len(net.names)
 
     net = Net(mix)
     net.table, net.settings, net.scale = {"factor": 1.0}, Settings(), torch.tensor(1.0).double()
     net.grid, net.pair, net.nested = np.zeros(2), ({"bias": 0.0}, "x"), [torch.zeros(1).double()]
+    net.slotted, net.closed = Slotted(), Closed()
     net.names, net.method = {"a"}, Settings().apply
     net.partial = partial(torch.add, other=torch.zeros(1).double())
     return net
@@ -548,6 +573,8 @@ CONTENTS = {
     "inside a tuple": lambda p: p.pair[0].update(bias=0.5),
     "a tensor in a list": lambda p: p.nested[0].fill_(0.5),
     "another tensor in a list": lambda p: p.nested.__setitem__(0, torch.ones(1).double()),
+    "a slot": lambda p: setattr(p.slotted, "factor", 2.0),
+    "around a function": lambda p: p.closed.change(2.0),
     "a set": lambda p: p.names.add("b"),
     "an object behind a method": lambda p: setattr(p.method.__self__, "factor", 2.0),
     "an argument of a partial": lambda p: p.partial.keywords["other"].fill_(0.5),
@@ -582,6 +609,19 @@ def test_a_tensor_that_another_of_its_value_replaced_is_watched():
     watch = Watch([net])
     assert not watch.changed()
     net.scale = net.scale.clone()
+    assert watch.changed()
+
+
+def test_a_name_without_a_value_around_a_function_is_none():
+    def around():
+        net = Net()
+        net.late = lambda: later
+        watch = Watch([net])
+        assert not watch.changed()
+        later = 1
+        return watch, later
+
+    watch, _ = around()
     assert watch.changed()
 
 
