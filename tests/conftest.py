@@ -4,12 +4,15 @@ Tests marked `gpu` are skipped, and say so, where there is no CUDA device. There
 Triton's interpreter, in the same process and by the same tests as on a GPU; `tests/kernels` is on
 the path for its helper `oracle`. Threads that wait for each other sleep: spinning makes small
 networks up to ten times slower where cores are shared. Real CIFAR-100 is found or unpacked here.
+Signals that are ignored where tests start in the background, as a shell has it, are not: runs heed
+that, and tests send them.
 """
 
 from __future__ import annotations
 
 import os
 import shutil
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -22,6 +25,13 @@ import torch
 
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"  # read when triton is first imported, which torch is not
+for number, usual in (
+    (signal.SIGINT, signal.default_int_handler),
+    (signal.SIGTERM, signal.SIG_DFL),
+    (signal.SIGHUP, signal.SIG_DFL),
+):
+    if signal.getsignal(number) is signal.SIG_IGN:
+        signal.signal(number, usual)
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.append(str(ROOT / "tests" / "kernels"))
 

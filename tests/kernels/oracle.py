@@ -293,6 +293,13 @@ def pairwise(p: Problem, dtype: torch.dtype, upstream: Tensor | None = None) -> 
 # ---- how closely
 
 
+def reach_of(p: Problem) -> float:
+    """The size of log-probabilities. What is rounded in one is a relative error of its exponential:
+    a probability, and whatever is added up of probabilities, is this many roundings off."""
+    z = torch.cat([x.double().flatten().cpu() for x in p.logits])
+    return 1.0 + z[z.isfinite()].abs().max().item() if z.isfinite().any() else 1.0
+
+
 def scale_of(p: Problem) -> tuple[float, float, float]:
     """Sizes of the terms added up in a row's loss, in its gradient, and the rows that a summed
     loss adds up: what a float32 rounding is relative to."""
@@ -303,8 +310,7 @@ def scale_of(p: Problem) -> tuple[float, float, float]:
     class_weight = w["class_weight"].max().item() if w.get("class_weight") is not None else 1.0
     ce = abs(float(w.get("ce_weight", 1.0))) * class_weight
     kl = abs(float(w.get("kl_weight", 1.0))) * edges * T
-    z = torch.cat([x.double().flatten().cpu() for x in p.logits])
-    reach = 1.0 + z[z.isfinite()].abs().max().item() if z.isfinite().any() else 1.0
+    reach = reach_of(p)
     return (ce + kl * T) * reach, (ce + kl) * reach, float(max(N, 1))
 
 
@@ -341,6 +347,7 @@ def check(p: Problem, compute: Callable[..., Answer] = cpu, *, upstream: Tensor 
     class_weight = p.weights.get("class_weight")
     lightest = 1.0 if class_weight is None else min(1.0, class_weight.min().item())
     loss_scale, grad_scale, rows = scale_of(p)
+    relative = eps * reach_of(p)
     counted = max(int((p.labels != p.options.ignore_index).sum()), 1)
     loss_little = LITTLE * eps * loss_scale * (rows if p.options.reduction == "sum" else 1.0)
     if p.options.reduction == "mean":
@@ -357,7 +364,7 @@ def check(p: Problem, compute: Callable[..., Answer] = cpu, *, upstream: Tensor 
             used.append(torch.float32)
     for torch_answer in [pairwise(p, d, upstream) for d in used] or [Answer(None, [None] * K)]:
         within("losses", ours.losses, exact.losses, torch_answer.losses,
-               torch.as_tensor(loss_little))  # fmt: skip
+               loss_little + relative * finite_size(exact.losses))  # fmt: skip
         for k, (g, want, theirs) in enumerate(
             zip(ours.grads or (), exact.grads or (), torch_answer.grads or (), strict=False)
         ):
@@ -367,8 +374,10 @@ def check(p: Problem, compute: Callable[..., Answer] = cpu, *, upstream: Tensor 
     unweighted = {k: v for k, v in p.weights.items() if k not in ("ce_weight", "kl_weight")}
     stats_little = LITTLE * eps * scale_of(replace(p, weights=unweighted))[0] / lightest
     for name, want in exact.stats.items() if ours.stats else ():
-        little = float(close_calls(p)[1]) if name == "ensemble_correct" else stats_little
-        within(name, ours.stats[name], want, None, torch.as_tensor(little))
+        little = stats_little + relative * finite_size(want)
+        if name == "ensemble_correct":
+            little = torch.tensor(float(close_calls(p)[1]))
+        within(name, ours.stats[name], want, None, little)
     return ours
 
 
@@ -390,7 +399,11 @@ def rounding(values: Tensor, dtype: torch.dtype) -> Tensor:
     """The largest error of writing float64 values in a dtype. The interpreter truncates where a
     GPU rounds to nearest: a whole unit in the last place instead of half of one."""
     info = torch.finfo(dtype)
-    return info.eps * values.abs().nan_to_num(0, 0) + info.smallest_normal * info.eps
+    return info.eps * finite_size(values) + info.smallest_normal * info.eps
+
+
+def finite_size(values: Tensor) -> Tensor:
+    return values.detach().double().cpu().abs().nan_to_num(0, 0)
 
 
 # ---- what hypothesis draws
