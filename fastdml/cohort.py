@@ -35,6 +35,7 @@ from fastdml.tensors import absence, lacks_values
 
 FORMAT = 1  # of cohort.json
 RECORD = ("image_shape", "mean", "std", "classes")  # what peers know of the images they learnt from
+REMEDY = "wrap it in a module that returns {it}"  # where a peer returns more than its logits
 LONGEST_NAME = 231  # bytes of a name in one of a file, which may have 255 while it is written
 
 
@@ -120,7 +121,7 @@ class Cohort(nn.Module):
         """x: (N, in_channels, H, W) -> K logits (N, C)."""
         logits = tuple(peer(x) for peer in self.peers)
         for name, z in zip(self.names, logits, strict=True):
-            check_logits(name, z, x, self.num_classes, "wrap it in a module that returns {it}")
+            check_logits(name, z, x, self.num_classes, REMEDY)
         return logits
 
     def ensemble(self, x: Tensor) -> Tensor:
@@ -401,11 +402,13 @@ class Cohort(nn.Module):
                 )
 
 
-def check_logits(name: str, out: object, x: object, num_classes: int, remedy: str) -> None:
+def check_logits(
+    name: str, out: object, x: object, num_classes: int, remedy: str, when: str = ""
+) -> None:
     """Refuses what is not one tensor (N, C); by shapes only, known without waiting for the device.
 
     x: the images, whose number is compared where it is known. remedy: where `out` holds more than
-    the logits; `{it}` in it becomes the expression that picks them.
+    the logits; `{it}` in it becomes the expression that picks them. when: such as " in training".
     """
     n = x.shape[0] if isinstance(x, Tensor) else None
     if isinstance(out, Tensor) and out.shape[1:] == (num_classes,) and n in (None, len(out)):
@@ -422,7 +425,7 @@ def check_logits(name: str, out: object, x: object, num_classes: int, remedy: st
         it = "out[0]"
     raise InputError(
         f"peer {name} must return logits (N, {num_classes}), and for "
-        f"{'a batch' if n is None else f'{n} images'} returned {got}: {remedy.format(it=it)}"
+        f"{'a batch' if n is None else f'{n} images'}{when} returned {got}: {remedy.format(it=it)}"
     )
 
 

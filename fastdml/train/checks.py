@@ -12,7 +12,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from fastdml.cohort import Cohort
+from fastdml.cohort import REMEDY, Cohort, check_logits
 from fastdml.engine.amp import Amp
 from fastdml.errors import InputError, one_line, require
 from fastdml.train.batches import Batches, described, first_batch
@@ -133,7 +133,7 @@ def _try_evaluation(name: str, peer: nn.Module, images: Tensor, num_classes: int
         ) from error
     finally:
         peer.train()
-    _check_logits(name, logits, len(images), num_classes)
+    check_logits(name, logits, images, num_classes, REMEDY)
 
 
 def _try_training(name: str, peer: nn.Module, images: Tensor, num_classes: int, amp: Amp) -> None:
@@ -150,16 +150,7 @@ def _try_training(name: str, peer: nn.Module, images: Tensor, num_classes: int, 
         raise InputError(
             f"peer {name} fails on images {tuple(images.shape)} in training: {one_line(error)}"
         ) from error
-    _check_logits(name, logits, len(images), num_classes, " in training")
-
-
-def _check_logits(name: str, logits: Any, rows: int, num_classes: int, when: str = "") -> None:
-    if not isinstance(logits, Tensor) or logits.shape != (rows, num_classes):
-        got = tuple(logits.shape) if isinstance(logits, Tensor) else type(logits).__name__
-        raise InputError(
-            f"peer {name} must return logits (N, {num_classes}), and for {rows} images{when} "
-            f"returned {got}"
-        )
+    check_logits(name, logits, images, num_classes, REMEDY, " in training")
 
 
 def _copied(peer: nn.Module) -> nn.Module | None:
