@@ -404,6 +404,16 @@ def wide_rows(
             if STATS:
                 entropy = tl.where(peer_at == k, lse - energy / SUM[k], entropy)
 
+        if STATS and NEED_GRAD:
+            # The sums with this row, as they are added up below. Storing them has them computed
+            # here: put off, all they are made of would stay in registers through the second pass.
+            sums = partials + tl.program_id(0) * S
+            tl.store(sums + peer_at, ce_sums + ce, mask=peer_at < K)
+            tl.store(sums + 2 * K + 2 + peer_at, entropy_sums + tl.where(mimics, entropy, 0.0),
+                     mask=peer_at < K)  # fmt: skip
+            tl.store(sums + 3 * K + 2 + peer_at, right_sums + tl.where(right, 1.0, 0.0),
+                     mask=peer_at < K)  # fmt: skip
+
         # ---- who teaches on this row
         GATES = ()
         if GATE != "none":
