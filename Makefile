@@ -31,7 +31,7 @@ help:
 	@echo "make test-oldest  the kernel and loss tests on the oldest supported torch and triton"
 	@echo "make soak         kill runs and compare, for SECONDS=3600 from SEED (printed)"
 	@echo "make fuzz         feed every parser odd inputs, for SECONDS=3600 from SEED (printed)"
-	@echo "make sanitize     the CPU's native code under sanitizers, for SECONDS=3600 from SEED (printed)"
+	@echo "make sanitize     the CPU's native code under sanitizers, for SECONDS=120 from SEED (printed)"
 	@echo "make lint         ruff: rules and formatting"
 	@echo "make bench        the benchmarks this machine can run"
 	@echo "make clean        remove both venvs and every cache"
@@ -59,6 +59,7 @@ soak: $(DEV)
 fuzz: $(DEV)
 	$(FAULTS)/fuzzing.py --seconds $(SECONDS) --seed $(SEED)
 
+sanitize: SECONDS = 120
 sanitize: $(DEV)
 	$(FAULTS)/sanitize.py --seconds $(SECONDS) --seed $(SEED)
 

@@ -122,22 +122,21 @@ def main() -> int:
     parser.add_argument("--seed", type=int, default=int(time.time()))
     parser.add_argument("--target", choices=TARGETS, action="append")
     parser.add_argument("--only", type=int, metavar="N", help="this input alone")
-    parser.add_argument("--count", type=int, default=500, help="inputs of a target at a time")
+    parser.add_argument("--count", type=int, default=100, help="inputs of a target at a time")
     options = parser.parse_args()
     number = options.count if options.only is None else 1
     end, wrong, inputs = time.monotonic() + options.seconds, 0, 0
     with tempfile.TemporaryDirectory(prefix="fuzz-") as folder, Warm() as warm:
-        for turn in count():
-            seed = options.seed + turn
-            for name in options.target or TARGETS:
-                print(f"{name}, seed {seed}", flush=True)
-                found = run(
-                    warm, Path(folder) / f"{name}-{seed}", name, seed, number, options.only or 0
-                )
-                inputs += number
-                if found:
-                    print(found, flush=True)
-                    wrong += 1
+        targets = options.target or TARGETS
+        for seed, name in ((options.seed + turn, name) for turn in count() for name in targets):
+            print(f"{name}, seed {seed}", flush=True)
+            found = run(
+                warm, Path(folder) / f"{name}-{seed}", name, seed, number, options.only or 0
+            )
+            inputs += number
+            if found:
+                print(found, flush=True)
+                wrong += 1
             if options.only is not None or time.monotonic() > end:
                 break
     print(f"{inputs:,} inputs; {wrong} times something came out wrong")
