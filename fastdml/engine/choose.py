@@ -28,14 +28,18 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.nn.modules import module as torch_module
 
 from fastdml.engine import cpus
 from fastdml.engine.graph import SCALARS
 from fastdml.engine.guards import replicated
 from fastdml.engine.rehearsal import Candidate, Rehearsal, Uncopyable, candidates, fastest
 from fastdml.engine.snapshot import Snapshot
-from fastdml.engine.stackable import HOOKS, Unstackable
+from fastdml.engine.stackable import (
+    Unstackable,
+    hooked_module,
+    hooked_tensor,
+    hooks_on_all_modules,
+)
 from fastdml.engine.stacked import StackedStep
 from fastdml.engine.step import EagerStep, StepOutput, check_gradients_wanted
 from fastdml.errors import InputError
@@ -296,12 +300,11 @@ def unfit_for_threads(peers: Sequence[nn.Module]) -> str | None:
 
 def hooked(peers: Sequence[nn.Module]) -> bool:
     """Whether anything of the caller's is called in a pass."""
-    if any(getattr(torch_module, f"_global{kind}", None) for kind in HOOKS):
-        return True
-    if any(getattr(m, kind) for p in peers for m in p.modules() for kind in HOOKS):
-        return True
-    kinds = ("_backward_hooks", "_post_accumulate_grad_hooks")
-    return any(getattr(w, kind) for p in peers for w in p.parameters() for kind in kinds)
+    return (
+        hooks_on_all_modules()
+        or any(hooked_module(m) for p in peers for m in p.modules())
+        or any(hooked_tensor(w) for p in peers for w in p.parameters())
+    )
 
 
 def only_by_rule(peers: Sequence[nn.Module], compiled: bool) -> str | None:

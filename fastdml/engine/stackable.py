@@ -79,7 +79,7 @@ def check(
     layers: types of modules that have a stacked form, and for each what says why a certain layer
         has none all the same.
     """
-    if any(getattr(torch_module, f"_global{name}", None) for name in HOOKS):
+    if hooks_on_all_modules():
         raise unknown("hooks on all modules")
     for peer in peers:
         if (found := replicated(peer)) is not None:
@@ -94,6 +94,18 @@ def check(
     _check_apart(peers)
 
 
+def hooks_on_all_modules() -> bool:
+    return any(getattr(torch_module, f"_global{name}") for name in HOOKS)
+
+
+def hooked_module(m: nn.Module) -> bool:
+    return any(getattr(m, name) for name in HOOKS)
+
+
+def hooked_tensor(t: Tensor) -> bool:
+    return bool(t._backward_hooks or t._post_accumulate_grad_hooks)
+
+
 def _own_tensors(module: nn.Module) -> Iterator[tuple[str, Tensor]]:
     for table in (module._parameters, module._buffers):
         yield from ((name, t) for name, t in table.items() if t is not None)
@@ -104,7 +116,7 @@ def _strange(m: nn.Module, layers: Mapping[type, Callable[[nn.Module], str | Non
     kind = type(m)
     if m._compiled_call_impl is not None or any("_dynamo" in k.__module__ for k in kind.__mro__):
         return "a module that went through torch.compile, which compile=True of make_step does"
-    if any(getattr(m, name) for name in HOOKS):
+    if hooked_module(m):
         return "a module with hooks"
     if "forward" in vars(m) or "__call__" in vars(m):
         return "a module with a forward of its own"
@@ -124,7 +136,7 @@ def _strange(m: nn.Module, layers: Mapping[type, Callable[[nn.Module], str | Non
 
 
 def _strange_tensor(t: Tensor) -> str | None:
-    if t._backward_hooks or t._post_accumulate_grad_hooks:
+    if hooked_tensor(t):
         return "a parameter with hooks"
     if type(t) not in (Tensor, nn.Parameter) or t.layout != torch.strided or t.is_meta:
         return f"a weight of type {type(t).__name__} on {t.device}"
@@ -352,7 +364,7 @@ class Watch:
         ]
 
     def changed(self) -> bool:
-        if any(getattr(torch_module, f"_global{name}") for name in HOOKS):
+        if hooks_on_all_modules():
             return True
         for m, kind, state in self.modules:
             if type(m) is not kind or _differ(vars(m), state):

@@ -76,8 +76,6 @@ class ThreadsStep(EagerStep):
             if not self.proved:
                 self.generators.restore()
             self.before.restore()
-            for w in self.cohort.parameters():
-                w.grad = None
             raise
         self.proved = True
         return output
