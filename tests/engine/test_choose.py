@@ -16,9 +16,8 @@ import torch.nn.functional as F
 from torch import nn
 
 from fastdml.cohort import Cohort
-from fastdml.engine import Ema, choose, cpus, make_optimizer, make_step, rehearsal
+from fastdml.engine import Ema, cpus, make_optimizer, make_step, rehearsal
 from fastdml.engine.choose import CudaAutoStep
-from fastdml.engine.rehearsal import Candidate
 from fastdml.engine.step import EagerStep
 from fastdml.errors import InputError
 from fastdml.loss import MutualLoss
@@ -176,22 +175,6 @@ class TestOnACpu:
         monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
         with cpus.threads(2):
             yield
-
-    @pytest.fixture
-    def take(self, monkeypatch):
-        """Lets the measurement find one candidate fastest, and elsewhere one thread."""
-
-        def fastest(execution: str, threads: int) -> None:
-            def chosen(times):
-                wanted = Candidate(execution, threads)
-                return wanted if wanted in times else next(iter(times))
-
-            monkeypatch.setattr(choose, "fastest", chosen)
-            monkeypatch.setattr(rehearsal, "LATE", 1e9)
-            monkeypatch.setattr(rehearsal, "ROUNDS", 1)
-            monkeypatch.setattr(rehearsal, "FIRST_LATE", 1e9)
-
-        return fastest
 
     @pytest.mark.parametrize("amp", ["off", "bf16", "fp16"])
     @pytest.mark.parametrize(

@@ -14,8 +14,7 @@ from torch import nn
 from fastdml import Cohort, cli
 from fastdml import train as training
 from fastdml.data import ResidentLoader, load
-from fastdml.engine import choose, cpus, rehearsal
-from fastdml.engine.rehearsal import Candidate
+from fastdml.engine import cpus, rehearsal
 from fastdml.train import TrainConfig, checkpoint, fit
 from fastdml.train.report import duration
 
@@ -63,27 +62,6 @@ def config(tmp_path, monkeypatch):
     with cpus.threads(2):
         yield make
         assert torch.get_num_threads() == 2  # the caller's again
-
-
-@pytest.fixture
-def take(monkeypatch):
-    """Decides what is found fastest; eager's own number of threads is one."""
-
-    def fastest(execution: str, threads: int) -> list:
-        asked = []
-
-        def chosen(times):
-            asked.append(times)
-            wanted = Candidate(execution, threads)
-            return wanted if wanted in times else next(iter(times))
-
-        monkeypatch.setattr(choose, "fastest", chosen)
-        monkeypatch.setattr(rehearsal, "LATE", 1e9)
-        monkeypatch.setattr(rehearsal, "ROUNDS", 1)
-        monkeypatch.setattr(rehearsal, "FIRST_LATE", 1e9)
-        return asked
-
-    return fastest
 
 
 class Fails(CrashingLoader):
