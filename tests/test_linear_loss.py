@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import pytest
 import torch
-from fastdml_kernels import Call, Options
-from fastdml_kernels import linear as linear_module
-from fastdml_kernels.op import flatten
+from fastdml_kernels import Call, Options, linear_loss
+from fastdml_kernels.loss_op import flatten
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.autograd import forward_ad
@@ -68,7 +67,7 @@ def test_equals_the_two_steps(K, N, C, chunk, ignored, weighted, mimic, biased, 
 
 def test_the_default_chunks_cover_every_row(monkeypatch):
     hidden, weight, bias, labels = problem(2, 37, 11, torch.float32)
-    monkeypatch.setitem(linear_module.CHUNK_BYTES, "cpu", 4 * 2 * 11 * 5)  # 5 rows at a time
+    monkeypatch.setitem(linear_loss.CHUNK_BYTES, "cpu", 4 * 2 * 11 * 5)  # 5 rows at a time
     fused, plain = both(hidden, weight, bias, labels, torch.ones(2), None)
     for ours, theirs in zip(fused, plain, strict=True):
         torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-6)
@@ -76,13 +75,13 @@ def test_the_default_chunks_cover_every_row(monkeypatch):
 
 def test_logits_of_all_rows_never_exist(monkeypatch):
     seen = []
-    compute = linear_module.compute
+    compute = linear_loss.compute
 
     def watched(logits, *rest):
         seen.extend(z.shape[0] for z in logits)
         return compute(logits, *rest)
 
-    monkeypatch.setattr(linear_module, "compute", watched)
+    monkeypatch.setattr(linear_loss, "compute", watched)
     hidden, weight, bias, labels = problem(2, 50, 7, torch.float32)
     linear_mutual_loss(hidden, weight, labels, bias, chunk_rows=8).sum().backward()
     assert max(seen) == 8
@@ -161,8 +160,8 @@ def test_no_gradient_is_computed_without_need():
     hidden, weight, bias, labels = problem(2, 9, 7, torch.float32)
     wanted = []
     with pytest.MonkeyPatch.context() as patch, torch.no_grad():
-        compute = linear_module.compute
-        patch.setattr(linear_module, "compute", lambda *a: wanted.append(a[2]) or compute(*a))
+        compute = linear_loss.compute
+        patch.setattr(linear_loss, "compute", lambda *a: wanted.append(a[2]) or compute(*a))
         assert not linear_mutual_loss(hidden, weight, labels, bias).requires_grad
     assert wanted == [[]]
 
@@ -351,5 +350,5 @@ def test_chunks_add_to_the_weights_gradient_in_place(dtype):
         [True] * 4 + [False] * 2,
     )
     with torch.no_grad(), Watch():
-        linear_module._compute(hidden, weight, [None, None], *arguments)
+        linear_loss._compute(hidden, weight, [None, None], *arguments)
     assert sizes == ["aten.addmm_.default"] * 6  # of 2 peers and 3 chunks

@@ -10,7 +10,7 @@ from typing import get_type_hints
 import pytest
 import torch
 import torch.nn.functional as F
-from fastdml_kernels import apart
+from fastdml_kernels import separate_losses
 from torch import Tensor, nn
 from torch.autograd import forward_ad
 from torch.fx.experimental.proxy_tensor import make_fx
@@ -181,8 +181,8 @@ def test_any_gradient_of_the_losses(dtype):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
 def test_one_call_computes_all(monkeypatch, dtype):
     calls = []
-    compute = apart.compute
-    monkeypatch.setattr(apart, "compute", lambda *a: calls.append(1) or compute(*a))
+    compute = separate_losses.compute
+    monkeypatch.setattr(separate_losses, "compute", lambda *a: calls.append(1) or compute(*a))
     z, y = data(dtype)
     for loss in mutual_losses(z, y):
         loss.backward()

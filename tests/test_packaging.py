@@ -88,7 +88,9 @@ def test_the_source_distribution_can_be_built_and_read(tmp_path):
     with tarfile.open(build("build_sdist", tmp_path)) as archive:
         names = {name.partition("/")[2] for name in archive.getnames()}
     assert {"setup.py", "fastdml/py.typed", "kernels/README.md"} <= names
-    assert {f"kernels/fastdml_kernels/{n}" for n in ("op.py", "cpu_rows.c", "py.typed")} <= names
+    assert {
+        f"kernels/fastdml_kernels/{n}" for n in ("loss_op.py", "cpu_rows.c", "py.typed")
+    } <= names
     assert not [name for name in names if name.endswith(".so")]
 
 

@@ -6,9 +6,9 @@ functions of `fastdml` check them.
 
 from __future__ import annotations
 
-from .apart import mutual_losses
-from .linear import linear_mutual_loss
-from .op import Call, evaluate, mutual_loss
+from .linear_loss import linear_mutual_loss
+from .loss_op import Call, evaluate, mutual_loss
 from .options import Options
+from .separate_losses import mutual_losses
 
 __all__ = ["Call", "Options", "evaluate", "linear_mutual_loss", "mutual_loss", "mutual_losses"]

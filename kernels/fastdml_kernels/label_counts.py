@@ -7,7 +7,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .parts import count_rows
+from .device_functions import count_rows
 
 
 @triton.jit(do_not_specialize=["N", "label_stride", "ignore_index"])

@@ -25,7 +25,15 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from .parts import averaged, finish, log_probability, loss_weights, open_gates, put, times
+from .device_functions import (
+    averaged,
+    finish,
+    log_probability,
+    loss_weights,
+    open_gates,
+    put,
+    times,
+)
 
 
 @triton.jit

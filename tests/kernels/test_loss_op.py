@@ -13,11 +13,10 @@ from functools import partial
 
 import pytest
 import torch
-from fastdml_kernels import Call, Options, evaluate, mutual_loss
-from fastdml_kernels import op as op_module
+from fastdml_kernels import Call, Options, evaluate, loss_op, mutual_loss
 from fastdml_kernels.launch import _Counters, launch
-from fastdml_kernels.op import flatten
-from fastdml_kernels.scale import launch_scale, scale_
+from fastdml_kernels.loss_op import flatten
+from fastdml_kernels.scale_grads import launch_scale, scale_
 from oracle import DEVICE, DTYPES, OPTION_NAMES, make
 from torch import Tensor
 from torch.autograd import forward_ad
@@ -402,8 +401,8 @@ def test_kernels_read_weights_of_any_strides(monkeypatch, regime):
     p = make(3, 5, 10, peer_weights=True, class_weight=True).on(DEVICE)
     weights = p.weights["peer_weights"], p.weights["class_weight"]
     strided = weights[0].t().contiguous().t(), weights[1].repeat_interleave(2)[::2]
-    monkeypatch.setattr(op_module, "mutual_loss_cpu", partial(launch, regime=regime))
-    monkeypatch.setattr(op_module, "launch", partial(launch, regime=regime))
+    monkeypatch.setattr(loss_op, "mutual_loss_cpu", partial(launch, regime=regime))
+    monkeypatch.setattr(loss_op, "launch", partial(launch, regime=regime))
     plain, other = (
         evaluate(p.logits, Call(p.labels, p.options, 1.0, 1.0, 1.0, *w, True), True)
         for w in (weights, strided)
@@ -517,7 +516,7 @@ def test_no_argument_that_varies_compiles_a_kernel_anew():
 from fastdml_kernels.register_rows import register_rows
 from fastdml_kernels.wide_rows import wide_rows
 from fastdml_kernels.label_counts import count_labels
-from fastdml_kernels.scale import scale_rows
+from fastdml_kernels.scale_grads import scale_rows
 for kernel in (register_rows, wide_rows, count_labels, scale_rows):
     free = {p.name for p in kernel.params if p.do_not_specialize or p.is_constexpr}
     floats = {"ce_weight", "kl_weight", "temperature", "label_smoothing"}

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from .op import (
+from .loss_op import (
     NO_SECOND_DERIVATIVE,
     Call,
     by_operator,
@@ -21,7 +21,7 @@ from .op import (
     new_grads,
     refuse_transforms,
 )
-from .scale import scale_
+from .scale_grads import scale_
 
 NAME = "mutual_losses"
 

@@ -19,7 +19,7 @@ from torch.autograd import forward_ad
 from .cpu import mutual_loss_cpu
 from .launch import launch
 from .options import Options, Scalar, stats_size
-from .scale import scale_
+from .scale_grads import scale_
 
 NO_SECOND_DERIVATIVE = (
     "mutual_loss has no second derivative (create_graph=True, torch.func.grad): its gradient comes "

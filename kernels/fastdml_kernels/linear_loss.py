@@ -5,7 +5,7 @@ by the fused loss, gradients of hidden, weight and bias by matrix products; then
 memory is used again. All of it happens in the forward pass, so that the backward only scales. For a
 language model's vocabulary the logits are most of the memory of a step (Hsu et al. 2024, Liger).
 
-As in `op`, eager calls of plain tensors compute at once and tracers see an operator.
+As in `loss_op`, eager calls of plain tensors compute at once and tracers see an operator.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from .op import (
+from .loss_op import (
     CALL_SCHEMA,
     NO_SECOND_DERIVATIVE,
     Call,
