@@ -13,7 +13,7 @@ import torch
 from fastdml_kernels.augment_options import LARGEST_RESIZE, Augment, erasing_shapes
 from torch import Tensor
 
-from fastdml.data.counter import EPOCH, ERASE, draw, uniform
+from fastdml.data.philox import EPOCH, ERASE, draw, uniform
 from fastdml.errors import InputError
 
 BLOCK = 8  # images at a time on a CPU: what lies between two passes then stays in its cache

@@ -11,8 +11,8 @@ from torch import Tensor
 
 from fastdml.data import augment
 from fastdml.data.augment import Choices
-from fastdml.data.counter import check_seed
 from fastdml.data.image_set import ImageSet
+from fastdml.data.philox import check_seed
 from fastdml.data.reid import STORED, ReidSplit
 from fastdml.data.samplers import Order, RandomSampler, Sampler, check_rank, part
 from fastdml.errors import InputError

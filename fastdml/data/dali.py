@@ -3,7 +3,7 @@
 Extra `dali`. With a CUDA device JPEGs are decoded by nvJPEG ("mixed") and everything else runs
 there too; without one the same pipeline runs on the CPU. DALI reads, decodes, resizes, crops,
 flips, erases and normalises; which samples and which choices, it is told: they come from
-`fastdml.data.counter`, as in `ResidentLoader`, so a batch is a pure function of (seed, epoch, step,
+`fastdml.data.philox`, as in `ResidentLoader`, so a batch is a pure function of (seed, epoch, step,
 rank). The pipeline has no random state: what a checkpoint must hold to go on with the stream is the
 position alone.
 

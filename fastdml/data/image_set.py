@@ -7,7 +7,7 @@ from dataclasses import dataclass, field, replace
 import torch
 from torch import Tensor
 
-from fastdml.data.counter import SUBSET, check_seed, draw, permutation
+from fastdml.data.philox import SUBSET, check_seed, draw, permutation
 from fastdml.errors import InputError
 
 

@@ -1,7 +1,7 @@
 """Training and evaluation batches from a set that stays in memory.
 
 A batch is a pure function of (seed, epoch, step, rank): resuming means asking for the next step.
-Order and augmentation come from `fastdml.data.counter`, so they are the same on every device. Three
+Order and augmentation come from `fastdml.data.philox`, so they are the same on every device. Three
 ways make the same batch, to the last bit:
 
 - on CUDA with Triton, `fastdml_kernels.augment`: one launch a batch;

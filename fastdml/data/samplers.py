@@ -16,7 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from fastdml.data.counter import EPOCH, GROUP, draw, permutation
+from fastdml.data.philox import EPOCH, GROUP, draw, permutation
 from fastdml.errors import InputError
 
 

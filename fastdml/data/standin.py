@@ -22,8 +22,8 @@ import numpy as np
 
 from fastdml.data import HINT
 from fastdml.data.cifar import load_cifar100
-from fastdml.data.counter import check_seed
 from fastdml.data.image_set import ImageSet
+from fastdml.data.philox import check_seed
 from fastdml.errors import InputError, require
 from fastdml.paths import expanded
 

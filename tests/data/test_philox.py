@@ -7,7 +7,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fastdml.data.counter import EPOCH, SUBSET, check_seed, draw, philox_4x32, uniform
+from fastdml.data.philox import EPOCH, SUBSET, check_seed, draw, philox_4x32, uniform
 from fastdml.errors import InputError
 
 word = st.integers(0, 2**32 - 1)
