@@ -34,7 +34,7 @@ from fastdml.data import (
     ResidentLoader,
     TorchLoader,
 )
-from fastdml.data.loaders import has_dali
+from fastdml.data.loaders.make import has_dali
 from fastdml.data.standin import StandIn, build_standin
 from fastdml.errors import InputError
 

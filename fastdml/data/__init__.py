@@ -14,19 +14,19 @@ from fastdml.errors import InputError
 
 if TYPE_CHECKING:
     from fastdml.data.cifar import load_cifar10, load_cifar100
-    from fastdml.data.dali import DALILoader
     from fastdml.data.digits import load_digits
     from fastdml.data.image_set import ImageSet
-    from fastdml.data.loaders import choose_loader, make_loader
-    from fastdml.data.per_image import TorchLoader
+    from fastdml.data.loaders.dali import DALILoader
+    from fastdml.data.loaders.make import choose_loader, make_loader
+    from fastdml.data.loaders.resident import ResidentLoader
+    from fastdml.data.loaders.torch_workers import TorchLoader
     from fastdml.data.reid import ImageFolderReID, Market1501, ReidSplit
-    from fastdml.data.resident import ResidentLoader
     from fastdml.data.samplers import PKSampler, RandomSampler, RepeatedSampler
 
 HINT = "download=True"  # how a caller from Python asks for a download; the command has an option
 SETS = ("digits", "cifar10", "cifar100")
 _HOMES = {
-    "DALILoader": "dali",
+    "DALILoader": "loaders.dali",
     "ImageFolderReID": "reid",
     "ImageSet": "image_set",
     "Market1501": "reid",
@@ -34,13 +34,13 @@ _HOMES = {
     "RandomSampler": "samplers",
     "ReidSplit": "reid",
     "RepeatedSampler": "samplers",
-    "ResidentLoader": "resident",
-    "TorchLoader": "per_image",
-    "choose_loader": "loaders",
+    "ResidentLoader": "loaders.resident",
+    "TorchLoader": "loaders.torch_workers",
+    "choose_loader": "loaders.make",
     "load_cifar10": "cifar",
     "load_cifar100": "cifar",
     "load_digits": "digits",
-    "make_loader": "loaders",
+    "make_loader": "loaders.make",
 }
 
 __all__ = [

@@ -23,7 +23,7 @@ import numpy as np
 import torch
 
 from fastdml.data import HINT
-from fastdml.data.archive import extract, fetch
+from fastdml.data.files.archive import extract, fetch
 from fastdml.data.image_set import ImageSet
 from fastdml.errors import InputError
 from fastdml.paths import expanded

@@ -23,10 +23,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from fastdml.data.archive import is_leftover
-from fastdml.data.decode import decode
+from fastdml.data.files.archive import is_leftover
+from fastdml.data.files.check_files import check_bad_files, scan
+from fastdml.data.files.decode import decode
 from fastdml.data.image_set import ImageSet, evenly
-from fastdml.data.scan import check_bad_files, scan
 from fastdml.errors import InputError
 from fastdml.paths import expanded
 
@@ -147,8 +147,8 @@ LAYOUTS = {"market1501": (MARKET,), "dukemtmc": (DUKE,), "msmt17": (MSMT, MSMT_V
 class ImageFolderReID:
     """`train`, `query` and `gallery` of a set laid out as "market1501", "dukemtmc" or "msmt17".
 
-    Every file is decoded once (see `fastdml.data.scan`); bad ones are an error that lists them, or
-    with bad_files="skip" are left out and listed on stderr (`bad` has them either way).
+    Every file is decoded once (see `data/files/check_files.py`); bad ones are an error that lists
+    them, or with bad_files="skip" are left out and listed on stderr (`bad` has them either way).
     """
 
     def __init__(

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from fastdml.data.loaders import size
+from fastdml.data.loaders.make import size
 from fastdml.train import report
 from fastdml.train.config import run_name
 

@@ -23,7 +23,7 @@ import torch
 
 from fastdml.cohort import Cohort
 from fastdml.data import HINT, ImageSet, ResidentLoader, load, make_loader
-from fastdml.data.per_image import naming_dead_workers
+from fastdml.data.loaders.torch_workers import naming_dead_workers
 from fastdml.engine import cpus
 from fastdml.engine.amp import Amp, resolve
 from fastdml.errors import InputError

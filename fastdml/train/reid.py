@@ -31,8 +31,8 @@ from fastdml.data import (
     load_cifar100,
     make_loader,
 )
-from fastdml.data.dali import checked
-from fastdml.data.per_image import naming_dead_workers
+from fastdml.data.loaders.dali import checked
+from fastdml.data.loaders.torch_workers import naming_dead_workers
 from fastdml.data.standin import StandIn, build_standin
 from fastdml.engine.amp import Amp, resolve
 from fastdml.errors import InputError

@@ -13,8 +13,9 @@ from pathlib import Path
 
 import pytest
 
-from fastdml.data import archive, cifar
-from fastdml.data.archive import extract, fetch
+from fastdml.data import cifar
+from fastdml.data.files import archive
+from fastdml.data.files.archive import extract, fetch
 from fastdml.data.standin import StandIn, build_standin
 from fastdml.errors import InputError
 

@@ -7,7 +7,7 @@ import io
 import numpy as np
 import pytest
 
-from fastdml.data.decode import BadImage, decode
+from fastdml.data.files.decode import BadImage, decode
 
 Image = pytest.importorskip("PIL.Image", reason="images are decoded by Pillow, which is absent")
 

@@ -26,12 +26,11 @@ from fastdml.data import (
     ResidentLoader,
     TorchLoader,
     load_cifar100,
-    loaders,
     make_loader,
-    per_image,
 )
-from fastdml.data.dali import checked
-from fastdml.data.decode import decode
+from fastdml.data.files.decode import decode
+from fastdml.data.loaders import make, torch_workers
+from fastdml.data.loaders.dali import checked
 from fastdml.errors import InputError, MissingExtra
 from fastdml.train import checkpoint, figures, reid
 
@@ -39,7 +38,7 @@ MARKET = {"size": (256, 128), "pad": 10, "padding": "black", "erase": 0.5}
 # of a batch normalised by ImageNet's deviations: rounding alone, and that of weights to 1/256
 EXACT, RESIZED = 1e-5, 0.02
 
-needs_dali = pytest.mark.skipif(not loaders.has_dali(), reason="DALI is not installed")
+needs_dali = pytest.mark.skipif(not make.has_dali(), reason="DALI is not installed")
 both = pytest.mark.parametrize(
     "make",
     [pytest.param(DALILoader, marks=needs_dali), lambda *a, **k: TorchLoader(*a, workers=0, **k)],
@@ -253,7 +252,7 @@ def test_workers_leave_the_parents_garbage_alone(market, monkeypatch):
 
         return collect
 
-    monkeypatch.setattr(per_image, "decode", collecting(decode))
+    monkeypatch.setattr(torch_workers, "decode", collecting(decode))
     start = signal_handling._set_worker_signal_handlers  # a worker's first call
     monkeypatch.setattr(signal_handling, "_set_worker_signal_handlers", collecting(start))
     loader = TorchLoader(market.train, 16, train=True, workers=1)
@@ -410,7 +409,7 @@ def test_make_loader(market, kind, capsys):
     [(64, "0.1 kB"), (8192, "8.2 kB"), (499_999, "500.0 kB"), (1e6, "1 MB"), (3.2e9, "3,200 MB")],
 )
 def test_sizes_are_never_0_mb(nbytes, text):
-    assert loaders.size(nbytes) == text
+    assert make.size(nbytes) == text
 
 
 def test_a_small_set_says_what_it_takes(capsys):
@@ -421,11 +420,11 @@ def test_a_small_set_says_what_it_takes(capsys):
 
 
 def test_what_does_not_fit_is_streamed(market, monkeypatch, capsys):
-    monkeypatch.setattr(loaders, "free_bytes", lambda device: 4_000_000)
+    monkeypatch.setattr(make, "free_bytes", lambda device: 4_000_000)
     for dali, kind in ((True, DALILoader), (False, TorchLoader)):
-        if dali and not loaders.has_dali():
+        if dali and not make.has_dali():
             continue
-        monkeypatch.setattr(loaders, "has_dali", lambda dali=dali: dali)
+        monkeypatch.setattr(make, "has_dali", lambda dali=dali: dali)
         assert type(make_loader("auto", market.train, 16, train=True, **MARKET)) is kind
         told = capsys.readouterr().err
         assert told.startswith("128 images would take 3 MB, more than 50% of the 4 MB free")
@@ -435,7 +434,7 @@ def test_what_does_not_fit_is_streamed(market, monkeypatch, capsys):
 def test_what_is_wrong_is_named(market, monkeypatch):
     with pytest.raises(InputError, match="loader 'ffcv': give one of auto, resident, dali, torch"):
         make_loader("ffcv", random_set(), 5, train=True)
-    if loaders.has_dali():
+    if make.has_dali():
         with pytest.raises(InputError, match="no border by reflection"):
             DALILoader(market.train, 16, train=True, size=(256, 128))
     monkeypatch.setitem(__import__("sys").modules, "nvidia.dali", None)

@@ -14,11 +14,11 @@ import pytest
 import torch
 
 from fastdml.data import ImageFolderReID, Market1501, make_loader
-from fastdml.data import scan as scanning
 from fastdml.data import standin as standing
-from fastdml.data.decode import BadImage, decode
-from fastdml.data.loaders import has_dali
-from fastdml.data.scan import scan
+from fastdml.data.files import check_files as scanning
+from fastdml.data.files.check_files import scan
+from fastdml.data.files.decode import BadImage, decode
+from fastdml.data.loaders.make import has_dali
 from fastdml.data.standin import FOLDER, StandIn, build_standin
 from fastdml.errors import InputError
 
@@ -329,7 +329,7 @@ def test_what_is_no_file_is_bad(tmp_path):
 
 
 def test_decoding_processes_need_no_torch():
-    code = "import sys, fastdml.data.probe; sys.exit('torch' in sys.modules)"
+    code = "import sys, fastdml.data.files.check_worker; sys.exit('torch' in sys.modules)"
     subprocess.run([sys.executable, "-c", code], check=True)
 
 
@@ -443,7 +443,7 @@ def test_orientation_is_applied(jpegs):
 
 def test_dali_sees_what_pillow_sees(jpegs, tmp_path):
     pytest.importorskip("nvidia.dali", reason="DALI is not installed")
-    from fastdml.data.probe import Probe
+    from fastdml.data.files.check_worker import Probe
 
     paths = [str(file) for file in jpegs]
     found = scan(paths, decoder="dali", cache=tmp_path)

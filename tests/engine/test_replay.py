@@ -20,7 +20,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from fastdml.cohort import Cohort
-from fastdml.data import ImageSet, ResidentLoader, resident
+from fastdml.data import ImageSet, ResidentLoader
+from fastdml.data.loaders import resident
 from fastdml.engine import Amp, Ema, Schedule, make_optimizer
 from fastdml.engine.amp import LossScale
 from fastdml.engine.graph import GraphStep

@@ -28,7 +28,8 @@ from PIL import Image
 from recovery import SETTINGS
 
 from fastdml import Cohort, cli, mutual_loss
-from fastdml.data import archive, cifar, decode, reid, scan
+from fastdml.data import cifar, reid
+from fastdml.data.files import archive, check_files, decode
 from fastdml.errors import InputError
 from fastdml.models import create_model, model_names
 from fastdml.train import checkpoint, report
@@ -574,13 +575,13 @@ def scan_memory(folder: Path) -> Check:
     """What an earlier scan of the images left in the cache: a wrong one costs time alone."""
     paths = [str(rewrite(folder / f"{k}.png", pictures()[2])) for k in range(2)]
     cache = folder / "cache"
-    scan.scan(paths, cache=cache)
+    check_files.scan(paths, cache=cache)
     (file,) = cache.iterdir()
     whole = json.loads(file.read_bytes())
 
     def check(random: Random) -> None:
         file.write_bytes(nearly_json(random, whole))
-        found = scan.scan(paths, cache=cache)
+        found = check_files.scan(paths, cache=cache)
         assert found.files == 2
         assert all(isinstance(why, str) for why in found.bad.values())
 

@@ -23,7 +23,7 @@ from hypothesis import strategies as st
 
 from fastdml.data import ImageSet, RandomSampler
 from fastdml.data import augment as plain
-from fastdml.data.per_image import resize, transform
+from fastdml.data.loaders.torch_workers import resize, transform
 from fastdml.data.philox import EPOCH, draw, uniform
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"

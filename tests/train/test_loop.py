@@ -29,7 +29,8 @@ from torch.utils.data import DataLoader, TensorDataset
 from fastdml import files
 from fastdml import train as training
 from fastdml.cohort import Cohort
-from fastdml.data import ImageSet, ResidentLoader, TorchLoader, loaders
+from fastdml.data import ImageSet, ResidentLoader, TorchLoader
+from fastdml.data.loaders import make
 from fastdml.engine import Amp
 from fastdml.errors import InputError
 from fastdml.loss import MutualLoss
@@ -1175,7 +1176,7 @@ class TestDataSets:
     @pytest.mark.parametrize("loader", ["torch", "dali"])
     def test_another_loader_trains_the_same_peers(self, loader):
         """Images that differ by rounding at most leave weights that do."""
-        if loader == "dali" and not loaders.has_dali():
+        if loader == "dali" and not make.has_dali():
             pytest.skip("DALI is not installed")
         weights = {}
         for kind in ("resident", loader):

@@ -17,7 +17,8 @@ from runs import Crash, CrashingLoader, environment, logged, same_weights
 from fastdml import cli, metrics
 from fastdml import train as training
 from fastdml.cohort import Cohort
-from fastdml.data import Market1501, PKSampler, TorchLoader, loaders
+from fastdml.data import Market1501, PKSampler, TorchLoader
+from fastdml.data.loaders import make
 from fastdml.data.reid import MEAN, STD
 from fastdml.data.standin import StandIn
 from fastdml.engine.amp import Amp
@@ -414,10 +415,10 @@ def test_without_gt_bbox_there_is_no_multi_query(run, market_root, tmp_path, cap
 
 def test_loaders_train_alike(settings, market, monkeypatch):
     """The same images, whichever loader made them."""
-    for module in (reid, loaders):  # DALI need not look at each file first
+    for module in (reid, make):  # DALI need not look at each file first
         monkeypatch.setattr(module, "checked", lambda split, bad_files: split)
     found = {}
-    for loader in ("resident", "torch", "dali")[: 3 if loaders.has_dali() else 2]:
+    for loader in ("resident", "torch", "dali")[: 3 if make.has_dali() else 2]:
         config = settings(loader=loader)
         _, train, test = reid.prepare(market, config, CPU, lambda line: None)
         assert type(train).__name__.lower().startswith(loader)

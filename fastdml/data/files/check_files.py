@@ -26,7 +26,7 @@ from pathlib import Path
 from typing import Literal
 
 import fastdml
-from fastdml.data.probe import READY, reason
+from fastdml.data.files.check_worker import READY, reason
 from fastdml.errors import InputError, require
 from fastdml.paths import home
 
@@ -124,7 +124,7 @@ def _decode_elsewhere(paths: list[str], decoder: Decoder) -> Iterator[tuple[str,
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join([here, *before])}
     while paths:
         process = subprocess.Popen(
-            [sys.executable, "-m", "fastdml.data.probe", decoder],
+            [sys.executable, "-m", "fastdml.data.files.check_worker", decoder],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=subprocess.DEVNULL,

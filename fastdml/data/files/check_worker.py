@@ -1,8 +1,8 @@
 """Decodes single files, and says what is wrong with those that cannot be decoded.
 
-`python -m fastdml.data.probe DECODER` does so for a list of files: what a decoder that crashes or
-hangs takes down is then this process alone (see `fastdml.data.scan`). It starts in a quarter of a
-second by Pillow, since it needs no torch, and in about one by DALI.
+`python -m fastdml.data.files.check_worker DECODER` does so for a list of files: what a decoder that
+crashes or hangs takes down is then this process alone (see `check_files.py`). It starts in a
+quarter of a second with Pillow, since it needs no torch, and in about one with DALI.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 
-from fastdml.data.decode import BadImage, decode
+from fastdml.data.files.decode import BadImage, decode
 from fastdml.errors import require
 
 READY = "ready\n"
@@ -30,14 +30,14 @@ def reason(path: str) -> str | None:
 
 
 def decoded(encoded: Any, device: str) -> Any:
-    """RGB with the EXIF orientation applied: the policy of `fastdml.data.decode`."""
+    """RGB with the EXIF orientation applied: the policy of `fastdml.data.files.decode`."""
     fn = require("nvidia.dali.fn", "dali")
     types = require("nvidia.dali.types", "dali")
     return fn.decoders.image(encoded, device=device, output_type=types.RGB, adjust_orientation=True)
 
 
 class Probe:
-    """Decodes single files by DALI on the CPU. May crash the process: see `fastdml.data.scan`."""
+    """Decodes single files by DALI on the CPU. May crash the process: see `check_files.py`."""
 
     def __init__(self) -> None:
         self._pipe: Any = None

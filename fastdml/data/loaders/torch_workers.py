@@ -24,9 +24,9 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, dataloader
 
 from fastdml.data.augment import Augment
-from fastdml.data.batching import Batching
-from fastdml.data.decode import BadImage, decode
+from fastdml.data.files.decode import BadImage, decode
 from fastdml.data.image_set import ImageSet
+from fastdml.data.loaders.batching import Batching
 from fastdml.data.reid import STORED, ReidSplit
 from fastdml.errors import InputError
 

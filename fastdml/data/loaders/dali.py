@@ -13,7 +13,8 @@ there. Files of another size than 128x64 are made so first, as there, where the 
 differ by up to twelve grey levels, less than one in a picture's mean.
 
 One bad file ends a pipeline, and its error does not say which file it was. So files are checked
-before (`fastdml.data.scan`, decoder "dali"), and after an error the batch's files are looked at.
+before (`data/files/check_files.py`, decoder "dali"), and after an error the batch's files are
+looked at.
 """
 
 from __future__ import annotations
@@ -29,12 +30,12 @@ import torch
 from torch import Tensor
 
 from fastdml.data.augment import Choices
-from fastdml.data.batching import Batching
-from fastdml.data.decode import BadImage, check_file, decode
+from fastdml.data.files.check_files import scan
+from fastdml.data.files.check_worker import decoded
+from fastdml.data.files.decode import BadImage, check_file, decode
 from fastdml.data.image_set import ImageSet
-from fastdml.data.probe import decoded
+from fastdml.data.loaders.batching import Batching
 from fastdml.data.reid import ReidSplit
-from fastdml.data.scan import scan
 from fastdml.errors import InputError, require
 
 DTYPES = {torch.float32: "FLOAT", torch.float16: "FLOAT16", torch.bfloat16: "FLOAT"}

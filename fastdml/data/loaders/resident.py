@@ -23,8 +23,8 @@ from torch import Tensor
 
 from fastdml.data import augment
 from fastdml.data.augment import Augment, Choices
-from fastdml.data.batching import Batching
 from fastdml.data.image_set import ImageSet
+from fastdml.data.loaders.batching import Batching
 from fastdml.data.reid import ReidSplit
 
 

@@ -10,12 +10,12 @@ from typing import Any
 
 import torch
 
-from fastdml.data.dali import DALILoader, checked
+from fastdml.data.files.check_files import check_bad_files
 from fastdml.data.image_set import ImageSet
-from fastdml.data.per_image import TorchLoader
+from fastdml.data.loaders.dali import DALILoader, checked
+from fastdml.data.loaders.resident import ResidentLoader, has_kernel
+from fastdml.data.loaders.torch_workers import TorchLoader
 from fastdml.data.reid import STORED, ReidSplit
-from fastdml.data.resident import ResidentLoader, has_kernel
-from fastdml.data.scan import check_bad_files
 from fastdml.errors import InputError
 
 Loader = ResidentLoader | DALILoader | TorchLoader

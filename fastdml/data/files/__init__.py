@@ -1,0 +1,1 @@
+"""Files on disk: downloads and archives, decoding, checking every file before training."""

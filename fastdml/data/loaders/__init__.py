@@ -1,0 +1,1 @@
+"""Images to batches: resident in memory, decoded by DALI, or by worker processes."""
