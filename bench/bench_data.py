@@ -35,7 +35,7 @@ from fastdml.data import (
     TorchLoader,
 )
 from fastdml.data.loaders.make import has_dali
-from fastdml.data.standin import StandIn, build_standin
+from fastdml.data.sets.stand_in import StandIn, build_standin
 from fastdml.errors import InputError
 
 SECONDS = {"cpu": 15.0, "cuda": 3.0}  # of timing a set, all contenders together

@@ -39,7 +39,7 @@ from bench.baselines import (
 )
 from fastdml import Cohort, metrics, train
 from fastdml.data import Market1501
-from fastdml.data.standin import build_standin
+from fastdml.data.sets.stand_in import build_standin
 from fastdml.errors import InputError
 from fastdml.models import ReidHead
 from fastdml.train.config import preset

@@ -13,33 +13,33 @@ from typing import TYPE_CHECKING, Any
 from fastdml.errors import InputError
 
 if TYPE_CHECKING:
-    from fastdml.data.cifar import load_cifar10, load_cifar100
-    from fastdml.data.digits import load_digits
-    from fastdml.data.image_set import ImageSet
     from fastdml.data.loaders.dali import DALILoader
     from fastdml.data.loaders.make import choose_loader, make_loader
     from fastdml.data.loaders.resident import ResidentLoader
     from fastdml.data.loaders.torch_workers import TorchLoader
-    from fastdml.data.reid import ImageFolderReID, Market1501, ReidSplit
     from fastdml.data.samplers import PKSampler, RandomSampler, RepeatedSampler
+    from fastdml.data.sets.cifar import load_cifar10, load_cifar100
+    from fastdml.data.sets.digits import load_digits
+    from fastdml.data.sets.image_set import ImageSet
+    from fastdml.data.sets.market1501 import ImageFolderReID, Market1501, ReidSplit
 
 HINT = "download=True"  # how a caller from Python asks for a download; the command has an option
 SETS = ("digits", "cifar10", "cifar100")
 _HOMES = {
     "DALILoader": "loaders.dali",
-    "ImageFolderReID": "reid",
-    "ImageSet": "image_set",
-    "Market1501": "reid",
+    "ImageFolderReID": "sets.market1501",
+    "ImageSet": "sets.image_set",
+    "Market1501": "sets.market1501",
     "PKSampler": "samplers",
     "RandomSampler": "samplers",
-    "ReidSplit": "reid",
+    "ReidSplit": "sets.market1501",
     "RepeatedSampler": "samplers",
     "ResidentLoader": "loaders.resident",
     "TorchLoader": "loaders.torch_workers",
     "choose_loader": "loaders.make",
-    "load_cifar10": "cifar",
-    "load_cifar100": "cifar",
-    "load_digits": "digits",
+    "load_cifar10": "sets.cifar",
+    "load_cifar100": "sets.cifar",
+    "load_digits": "sets.digits",
     "make_loader": "loaders.make",
 }
 
@@ -80,10 +80,10 @@ def load(
 def record(name: str) -> dict[str, list]:
     """What `Cohort.record` says after training on one of `SETS`, known without its files."""
     if name == "digits":
-        home, shape = importlib.import_module("fastdml.data.digits"), (1, 8, 8)
+        home, shape = importlib.import_module("fastdml.data.sets.digits"), (1, 8, 8)
         classes = home.CLASSES
     else:
-        home = importlib.import_module("fastdml.data.cifar")
+        home = importlib.import_module("fastdml.data.sets.cifar")
         shape, classes = home.SHAPE, getattr(home, name.upper()).class_names
     found = {"image_shape": shape, "mean": home.MEAN, "std": home.STD, "classes": classes}
     return {key: list(values) for key, values in found.items()}

@@ -33,7 +33,7 @@ from fastdml.data import (
 )
 from fastdml.data.loaders.dali import checked
 from fastdml.data.loaders.torch_workers import naming_dead_workers
-from fastdml.data.standin import StandIn, build_standin
+from fastdml.data.sets.stand_in import StandIn, build_standin
 from fastdml.engine.amp import Amp, resolve
 from fastdml.errors import InputError
 from fastdml.models import ReidHead

@@ -13,10 +13,10 @@ from pathlib import Path
 
 import pytest
 
-from fastdml.data import cifar
 from fastdml.data.files import archive
 from fastdml.data.files.archive import extract, fetch
-from fastdml.data.standin import StandIn, build_standin
+from fastdml.data.sets import cifar
+from fastdml.data.sets.stand_in import StandIn, build_standin
 from fastdml.errors import InputError
 
 

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from fastdml.data import load, load_cifar100
-from fastdml.data.cifar import CIFAR10, CIFAR100, MEAN, STD, load_source
+from fastdml.data.sets.cifar import CIFAR10, CIFAR100, MEAN, STD, load_source
 from fastdml.errors import InputError
 
 RECORDS = {"train_records": 20, "test_records": 10}

@@ -28,8 +28,8 @@ from PIL import Image
 from recovery import SETTINGS
 
 from fastdml import Cohort, cli, mutual_loss
-from fastdml.data import cifar, reid
 from fastdml.data.files import archive, check_files, decode
+from fastdml.data.sets import cifar, market1501
 from fastdml.errors import InputError
 from fastdml.models import create_model, model_names
 from fastdml.train import checkpoint, report
@@ -535,7 +535,7 @@ def reid_names(folder: Path) -> Check:
                         (folder / split / made).write_bytes(picture)
         bad_files = random.choice(("error", "skip"))
         with contextlib.redirect_stderr(io.StringIO()):
-            found = reid.ImageFolderReID(folder, layout, bad_files=bad_files, progress=False)
+            found = market1501.ImageFolderReID(folder, layout, bad_files=bad_files, progress=False)
         assert len(found.train) >= 1
         assert 0 <= int(found.train.labels.max()) < found.train.num_classes
 
@@ -564,7 +564,7 @@ def reid_lists(folder: Path) -> Check:
         )
         (folder / random.choice(lists)).write_bytes(wrong)
         with contextlib.redirect_stderr(io.StringIO()):
-            found = reid.ImageFolderReID(folder, "msmt17", progress=False)
+            found = market1501.ImageFolderReID(folder, "msmt17", progress=False)
         assert len(found.train) >= 1
 
     return check

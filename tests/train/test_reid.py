@@ -19,8 +19,8 @@ from fastdml import train as training
 from fastdml.cohort import Cohort
 from fastdml.data import Market1501, PKSampler, TorchLoader
 from fastdml.data.loaders import make
-from fastdml.data.reid import MEAN, STD
-from fastdml.data.standin import StandIn
+from fastdml.data.sets.market1501 import MEAN, STD
+from fastdml.data.sets.stand_in import StandIn
 from fastdml.engine.amp import Amp
 from fastdml.errors import InputError
 from fastdml.models import ReidHead

@@ -9,7 +9,7 @@ from __future__ import annotations
 import numpy as np
 import torch
 
-from fastdml.data.image_set import ImageSet
+from fastdml.data.sets.image_set import ImageSet
 from fastdml.errors import require
 
 MEAN, STD = (4.8822,), (6.0185,)  # of the training images, in units of 0 to 16

@@ -24,7 +24,7 @@ import torch
 
 from fastdml.data import HINT
 from fastdml.data.files.archive import extract, fetch
-from fastdml.data.image_set import ImageSet
+from fastdml.data.sets.image_set import ImageSet
 from fastdml.errors import InputError
 from fastdml.paths import expanded
 

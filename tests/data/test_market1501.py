@@ -14,12 +14,12 @@ import pytest
 import torch
 
 from fastdml.data import ImageFolderReID, Market1501, make_loader
-from fastdml.data import standin as standing
 from fastdml.data.files import check_files as scanning
 from fastdml.data.files.check_files import scan
 from fastdml.data.files.decode import BadImage, decode
 from fastdml.data.loaders.make import has_dali
-from fastdml.data.standin import FOLDER, StandIn, build_standin
+from fastdml.data.sets import stand_in as standing
+from fastdml.data.sets.stand_in import FOLDER, StandIn, build_standin
 from fastdml.errors import InputError
 
 Image = pytest.importorskip("PIL.Image", reason="decoding needs Pillow")

@@ -21,9 +21,9 @@ from pathlib import Path
 import numpy as np
 
 from fastdml.data import HINT
-from fastdml.data.cifar import load_cifar100
-from fastdml.data.image_set import ImageSet
 from fastdml.data.philox import check_seed
+from fastdml.data.sets.cifar import load_cifar100
+from fastdml.data.sets.image_set import ImageSet
 from fastdml.errors import InputError, require
 from fastdml.paths import expanded
 

@@ -26,7 +26,7 @@ from torch import Tensor
 from fastdml.data.files.archive import is_leftover
 from fastdml.data.files.check_files import check_bad_files, scan
 from fastdml.data.files.decode import decode
-from fastdml.data.image_set import ImageSet, evenly
+from fastdml.data.sets.image_set import ImageSet, evenly
 from fastdml.errors import InputError
 from fastdml.paths import expanded
 

@@ -1,0 +1,1 @@
+"""Files to checked images and labels: a module a data set."""
