@@ -76,7 +76,7 @@ def cifar100_root(tmp_path_factory):
 def take(monkeypatch):
     """Lets a measurement find one candidate fastest, and eager on one thread; nobody is given up.
     Returns a list that gets the times of each measurement."""
-    from fastdml.engine import choose, rehearsal
+    from fastdml.engine import auto, rehearsal
 
     def fastest(execution: str, threads: int) -> list:
         asked = []
@@ -86,7 +86,7 @@ def take(monkeypatch):
             wanted = rehearsal.Candidate(execution, threads)
             return wanted if wanted in times else next(iter(times))
 
-        monkeypatch.setattr(choose, "fastest", chosen)
+        monkeypatch.setattr(auto, "fastest", chosen)
         monkeypatch.setattr(rehearsal, "LATE", 1e9)
         monkeypatch.setattr(rehearsal, "ROUNDS", 1)
         monkeypatch.setattr(rehearsal, "FIRST_LATE", 1e9)

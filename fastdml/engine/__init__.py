@@ -25,7 +25,7 @@ from torch.optim import Optimizer
 from fastdml.engine import cpus
 from fastdml.engine.amp import Amp, resolve
 from fastdml.engine.apex import takes_number
-from fastdml.engine.choose import (
+from fastdml.engine.auto import (
     AutoStep,
     CpuAutoStep,
     CudaAutoStep,

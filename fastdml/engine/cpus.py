@@ -3,7 +3,7 @@
 A container's share of the time (a cgroup's quota) is invisible to torch, which starts a thread a
 core of the machine: more threads than the share only wait for each other, stopped together once it
 is used up. Threads that meet after every layer suffer in the same way where other processes take
-the cores, so how many pay off is measured, in `fastdml.engine.choose`.
+the cores, so how many pay off is measured, in `fastdml.engine.auto`.
 """
 
 from __future__ import annotations

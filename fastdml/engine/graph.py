@@ -35,7 +35,7 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from fastdml.engine.snapshot import Snapshot
+from fastdml.engine.rollback import Snapshot
 from fastdml.engine.step import EagerStep, StepOutput, check_gradients_wanted
 from fastdml.engine.update import Group, alike
 from fastdml.engine.weights import Parts, same

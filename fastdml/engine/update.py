@@ -30,7 +30,7 @@ from torch.optim import SGD, Adam, AdamW, Optimizer
 from fastdml.engine.amp import Amp
 from fastdml.engine.ema import Ema
 from fastdml.engine.optimizers import check_optimizer, follow_layouts
-from fastdml.engine.snapshot import Snapshot, optimizer_tensors
+from fastdml.engine.rollback import Snapshot, optimizer_tensors
 from fastdml.engine.weights import Parts, check_weights, same
 from fastdml.errors import InputError
 

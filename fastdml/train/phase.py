@@ -32,7 +32,7 @@ from fastdml.engine import (
     make_step,
 )
 from fastdml.engine.amp import Amp
-from fastdml.engine.choose import Choice
+from fastdml.engine.auto import Choice
 from fastdml.engine.profile import Profile
 from fastdml.engine.update import Update
 from fastdml.errors import InputError, require

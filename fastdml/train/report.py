@@ -380,7 +380,7 @@ def device_name(device: Any, threads: int | None = None) -> str:
     by default torch's."""
     import torch
 
-    from fastdml.engine.choose import count_of_threads
+    from fastdml.engine.auto import count_of_threads
 
     device = torch.device(device)
     if device.type == "cuda":

@@ -20,7 +20,7 @@ from fastdml.data import ImageSet, ResidentLoader
 from fastdml.engine import EXECUTIONS, Amp, Ema, Schedule, amp, make_optimizer, make_step
 from fastdml.engine.amp import LossScale
 from fastdml.engine.graph import CudaCapture, GraphStep
-from fastdml.engine.snapshot import optimizer_tensors
+from fastdml.engine.rollback import optimizer_tensors
 from fastdml.engine.stacked import StackedStep
 from fastdml.engine.step import EagerStep, SequentialStep, StepOptions
 from fastdml.engine.streams import StreamsStep

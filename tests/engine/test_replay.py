@@ -25,7 +25,7 @@ from fastdml.data.loaders import resident
 from fastdml.engine import Amp, Ema, Schedule, make_optimizer
 from fastdml.engine.amp import LossScale
 from fastdml.engine.graph import GraphStep
-from fastdml.engine.snapshot import optimizer_tensors
+from fastdml.engine.rollback import optimizer_tensors
 from fastdml.engine.stacked import StackedStep
 from fastdml.engine.step import EagerStep, SequentialStep, StepOptions
 from fastdml.loss import MutualLoss

@@ -33,7 +33,7 @@ from fastdml.engine import cpus
 from fastdml.engine.graph import SCALARS
 from fastdml.engine.guards import replicated
 from fastdml.engine.rehearsal import Candidate, Rehearsal, Uncopyable, candidates, fastest
-from fastdml.engine.snapshot import Snapshot
+from fastdml.engine.rollback import Snapshot
 from fastdml.engine.stackable import (
     Unstackable,
     hooked_module,

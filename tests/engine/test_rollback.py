@@ -12,7 +12,7 @@ from torch import nn
 
 from fastdml.cohort import Cohort
 from fastdml.engine import Ema, make_optimizer
-from fastdml.engine.snapshot import Snapshot, optimizer_tensors
+from fastdml.engine.rollback import Snapshot, optimizer_tensors
 from fastdml.errors import InputError
 
 CPU = torch.device("cpu")

@@ -17,7 +17,7 @@ from torch import nn
 
 from fastdml.cohort import Cohort
 from fastdml.engine import Ema, cpus, make_optimizer, make_step, rehearsal
-from fastdml.engine.choose import CudaAutoStep
+from fastdml.engine.auto import CudaAutoStep
 from fastdml.engine.step import EagerStep
 from fastdml.errors import InputError
 from fastdml.loss import MutualLoss
