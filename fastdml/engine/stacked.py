@@ -56,7 +56,7 @@ from fastdml.engine.stackable import (
 from fastdml.engine.step import EagerStep, Outputs, StepOutput
 from fastdml.loss import MutualLoss
 from fastdml.models.googlenet import Inception
-from fastdml.models.reid import GeMPool
+from fastdml.models.reid_head import GeMPool
 from fastdml.models.resnet_cifar import Shortcut
 
 

@@ -30,7 +30,7 @@ from torch import nn
 from fastdml.errors import InputError, one_line
 from fastdml.models.googlenet import GoogLeNet
 from fastdml.models.mobilenet import MobileNet
-from fastdml.models.reid import ReidHead, ReidModel
+from fastdml.models.reid_head import ReidHead, ReidModel
 from fastdml.models.resnet_cifar import ResNetCifar
 from fastdml.models.timm_models import check_size, create_timm_model, keep_last_stage
 from fastdml.models.wide_resnet import WideResNet

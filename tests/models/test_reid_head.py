@@ -15,7 +15,7 @@ from torch import nn
 
 from fastdml.errors import InputError
 from fastdml.models import ReidHead, ReidModel, create_model
-from fastdml.models.reid import AveragePool, GeMPool
+from fastdml.models.reid_head import AveragePool, GeMPool
 
 needs_timm = pytest.mark.skipif(
     importlib.util.find_spec("timm") is None, reason="timm is not installed"
