@@ -42,7 +42,7 @@ from fastdml.data import Market1501
 from fastdml.data.sets.stand_in import build_standin
 from fastdml.errors import InputError
 from fastdml.models import ReidHead
-from fastdml.train.config import preset
+from fastdml.train.config.sources import preset
 from fastdml.train.reid import prepare
 
 SECONDS = 6.0  # of timing a case, all contenders together

@@ -341,7 +341,7 @@ def _check_options(args: Iterable[str], known: Iterable[str], command: str) -> N
 def _train_config(data: str, options: list[str]) -> TrainConfig:
     from dataclasses import fields
 
-    from fastdml.train.config import config_type, from_command_line
+    from fastdml.train.config.sources import config_type, from_command_line
 
     settings = fields(config_type(data))
     names = [field.name.replace("_", "-") for field in settings]
@@ -411,7 +411,7 @@ def _folder(text: str) -> Path:
 
 
 def _run_config(run: Path) -> TrainConfig:
-    from fastdml.train.config import load_config
+    from fastdml.train.config.sources import load_config
 
     if not (run / "config.yaml").is_file():
         within = (run.parent / "config.yaml").is_file()
@@ -426,7 +426,7 @@ def _evaluated_set(options: argparse.Namespace, config: TrainConfig) -> str:
     from fastdml import data
     from fastdml.cohort import read_record
     from fastdml.train import ReidConfig
-    from fastdml.train.config import is_known
+    from fastdml.train.config.sources import is_known
 
     if is_known(config.data):
         return config.data

@@ -11,14 +11,14 @@ import os
 from collections.abc import Sequence
 from typing import Any
 
-from fastdml.train.config import from_command_line, load_config, resolve
+from fastdml.train.config.base import TrainConfig
+from fastdml.train.config.reid import ReidConfig
+from fastdml.train.config.sources import from_command_line, load_config, resolve
 from fastdml.train.loop import evaluate, fit, run
 from fastdml.train.phase import TrainingDiverged, TrainingStopped
 from fastdml.train.reid import extract_features
-from fastdml.train.reid_settings import ReidConfig
 from fastdml.train.result import TrainResult
 from fastdml.train.scores import RetrievalScores
-from fastdml.train.settings import TrainConfig
 
 __all__ = [
     "ReidConfig",

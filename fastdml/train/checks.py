@@ -16,9 +16,9 @@ from fastdml.cohort import REMEDY, Cohort, check_logits
 from fastdml.engine.amp import Amp
 from fastdml.errors import InputError, one_line, require
 from fastdml.train.batches import Batches, described, first_batch
-from fastdml.train.config import is_known
-from fastdml.train.reid_settings import ReidConfig
-from fastdml.train.settings import TrainConfig
+from fastdml.train.config.base import TrainConfig
+from fastdml.train.config.reid import ReidConfig
+from fastdml.train.config.sources import is_known
 
 HEAD = ("pooling", "neck", "last_stride")  # settings of re-identification that a cohort has
 # How many processes a launcher started, as it tells each of them: torchrun; Open MPI; MPICH, Intel

@@ -11,7 +11,7 @@ import torch
 
 from fastdml.data.loaders.make import size
 from fastdml.train import report
-from fastdml.train.config import run_name
+from fastdml.train.config.sources import run_name
 
 if TYPE_CHECKING:
     from fastdml.train.phase import Phase

@@ -17,9 +17,9 @@ from typing import Any
 from fastdml.errors import InputError, require
 from fastdml.files import write_atomically
 from fastdml.paths import expanded
-from fastdml.train.config import CONFIG, load_config
+from fastdml.train.config.base import MUTUAL_WEIGHTS
+from fastdml.train.config.sources import CONFIG, load_config
 from fastdml.train.report import INDEPENDENT, METRICS, read_metrics
-from fastdml.train.settings import MUTUAL_WEIGHTS
 
 WIDTH, DPI = 3.4, 300  # inches, dots an inch
 LETTERS = 58  # of a line of that width

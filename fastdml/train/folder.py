@@ -18,7 +18,8 @@ from pathlib import Path
 from fastdml.errors import InputError
 from fastdml.files import NO_ROOM, partial, writing
 from fastdml.train import report
-from fastdml.train.config import (
+from fastdml.train.config.base import TrainConfig
+from fastdml.train.config.sources import (
     CONFIG,
     check_resumable,
     load_config,
@@ -26,7 +27,6 @@ from fastdml.train.config import (
     resume_folder,
     run_name,
 )
-from fastdml.train.settings import TrainConfig
 
 LAST_CHECKPOINT = "last.ckpt"
 INITIAL_CHECKPOINT = "initial.ckpt"

@@ -32,7 +32,9 @@ from fastdml.metrics import Classification, ClassificationScores
 from fastdml.terminal import lenient_stderr
 from fastdml.train import checkpoint, checks, figures, reid, report
 from fastdml.train.batches import Batches, as_batches
-from fastdml.train.config import CONFIG
+from fastdml.train.config.base import TrainConfig
+from fastdml.train.config.reid import ReidConfig
+from fastdml.train.config.sources import CONFIG
 from fastdml.train.dryrun import plan
 from fastdml.train.folder import (
     INITIAL_CHECKPOINT,
@@ -42,9 +44,7 @@ from fastdml.train.folder import (
     open_folder,
 )
 from fastdml.train.phase import Evaluate, Phase, Stop, listening, load_weights
-from fastdml.train.reid_settings import ReidConfig
 from fastdml.train.result import TrainResult
-from fastdml.train.settings import TrainConfig
 
 EVALUATION_BATCH = 500  # images; divides CIFAR's test sets
 

@@ -9,8 +9,8 @@ from fastdml.cohort import Cohort
 from fastdml.engine import learning_rates
 from fastdml.loss import MutualLoss
 from fastdml.metric_losses import MetricLoss
-from fastdml.train.reid_settings import METRIC_WEIGHTS, ReidConfig
-from fastdml.train.settings import TrainConfig
+from fastdml.train.config.base import TrainConfig
+from fastdml.train.config.reid import METRIC_WEIGHTS, ReidConfig
 
 
 def mutual_loss(config: TrainConfig, K: int) -> MutualLoss:

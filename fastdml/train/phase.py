@@ -38,11 +38,11 @@ from fastdml.engine.update import Update
 from fastdml.errors import InputError, require
 from fastdml.train import checkpoint, losses, report
 from fastdml.train.batches import Batches, assembler
-from fastdml.train.config import CONFIG, check_resumable
+from fastdml.train.config.base import TrainConfig
+from fastdml.train.config.sources import CONFIG, check_resumable
 from fastdml.train.folder import BEST, LAST_CHECKPOINT
 from fastdml.train.result import TrainResult
 from fastdml.train.scores import Scores, from_dict, main_name, main_values
-from fastdml.train.settings import TrainConfig
 from fastdml.train.statistics import Clock, Totals
 
 LOSS_NAMES = {"ce": "cross-entropy", "kl": "KL divergence", "metric": "metric loss"}

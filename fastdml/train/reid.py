@@ -37,7 +37,7 @@ from fastdml.data.sets.stand_in import StandIn, build_standin
 from fastdml.engine.amp import Amp, resolve
 from fastdml.errors import InputError
 from fastdml.models import ReidHead
-from fastdml.train.reid_settings import ReidConfig
+from fastdml.train.config.reid import ReidConfig
 from fastdml.train.scores import RetrievalScores
 
 STANDIN_FOLDER = "market1501-standin"  # below the root

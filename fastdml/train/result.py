@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING, Any
 
 from fastdml.errors import MissingExtra
 from fastdml.train import report
+from fastdml.train.config.base import TrainConfig
 from fastdml.train.scores import RetrievalScores, Scores
-from fastdml.train.settings import TrainConfig
 
 if TYPE_CHECKING:
     import pandas

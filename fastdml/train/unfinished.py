@@ -12,8 +12,8 @@ import torch
 from fastdml.cohort import RECORD, Cohort
 from fastdml.errors import InputError
 from fastdml.train import checkpoint, report
+from fastdml.train.config.base import TrainConfig
 from fastdml.train.folder import LAST_CHECKPOINT
-from fastdml.train.settings import TrainConfig
 
 ENTRIES = {  # of a checkpoint that are used here
     "description": dict,

@@ -33,8 +33,8 @@ from fastdml.data.sets import cifar, market1501
 from fastdml.errors import InputError
 from fastdml.models import create_model, model_names
 from fastdml.train import checkpoint, report
-from fastdml.train.config import load_config, preset
-from fastdml.train.settings import field_types
+from fastdml.train.config.base import field_types
+from fastdml.train.config.sources import load_config, preset
 
 DATA = ("digits", "cifar10", "cifar100", "market1501")
 TARGETS: dict[str, Target] = {}

@@ -21,8 +21,9 @@ from runs import environment
 
 from fastdml.errors import InputError
 from fastdml.paths import expand, expanded
-from fastdml.train import ReidConfig, TrainConfig, config
-from fastdml.train.config import (
+from fastdml.train import ReidConfig, TrainConfig
+from fastdml.train.config import sources
+from fastdml.train.config.sources import (
     FREE_ON_RESUME,
     check_resumable,
     from_command_line,
@@ -590,5 +591,5 @@ def test_run_names_are_safe_as_folders():
 
 
 def test_no_preset_has_an_unknown_setting():
-    for data in config.PRESETS:
+    for data in sources.PRESETS:
         assert preset(data).data == data

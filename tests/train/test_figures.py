@@ -11,7 +11,7 @@ import pytest
 
 from fastdml.errors import InputError
 from fastdml.train import TrainConfig, figures
-from fastdml.train.config import preset
+from fastdml.train.config.sources import preset
 from fastdml.train.report import MetricsLog
 
 NAMES = ["resnet20-1", "resnet20-2"]

@@ -18,10 +18,10 @@ from typing import Any, get_origin
 from fastdml.errors import InputError, require
 from fastdml.options import split_lists
 from fastdml.paths import expanded
-from fastdml.train.reid_settings import ReidConfig, reid_preset
+from fastdml.train.config.base import TrainConfig, check_names, field_types, with_length
+from fastdml.train.config.reid import ReidConfig, reid_preset
+from fastdml.train.config.yaml_file import read_settings
 from fastdml.train.report import METRICS
-from fastdml.train.settings import TrainConfig, check_names, field_types, with_length
-from fastdml.train.yaml_file import read_settings
 
 CONFIG = "config.yaml"  # the settings of a run, in its folder
 REID = ("market1501",)  # the data sets of re-identification

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
 
 from fastdml.errors import InputError
-from fastdml.train.settings import COUNT, FRACTION, NOT_NEGATIVE, Limit, TrainConfig
+from fastdml.train.config.base import COUNT, FRACTION, NOT_NEGATIVE, Limit, TrainConfig
 
 
 @dataclass(frozen=True, kw_only=True)

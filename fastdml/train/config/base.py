@@ -2,7 +2,7 @@
 
 Defaults are the paper's for CIFAR-100. The line below each field is its help text on the command
 line. A value from anywhere passes the same checks; an unknown key is refused with the nearest known
-one. `fastdml.train.reid_settings` has what re-identification adds.
+one. `fastdml.train.config.reid` has what re-identification adds.
 """
 
 from __future__ import annotations

@@ -1,0 +1,1 @@
+"""The settings of a run: what they are, their limits, and where they come from."""

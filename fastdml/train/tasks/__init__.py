@@ -1,0 +1,1 @@
+"""What peers learn: a task a module."""
