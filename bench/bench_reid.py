@@ -43,7 +43,7 @@ from fastdml.data.sets.stand_in import build_standin
 from fastdml.errors import InputError
 from fastdml.models import ReidHead
 from fastdml.train.config.sources import preset
-from fastdml.train.reid import prepare
+from fastdml.train.tasks.reid import prepare
 
 SECONDS = 6.0  # of timing a case, all contenders together
 PEOPLE = 750

@@ -104,7 +104,10 @@ def evaluate(args: list[str]) -> None:
 
     from fastdml.data import load
     from fastdml.engine import cpus
-    from fastdml.train import ReidConfig, loop, reid, report
+    from fastdml.train import ReidConfig, report
+    from fastdml.train.run import choose_device
+    from fastdml.train.run import evaluate as evaluate_images
+    from fastdml.train.tasks import reid
 
     config = _run_config(options.run).replace(device=options.device)
     retrieval = isinstance(config, ReidConfig)
@@ -114,7 +117,7 @@ def evaluate(args: list[str]) -> None:
         raise InputError(f"{option} is for runs on market1501; {options.run} is on {config.data}")
     if options.ranked_lists < 0:
         raise InputError(f"--ranked-lists {options.ranked_lists}: give 0 or more")
-    device = loop.choose_device(config)
+    device = choose_device(config)
     torch.set_num_threads(cpus.sensible())
     data = _evaluated_set(options, config)
     cohort = _run_cohort(options, device)
@@ -135,7 +138,7 @@ def evaluate(args: list[str]) -> None:
         )
     else:
         _, test = load(data, root, download=options.download, hint="--download")
-        scores, pictures = asdict(loop.evaluate(cohort, test, amp=config.amp)), []
+        scores, pictures = asdict(evaluate_images(cohort, test, amp=config.amp)), []
     if options.json:
         found = {"run": str(options.run), "weights": options.weights, "peers": cohort.names}
         print(report.to_json({**found, "device": report.device_name(device), "scores": scores}))

@@ -14,11 +14,11 @@ from typing import Any
 from fastdml.train.config.base import TrainConfig
 from fastdml.train.config.reid import ReidConfig
 from fastdml.train.config.sources import from_command_line, load_config, resolve
-from fastdml.train.loop import evaluate, fit, run
-from fastdml.train.phase import TrainingDiverged, TrainingStopped
-from fastdml.train.reid import extract_features
 from fastdml.train.result import TrainResult
-from fastdml.train.scores import RetrievalScores
+from fastdml.train.run import evaluate, fit, run
+from fastdml.train.tasks.reid import extract_features
+from fastdml.train.tasks.scores import RetrievalScores
+from fastdml.train.trainer import TrainingDiverged, TrainingStopped
 
 __all__ = [
     "ReidConfig",

@@ -14,7 +14,7 @@ from fastdml.train import report
 from fastdml.train.config.sources import run_name
 
 if TYPE_CHECKING:
-    from fastdml.train.phase import Phase
+    from fastdml.train.trainer import Phase
 
 
 def plan(phase: Phase) -> str:

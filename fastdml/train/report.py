@@ -37,7 +37,7 @@ from fastdml import __version__
 from fastdml.errors import InputError, require
 from fastdml.files import create, sync, write_atomically, writing
 from fastdml.paths import expanded
-from fastdml.train.scores import main_name
+from fastdml.train.tasks.scores import main_name
 
 METRICS = "metrics.jsonl"
 SUMMARY = "summary.json"

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 from fastdml.errors import MissingExtra
 from fastdml.train import report
 from fastdml.train.config.base import TrainConfig
-from fastdml.train.scores import RetrievalScores, Scores
+from fastdml.train.tasks.scores import RetrievalScores, Scores
 
 if TYPE_CHECKING:
     import pandas

@@ -32,7 +32,8 @@ from fastdml.data.files.decode import decode
 from fastdml.data.loaders import make, torch_workers
 from fastdml.data.loaders.dali import checked
 from fastdml.errors import InputError, MissingExtra
-from fastdml.train import checkpoint, figures, reid
+from fastdml.train import checkpoint, figures
+from fastdml.train.tasks import reid
 
 MARKET = {"size": (256, 128), "pad": 10, "padding": "black", "erase": 0.5}
 # of a batch normalised by ImageNet's deviations: rounding alone, and that of weights to 1/256

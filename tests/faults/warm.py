@@ -126,7 +126,7 @@ def _prepare() -> None:
     from torch.utils import tensorboard
 
     import fastdml.cli
-    import fastdml.train.loop
+    import fastdml.train.run
 
     assert all((matplotlib, safetensors, sklearn, tqdm, tyro, yaml, tensorboard, fastdml))
     torch.set_num_threads(1)

@@ -18,9 +18,10 @@ from torch.utils.data import DataLoader, IterableDataset, Subset, TensorDataset
 from fastdml import cli, train
 from fastdml.cohort import Cohort
 from fastdml.data import ImageSet, ResidentLoader
+from fastdml.engine.amp import resolve
 from fastdml.errors import InputError
 from fastdml.models import ReidHead
-from fastdml.train import ReidConfig, TrainConfig, checkpoint, fit
+from fastdml.train import ReidConfig, TrainConfig, checkpoint, checks, fit
 from fastdml.train.batches import IterableBatches
 from fastdml.train.checks import WORLD_SIZES
 
@@ -238,9 +239,9 @@ class TestFailingPeers:
         assert peers.peers[0][1].num_batches_tracked == len(loader()) == result.history[0]["step"]
         weights = [w.detach().clone() for w in cohort().parameters()]
         plain = cohort()
-        step = train.loop.checks.first_look(
+        step = checks.first_look(
             plain, IterableBatches(loader(), torch.device("cpu"), CLASSES), settings(),
-            train.loop.resolve("off", torch.device("cpu")),
+            resolve("off", torch.device("cpu")),
         )  # fmt: skip
         assert step.shape == (8, *SHAPE)
         assert all(torch.equal(a, b) for a, b in zip(weights, plain.parameters(), strict=True))

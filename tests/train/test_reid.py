@@ -24,8 +24,9 @@ from fastdml.data.sets.stand_in import StandIn
 from fastdml.engine.amp import Amp
 from fastdml.errors import InputError
 from fastdml.models import ReidHead
-from fastdml.train import ReidConfig, RetrievalScores, checkpoint, loop, losses, reid, report
+from fastdml.train import ReidConfig, RetrievalScores, checkpoint, losses, report
 from fastdml.train.report import read_metrics
+from fastdml.train.tasks import reid
 
 CPU = torch.device("cpu")
 # 4 identities x 4 images a step, three steps an epoch, every loss there is
@@ -121,7 +122,7 @@ def batch_hard(features, labels):
     ],
 )
 def test_learning_rates(changes, expected):
-    config = training.config.preset("market1501", **changes)
+    config = training.config.sources.preset("market1501", **changes)
     steps = 8
     table = losses.rates(config, steps)
     assert len(table) == losses.total_steps(config, steps)
@@ -249,16 +250,16 @@ def test_a_crash_leaves_no_trace(settings, market, tmp_path, changes):
         return reid.prepare(market, config, CPU, lambda line: None)
 
     whole, train, test = prepared()
-    unbroken = loop.fit(whole, train, test, config)
+    unbroken = training.fit(whole, train, test, config)
     assert unbroken.history[-1]["step"] == (config.iterations or 9)
     assert unbroken.history[-1]["epoch"] == (config.iterations or 9) / 3  # the last cut short
 
     broken = config.replace(folder=str(tmp_path / "broken"))
     cohort, train, test = prepared()
     with pytest.raises(Crash):
-        loop.fit(cohort, CrashingLoader(train, 4), test, broken)
+        training.fit(cohort, CrashingLoader(train, 4), test, broken)
     again, train, test = prepared()
-    resumed = loop.fit(again, train, test, broken.replace(resume=True))
+    resumed = training.fit(again, train, test, broken.replace(resume=True))
     assert same_weights(again, whole)
     assert logged(resumed.folder) == logged(unbroken.folder)
     assert resumed.scores == unbroken.scores
@@ -300,7 +301,7 @@ def test_every_execution_trains_alike_on_a_gpu(settings, tmp_path, execution):
     for name in ("eager", execution):
         folder = str(tmp_path / name)
         config = settings(device="cuda", execution=name, folder=folder, **ALL_LOSSES, lr=1e-4)
-        found.append(loop.run(config))
+        found.append(training.run(config))
     for a, b in zip(*(result.history for result in found), strict=True):
         assert a["loss"] == pytest.approx(b["loss"], rel=0.05)
     assert min(found[1].scores.mAP) > 0.3
@@ -440,9 +441,9 @@ def test_bad_files(settings, market_root, tmp_path, capfd):
     bad = sorted((root / "bounding_box_train").iterdir())[3]
     bad.write_bytes(b"no picture")
     with pytest.raises(InputError, match=f"{bad.name}: not an image.*set bad_files to skip"):
-        loop.run(settings(root=root))
+        training.run(settings(root=root))
     assert not Path(settings().folder).exists()
-    result = loop.run(settings(root=root, bad_files="skip", epochs=1, subset=24))
+    result = training.run(settings(root=root, bad_files="skip", epochs=1, subset=24))
     assert f"left out: 1 of 112 files are bad: {bad}" in capfd.readouterr().err
     assert result.scores.queries == 15
 
@@ -454,7 +455,7 @@ def test_a_subset_is_even(settings, market):
 
 
 def test_a_dry_run_writes_nothing(settings, tmp_path, capsys):
-    assert loop.run(settings(dry_run=True, **ALL_LOSSES)) is None
+    assert training.run(settings(dry_run=True, **ALL_LOSSES)) is None
     out = capsys.readouterr().out
     assert "3 an epoch of 16 images, 2 epochs, 6 in all" in out
     assert list(tmp_path.iterdir()) == []

@@ -30,7 +30,7 @@ from fastdml.errors import InputError
 from fastdml.files import writing
 from fastdml.metrics import Classification, ClassificationScores
 from fastdml.terminal import lenient_stderr
-from fastdml.train import checkpoint, checks, figures, reid, report
+from fastdml.train import checkpoint, checks, figures, report
 from fastdml.train.batches import Batches, as_batches
 from fastdml.train.config.base import TrainConfig
 from fastdml.train.config.reid import ReidConfig
@@ -43,8 +43,9 @@ from fastdml.train.folder import (
     check_folder,
     open_folder,
 )
-from fastdml.train.phase import Evaluate, Phase, Stop, listening, load_weights
 from fastdml.train.result import TrainResult
+from fastdml.train.tasks import reid
+from fastdml.train.trainer import Evaluate, Phase, Stop, listening, load_weights
 
 EVALUATION_BATCH = 500  # images; divides CIFAR's test sets
 

@@ -9,7 +9,7 @@ import torch
 
 from fastdml.engine import StepOutput
 from fastdml.loss import MutualStats
-from fastdml.train.statistics import Clock, Totals
+from fastdml.train.meters import Clock, Totals
 
 CPU = torch.device("cpu")
 

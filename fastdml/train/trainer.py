@@ -41,9 +41,9 @@ from fastdml.train.batches import Batches, assembler
 from fastdml.train.config.base import TrainConfig
 from fastdml.train.config.sources import CONFIG, check_resumable
 from fastdml.train.folder import BEST, LAST_CHECKPOINT
+from fastdml.train.meters import Clock, Totals
 from fastdml.train.result import TrainResult
-from fastdml.train.scores import Scores, from_dict, main_name, main_values
-from fastdml.train.statistics import Clock, Totals
+from fastdml.train.tasks.scores import Scores, from_dict, main_name, main_values
 
 LOSS_NAMES = {"ce": "cross-entropy", "kl": "KL divergence", "metric": "metric loss"}
 STOPPING = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)

@@ -38,7 +38,7 @@ from fastdml.engine.amp import Amp, resolve
 from fastdml.errors import InputError
 from fastdml.models import ReidHead
 from fastdml.train.config.reid import ReidConfig
-from fastdml.train.scores import RetrievalScores
+from fastdml.train.tasks.scores import RetrievalScores
 
 STANDIN_FOLDER = "market1501-standin"  # below the root
 STANDIN = StandIn(train_images=200)

@@ -41,11 +41,11 @@ from fastdml.train import (
     TrainingStopped,
     checkpoint,
     fit,
-    loop,
     report,
 )
 from fastdml.train.batches import as_batches
 from fastdml.train.report import read_metrics
+from fastdml.train.run import _score
 
 pytestmark = pytest.mark.usefixtures("_no_pictures")  # a test that wants them calls undo
 # The cohort and the data are so small that a whole run takes a fraction of a second.
@@ -1011,7 +1011,7 @@ class TestAverages:
         train, test = make_loaders()
         plain, averaged = make_cohort(), make_cohort()
         plain_folder, folder = settings().folder + "-plain", settings().folder
-        score = functools.partial(loop._score, test, Amp(torch.device("cpu"), None, None))
+        score = functools.partial(_score, test, Amp(torch.device("cpu"), None, None))
         fit(plain, train, evaluate, settings(folder=plain_folder))
         own = checkpoint.load(Path(plain_folder) / "last.ckpt")["cohort"]
         del seen[:]
@@ -1092,7 +1092,7 @@ class TestExecutions:
 
 def test_the_step_loop_never_asks_for_a_value(settings, monkeypatch):
     """Python's ways to a tensor's value fail while steps run; reading and saving may use them."""
-    from fastdml.train.phase import Phase
+    from fastdml.train.trainer import Phase
 
     running = [False]
     calls = []
