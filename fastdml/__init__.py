@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     )
     from fastdml.models import ReidHead, create_model
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 
 _HOMES = {
     "CenterLoss": "fastdml.metric_losses",
