@@ -21,7 +21,7 @@ OLDEST_STAMP = .venv-oldest/installed.stamp
 NATIVE = kernels/fastdml_kernels/cpu_rows.c
 
 .NOTPARALLEL:
-.PHONY: help demo test test-slow test-gpu test-oldest soak fuzz sanitize lint bench clean
+.PHONY: help demo test test-slow test-gpu test-oldest soak fuzz sanitize lint bench docs clean distclean
 
 help:
 	@echo "make demo         train two peers on real handwritten digits, mutually and independently"
@@ -34,7 +34,9 @@ help:
 	@echo "make sanitize     the CPU's native code under sanitizers, for SECONDS=120 from SEED (printed)"
 	@echo "make lint         ruff: rules and formatting"
 	@echo "make bench        the benchmarks this machine can run"
-	@echo "make clean        remove both venvs and every cache"
+	@echo "make docs         write the generated parts of README and docs/"
+	@echo "make clean        remove what was built and every cache; the venvs stay"
+	@echo "make distclean    remove both venvs too"
 
 demo: $(TRAIN)
 	$(BIN)/fastdml train digits --independent
@@ -70,11 +72,17 @@ lint: $(DEV)
 bench: $(DEV)
 	$(BIN)/python $(PYTEST) bench
 
+docs: $(DEV)
+	$(BIN)/python -m docs.generate
+
+# The native code and the editable install's *.egg-info are the venvs': they go with them.
 clean:
-	rm -rf .venv .venv-oldest build dist *.egg-info kernels/*.egg-info
+	rm -rf build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis .benchmarks
+	find fastdml kernels tests bench docs examples -name __pycache__ -prune -exec rm -rf {} +
+
+distclean: clean
+	rm -rf .venv .venv-oldest *.egg-info kernels/*.egg-info
 	rm -f kernels/fastdml_kernels/*.so
-	rm -rf .pytest_cache .ruff_cache .hypothesis .benchmarks
-	find fastdml kernels tests bench -name __pycache__ -prune -exec rm -rf {} +
 
 $(TRAIN): pyproject.toml setup.py $(NATIVE)
 	$(call venv,.venv)
