@@ -14,7 +14,17 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
-PARTS = ["pyproject.toml", "setup.py", "MANIFEST.in", "README.md", "LICENSE", "fastdml", "kernels"]
+PAGES = ["README.md", "CHANGELOG.md", "CITATION.cff"]
+PARTS = [
+    "pyproject.toml",
+    "setup.py",
+    "MANIFEST.in",
+    "LICENSE",
+    *PAGES,
+    "docs",
+    "fastdml",
+    "kernels",
+]
 
 
 def build(hook: str, tmp_path: Path) -> Path:
@@ -87,7 +97,11 @@ def test_without_a_c_compiler_the_wheel_has_python_alone(tmp_path, monkeypatch):
 def test_the_source_distribution_can_be_built_and_read(tmp_path):
     with tarfile.open(build("build_sdist", tmp_path)) as archive:
         names = {name.partition("/")[2] for name in archive.getnames()}
-    assert {"setup.py", "fastdml/py.typed", "kernels/README.md"} <= names
+    assert {"setup.py", "fastdml/py.typed", "kernels/README.md", *PAGES} <= names
+    documents = [
+        path for path in (ROOT / "docs").rglob("*") if path.suffix in (".md", ".svg", ".png")
+    ]
+    assert {str(path.relative_to(ROOT)) for path in documents} <= names
     assert {
         f"kernels/fastdml_kernels/{n}" for n in ("loss_op.py", "cpu_rows.c", "py.typed")
     } <= names
@@ -105,9 +119,10 @@ def test_an_editable_install_finds_both_import_names(tmp_path):
 
 
 def sources() -> list[Path]:
-    kept = [ROOT / n for n in ("Makefile", "README.md", "pyproject.toml", "setup.py", ".ci/run")]
-    for folder in ("fastdml", "kernels", "bench", "tests"):
-        kept += [p for p in (ROOT / folder).rglob("*") if p.suffix in (".py", ".md", ".sh")]
+    kept = [ROOT / n for n in ("Makefile", "pyproject.toml", "setup.py", ".ci/run", *PAGES)]
+    for folder in ("fastdml", "kernels", "bench", "docs", "tests"):
+        suffixes = (".py", ".md", ".sh", ".svg")
+        kept += [p for p in (ROOT / folder).rglob("*") if p.suffix in suffixes]
     return kept
 
 

@@ -1,0 +1,189 @@
+"""Writes the generated parts of the documentation: settings from the dataclasses that define them,
+tables of figures from the measurements in bench/results.
+
+python -m docs.generate            writes what is out of date (make docs)
+
+A part that is generated stands between `<!-- generated: NAME -->` and `<!-- end -->`.
+"""
+
+from __future__ import annotations
+
+import ast
+import dataclasses
+import inspect
+import re
+import sys
+from collections.abc import Iterator
+from itertools import pairwise
+from pathlib import Path
+from types import NoneType
+from typing import Any, Literal, get_args, get_origin, get_type_hints
+
+from bench import report
+from fastdml.train import ReidConfig, TrainConfig
+from fastdml.train.config import FREE_ON_RESUME, preset
+
+ROOT = Path(__file__).resolve().parents[1]
+PAGES = ("README.md", "docs/settings.md", "docs/benchmarks.md")
+RESULTS = ROOT / "bench" / "results"
+PART = re.compile(r"(<!-- generated: (.+?) -->\n).*?(<!-- end -->)", re.DOTALL)
+KINDS = {int: "whole number", float: "number", str: "text", bool: "yes or no"}
+
+
+def page(text: str) -> str:
+    """The text of a page with each of its generated parts as it should be."""
+    return PART.sub(lambda found: f"{found[1]}{part(found[2])}\n{found[3]}", text)
+
+
+def part(name: str) -> str:
+    """One generated part: `settings ...`, or a file of bench/results and the titles of tables."""
+    if name.startswith("settings"):
+        return SETTINGS[name]()
+    if name == "loss against pairwise":
+        return _loss_against_pairwise()
+    rows, where = report.load(str(RESULTS / f"{name}.json"))
+    return f"```text\n{report.tables(rows, where)}\n```"
+
+
+def _loss_against_pairwise() -> str:
+    """The loss beside the loop that people write, the short form of its table."""
+    rows, _ = report.load(str(RESULTS / "loss-cpu-epyc.json"))
+    lines = [
+        "| K peers, N samples, C classes | fastdml, ms | a kl_div for every pair, ms | times |",
+        "|---|---|---|---|",
+    ]
+    for row in rows:
+        if row["direction"] == "forward_backward" and row["name"] == "ours":
+            case = {key: row[key] for key in ("dtype", "direction", "K", "N", "C")}
+            (rival,) = (
+                r["median"]
+                for r in rows
+                if r["name"] == "pairwise" and all(r[key] == case[key] for key in case)
+            )
+            ours = row["median"]
+            shape = f"{row['K']}, {row['N']}, {row['C']:,}"
+            lines.append(f"| {shape} | {1e3 * ours:.2f} | {1e3 * rival:.2f} | {rival / ours:.1f} |")
+    return "\n".join(lines)
+
+
+def _help_texts(kind: type) -> Iterator[tuple[str, str, str]]:
+    """Group, name and help text of each field that a dataclass defines: the comment `# --- group`
+    above it, and the string below it."""
+    source = inspect.getsource(kind)
+    groups = {
+        number: line.strip(" #-")
+        for number, line in enumerate(source.splitlines(), 1)
+        if line.strip().startswith("# ---")
+    }
+    body = ast.parse(source).body[0].body
+    for field, text in pairwise(body):
+        if isinstance(field, ast.AnnAssign) and isinstance(text, ast.Expr):
+            group = groups[max(number for number in groups if number < field.lineno)]
+            yield group, field.target.id, " ".join(text.value.value.split())
+
+
+def _values(kind: type, name: str) -> str:
+    """What a setting may be."""
+    hint = get_type_hints(kind)[name]
+    several = get_origin(hint) is tuple
+    if several or NoneType in get_args(hint):
+        hint = next(h for h in get_args(hint) if h is not NoneType)
+    if get_origin(hint) is Literal:
+        text = ", ".join(f"`{choice}`" for choice in get_args(hint))
+    else:
+        text = KINDS[hint]
+        if name in kind.limits:
+            text += f", {kind.limits[name][1]}"
+    return f"{text}, one or more" if several else text
+
+
+def _value(value: Any) -> str:
+    """A default, as the command line takes it."""
+    if isinstance(value, tuple):
+        return f"`{' '.join(map(str, value))}`" if value else "none"
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    if value is None:
+        return "none"
+    return f"`{value:g}`" if isinstance(value, float) else f"`{value}`"
+
+
+def _table(head: list[str], rows: list[list[str]]) -> str:
+    lines = [head, ["---"] * len(head), *rows]
+    return "\n".join(f"| {' | '.join(cell.replace('|', '/') for cell in line)} |" for line in lines)
+
+
+def _settings() -> str:
+    """Every setting of a run, in the groups that the dataclass has."""
+    groups: dict[str, list[list[str]]] = {}
+    for group, name, text in _help_texts(TrainConfig):
+        default = _value(getattr(TrainConfig(), name))
+        row = [f"`{name}`", _values(TrainConfig, name), default, text]
+        groups.setdefault(group, []).append(row)
+    head = ["setting", "values", "default", "meaning"]
+    return "\n\n".join(f"### {group}\n\n{_table(head, rows)}" for group, rows in groups.items())
+
+
+def _settings_of_data() -> str:
+    """What the data sets of classification change in the defaults."""
+    plain = preset("cifar100")
+    columns = {data: preset(data) for data in ("cifar10", "digits")}
+    rows = [
+        [f"`{name}`", *(_value(getattr(c, name)) for c in (plain, *columns.values()))]
+        for name in (field.name for field in dataclasses.fields(TrainConfig))
+        if name != "data"
+        and any(getattr(c, name) != getattr(plain, name) for c in columns.values())
+    ]
+    return _table(["setting", "cifar100", *columns], rows)
+
+
+def _settings_of_reid() -> str:
+    """What re-identification adds or sees otherwise, under its recipes."""
+    columns = {
+        "paper": preset("market1501"),
+        "strong": preset("market1501", recipe="strong"),
+        "stand-in": preset("market1501", standin=True),
+    }
+    texts = {name: text for _, name, text in _help_texts(ReidConfig)}
+    inherited = {name: text for _, name, text in _help_texts(TrainConfig)}
+    rows = []
+    for field in dataclasses.fields(ReidConfig):
+        name = field.name
+        if name == "data":
+            continue
+        if name in ("recipe", "standin"):  # which say which column holds
+            defaults = ["", "", ""]
+        else:
+            defaults = [_value(getattr(config, name)) for config in columns.values()]
+        if name in texts or len(set(defaults)) > 1:
+            text = texts.get(name) or inherited[name]
+            rows.append([f"`{name}`", _values(ReidConfig, name), *defaults, text])
+    return _table(["setting", "values", *columns, "meaning"], rows)
+
+
+def _settings_on_resume() -> str:
+    names = [f.name for f in dataclasses.fields(TrainConfig) if f.name in FREE_ON_RESUME]
+    return ", ".join(f"`{name}`" for name in names) + "."
+
+
+SETTINGS = {
+    "settings": _settings,
+    "settings of data sets": _settings_of_data,
+    "settings of re-identification": _settings_of_reid,
+    "settings on resume": _settings_on_resume,
+}
+
+
+def main() -> int:
+    for name in PAGES:
+        path = ROOT / name
+        before = path.read_text(encoding="utf-8")
+        after = page(before)
+        if after != before:
+            path.write_text(after, encoding="utf-8")
+            print(f"{name}: written")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,131 @@
+"""README and docs/: what is generated is up to date, links lead somewhere, what they show works."""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib.util
+import re
+import shlex
+from pathlib import Path
+from types import ModuleType
+from urllib.parse import unquote
+
+import pytest
+import torch
+
+import fastdml
+from fastdml.train import from_command_line
+
+ROOT = Path(__file__).resolve().parents[1]
+PAGES = sorted([*ROOT.glob("*.md"), *ROOT.glob("docs/*.md"), *ROOT.glob("kernels/*.md")])
+LINK = re.compile(r"\]\(([^)\s]+)\)")
+BLOCK = re.compile(r"^```(\w*)\n(.*?)^```", re.MULTILINE | re.DOTALL)
+
+
+def name(page: Path) -> str:
+    return str(page.relative_to(ROOT))
+
+
+def generator() -> ModuleType:
+    spec = importlib.util.spec_from_file_location("docs_generate", ROOT / "docs" / "generate.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def blocks(page: Path, kind: str) -> list[str]:
+    return [text for found, text in BLOCK.findall(page.read_text()) if found == kind]
+
+
+def anchors(page: Path) -> set[str]:
+    """What GitHub makes of a page's headings."""
+    text = BLOCK.sub("", page.read_text())
+    headings = re.findall(r"^#+ (.+)$", text, re.MULTILINE)
+    return {re.sub(r"[^\w\- ]", "", h.lower()).replace(" ", "-") for h in headings}
+
+
+def test_generated_parts_are_up_to_date():
+    generate = generator()
+    for page in generate.PAGES:
+        text = (ROOT / page).read_text()
+        assert "<!-- generated: " in text
+        assert generate.page(text) == text, f"{page} is out of date: run make docs"
+
+
+def test_every_setting_is_in_the_documentation():
+    text = (ROOT / "docs" / "settings.md").read_text()
+    for kind in (fastdml.train.TrainConfig, fastdml.train.ReidConfig):
+        names = [field.name for field in dataclasses.fields(kind)]
+        missing = [n for n in names if f"| `{n}` |" not in text]
+        assert not missing, missing
+
+
+@pytest.mark.parametrize("page", PAGES, ids=name)
+def test_relative_links_lead_somewhere(page):
+    for link in LINK.findall(BLOCK.sub("", page.read_text())):
+        if link.startswith(("http://", "https://")):
+            continue
+        target, _, anchor = unquote(link).partition("#")
+        path = (page.parent / target).resolve() if target else page
+        assert path.exists(), f"{name(page)}: {link}"
+        if anchor:
+            assert anchor in anchors(path), f"{name(page)}: {link}"
+
+
+def test_the_front_page_stays_short():
+    assert len((ROOT / "README.md").read_text().splitlines()) <= 130
+
+
+def test_pictures_are_small():
+    pictures = list((ROOT / "docs" / "images").iterdir())
+    assert pictures
+    for picture in pictures:
+        assert picture.stat().st_size < 200_000, picture.name
+
+
+def test_the_version_is_the_same_everywhere():
+    newest = re.search(r"^## \[(\S+)\] - (\S+)$", (ROOT / "CHANGELOG.md").read_text(), re.MULTILINE)
+    citation = (ROOT / "CITATION.cff").read_text()
+    assert newest[1] == fastdml.__version__
+    assert f"\nversion: {newest[1]}\n" in citation
+    assert f'\ndate-released: "{newest[2]}"\n' in citation
+
+
+@pytest.mark.parametrize("page", ["README.md", "docs/loss.md"])
+def test_the_loss_as_shown(page):
+    shown = [text for text in blocks(ROOT / page, "python") if "mutual_loss" in text]
+    assert shown
+    for text in shown:
+        peers = [torch.nn.Linear(4, 3) for _ in range(2)]
+        values = {
+            "peers": peers,
+            "images": torch.randn(8, 4),
+            "labels": torch.randint(3, (8,)),
+            "optimizers": [torch.optim.SGD(peer.parameters(), 0.1) for peer in peers],
+        }
+        exec(text, values)
+        assert all(peer.weight.grad.any() for peer in peers)
+
+
+def test_training_as_shown(tmp_path, monkeypatch, capsys):
+    pytest.importorskip("sklearn")
+    monkeypatch.chdir(tmp_path)
+    (text,) = [text for text in blocks(ROOT / "README.md", "python") if "train.digits" in text]
+    exec(text, {})
+    assert "top-1 %" in capsys.readouterr().out
+
+
+def test_training_commands_as_shown(tmp_path, monkeypatch):
+    """Every `fastdml train` line is one that the command takes."""
+    pytest.importorskip("tyro")
+    monkeypatch.chdir(tmp_path)
+    Path("settings.yaml").write_text("lr: 0.05\n")
+    seen = 0
+    for page in PAGES:
+        text = "\n".join(text for _, text in BLOCK.findall(page.read_text()))
+        for line in re.findall(r"^(?:\$ )?fastdml train (.+)$", text, re.MULTILINE):
+            data, *options = shlex.split(line, comments=True)
+            # there is no run to go on with
+            assert from_command_line(data, [o for o in options if o != "--resume"]).data == data
+            seen += 1
+    assert seen >= 5
