@@ -18,7 +18,7 @@ from fastdml.train import from_command_line
 
 ROOT = Path(__file__).resolve().parents[1]
 PAGES = sorted([*ROOT.glob("*.md"), *ROOT.glob("docs/*.md"), *ROOT.glob("kernels/*.md")])
-LINK = re.compile(r"\]\(([^)\s]+)\)")
+LINK = re.compile(r"(?:\]\(|<img src=\")([^)\s\"]+)")
 BLOCK = re.compile(r"^```(\w*)\n(.*?)^```", re.MULTILINE | re.DOTALL)
 
 
@@ -123,7 +123,7 @@ def test_training_commands_as_shown(tmp_path, monkeypatch):
     seen = 0
     for page in PAGES:
         text = "\n".join(text for _, text in BLOCK.findall(page.read_text()))
-        for line in re.findall(r"^(?:\$ )?fastdml train (.+)$", text, re.MULTILINE):
+        for line in re.findall(r"^(?:\$ )?(?:\w+=\S+ )?fastdml train (.+)$", text, re.MULTILINE):
             data, *options = shlex.split(line, comments=True)
             # there is no run to go on with
             assert from_command_line(data, [o for o in options if o != "--resume"]).data == data
