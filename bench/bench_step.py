@@ -22,7 +22,8 @@ from bench import timing
 from bench.baselines import pairwise, summed
 from bench.conftest import chosen_device
 from fastdml import Cohort, MutualLoss
-from fastdml.engine import amp, executions, make_optimizer, make_step
+from fastdml.engine import executions, make_optimizer, make_step
+from fastdml.engine.amp import resolve_amp
 from fastdml.errors import InputError
 
 SECONDS = {"cpu": 10.0, "cuda": 6.0}  # of timing a case, all contenders together
@@ -68,7 +69,7 @@ def _sgd(parameters: list[Tensor]) -> torch.optim.SGD:
 
 def _names(case: Case, device: torch.device) -> list[str]:
     """Contenders; the eager step in both memory formats, the others in the one for speed."""
-    native = amp.resolve("auto", device).name
+    native = resolve_amp("auto", device).name
     precisions = ["fp32"] if native == "fp32" else ["fp32", native]
     names = ["pairwise", "summed"]
     if native == "bf16":

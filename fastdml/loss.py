@@ -12,8 +12,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Literal, NamedTuple, TypedDict, overload
 
 import torch
-from fastdml_kernels import Call, Options
-from fastdml_kernels import evaluate as _evaluate
+from fastdml_kernels import Call, Options, losses_and_grads
 from fastdml_kernels import linear_mutual_loss as _linear_mutual_loss
 from fastdml_kernels import mutual_loss as _mutual_loss
 from fastdml_kernels import mutual_losses as _mutual_losses
@@ -220,7 +219,7 @@ class MutualLoss(nn.Module):
         """
         tensors, call = self._call(logits, labels, True)
         with torch.no_grad():
-            losses, packed, grads = _evaluate(tensors, call, True)
+            losses, packed, grads = losses_and_grads(tensors, call, True)
         return losses, _unpack(packed, _count(tensors)), grads
 
     def _call(

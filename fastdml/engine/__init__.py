@@ -23,7 +23,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from fastdml.engine import cpus
-from fastdml.engine.amp import Amp, resolve
+from fastdml.engine.amp import Amp, resolve_amp
 from fastdml.engine.apex import takes_number
 from fastdml.engine.auto import (
     AutoStep,
@@ -181,7 +181,7 @@ def make_step(
                 f"other: use {' or '.join(able)}"
             )
     if isinstance(amp, str):
-        amp = resolve(amp, device)
+        amp = resolve_amp(amp, device)
     options = StepOptions(
         compile=compile,
         grad_clip=grad_clip,

@@ -80,7 +80,7 @@ class Amp:
         )
 
 
-def resolve(amp: str, device: torch.device) -> Amp:
+def resolve_amp(amp: str, device: torch.device) -> Amp:
     """ "auto" becomes the fastest precision that trains safely on this device."""
     if amp == "auto":
         amp = _fastest(device)

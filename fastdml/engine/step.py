@@ -169,7 +169,7 @@ class EagerStep:
     def gradients(self, images: Tensor, labels: Tensor, loss: MutualLoss) -> StepOutput:
         """Adds the gradients of a part of the batch to the weights' own."""
         outputs = self.outputs(images)
-        output, grads = self.evaluate([_detached(out) for out in outputs], labels, loss)
+        output, grads = self.losses_and_grads([_detached(out) for out in outputs], labels, loss)
         self.backward(outputs, grads)
         return output
 
@@ -197,7 +197,7 @@ class EagerStep:
             raise InputError(f"peer {name} must return logits and features for a metric loss")
         return tuple(tensors)
 
-    def evaluate(
+    def losses_and_grads(
         self,
         outputs: list[Outputs],
         labels: Tensor,
@@ -235,7 +235,7 @@ class SequentialStep(EagerStep):
         predictions = [_detached(out) for out in outputs]
         rounds = []  # the loss as each peer met it
         for k in range(K):
-            output, grads = self.evaluate(predictions, labels, self.loss, [k])
+            output, grads = self.losses_and_grads(predictions, labels, self.loss, [k])
             rounds.append(output)
             if not outputs[k][0].requires_grad:
                 continue

@@ -25,7 +25,7 @@ from fastdml.cohort import Cohort
 from fastdml.data import HINT, ImageSet, ResidentLoader, load, make_loader
 from fastdml.data.loaders.torch_workers import naming_dead_workers
 from fastdml.engine import cpus
-from fastdml.engine.amp import Amp, resolve
+from fastdml.engine.amp import Amp, resolve_amp
 from fastdml.errors import InputError
 from fastdml.files import writing
 from fastdml.metrics import Classification, ClassificationScores
@@ -125,7 +125,7 @@ def _fit(
     device = next(cohort.parameters()).device
     cohort.to(memory_format=torch.channels_last)
     train = as_batches(train, device, cohort.num_classes)
-    amp = resolve(config.amp, device)
+    amp = resolve_amp(config.amp, device)
     evaluate = test
     if test is not None and not callable(test):
         test = as_batches(test, device, cohort.num_classes, "test")
@@ -208,7 +208,7 @@ def _independent(mutual: Phase, stop: Stop) -> TrainResult:
     with writing(folder):
         folder.mkdir(exist_ok=True)
     config = mutual.config.alone().replace(folder=str(folder))
-    amp = resolve(config.amp, mutual.device)  # with a scaler of its own
+    amp = resolve_amp(config.amp, mutual.device)  # with a scaler of its own
     try:
         choice = mutual.choice and mutual.choice._replace(execution=mutual.execution)
         return Phase(cohort, mutual.train, mutual.evaluate, config, folder, amp, choice).run(stop)
@@ -300,7 +300,7 @@ def evaluate(cohort: Cohort, test: ImageSet | Any, amp: str = "auto") -> Classif
         print(line, file=sys.stderr)
     cohort.to(memory_format=torch.channels_last)
     with reid.evaluating(cohort):
-        return _score(test, resolve(amp, device), cohort)
+        return _score(test, resolve_amp(amp, device), cohort)
 
 
 def _as_trained(cohort: Cohort, test: ImageSet, device: torch.device) -> ResidentLoader:

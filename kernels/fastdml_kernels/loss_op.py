@@ -98,7 +98,7 @@ def _without_autocast(device: str) -> AbstractContextManager:
     return nullcontext()
 
 
-def evaluate(
+def losses_and_grads(
     logits: Sequence[Tensor],  # K tensors (N, C), or one (K, N, C)
     call: Call,
     need_grad: bool,
@@ -218,7 +218,7 @@ torch.library.define(
 )
 
 
-def _evaluate_flat(logits, upstream, need_grad, *flat):
+def _losses_and_grads_flat(logits, upstream, need_grad, *flat):
     grads = new_grads(logits) if need_grad else []
     losses, stats = compute(logits, unflatten(*flat), grads, upstream)
     if stats is None:  # an operator's results have fixed types
@@ -228,7 +228,7 @@ def _evaluate_flat(logits, upstream, need_grad, *flat):
 
 
 for _device in ("cpu", "cuda"):
-    torch.library.impl("fastdml::mutual_loss", _device, _evaluate_flat)
+    torch.library.impl("fastdml::mutual_loss", _device, _losses_and_grads_flat)
 
 
 @torch.library.register_fake("fastdml::mutual_loss")

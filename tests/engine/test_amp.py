@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from fastdml.engine.amp import LossScale, resolve
+from fastdml.engine.amp import LossScale, resolve_amp
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")
 
@@ -21,7 +21,7 @@ CPU, CUDA = torch.device("cpu"), torch.device("cuda")
 )
 def test_auto_on_cpu_uses_bf16_where_the_cpu_has_it(monkeypatch, capabilities, name):
     monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: capabilities)
-    amp = resolve("auto", CPU)
+    amp = resolve_amp("auto", CPU)
     assert amp.name == name
     assert amp.scaler is None
 
@@ -32,7 +32,7 @@ def test_auto_on_cpu_uses_bf16_where_the_cpu_has_it(monkeypatch, capabilities, n
 def test_auto_on_cuda_follows_the_compute_capability(monkeypatch, capability, name):
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
     monkeypatch.setattr("fastdml.engine.amp.LossScale", lambda device: f"scaler on {device}")
-    amp = resolve("auto", CUDA)
+    amp = resolve_amp("auto", CUDA)
     assert amp.name == name
     assert amp.scaler == ("scaler on cuda" if name == "fp16" else None)
 
@@ -41,7 +41,7 @@ def test_auto_on_cuda_follows_the_compute_capability(monkeypatch, capability, na
     ("name", "dtype"), [("fp32", torch.float32), ("bf16", torch.bfloat16), ("fp16", torch.float16)]
 )
 def test_autocast_computes_in_the_named_precision(name, dtype):
-    amp = resolve("off" if name == "fp32" else name, CPU)
+    amp = resolve_amp("off" if name == "fp32" else name, CPU)
     with amp.autocast():
         assert torch.nn.Linear(2, 2)(torch.ones(1, 2)).dtype == dtype
     assert amp.name == name

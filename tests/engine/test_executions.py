@@ -17,8 +17,8 @@ from torch import nn
 
 from fastdml.cohort import Cohort
 from fastdml.data import ImageSet, ResidentLoader
-from fastdml.engine import EXECUTIONS, Amp, Ema, Schedule, amp, make_optimizer, make_step
-from fastdml.engine.amp import LossScale
+from fastdml.engine import EXECUTIONS, Amp, Ema, Schedule, make_optimizer, make_step
+from fastdml.engine.amp import LossScale, resolve_amp
 from fastdml.engine.graph import CudaCapture, GraphStep
 from fastdml.engine.rollback import optimizer_tensors
 from fastdml.engine.stacked import StackedStep
@@ -119,7 +119,7 @@ class Run:
         self.after = After(schedule, len(peers), device)
         self.ema = Ema(self.cohort, average) if average else None
         self.loss = loss or MutualLoss(label_smoothing=0.1)
-        self.amp = amp.resolve(precision, device)
+        self.amp = resolve_amp(precision, device)
         options = StepOptions(ema=self.ema, after=self.after, **options)
         kind = make or KINDS[kind]
         self.step = kind(self.cohort, self.loss, self.optimizer, self.amp, options)
@@ -244,7 +244,7 @@ class TestGraphLogic:
             cohort = Cohort([peer(0), peer(1)], C)
             optimizer = make_optimizer(cohort, lr=0.1)
             torch.manual_seed(5)
-            step = make(cohort, MutualLoss(), optimizer, amp.resolve("off", CPU), StepOptions())
+            step = make(cohort, MutualLoss(), optimizer, resolve_amp("off", CPU), StepOptions())
             captures = []
             for i, batch in enumerate(batches(4)):
                 if i % 2 == 0:
@@ -310,7 +310,7 @@ class TestGraphLogic:
     def test_a_rate_that_the_graph_would_freeze_is_refused(self):
         cohort = Cohort([peer(0), peer(1)], C)
         optimizer = torch.optim.SGD(cohort.parameters(), 0.1)
-        step = EagerStep(cohort, MutualLoss(), optimizer, amp.resolve("off", CPU), StepOptions())
+        step = EagerStep(cohort, MutualLoss(), optimizer, resolve_amp("off", CPU), StepOptions())
         with pytest.raises(InputError, match="SGD holds its learning rate on the host"):
             GraphStep(step, DirectCapture)
 

@@ -11,8 +11,8 @@ import torch.nn.functional as F
 from torch import nn
 
 from fastdml.cohort import Cohort
-from fastdml.engine import EXECUTIONS, Amp, Ema, amp, make_optimizer, make_step
-from fastdml.engine.amp import LossScale
+from fastdml.engine import EXECUTIONS, Amp, Ema, make_optimizer, make_step
+from fastdml.engine.amp import LossScale, resolve_amp
 from fastdml.engine.graph import GraphStep
 from fastdml.engine.stacked import StackedStep
 from fastdml.engine.step import EagerStep, SequentialStep, StepOptions
@@ -96,7 +96,7 @@ class Run:
         self.optimizer = make_optimizer(self.cohort, optimizer, lr=RATE, weight_decay=1e-3)
         self.metric = metric_for(self.cohort, **(weights or {}))
         self.ema = Ema(self.cohort, ema) if ema else None
-        precision = amp.resolve(precision, device) if isinstance(precision, str) else precision
+        precision = resolve_amp(precision, device) if isinstance(precision, str) else precision
         options = StepOptions(metric=self.metric, ema=self.ema)
         self.step = kind(self.cohort, MutualLoss(), self.optimizer, precision, options)
 

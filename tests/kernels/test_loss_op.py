@@ -13,7 +13,7 @@ from functools import partial
 
 import pytest
 import torch
-from fastdml_kernels import Call, Options, evaluate, loss_op, mutual_loss
+from fastdml_kernels import Call, Options, loss_op, losses_and_grads, mutual_loss
 from fastdml_kernels.launch import _Counters, launch
 from fastdml_kernels.loss_op import flatten
 from fastdml_kernels.scale_grads import launch_scale, scale_
@@ -404,7 +404,7 @@ def test_kernels_read_weights_of_any_strides(monkeypatch, regime):
     monkeypatch.setattr(loss_op, "mutual_loss_cpu", partial(launch, regime=regime))
     monkeypatch.setattr(loss_op, "launch", partial(launch, regime=regime))
     plain, other = (
-        evaluate(p.logits, Call(p.labels, p.options, 1.0, 1.0, 1.0, *w, True), True)
+        losses_and_grads(p.logits, Call(p.labels, p.options, 1.0, 1.0, 1.0, *w, True), True)
         for w in (weights, strided)
     )
     same([*other[:2], *other[2]], [*plain[:2], *plain[2]])
@@ -596,9 +596,9 @@ def test_many_programs_give_the_same_bits_every_time(shape):
     """A race between the programs would show as another sum."""
     z = [torch.randn(shape[1:], device=DEVICE) for _ in range(shape[0])]
     arguments = call(labels_for(z))
-    first = evaluate(z, arguments, True)
+    first = losses_and_grads(z, arguments, True)
     for _ in range(200):
-        again = evaluate(z, arguments, True)
+        again = losses_and_grads(z, arguments, True)
         assert torch.equal(first[0], again[0])
         assert torch.equal(first[1], again[1])
         assert all(torch.equal(a, b) for a, b in zip(first[2], again[2], strict=True))
@@ -609,10 +609,10 @@ def test_every_batch_size_runs_the_same_compiled_kernel():
     from fastdml_kernels.register_rows import register_rows
 
     compiled_kernels = register_rows.device_caches[torch.cuda.current_device()][0]
-    evaluate(z := leaves(N=64), call(labels_for(z)), True)
+    losses_and_grads(z := leaves(N=64), call(labels_for(z)), True)
     before = len(compiled_kernels)
     for N in (1, 2, 16, 17, 128, 1000):
-        evaluate(z := leaves(N=N), call(labels_for(z)), True)
+        losses_and_grads(z := leaves(N=N), call(labels_for(z)), True)
     assert len(compiled_kernels) == before
 
 
@@ -637,9 +637,9 @@ def test_more_than_2_to_the_31_elements(N, C):
         pytest.skip(f"needs {5 * N * C * 2 >> 30} GiB")
     z = [torch.randn(N, C, dtype=torch.bfloat16, device=DEVICE) for _ in range(2)]
     y = torch.randint(0, C, (N,), device=DEVICE)
-    grads = evaluate(z, call(y, reduction="sum", want_stats=False), True)[2]
+    grads = losses_and_grads(z, call(y, reduction="sum", want_stats=False), True)[2]
     end = [x[-5:].contiguous() for x in z]
-    tail = evaluate(end, call(y[-5:], reduction="sum", want_stats=False), True)[2]
+    tail = losses_and_grads(end, call(y[-5:], reduction="sum", want_stats=False), True)[2]
     assert all(torch.equal(g[-5:], t) for g, t in zip(grads, tail, strict=True))
 
 

@@ -18,7 +18,7 @@ from torch.utils.data import DataLoader, IterableDataset, Subset, TensorDataset
 from fastdml import cli, train
 from fastdml.cohort import Cohort
 from fastdml.data import ImageSet, ResidentLoader
-from fastdml.engine.amp import resolve
+from fastdml.engine.amp import resolve_amp
 from fastdml.errors import InputError
 from fastdml.models import ReidHead
 from fastdml.train import ReidConfig, TrainConfig, checkpoint, checks, fit
@@ -241,7 +241,7 @@ class TestFailingPeers:
         plain = cohort()
         step = checks.first_look(
             plain, IterableBatches(loader(), torch.device("cpu"), CLASSES), settings(),
-            resolve("off", torch.device("cpu")),
+            resolve_amp("off", torch.device("cpu")),
         )  # fmt: skip
         assert step.shape == (8, *SHAPE)
         assert all(torch.equal(a, b) for a, b in zip(weights, plain.parameters(), strict=True))

@@ -34,7 +34,7 @@ from fastdml.data import (
 from fastdml.data.loaders.dali import checked
 from fastdml.data.loaders.torch_workers import naming_dead_workers
 from fastdml.data.sets.stand_in import StandIn, build_standin
-from fastdml.engine.amp import Amp, resolve
+from fastdml.engine.amp import Amp, resolve_amp
 from fastdml.errors import InputError
 from fastdml.models import ReidHead
 from fastdml.train.config.reid import ReidConfig
@@ -205,7 +205,7 @@ def extract_features(
     device = next(cohort.parameters()).device
     with evaluating(cohort):
         features = Features(source, size, device, loader=loader, batch_size=batch_size)
-        return features(cohort, resolve(amp, device), flip_test)
+        return features(cohort, resolve_amp(amp, device), flip_test)
 
 
 @contextmanager
@@ -257,7 +257,7 @@ class Retrieval:
         self, market: Market1501, config: ReidConfig, device: torch.device, say: Say
     ) -> None:
         self.market, self.config = market, config
-        self.amp = resolve(config.amp, device)
+        self.amp = resolve_amp(config.amp, device)
         self.say = say
         self.query, self.gallery = self._features(market.query), self._features(market.gallery)
 
