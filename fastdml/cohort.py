@@ -14,7 +14,6 @@ import io
 import json
 import math
 import os
-import re
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import partial
@@ -28,7 +27,7 @@ import torch
 from torch import Tensor, nn
 
 from fastdml.errors import InputError, one_line, require
-from fastdml.files import Staged, write_atomically, writing
+from fastdml.files import Staged, safe_name, write_atomically, writing
 from fastdml.models import ReidHead, check_count, create_model, is_own
 from fastdml.paths import expanded
 from fastdml.tensors import absence, lacks_values
@@ -524,8 +523,7 @@ def _listed(peers: Sequence[str | nn.Module]) -> list[str | nn.Module]:
 
 def _peer_file(k: int, name: str) -> str:
     """The number keeps files apart whose names differ only in what a file name cannot hold."""
-    safe = re.sub(r"[^A-Za-z0-9_.-]", "_", name)[:LONGEST_NAME]
-    return f"peers/{k:02d}-{safe}.safetensors"
+    return f"peers/{k:02d}-{safe_name(name, LONGEST_NAME)}.safetensors"
 
 
 def _read(path: Path) -> bytes:

@@ -11,6 +11,7 @@ from __future__ import annotations
 import contextlib
 import errno
 import os
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -60,6 +61,12 @@ class Staged:
 
 def partial(path: Path) -> Path:
     return path.with_name(f".{path.name}.partial")
+
+
+def safe_name(name: str, longest: int = 100) -> str:
+    """`name` as part of a file's name on any system: ASCII letters, digits and `_.-`, every other
+    character as `_`, at most `longest` of them."""
+    return re.sub(r"[^A-Za-z0-9_.-]", "_", name)[:longest]
 
 
 def create(path: Path) -> BinaryIO:

@@ -13,7 +13,7 @@ from torch import nn
 
 from fastdml.cohort import Cohort
 from fastdml.errors import InputError
-from fastdml.files import partial, write_atomically
+from fastdml.files import partial, safe_name, write_atomically
 from fastdml.train import TrainConfig, checkpoint
 from fastdml.train.report import MetricsLog
 
@@ -119,3 +119,17 @@ def test_files_have_the_permissions_that_the_umask_leaves(tmp_path):
         os.umask(before)
     assert (tmp_path / "text").stat().st_mode & 0o777 == 0o640
     assert Path(tmp_path / "text").read_bytes() == b"bytes"
+
+
+@pytest.mark.parametrize(
+    ("name", "expected"),
+    [
+        ("resnet20-1", "resnet20-1"),
+        ("timm:convnext_tiny.in12k", "timm_convnext_tiny.in12k"),
+        ("../größe\0\n日", ".._gr__e___"),
+        ("x" * 300, "x" * 100),
+    ],
+)
+def test_a_name_that_is_part_of_a_files_name_is_safe_on_any_system(name, expected):
+    assert safe_name(name) == expected
+    assert safe_name(name, 4) == expected[:4]

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any, get_origin
 
 from fastdml.errors import InputError, require
+from fastdml.files import safe_name
 from fastdml.options import split_lists
 from fastdml.paths import expanded
 from fastdml.train.config.base import TrainConfig, check_names, field_types, with_length
@@ -235,7 +236,7 @@ def run_name(config: TrainConfig) -> str:
     if len(peers) > 2 and len(set(peers)) == 1:
         peers = [f"{len(peers)}x{peers[0]}"]
     name = "-".join([config.data.partition(":")[0], *peers])  # own data: NAME, or NAME: DESCRIPTION
-    return "".join(c if c.isalnum() or c in "-_." else "_" for c in name)[:100]
+    return safe_name(name)
 
 
 def numbered_folders(config: TrainConfig, runs: Path = Path("runs")) -> dict[int, Path]:

@@ -36,6 +36,7 @@ from fastdml.data.loaders.torch_workers import naming_dead_workers
 from fastdml.data.sets.stand_in import StandIn, build_standin
 from fastdml.engine.amp import Amp, resolve_amp
 from fastdml.errors import InputError
+from fastdml.files import safe_name
 from fastdml.models import ReidHead
 from fastdml.train.config.reid import ReidConfig
 from fastdml.train.tasks.scores import RetrievalScores
@@ -295,8 +296,7 @@ class Retrieval:
             described["ensemble"] = ensembles
         paths = []
         for name, (q, g) in described.items():
-            safe = "".join(c if c.isalnum() or c in "-_." else "_" for c in name)
-            paths.append(folder / f"{safe}.png")
+            paths.append(folder / f"{safe_name(name, 200)}.png")
             metrics.save_ranked_lists(
                 paths[-1],
                 shown.paths,
