@@ -20,6 +20,10 @@ from pathlib import Path
 import pytest
 
 from fastdml import cli
+from fastdml.cli.evaluate import evaluate
+from fastdml.cli.main import COMMANDS
+from fastdml.cli.parsing import Parser
+from fastdml.cli.runs import add_run_options
 from fastdml.cohort import RECORD, Cohort
 from fastdml.train import TrainConfig
 
@@ -295,7 +299,7 @@ def test_missing_extra(refused, monkeypatch):
 def test_help(capfd):
     assert cli.main(["--help"]) == 0
     out = capfd.readouterr().out
-    for name in cli.COMMANDS:
+    for name in COMMANDS:
         assert f"\n  {name} " in out
     assert cli.main([]) == 2
     assert cli.main(["train"]) == 0
@@ -576,9 +580,10 @@ def test_evaluate_of_earlier_weights_says_what_it_takes_them_for(run, tmp_path, 
 # --- the process ---
 
 
-def test_the_real_command_refuses_in_one_line(tmp_path):
+@pytest.mark.parametrize("module", ["fastdml", "fastdml.cli"])
+def test_the_real_command_refuses_in_one_line(tmp_path, module):
     done = subprocess.run(
-        [*FASTDML, "train", "cifar100", "--root", "nowhere"],
+        [sys.executable, "-m", module, "train", "cifar100", "--root", "nowhere"],
         cwd=tmp_path, env=ENVIRONMENT, capture_output=True, text=True, timeout=120,
     )  # fmt: skip
     assert done.returncode == 2
@@ -652,8 +657,8 @@ def test_lists_with_commas(capfd):
         "resnet8,",
         "resnet14,",
     ]
-    parser = cli.Parser("evaluate", cli.evaluate)
-    cli._add_run_options(parser)
+    parser = Parser("evaluate", evaluate)
+    add_run_options(parser)
     for options in (["--peers", "a,b"], ["--peers=a,b"], ["--peers", "a,", "b"]):
         assert parser.parse(["~/run,1", *options]).peers == ["a", "b"]
     assert parser.parse(["~/run,1"]).run == Path("~/run,1").expanduser()

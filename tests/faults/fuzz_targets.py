@@ -28,6 +28,9 @@ from PIL import Image
 from recovery import SETTINGS
 
 from fastdml import Cohort, cli, mutual_loss
+from fastdml.cli.kernels import shape
+from fastdml.cli.main import COMMANDS
+from fastdml.cli.train import train_config
 from fastdml.data.files import archive, check_files, decode
 from fastdml.data.sets import cifar, market1501
 from fastdml.errors import InputError
@@ -127,7 +130,7 @@ def training_options(folder: Path) -> Check:
             options.append(f"--config={random.choice((folder / 'given.yaml', folder, 'no'))}")
         if not {"--help", "-h"} & {*options}:
             with contextlib.redirect_stdout(io.StringIO()):
-                cli._train_config(data, options)
+                train_config(data, options)
 
     return check
 
@@ -136,7 +139,7 @@ def training_options(folder: Path) -> Check:
 def command_line(folder: Path) -> Check:
     """Whole commands: 0 and some output, or 2 and one line on stderr."""
     words = (
-        *cli.COMMANDS, *DATA, "--help", "-h", "--version", "--json", "--data", "--to", "--weights",
+        *COMMANDS, *DATA, "--help", "-h", "--version", "--json", "--data", "--to", "--weights",
         "--format", "--device", "--peers", "--ranked-lists", "--no-rerank", "--distractors",
         "--shapes", "--dtypes", "--archs", "best", "onnx", "torch", "bf16", "2x100", str(folder),
         *TEXTS, *map(str, NUMBERS),
@@ -165,7 +168,7 @@ def command_line(folder: Path) -> Check:
 def shapes_of_kernels(folder: Path) -> Check:
     def check(random: Random) -> None:
         text = "".join(random.choice(("2", "x", "X", "100", *TEXTS, "-1", "0")) for _ in range(3))
-        K, C = cli._shape(text)
+        K, C = shape(text)
         assert K >= 1
         assert C >= 1
 

@@ -1,0 +1,46 @@
+"""`fastdml export`: the peers of a run as files for other programs."""
+
+from __future__ import annotations
+
+from fastdml.cli.parsing import Parser, as_folder
+from fastdml.cli.runs import add_run_options, run_cohort, run_config
+from fastdml.errors import InputError
+
+
+def export(args: list[str]) -> None:
+    """write the peers of a run as ONNX or torch.export files"""
+    parser = Parser("export", export)
+    add_run_options(parser)
+    parser.add_argument(
+        "--format",
+        choices=("onnx", "torch"),
+        default="onnx",
+        help="onnx: NN-peer.onnx; torch: NN-peer.pt2, a torch.export program (default: onnx)",
+    )
+    parser.add_argument(
+        "--to", type=as_folder, metavar="DIR", help="folder to write into (default: RUN/export)"
+    )
+    parser.add_argument(
+        "--size",
+        nargs=2,
+        type=int,
+        metavar=("HEIGHT", "WIDTH"),
+        help="pixels of the images to export for (default: those that the peers were trained on)",
+    )
+    options = parser.parse(args)
+    to = options.to or options.run / "export"
+    if options.size and min(options.size) < 1:
+        raise InputError(f"--size {options.size[0]} {options.size[1]}: give 1 or more")
+
+    import torch
+
+    run_config(options.run)  # refuses what is no run
+    cohort = run_cohort(options, "cpu")
+    if cohort.image_shape is None and not options.size:
+        raise InputError(
+            f"the weights of {options.run} are of an earlier version and do not say what images "
+            "they were trained on: give --size HEIGHT WIDTH"
+        )
+    example = torch.zeros(1, cohort.in_channels, *options.size) if options.size else None
+    for path in cohort.export(to, example, options.format):
+        print(path)

@@ -1,0 +1,43 @@
+"""Parsing options: an argparse whose mistakes are an InputError of one line."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import NoReturn
+
+from fastdml.errors import InputError
+from fastdml.options import advice, split_lists
+from fastdml.paths import expanded
+
+
+class Parser(argparse.ArgumentParser):
+    """A subcommand's options; a mistake is an InputError, an unknown option names the nearest."""
+
+    def __init__(self, name: str, command: Callable[[list[str]], None]) -> None:
+        super().__init__(f"fastdml {name}", description=command.__doc__, allow_abbrev=False)
+
+    def parse(self, args: list[str]) -> argparse.Namespace:
+        check_options(args, self._option_string_actions, self.prog)
+        lists = [name for a in self._actions if a.nargs == "+" for name in a.option_strings]
+        return self.parse_args(split_lists(args, lists))
+
+    def error(self, message: str) -> NoReturn:
+        raise InputError(f"{self.prog}: {message}")
+
+
+def check_options(args: Iterable[str], known: Iterable[str], command: str) -> None:
+    known = list(known)
+    for arg in args:
+        option = arg.partition("=")[0]
+        if option.startswith("--") and option.replace("_", "-") not in known:
+            others = f"{command} --help lists those there are"
+            raise InputError(f"unknown option {option}; {advice(option, known, others=others)}")
+
+
+def as_folder(text: str) -> Path:
+    try:
+        return expanded(text)
+    except InputError as error:
+        raise argparse.ArgumentTypeError(str(error)) from None

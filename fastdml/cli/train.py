@@ -1,0 +1,94 @@
+"""`fastdml train`: peers trained together, into a run folder."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import json
+import os
+import re
+import shlex
+from typing import TYPE_CHECKING
+
+from fastdml.cli.parsing import check_options
+from fastdml.cli.runs import find_own_models
+from fastdml.errors import InputError
+from fastdml.options import advice
+
+if TYPE_CHECKING:
+    from fastdml.train import TrainConfig
+
+DATA = ("digits", "cifar10", "cifar100", "market1501")
+
+# What tyro passes on of Python's int() and float().
+NO_NUMBER = re.compile(
+    r"Error parsing (--[\w-]+): (?:invalid literal for (int)\(\) with base 10|"
+    r"could not convert string to float): (.+)"
+)
+
+
+def train(args: list[str]) -> None:
+    """train peers together on digits, cifar10, cifar100 or market1501"""
+    usage = f"usage: fastdml train {{{','.join(DATA)}}} [OPTIONS]"
+    if not args or args[0] in ("-h", "--help"):
+        print(f"{usage}\n\nThe options of each: fastdml train {DATA[-1]} --help")
+        return
+    data, *options = args
+    if data not in DATA:
+        raise InputError(f"cannot train on {data!r}; {advice(data, DATA)}")
+    config = train_config(data, options)
+    find_own_models(config.peers)
+
+    from fastdml.train import report, run
+
+    command = shlex.join(["fastdml", "train", *args])
+    result = run(config, hint="--download", command=command)
+    if result is not None:  # None after a dry run, which has said its part
+        summary = json.loads((result.folder / report.SUMMARY).read_text())
+        print(f"\n{report.summary_table(summary)}\n{result.device}; run folder: {result.folder}")
+
+
+def train_config(data: str, options: list[str]) -> TrainConfig:
+    from dataclasses import fields
+
+    from fastdml.train.config.sources import config_type, from_command_line
+
+    settings = fields(config_type(data))
+    names = [field.name.replace("_", "-") for field in settings]
+    flags = [f"--no-{field.name.replace('_', '-')}" for field in settings if field.type == "bool"]
+    known = ["--help", "--config", *(f"--{name}" for name in names), *flags]
+    check_options(options, known, f"fastdml train {data}")
+    if os.environ.get("NO_COLOR"):  # which tyro does not look at
+        os.environ.setdefault("PYTHON_TYRO_ANSI_CODES", "False")
+    shown = io.StringIO()
+    try:
+        with contextlib.redirect_stderr(shown):
+            return from_command_line(data, options)
+    except SystemExit as stop:
+        # tyro frames what a value's own check says; the check's one line is enough.
+        cause: BaseException | None = stop
+        while cause := cause.__cause__ or cause.__context__:
+            if isinstance(cause, InputError):
+                raise cause from None
+        if not stop.code:  # after --help
+            raise
+        raise InputError(
+            f"{_unframed(shown.getvalue())}; fastdml train {data} --help lists the options"
+        ) from None
+
+
+def _unframed(box: str) -> str:
+    """The first paragraph in one of tyro's boxes, in one line, without the title above it."""
+    paragraph: list[str] = []
+    for line in re.sub(r"\x1b\[[\d;]*m", "", box).splitlines()[1:]:
+        text = line.strip("│ ")
+        if text.strip("╰─╯-"):
+            paragraph.append(text)
+        elif paragraph:  # the rule below it
+            break
+    text = " ".join(paragraph).rstrip(".") or "wrong options"
+    number = NO_NUMBER.search(text)
+    if not number:
+        return text
+    option, whole, value = number.groups()
+    return f"{option} must be {'a whole number' if whole else 'a number'}, not {value}"
