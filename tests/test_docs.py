@@ -129,3 +129,23 @@ def test_training_commands_as_shown(tmp_path, monkeypatch):
             assert from_command_line(data, [o for o in options if o != "--resume"]).data == data
             seen += 1
     assert seen >= 5
+
+
+def test_continuous_integration_runs_what_anybody_can_run():
+    yaml = pytest.importorskip("yaml")
+    workflow = yaml.safe_load((ROOT / ".github" / "workflows" / "ci.yml").read_text())
+    (job,) = workflow["jobs"].values()
+    assert [step["run"] for step in job["steps"] if "run" in step] == [".ci/run"]
+
+
+def test_hooks_run_what_make_lint_runs():
+    """Before a commit: the tools of the venv that `make lint` uses, so never another version."""
+    yaml = pytest.importorskip("yaml")
+    config = yaml.safe_load((ROOT / ".pre-commit-config.yaml").read_text())
+    hooks = [hook["entry"] for repo in config["repos"] for hook in repo["hooks"]]
+    makefile = (ROOT / "Makefile").read_text()
+    lint = makefile[makefile.index("\nlint:") :].split("\n\n")[0]
+    linters = re.findall(r"\$\(BIN\)/(\w+(?: \w+)?)", lint)
+    assert linters
+    for linter in linters:
+        assert any(hook.startswith(f".venv/bin/{linter}") for hook in hooks), linter

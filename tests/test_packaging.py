@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
-PAGES = ["README.md", "CHANGELOG.md", "CITATION.cff"]
+PAGES = ["README.md", "CHANGELOG.md", "CONTRIBUTING.md", "CITATION.cff"]
 PARTS = [
     "pyproject.toml",
     "setup.py",
@@ -68,6 +68,7 @@ def test_the_wheel_holds_both_import_names_and_nothing_else(tmp_path):
     metadata = wheel.read(f"{info}/METADATA").decode()
     assert "License-Expression: Apache-2.0" in metadata
     assert "Requires-Python: >=3.10" in metadata
+    assert "Project-URL: Paper, https://arxiv.org/abs/1706.00384" in metadata
     assert "Requires-Dist: triton>=3.6" in metadata  # imported by the CPU's loss too
     for extra in ("train", "dev", "bench", "onnx", "reid"):
         assert f"Provides-Extra: {extra}" in metadata
@@ -120,6 +121,7 @@ def test_an_editable_install_finds_both_import_names(tmp_path):
 
 def sources() -> list[Path]:
     kept = [ROOT / n for n in ("Makefile", "pyproject.toml", "setup.py", ".ci/run", *PAGES)]
+    kept += [ROOT / ".pre-commit-config.yaml", *(ROOT / ".github").rglob("*.yml")]
     for folder in ("fastdml", "kernels", "bench", "docs", "tests"):
         suffixes = (".py", ".md", ".sh", ".svg")
         kept += [p for p in (ROOT / folder).rglob("*") if p.suffix in suffixes]
