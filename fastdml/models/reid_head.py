@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from fastdml.errors import InputError
 from fastdml.models.layers import Classifier
+from fastdml.modes import evaluating
 
 POOLINGS = ("avg", "gem")
 PROBES = ((64, 64), (256, 128), (224, 224))  # image sizes; some backbones accept few
@@ -164,18 +165,12 @@ def _probed(backbone: nn.Module, name: str, in_channels: int) -> str:
 
 def _map_of_one_image(backbone: nn.Module, in_channels: int) -> Tensor | None:
     """In evaluation mode: leaves statistics and random generators alone."""
-    training = [m.training for m in backbone.modules()]
-    try:
-        backbone.eval()
+    with evaluating(backbone), torch.enable_grad():
         for size in PROBES:
             try:
-                with torch.enable_grad():
-                    return backbone.forward_features(torch.zeros(1, in_channels, *size))
+                return backbone.forward_features(torch.zeros(1, in_channels, *size))
             except (AssertionError, RuntimeError):  # not its size
                 continue
-    finally:
-        for module, was in zip(backbone.modules(), training, strict=True):
-            module.training = was
     return None
 
 

@@ -15,6 +15,7 @@ import torch
 from torch import nn
 
 from fastdml.errors import InputError, require
+from fastdml.modes import evaluating
 
 # Options, first that fits, under which a network of one image size takes others as well.
 ANY_SIZE = ({"dynamic_img_size": True}, {"strict_img_size": False}, {})
@@ -55,10 +56,9 @@ def create_timm_model(
 
 def check_size(model: nn.Module, name: str, in_channels: int, image_size: tuple[int, int]) -> None:
     """Refuses a network of timm's that cannot take images of this size, by having it try one."""
-    was = model.training
     try:
-        with torch.no_grad():
-            model.eval()(torch.zeros(1, in_channels, *image_size))
+        with evaluating(model), torch.no_grad():
+            model(torch.zeros(1, in_channels, *image_size))
     except Exception as error:  # networks say it in many ways
         config = _config(require("timm", "reid"), name)
         made_for = "{}x{}".format(*config.input_size[1:]) if config else "others"
@@ -67,8 +67,6 @@ def check_size(model: nn.Module, name: str, in_channels: int, image_size: tuple[
             f"timm:{name} cannot take images of {given} ({reason}): it is made for {made_for}; "
             "choose a network that takes them, such as a ResNet"
         ) from None
-    finally:
-        model.train(was)
 
 
 def _config(timm: ModuleType, name: str) -> Any:

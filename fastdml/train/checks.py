@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from fastdml.cohort import REMEDY, Cohort, check_logits
 from fastdml.engine.amp import Amp
 from fastdml.errors import InputError, one_line, require
+from fastdml.modes import evaluating
 from fastdml.train.batches import Batches, described, first_batch
 from fastdml.train.config.base import TrainConfig
 from fastdml.train.config.reid import ReidConfig
@@ -125,14 +126,12 @@ def same_images(cohort: Cohort, test: Batches) -> list[str]:
 
 def _try_evaluation(name: str, peer: nn.Module, images: Tensor, num_classes: int, amp: Amp) -> None:
     try:
-        with torch.inference_mode(), amp.autocast():
-            logits = peer.eval()(images)
+        with evaluating(peer), torch.inference_mode(), amp.autocast():
+            logits = peer(images)
     except Exception as error:  # whatever a peer's code may raise
         raise InputError(
             f"peer {name} fails on images {tuple(images.shape)}: {one_line(error)}"
         ) from error
-    finally:
-        peer.train()
     check_logits(name, logits, images, num_classes, REMEDY)
 
 

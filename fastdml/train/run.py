@@ -29,6 +29,7 @@ from fastdml.engine.amp import Amp, resolve_amp
 from fastdml.errors import InputError
 from fastdml.files import writing
 from fastdml.metrics import Classification, ClassificationScores
+from fastdml.modes import evaluating
 from fastdml.terminal import lenient_stderr
 from fastdml.train import checkpoint, checks, figures, report
 from fastdml.train.batches import Batches, as_batches
@@ -299,7 +300,7 @@ def evaluate(cohort: Cohort, test: ImageSet | Any, amp: str = "auto") -> Classif
     for line in checks.same_images(cohort, test):
         print(line, file=sys.stderr)
     cohort.to(memory_format=torch.channels_last)
-    with reid.evaluating(cohort):
+    with evaluating(cohort):
         return _score(test, resolve_amp(amp, device), cohort)
 
 

@@ -36,6 +36,7 @@ from fastdml.engine.auto import Choice
 from fastdml.engine.profile import Profile
 from fastdml.engine.update import Update
 from fastdml.errors import InputError, require
+from fastdml.modes import evaluating
 from fastdml.train import checkpoint, losses, report
 from fastdml.train.batches import Batches, assembler
 from fastdml.train.config.base import TrainConfig
@@ -280,11 +281,8 @@ class Phase:
 
     def _evaluate(self, epoch: float) -> None:
         with self.ema.applied() if self.ema else nullcontext():
-            self.cohort.eval()
-            try:
+            with evaluating(self.cohort):
                 self.scores = self.evaluate(self.cohort)
-            finally:
-                self.cohort.train()  # BatchNorm left in evaluation mode would go unnoticed
             scores = dataclasses.asdict(self.scores)
             self.log.log("test", self.position, epoch, **scores)
             self.history[-1]["test"] = scores

@@ -38,6 +38,7 @@ from fastdml.engine.amp import Amp, resolve_amp
 from fastdml.errors import InputError
 from fastdml.files import safe_name
 from fastdml.models import ReidHead
+from fastdml.modes import evaluating
 from fastdml.train.config.reid import ReidConfig
 from fastdml.train.tasks.scores import RetrievalScores
 
@@ -207,18 +208,6 @@ def extract_features(
     with evaluating(cohort):
         features = Features(source, size, device, loader=loader, batch_size=batch_size)
         return features(cohort, resolve_amp(amp, device), flip_test)
-
-
-@contextmanager
-def evaluating(cohort: Cohort) -> Iterator[None]:
-    """In evaluation mode; afterwards each layer is in the mode it was in."""
-    training = [module.training for module in cohort.modules()]
-    cohort.eval()
-    try:
-        yield
-    finally:
-        for module, was in zip(cohort.modules(), training, strict=True):
-            module.training = was
 
 
 def evaluate(
