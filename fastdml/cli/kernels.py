@@ -6,7 +6,7 @@ import json
 
 from fastdml.cli.parsing import Parser
 from fastdml.errors import InputError
-from fastdml.options import advice
+from fastdml.names import advice
 
 
 def kernels(args: list[str]) -> None:

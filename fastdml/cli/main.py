@@ -20,7 +20,7 @@ from fastdml.cli.kernels import kernels
 from fastdml.cli.train import train
 from fastdml.errors import InputError
 from fastdml.files import NO_ROOM
-from fastdml.options import advice
+from fastdml.names import advice
 from fastdml.terminal import complete_streams, discard, lenient_stderr, print_anything
 
 COMMANDS: dict[str, Callable[[list[str]], None]] = {

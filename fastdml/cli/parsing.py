@@ -8,7 +8,8 @@ from pathlib import Path
 from typing import NoReturn
 
 from fastdml.errors import InputError
-from fastdml.options import advice, split_lists
+from fastdml.names import advice
+from fastdml.options import split_lists
 from fastdml.paths import expanded
 
 

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 from fastdml.cli.parsing import check_options
 from fastdml.cli.runs import find_own_models
 from fastdml.errors import InputError
-from fastdml.options import advice
+from fastdml.names import advice
 
 if TYPE_CHECKING:
     from fastdml.train import TrainConfig

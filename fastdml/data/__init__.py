@@ -5,12 +5,12 @@ Names are imported when first used: the processes that decode files need no torc
 
 from __future__ import annotations
 
-import difflib
 import importlib
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from fastdml.errors import InputError
+from fastdml.names import advice
 
 if TYPE_CHECKING:
     from fastdml.data.loaders.dali import DALILoader
@@ -70,8 +70,7 @@ def load(
     """(train, test) of "digits", "cifar10" or "cifar100"; digits need no files. hint: what messages
     say that a download is asked for by."""
     if name not in SETS:
-        near = difflib.get_close_matches(name, SETS, 1)
-        remedy = f"did you mean {near[0]}?" if near else f"give one of {', '.join(SETS)}"
+        remedy = advice(name, SETS, others="give one of {}")
         raise InputError(f"unknown data set {name!r}: {remedy}")
     read = __getattr__(f"load_{name}")
     return read() if name == "digits" else read(root, download=download, hint=hint)

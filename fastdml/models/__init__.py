@@ -17,7 +17,6 @@ your own models and timm's those with a feature map (N, F, H, W) from `forward_f
 
 from __future__ import annotations
 
-import difflib
 import importlib
 import inspect
 import itertools
@@ -34,6 +33,7 @@ from fastdml.models.reid_head import ReidHead, ReidModel
 from fastdml.models.resnet_cifar import ResNetCifar
 from fastdml.models.timm_models import check_size, create_timm_model, keep_last_stage
 from fastdml.models.wide_resnet import WideResNet
+from fastdml.names import nearest
 
 __all__ = ["ReidHead", "ReidModel", "create_model", "model_names"]
 
@@ -166,8 +166,7 @@ def _neighbours(depth: int, valid: Callable[[int], bool]) -> list[int]:
 def _nearest(name: str, names: Iterable[str]) -> str:
     """The names closest to `name`, for a message; where nothing is close, all, if they are few."""
     names = list(names)
-    wanted = name.lower().replace("-", "_")
-    close = difflib.get_close_matches(wanted, names, n=3, cutoff=0.5)
+    close = nearest(name, names, similarity=0.5)
     if not close and len(names) > 12:
         return f"none of its {len(names)} names is like it"
     return f"{'nearest' if close else 'there is'}: {', '.join(close or names) or 'nothing'}"

@@ -6,7 +6,6 @@ downloaded into it. Whether the hub answers is asked once, before timm would ret
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Sequence
 from types import ModuleType
 from typing import Any
@@ -16,6 +15,7 @@ from torch import nn
 
 from fastdml.errors import InputError, require
 from fastdml.modes import evaluating
+from fastdml.names import nearest
 
 # Options, first that fits, under which a network of one image size takes others as well.
 ANY_SIZE = ({"dynamic_img_size": True}, {"strict_img_size": False}, {})
@@ -87,7 +87,7 @@ def _near(name: str, names: Sequence[str]) -> str:
     """A few names that begin like `name`, or differ from it by a slip of the hand."""
     wanted = name.lower().replace("-", "_")
     longer = sorted((n for n in names if n.startswith(wanted)), key=len) if wanted else []
-    near = dict.fromkeys([*longer[:3], *difflib.get_close_matches(wanted, names, 3, cutoff=0.75)])
+    near = dict.fromkeys([*longer[:3], *nearest(name, names, similarity=0.75)])
     return f"nearest: {', '.join(list(near)[:3])}" if near else "timm.list_models() lists them"
 
 

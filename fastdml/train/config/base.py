@@ -19,7 +19,7 @@ from typing import Any, ClassVar, Literal, get_args, get_origin, get_type_hints
 
 from fastdml.errors import InputError, require
 from fastdml.files import write_atomically
-from fastdml.options import advice
+from fastdml.names import advice
 from fastdml.paths import expand
 
 Limit = tuple[Callable[[Any], bool], str]  # what a value must fulfil, and how a message says it

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 
-from fastdml.options import OTHER_NAMES, advice
+from fastdml.names import OTHER_NAMES, advice
 from fastdml.train import ReidConfig
 
 KNOWN = [field.name for field in dataclasses.fields(ReidConfig)]
