@@ -17,7 +17,8 @@ import torch
 from torch import Tensor
 
 from .cpu_rows import rows_loss, takes
-from .options import Options, Scalar, default_edge, stats_size
+from .options import Options, Scalar, default_edge
+from .stats_layout import stats_layout
 
 BLOCK_BYTES = 1 << 19  # of float32 logits a block; it and its copies share one core's cache
 
@@ -291,7 +292,7 @@ def mutual_loss_cpu(
     want_stats: bool = False,
     upstream: Tensor | None = None,  # the losses' own gradient, (K,) or (K, N); None is 1
 ) -> tuple[Tensor, Tensor]:
-    """Losses, (K,) or (K, N), and packed statistics (`options.stats_size`), both float32, or
+    """Losses, (K,) or (K, N), and packed statistics (`StatsLayout`), both float32, or
     float64 where any logits are."""
     K, (N, C) = len(logits), logits[0].shape
     dtype = torch.float64 if any(z.dtype == torch.float64 for z in logits) else torch.float32
@@ -375,14 +376,17 @@ def mutual_loss_cpu(
         losses = _weighted(ce_weight, ce)
         if K > 1:
             losses += _weighted(kl_weight, kl)
-    stats = torch.zeros(stats_size(K), **like)
-    if want_stats:
-        if sums is None:  # no rows at all
-            none, unknown = torch.zeros(K, **like), torch.full((K, K), torch.nan, **like)
-            sums = [unknown[0], none, none.sum(), unknown]
-        entropy, correct, together, pairwise = sums
-        counts = torch.tensor([ce_count, labelled_rows], **like)
-        packed = torch.cat((ce_mean, kl_mean, counts, entropy / max(N, 1), correct, together[None],
-                            pairwise.flatten() * (kl_scale / max(N, 1))))  # fmt: skip
-        stats[: len(packed)] = packed
-    return losses, stats
+    layout = stats_layout(K)
+    if not want_stats:
+        return losses, torch.zeros(layout.size, **like)
+    if sums is None:  # no rows at all
+        none, unknown = torch.zeros(K, **like), torch.full((K, K), torch.nan, **like)
+        sums = [unknown[0], none, none.sum(), unknown]
+    entropy, correct, together, pairwise = sums
+    return losses, layout.pack({
+        "ce": ce_mean, "kl": kl_mean,
+        "label_weight": torch.tensor(ce_count, **like),
+        "labelled": torch.tensor(labelled_rows, **like),
+        "entropy": entropy / max(N, 1), "correct": correct, "ensemble_correct": together,
+        "pairwise_kl": pairwise * (kl_scale / max(N, 1)),
+    })  # fmt: skip

@@ -41,10 +41,16 @@ typedef uint16_t halves __attribute__((vector_size(2 * LANES)));
 #define FOR_EACH_PROCESSOR
 #endif
 
+/* Where each of the packed statistics begins: the numbers of StatsLayout in stats_layout.py. */
+typedef struct {
+    int64_t ce, kl, label_weight, labelled, entropy, correct, ensemble_correct, pairwise_kl;
+} StatsLayout;
+
 typedef struct {
     int64_t K, N, C, label_bytes, ignore_index, averaged, threads;
     const char *labels;
     float *losses, *stats; /* (K,); packed statistics, NULL where not wanted */
+    const StatsLayout *at;
     const char *logits[PEERS];
     char *grads[PEERS];                              /* NULL where not wanted */
     int64_t row_bytes[PEERS], grad_row_bytes[PEERS]; /* from one row to the next */
@@ -382,17 +388,17 @@ static int conclude(const Problem *p, const Sums *sums, int64_t blocks_, double 
         if (!isfinite(t.ce[k] + kl)) return 0;
         p->losses[k] = (float)(per_row * (p->ce_weight * t.ce[k] + p->kl_weight * kl));
         if (!p->stats) continue;
-        p->stats[k] = (float)(t.ce[k] / labelled);
-        p->stats[K + k] = (float)(kl / labelled);
-        p->stats[2 * K + 2 + k] = (float)(t.entropy[k] / labelled);
-        p->stats[3 * K + 2 + k] = (float)t.correct[k];
+        p->stats[p->at->ce + k] = (float)(t.ce[k] / labelled);
+        p->stats[p->at->kl + k] = (float)(kl / labelled);
+        p->stats[p->at->entropy + k] = (float)(t.entropy[k] / labelled);
+        p->stats[p->at->correct + k] = (float)t.correct[k];
         for (int l = 0; l < K; l++) /* teacher l, student k */
-            p->stats[4 * K + 3 + l * K + k] =
+            p->stats[p->at->pairwise_kl + l * K + k] =
                 (float)(scale * (t.cross[l][l] - t.cross[l][k]) / labelled);
     }
     if (p->stats) {
-        p->stats[2 * K] = p->stats[2 * K + 1] = (float)labelled;
-        p->stats[4 * K + 2] = (float)t.together;
+        p->stats[p->at->label_weight] = p->stats[p->at->labelled] = (float)labelled;
+        p->stats[p->at->ensemble_correct] = (float)t.together;
     }
     return 1;
 }
@@ -401,11 +407,12 @@ static int conclude(const Problem *p, const Sums *sums, int64_t blocks_, double 
    whole: K, N, C, bytes of a label, ignore_index, averaged, threads; addresses of the labels, the
    losses and the statistics; then for each peer the addresses of its logits and gradients, the
    bytes from one row to the next of both, and its type. real: as named. */
-int fastdml_rows(const int64_t *whole, const double *real) {
+int fastdml_rows(const int64_t *whole, const double *real, const StatsLayout *at) {
     Problem problem = {
         .K = whole[0], .N = whole[1], .C = whole[2], .label_bytes = whole[3],
         .ignore_index = whole[4], .averaged = whole[5], .threads = whole[6],
         .labels = (const char *)whole[7], .losses = (float *)whole[8], .stats = (float *)whole[9],
+        .at = at,
         .temperature = real[0], .smoothing = real[1], .ce_weight = real[2], .kl_weight = real[3],
     };
     Problem *p = &problem;

@@ -14,7 +14,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from .options import Options, stats_size
+from .options import Options
+from .stats_layout import stats_layout
 
 MOST_PEERS = 16  # as in cpu_rows.c
 TYPES = {torch.float32: (0, 4), torch.bfloat16: (1, 2)}  # number in cpu_rows.c, bytes
@@ -27,9 +28,15 @@ def library() -> ctypes.CDLL | None:
             found = ctypes.CDLL(str(path))
         except OSError:  # built for another system
             continue
-        found.fastdml_rows.argtypes = [ctypes.c_void_p] * 2
+        found.fastdml_rows.argtypes = [ctypes.c_void_p] * 3
         return found
     return None
+
+
+@cache
+def stats_positions(K: int) -> array[int]:
+    """The layout of the packed statistics, as cpu_rows.c reads it."""
+    return array("q", stats_layout(K))
 
 
 def takes(logits: Sequence[Tensor], options: Options) -> bool:
@@ -60,7 +67,7 @@ def rows_loss(
     losses = torch.empty(K, dtype=torch.float32, device="cpu")
     stats = None
     if want_stats:
-        stats = torch.zeros(stats_size(K), dtype=torch.float32, device="cpu")
+        stats = torch.zeros(stats_layout(K).size, dtype=torch.float32, device="cpu")
     whole = [
         K, N, C, labels.itemsize, options.ignore_index, options.reduction == "mean",
         torch.get_num_threads(), labels.data_ptr(), losses.data_ptr(),
@@ -72,7 +79,8 @@ def rows_loss(
         whole += (z.data_ptr(), g, size * z.stride(0), size * g_row, number)
     real = (temperature, options.label_smoothing, ce_weight, kl_weight)
     whole, real = array("q", whole), array("d", real)
-    status = library().fastdml_rows(whole.buffer_info()[0], real.buffer_info()[0])
+    arguments = (whole, real, stats_positions(K))
+    status = library().fastdml_rows(*(numbers.buffer_info()[0] for numbers in arguments))
     if status == 2:
         raise MemoryError(f"mutual_loss: no memory for the sums of {N} rows")
     return None if status else (losses, stats)

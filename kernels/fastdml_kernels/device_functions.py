@@ -118,15 +118,13 @@ def open_gates(RIGHT, NLL, labelled, GATE: tl.constexpr, K: tl.constexpr):
 
 @triton.jit
 def reduce_programs(partials, losses, stats, ce_weight, kl_weight, kl_scale, N,
-                    K: tl.constexpr, S: tl.constexpr, PROGRAMS_BLOCK: tl.constexpr,
+                    K: tl.constexpr, LAYOUT: tl.constexpr, PROGRAMS_BLOCK: tl.constexpr,
                     REDUCTION: tl.constexpr, MIMIC_IGNORED: tl.constexpr,
                     STATS: tl.constexpr):  # fmt: skip
-    """Adds the programs' sums in a fixed order and writes losses (K,) and statistics (S,).
-
-    The order of the sums, here and in `stats`: ce K, kl K, weight of labelled rows, labelled
-    rows; with STATS also entropy K, correct K, ensemble_correct, pairwise KL (K, K).
-    """
-    USED: tl.constexpr = 4 * K + 3 + K * K if STATS else 2 * K + 2
+    """Adds the programs' sums in a fixed order and writes losses (K,) and packed statistics, whose
+    layout the sums have. Without STATS there are no sums from the entropy on."""
+    S: tl.constexpr = LAYOUT.size
+    USED: tl.constexpr = LAYOUT.used if STATS else LAYOUT.entropy
     programs = tl.num_programs(0)
     s = tl.arange(0, S)
     total = tl.zeros((S,), tl.float32)
@@ -136,8 +134,8 @@ def reduce_programs(partials, losses, stats, ce_weight, kl_weight, kl_scale, N,
                        mask=(b < programs)[:, None] & (s < USED)[None, :], other=0.0,
                        cache_modifier=".cg")  # fmt: skip
         total += tl.sum(part, axis=0)
-    ce_count = tl.sum(tl.where(s == 2 * K, total, 0.0), axis=0)
-    labelled = tl.sum(tl.where(s == 2 * K + 1, total, 0.0), axis=0)
+    ce_count = tl.sum(tl.where(s == LAYOUT.label_weight, total, 0.0), axis=0)
+    labelled = tl.sum(tl.where(s == LAYOUT.labelled, total, 0.0), axis=0)
     kl_count = labelled
     if MIMIC_IGNORED:
         kl_count = tl.cast(N, tl.float32)
@@ -145,15 +143,15 @@ def reduce_programs(partials, losses, stats, ce_weight, kl_weight, kl_scale, N,
         ce_count = tl.where(labelled == 0, 1.0, ce_count)
     # 0 / 0 as in torch, where label smoothing makes the sum another number too
     ce_count = tl.where(ce_count == 0, float("nan"), ce_count)
-    is_ce = s < K
-    is_kl = (s >= K) & (s < 2 * K)
-    is_count = (s == 2 * K) | (s == 2 * K + 1)
+    is_ce = s < LAYOUT.kl
+    is_kl = (s >= LAYOUT.kl) & (s < LAYOUT.label_weight)
+    is_count = (s == LAYOUT.label_weight) | (s == LAYOUT.labelled)
     mean = total / tl.where(is_ce, ce_count, kl_count)
     mean = tl.where(is_kl, mean * kl_scale, mean)
     if STATS:
-        is_pair = (s >= 4 * K + 3) & (s < 4 * K + 3 + K * K)
+        is_pair = (s >= LAYOUT.pairwise_kl) & (s < LAYOUT.used)
         mean = tl.where(is_pair, mean * kl_scale, mean)
-        is_count = is_count | ((s >= 3 * K + 2) & (s < 4 * K + 3))
+        is_count = is_count | ((s >= LAYOUT.correct) & (s < LAYOUT.pairwise_kl))
         tl.store(stats + s, tl.where(is_count, total, mean))
     if REDUCTION != "none":
         value = mean
@@ -163,8 +161,8 @@ def reduce_programs(partials, losses, stats, ce_weight, kl_weight, kl_scale, N,
         value = tl.where(ce_weight == 0.0, tl.where(is_ce, 0.0, value), value)
         value = tl.where(kl_weight == 0.0, tl.where(is_kl, 0.0, value), value)
         for k in tl.static_range(K):
-            ce = tl.sum(tl.where(s == k, value, 0.0), axis=0)
-            kl = tl.sum(tl.where(s == K + k, value, 0.0), axis=0)
+            ce = tl.sum(tl.where(s == LAYOUT.ce + k, value, 0.0), axis=0)
+            kl = tl.sum(tl.where(s == LAYOUT.kl + k, value, 0.0), axis=0)
             loss = ce_weight * ce
             if K > 1:
                 loss += kl_weight * kl
@@ -173,7 +171,7 @@ def reduce_programs(partials, losses, stats, ce_weight, kl_weight, kl_scale, N,
 
 @triton.jit
 def finish(partials, counter, losses, stats, ce_weight, kl_weight, kl_scale, N,
-           K: tl.constexpr, S: tl.constexpr, PROGRAMS_BLOCK: tl.constexpr,
+           K: tl.constexpr, LAYOUT: tl.constexpr, PROGRAMS_BLOCK: tl.constexpr,
            REDUCTION: tl.constexpr, MIMIC_IGNORED: tl.constexpr, STATS: tl.constexpr):  # fmt: skip
     """Called with a program's sums stored: the last program to finish adds up all and resets the
     counter."""
@@ -181,6 +179,6 @@ def finish(partials, counter, losses, stats, ce_weight, kl_weight, kl_scale, N,
         tl.debug_barrier()  # every thread's sums are written before this program counts as done
         done = tl.atomic_add(counter, 1, sem="acq_rel")
         if done == tl.num_programs(0) - 1:
-            reduce_programs(partials, losses, stats, ce_weight, kl_weight, kl_scale, N, K, S,
-                            PROGRAMS_BLOCK, REDUCTION, MIMIC_IGNORED, STATS)  # fmt: skip
+            reduce_programs(partials, losses, stats, ce_weight, kl_weight, kl_scale, N, K,
+                            LAYOUT, PROGRAMS_BLOCK, REDUCTION, MIMIC_IGNORED, STATS)  # fmt: skip
             tl.store(counter, 0)

@@ -13,8 +13,9 @@ import triton
 from torch import Tensor
 
 from .label_counts import label_counts
-from .options import Options, Scalar, default_edge, stats_size
+from .options import Options, Scalar, default_edge
 from .register_rows import register_rows
+from .stats_layout import stats_layout
 from .wide_rows import wide_rows
 
 # Register rows: (K * BLOCK_C up to, samples a program, warps). Beyond the last limit rows are wide.
@@ -165,7 +166,7 @@ def arguments(
 ) -> tuple[Any, dict[str, Any], int]:
     """The kernel, its arguments by name, outputs and buffers included, and its warps."""
     K, (N, C), device = len(logits), logits[0].shape, logits[0].device
-    S = stats_size(K)
+    layout = stats_layout(K)
     shape = (K, N) if options.reduction == "none" else (K,)
     temperature, t_pointer = _split(temperature)
     ce_weight, ce_pointer = _split(ce_weight)
@@ -175,8 +176,8 @@ def arguments(
         logits=tuple(logits), grads=tuple(grads), labels=labels,
         peer_weights=peer_weights, class_weight=class_weight,
         losses=torch.empty(shape, dtype=torch.float32, device=device),
-        stats=torch.empty(S, dtype=torch.float32, device=device),
-        partials=torch.empty((programs, S), dtype=torch.float32, device=device),
+        stats=torch.empty(layout.size, dtype=torch.float32, device=device),
+        partials=torch.empty((programs, layout.size), dtype=torch.float32, device=device),
         counter=_counters(device).take(),
         counts=label_counts(labels, class_weight, options.ignore_index, C) if counted else None,
         N=N, label_stride=labels.stride(0), ignore_index=options.ignore_index,
@@ -186,7 +187,7 @@ def arguments(
         STRIDES=tuple((z.stride(0), z.stride(1), grads[k].stride(0) if grads else 0)
                       for k, z in enumerate(logits)),
         READABLE=tuple(_readable(z) for z in logits),
-        BLOCK_C=tile.block_c, S=S, PROGRAMS_BLOCK=max(1, min(64, 2048 // S)),
+        BLOCK_C=tile.block_c, LAYOUT=layout, PROGRAMS_BLOCK=max(1, min(64, 2048 // layout.size)),
         NEED_GRAD=bool(grads), STATS=want_stats, REDUCTION=options.reduction,
         TARGET=options.target, GATE=options.gate, EDGE=default_edge(K, options.gate),
         TEMPERED=t_pointer or temperature != 1.0, SMOOTHED=options.label_smoothing != 0.0,
@@ -222,7 +223,7 @@ def launch(
     want_stats: bool = False,
     **rest: Any,
 ) -> tuple[Tensor, Tensor]:
-    """Losses, (K,) or (K, N), and packed statistics (S,), both float32; fills `grads`.
+    """Losses, (K,) or (K, N), and packed statistics, both float32; fills `grads`.
 
     `regime`, `tile` and `max_programs` are chosen by shape unless given; `rest` as in
     `cpu.mutual_loss_cpu`.

@@ -18,8 +18,9 @@ from torch.autograd import forward_ad
 
 from .cpu import mutual_loss_cpu
 from .launch import launch
-from .options import Options, Scalar, stats_size
+from .options import Options, Scalar
 from .scale_grads import scale_
+from .stats_layout import stats_layout
 
 NO_SECOND_DERIVATIVE = (
     "mutual_loss has no second derivative (create_graph=True, torch.func.grad): its gradient comes "
@@ -223,7 +224,7 @@ def _losses_and_grads_flat(logits, upstream, need_grad, *flat):
     losses, stats = compute(logits, unflatten(*flat), grads, upstream)
     if stats is None:  # an operator's results have fixed types
         K = logits[0].shape[0] if logits[0].dim() == 3 else len(logits)
-        stats = losses.new_zeros(stats_size(K))
+        stats = losses.new_zeros(stats_layout(K).size)
     return losses, stats, grads
 
 
@@ -240,7 +241,8 @@ def _fake(logits, upstream, need_grad, *flat):
     dtype = loss_dtype(logits)
     losses = z.new_empty((K, N) if reduction == "none" else (K,), dtype=dtype)
     grads = [torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in logits if need_grad]
-    return losses, z.new_empty(stats_size(K), dtype=dtype), grads
+    # int: a compiler that took the number of peers for a variable settles on it here
+    return losses, z.new_empty(stats_layout(int(K)).size, dtype=dtype), grads
 
 
 def loss_dtype(logits: Sequence[Tensor]) -> torch.dtype:

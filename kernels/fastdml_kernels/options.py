@@ -51,9 +51,3 @@ def default_edge(K: int, gate: str) -> float:
     """The weight of one teacher when no `peer_weights` are given: the teachers' mean (paper,
     section 3.3); with gate="best" a row has a single teacher, which counts in full."""
     return 1.0 if gate == "best" else 1.0 / max(K - 1, 1)
-
-
-def stats_size(K: int) -> int:
-    """Length of the packed statistics, a power of two. Their order: ce K, kl K, weight of the
-    labelled rows, labelled rows, entropy K, correct K, ensemble_correct, pairwise KL (K, K)."""
-    return 1 << (4 * K + 3 + K * K - 1).bit_length()

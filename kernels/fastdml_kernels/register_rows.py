@@ -36,8 +36,8 @@ def register_rows(
     peer_weights,  # (K, K) float32, or None
     class_weight,  # (C,) float32, or None
     losses,  # (K,), or (K, N) with REDUCTION "none"
-    stats,  # (S,) float32
-    partials,  # (programs, S) float32
+    stats,  # packed statistics, float32
+    partials,  # (programs, their size) float32
     counter,  # (1,) int32, zero before and after
     counts,  # (2,) float32: label counts taken by an earlier launch, or None
     N, label_stride, ignore_index,
@@ -45,7 +45,8 @@ def register_rows(
     K: tl.constexpr, C: tl.constexpr,
     STRIDES: tl.constexpr,  # per peer: logits row, logits column, gradient row
     READABLE: tl.constexpr,  # per peer: columns that may be read, C or more
-    ROWS: tl.constexpr, BLOCK_C: tl.constexpr, S: tl.constexpr, PROGRAMS_BLOCK: tl.constexpr,
+    ROWS: tl.constexpr, BLOCK_C: tl.constexpr, PROGRAMS_BLOCK: tl.constexpr,
+    LAYOUT: tl.constexpr,  # a StatsLayout: of the statistics, and of a program's sums
     NEED_GRAD: tl.constexpr, STATS: tl.constexpr, REDUCTION: tl.constexpr,
     TARGET: tl.constexpr, GATE: tl.constexpr, EDGE: tl.constexpr,
     TEMPERED: tl.constexpr, SMOOTHED: tl.constexpr, MIMIC_IGNORED: tl.constexpr,
@@ -55,6 +56,7 @@ def register_rows(
     WEIGHTED: tl.constexpr = peer_weights is not None
     UNIFORM: tl.constexpr = (not WEIGHTED) and GATE == "none"
     HAS_CLASS_WEIGHT: tl.constexpr = class_weight is not None
+    S: tl.constexpr = LAYOUT.size
 
     ce_weight, kl_weight, inv_t, kl_scale = loss_weights(
         ce_weight, kl_weight, temperature, CE_POINTER, KL_POINTER, T_POINTER, TEMPERED
@@ -190,11 +192,13 @@ def register_rows(
         # ---- the programs' sums
         if REDUCTION != "none" or STATS:
             for k in tl.static_range(K):
-                packed = put(packed, k, tl.sum(CE[k], axis=0), S)
+                packed = put(packed, LAYOUT.ce + k, tl.sum(CE[k], axis=0), S)
                 if K > 1:
-                    packed = put(packed, K + k, tl.sum(KL[k], axis=0), S)
-            packed = put(packed, 2 * K, tl.sum(tl.where(labelled, w_y, 0.0), axis=0), S)
-            packed = put(packed, 2 * K + 1, tl.sum(tl.where(labelled, 1.0, 0.0), axis=0), S)
+                    packed = put(packed, LAYOUT.kl + k, tl.sum(KL[k], axis=0), S)
+            packed = put(packed, LAYOUT.label_weight,
+                         tl.sum(tl.where(labelled, w_y, 0.0), axis=0), S)  # fmt: skip
+            packed = put(packed, LAYOUT.labelled,
+                         tl.sum(tl.where(labelled, 1.0, 0.0), axis=0), S)  # fmt: skip
         if STATS:
             p_sum = tl.zeros((ROWS, BLOCK_C), tl.float32)
             for k in tl.static_range(K):
@@ -206,21 +210,23 @@ def register_rows(
                     p = tl.exp(log_p)
                 p_sum += p
                 entropy = -tl.sum(times(p, log_p), axis=1)
-                packed = put(packed, 2 * K + 2 + k,
+                packed = put(packed, LAYOUT.entropy + k,
                              tl.sum(tl.where(mimics, entropy, 0.0), axis=0), S)  # fmt: skip
-                packed = put(packed, 3 * K + 2 + k,
+                packed = put(packed, LAYOUT.correct + k,
                              tl.sum(tl.where(RIGHT[k], 1.0, 0.0), axis=0), S)  # fmt: skip
             highest = tl.max(p_sum, axis=1)
             first = tl.min(tl.where(p_sum == highest[:, None], cols[None, :], C), axis=1)
             hit = labelled & (first == y)
-            packed = put(packed, 4 * K + 2, tl.sum(tl.where(hit, 1.0, 0.0), axis=0), S)
+            packed = put(packed, LAYOUT.ensemble_correct,
+                         tl.sum(tl.where(hit, 1.0, 0.0), axis=0), S)  # fmt: skip
             if K > 1:
                 for l in tl.static_range(K):  # noqa: E741
                     for k in tl.static_range(K):
                         if l != k:
                             pair = tl.sum(times(Q[l], D[l] - D[k]), axis=1)
                             pair = tl.where(mimics, pair, 0.0)
-                            packed = put(packed, 4 * K + 3 + l * K + k, tl.sum(pair, axis=0), S)
+                            packed = put(packed, LAYOUT.pairwise_kl + l * K + k,
+                                         tl.sum(pair, axis=0), S)  # fmt: skip
         if REDUCTION == "none":
             for k in tl.static_range(K):
                 loss = times(ce_weight, CE[k])
@@ -273,5 +279,5 @@ def register_rows(
 
     if REDUCTION != "none" or STATS:
         tl.store(partials + tl.program_id(0) * S + tl.arange(0, S), packed)
-    finish(partials, counter, losses, stats, ce_weight, kl_weight, kl_scale, N, K, S,
+    finish(partials, counter, losses, stats, ce_weight, kl_weight, kl_scale, N, K, LAYOUT,
            PROGRAMS_BLOCK, REDUCTION, MIMIC_IGNORED, STATS)  # fmt: skip

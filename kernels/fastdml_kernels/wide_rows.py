@@ -238,8 +238,8 @@ def wide_rows(
     class_weight,  # (C,), or None
     upstream,  # the losses' own gradient, (K,) or (K, N) by its strides, or None for 1
     losses,  # (K,), or (K, N) with REDUCTION "none"
-    stats,  # (S,) float32
-    partials,  # (programs, S) float32
+    stats,  # packed statistics, float32
+    partials,  # (programs, their size) float32
     scratch,  # (programs, 3 K K) float32: one row's pair terms
     counter,  # (1,) int32, zero before and after
     counts,  # (2,) float32: label counts taken by an earlier launch, or None
@@ -248,7 +248,8 @@ def wide_rows(
     K: tl.constexpr, C: tl.constexpr,
     STRIDES: tl.constexpr,  # per peer: logits row, logits column, gradient row
     READABLE: tl.constexpr,  # per peer: columns that may be read, C or more
-    BLOCK_C: tl.constexpr, S: tl.constexpr, PEERS: tl.constexpr, PROGRAMS_BLOCK: tl.constexpr,
+    BLOCK_C: tl.constexpr, PEERS: tl.constexpr, PROGRAMS_BLOCK: tl.constexpr,
+    LAYOUT: tl.constexpr,  # a StatsLayout: of the statistics, and of a program's sums
     NEED_GRAD: tl.constexpr, STATS: tl.constexpr, REDUCTION: tl.constexpr,
     TARGET: tl.constexpr, GATE: tl.constexpr, EDGE: tl.constexpr,
     SYMMETRIC: tl.constexpr, DETACH: tl.constexpr,
@@ -415,11 +416,11 @@ def wide_rows(
         if STATS and NEED_GRAD:
             # The sums with this row, as they are added up below. Storing them has them computed
             # here: put off, all they are made of would stay in registers through the second pass.
-            sums = partials + tl.program_id(0) * S
-            tl.store(sums + peer_at, ce_sums + ce, mask=peer_at < K)
-            tl.store(sums + 2 * K + 2 + peer_at, entropy_sums + tl.where(mimics, entropy, 0.0),
-                     mask=peer_at < K)  # fmt: skip
-            tl.store(sums + 3 * K + 2 + peer_at, right_sums + tl.where(right, 1.0, 0.0),
+            sums = partials + tl.program_id(0) * LAYOUT.size
+            tl.store(sums + LAYOUT.ce + peer_at, ce_sums + ce, mask=peer_at < K)
+            tl.store(sums + LAYOUT.entropy + peer_at,
+                     entropy_sums + tl.where(mimics, entropy, 0.0), mask=peer_at < K)  # fmt: skip
+            tl.store(sums + LAYOUT.correct + peer_at, right_sums + tl.where(right, 1.0, 0.0),
                      mask=peer_at < K)  # fmt: skip
 
         # ---- who teaches on this row
@@ -690,16 +691,16 @@ def wide_rows(
             pair_sums += tl.where(mimics, pairs, 0.0)
 
     if REDUCTION != "none" or STATS:
-        mine = partials + tl.program_id(0) * S
+        mine = partials + tl.program_id(0) * LAYOUT.size
         is_peer = peer_at < K
-        tl.store(mine + peer_at, ce_sums, mask=is_peer)
-        tl.store(mine + K + peer_at, kl_sums, mask=is_peer)
-        tl.store(mine + 2 * K, ce_count)
-        tl.store(mine + 2 * K + 1, labelled_rows)
+        tl.store(mine + LAYOUT.ce + peer_at, ce_sums, mask=is_peer)
+        tl.store(mine + LAYOUT.kl + peer_at, kl_sums, mask=is_peer)
+        tl.store(mine + LAYOUT.label_weight, ce_count)
+        tl.store(mine + LAYOUT.labelled, labelled_rows)
         if STATS:
-            tl.store(mine + 2 * K + 2 + peer_at, entropy_sums, mask=is_peer)
-            tl.store(mine + 3 * K + 2 + peer_at, right_sums, mask=is_peer)
-            tl.store(mine + 4 * K + 2, together_right)
-            tl.store(mine + 4 * K + 3 + pair_at, pair_sums, mask=is_pair)
-    finish(partials, counter, losses, stats, ce_weight, kl_weight, kl_scale, N, K, S,
+            tl.store(mine + LAYOUT.entropy + peer_at, entropy_sums, mask=is_peer)
+            tl.store(mine + LAYOUT.correct + peer_at, right_sums, mask=is_peer)
+            tl.store(mine + LAYOUT.ensemble_correct, together_right)
+            tl.store(mine + LAYOUT.pairwise_kl + pair_at, pair_sums, mask=is_pair)
+    finish(partials, counter, losses, stats, ce_weight, kl_weight, kl_scale, N, K, LAYOUT,
            PROGRAMS_BLOCK, REDUCTION, MIMIC_IGNORED, STATS)  # fmt: skip

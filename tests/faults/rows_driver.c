@@ -100,7 +100,21 @@ static Case make(void) {
     return c;
 }
 
-static int call(const Case *c, float *losses, float *stats) {
+/* Puts the statistics one after the other, in an order of this program's own; how many numbers. */
+static int64_t lay_out(int64_t K, StatsLayout *at) {
+    int64_t size = 0;
+    at->pairwise_kl = size, size += K * K;
+    at->labelled = size, size += 1;
+    at->correct = size, size += K;
+    at->kl = size, size += K;
+    at->ensemble_correct = size, size += 1;
+    at->ce = size, size += K;
+    at->label_weight = size, size += 1;
+    at->entropy = size, size += K;
+    return size;
+}
+
+static int call(const Case *c, float *losses, float *stats, const StatsLayout *layout) {
     int64_t whole[10 + 5 * PEERS] = {
         c->K, c->N, c->C, c->label_bytes, c->ignore_index, c->averaged, c->threads,
         (int64_t)c->labels, (int64_t)losses, (int64_t)(c->stats ? stats : NULL),
@@ -111,7 +125,7 @@ static int call(const Case *c, float *losses, float *stats) {
         own[0] = (int64_t)c->z[k], own[1] = (int64_t)(c->grads ? c->g[k] : NULL);
         own[2] = size * c->stride[k], own[3] = size * c->grad_stride[k], own[4] = c->types[k];
     }
-    return fastdml_rows(whole, c->real);
+    return fastdml_rows(whole, c->real, layout);
 }
 
 static double log_sum(const Case *c, int64_t k, int64_t n, double T) {
@@ -122,7 +136,8 @@ static double log_sum(const Case *c, int64_t k, int64_t n, double T) {
 }
 
 /* Losses, statistics and gradients from the definitions. */
-static void check(const Case *c, const float *losses, const float *stats) {
+static void check(const Case *c, const float *losses, const float *stats,
+                  const StatsLayout *layout) {
     const int64_t K = c->K;
     const double T = c->real[0], eps = c->real[1], little = 2e-4;
     double ce[PEERS] = {0}, kl[PEERS] = {0}, entropy[PEERS] = {0}, pair[PEERS][PEERS] = {{0}};
@@ -164,6 +179,10 @@ static void check(const Case *c, const float *losses, const float *stats) {
             correct[k] += best == y;
         }
     }
+    if (c->stats) {
+        near("labelled rows", 0, 0, stats[layout->labelled], labelled, 0);
+        near("label weight", 0, 0, stats[layout->label_weight], labelled, 0);
+    }
     for (int64_t k = 0; k < K; k++) {
         for (int64_t l = 0; l < K; l++)
             if (l != k) kl[k] += pair[l][k] / (K - 1);
@@ -171,12 +190,12 @@ static void check(const Case *c, const float *losses, const float *stats) {
         const double want = per_row * (c->real[2] * ce[k] + c->real[3] * kl[k]);
         near("loss", k, 0, losses[k], want, per_row * scale);
         if (!c->stats) continue;
-        near("cross-entropy", k, 0, stats[k] * labelled, ce[k], scale);
-        near("divergence", k, 0, stats[K + k] * labelled, kl[k], scale);
-        near("entropy", k, 0, stats[2 * K + 2 + k] * labelled, entropy[k], scale);
-        near("hits", k, 0, stats[3 * K + 2 + k], correct[k], 0);
+        near("cross-entropy", k, 0, stats[layout->ce + k] * labelled, ce[k], scale);
+        near("divergence", k, 0, stats[layout->kl + k] * labelled, kl[k], scale);
+        near("entropy", k, 0, stats[layout->entropy + k] * labelled, entropy[k], scale);
+        near("hits", k, 0, stats[layout->correct + k], correct[k], 0);
         for (int64_t l = 0; l < K; l++)
-            near("pair", k, l, stats[4 * K + 3 + l * K + k] * labelled, pair[l][k], scale);
+            near("pair", k, l, stats[layout->pairwise_kl + l * K + k] * labelled, pair[l][k], scale);
     }
 }
 
@@ -212,10 +231,11 @@ int main(int argc, char **argv) {
         for (int64_t i = 0; i < c.N; i++) labelled += label_of(&c, i) != c.ignore_index;
         const int refused = (draw(4) == 0 && spoil(&c)) || !labelled;
         float *losses = malloc(c.K * sizeof *losses);
-        float *stats = malloc((4 * c.K + 3 + c.K * c.K) * sizeof *stats);
-        const int status = call(&c, losses, stats);
+        StatsLayout layout;
+        float *stats = malloc(lay_out(c.K, &layout) * sizeof *stats);
+        const int status = call(&c, losses, stats, &layout);
         if (status != refused) fail("status", 0, 0, status, refused);
-        if (!refused) check(&c, losses, stats);
+        if (!refused) check(&c, losses, stats, &layout);
         for (int64_t k = 0; k < c.K; k++) free(c.z[k]), free(c.g[k]);
         free(c.labels), free(losses), free(stats);
     }
