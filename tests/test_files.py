@@ -14,8 +14,8 @@ from torch import nn
 from fastdml.cohort import Cohort
 from fastdml.errors import InputError
 from fastdml.files import partial, safe_name, write_atomically
+from fastdml.report.metrics_log import MetricsLog
 from fastdml.train import TrainConfig, checkpoint
-from fastdml.train.report import MetricsLog
 
 
 @contextmanager

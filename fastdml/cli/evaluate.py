@@ -55,8 +55,11 @@ def evaluate(args: list[str]) -> None:
     import torch
 
     from fastdml.data import load
+    from fastdml.devices import device_name
     from fastdml.engine import cpus
-    from fastdml.train import ReidConfig, report
+    from fastdml.report.metrics_log import to_json
+    from fastdml.report.tables import retrieval_table, scores_table
+    from fastdml.train import ReidConfig
     from fastdml.train.run import choose_device
     from fastdml.train.run import evaluate as evaluate_images
     from fastdml.train.tasks import reid
@@ -93,11 +96,11 @@ def evaluate(args: list[str]) -> None:
         scores, pictures = asdict(evaluate_images(cohort, test, amp=config.amp)), []
     if options.json:
         found = {"run": str(options.run), "weights": options.weights, "peers": cohort.names}
-        print(report.to_json({**found, "device": report.device_name(device), "scores": scores}))
+        print(to_json({**found, "device": device_name(device), "scores": scores}))
     else:
-        table = report.retrieval_table if retrieval else report.scores_table
+        table = retrieval_table if retrieval else scores_table
         print(table(cohort.names, scores))
-        print(f"{options.weights} weights of {options.run}, on {report.device_name(device)}")
+        print(f"{options.weights} weights of {options.run}, on {device_name(device)}")
         for path in pictures:
             print(path)
     if cohort.image_shape is None and not retrieval:

@@ -39,13 +39,15 @@ def train(args: list[str]) -> None:
     config = train_config(data, options)
     find_own_models(config.peers)
 
-    from fastdml.train import report, run
+    from fastdml.report.summary import SUMMARY
+    from fastdml.report.tables import summary_table
+    from fastdml.train import run
 
     command = shlex.join(["fastdml", "train", *args])
     result = run(config, hint="--download", command=command)
     if result is not None:  # None after a dry run, which has said its part
-        summary = json.loads((result.folder / report.SUMMARY).read_text())
-        print(f"\n{report.summary_table(summary)}\n{result.device}; run folder: {result.folder}")
+        summary = json.loads((result.folder / SUMMARY).read_text())
+        print(f"\n{summary_table(summary)}\n{result.device}; run folder: {result.folder}")
 
 
 def train_config(data: str, options: list[str]) -> TrainConfig:

@@ -43,6 +43,7 @@ from fastdml.engine.stackable import (
 from fastdml.engine.stacked import StackedStep
 from fastdml.engine.step import EagerStep, StepOutput, check_gradients_wanted
 from fastdml.errors import InputError
+from fastdml.units import count_of_threads
 
 if TYPE_CHECKING:
     from fastdml.engine import Step
@@ -277,10 +278,6 @@ class CpuAutoStep(AutoStep):
 def _brief(name: str, reason: str) -> str:
     """A refusal without what goes without saying here."""
     return re.sub(r"; use [\w ]+$", "", reason.removeprefix(f"execution {name!r} "))
-
-
-def count_of_threads(n: int) -> str:
-    return f"{n} thread{'s' * (n != 1)}"
 
 
 def unfit_for_threads(peers: Sequence[nn.Module]) -> str | None:

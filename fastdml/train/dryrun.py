@@ -9,9 +9,9 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from fastdml.data.loaders.make import size
-from fastdml.train import report
+from fastdml.devices import device_name
 from fastdml.train.config.sources import run_name
+from fastdml.units import size
 
 if TYPE_CHECKING:
     from fastdml.train.trainer import Phase
@@ -48,7 +48,7 @@ def plan(phase: Phase) -> str:
         + "".join(f"curves.{kind} pairwise_kl.{kind} " for kind in config.figures)
         + "summary.json"
     )
-    hardware = report.device_name(device, choice.threads)
+    hardware = device_name(device, choice.threads)
     rows = [
         ("dry run", "nothing was written"),
         *(

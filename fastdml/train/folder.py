@@ -17,16 +17,16 @@ from pathlib import Path
 
 from fastdml.errors import InputError
 from fastdml.files import NO_ROOM, partial, writing
-from fastdml.train import report
+from fastdml.report.metrics_log import INDEPENDENT, METRICS, read_metrics
 from fastdml.train.config.base import TrainConfig
 from fastdml.train.config.sources import (
-    CONFIG,
     check_resumable,
     load_config,
     numbered_folders,
     resume_folder,
     run_name,
 )
+from fastdml.yaml_file import CONFIG
 
 LAST_CHECKPOINT = "last.ckpt"
 INITIAL_CHECKPOINT = "initial.ckpt"
@@ -66,10 +66,10 @@ def check_folder(config: TrainConfig) -> None:
         return
     folder = resume_folder(config)
     check_resumable(load_config(folder / CONFIG).to_dict(), config)
-    alone = folder / report.INDEPENDENT
+    alone = folder / INDEPENDENT
     for phase in (folder, alone):
-        if _has_checkpoint(phase) and (phase / report.METRICS).exists():
-            report.read_metrics(phase)  # says what is wrong with it, which the end would find out
+        if _has_checkpoint(phase) and (phase / METRICS).exists():
+            read_metrics(phase)  # says what is wrong with it, which the end would find out
     needed = config.independent and (folder / LAST_CHECKPOINT).is_file()
     initial = folder / INITIAL_CHECKPOINT
     if needed and not initial.is_file() and not (alone / LAST_CHECKPOINT).is_file():

@@ -8,9 +8,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from fastdml.errors import MissingExtra
-from fastdml.train import report
+from fastdml.report.tables import fixed_columns
 from fastdml.train.config.base import TrainConfig
 from fastdml.train.tasks.scores import RetrievalScores, Scores
+from fastdml.units import percent
 
 if TYPE_CHECKING:
     import pandas
@@ -46,7 +47,7 @@ class TrainResult:
         return f"<TrainResult of {len(self.peers)} peers in {self.folder}: print shows a table>"
 
     def __str__(self) -> str:
-        return f"{report.fixed_columns(self._rows())}\n{self._note()}"
+        return f"{fixed_columns(self._rows())}\n{self._note()}"
 
     def _repr_html_(self) -> str:
         head, *body = [[html.escape(cell) for cell in row] for row in self._rows()]
@@ -99,8 +100,8 @@ class TrainResult:
             for key in keys:
                 for run, scores in runs.items():
                     label = f"{SCORES[key]} {run}" if len(runs) > 1 else SCORES[key]
-                    columns.append((label, [_percent(x) for x in getattr(scores, key)]))
-                    ensemble.append(_percent(getattr(scores, f"ensemble_{key}")))
+                    columns.append((label, [percent(x) for x in getattr(scores, key)]))
+                    ensemble.append(percent(getattr(scores, f"ensemble_{key}")))
         rows = list(zip(*([label, *values] for label, values in columns), strict=True))
         return [*rows, tuple(ensemble)] if ensemble and len(self.peers) > 1 else rows
 
@@ -111,7 +112,3 @@ class TrainResult:
             f"{self.history[-1]['epoch']:.4g} epochs{best}, {self.seconds:,.0f} s{rate}, "
             f"{self.precision} on {self.device}; run folder: {self.folder}"
         )
-
-
-def _percent(fraction: float) -> str:
-    return f"{100 * fraction:.2f}"

@@ -30,12 +30,14 @@ from fastdml.errors import InputError
 from fastdml.files import writing
 from fastdml.metrics import Classification, ClassificationScores
 from fastdml.modes import evaluating
+from fastdml.report import plots
+from fastdml.report.metrics_log import INDEPENDENT
+from fastdml.report.summary import write_summary
 from fastdml.terminal import lenient_stderr
-from fastdml.train import checkpoint, checks, figures, report
+from fastdml.train import checkpoint, checks
 from fastdml.train.batches import Batches, as_batches
 from fastdml.train.config.base import TrainConfig
 from fastdml.train.config.reid import ReidConfig
-from fastdml.train.config.sources import CONFIG
 from fastdml.train.dryrun import plan
 from fastdml.train.folder import (
     INITIAL_CHECKPOINT,
@@ -47,6 +49,7 @@ from fastdml.train.folder import (
 from fastdml.train.result import TrainResult
 from fastdml.train.tasks import reid
 from fastdml.train.trainer import Evaluate, Phase, Stop, listening, load_weights
+from fastdml.yaml_file import CONFIG
 
 EVALUATION_BATCH = 500  # images; divides CIFAR's test sets
 
@@ -201,7 +204,7 @@ def _load_or_save_initial(folder: Path, cohort: Cohort) -> None:
 
 def _independent(mutual: Phase, stop: Stop) -> TrainResult:
     """The same peers from the same weights on the same batches, each by itself."""
-    cohort, folder = mutual.cohort, mutual.folder / report.INDEPENDENT
+    cohort, folder = mutual.cohort, mutual.folder / INDEPENDENT
     trained = {key: value.clone() for key, value in cohort.state_dict().items()}
     if not (folder / LAST_CHECKPOINT).exists():
         initial = mutual.folder / INITIAL_CHECKPOINT
@@ -232,11 +235,11 @@ def _report(mutual: TrainResult, independent: TrainResult | None, command: str) 
     for result in (independent, mutual):
         if result is None:
             continue
-        figures.draw(result.folder, result.config.figures)
+        plots.draw(result.folder, result.config.figures)
         if result.scores is None:
             continue  # nothing to sum up
         beside = independent if result is mutual else None
-        report.write_summary(
+        write_summary(
             result.folder,
             config=result.config.to_dict(),
             peers=result.peers,

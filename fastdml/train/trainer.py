@@ -23,6 +23,7 @@ import torch
 from torch import Tensor
 
 from fastdml.cohort import Cohort
+from fastdml.devices import device_name
 from fastdml.engine import (
     Ema,
     Schedule,
@@ -37,14 +38,17 @@ from fastdml.engine.profile import Profile
 from fastdml.engine.update import Update
 from fastdml.errors import InputError, require
 from fastdml.modes import evaluating
-from fastdml.train import checkpoint, losses, report
+from fastdml.report.metrics_log import INDEPENDENT, METRICS, MetricsLog
+from fastdml.train import checkpoint, losses
 from fastdml.train.batches import Batches, assembler
 from fastdml.train.config.base import TrainConfig
-from fastdml.train.config.sources import CONFIG, check_resumable
+from fastdml.train.config.sources import check_resumable
 from fastdml.train.folder import BEST, LAST_CHECKPOINT
 from fastdml.train.meters import Clock, Totals
 from fastdml.train.result import TrainResult
 from fastdml.train.tasks.scores import Scores, from_dict, main_name, main_values
+from fastdml.units import duration, percent
+from fastdml.yaml_file import CONFIG
 
 LOSS_NAMES = {"ce": "cross-entropy", "kl": "KL divergence", "metric": "metric loss"}
 STOPPING = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
@@ -101,7 +105,7 @@ class Phase:
         self.cohort, self.peers = cohort, list(cohort.peers)
         self.train, self.evaluate = train, evaluate
         self.config, self.folder, self.amp = config, folder, amp
-        self.label = "independent" if folder.name == report.INDEPENDENT else "mutual"
+        self.label = "independent" if folder.name == INDEPENDENT else "mutual"
         self.device = amp.device
         self.steps = len(train)  # an epoch
         self.total = losses.total_steps(config, self.steps)
@@ -178,7 +182,7 @@ class Phase:
         """Trains to the end, or until a signal: then saves and raises TrainingStopped."""
         seed_generators(self.config.seed, self.device)
         self.started = self.saved = time.monotonic()
-        last, metrics = self.folder / LAST_CHECKPOINT, self.folder / report.METRICS
+        last, metrics = self.folder / LAST_CHECKPOINT, self.folder / METRICS
         if last.is_file():
             self._restore()
             self.config.save(self.folder / CONFIG)
@@ -186,7 +190,7 @@ class Phase:
             self.config.save(self.folder / CONFIG)
             checkpoint.save(last, self._state())
         with (
-            report.MetricsLog(
+            MetricsLog(
                 self.folder,
                 self.cohort.names,
                 resume_step=self.position if metrics.exists() else None,
@@ -242,13 +246,13 @@ class Phase:
     def _begin(self, batch: tuple[Tensor, ...]) -> None:
         choice = self.choose(batch)
         parts = [
-            f"{self.label}: {report.device_name(self.device, choice.threads)}, {self.amp.name}",
+            f"{self.label}: {device_name(self.device, choice.threads)}, {self.amp.name}",
             f"execution {choice.execution}",
             f"{self.total - self.position:,} steps",
             f"folder {self.folder}",
         ]
         if seconds := getattr(self.step, "seconds", None):
-            parts.append(f"about {report.duration(seconds * self._steps_left())}")
+            parts.append(f"about {duration(seconds * self._steps_left())}")
         self.bar.write(", ".join(parts), file=sys.stderr)
         self.first, self.begun = self.position, time.monotonic()
 
@@ -476,8 +480,8 @@ class Phase:
         ]
         if test := self.history[-1].get("test"):
             name = main_name(test)
-            parts.append(f"test {SCORE_NAMES[name]} % " + " ".join(map(_percent, test[name])))
-            parts.append(f"ensemble {_percent(test[f'ensemble_{name}'])}")
+            parts.append(f"test {SCORE_NAMES[name]} % " + " ".join(map(percent, test[name])))
+            parts.append(f"ensemble {percent(test[f'ensemble_{name}'])}")
         if record["images_per_second"]:
             parts.append(
                 f"{record['images_per_second']:,.0f} images/s, "
@@ -485,7 +489,7 @@ class Phase:
             )
         if self.position < self.total and (done := self.position - self.first):
             seconds = (time.monotonic() - self.begun) / done * self._steps_left()
-            parts.append(f"{report.duration(seconds)} left")
+            parts.append(f"{duration(seconds)} left")
         return "  ".join(parts)
 
     def _finish(self) -> TrainResult:
@@ -510,7 +514,7 @@ class Phase:
             data_wait=self.clock.data_wait,
             seconds=self._elapsed(),
             skipped_steps=self.position - int(self.schedule.updates),
-            device=report.device_name(self.device, self.choice and self.choice.threads),
+            device=device_name(self.device, self.choice and self.choice.threads),
             precision=self.amp.name,
             execution=self.execution,
             threads=self.choice and self.choice.threads,
@@ -586,7 +590,3 @@ def load_weights(cohort: Cohort, weights: dict[str, Tensor], path: Path) -> None
 def _mean(scores: Scores) -> float:
     values = main_values(scores)
     return sum(values) / len(values)
-
-
-def _percent(fraction: float) -> str:
-    return f"{100 * fraction:.2f}"

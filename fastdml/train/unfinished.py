@@ -11,7 +11,8 @@ import torch
 
 from fastdml.cohort import RECORD, Cohort
 from fastdml.errors import InputError
-from fastdml.train import checkpoint, report
+from fastdml.report.summary import SUMMARY
+from fastdml.train import checkpoint
 from fastdml.train.config.base import TrainConfig
 from fastdml.train.folder import LAST_CHECKPOINT
 
@@ -49,7 +50,7 @@ def prolonged(folder: Path, config: TrainConfig) -> bool:
     """Whether a run of these settings ended once and was then resumed to be of another length, and
     has not ended again: its summary is of the length that it had."""
     try:
-        before = json.loads((folder / report.SUMMARY).read_text())["config"]
+        before = json.loads((folder / SUMMARY).read_text())["config"]
         return any(before[name] != getattr(config, name) for name in ("epochs", "iterations"))
     except (OSError, ValueError, KeyError, TypeError):
         return False

@@ -32,7 +32,8 @@ from fastdml.data.files.decode import decode
 from fastdml.data.loaders import make, torch_workers
 from fastdml.data.loaders.dali import checked
 from fastdml.errors import InputError, MissingExtra
-from fastdml.train import checkpoint, figures
+from fastdml.report import plots
+from fastdml.train import checkpoint
 from fastdml.train.tasks import reid
 
 MARKET = {"size": (256, 128), "pad": 10, "padding": "black", "erase": 0.5}
@@ -333,7 +334,7 @@ def test_a_file_that_vanishes_from_the_resident_loader(standin_copy, split):
 def test_a_file_that_vanishes_ends_a_run_that_goes_on(standin_copy, kind, tmp_path, monkeypatch):
     """One line and a checkpoint; with the file back, the run resumes in the middle of the epoch and
     ends with the weights of a run that nothing happened to, bit for bit."""
-    monkeypatch.setattr(figures, "draw", lambda folder, formats: [])
+    monkeypatch.setattr(plots, "draw", lambda folder, formats: [])
     lost: dict[Path, bytes] = {}
 
     class Losing:

@@ -35,7 +35,9 @@ from fastdml.data.files import archive, check_files, decode
 from fastdml.data.sets import cifar, market1501
 from fastdml.errors import InputError
 from fastdml.models import create_model, model_names
-from fastdml.train import checkpoint, report
+from fastdml.report import plots
+from fastdml.report.metrics_log import MetricsLog, read_metrics
+from fastdml.train import checkpoint
 from fastdml.train.config.base import field_types
 from fastdml.train.config.sources import load_config, preset
 
@@ -290,11 +292,11 @@ def metrics_file(folder: Path) -> Check:
         if random.random() < 0.3:
             content = mutated(random, content + (b"[" * 100_000 if random.random() < 0.1 else b""))
         rewrite(folder / "metrics.jsonl", content)
-        for record in report.read_metrics(folder):
+        for record in read_metrics(folder):
             assert isinstance(record, dict)
-        with report.MetricsLog(folder, ["a", "b"], resume_step=4, tensorboard=False) as log:
+        with MetricsLog(folder, ["a", "b"], resume_step=4, tensorboard=False) as log:
             log.log("train", 5, 1.25, loss=[1.0, 2.0])
-        assert report.read_metrics(folder)[-1]["step"] == 5
+        assert read_metrics(folder)[-1]["step"] == 5
 
     return check
 
@@ -303,7 +305,7 @@ def metrics_file(folder: Path) -> Check:
 def damaged_run(folder: Path) -> Check:
     """A finished run with one file of it changed, gone or something else: it is evaluated or
     resumed, or refused in a line."""
-    report.plot_curves = report.plot_pairwise_kl = lambda folder: None
+    plots.plot_curves = plots.plot_pairwise_kl = lambda folder: None
     whole, run = folder / "whole", folder / "run"
     settings = [*SETTINGS, "--no-tensorboard", "--folder"]
     assert cli.main([*settings, str(whole)]) == 0

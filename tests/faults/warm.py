@@ -102,9 +102,9 @@ def command(arguments: list[str]) -> int:
 
 def command_without_pictures(arguments: list[str]) -> int:
     """The same in a third of the time."""
-    from fastdml.train import figures
+    from fastdml.report import plots
 
-    figures.draw = lambda folder, formats: []
+    plots.draw = lambda folder, formats: []
     return command(arguments)
 
 

@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from fastdml.train import figures
+from fastdml.report import plots
 
 sys.path.append(str(Path(__file__).parent))
 SIZE = (32, 16)
@@ -61,4 +61,4 @@ def _own_scans(scans):
 @pytest.fixture
 def _no_pictures(monkeypatch):
     """Drawing takes longer than these runs."""
-    monkeypatch.setattr(figures, "draw", lambda folder, formats: [])
+    monkeypatch.setattr(plots, "draw", lambda folder, formats: [])

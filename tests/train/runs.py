@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 
 from fastdml.cohort import Cohort
-from fastdml.train.report import read_metrics
+from fastdml.report.metrics_log import read_metrics
 
 ROOT = Path(__file__).parents[2]
 TIMES = ("time", "images_per_second", "data_wait")

@@ -16,7 +16,7 @@ from fastdml import train as training
 from fastdml.data import ResidentLoader, load
 from fastdml.engine import cpus, rehearsal
 from fastdml.train import TrainConfig, checkpoint, fit
-from fastdml.train.report import duration
+from fastdml.units import duration
 
 pytestmark = [
     pytest.mark.usefixtures("_no_pictures"),

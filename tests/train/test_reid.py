@@ -24,8 +24,9 @@ from fastdml.data.sets.stand_in import StandIn
 from fastdml.engine.amp import Amp
 from fastdml.errors import InputError
 from fastdml.models import ReidHead
-from fastdml.train import ReidConfig, RetrievalScores, checkpoint, losses, report
-from fastdml.train.report import read_metrics
+from fastdml.report.metrics_log import read_metrics
+from fastdml.report.tables import summary_table
+from fastdml.train import ReidConfig, RetrievalScores, checkpoint, losses
 from fastdml.train.tasks import reid
 
 CPU = torch.device("cpu")
@@ -156,7 +157,7 @@ def test_a_run_learns_and_leaves_what_it_promises(run):
         assert 0.3 < peer["mAP_independent"] <= 1  # in random order about 0.17
         assert mAP > 0.3
     assert summary["ensemble_mutual"] == scores.ensemble_mAP
-    table = report.summary_table(summary).splitlines()
+    table = summary_table(summary).splitlines()
     assert re.split(r"  +", table[0]) == [
         "peer", "parameters", "mAP independent %", "mAP mutual %", "rank-1 independent %",
         "rank-1 mutual %", "mAP ensemble %", "images/s",

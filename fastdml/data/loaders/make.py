@@ -17,6 +17,7 @@ from fastdml.data.loaders.torch_workers import TorchLoader
 from fastdml.data.sets.image_set import ImageSet
 from fastdml.data.sets.market1501 import STORED, ReidSplit
 from fastdml.errors import InputError
+from fastdml.units import size
 
 Loader = ResidentLoader | DALILoader | TorchLoader
 KINDS = ("auto", "resident", "dali", "torch")
@@ -80,11 +81,6 @@ def choose_loader(
         f"streamed by {kind} instead"
     )
     return kind
-
-
-def size(nbytes: float) -> str:
-    """A number of bytes as people read it, never 0 MB of something."""
-    return f"{nbytes / 1e6:,.0f} MB" if nbytes >= 1e6 else f"{nbytes / 1e3:,.1f} kB"
 
 
 def has_dali() -> bool:

@@ -19,12 +19,11 @@ from fastdml.errors import InputError, require
 from fastdml.files import safe_name
 from fastdml.options import split_lists
 from fastdml.paths import expanded
+from fastdml.report.metrics_log import METRICS
 from fastdml.train.config.base import TrainConfig, check_names, field_types, with_length
 from fastdml.train.config.reid import ReidConfig, reid_preset
-from fastdml.train.config.yaml_file import read_settings
-from fastdml.train.report import METRICS
+from fastdml.yaml_file import CONFIG, read_settings
 
-CONFIG = "config.yaml"  # the settings of a run, in its folder
 REID = ("market1501",)  # the data sets of re-identification
 CHOICES = ("recipe", "standin")  # settings that decide the defaults of others
 RESUMING = ("resume", "folder", "peers")  # that say which run to go on with

@@ -17,9 +17,8 @@ from typing import Any
 from fastdml.errors import InputError, require
 from fastdml.files import write_atomically
 from fastdml.paths import expanded
-from fastdml.train.config.base import MUTUAL_WEIGHTS
-from fastdml.train.config.sources import CONFIG, load_config
-from fastdml.train.report import INDEPENDENT, METRICS, read_metrics
+from fastdml.report.metrics_log import INDEPENDENT, METRICS, read_metrics
+from fastdml.yaml_file import CONFIG, read_settings
 
 WIDTH, DPI = 3.4, 300  # inches, dots an inch
 LETTERS = 58  # of a line of that width
@@ -44,6 +43,9 @@ MARKED_POINTS = 16  # of a curve, about
 ENOUGH_EPOCHS = 10  # of fewer, the readings within epochs are shown as well, as dots
 SPANS = 4  # of training, in pairwise_kl
 MANY_PEERS = 6  # beyond these a heat map has no place for numbers
+
+# The settings that peers learn from each other by, with what they are where a file leaves them out.
+MUTUAL_WEIGHTS = {"kl_weight": 1.0, "distance_mutual_weight": 0.0}
 
 Records = list[dict[str, Any]]
 
@@ -245,19 +247,18 @@ def _runs(folder: Path) -> dict[str, Records]:
     """The records of the run in `folder`, and of the independent one below it, by what they are."""
     runs = {_label(folder): read_metrics(folder)}
     if (folder / INDEPENDENT / METRICS).exists():
-        runs["independent"] = read_metrics(folder / INDEPENDENT)
+        runs[INDEPENDENT] = read_metrics(folder / INDEPENDENT)
     return runs
 
 
 def _label(folder: Path) -> str:
     """Whether the peers of a run learnt from each other, by its settings."""
-    if folder.resolve().name == INDEPENDENT:
-        return "independent"
     try:
-        config = load_config(folder / CONFIG)
-    except InputError:  # no settings, or those of another version
-        return "mutual"
-    return "mutual" if any(getattr(config, n, 0) for n in MUTUAL_WEIGHTS) else "independent"
+        settings = read_settings(folder / CONFIG)
+    except InputError:  # a folder that has none, or none that can be read
+        return INDEPENDENT if folder.resolve().name == INDEPENDENT else "mutual"
+    mutual = any(settings.get(name, default) for name, default in MUTUAL_WEIGHTS.items())
+    return "mutual" if mutual else INDEPENDENT
 
 
 def _names(records: Records) -> list[str]:

@@ -10,9 +10,10 @@ import matplotlib.image
 import pytest
 
 from fastdml.errors import InputError
-from fastdml.train import TrainConfig, figures
+from fastdml.report import plots
+from fastdml.report.metrics_log import MetricsLog
+from fastdml.train import TrainConfig
 from fastdml.train.config.sources import preset
-from fastdml.train.report import MetricsLog
 
 NAMES = ["resnet20-1", "resnet20-2"]
 LONG = "own_package.own_module:a_function_with_a_name_that_fills_more_than_a_line"
@@ -47,7 +48,7 @@ def drawn(monkeypatch):
         kept[path.name] = figure
         return []
 
-    monkeypatch.setattr(figures, "_save", keep)
+    monkeypatch.setattr(plots, "_save", keep)
     return kept
 
 
@@ -64,7 +65,7 @@ def test_pictures_are_whole_and_legible_at_the_width_of_a_column(
     record(tmp_path, names, reid=reid)
     if independent:
         record(tmp_path / "independent", names, reid=reid)
-    figures.draw(tmp_path)
+    plots.draw(tmp_path)
     assert set(drawn) == ({"curves", "pairwise_kl"} if len(names) > 1 else {"curves"})
     for figure in drawn.values():
         width, height = figure.get_size_inches()
@@ -88,7 +89,7 @@ def test_pictures_are_whole_and_legible_at_the_width_of_a_column(
 @pytest.mark.parametrize("spans", [1, 2, 3, 4])
 def test_heat_maps_of_short_runs_are_whole(tmp_path, drawn, spans):
     record(tmp_path, NAMES, spans)
-    figures.draw(tmp_path)
+    plots.draw(tmp_path)
     figure = drawn["pairwise_kl"]
     figure.draw_without_rendering()
     width, height = figure.get_size_inches()
@@ -102,7 +103,7 @@ def test_heat_maps_of_short_runs_are_whole(tmp_path, drawn, spans):
 @pytest.mark.parametrize("peers", [1, 2])
 def test_files(tmp_path, peers):
     record(tmp_path, NAMES[:peers])
-    paths = figures.draw(tmp_path, ("png", "pdf", "svg", "png"))
+    paths = plots.draw(tmp_path, ("png", "pdf", "svg", "png"))
     stems = ["curves", "pairwise_kl"][:peers]
     expected = [f"{stem}.{kind}" for stem in stems for kind in ("png", "pdf", "svg")]
     assert [p.name for p in paths] == expected
@@ -113,12 +114,12 @@ def test_files(tmp_path, peers):
     assert paths[1].read_bytes().startswith(b"%PDF-")
     assert b"/Type3" not in paths[1].read_bytes()
     assert b"<svg" in paths[2].read_bytes()
-    assert figures.draw(tmp_path, ()) == []
+    assert plots.draw(tmp_path, ()) == []
 
 
 def test_a_run_that_logged_nothing(tmp_path):
     MetricsLog(tmp_path, NAMES, tensorboard=False).close()
-    assert [p.name for p in figures.draw(tmp_path)] == ["curves.png"]
+    assert [p.name for p in plots.draw(tmp_path)] == ["curves.png"]
 
 
 def test_pictures_say_whether_peers_learnt_from_each_other(tmp_path, drawn, monkeypatch):
@@ -127,15 +128,15 @@ def test_pictures_say_whether_peers_learnt_from_each_other(tmp_path, drawn, monk
         return words & {"mutual", "independent"}
 
     record(tmp_path / "run", NAMES)
-    figures.draw(tmp_path / "run")
+    plots.draw(tmp_path / "run")
     assert said() == {"mutual"}
     record(tmp_path / "run" / "independent", NAMES)
-    figures.draw(tmp_path / "run")
+    plots.draw(tmp_path / "run")
     assert said() == {"mutual", "independent"}
-    figures.draw(tmp_path / "run" / "independent")
+    plots.draw(tmp_path / "run" / "independent")
     assert said() == {"independent"}
     monkeypatch.chdir(tmp_path / "run" / "independent")
-    figures.draw(".")
+    plots.draw(".")
     assert said() == {"independent"}
     shutil.copytree(tmp_path / "run" / "independent", tmp_path / "copy")
     for config, label in (
@@ -145,7 +146,7 @@ def test_pictures_say_whether_peers_learnt_from_each_other(tmp_path, drawn, monk
         (preset("digits"), "mutual"),
     ):
         config.save(tmp_path / "copy" / "config.yaml")
-        figures.draw(tmp_path / "copy")
+        plots.draw(tmp_path / "copy")
         assert said() == {label}
 
 
@@ -153,7 +154,7 @@ def test_pictures_say_whether_peers_learnt_from_each_other(tmp_path, drawn, monk
 def test_curves_of_training_join_the_means_of_epochs(tmp_path, drawn, epochs, dots):
     """Readings within epochs, which zigzag, are dots, and left out where there are many epochs."""
     record(tmp_path, NAMES, epochs)
-    figures.draw(tmp_path)
+    plots.draw(tmp_path)
     joined = {len(x.get_xdata()) for x in drawn["curves"].axes[0].lines if x.get_linestyle() == "-"}
     single = {
         len(x.get_xdata()) for x in drawn["curves"].axes[0].lines if x.get_linestyle() == "None"
@@ -163,8 +164,8 @@ def test_curves_of_training_join_the_means_of_epochs(tmp_path, drawn, epochs, do
 
 def test_curves_of_a_first_epoch_that_is_not_over():
     records = [{"kind": "train", "epoch": e / 4} for e in (1, 2)] + [{"kind": "test", "epoch": 1}]
-    assert figures.curve_points(records, "train") == (records[:2], [])
-    assert figures.curve_points(records, "test") == (records[2:], [])
+    assert plots.curve_points(records, "train") == (records[:2], [])
+    assert plots.curve_points(records, "test") == (records[2:], [])
 
 
 def test_pairwise_spans_cover_training_and_keep_teacher_and_student_apart():
@@ -173,7 +174,7 @@ def test_pairwise_spans_cover_training_and_keep_teacher_and_student_apart():
             {"kind": kind, "epoch": e, "pairwise_kl": [[0.0, float(e)], [10.0 * e, 0.0]]}
             for e in range(1, epochs)
         ]
-        spans = figures.pairwise_spans(records)
+        spans = plots.pairwise_spans(records)
         assert [label for label, _ in spans] == [
             "epochs 0-2",
             "epochs 2-4",

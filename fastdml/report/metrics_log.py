@@ -1,10 +1,10 @@
-"""What a run leaves to read: metrics.jsonl, TensorBoard events, a summary, a table.
+"""metrics.jsonl and TensorBoard's events: what a run logs while it trains.
 
-Everything here takes plain numbers, lists and folders; the loop fetches device tensors first, in
+Everything here takes plain numbers, lists and folders; the trainer fetches device tensors first, in
 one transfer a log point. One log point costs a flushed line and a queued TensorBoard event.
 
 A run folder holds, from this module:
-    metrics.jsonl      one object a line, in order of step; all else is drawn from it
+    metrics.jsonl      one object a line, in order of step; tables and pictures are made from it
         {"kind": "peers", "step": 0, "names": ["resnet20", "resnet20-1"]}
         {"kind": "train", "step": 20, "epoch": 0.13, "time": ..., "ce": [K], "kl": [K],
          "pairwise_kl": [[K] * K], ...}        means since the reading before, losses in nats
@@ -13,7 +13,6 @@ A run folder holds, from this module:
                                                (of re-identification "mAP", "rank1" and so on)
         `step` counts batches done, `time` is in seconds since 1970, null stands for NaN and inf.
     tensorboard/       the same scalars: KIND/NAME, with /PEER where there is one a peer
-    summary.json       `fastdml.train.figures` draws the pictures beside it
     independent/       the comparison without the KL term, a run folder of the same form
 """
 
@@ -23,32 +22,19 @@ import contextlib
 import json
 import math
 import os
-import platform
 import socket
 import sys
 import time
 from collections.abc import Sequence
-from datetime import datetime, timezone
-from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-from fastdml import __version__
 from fastdml.errors import InputError, require
 from fastdml.files import create, sync, write_atomically, writing
 from fastdml.paths import expanded
-from fastdml.train.tasks.scores import main_name
 
 METRICS = "metrics.jsonl"
-SUMMARY = "summary.json"
 INDEPENDENT = "independent"
-VERSIONED = ("torch", "triton", "numpy")
-# By the score that a run is judged by: those that its reports lead with, as (score, label).
-HEADLINES = {"top1": (("top1", "accuracy"),), "mAP": (("mAP", "mAP"), ("rank1", "rank1"))}
-ENSEMBLES = {
-    "top1": "mean of the mutual peers' probabilities",
-    "mAP": "the mutual peers' features, concatenated",
-}
 
 
 class MetricsLog:
@@ -227,180 +213,6 @@ def _is_log_point(record: Any, K: int) -> bool:
     )
 
 
-def write_summary(
-    folder: str | Path,
-    *,
-    config: dict[str, Any],
-    peers: Sequence[str],
-    parameters: Sequence[int],
-    device: str,
-    execution: str | None,
-    threads: int | None,
-    command: str,
-    mutual: dict[str, Any],
-    independent: dict[str, Any] | None = None,
-) -> dict[str, Any]:
-    """Writes summary.json and returns what it holds; its date is that of the end, in UTC.
-
-    `mutual` and `independent` are each {"scores": ClassificationScores or RetrievalScores as a
-    dict, or None where nothing was evaluated, "images_per_second": float, "wall_seconds": float}
-    and whatever else is worth keeping.
-    """
-    runs = {"mutual": mutual, "independent": independent}
-    headlines = HEADLINES[_kind(mutual["scores"])]
-    summary = {
-        "config": config,
-        "versions": versions(),
-        "device": device,
-        "execution": execution,
-        "threads": threads,
-        "command": command,
-        "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
-        "peers": [
-            {
-                "name": name,
-                "parameters": count,
-                **{
-                    f"{label}_{run}": _score(values, key, k)
-                    for key, label in headlines
-                    for run, values in runs.items()
-                },
-            }
-            for k, (name, count) in enumerate(zip(peers, parameters, strict=True))
-        ],
-        **{f"ensemble_{r}": _score(v, f"ensemble_{headlines[0][0]}") for r, v in runs.items()},
-        "mutual": mutual,
-        "independent": independent,
-    }
-    text = to_json(summary, indent=2)
-    write_atomically(Path(folder) / SUMMARY, f"{text}\n")
-    return json.loads(text)
-
-
-def summary_table(summary: dict[str, Any]) -> str:
-    """The comparison every paper's table makes: accuracies in % of the test set, or mAP and rank-1
-    in % over the queries."""
-    kind = _kind(summary["mutual"]["scores"])
-    ensemble = _percent(summary["ensemble_mutual"])
-    rate = _rate(summary["mutual"])
-    labels = [label for _, label in HEADLINES[kind]]
-    prefixes = ("",) if kind == "top1" else ("mAP ", "rank-1 ")
-    rows = [
-        (
-            "peer",
-            "parameters",
-            *(f"{prefix}{run} %" for prefix in prefixes for run in ("independent", "mutual")),
-            f"{prefixes[0]}ensemble %",
-            "images/s",
-        )
-    ]
-    rows += [
-        (
-            peer["name"],
-            f"{peer['parameters']:,}",
-            *(_percent(peer[f"{x}_{run}"]) for x in labels for run in ("independent", "mutual")),
-            ensemble,
-            rate,
-        )
-        for peer in summary["peers"]
-    ]
-    note = f"ensemble: {ENSEMBLES[kind]}"
-    if summary["independent"]:
-        note += (
-            f" (independent peers': {_percent(summary['ensemble_independent'])} %)"
-            f"; images/s: all peers together (independent:"
-            f" {_rate(summary['independent'])})"
-        )
-    else:
-        note += "; images/s: all peers together"
-    return f"{fixed_columns(rows)}\n{note}"
-
-
-def retrieval_table(names: Sequence[str], scores: dict[str, dict[str, Any] | None]) -> str:
-    """Every score of each peer and of the ensemble, a block of rows a protocol, from
-    `Retrieval.all_scores` with RetrievalScores as dicts."""
-    columns = ("rank1", "rank5", "rank10", "mAP", "mINP")
-    rows = [("peer", "query", "re-ranked", "rank-1 %", "rank-5 %", "rank-10 %", "mAP %", "mINP %")]
-    for protocol, values in scores.items():
-        query, _, reranked = protocol.partition("_")
-        if values is None:
-            continue
-        kind = (query, "yes" if reranked else "no")
-        for k, name in enumerate(names):
-            rows.append((name, *kind, *(_percent(values[c][k]) for c in columns)))
-        ensemble = (_percent(values[f"ensemble_{c}"]) for c in columns)
-        rows.append(("ensemble", *kind, *ensemble))
-    note = f"{scores['single']['queries']:,} queries; ensemble: the peers' features, concatenated"
-    if scores["multi"] is None:
-        note += "; no multiple queries: the folder gt_bbox is not there"
-    return f"{fixed_columns(rows)}\n{note}"
-
-
-def scores_table(names: Sequence[str], scores: dict[str, Any]) -> str:
-    """Every score of each peer and of the ensemble, from a ClassificationScores as a dict."""
-    columns = ("top1", "top5", "ece", "nll", "entropy")
-    rows = [("peer", "top-1 %", "top-5 %", "ECE %", "NLL nats", "entropy nats")]
-    per_peer = [[scores[c][k] for c in columns] for k in range(len(names))]
-    per_peer.append([scores[f"ensemble_{c}"] for c in columns])
-    for name, (top1, top5, ece, nll, entropy) in zip([*names, "ensemble"], per_peer, strict=True):
-        rows.append(
-            (name, _percent(top1), _percent(top5), _percent(ece), f"{nll:.4f}", f"{entropy:.4f}")
-        )
-    table = f"{fixed_columns(rows)}\n{scores['rows']:,} test images"
-    broken = [f"{n}: {bad}" for n, bad in zip(names, scores["nonfinite"], strict=True) if bad]
-    return table + (f"; outputs that are not finite: {', '.join(broken)}" if broken else "")
-
-
-def fixed_columns(rows: Sequence[Sequence[str]]) -> str:
-    """Rows of text in columns: the first to the left, numbers to the right, a rule under row 0."""
-    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
-    lines = [
-        "  ".join(
-            cell.ljust(width) if i == 0 else cell.rjust(width)
-            for i, (cell, width) in enumerate(zip(row, widths, strict=True))
-        ).rstrip()
-        for row in rows
-    ]
-    return "\n".join([lines[0], "-" * len(lines[0]), *lines[1:]])
-
-
-def versions() -> dict[str, str]:
-    """Versions of Python and of the packages that decide a run's numbers."""
-    found = {"fastdml": __version__, "python": platform.python_version()}
-    for package in VERSIONED:
-        try:
-            found[package] = metadata.version(package)
-        except metadata.PackageNotFoundError:
-            found[package] = "not installed"
-    return found
-
-
-def device_name(device: Any, threads: int | None = None) -> str:
-    """The hardware behind a torch device, as a table names it; of a CPU with the number of threads,
-    by default torch's."""
-    import torch
-
-    from fastdml.engine.auto import count_of_threads
-
-    device = torch.device(device)
-    if device.type == "cuda":
-        return torch.cuda.get_device_name(device)
-    model = platform.processor() or platform.machine()
-    cpuinfo = Path("/proc/cpuinfo")
-    if cpuinfo.exists():
-        fields = (line.partition(":") for line in cpuinfo.read_text().splitlines())
-        model = next((v.strip() for k, _, v in fields if k.strip() == "model name"), model)
-    return f"{model}, {count_of_threads(threads or torch.get_num_threads())}"
-
-
-def duration(seconds: float) -> str:
-    """In the unit that suits it, for instance "7.5 min"."""
-    units = (("days", 86400.0), ("h", 3600.0), ("min", 60.0), ("s", 1.0))
-    unit, length = next((u, n) for u, n in units if seconds >= 1.5 * n or u == "s")
-    count = seconds / length
-    return f"{count:.1f} {unit}" if count < 9.95 else f"{count:,.0f} {unit}"
-
-
 def to_json(value: Any, indent: int | None = None) -> str:
     """JSON that every parser reads: it has no NaN and no inf, null stands in their place."""
     return json.dumps(_finite_or_none(value), indent=indent)
@@ -412,22 +224,3 @@ def _finite_or_none(value: Any) -> Any:
     if isinstance(value, (list, tuple)):
         return [_finite_or_none(v) for v in value]
     return None if isinstance(value, float) and not math.isfinite(value) else value
-
-
-def _kind(scores: dict[str, Any] | None) -> str:
-    return "top1" if scores is None else main_name(scores)
-
-
-def _score(run: dict[str, Any] | None, name: str, peer: int | None = None) -> float | None:
-    if run is None or run["scores"] is None:
-        return None
-    return run["scores"][name] if peer is None else run["scores"][name][peer]
-
-
-def _percent(fraction: float | None) -> str:
-    return "-" if fraction is None else f"{100 * fraction:.2f}"
-
-
-def _rate(run: dict[str, Any]) -> str:
-    rate = run["images_per_second"]
-    return f"{rate:,.0f}" if rate else "-"  # 0: the run was too short to tell

@@ -12,6 +12,7 @@ from typing import Any
 from fastdml.errors import InputError, require
 from fastdml.paths import expanded
 
+CONFIG = "config.yaml"  # the settings of a run, in its folder
 LARGEST = 1 << 20  # bytes; a device or a data set named by mistake may have no end
 
 

@@ -1,0 +1,91 @@
+"""summary.json: what was run, on what, and what came out, of the independent run too."""
+
+from __future__ import annotations
+
+import json
+import platform
+from collections.abc import Sequence
+from datetime import datetime, timezone
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+from fastdml import __version__
+from fastdml.files import write_atomically
+from fastdml.report.metrics_log import to_json
+
+SUMMARY = "summary.json"
+VERSIONED = ("torch", "triton", "numpy")
+# By the score that a run is judged by: those that its reports lead with, as (score, label).
+HEADLINES = {"top1": (("top1", "accuracy"),), "mAP": (("mAP", "mAP"), ("rank1", "rank1"))}
+
+
+def write_summary(
+    folder: str | Path,
+    *,
+    config: dict[str, Any],
+    peers: Sequence[str],
+    parameters: Sequence[int],
+    device: str,
+    execution: str | None,
+    threads: int | None,
+    command: str,
+    mutual: dict[str, Any],
+    independent: dict[str, Any] | None = None,
+) -> dict[str, Any]:
+    """Writes summary.json and returns what it holds; its date is that of the end, in UTC.
+
+    `mutual` and `independent` are each {"scores": ClassificationScores or RetrievalScores as a
+    dict, or None where nothing was evaluated, "images_per_second": float, "wall_seconds": float}
+    and whatever else is worth keeping.
+    """
+    runs = {"mutual": mutual, "independent": independent}
+    headlines = HEADLINES[kind_of(mutual["scores"])]
+    summary = {
+        "config": config,
+        "versions": versions(),
+        "device": device,
+        "execution": execution,
+        "threads": threads,
+        "command": command,
+        "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+        "peers": [
+            {
+                "name": name,
+                "parameters": count,
+                **{
+                    f"{label}_{run}": _score(values, key, k)
+                    for key, label in headlines
+                    for run, values in runs.items()
+                },
+            }
+            for k, (name, count) in enumerate(zip(peers, parameters, strict=True))
+        ],
+        **{f"ensemble_{r}": _score(v, f"ensemble_{headlines[0][0]}") for r, v in runs.items()},
+        "mutual": mutual,
+        "independent": independent,
+    }
+    text = to_json(summary, indent=2)
+    write_atomically(Path(folder) / SUMMARY, f"{text}\n")
+    return json.loads(text)
+
+
+def versions() -> dict[str, str]:
+    """Versions of Python and of the packages that decide a run's numbers."""
+    found = {"fastdml": __version__, "python": platform.python_version()}
+    for package in VERSIONED:
+        try:
+            found[package] = metadata.version(package)
+        except metadata.PackageNotFoundError:
+            found[package] = "not installed"
+    return found
+
+
+def kind_of(scores: dict[str, Any] | None) -> str:
+    return "mAP" if scores is not None and "mAP" in scores else "top1"
+
+
+def _score(run: dict[str, Any] | None, name: str, peer: int | None = None) -> float | None:
+    if run is None or run["scores"] is None:
+        return None
+    return run["scores"][name] if peer is None else run["scores"][name][peer]
