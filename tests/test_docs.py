@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import importlib.util
+import inspect
 import re
 import shlex
 from pathlib import Path
@@ -58,6 +59,30 @@ def test_every_setting_is_in_the_documentation():
         names = [field.name for field in dataclasses.fields(kind)]
         missing = [n for n in names if f"| `{n}` |" not in text]
         assert not missing, missing
+
+
+def test_every_option_of_the_loss_is_in_the_documentation():
+    lines = (ROOT / "docs" / "loss.md").read_text().splitlines()
+    rows = [line.split("|")[1:] for line in lines if line.startswith("| `")]
+    defaults = {
+        option: default.strip()
+        for names, default, *_ in rows
+        for option in re.findall(r"`(\w+)`", names)
+    }
+    options = inspect.signature(fastdml.mutual_loss).parameters.values()
+    options = {o.name: o.default for o in options if o.kind is o.KEYWORD_ONLY}
+    assert sorted(defaults) == sorted(options)
+    for option, default in options.items():
+        if isinstance(default, (str, bool)):
+            shown = f'"{default}"' if isinstance(default, str) else default
+            assert defaults[option] == f"`{shown}`", option
+
+
+def test_every_execution_is_in_the_documentation():
+    training = (ROOT / "docs" / "training.md").read_text()
+    kinds = [torch.device(kind) for kind in ("cpu", "cuda")]
+    for execution in {name for kind in kinds for name in fastdml.engine.executions(kind)}:
+        assert f"\n| `{execution}` | " in training, execution
 
 
 @pytest.mark.parametrize("page", PAGES, ids=name)
