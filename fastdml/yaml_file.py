@@ -1,4 +1,4 @@
-"""Reads a YAML file of settings, `name: value` lines, and trusts nothing about it.
+"""A YAML file of settings, `name: value` lines, written whole and read with no trust in it.
 
 A value is a scalar or a list of scalars. That is checked before anything is constructed, so that
 nested aliases, which stand for more values than memory holds, are refused at once.
@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from fastdml.errors import InputError, require
+from fastdml.files import write_atomically
 from fastdml.paths import expanded
 
 CONFIG = "config.yaml"  # the settings of a run, in its folder
@@ -37,6 +38,12 @@ def read_settings(path: str | Path) -> dict[str, Any]:
         raise InputError(f"{path} is not YAML: nested too deeply") from None
     except Exception as error:  # of yaml, and whatever its constructors meet in names
         raise InputError(f"{path} is not YAML: {' '.join(str(error).split())}") from None
+
+
+def write_settings(path: Path, values: dict[str, Any]) -> None:
+    """Replaces the file by these plain values, in their order."""
+    yaml = require("yaml", "train")
+    write_atomically(path, yaml.safe_dump(values, sort_keys=False))
 
 
 def _values(yaml: Any, loader: Any, path: str | Path) -> dict[str, Any]:

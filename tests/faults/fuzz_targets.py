@@ -38,7 +38,7 @@ from fastdml.models import create_model, model_names
 from fastdml.report import plots
 from fastdml.report.metrics_log import MetricsLog, read_metrics
 from fastdml.train import checkpoint
-from fastdml.train.config.base import field_types
+from fastdml.train.config.fields import field_types
 from fastdml.train.config.sources import load_config, preset
 
 DATA = ("digits", "cifar10", "cifar100", "market1501")

@@ -8,26 +8,29 @@ one. `fastdml.train.config.reid` has what re-identification adds.
 from __future__ import annotations
 
 import dataclasses
-import math
-import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
-from functools import cache
 from pathlib import Path
-from types import NoneType
-from typing import Any, ClassVar, Literal, get_args, get_origin, get_type_hints
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
-from fastdml.errors import InputError, require
-from fastdml.files import write_atomically
-from fastdml.names import advice
+from fastdml.errors import InputError
 from fastdml.paths import expand
+from fastdml.train.config.fields import (
+    COUNT,
+    FRACTION,
+    NOT_NEGATIVE,
+    POSITIVE,
+    Limit,
+    check_limit,
+    check_names,
+    convert,
+    field_types,
+)
+from fastdml.yaml_file import write_settings
 
-Limit = tuple[Callable[[Any], bool], str]  # what a value must fulfil, and how a message says it
+if TYPE_CHECKING:
+    from typing_extensions import Self
 
-POSITIVE: Limit = (lambda x: x > 0, "above 0")
-COUNT: Limit = (lambda x: x >= 1, "1 or more")
-NOT_NEGATIVE: Limit = (lambda x: x >= 0, "0 or more")
-FRACTION: Limit = (lambda x: 0 <= x <= 1, "within 0..1")
 MUTUAL_WEIGHTS = ("kl_weight", "distance_mutual_weight")  # of losses that a peer alone has not
 
 
@@ -170,14 +173,17 @@ class TrainConfig:
 
     def __post_init__(self) -> None:
         for name, hint in field_types(type(self)).items():
-            value = _convert(name, getattr(self, name), hint)
+            value = convert(name, getattr(self, name), hint)
             if name in ("root", "folder") and value is not None:
                 value = expand(value)
             object.__setattr__(self, name, value)
-            if name in self.limits:
-                accepts, meaning = self.limits[name]
-                if not accepts(value):
-                    raise InputError(f"{name} must be {meaning}, not {value!r}")
+            check_limit(name, value, self.limits)
+        self._check_losses()
+        self._check_steps()
+        self._check_length()
+
+    def _check_losses(self) -> None:
+        """There are peers, and something for each of them to learn from."""
         if not self.peers:
             raise InputError("peers is empty: name at least one model, for instance resnet32")
         alone = self.independent or len(self.peers) == 1
@@ -191,6 +197,8 @@ class TrainConfig:
             raise InputError(
                 f"{' = '.join(weights)} = 0: {learner} would learn nothing; give a weight above 0"
             )
+
+    def _check_steps(self) -> None:
         if self.optimizer in ("sgd", "apex_sgd") and self.nesterov and self.momentum == 0:
             raise InputError("nesterov needs momentum above 0: set momentum, or nesterov to false")
         if self.batch_size % self.accumulate:
@@ -200,6 +208,9 @@ class TrainConfig:
             )
         if self.accumulate > 1 and self.update == "sequential":
             raise InputError("accumulate above 1 needs update simultaneous, not sequential")
+
+    def _check_length(self) -> None:
+        """How long the run is, and what happens after so many epochs of it."""
         if not self.epochs and not self.iterations:
             raise InputError("epochs must be 1 or more, not 0")
         if self.epochs and self.iterations:
@@ -211,30 +222,26 @@ class TrainConfig:
             raise InputError(
                 f"warmup_epochs ({self.warmup_epochs:g}) must not exceed epochs ({self.epochs})"
             )
-        if any(drop < 1 for drop in self.lr_drops) or list(self.lr_drops) != sorted(
-            set(self.lr_drops)
-        ):
-            raise InputError(
-                f"lr_drops must be rising numbers of epochs, not {list(self.lr_drops)}"
-            )
+        drops = list(self.lr_drops)
+        if any(drop < 1 for drop in drops) or drops != sorted(set(drops)):
+            raise InputError(f"lr_drops must be rising numbers of epochs, not {drops}")
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values, as YAML and checkpoints hold them."""
         values = dataclasses.asdict(self)
         return {k: list(v) if isinstance(v, tuple) else v for k, v in values.items()}
 
-    def replace(self, **changes: Any) -> TrainConfig:
+    def replace(self, **changes: Any) -> Self:
         """A copy with some settings changed; unknown ones are refused by name."""
-        check_names(changes, kind=type(self))
+        check_names(changes, type(self))
         return dataclasses.replace(self, **with_length(changes))
 
-    def alone(self) -> TrainConfig:
+    def alone(self) -> Self:
         """The settings of the same peers without what they learn from each other."""
         return self.replace(kl_weight=0.0, independent=False)
 
     def save(self, path: Path) -> None:
-        yaml = require("yaml", "train")
-        write_atomically(path, yaml.safe_dump(self.to_dict(), sort_keys=False))
+        write_settings(path, self.to_dict())
 
 
 def with_length(changes: Mapping[str, Any]) -> Mapping[str, Any]:
@@ -244,56 +251,3 @@ def with_length(changes: Mapping[str, Any]) -> Mapping[str, Any]:
         if name in changes and other not in changes and changes[name] not in (0, "0"):
             return {**changes, other: 0}
     return changes
-
-
-def check_names(
-    names: Mapping[str, Any], where: str = "", kind: type[TrainConfig] = TrainConfig
-) -> None:
-    """Refuses names that are no setting of this kind of run, with the nearest that is."""
-    known = list(field_types(kind))
-    for name in names:
-        if name not in known:
-            hint = advice(str(name), known, others="the settings are {}")
-            raise InputError(f"unknown setting {name!r}{where}; {hint}")
-
-
-@cache
-def field_types(kind: type[TrainConfig]) -> dict[str, Any]:
-    hints = get_type_hints(kind)
-    return {field.name: hints[field.name] for field in dataclasses.fields(kind)}
-
-
-def _convert(name: str, value: Any, hint: Any) -> Any:
-    """`value` as the field's type, without guessing: 64.0 is an int, "1e-3" a float, 1 no bool."""
-    if NoneType in get_args(hint):
-        if value is None:
-            return None
-        hint = next(kind for kind in get_args(hint) if kind is not NoneType)
-    if get_origin(hint) is Literal:
-        choices = get_args(hint)
-        if value is False and "off" in choices:
-            return "off"  # YAML 1.1 reads a bare `off` as false
-        if not any(type(value) is type(c) and value == c for c in choices):  # 1 == 1.0 == True
-            named = ", ".join(map(str, choices))
-            raise InputError(f"{name} must be one of {named}, not {value!r}")
-        return value
-    if get_origin(hint) is tuple:
-        if isinstance(value, str) or not isinstance(value, Sequence):
-            items = "numbers" if get_args(hint)[0] in (int, float) else "names"
-            raise InputError(f"{name} must be a list of {items}, not {value!r}")
-        return tuple(_convert(name, item, get_args(hint)[0]) for item in value)
-    if hint is bool and isinstance(value, bool):
-        return value
-    if hint is str and isinstance(value, (str, os.PathLike)):
-        return os.fspath(value)
-    if hint is int and isinstance(value, int) and not isinstance(value, bool):
-        return value
-    if hint in (int, float) and not isinstance(value, bool):
-        try:
-            number = float(value)  # YAML 1.1 reads 1e-3 as text
-        except (TypeError, ValueError, OverflowError):
-            number = math.nan
-        if math.isfinite(number) and (hint is float or number.is_integer()):
-            return hint(number)
-    kinds = {bool: "true or false", str: "text", int: "a whole number", float: "a finite number"}
-    raise InputError(f"{name} must be {kinds[hint]}, not {value!r}")

@@ -10,10 +10,14 @@ with mutual learning on top; `kl_weight` 0 leaves that out.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, ClassVar, Literal
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from fastdml.errors import InputError
-from fastdml.train.config.base import COUNT, FRACTION, NOT_NEGATIVE, Limit, TrainConfig
+from fastdml.train.config.base import TrainConfig
+from fastdml.train.config.fields import COUNT, FRACTION, NOT_NEGATIVE, Limit
+
+if TYPE_CHECKING:
+    from typing_extensions import Self
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -144,7 +148,7 @@ class ReidConfig(TrainConfig):
     def size(self) -> tuple[int, int]:
         return self.height, self.width
 
-    def alone(self) -> ReidConfig:
+    def alone(self) -> Self:
         return super().alone().replace(distance_mutual_weight=0.0)
 
 

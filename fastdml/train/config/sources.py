@@ -20,7 +20,8 @@ from fastdml.files import safe_name
 from fastdml.options import split_lists
 from fastdml.paths import expanded
 from fastdml.report.metrics_log import METRICS
-from fastdml.train.config.base import TrainConfig, check_names, field_types, with_length
+from fastdml.train.config.base import TrainConfig, with_length
+from fastdml.train.config.fields import check_names, field_types
 from fastdml.train.config.reid import ReidConfig, reid_preset
 from fastdml.yaml_file import CONFIG, read_settings
 
@@ -81,7 +82,7 @@ def check_resumable(saved: Mapping[str, Any], config: TrainConfig) -> None:
     `epochs` and `iterations` may change under the step schedule, whose past does not depend on
     them: this prolongs a run. Under the cosine schedule the whole curve would be another.
     """
-    check_names(saved, " in the checkpoint", type(config))
+    check_names(saved, type(config), " in the checkpoint")
     wanted = config.to_dict()
     free = FREE_ON_RESUME
     if not is_known(config.data):
@@ -106,7 +107,7 @@ def load_config(path: str | Path, base: TrainConfig | None = None) -> TrainConfi
     """Settings from a YAML file, over `base` (default: the preset of the data set it names)."""
     values = read_settings(path)
     data = base.data if base else values.get("data", "cifar100")
-    check_names(values, f" in {path}", type(base) if base else config_type(data, values))
+    check_names(values, type(base) if base else config_type(data, values), f" in {path}")
     return (base or preset(data, **_choices(values))).replace(**values)
 
 
@@ -124,7 +125,7 @@ def config_type(data: str, names: Container[str] = ()) -> type[TrainConfig]:
 def preset(data: str, **changes: Any) -> TrainConfig:
     """The defaults for a data set, with some settings changed."""
     kind = config_type(data, changes)
-    check_names(changes, kind=kind)
+    check_names(changes, kind)
     defaults = reid_preset(changes) if kind is ReidConfig else PRESETS.get(data, {})
     return kind(**{"data": data, **defaults, **with_length(changes)})
 
@@ -170,7 +171,7 @@ def from_command_line(
     )
 
     given = read_settings(path) if path else {}  # once: it may be a pipe
-    check_names(given, f" in {path}", config_type(data))
+    check_names(given, config_type(data), f" in {path}")
     chosen = _command_line_choices(args)
     if path and _is_of_a_run(path) and not {**given, **chosen}.get("resume"):
         given.pop("folder", None)
