@@ -24,7 +24,8 @@ from fastdml.cli.evaluate import evaluate
 from fastdml.cli.main import COMMANDS
 from fastdml.cli.parsing import Parser
 from fastdml.cli.runs import add_run_options
-from fastdml.cohort import RECORD, Cohort
+from fastdml.cohort import Cohort
+from fastdml.image_record import FIELDS
 from fastdml.train import TrainConfig
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -72,7 +73,7 @@ def saved(cohort: Cohort, run: Path, **settings) -> None:
 def forget_the_record(run: Path) -> None:
     """Makes the weights of a run those of an earlier version."""
     for path in run.rglob("cohort.json"):
-        old = {k: v for k, v in json.loads(path.read_text()).items() if k not in RECORD}
+        old = {k: v for k, v in json.loads(path.read_text()).items() if k not in FIELDS}
         path.write_text(json.dumps(old))
 
 

@@ -15,8 +15,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
-from fastdml.cohort import RECORD, Cohort, read_record
+from fastdml.cohort import Cohort
+from fastdml.cohort_files import read_record
 from fastdml.errors import InputError, MissingExtra
+from fastdml.image_record import FIELDS
 from fastdml.models import ReidHead
 
 needs_safetensors = pytest.mark.skipif(
@@ -487,7 +489,7 @@ def test_a_record_that_does_not_fit_is_neither_saved_nor_loaded(tmp_path, name, 
 def test_cohorts_of_earlier_versions_know_nothing_of_images(trained, tmp_path):
     trained.save(tmp_path)
     path = tmp_path / "cohort.json"
-    old = {k: v for k, v in json.loads(path.read_text()).items() if k not in RECORD}
+    old = {k: v for k, v in json.loads(path.read_text()).items() if k not in FIELDS}
     path.write_text(json.dumps(old))
     loaded = Cohort.load(tmp_path)
     assert same(loaded, trained)
@@ -573,7 +575,7 @@ def test_onnx_of_a_head_gives_features_and_says_what_images_it_takes(tmp_path):
     onnx.checker.check_model(model)
     assert axes(model.graph.input) == {"images": ["batch", 3, 16, 8]}
     assert axes(model.graph.output) == {"features": ["batch", 64]}
-    facts = {p.key: json.loads(p.value) for p in model.metadata_props if p.key in RECORD}
+    facts = {p.key: json.loads(p.value) for p in model.metadata_props if p.key in FIELDS}
     assert facts == {"image_shape": [3, 16, 8], "mean": [1, 2, 3], "classes": list("edcba")}
     x = torch.randn(3, 3, 16, 8)
     (features,) = ReferenceEvaluator(model).run(None, {"images": x.numpy()})

@@ -115,7 +115,7 @@ def _evaluated_set(options: argparse.Namespace, config: TrainConfig) -> str:
     """The data set to score a run on: its own or, of a run of `fit` on data of one's own, the one
     that these data were, if any."""
     from fastdml import data
-    from fastdml.cohort import read_record
+    from fastdml.cohort_files import read_record
     from fastdml.train import ReidConfig
     from fastdml.train.config.sources import is_known
 

@@ -9,8 +9,9 @@ from typing import Any, NamedTuple
 
 import torch
 
-from fastdml.cohort import RECORD, Cohort
+from fastdml.cohort import Cohort
 from fastdml.errors import InputError
+from fastdml.image_record import FIELDS
 from fastdml.report.summary import SUMMARY
 from fastdml.train import checkpoint
 from fastdml.train.config.base import TrainConfig
@@ -36,7 +37,7 @@ class Unfinished(NamedTuple):
 
     def record(self) -> dict[str, list | None]:
         """As of `Cohort`."""
-        return {name: self.state["description"].get(name) for name in RECORD}
+        return {name: self.state["description"].get(name) for name in FIELDS}
 
     def describe(self) -> str:
         epoch, step = divmod(self.state["position"], self.state["steps_per_epoch"])

@@ -1,0 +1,185 @@
+"""A cohort on disk: `cohort.json` (what the peers are) and `peers/NN-name.safetensors` (their
+weights and nothing else). Saving holds two copies of one peer in memory at a time.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+import os
+from collections.abc import Callable, Sequence
+from itertools import chain
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from fastdml.errors import InputError, one_line, require
+from fastdml.files import Staged, safe_name, writing
+from fastdml.image_record import FIELDS, checked_record
+from fastdml.models import ReidHead, check_count
+from fastdml.paths import expanded
+from fastdml.tensors import absence
+
+if TYPE_CHECKING:
+    from fastdml.cohort import Cohort
+
+FORMAT = 1  # of cohort.json
+LONGEST_NAME = 231  # bytes of a name in one of a file, which may have 255 while it is written
+
+
+def save(cohort: Cohort, folder: str | os.PathLike) -> None:
+    """Writes cohort.json and the weights: see `Cohort.save`."""
+    safetensors = require("safetensors.torch", "train")
+    check_savable(cohort)
+    folder = expanded(folder)
+    description = describe(cohort)
+    with writing(folder), Staged() as staged:
+        (folder / "peers").mkdir(parents=True, exist_ok=True)
+        for k, (name, peer) in enumerate(zip(cohort.names, cohort.peers, strict=True)):
+            # A copy per tensor: safetensors wants them contiguous and refuses shared storage.
+            weights = {
+                key: value.detach().to("cpu", copy=True, memory_format=torch.contiguous_format)
+                for key, value in peer.state_dict().items()
+            }
+            data = safetensors.save(weights)
+            staged.write(folder / peer_file(k, name), data)
+            description["peers"][k]["sha256"] = hashlib.sha256(data).hexdigest()
+        staged.write(folder / "cohort.json", json.dumps(description, indent=2).encode())
+
+
+def describe(cohort: Cohort) -> dict[str, Any]:
+    """What cohort.json says, in plain values, without the digests of files."""
+    models = zip(cohort.names, cohort.models, strict=True)
+    return {
+        "format": FORMAT,
+        "num_classes": cohort.num_classes,
+        "in_channels": int(cohort.in_channels),
+        "head": cohort.head and dataclasses.asdict(cohort.head),
+        "image_size": cohort.image_size,
+        **cohort.record(),
+        "peers": [{"name": name, "model": model, "sha256": ""} for name, model in models],
+    }
+
+
+def check_savable(cohort: Cohort) -> None:
+    """Refuses peers whose state is more than tensors that are all here: see
+    `Cohort.check_savable`."""
+    safetensors = require("safetensors.torch", "train")
+    for name, peer in zip(cohort.names, cohort.peers, strict=True):
+        for key, value in peer.state_dict().items():
+            if not isinstance(value, Tensor):
+                raise InputError(
+                    f"{key} of peer {name} is a {type(value).__name__}, and the files of a "
+                    "cohort hold tensors: let get_extra_state return one, or save with "
+                    "torch.save(cohort.state_dict(), path)"
+                )
+            if (why := absence(value)) is not None:
+                raise InputError(f"{key} of peer {name} is {why}")
+            try:
+                safetensors.save({key: value.new_empty(0, device="cpu")})
+            except Exception:  # of several kinds, and of tensor subclasses' own
+                kind = f"{value.dtype}, {value.layout}".replace("torch.", "")
+                raise InputError(
+                    f"{key} of peer {name} is a tensor ({kind}) that safetensors cannot hold: "
+                    "save with torch.save(cohort.state_dict(), path)"
+                ) from None
+
+
+def read_description(path: Path) -> dict[str, Any]:
+    """What a cohort.json says, checked: see `checked_description`."""
+    return checked_description(lambda: json.loads(_read(path)), path)
+
+
+def checked_description(read: Callable[[], dict[str, Any]], path: Path) -> dict[str, Any]:
+    """What `read` gives of a file, checked; its head as a ReidHead, None where there is none.
+
+    path: of the file, for messages. Raises InputError.
+    """
+    try:
+        description = read()
+        version = description["format"]
+        peers = [(e["name"], e["model"], e["sha256"]) for e in description["peers"]]
+        sizes = (description["num_classes"], description["in_channels"])
+        head = description.get("head")  # earlier versions wrote neither this
+        description["head"] = None if head is None else ReidHead(**head)
+        size = description.get("image_size")  # nor this, nor the record of the images
+        description["image_size"] = None if size is None else height_and_width(size)
+    except (ValueError, KeyError, TypeError, RecursionError) as error:
+        if isinstance(error, InputError):
+            raise
+        text = not isinstance(error, UnicodeDecodeError)  # which holds the whole file
+        reason = repr(error) if text else "not a text file"
+        raise InputError(f"{path} does not describe a cohort: {reason}") from None
+    if version != FORMAT:
+        raise InputError(f"{path} has format {version!r}; this version of fastdml reads {FORMAT}")
+    texts = [t for n, m, sha256 in peers for t in (n, "" if m is None else m, sha256)]
+    if not all(isinstance(t, str) for t in texts) or not all(isinstance(n, int) for n in sizes):
+        raise InputError(f"{path} does not describe a cohort: a name or a number is of wrong type")
+    try:
+        record = {name: description.get(name) for name in FIELDS}
+        return description | checked_record(record, description["num_classes"])
+    except InputError as error:
+        raise InputError(f"{path} does not describe a cohort: {error}") from None
+
+
+def read_record(folder: str | os.PathLike) -> dict[str, list | None]:
+    """`Cohort.record` of what `save` wrote, without the weights."""
+    description = read_description(expanded(folder) / "cohort.json")
+    return {name: description[name] for name in FIELDS}
+
+
+def height_and_width(size: Sequence[int]) -> tuple[int, int]:
+    """An `image_size` that somebody gave, or wrote in a file, checked."""
+    size = tuple(size)
+    if len(size) != 2:
+        raise InputError(f"image_size must be (height, width), not {size}")
+    for number in size:
+        check_count("image_size", number)
+    return size
+
+
+def peer_file(k: int, name: str) -> str:
+    """The number keeps files apart whose names differ only in what a file name cannot hold."""
+    return f"peers/{k:02d}-{safe_name(name, LONGEST_NAME)}.safetensors"
+
+
+def read_peer(folder: Path, k: int, entry: dict[str, str]) -> tuple[dict[str, Tensor], Path]:
+    """The weights of a peer and their file, which is the one that cohort.json means."""
+    path = folder / peer_file(k, entry["name"])
+    data = _read(path)
+    if hashlib.sha256(data).hexdigest() != entry["sha256"]:
+        raise InputError(
+            f"{path} is not the file that cohort.json was written with (truncated, changed, or "
+            "from an interrupted save): save the cohort again"
+        )
+    safetensors = require("safetensors.torch", "train")
+    try:
+        return safetensors.load(data), path
+    except Exception as error:  # a header that somebody wrote can make it raise nearly anything
+        reason = one_line(error)
+        raise InputError(f"{path} holds no safetensors that can be read: {reason}") from None
+
+
+def load_peer(peer: nn.Module, name: str, weights: dict[str, Tensor], path: Path) -> None:
+    """Puts weights that were read from `path` into `peer`, the cohort's peer called `name`."""
+    absent = any(t.is_meta for t in chain(peer.parameters(), peer.buffers()))
+    if absent:  # it takes the loaded ones for its own
+        weights = {key: t.clone() for key, t in weights.items()}
+    try:
+        peer.load_state_dict(weights, assign=absent)
+    except RuntimeError as error:  # names every missing, surplus or misshapen tensor
+        reason = " ".join(str(error).split())[:300]
+        raise InputError(f"{path} does not fit peer {name}: {reason}") from None
+    for key, t in chain(peer.named_parameters(), peer.named_buffers()):
+        if (why := absence(t)) is not None:  # a buffer that no file has
+            raise InputError(f"{key} of peer {name} is {why}")
+
+
+def _read(path: Path) -> bytes:
+    try:
+        return path.read_bytes()
+    except OSError as error:
+        raise InputError(f"cannot read {path}: {error.strerror}") from None
