@@ -8,13 +8,9 @@ tables from there. Times are reported, never judged: a benchmark fails where a r
 from __future__ import annotations
 
 import statistics
-import sys
 from pathlib import Path
 
 import pytest
-
-sys.path.insert(0, str(Path(__file__).parents[1]))  # `bench`, however pytest was started
-
 import torch
 
 from bench import report, timing

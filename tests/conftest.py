@@ -33,7 +33,6 @@ for number, usual in (
     if signal.getsignal(number) is signal.SIG_IGN:
         signal.signal(number, usual)
 ROOT = Path(__file__).resolve().parents[1]
-sys.path.append(str(ROOT / "tests" / "kernels"))
 
 
 def pytest_collection_modifyitems(items):

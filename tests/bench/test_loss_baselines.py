@@ -11,13 +11,10 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from fastdml import mutual_loss
-
-sys.path.append(str(Path(__file__).parents[2]))
-
 from bench import bench_loss
 from bench.baselines import summed
 from bench.bench_loss import FULL, QUICK, Case
+from fastdml import mutual_loss
 
 CPU = torch.device("cpu")
 APEX = Path(__file__).parents[2] / "bench/baselines/apex_xentropy.py"

@@ -2,16 +2,8 @@
 
 from __future__ import annotations
 
-import sys
-from pathlib import Path
-
 import pytest
 import torch
-
-from fastdml import metrics
-from fastdml.metric_losses import CenterLoss, triplet_loss
-
-sys.path.append(str(Path(__file__).parents[2]))
 
 from bench.baselines import (
     reid_argsort,
@@ -20,6 +12,8 @@ from bench.baselines import (
     reid_losses,
     reid_torchreid,
 )
+from fastdml import metrics
+from fastdml.metric_losses import CenterLoss, triplet_loss
 
 
 @pytest.fixture(scope="module")

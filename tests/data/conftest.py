@@ -3,16 +3,13 @@
 from __future__ import annotations
 
 import shutil
-import sys
 import warnings
-from pathlib import Path
 
 import pytest
 
 from fastdml.data import Market1501, load_digits
 from fastdml.data.sets.stand_in import StandIn, build_standin
 
-sys.path.append(str(Path(__file__).parent))
 SMALL = StandIn(train_ids=8, test_ids=5, images=16, junk=7, distractors=11, odd_every=4)
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -10,7 +9,6 @@ import pytest
 
 from fastdml.report import plots
 
-sys.path.append(str(Path(__file__).parent))
 SIZE = (32, 16)
 TRAIN_IDS, TEST_IDS, CAMERAS = 6, 5, 3
 
