@@ -127,7 +127,7 @@ def _evaluated_set(options: argparse.Namespace, config: TrainConfig) -> str:
     if isinstance(config, ReidConfig):
         how = "fastdml.train.extract_features and fastdml.metrics.reid_scores score it"
     else:
-        for name in data.SETS:
+        for name in data.dataset_names("classification"):
             if data.record(name) == found:
                 return name
     raise InputError(
@@ -138,9 +138,9 @@ def _evaluated_set(options: argparse.Namespace, config: TrainConfig) -> str:
 
 def _check_trained_on(cohort: Cohort, data: str, run: Path) -> None:
     """Refuses to score peers on images that are not of the kind that they were trained on."""
-    from fastdml.data import SETS, record
+    from fastdml.data import dataset_names, record
 
-    if data not in SETS:
+    if data not in dataset_names("classification"):
         return
     known, found = record(data), cohort.record()
     wrong = [name for name, value in found.items() if value not in (None, known[name])]

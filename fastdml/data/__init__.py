@@ -9,30 +9,35 @@ import importlib
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from fastdml.errors import InputError
-from fastdml.names import advice
+from fastdml.data.registry import (
+    HINT,
+    DataSet,
+    catalogue,
+    dataset,
+    dataset_names,
+    register_dataset,
+)
 
 if TYPE_CHECKING:
+    from fastdml.data.image_set import ImageSet
     from fastdml.data.loaders.dali import DALILoader
     from fastdml.data.loaders.make import choose_loader, make_loader
     from fastdml.data.loaders.resident import ResidentLoader
     from fastdml.data.loaders.torch_workers import TorchLoader
+    from fastdml.data.reid_split import ReidSplit
     from fastdml.data.samplers import PKSampler, RandomSampler, RepeatedSampler
     from fastdml.data.sets.cifar import load_cifar10, load_cifar100
     from fastdml.data.sets.digits import load_digits
-    from fastdml.data.sets.image_set import ImageSet
-    from fastdml.data.sets.market1501 import ImageFolderReID, Market1501, ReidSplit
+    from fastdml.data.sets.market1501 import ImageFolderReID, Market1501
 
-HINT = "download=True"  # how a caller from Python asks for a download; the command has an option
-SETS = ("digits", "cifar10", "cifar100")
 _HOMES = {
     "DALILoader": "loaders.dali",
     "ImageFolderReID": "sets.market1501",
-    "ImageSet": "sets.image_set",
+    "ImageSet": "image_set",
     "Market1501": "sets.market1501",
     "PKSampler": "samplers",
     "RandomSampler": "samplers",
-    "ReidSplit": "sets.market1501",
+    "ReidSplit": "reid_split",
     "RepeatedSampler": "samplers",
     "ResidentLoader": "loaders.resident",
     "TorchLoader": "loaders.torch_workers",
@@ -45,6 +50,7 @@ _HOMES = {
 
 __all__ = [
     "DALILoader",
+    "DataSet",
     "ImageFolderReID",
     "ImageSet",
     "Market1501",
@@ -54,38 +60,43 @@ __all__ = [
     "RepeatedSampler",
     "ResidentLoader",
     "TorchLoader",
+    "catalogue",
     "choose_loader",
+    "dataset",
+    "dataset_names",
     "load",
     "load_cifar10",
     "load_cifar100",
     "load_digits",
     "make_loader",
     "record",
+    "register_dataset",
 ]
 
 
 def load(
     name: str, root: str | Path = "data", *, download: bool = False, hint: str = HINT
 ) -> tuple[ImageSet, ImageSet]:
-    """(train, test) of "digits", "cifar10" or "cifar100"; digits need no files. hint: what messages
-    say that a download is asked for by."""
-    if name not in SETS:
-        remedy = advice(name, SETS, others="give one of {}")
-        raise InputError(f"unknown data set {name!r}: {remedy}")
-    read = __getattr__(f"load_{name}")
-    return read() if name == "digits" else read(root, download=download, hint=hint)
+    """(train, test) of a data set for classification: see `dataset_names("classification")`.
+
+    root: the folder of its files, for a set that has files. download: fetch them where they are
+    missing and can be fetched. hint: what messages say that a download is asked for by. Raises
+    InputError for an unknown name, and for files that are missing or damaged.
+    """
+    known = dataset(name, "classification")
+    if known.files == "none":
+        return known.load()
+    if known.files == "own":
+        return known.load(root)
+    return known.load(root, download=download, hint=hint)
 
 
 def record(name: str) -> dict[str, list]:
-    """What `Cohort.record` says after training on one of `SETS`, known without its files."""
-    if name == "digits":
-        home, shape = importlib.import_module("fastdml.data.sets.digits"), (1, 8, 8)
-        classes = home.CLASSES
-    else:
-        home = importlib.import_module("fastdml.data.sets.cifar")
-        shape, classes = home.SHAPE, getattr(home, name.upper()).class_names
-    found = {"image_shape": shape, "mean": home.MEAN, "std": home.STD, "classes": classes}
-    return {key: list(values) for key, values in found.items()}
+    """What `Cohort.record` says after training on a classification set, known without its files.
+    Raises InputError for an unknown name."""
+    known = dataset(name, "classification")
+    keys = ("image_shape", "mean", "std", "classes")
+    return {key: list(getattr(known, key)) for key in keys}
 
 
 def __getattr__(name: str) -> Any:

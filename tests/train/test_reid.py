@@ -19,7 +19,7 @@ from fastdml import train as training
 from fastdml.cohort import Cohort
 from fastdml.data import Market1501, PKSampler, TorchLoader
 from fastdml.data.loaders import make
-from fastdml.data.sets.market1501 import MEAN, STD
+from fastdml.data.reid_split import MEAN, STD
 from fastdml.data.sets.stand_in import StandIn
 from fastdml.engine.amp import Amp
 from fastdml.errors import InputError

@@ -23,7 +23,7 @@ import zlib
 from pathlib import Path, PurePosixPath
 from typing import BinaryIO
 
-from fastdml.data import HINT
+from fastdml.data.registry import HINT
 from fastdml.errors import InputError
 
 CHUNK = 1 << 20

@@ -10,12 +10,13 @@ from __future__ import annotations
 import json
 import os
 import sys
-from typing import Any
-
-import numpy as np
+from typing import TYPE_CHECKING, Any
 
 from fastdml.data.files.decode import BadImage, decode
 from fastdml.errors import require
+
+if TYPE_CHECKING:
+    import numpy as np
 
 READY = "ready\n"
 
@@ -55,6 +56,8 @@ class Probe:
 
     def pixels(self, path: str) -> np.ndarray:
         """(H, W, 3) uint8; RuntimeError where DALI cannot."""
+        import numpy as np
+
         if self._pipe is None:
             self._pipe = self._build()
         try:

@@ -14,10 +14,12 @@ import stat
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
-
-import numpy as np
+from typing import TYPE_CHECKING
 
 from fastdml.errors import InputError, require
+
+if TYPE_CHECKING:
+    import numpy as np
 
 LARGEST = 1 << 26  # pixels; what a header may claim before anything is decoded
 # What Pillow may take a file for, whatever its name. Of others, EPS would be handed to Ghostscript,
@@ -36,6 +38,8 @@ class BadImage(InputError):
 def decode(path: str | Path, size: tuple[int, int] | None = None) -> np.ndarray:
     """Bytes (H, W, 3) of one file; where it has another size than (height, width), made so by
     Pillow's bilinear filter, which averages when it shrinks."""
+    import numpy as np
+
     pillow = require("PIL.Image", "train")
     operations = require("PIL.ImageOps", "train")
     with _named(path):

@@ -11,10 +11,10 @@ from torch import Tensor
 
 from fastdml.data import augment
 from fastdml.data.augment import Choices
+from fastdml.data.image_set import ImageSet
 from fastdml.data.philox import check_seed
+from fastdml.data.reid_split import STORED, ReidSplit
 from fastdml.data.samplers import Order, RandomSampler, Sampler, check_rank, part
-from fastdml.data.sets.image_set import ImageSet
-from fastdml.data.sets.market1501 import STORED, ReidSplit
 from fastdml.errors import InputError
 
 

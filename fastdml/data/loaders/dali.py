@@ -33,9 +33,9 @@ from fastdml.data.augment import Choices
 from fastdml.data.files.check_files import scan
 from fastdml.data.files.check_worker import decoded
 from fastdml.data.files.decode import BadImage, check_file, decode
+from fastdml.data.image_set import ImageSet
 from fastdml.data.loaders.batching import Batching
-from fastdml.data.sets.image_set import ImageSet
-from fastdml.data.sets.market1501 import ReidSplit
+from fastdml.data.reid_split import ReidSplit
 from fastdml.errors import InputError, require
 
 DTYPES = {torch.float32: "FLOAT", torch.float16: "FLOAT16", torch.bfloat16: "FLOAT"}

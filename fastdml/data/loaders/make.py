@@ -11,11 +11,11 @@ from typing import Any
 import torch
 
 from fastdml.data.files.check_files import check_bad_files
+from fastdml.data.image_set import ImageSet
 from fastdml.data.loaders.dali import DALILoader, checked
 from fastdml.data.loaders.resident import ResidentLoader, has_kernel
 from fastdml.data.loaders.torch_workers import TorchLoader
-from fastdml.data.sets.image_set import ImageSet
-from fastdml.data.sets.market1501 import STORED, ReidSplit
+from fastdml.data.reid_split import STORED, ReidSplit
 from fastdml.errors import InputError
 from fastdml.units import size
 

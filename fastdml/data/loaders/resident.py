@@ -23,9 +23,9 @@ from torch import Tensor
 
 from fastdml.data import augment
 from fastdml.data.augment import Augment, Choices
+from fastdml.data.image_set import ImageSet
 from fastdml.data.loaders.batching import Batching
-from fastdml.data.sets.image_set import ImageSet
-from fastdml.data.sets.market1501 import ReidSplit
+from fastdml.data.reid_split import ReidSplit
 
 
 def has_kernel(device: torch.device) -> bool:

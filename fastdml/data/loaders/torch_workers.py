@@ -25,9 +25,9 @@ from torch.utils.data import DataLoader, Dataset, dataloader
 
 from fastdml.data.augment import Augment
 from fastdml.data.files.decode import BadImage, decode
+from fastdml.data.image_set import ImageSet
 from fastdml.data.loaders.batching import Batching
-from fastdml.data.sets.image_set import ImageSet
-from fastdml.data.sets.market1501 import STORED, ReidSplit
+from fastdml.data.reid_split import STORED, ReidSplit
 from fastdml.errors import InputError
 
 TERM = {signal.SIGTERM}

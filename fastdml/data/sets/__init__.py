@@ -1,1 +1,1 @@
-"""Files to checked images and labels: a module a data set."""
+"""A file a data set: it registers itself, and everything else finds it by name."""

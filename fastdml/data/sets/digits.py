@@ -6,22 +6,39 @@ bytes 0 to 16.
 
 from __future__ import annotations
 
-import numpy as np
-import torch
+from typing import TYPE_CHECKING
 
-from fastdml.data.sets.image_set import ImageSet
+from fastdml.data.registry import register_dataset
 from fastdml.errors import require
+
+if TYPE_CHECKING:
+    from fastdml.data.image_set import ImageSet
 
 MEAN, STD = (4.8822,), (6.0185,)  # of the training images, in units of 0 to 16
 CLASSES = tuple(str(c) for c in range(10))
 
 
+@register_dataset(
+    "digits",
+    task="classification",
+    image_shape=(1, 8, 8),
+    classes=CLASSES,
+    mean=MEAN,
+    std=STD,
+    purpose="a first run in seconds, nothing to download",
+    files="none",
+)
 def load_digits() -> tuple[ImageSet, ImageSet]:
     """(train, test): 1,442 and 355 images (N, 1, 8, 8).
 
     Every fifth image of each class, in the order of the file, is for testing: a split that is
     fixed, stratified and spread over the whole file.
     """
+    import numpy as np
+    import torch
+
+    from fastdml.data.image_set import ImageSet
+
     source = require("sklearn.datasets", "train").load_digits()
     images = torch.from_numpy(source.images.astype(np.uint8)).unsqueeze(1)  # (N, 1, 8, 8)
     labels = torch.from_numpy(source.target.astype(np.int64))

@@ -16,75 +16,19 @@ import re
 import sys
 import warnings
 from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
-
-import numpy as np
-import torch
-from torch import Tensor
 
 from fastdml.data.files.archive import is_leftover
 from fastdml.data.files.check_files import check_bad_files, scan
-from fastdml.data.files.decode import decode
-from fastdml.data.sets.image_set import ImageSet, evenly
+from fastdml.data.registry import register_dataset
+from fastdml.data.reid_split import MEAN, STD, STORED, ReidSplit
 from fastdml.errors import InputError
 from fastdml.paths import expanded
 
 JUNK = -1
 LARGEST = 2**63 - 1  # of int64
-# ImageNet's, in bytes: what peers trained on it expect, and usual in re-identification
-MEAN, STD = (123.675, 116.28, 103.53), (58.395, 57.12, 57.375)
-STORED = (128, 64)  # Market-1501's own size: nothing is lost by keeping it
 SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".ppm", ".webp")
-
-
-@dataclass(frozen=True, eq=False)
-class ReidSplit:
-    """Files with their identities. `labels` are the identities numbered from 0 in sorted order."""
-
-    paths: tuple[str, ...] = field(repr=False)
-    ids: Tensor = field(repr=False)  # (N,) int64, as in the file names
-    cameras: Tensor = field(repr=False)  # (N,) int64, as in the file names
-    mean: tuple[float, ...] = MEAN
-    std: tuple[float, ...] = STD
-    labels: Tensor = field(init=False, repr=False)  # (N,) int64
-    num_classes: int = field(init=False)
-
-    def __post_init__(self) -> None:
-        known, labels = torch.unique(self.ids, return_inverse=True)
-        object.__setattr__(self, "labels", labels)
-        object.__setattr__(self, "num_classes", len(known))
-
-    def __len__(self) -> int:
-        return len(self.paths)
-
-    @property
-    def class_names(self) -> tuple[str, ...]:
-        """The identities, in the order of their labels."""
-        return tuple(str(i) for i in self.ids.unique().tolist())
-
-    def without(self, bad: dict[str, str]) -> ReidSplit:
-        keep = [i for i, path in enumerate(self.paths) if path not in bad]
-        return self if len(keep) == len(self) else self.at(torch.tensor(keep, dtype=torch.int64))
-
-    def at(self, places: Tensor) -> ReidSplit:
-        """The images at `places` (M,) int64 alone."""
-        paths = tuple(self.paths[i] for i in places.tolist())
-        return replace(self, paths=paths, ids=self.ids[places], cameras=self.cameras[places])
-
-    def subset(self, n: int, seed: int = 0) -> ReidSplit:
-        """`n` images, as many of each identity as there are: see `ImageSet.subset`."""
-        return self.at(evenly(self.labels, n, seed))
-
-    def decode(self, size: tuple[int, int] = STORED) -> ImageSet:
-        """All images in memory, (N, 3, height, width) uint8: 25 kB each at 128x64."""
-        images = np.empty((len(self), *size, 3), np.uint8)
-        for place, path in zip(images, self.paths, strict=True):
-            place[...] = decode(path, size)
-        pixels = torch.from_numpy(images).permute(0, 3, 1, 2)
-        return ImageSet(
-            pixels, self.labels, self.num_classes, self.class_names, self.mean, self.std
-        )
 
 
 @dataclass(frozen=True)
@@ -222,6 +166,16 @@ class ImageFolderReID:
         return self.train.num_classes
 
 
+@register_dataset(
+    "market1501",
+    task="reid",
+    image_shape=(3, *STORED),
+    num_classes=MARKET.identities,
+    mean=MEAN,
+    std=STD,
+    purpose="people seen by six cameras; the paper's re-identification",
+    files="own",
+)
 class Market1501(ImageFolderReID):
     """Market-1501 below `root`, in a folder Market-1501-v15.09.15 or not.
 
@@ -265,6 +219,8 @@ class Market1501(ImageFolderReID):
             paths = tuple(str(path) for path in _images(folder))
             if not paths:
                 raise InputError(_no_images(folder))
+            import torch
+
             unknown = torch.zeros(len(paths), dtype=torch.int64)
             splits["distractor"] = ReidSplit(paths, unknown, unknown)  # of no known camera
         super()._check(splits, bad_files, progress, cache)
@@ -321,6 +277,8 @@ def _read(
     root: Path, places: Sequence[tuple[str, str | None]], layout: Layout, bad: dict[str, str]
 ) -> ReidSplit:
     """What the names of the files say; those that say nothing go into `bad`, with the reason."""
+    import torch
+
     pattern = re.compile(layout.pattern)
     files: list[Path] = []
     for place, listed in places:
@@ -374,6 +332,8 @@ def _listed(file: Path, folder: Path) -> list[Path]:
 
 
 def _together(splits: Sequence[ReidSplit]) -> ReidSplit:
+    import torch
+
     return ReidSplit(
         tuple(path for split in splits for path in split.paths),
         torch.cat([split.ids for split in splits]),

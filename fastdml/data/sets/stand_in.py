@@ -17,15 +17,17 @@ import shutil
 import tempfile
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-import numpy as np
-
-from fastdml.data import HINT
-from fastdml.data.philox import check_seed
+from fastdml.data.registry import HINT
 from fastdml.data.sets.cifar import load_cifar100
-from fastdml.data.sets.image_set import ImageSet
 from fastdml.errors import InputError, require
 from fastdml.paths import expanded
+
+if TYPE_CHECKING:
+    import numpy as np
+
+    from fastdml.data.image_set import ImageSet
 
 FOLDER = "Market-1501-v15.09.15"
 NOTE = "standin.json"
@@ -57,6 +59,9 @@ def build_standin(
     """`root`, holding the stand-in; what is there already is kept if it is the same. `cifar_root`:
     the folder of CIFAR-100, or another set of 100 classes of RGB images; `hint`: as
     `load_cifar100` takes it."""
+    from fastdml.data.image_set import ImageSet
+    from fastdml.data.philox import check_seed
+
     root = expanded(root)
     target = root / FOLDER
     note = json.dumps(asdict(what), sort_keys=True)
@@ -105,6 +110,8 @@ def _check_same(target: Path, note: str) -> None:
 
 
 def _write(folder: Path, images: ImageSet, what: StandIn) -> None:
+    import numpy as np
+
     random = np.random.default_rng(what.seed)
     classes = random.permutation(100)
     by_class = [np.flatnonzero(images.labels.numpy() == c) for c in range(100)]
@@ -144,6 +151,8 @@ class _Writer:
         self.odd_every, self.written = odd_every, 0
 
     def write(self, path: Path, index: int, camera: int) -> None:
+        import numpy as np
+
         tint = 1 + 0.25 * np.cos(camera + np.arange(3) * 2.1)  # of each channel
         pixels = np.clip(self.pixels[index] * (0.6 + 0.1 * camera) * tint, 0, 255)
         picture = self.image.fromarray(pixels.astype(np.uint8))

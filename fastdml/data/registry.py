@@ -1,0 +1,126 @@
+"""The data sets by name, each registered by its own file in `fastdml/data/sets/`.
+
+Asking for names and facts imports neither torch nor numpy, so that the command's help and a
+mistyped name answer at once: a file in `sets/` imports what reads pixels inside its functions.
+"""
+
+from __future__ import annotations
+
+import importlib
+import pkgutil
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import cache
+from typing import Any, Literal, TypeVar
+
+from fastdml.errors import InputError
+from fastdml.names import advice
+
+HINT = "download=True"  # how a caller from Python asks for a download; the command has an option
+
+Load = TypeVar("Load", bound=Callable[..., Any])
+
+
+@dataclass(frozen=True)
+class DataSet:
+    """What is known of a data set without its files."""
+
+    name: str
+    task: str  # the name of the task that trains on it: "classification", "reid"
+    load: Callable[..., Any]
+    image_shape: tuple[int, int, int]  # (channels, height, width) as it is kept in memory
+    num_classes: int  # identities, in re-identification
+    classes: tuple[str, ...]  # their names by label; empty where only the files tell
+    mean: tuple[float, ...]  # of each channel, in the units of the stored bytes
+    std: tuple[float, ...]
+    purpose: str  # what it is good for, a few words
+    # none: comes with a package; download: fetched when asked for; own: the user brings it
+    files: Literal["none", "download", "own"]
+
+    @property
+    def input(self) -> str:
+        """The images' shape as people write it, such as 3x32x32."""
+        return "x".join(map(str, self.image_shape))
+
+
+_KNOWN: dict[str, DataSet] = {}
+
+
+def register_dataset(
+    name: str,
+    *,
+    task: str,
+    image_shape: tuple[int, int, int],
+    mean: Sequence[float],
+    std: Sequence[float],
+    purpose: str,
+    classes: Sequence[str] = (),
+    num_classes: int | None = None,
+    files: Literal["none", "download", "own"] = "own",
+) -> Callable[[Load], Load]:
+    """Registers what it decorates as the loader of the data set `name`.
+
+    A classification loader returns (train, test), both an `ImageSet`. It is called with the root
+    folder, and where files is "download" with download=, a bool, and hint=, what messages say that
+    a download is asked for by; where files is "none", with nothing. `DataSet` says what the other
+    arguments mean; num_classes is that of `classes` unless it is given.
+
+    Raises ValueError for a name that another loader has.
+    """
+
+    def register(load: Load) -> Load:
+        known = _KNOWN.get(name)
+        if known and (known.load.__module__, known.load.__name__) != (
+            load.__module__,
+            load.__name__,
+        ):
+            raise ValueError(
+                f"the data set {name!r} is registered by {known.load.__module__} already: give "
+                "another name"
+            )
+        _KNOWN[name] = DataSet(
+            name,
+            task,
+            load,
+            image_shape,
+            len(classes) if num_classes is None else num_classes,
+            tuple(classes),
+            tuple(mean),
+            tuple(std),
+            purpose,
+            files,
+        )
+        return load
+
+    return register
+
+
+def catalogue() -> tuple[DataSet, ...]:
+    """All data sets: first those that need no files, then from few classes to many."""
+    _import_sets()
+    order = sorted(_KNOWN.values(), key=lambda known: (known.files != "none", known.num_classes))
+    return tuple(order)
+
+
+def dataset_names(task: str | None = None) -> tuple[str, ...]:
+    """The names of all data sets, or of those of one task, in the order of `catalogue`."""
+    return tuple(known.name for known in catalogue() if task in (None, known.task))
+
+
+def dataset(name: str, task: str | None = None) -> DataSet:
+    """The data set called `name`. Raises InputError, which names the nearest, where there is none,
+    or none of `task`."""
+    names = dataset_names(task)
+    if name not in names:
+        raise InputError(
+            f"unknown data set {name!r}: {advice(name, names, others='give one of {}')}"
+        )
+    return _KNOWN[name]
+
+
+@cache
+def _import_sets() -> None:
+    """Each file in `sets/` registers its own when it is imported."""
+    package = importlib.import_module("fastdml.data.sets")
+    for module in pkgutil.iter_modules(package.__path__):
+        importlib.import_module(f"{package.__name__}.{module.name}")
