@@ -6,306 +6,31 @@
     graph     the step of `streams` captured as one CUDA graph
     stacked   peers of one architecture as one network; on CUDA captured as one graph too
 
-Each is a small class in its own file with the same constructor and the same call.
+Each is a file that registers a small class (`execution.register_execution`); the others here are
+what they share (`update`, `amp`, `optimizers`, `ema`, `accumulate`), what chooses one (`auto`,
+`rehearsal`), and what checks them (`guards`, `stackable`, `proof`).
 """
 
 from __future__ import annotations
 
-import copy
-import dataclasses
-import sys
-from collections.abc import Callable
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
-
-import torch
-from torch import Tensor
-from torch.optim import Optimizer
-
-from fastdml.engine import cpus
-from fastdml.engine.amp import Amp, resolve_amp
-from fastdml.engine.apex import takes_number
-from fastdml.engine.auto import (
-    AutoStep,
-    CpuAutoStep,
-    CudaAutoStep,
-    only_by_rule,
-    unfit_for_threads,
-)
+# Each of these registers an execution.
+from fastdml.engine import eager, graph, sequential, stacked, streams, threads  # noqa: F401
+from fastdml.engine.amp import Amp
 from fastdml.engine.ema import Ema
-from fastdml.engine.graph import GraphStep
-from fastdml.engine.optimizers import (
-    Schedule,
-    check_optimizer,
-    learning_rates,
-    make_optimizer,
-)
-from fastdml.engine.rehearsal import Uncopyable
-from fastdml.engine.stacked import StackedStep
-from fastdml.engine.step import After, EagerStep, SequentialStep, StepOptions, StepOutput
-from fastdml.engine.streams import StreamsStep
-from fastdml.engine.threads import ThreadsStep
-from fastdml.engine.weights import check_weights
-from fastdml.errors import InputError
+from fastdml.engine.execution import Step, StepOutput, executions, register_execution
+from fastdml.engine.optimizers import Schedule, learning_rates, make_optimizer
 
-if TYPE_CHECKING:
-    from fastdml.cohort import Cohort
-    from fastdml.loss import MutualLoss
-    from fastdml.metric_losses import MetricLoss
+from fastdml.engine.make_step import make_step  # isort: skip  # the function, not its module
 
 __all__ = [
     "Amp",
     "Ema",
     "Schedule",
+    "Step",
     "StepOutput",
     "executions",
     "learning_rates",
     "make_optimizer",
     "make_step",
+    "register_execution",
 ]
-
-Step = EagerStep | GraphStep | AutoStep
-
-
-def _graph(*arguments) -> GraphStep:
-    return GraphStep(StreamsStep(*arguments))
-
-
-def _sequential_graph(*arguments) -> GraphStep:
-    return GraphStep(SequentialStep(*arguments))
-
-
-def _stacked(cohort, loss, optimizer, amp, options) -> Step:
-    if options.output is not None:
-        raise InputError("output= does not go with execution 'stacked': wrap the peers instead")
-    step = StackedStep(cohort, loss, optimizer, amp, options)
-    return GraphStep(step) if step.amp.device.type == "cuda" else step
-
-
-# How each execution updates. One peer after the other leaves nothing to overlap or to stack.
-EXECUTIONS: dict[str, dict[str, Callable[..., Step]]] = {
-    "eager": {"simultaneous": EagerStep, "sequential": SequentialStep},
-    "threads": {"simultaneous": ThreadsStep},
-    "streams": {"simultaneous": StreamsStep},
-    "graph": {"simultaneous": _graph, "sequential": _sequential_graph},
-    "stacked": {"simultaneous": _stacked},
-}
-
-
-def executions(device: torch.device) -> list[str]:
-    """Those that run on this kind of device."""
-    here = ("eager", "threads", "stacked")
-    if device.type == "cuda":
-        here = ("eager", "streams", "graph", "stacked")
-    return list(here)
-
-
-def make_step(
-    cohort: Cohort,
-    loss: MutualLoss,
-    optimizer: Optimizer,
-    *,
-    execution: str = "auto",
-    amp: str | Amp = "auto",
-    compile: bool = False,
-    update: str = "simultaneous",
-    grad_clip: float | None = None,
-    accumulate: int = 1,
-    ema: Ema | None = None,
-    assemble: Callable[..., tuple[Tensor, Tensor]] | None = None,
-    after: After | None = None,
-    metric: MetricLoss | None = None,
-    threads: int | None = None,
-    output: Callable[[Any], Tensor] | None = None,
-) -> Step:
-    """`step(images, labels) -> StepOutput(losses, stats, metric)`; device tensors, no
-    synchronisation.
-
-    execution: "eager", "threads" (on a CPU), "streams", "graph" (on CUDA), "stacked", or "auto":
-        the one that a short measurement at the first step finds fastest, on a CPU together with the
-        number of threads, in one line on stderr. By a rule, so that runs repeat bit for bit, where
-        torch's deterministic algorithms are on; eager for an optimizer of Apex that counts on the
-        host.
-    amp: "auto", "off", "bf16", "fp16" or a resolved `Amp`.
-    compile: the networks go through torch.compile first.
-    update: "simultaneous" or "sequential" (the paper's Algorithm 1; eager and graph only).
-    grad_clip: largest norm of one peer's gradient.
-    accumulate: parts of equal size that a batch is computed in: less memory, and BatchNorm sees the
-        parts. Gradients, losses and statistics are those of the whole batch, also where rows have
-        no label.
-    ema: averages that follow every step.
-    assemble: makes (images, labels) from what the step is called with, as `ResidentLoader.assemble`
-        does from an index; in a graph it is captured too, and only the index is copied.
-    after: called with the step's output and `step.update` at its end; captured too.
-    metric: a loss on the peers' features, added to the other; peers need a head (`ReidHead`).
-    threads: torch's number of threads during a step on a CPU; before and after it the number is the
-        caller's. 0: OMP_NUM_THREADS where it is set, else measured at the first step, for a named
-        execution too. None: 0 for "auto"; a named execution takes torch's number as it finds it.
-    output: picks the logits (N, C) from what a peer returns in training, such as
-        `lambda out: out.logits` for models of Hugging Face, where it is more than the logits; not
-        with execution="stacked" or a metric loss. For evaluation wrap such a peer instead.
-
-    Each step takes the groups of the optimizer and the peers' layers as they are: weights that are
-    unfrozen, groups that are added and layers that are replaced train from the next step on. Those
-    that no group holds stay as they are, with a warning; after a step no weight has a gradient.
-    """
-    check_weights(cohort)
-    check_optimizer(optimizer)
-    device = next(cohort.parameters()).device
-    if update not in ("simultaneous", "sequential"):
-        raise InputError(f"update must be simultaneous or sequential, not {update!r}")
-    if accumulate < 1:
-        raise InputError(f"accumulate must be 1 or more, not {accumulate!r}")
-    if update == "sequential" and accumulate > 1:
-        raise InputError(
-            "accumulate does not go with update='sequential', which needs the predictions on the "
-            "whole batch at hand: use simultaneous, or a smaller batch"
-        )
-    if metric is not None and output is not None:
-        raise InputError("output= does not go with a metric loss, whose peers give what it needs")
-    if metric is not None:
-        _check_metric(cohort, metric, device, accumulate)
-    if execution != "auto":
-        if execution not in EXECUTIONS:
-            raise InputError(
-                f"execution {execution!r} does not exist; use auto or {', '.join(EXECUTIONS)}"
-            )
-        if execution not in executions(device):
-            able = " or ".join(executions(device))
-            needs = "a CPU" if execution == "threads" else "a CUDA device"
-            raise InputError(f"execution {execution!r} needs {needs}, not {device}: use {able}")
-        if update not in EXECUTIONS[execution]:
-            able = [name for name, kinds in EXECUTIONS.items() if update in kinds]
-            raise InputError(
-                f"execution {execution!r} does not go with update={update!r}, one peer after the "
-                f"other: use {' or '.join(able)}"
-            )
-    if isinstance(amp, str):
-        amp = resolve_amp(amp, device)
-    options = StepOptions(
-        compile=compile,
-        grad_clip=grad_clip,
-        accumulate=accumulate,
-        ema=ema,
-        assemble=assemble,
-        after=after,
-        metric=metric,
-        output=output,
-    )
-
-    make = Maker(cohort, loss, optimizer, amp, options, update)
-    if execution != "auto" and (threads is None or device.type != "cpu"):
-        return make(execution)
-    if execution == "auto" and takes_number(optimizer):
-        print(f"execution: eager ({type(optimizer).__name__} counts on the host)", file=sys.stderr)
-        return make("eager")
-    deterministic = torch.are_deterministic_algorithms_enabled()
-    able = [name for name in executions(device) if update in EXECUTIONS[name]]
-    if device.type == "cuda":
-        return make("eager") if deterministic else CudaAutoStep(able, make, device)
-
-    threads = threads or cpus.asked()
-    unfit, by_rule = {}, only_by_rule(cohort.peers, compile)
-    if execution != "auto":
-        able = [execution]
-        by_rule = None if threads else by_rule  # nothing is left to choose
-    elif by_rule or len(cohort) == 1:
-        able = ["eager"]
-    elif "threads" in able and (reason := unfit_for_threads(cohort.peers)):
-        able.remove("threads")
-        unfit["threads"] = reason
-    if deterministic and (len(able) > 1 or not threads):
-        by_rule = "deterministic"
-    return CpuAutoStep(
-        able,
-        make,
-        cohort.peers,
-        threads=threads,
-        copies=make.on_copies,
-        unfit=unfit,
-        by_rule=by_rule,
-    )
-
-
-@dataclass(frozen=True)
-class Maker:
-    """Builds steps of any execution. Unlike a function's, its copies build steps of copies."""
-
-    cohort: Cohort
-    loss: MutualLoss
-    optimizer: Optimizer
-    amp: Amp
-    options: StepOptions
-    update: str
-
-    def __call__(self, name: str) -> Step:
-        arguments = (self.cohort, self.loss, self.optimizer, self.amp, self.options)
-        return EXECUTIONS[name][self.update](*arguments)
-
-    def on_copies(self) -> Callable[[str], Step]:
-        arguments = (self.cohort, self.loss, self.optimizer, self.amp, self.options, self.update)
-        return _on_copies(*arguments)
-
-
-def _on_copies(
-    cohort: Cohort,
-    loss: MutualLoss,
-    optimizer: Optimizer,
-    amp: Amp,
-    options: StepOptions,
-    update: str,
-) -> Callable[[str], Step]:
-    """Builds steps that do the same work and touch nothing of the caller's, nor do they learn."""
-    held = _held(cohort, optimizer)
-    try:
-        cohort, optimizer, amp, metric = copy.deepcopy((cohort, optimizer, amp, options.metric))
-    except Exception as error:  # of the peers' own code, or out of memory
-        reason = " ".join(str(error).split()) or type(error).__name__
-        raise Uncopyable(f"peers or optimizer cannot be copied: {reason}") from None
-    if _held(cohort, optimizer) != held:  # by a __deepcopy__ of one's own
-        raise Uncopyable("a copy of the optimizer holds other weights than a copy of the peers")
-    for group in optimizer.param_groups:
-        if "lr" in group:
-            group["lr"] = group["lr"] * 0
-    options = dataclasses.replace(options, ema=None, after=None, metric=metric)
-
-    def make(name: str) -> Step:
-        step = EXECUTIONS[name][update](cohort, loss, optimizer, amp, options)
-        if isinstance(step, ThreadsStep):
-            step.assume_proved()  # its proof is no faster than eager
-        return step
-
-    return make
-
-
-def _held(cohort: Cohort, optimizer: Optimizer) -> int:
-    """How many of the peers' weights the optimizer holds."""
-    own = {id(w) for w in cohort.parameters()}
-    return sum(id(w) in own for group in optimizer.param_groups for w in group["params"])
-
-
-def _check_metric(
-    cohort: Cohort, metric: MetricLoss, device: torch.device, accumulate: int
-) -> None:
-    if accumulate > 1:
-        raise InputError(
-            f"accumulate={accumulate} does not go with a metric loss, which compares the images of "
-            "the whole batch: use accumulate=1"
-        )
-    for name, peer in zip(cohort.names, cohort.peers, strict=True):
-        if not hasattr(peer, "logits_and_features"):
-            raise InputError(
-                f"peer {name} gives no features for a metric loss: build the cohort with "
-                "head=ReidHead()"
-            )
-    dims = tuple(getattr(peer, "num_features", None) for peer in cohort.peers)
-    if None not in dims and dims != metric.dims:
-        raise InputError(
-            f"the metric loss is for peers of {metric.dims} features, and the cohort's have {dims}"
-        )
-    for t in metric.tensors():
-        if t.device != device:
-            raise InputError(
-                f"the metric loss's centres are on {t.device}, the cohort on {device}: move them "
-                "with metric.to(device)"
-            )

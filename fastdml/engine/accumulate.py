@@ -16,7 +16,7 @@ from torch import Tensor
 from fastdml.loss import MutualLoss, MutualStats
 
 if TYPE_CHECKING:
-    from fastdml.engine.step import StepOutput
+    from fastdml.engine.execution import StepOutput
 
 
 class Split:

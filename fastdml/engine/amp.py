@@ -11,13 +11,14 @@ from collections import defaultdict
 from collections.abc import Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
 from fastdml.errors import InputError
 
+AmpName = Literal["auto", "off", "bf16", "fp16"]
 _NAMES = {None: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}
 
 
@@ -80,7 +81,7 @@ class Amp:
         )
 
 
-def resolve_amp(amp: str, device: torch.device) -> Amp:
+def resolve_amp(amp: AmpName, device: torch.device) -> Amp:
     """ "auto" becomes the fastest precision that trains safely on this device."""
     if amp == "auto":
         amp = _fastest(device)
@@ -93,7 +94,7 @@ def resolve_amp(amp: str, device: torch.device) -> Amp:
     raise InputError(f"amp must be one of auto, off, bf16, fp16, not {amp!r}")
 
 
-def _fastest(device: torch.device) -> str:
+def _fastest(device: torch.device) -> AmpName:
     if device.type == "cuda":
         return "bf16" if torch.cuda.get_device_capability(device) >= (8, 0) else "fp16"
     if device.type == "cpu":

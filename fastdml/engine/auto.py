@@ -30,26 +30,22 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from fastdml.engine import cpus
+from fastdml.engine.eager import check_gradients_wanted
+from fastdml.engine.execution import EXECUTIONS, Step, StepOutput
 from fastdml.engine.graph import SCALARS
-from fastdml.engine.guards import replicated
+from fastdml.engine.guards import hooked, replicated
 from fastdml.engine.rehearsal import Candidate, Rehearsal, Uncopyable, candidates, fastest
 from fastdml.engine.rollback import Snapshot
-from fastdml.engine.stackable import (
-    Unstackable,
-    hooked_module,
-    hooked_tensor,
-    hooks_on_all_modules,
-)
-from fastdml.engine.stacked import StackedStep
-from fastdml.engine.step import EagerStep, StepOutput, check_gradients_wanted
+from fastdml.engine.stackable import Unstackable
 from fastdml.errors import InputError
 from fastdml.units import count_of_threads
 
 if TYPE_CHECKING:
-    from fastdml.engine import Step
+    from fastdml.cohort import Cohort
+    from fastdml.engine.update import Update
+    from fastdml.loss import MutualLoss
 
 WARM_UP, TIMED = 3, 10  # steps of each candidate on CUDA
-ORDER = ("eager", "streams", "stacked", "graph")  # in which they are measured there
 SMALL = 4096  # pixels of a batch, 64 images of 8x8, whose layers are not worth a second thread
 
 
@@ -69,6 +65,19 @@ class AutoStep:
     make: Callable[[str], Step]
     chosen: Step | None = None
 
+    # Of the chosen step, by __getattr__.
+    name: str
+    cohort: Cohort
+    loss: MutualLoss
+    update: Update
+    failure: str | None
+    tensors: Callable[[], list[Tensor]]
+    release: Callable[[], None]
+    rehearse: Callable[[], None]
+
+    def __call__(self, *batch: Tensor) -> StepOutput:
+        raise NotImplementedError
+
     def __getattr__(self, name: str) -> Any:
         """`update`, `tensors` and the rest of the chosen step."""
         if name.startswith("__") or self.chosen is None:
@@ -84,27 +93,34 @@ class CudaAutoStep(AutoStep):
 
     def __call__(self, *batch: Tensor) -> StepOutput:
         check_gradients_wanted()
-        self.choose(*batch)
+        step = self._step(batch)
         try:
-            return self.chosen(*batch)
+            return step(*batch)
         except Unstackable as error:  # peers that have changed; the step had not begun
             why = _brief("stacked", str(error))
             print(f"execution: eager; not stacked: {why}", file=sys.stderr)
-            self.chosen = self.make("eager")
-            return self.chosen(*batch)
+            self.chosen = step = self.make("eager")
+            return step(*batch)
 
     def choose(self, *batch: Tensor) -> Choice:
         """What this step runs as, from now on; measures where that is still open."""
+        return Choice(self._step(batch).name)
+
+    def _step(self, batch: tuple[Tensor, ...]) -> Step:
         if self.chosen is None:
             self.chosen = self._measure(batch)
-        return Choice(self.chosen.name)
+        return self.chosen
 
     def _measure(self, batch: tuple[Tensor, ...]) -> Step:
-        best, times, unfit = None, {}, ""
-        # The graph last: it keeps the addresses of the weights, which stacking moves. Eager first:
-        # a graph's memory is its own for as long as it lives, and eager is what must not fail.
-        for name in sorted(self.names, key=ORDER.index):
-            step = None
+        best: Step | None = None
+        times: dict[str, float] = {}
+        unfit = ""
+        # Eager first: a graph's memory is its own for as long as it lives, and eager is what must
+        # not fail. What keeps the addresses of weights last, since others move the weights.
+        found = sorted(map(EXECUTIONS.__getitem__, self.names), key=lambda e: e.turn)
+        for execution in sorted(found, key=lambda e: e.keeps_addresses):
+            name = execution.name
+            step: Step | None = None
             try:
                 step = self.make(name)
                 seconds = self._seconds(step, batch)
@@ -114,21 +130,21 @@ class CudaAutoStep(AutoStep):
                 if isinstance(error, Unstackable):
                     unfit = f"; not stacked: {_brief('stacked', str(error))}"
             else:
-                if getattr(step, "failure", None) is None:
+                if step.failure is None:
                     times[name] = seconds
                     if seconds == min(times.values()):
                         best, step = step, best
-            _release(step)
+            if step is not None:
+                step.release()
             del step  # the slower one's memory goes to the next
-        found = ", ".join(f"{name} {1000 * seconds:.2f}" for name, seconds in times.items())
-        print(f"execution: {best.name} (ms a step: {found}){unfit}", file=sys.stderr)
+        assert best is not None  # eager has been measured or has raised
+        took = ", ".join(f"{name} {1000 * seconds:.2f}" for name, seconds in times.items())
+        print(f"execution: {best.name} (ms a step: {took}){unfit}", file=sys.stderr)
         return best
 
     def _seconds(self, step: Step, batch: tuple[Tensor, ...]) -> float:
         """Of one step, from calls that nothing waits between. Leaves no trace."""
-        inner = getattr(step, "inner", step)
-        snapshot = Snapshot(step.tensors, self.device, inner.cohort)
-        loss = inner.loss
+        snapshot, loss = Snapshot(step.tensors, self.device, step.cohort), step.loss
         numbers = {name: getattr(loss, name) for name in SCALARS}  # a graph makes tensors of them
         try:
             with warnings.catch_warnings():
@@ -147,13 +163,6 @@ class CudaAutoStep(AutoStep):
                 setattr(loss, name, value)
 
 
-def _release(step: Step | None) -> None:
-    """Peers that were stacked have their weights to themselves again."""
-    inner = getattr(step, "inner", step)
-    if isinstance(inner, StackedStep):
-        inner.release()
-
-
 class CpuAutoStep(AutoStep):
     """The step that is chosen runs on the threads that are chosen; torch's number is the caller's
     again afterwards.
@@ -167,11 +176,11 @@ class CpuAutoStep(AutoStep):
     def __init__(
         self,
         names: Sequence[str],
-        make: Callable[[str], EagerStep],
+        make: Callable[[str], Step],
         peers: Sequence[nn.Module],
         *,
         threads: int | None,
-        copies: Callable[[], Callable[[str], EagerStep]],
+        copies: Callable[[], Callable[[str], Step]],
         unfit: dict[str, str],
         by_rule: str | None,
     ) -> None:
@@ -185,44 +194,48 @@ class CpuAutoStep(AutoStep):
 
     def __call__(self, *batch: Tensor) -> StepOutput:
         check_gradients_wanted()
-        choice = self.choose(*batch)
+        choice, step = self._decided(batch)
         with cpus.threads(choice.threads):
             try:
-                return self.chosen(*batch)
+                return step(*batch)
             except InputError as error:
                 if len(self.names) == 1 or choice.execution == "eager":
                     raise
-                return self._without(choice.execution, error, batch)
+                return self._without(choice, error, batch)
 
     def choose(self, *batch: Tensor) -> Choice:
         """What this step runs as, from now on; chooses where that is still open."""
-        if self.choice is None:
-            found = candidates(self.names, len(self.peers), self.threads)
-            if self.by_rule:
-                self.choice = self._choice(self._rule(found, batch))
-                self._say(f"by rule: {self.by_rule}", self.unfit)
-            elif len(found) == 1:
-                self.choice = self._choice(found[0])
-                if self.unfit:
-                    self._say(None, self.unfit)
-            else:
-                self.choice = self._measured(found, batch)
-            if self.chosen is None:
-                self._make_chosen()
-        return self.choice
+        return self._decided(batch)[0]
 
-    def _make_chosen(self) -> None:
-        name = self.choice.execution
-        try:
-            self.chosen = self.make(name)
-        except InputError as error:
-            if name == "eager":
-                raise
-            self._take_eager(self.make("eager"), {name: str(error)})
+    def _decided(self, batch: tuple[Tensor, ...]) -> tuple[Choice, Step]:
+        if self.choice is None:
+            self.choice = self._choose(batch)
+        if self.chosen is None:
+            name = self.choice.execution
+            try:
+                self.chosen = self.make(name)
+            except InputError as error:
+                if name == "eager":
+                    raise
+                self._take_eager(self.choice, self.make("eager"), {name: str(error)})
+        return self.choice, self.chosen
+
+    def _choose(self, batch: tuple[Tensor, ...]) -> Choice:
+        found = candidates(self.names, len(self.peers), self.threads)
+        if self.by_rule:
+            choice = self._choice(self._rule(found, batch))
+            _say(choice, f"by rule: {self.by_rule}", self.unfit)
+        elif len(found) == 1:
+            choice = self._choice(found[0])
+            if self.unfit:
+                _say(choice, None, self.unfit)
+        else:
+            choice = self._measured(found, batch)
+        return choice
 
     def _rule(self, found: Sequence[Candidate], batch: tuple[Tensor, ...]) -> Candidate:
         for candidate in found:
-            if candidate.execution == "threads":
+            if EXECUTIONS[candidate.execution].thread_a_peer:
                 return candidate
         images = batch[0]
         same = [c for c in found if c.execution == found[0].execution]
@@ -235,73 +248,48 @@ class CpuAutoStep(AutoStep):
             rehearsal.run(found)
         except Uncopyable as error:
             same = [c for c in found if c.execution == found[0].execution]
-            self.choice = self._choice(self._rule(same, batch))
-            self._say(f"by rule: {error}")
-            return self.choice
+            choice = self._choice(self._rule(same, batch))
+            _say(choice, f"by rule: {error}")
+            return choice
         best = fastest(rehearsal.times)
         self.seconds = rehearsal.times[best]
         eager = {c: t for c, t in rehearsal.times.items() if c.execution == "eager"}
-        self.choice = self._choice(best, fastest(eager).threads if eager else None)
+        choice = self._choice(best, fastest(eager).threads if eager else None)
         took = [f"{c} {1000 * t:.1f}" for c, t in rehearsal.times.items()]
         took += [f"{c} given up" for c in rehearsal.late]
-        self._say(f"ms a step: {', '.join(took)}", {**self.unfit, **rehearsal.unfit})
-        return self.choice
+        _say(choice, f"ms a step: {', '.join(took)}", {**self.unfit, **rehearsal.unfit})
+        return choice
 
     def _choice(self, found: Candidate, elsewhere: int | None = None) -> Choice:
         """Elsewhere the user's own number; or what was measured; or the peers' share, since threads
         that do not wait for each other say nothing of those that do."""
         share = found.threads
-        if found.execution == "threads":
+        if EXECUTIONS[found.execution].thread_a_peer:
             share = max(1, found.threads // len(self.peers))
         return Choice(*found, self.threads or elsewhere or share)
 
-    def _without(self, name: str, error: InputError, batch: tuple[Tensor, ...]) -> StepOutput:
+    def _without(self, choice: Choice, error: InputError, batch: tuple[Tensor, ...]) -> StepOutput:
         """Eager from here on, unless that fails as well; a refused step has changed nothing."""
         step = self.make("eager")
         output = step(*batch)
-        self._take_eager(step, {name: str(error)})
+        self._take_eager(choice, step, {choice.execution: str(error)})
         return output
 
-    def _take_eager(self, step: EagerStep, unfit: dict[str, str]) -> None:
-        self.chosen, self.choice = step, self.choice._replace(execution="eager")
-        self._say(None, unfit)
+    def _take_eager(self, choice: Choice, step: Step, unfit: dict[str, str]) -> None:
+        self.chosen, self.choice = step, choice._replace(execution="eager")
+        _say(self.choice, None, unfit)
 
-    def _say(self, how: str | None, unfit: dict[str, str] | None = None) -> None:
-        execution, threads, _ = self.choice
-        how = f" ({how})" if how else ""
-        reasons = "".join(
-            f"; not {name}: {_brief(name, why)}" for name, why in (unfit or {}).items()
-        )
-        print(f"execution: {execution}, {count_of_threads(threads)}{how}{reasons}", file=sys.stderr)
+
+def _say(choice: Choice, how: str | None, unfit: dict[str, str] | None = None) -> None:
+    how = f" ({how})" if how else ""
+    reasons = "".join(f"; not {name}: {_brief(name, why)}" for name, why in (unfit or {}).items())
+    what = f"{choice.execution}, {count_of_threads(choice.threads)}"
+    print(f"execution: {what}{how}{reasons}", file=sys.stderr)
 
 
 def _brief(name: str, reason: str) -> str:
     """A refusal without what goes without saying here."""
     return re.sub(r"; use [\w ]+$", "", reason.removeprefix(f"execution {name!r} "))
-
-
-def unfit_for_threads(peers: Sequence[nn.Module]) -> str | None:
-    """What might come out otherwise where peers run side by side; their first step proves that they
-    draw no random numbers."""
-    if len(peers) == 1:
-        return "one peer has nobody beside it"
-    if hooked(peers):
-        return "hooks would be called by several threads at once"
-    owners: dict[int, int] = {}
-    for k, peer in enumerate(peers):
-        for t in (*peer.parameters(), *peer.buffers()):
-            if t.numel() and owners.setdefault(t.data_ptr(), k) != k:
-                return f"peers {owners[t.data_ptr()]} and {k} share memory"
-    return None
-
-
-def hooked(peers: Sequence[nn.Module]) -> bool:
-    """Whether anything of the caller's is called in a pass."""
-    return (
-        hooks_on_all_modules()
-        or any(hooked_module(m) for p in peers for m in p.modules())
-        or any(hooked_tensor(w) for p in peers for w in p.parameters())
-    )
 
 
 def only_by_rule(peers: Sequence[nn.Module], compiled: bool) -> str | None:

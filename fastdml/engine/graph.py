@@ -30,13 +30,17 @@ import weakref
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from numbers import Real
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
+from fastdml.engine.eager import EagerStep, check_gradients_wanted
+from fastdml.engine.execution import StepOutput, register_execution
 from fastdml.engine.rollback import Snapshot
-from fastdml.engine.step import EagerStep, StepOutput, check_gradients_wanted
+from fastdml.engine.sequential import SequentialStep
+from fastdml.engine.streams import StreamsStep
 from fastdml.engine.update import Group, alike
 from fastdml.engine.weights import Parts, same
 from fastdml.errors import InputError
@@ -121,7 +125,7 @@ class GraphStep:
         make_capturable(inner.optimizer, device)
         check_capturable(inner)
         self.inner, self.device, self.new_capture = inner, device, capture
-        self.update, self.tensors = inner.update, inner.tensors
+        self.cohort, self.loss, self.update = inner.cohort, inner.loss, inner.update
         self.name = "stacked" if inner.name == "stacked" else "graph"
         self.failure: str | None = None  # why there is no graph
         self.captured: object | None = None
@@ -139,6 +143,15 @@ class GraphStep:
     def __reduce__(self) -> tuple[type[GraphStep], tuple]:
         """A copy captures a graph of its own at its first call."""
         return type(self), (self.inner, self.new_capture)
+
+    def tensors(self) -> list[Tensor]:
+        return self.inner.tensors()
+
+    def release(self) -> None:
+        self.inner.release()
+
+    def rehearse(self) -> None:
+        self.inner.rehearse()
 
     def forget(self) -> None:
         """The next call captures anew."""
@@ -336,3 +349,13 @@ def check_capturable(inner: EagerStep) -> None:
                 "graph would freeze: give a 0-d tensor on the device (make_optimizer does where "
                 "the optimizer can take one), or use execution eager or streams"
             )
+
+
+@register_execution("graph", turn=3, devices=("cuda",), keeps_addresses=True)
+def graph_of_streams(*arguments: Any) -> GraphStep:
+    return GraphStep(StreamsStep(*arguments))
+
+
+@register_execution("graph", update="sequential")
+def sequential_graph(*arguments: Any) -> GraphStep:
+    return GraphStep(SequentialStep(*arguments))

@@ -11,10 +11,12 @@ import numpy as np
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.nn.modules import module as torch_module
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from fastdml.errors import InputError
 
+HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 PARALLEL = ("torch.distributed.", "torch.nn.parallel.")  # where torch's wrappers are defined
 
 
@@ -43,6 +45,27 @@ def replicated(peer: nn.Module) -> str | None:
 def _is_of_processes(value: object) -> bool:
     kinds = (dist.ProcessGroup, dist.device_mesh.DeviceMesh)
     return isinstance(value, kinds)
+
+
+def hooks_on_all_modules() -> bool:
+    return any(getattr(torch_module, f"_global{name}") for name in HOOKS)
+
+
+def hooked_module(m: nn.Module) -> bool:
+    return any(getattr(m, name) for name in HOOKS)
+
+
+def hooked_tensor(t: Tensor) -> bool:
+    return bool(t._backward_hooks or t._post_accumulate_grad_hooks)
+
+
+def hooked(peers: Sequence[nn.Module]) -> bool:
+    """Whether anything of the caller's is called in a pass."""
+    return (
+        hooks_on_all_modules()
+        or any(hooked_module(m) for p in peers for m in p.modules())
+        or any(hooked_tensor(w) for p in peers for w in p.parameters())
+    )
 
 
 class NoCollectives(TorchDispatchMode):

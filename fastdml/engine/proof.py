@@ -26,7 +26,7 @@ from fastdml.engine.stackable import INTERNAL, Contents, unknown
 from fastdml.errors import InputError
 
 if TYPE_CHECKING:
-    from fastdml.engine.stacked import Stack
+    from fastdml.engine.stack import Stack
 
 IMAGES = 4
 TOLERANCE = 1e-5  # of a tensor's norm: a network may compute a part in float32

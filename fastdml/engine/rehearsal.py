@@ -19,19 +19,16 @@ import statistics
 import time
 import warnings
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from fastdml.engine import cpus
+from fastdml.engine.execution import EXECUTIONS, Step
 from fastdml.engine.guards import Generators
 from fastdml.errors import InputError
 
-if TYPE_CHECKING:
-    from fastdml.engine.step import EagerStep
-
-ORDER = ("eager", "threads", "stacked")  # from the simplest
 ROUNDS = 5
 BUDGET = 1.5  # seconds, or this many of the fastest steps:
 STEPS = 8
@@ -57,9 +54,9 @@ def candidates(
     most = cpus.most()
     counts = [threads] if threads else sorted({1, min(peers, most), most})
     found = []
-    for execution in sorted(executions, key=ORDER.index):
+    for execution in sorted(executions, key=lambda name: EXECUTIONS[name].turn):
         usable = counts
-        if execution == "threads":
+        if EXECUTIONS[execution].thread_a_peer:
             # What differs is a peer's share, of one thread at least.
             shares = {n // peers: n for n in reversed(counts) if n >= peers}
             usable = sorted(shares.values()) or counts[-1:] * (len(executions) == 1)
@@ -90,11 +87,11 @@ class Rehearsal:
     """
 
     def __init__(
-        self, copies: Callable[[], Callable[[str], EagerStep]], batch: tuple[Tensor, ...]
+        self, copies: Callable[[], Callable[[str], Step]], batch: tuple[Tensor, ...]
     ) -> None:
         self.copies, self.batch = copies, batch
-        self.builders: dict[bool, Callable[[str], EagerStep]] = {}
-        self.steps: dict[str, EagerStep] = {}
+        self.builders: dict[bool, Callable[[str], Step]] = {}
+        self.steps: dict[str, Step] = {}
         self.times: dict[Candidate, float] = {}
         self.late: list[Candidate] = []
         self.unfit: dict[str, str] = {}
@@ -122,13 +119,13 @@ class Rehearsal:
         more = any(c.threads > found[0].threads for c in found)
         for candidate in found:
             limit = max(GRACE, FIRST_LATE * self._best_but(candidate))
+            proves = EXECUTIONS[candidate.execution].moves_weights
             if candidate == found[0] and more:
                 limit = PATIENCE
-            elif candidate.execution == "stacked":
+            elif proves:
                 if over() or Candidate("eager", candidate.threads) in self.late:
                     continue
                 limit = INFINITY  # it begins with its proof
-            proves = candidate.execution == "stacked"
             if self._step(candidate, limit) is not None and (proves or not over()):
                 del self.times[candidate]  # the first step is slower
                 self._step(candidate, LATE * self._best_but(candidate))
@@ -173,15 +170,15 @@ class Rehearsal:
         self.times.setdefault(candidate, seconds)
         return seconds
 
-    def _made(self, execution: str) -> EagerStep:
+    def _made(self, execution: str) -> Step:
         if execution not in self.steps:
-            moves = execution == "stacked"
+            moves = EXECUTIONS[execution].moves_weights
             fresh = moves not in self.builders
             if fresh:
                 self.builders[moves] = self.copies()
             self.steps[execution] = step = self.builders[moves](execution)
             if fresh and not moves:  # a stack knows no hooks
-                for module in (m for peer in step.peers for m in peer.modules()):
+                for module in step.cohort.modules():
                     module.register_forward_pre_hook(self._heed)
         return self.steps[execution]
 

@@ -29,10 +29,15 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.autograd.graph import get_gradient_edge
-from torch.nn.modules import module as torch_module
 from torch.nn.utils import parametrize
 
-from fastdml.engine.guards import replicated
+from fastdml.engine.guards import (
+    HOOKS,
+    hooked_module,
+    hooked_tensor,
+    hooks_on_all_modules,
+    replicated,
+)
 from fastdml.errors import InputError
 
 # Of torch.nn and without weights: nothing in them depends on which channels lie beside a channel,
@@ -49,7 +54,6 @@ PLAIN = frozenset({
 RANDOM = ("DropPath", "StochasticDepth", "DropBlock2d", "DropBlock3d")  # and names of their rates:
 RATES = ("drop_prob", "p")
 GENERATORS = (torch.Generator, random.Random, np.random.Generator, np.random.RandomState)
-HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 TABLES = ("_parameters", "_buffers", "_modules")
 ACCUMULATOR = type(get_gradient_edge(nn.Parameter(torch.zeros(()))).node)
 INTERNAL = frozenset(vars(nn.Module()))  # attributes that every module has
@@ -92,18 +96,6 @@ def check(
                     raise unknown(f"{found} ({f'{name}.{tensor_name}'.lstrip('.')})")
     _check_alike(peers, layers)
     _check_apart(peers)
-
-
-def hooks_on_all_modules() -> bool:
-    return any(getattr(torch_module, f"_global{name}") for name in HOOKS)
-
-
-def hooked_module(m: nn.Module) -> bool:
-    return any(getattr(m, name) for name in HOOKS)
-
-
-def hooked_tensor(t: Tensor) -> bool:
-    return bool(t._backward_hooks or t._post_accumulate_grad_hooks)
 
 
 def _own_tensors(module: nn.Module) -> Iterator[tuple[str, Tensor]]:
@@ -372,7 +364,7 @@ class Watch:
         for table, name, t, address, trained in self.tensors:
             if table.get(name) is not t or t.data_ptr() != address or t.requires_grad != trained:
                 return True
-            if t._backward_hooks or t._post_accumulate_grad_hooks:
+            if hooked_tensor(t):
                 return True
         return self.contents.changed()
 

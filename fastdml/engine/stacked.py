@@ -1,32 +1,13 @@
-"""Peers of one architecture as one network: K times the channels, the same number of launches.
+"""Peers of one architecture as one network (`stack`): K times the channels, the same launches.
 
-A copy of the first peer gets layers that hold all K peers side by side in the channels:
-
-    convolution   K * groups groups; the stem, which sees the images once, is one plain convolution
-                  with K * C_out outputs
-    BatchNorm     over K * C channels, which is exactly BatchNorm of each peer
-    linear        one batched product (K, N, F) x (K, F, C)
-    shortcuts and concatenations of the models here: a peer at a time, along the channels
-
-Everything between (ReLU, pooling, sums) does not mix channels and stays as it is, so any model of
-these layers stacks. Peers are looked at first (`stackable`), when the step is made and again at its
-first call, which then compares a stack of copies with them (`proof`). Only what has passed both is
-stacked; what has not is refused, and the peers are as they were.
-
-Every stacked weight is the peers' weights one after another along the first dimension, and from
-then on the peers' own parameters and buffers are views of it: nothing is ever copied back. Their
-state dicts, checkpoints, evaluation and optimizer are those of ordinary modules, always current.
-What held the memory of a weight before (a state dict that was kept) holds the old values.
+Peers are looked at first (`stackable`), when the step is made and again at its first call, which
+then compares a stack of copies with them (`proof`). Only what has passed both is stacked; what has
+not is refused, and the peers are as they were.
 
 Each step looks for what has changed since. A layer's training flag and a weight's requires_grad
 are followed; new modes are proved first. After any other change (a setting, a weight replaced,
 moved or cast) the peers are looked at, proved and stacked anew. Where that refuses them, as it does
 for hooks, `release` has given them memory of their own again.
-
-Dropout draws its masks a peer at a time: with one such layer a peer they are those of the eager
-step, with several they are other masks of the same kind.
-
-Saving one peer's state dict with torch.save writes the memory of all; `Cohort.save` writes its own.
 
 On a CPU it is worth a little on small maps, and less than nothing on others, where K convolutions
 are faster than one in K groups. `torch.func`'s stack_module_state and vmap do the same without
@@ -37,14 +18,18 @@ rounds: 2 resnet8 at 64 x 8x8 eager 62.6, stacked 54.0, vmap 80.5 ms; 4 of them 
 
 from __future__ import annotations
 
-import copy
-from collections.abc import Iterator, Sequence
+from typing import TYPE_CHECKING
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.optim import Optimizer
 
+from fastdml.engine.amp import Amp
+from fastdml.engine.eager import EagerStep, Outputs
+from fastdml.engine.execution import StepOptions, StepOutput, register_execution
+from fastdml.engine.graph import GraphStep
 from fastdml.engine.proof import prove
+from fastdml.engine.stack import KNOWN, Stack
 from fastdml.engine.stackable import (
     Unstackable,
     Watch,
@@ -53,11 +38,11 @@ from fastdml.engine.stackable import (
     check_modes,
     unknown,
 )
-from fastdml.engine.step import EagerStep, Outputs, StepOutput
+from fastdml.errors import InputError
 from fastdml.loss import MutualLoss
-from fastdml.models.googlenet import Inception
-from fastdml.models.reid_head import GeMPool
-from fastdml.models.resnet_cifar import Shortcut
+
+if TYPE_CHECKING:
+    from fastdml.cohort import Cohort
 
 
 class StackedStep(EagerStep):
@@ -131,265 +116,12 @@ class StackedStep(EagerStep):
         return output
 
 
-class Stack(nn.Module):
-    """x (N, channels, H, W) -> logits (K, N, C) of the peers, or all that they give in this way.
-
-    With `peers` it holds copies of their weights; after `adopt` theirs are views of its own.
-    """
-
-    def __init__(self, peers: Sequence[nn.Module] = ()) -> None:
-        super().__init__()
-        self.pairs: list[tuple[nn.Module, nn.Module]] = []  # modules here, and of the first peer
-        if peers:
-            self.fill(peers)
-            self.follow()
-
-    def fill(self, peers: Sequence[nn.Module]) -> None:
-        self.K = len(peers)
-        done: dict[int, nn.Module] = {}
-        self.network = _converted(peers, done)
-        self.pairs = [(done[id(m)], m) for m in peers[0].modules()]
-
-    def forward(self, x: Tensor) -> Tensor | tuple[Tensor, ...]:
-        out = self.network(x)  # (N, K * C)
-        if isinstance(out, Tensor):
-            return self._apart(out)
-        return tuple(self._apart(t) for t in out)
-
-    def _apart(self, t: Tensor) -> Tensor:
-        return t.unflatten(1, (self.K, -1)).transpose(0, 1)
-
-    def layers(self) -> Iterator[Layer]:
-        return (m for m in self.modules() if isinstance(m, Layer))
-
-    def adopt(self) -> None:
-        """The peers' weights become views of the stack's, which have the same values."""
-        for layer in self.layers():
-            for stacked, own in layer.shared.values():
-                for t, part in zip(own, stacked.detach().chunk(self.K), strict=True):
-                    t.data = part.as_strided(t.shape, t.stride())
-
-    def release(self) -> None:
-        """The peers' weights are views no more."""
-        for layer in self.layers():
-            for stacked, own in layer.shared.values():
-                memory = stacked.untyped_storage().data_ptr()
-                for t in own:
-                    if t.untyped_storage().data_ptr() == memory:
-                        t.data = t.data.clone()
-        self.network, self.pairs = None, []
-
-    def follow(self) -> None:
-        """Takes over which layers train and which weights do."""
-        for module, own in self.pairs:
-            module.__dict__["training"] = own.training
-            if isinstance(module, Layer):
-                for stacked, weights in module.trained():
-                    trained = any(w.requires_grad for w in weights)
-                    if stacked.requires_grad != trained:
-                        stacked.requires_grad_(trained)
-
-    def share_gradients(self) -> None:
-        """Adds to every peer's gradients its part, without a copy where there is none yet."""
-        for layer in self.layers():
-            for stacked, own in layer.trained():
-                if stacked.grad is None:
-                    continue
-                for w, grad in zip(own, stacked.grad.chunk(self.K), strict=True):
-                    if not w.requires_grad:
-                        continue
-                    if w.grad is None:
-                        w.grad = grad
-                    else:
-                        w.grad.add_(grad)
-                stacked.grad = None
-
-
-class Layer(nn.Module):
-    """K layers as one; `shared` has each stacked tensor with those of the peers."""
-
-    def __init__(self, layers: Sequence[nn.Module]) -> None:
-        super().__init__()
-        self.K = len(layers)
-        self.shared: dict[str, tuple[Tensor, list[Tensor]]] = {}
-        for name, w in layers[0]._parameters.items():
-            self.register_parameter(name, None)
-            if w is not None:
-                own = [getattr(layer, name) for layer in layers]
-                self.register_parameter(name, nn.Parameter(_join(own)))
-                self.shared[name] = (getattr(self, name), own)
-        for name, b in layers[0]._buffers.items():
-            self.register_buffer(name, None)
-            if b is not None:
-                own = [getattr(layer, name) for layer in layers]
-                self.register_buffer(name, _join(own))
-                self.shared[name] = (getattr(self, name), own)
-
-    def trained(self) -> Iterator[tuple[nn.Parameter, list[nn.Parameter]]]:
-        return (pair for pair in self.shared.values() if isinstance(pair[0], nn.Parameter))
-
-    @staticmethod
-    def unknown(layer: nn.Module) -> str | None:
-        """What is not known of this layer, in words."""
-        return None
-
-
-class StackedConv(Layer):
-    def __init__(self, layers: Sequence[nn.Conv2d]) -> None:
-        super().__init__(layers)
-        conv = layers[0]
-        self.channels_in, self.groups = conv.in_channels, conv.groups
-        self.geometry = (conv.stride, conv.padding, conv.dilation)
-
-    def forward(self, x: Tensor) -> Tensor:
-        groups = self.K * self.groups
-        if x.shape[1] == self.channels_in and self.groups == 1:
-            groups = 1  # all peers see the same images
-        elif x.shape[1] == self.channels_in:
-            x = x.repeat(1, self.K, 1, 1)
-        return F.conv2d(x, self.weight, self.bias, *self.geometry, groups)
-
-    @staticmethod
-    def unknown(layer: nn.Conv2d) -> str | None:
-        if layer.padding_mode == "zeros":
-            return None
-        return f"a convolution with padding_mode={layer.padding_mode!r}"
-
-
-class StackedNorm(Layer):
-    def __init__(self, layers: Sequence[nn.BatchNorm1d | nn.BatchNorm2d]) -> None:
-        super().__init__(layers)
-        norm = layers[0]
-        self.channels, self.momentum, self.eps = norm.num_features, norm.momentum, norm.eps
-        self.track_running_stats = norm.track_running_stats
-
-    def forward(self, x: Tensor) -> Tensor:
-        if x.shape[1] == self.channels:
-            x = x.repeat(1, self.K, *(1,) * (x.dim() - 2))
-        statistics = self.running_mean, self.running_var
-        from_batch = self.training or self.running_mean is None
-        if self.training and not self.track_running_stats:
-            statistics = None, None
-        elif self.training and self.num_batches_tracked is not None:
-            self.num_batches_tracked.add_(1)
-        return F.batch_norm(
-            x, *statistics, self.weight, self.bias, from_batch, self.momentum or 0.0, self.eps
-        )
-
-    @staticmethod
-    def unknown(layer: nn.BatchNorm1d | nn.BatchNorm2d) -> str | None:
-        if layer.momentum is None and layer.track_running_stats:
-            return "BatchNorm with momentum=None"
-        return None
-
-
-class StackedLinear(Layer):
-    def __init__(self, layers: Sequence[nn.Linear]) -> None:
-        super().__init__(layers)
-        self.features_in = layers[0].in_features
-
-    def forward(self, x: Tensor) -> Tensor:
-        """x: (N, K * F), or (N, F) that all peers see -> (N, K * F')."""
-        if x.dim() != 2:
-            raise unknown(f"a linear layer on {x.dim()} dimensions")
-        x = x.unflatten(1, (-1, self.features_in)).transpose(0, 1).expand(self.K, -1, -1)
-        weight = self.weight.view(self.K, -1, self.features_in).transpose(1, 2)  # (K, F, F')
-        if self.bias is None:
-            out = torch.bmm(x, weight)
-        else:
-            out = torch.baddbmm(self.bias.view(self.K, 1, -1), x, weight)
-        return out.transpose(0, 1).flatten(1)
-
-
-class StackedDropout(Layer):
-    def __init__(self, layers: Sequence[nn.Dropout]) -> None:
-        super().__init__(layers)
-        self.p = layers[0].p
-
-    def forward(self, x: Tensor) -> Tensor:
-        if not self.training:
-            return x
-        # Laid out as a peer's own activations are: a mask follows the memory, not the indices.
-        images = x.dim() == 4 and x.is_contiguous(memory_format=torch.channels_last)
-        layout = torch.channels_last if images else torch.contiguous_format
-        own = [t.contiguous(memory_format=layout) for t in x.chunk(self.K, 1)]
-        return torch.cat([self.mask(t, k) for k, t in enumerate(own)], 1)
-
-    def mask(self, x: Tensor, k: int) -> Tensor:
-        """Of peer k."""
-        return F.dropout(x, self.p, True)
-
-
-class StackedShortcut(Layer):
-    """Option A of a ResNet: the new channels of each peer are zeros."""
-
-    def __init__(self, layers: Sequence[Shortcut]) -> None:
-        super().__init__(layers)
-        self.stride = layers[0].stride
-
-    def forward(self, x: Tensor) -> Tensor:
-        own = x[:, :, :: self.stride, :: self.stride].chunk(self.K, 1)
-        zeros = torch.zeros_like(own[0])
-        return torch.cat([t for part in own for t in (part, zeros)], 1)
-
-
-class StackedGeM(Layer):
-    """One exponent a peer, for all of its channels."""
-
-    def forward(self, x: Tensor) -> Tensor:
-        p = self.p.repeat_interleave(x.shape[1] // self.K)  # (K * F,)
-        x = x.to(torch.promote_types(x.dtype, torch.float32)).clamp(min=GeMPool.EPS)
-        return x.pow(p[:, None, None]).mean((2, 3)).pow(1 / p)
-
-
-class StackedInception(Layer):
-    def __init__(self, layers: Sequence[Inception], branches: nn.ModuleList) -> None:
-        super().__init__(layers)
-        self.branches = branches
-
-    def forward(self, x: Tensor) -> Tensor:
-        outs = [branch(x).chunk(self.K, 1) for branch in self.branches]
-        return torch.cat([t for own in zip(*outs, strict=True) for t in own], 1)
-
-
-LAYERS = {
-    nn.Conv2d: StackedConv,
-    nn.BatchNorm1d: StackedNorm,
-    nn.BatchNorm2d: StackedNorm,
-    nn.Linear: StackedLinear,
-    nn.Dropout: StackedDropout,
-    Shortcut: StackedShortcut,
-    GeMPool: StackedGeM,
-}
-KNOWN = {kind: stacked.unknown for kind, stacked in LAYERS.items()}
-
-
-def _converted(modules: Sequence[nn.Module], done: dict[int, nn.Module]) -> nn.Module:
-    """The module that does for all peers what `modules` do, one each; `done` keeps sharing."""
-    first = modules[0]
-    if id(first) in done:
-        return done[id(first)]
-    kind = type(first)
-    if kind in LAYERS:
-        module = LAYERS[kind](modules)
-    else:
-        children = {
-            name: None if child is None else _converted([m._modules[name] for m in modules], done)
-            for name, child in first._modules.items()
-        }
-        if kind is Inception:
-            module = StackedInception(modules, children["branches"])
-        else:
-            module = copy.copy(first)
-            module._modules = children
-    done[id(first)] = module
-    return module
-
-
-def _join(own: Sequence[Tensor]) -> Tensor:
-    """The tensors one after another along the first dimension, in memory too."""
-    first = own[0].detach()
-    n, rows = first.numel(), first.shape[0] if first.dim() else 1
-    flat = torch.cat([t.detach().as_strided((n,), (1,)) for t in own])
-    stride = (n // rows, *first.stride()[1:])
-    return flat.as_strided((len(own) * rows, *first.shape[1:]), stride)
+@register_execution("stacked", turn=4, moves_weights=True)
+def stacked_step(
+    cohort: Cohort, loss: MutualLoss, optimizer: Optimizer, amp: Amp, options: StepOptions
+) -> StackedStep | GraphStep:
+    """On CUDA captured as one graph."""
+    if options.output is not None:
+        raise InputError("output= does not go with execution 'stacked': wrap the peers instead")
+    step = StackedStep(cohort, loss, optimizer, amp, options)
+    return GraphStep(step) if amp.device.type == "cuda" else step

@@ -24,17 +24,20 @@ would otherwise draw a stream from outside into a capture.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from fastdml.engine.step import EagerStep, Outputs
+from fastdml.engine.eager import EagerStep, Outputs
+from fastdml.engine.execution import register_execution
 
 
+@register_execution("streams", turn=2, devices=("cuda",))
 class StreamsStep(EagerStep):
     name = "streams"
 
-    def __init__(self, *arguments) -> None:
+    def __init__(self, *arguments: Any) -> None:
         super().__init__(*arguments)
         self.streams = [torch.cuda.Stream(self.amp.device) for _ in self.peers]
 

@@ -24,17 +24,36 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch import Tensor
+from torch import Tensor, nn
 
-from fastdml.engine.guards import Before, Generators, NoCollectives, replicated
-from fastdml.engine.step import EagerStep, Outputs, StepOutput
+from fastdml.engine.eager import EagerStep, Outputs
+from fastdml.engine.execution import StepOutput, register_execution
+from fastdml.engine.guards import Before, Generators, NoCollectives, hooked, replicated
 from fastdml.errors import InputError
 
 
+def unfit_for_threads(peers: Sequence[nn.Module]) -> str | None:
+    """What might come out otherwise where peers run side by side; their first step proves that they
+    draw no random numbers."""
+    if len(peers) == 1:
+        return "one peer has nobody beside it"
+    if hooked(peers):
+        return "hooks would be called by several threads at once"
+    owners: dict[int, int] = {}
+    for k, peer in enumerate(peers):
+        for t in (*peer.parameters(), *peer.buffers()):
+            if t.numel() and owners.setdefault(t.data_ptr(), k) != k:
+                return f"peers {owners[t.data_ptr()]} and {k} share memory"
+    return None
+
+
+@register_execution(
+    "threads", turn=1, devices=("cpu",), thread_a_peer=True, unfit=unfit_for_threads
+)
 class ThreadsStep(EagerStep):
     name = "threads"
 
-    def __init__(self, *arguments) -> None:
+    def __init__(self, *arguments: Any) -> None:
         super().__init__(*arguments)
         self.refuse_replicas()
         self.proved = False
@@ -47,8 +66,9 @@ class ThreadsStep(EagerStep):
                     f"peer {name} has {found}; use eager"
                 )
 
-    def assume_proved(self) -> None:
-        """For copies whose results nobody uses; torch's generator is watched all the same."""
+    def rehearse(self) -> None:
+        """Without the proof, which is no faster than eager; torch's generator is watched all the
+        same."""
         self._remember()
         self.proved = True
 

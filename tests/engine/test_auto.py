@@ -18,7 +18,7 @@ from torch import nn
 from fastdml.cohort import Cohort
 from fastdml.engine import Ema, cpus, make_optimizer, make_step, rehearsal
 from fastdml.engine.auto import CudaAutoStep
-from fastdml.engine.step import EagerStep
+from fastdml.engine.eager import EagerStep
 from fastdml.errors import InputError
 from fastdml.loss import MutualLoss
 
@@ -36,6 +36,9 @@ class SlowStep:
         self.loss.kl_weight = torch.tensor(1.0)
         time.sleep(self.seconds)
         return self.step(*batch)
+
+    def release(self):
+        """Nothing was done to the peers."""
 
 
 def setting():

@@ -17,12 +17,14 @@ from torch import nn
 
 from fastdml.cohort import Cohort
 from fastdml.data import ImageSet, ResidentLoader
-from fastdml.engine import EXECUTIONS, Amp, Ema, Schedule, make_optimizer, make_step
+from fastdml.engine import Amp, Ema, Schedule, make_optimizer, make_step
 from fastdml.engine.amp import LossScale, resolve_amp
+from fastdml.engine.eager import EagerStep
+from fastdml.engine.execution import EXECUTIONS, StepOptions
 from fastdml.engine.graph import CudaCapture, GraphStep
 from fastdml.engine.rollback import optimizer_tensors
+from fastdml.engine.sequential import SequentialStep
 from fastdml.engine.stacked import StackedStep
-from fastdml.engine.step import EagerStep, SequentialStep, StepOptions
 from fastdml.engine.streams import StreamsStep
 from fastdml.errors import InputError
 from fastdml.loss import MutualLoss
@@ -541,7 +543,7 @@ def cuda_run(execution, *, update="simultaneous", precision="off", **options):
     device = torch.device("cuda")
 
     def make(*arguments):
-        return EXECUTIONS[execution][update](*arguments)
+        return EXECUTIONS[execution].builders[update](*arguments)
 
     return Run("", make=make, device=device, precision=precision, **options)
 

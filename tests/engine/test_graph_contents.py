@@ -11,8 +11,10 @@ from torch.optim import lr_scheduler as torchs
 
 from fastdml.cohort import Cohort
 from fastdml.engine import Amp, Ema, make_optimizer
+from fastdml.engine.eager import EagerStep
+from fastdml.engine.execution import StepOptions
 from fastdml.engine.graph import GraphStep
-from fastdml.engine.step import EagerStep, SequentialStep, StepOptions
+from fastdml.engine.sequential import SequentialStep
 from fastdml.loss import MutualLoss
 
 from .test_replay import Loss, TapeCapture

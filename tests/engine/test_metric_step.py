@@ -11,11 +11,13 @@ import torch.nn.functional as F
 from torch import nn
 
 from fastdml.cohort import Cohort
-from fastdml.engine import EXECUTIONS, Amp, Ema, make_optimizer, make_step
+from fastdml.engine import Amp, Ema, make_optimizer, make_step
 from fastdml.engine.amp import LossScale, resolve_amp
+from fastdml.engine.eager import EagerStep
+from fastdml.engine.execution import EXECUTIONS, StepOptions
 from fastdml.engine.graph import GraphStep
+from fastdml.engine.sequential import SequentialStep
 from fastdml.engine.stacked import StackedStep
-from fastdml.engine.step import EagerStep, SequentialStep, StepOptions
 from fastdml.errors import InputError
 from fastdml.loss import MutualLoss
 from fastdml.metric_losses import MetricLoss, circle_loss, distance_mutual_loss, triplet_loss
@@ -337,7 +339,7 @@ def test_executions_on_a_gpu(execution, precision):
     data = list(images(5, torch.float32, device))
 
     def make_kind(name):
-        return EXECUTIONS[name]["simultaneous"]
+        return EXECUTIONS[name].builders["simultaneous"]
 
     runs = []
     for name in ("eager", execution):
@@ -361,7 +363,7 @@ def test_a_sequential_graph_on_a_gpu():
     runs = []
     for name in ("eager", "graph"):
         cohort = Cohort(["resnet8"] * 2, C, seed=3, head=ReidHead()).to(device)
-        runs.append(Run(EXECUTIONS[name]["sequential"], cohort).train(data))
+        runs.append(Run(EXECUTIONS[name].builders["sequential"], cohort).train(data))
     assert runs[1].step.failure is None
     expected = runs[0].state()
     for key, value in runs[1].state().items():

@@ -64,7 +64,7 @@ class Step:
 
     def __init__(self, name):
         self.name = name
-        self.peers = [nn.Sequential(*(Layer() for _ in range(LAYERS)))]
+        self.cohort = nn.Sequential(*(Layer() for _ in range(LAYERS)))
 
     def __call__(self, x):
         key = Candidate(self.name, torch.get_num_threads())
@@ -76,7 +76,7 @@ class Step:
         if self.name == "stacked":
             world.now += world.seconds
             return
-        self.peers[0](x)
+        self.cohort(x)
         world.now += world.seconds / 2
 
 

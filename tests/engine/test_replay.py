@@ -24,10 +24,12 @@ from fastdml.data import ImageSet, ResidentLoader
 from fastdml.data.loaders import resident
 from fastdml.engine import Amp, Ema, Schedule, make_optimizer
 from fastdml.engine.amp import LossScale
+from fastdml.engine.eager import EagerStep
+from fastdml.engine.execution import StepOptions
 from fastdml.engine.graph import GraphStep
 from fastdml.engine.rollback import optimizer_tensors
+from fastdml.engine.sequential import SequentialStep
 from fastdml.engine.stacked import StackedStep
-from fastdml.engine.step import EagerStep, SequentialStep, StepOptions
 from fastdml.loss import MutualLoss
 from fastdml.metric_losses import MetricLoss
 

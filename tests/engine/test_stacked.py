@@ -12,8 +12,8 @@ from torch import nn
 from fastdml.cohort import Cohort
 from fastdml.engine import make_optimizer, make_step
 from fastdml.engine.proof import prove
+from fastdml.engine.stack import Stack
 from fastdml.engine.stackable import Unstackable
-from fastdml.engine.stacked import Stack
 from fastdml.errors import InputError
 from fastdml.loss import MutualLoss
 

@@ -5,78 +5,31 @@ to sum, one backward pass through all peers. Nothing waits for the device. Each 
 touches that peer alone, since the targets are constants. A metric loss returns the gradients of the
 features that its peers give beside their logits, and the same pass takes both.
 
-"simultaneous" updates all peers from the same predictions: K forward and K backward passes a step.
-
-"sequential" is the paper's Algorithm 1: peer 1 is updated, its predictions on the same batch are
-recomputed, peer 2 is updated against those, and so on. Only the peer just updated is recomputed,
-since the others' predictions could not have changed: 2K - 1 forward and K backward passes. The
-recomputation runs in training mode, as the paper's does, but leaves all buffers alone: running
-statistics take in each batch once, in the pass that the peer's own update uses. A peer's loss is
-reported as it was just before its own update, and its metric loss is computed then alone.
+All peers are updated from the same predictions: K forward and K backward passes a step.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass
+from collections.abc import Sequence
 from itertools import chain
-from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.modules.batchnorm import SyncBatchNorm, _BatchNorm
 from torch.optim import Optimizer
 
 from fastdml.cohort import check_logits
 from fastdml.engine.accumulate import Split
 from fastdml.engine.amp import Amp
-from fastdml.engine.ema import Ema
+from fastdml.engine.execution import StepOptions, StepOutput, register_execution
 from fastdml.engine.update import Update
-from fastdml.engine.weights import Buffers
 from fastdml.errors import InputError
-from fastdml.loss import MutualLoss, MutualStats
+from fastdml.loss import MutualLoss
 
 if TYPE_CHECKING:
     from fastdml.cohort import Cohort
-    from fastdml.metric_losses import MetricLoss
-
-# Layers that record no statistics where their track_running_stats is False.
-RECORD_AS_TOLD = (_BatchNorm.forward, SyncBatchNorm.forward)
 
 Outputs = tuple[Tensor, ...]  # of a peer: logits (N, C), and with a metric loss features (N, D)
-
-
-class StepOutput(NamedTuple):
-    """Device tensors; reading one waits for the step to finish."""
-
-    losses: Tensor  # (K,), metric losses included
-    stats: MutualStats
-    metric: Tensor | None = None  # (K,), where the step has a metric loss
-
-
-class After(Protocol):
-    """What a caller adds to the end of a step, with tensors on the device alone: it may become part
-    of a graph and is then called only while that is captured."""
-
-    def __call__(self, output: StepOutput, update: Update) -> None: ...
-
-    def tensors(self) -> list[Tensor]:
-        """Those that it changes, the same ones always."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class StepOptions:
-    """What every execution understands; the meaning of each is documented at `make_step`."""
-
-    compile: bool = False
-    grad_clip: float | None = None
-    accumulate: int = 1
-    ema: Ema | None = None
-    assemble: Callable[..., tuple[Tensor, Tensor]] | None = None
-    after: After | None = None
-    metric: MetricLoss | None = None
-    output: Callable[[Any], Tensor] | None = None
 
 
 class WithFeatures(nn.Module):
@@ -90,11 +43,13 @@ class WithFeatures(nn.Module):
         return self.peer.logits_and_features(x)
 
 
+@register_execution("eager", turn=0)
 class EagerStep:
     """`step(images, labels)`. Afterwards, with fp16, `step.update.overflow` (K,) is 1 where a peer
     skipped its update, and `step.update.skipped` () is 1 where all did."""
 
-    name = "eager"
+    name: str = "eager"
+    failure: str | None = None
 
     def __init__(
         self,
@@ -127,6 +82,12 @@ class EagerStep:
         """Everything that a step changes."""
         parts = (self.update, self.options.after, self.options.metric)
         return [t for part in parts if part is not None for t in part.tensors()]
+
+    def release(self) -> None:
+        """Nothing was done to the peers."""
+
+    def rehearse(self) -> None:
+        """Nothing is done otherwise."""
 
     def __call__(self, *batch: Tensor) -> StepOutput:
         check_gradients_wanted()
@@ -169,7 +130,7 @@ class EagerStep:
     def gradients(self, images: Tensor, labels: Tensor, loss: MutualLoss) -> StepOutput:
         """Adds the gradients of a part of the batch to the weights' own."""
         outputs = self.outputs(images)
-        output, grads = self.losses_and_grads([_detached(out) for out in outputs], labels, loss)
+        output, grads = self.losses_and_grads([detached(out) for out in outputs], labels, loss)
         self.backward(outputs, grads)
         return output
 
@@ -226,27 +187,6 @@ class EagerStep:
         torch.autograd.backward(tensors, grads)
 
 
-class SequentialStep(EagerStep):
-    """Algorithm 1. With fp16 the scale follows once a training step, after all peers."""
-
-    def train(self, images: Tensor, labels: Tensor) -> StepOutput:
-        K = len(self.peers)
-        outputs = self.outputs(images)
-        predictions = [_detached(out) for out in outputs]
-        rounds = []  # the loss as each peer met it
-        for k in range(K):
-            output, grads = self.losses_and_grads(predictions, labels, self.loss, [k])
-            rounds.append(output)
-            if not outputs[k][0].requires_grad:
-                continue
-            self.backward([outputs[k]], [grads[k]])
-            self.update.apply([k])
-            if k + 1 < K:
-                with torch.no_grad(), buffers_kept(self.peers[k]):
-                    predictions[k] = self.forward(k, images)
-        return _own_rounds(rounds)
-
-
 def check_gradients_wanted() -> None:
     """A training step that autograd does not follow trains nothing, or leaves half of it out."""
     if not torch.is_grad_enabled() or torch.is_inference_mode_enabled():
@@ -257,49 +197,5 @@ def check_gradients_wanted() -> None:
         )
 
 
-def _detached(out: Outputs) -> Outputs:
+def detached(out: Outputs) -> Outputs:
     return tuple(t.detach() for t in out)
-
-
-def _own_rounds(rounds: list[StepOutput]) -> StepOutput:
-    """Peer k's figures from the k-th round; the ensemble's from the first, before any update."""
-
-    def own(values: Iterable[Tensor]) -> Tensor:
-        return torch.stack([value[k] for k, value in enumerate(values)])
-
-    stats = [r.stats for r in rounds]
-    return StepOutput(
-        own(r.losses for r in rounds),
-        stats[0]._replace(
-            ce=own(s.ce for s in stats),
-            kl=own(s.kl for s in stats),
-            entropy=own(s.entropy for s in stats),
-            correct=own(s.correct for s in stats),
-            pairwise_kl=own(s.pairwise_kl.T for s in stats).T,  # column k is what student k met
-        ),
-        None if rounds[0].metric is None else own(r.metric for r in rounds),
-    )
-
-
-@contextmanager
-def buffers_kept(peer: nn.Module) -> Iterator[None]:
-    """A pass in training mode inside leaves no buffer changed.
-
-    torch's BatchNorm is told to record nothing, which costs nothing; all others, such as the
-    vectors of spectral norm or the statistics of InstanceNorm, are copied and put back.
-    """
-    norms = [m for m in peer.modules() if type(m).forward in RECORD_AS_TOLD]
-    norms = [m for m in norms if m.track_running_stats]
-    told = {id(t) for m in norms for t in m._buffers.values()}
-    buffers = Buffers(peer)
-    kept = [(t, t.clone()) for t in peer.buffers() if id(t) not in told]
-    for m in norms:
-        m.track_running_stats = False
-    try:
-        yield
-    finally:
-        for m in norms:
-            m.track_running_stats = True
-        buffers.put_back()
-        for t, value in kept:
-            t.copy_(value)

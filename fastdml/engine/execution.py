@@ -1,0 +1,146 @@
+"""What an execution of the training step is, and which there are.
+
+A step computes the losses of a batch, the gradients of all peers and the update of their weights.
+How it does that on the device is its execution: one peer after the other, a stream a peer, one
+CUDA graph. An execution is a file that registers a class or a function under a name:
+
+    @register_execution("eager")
+    class EagerStep: ...
+
+`make_step` finds it by that name, and "auto" measures it beside the others.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple, Protocol, TypeVar
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from fastdml.engine.amp import Amp
+from fastdml.engine.ema import Ema
+from fastdml.engine.update import Update
+from fastdml.loss import MutualLoss, MutualStats
+
+if TYPE_CHECKING:
+    from fastdml.cohort import Cohort
+    from fastdml.metric_losses import MetricLoss
+
+ExecutionName = Literal["auto", "eager", "threads", "streams", "graph", "stacked"]
+UpdateOrder = Literal["simultaneous", "sequential"]
+
+
+class StepOutput(NamedTuple):
+    """Device tensors; reading one waits for the step to finish."""
+
+    losses: Tensor  # (K,), metric losses included
+    stats: MutualStats
+    metric: Tensor | None = None  # (K,), where the step has a metric loss
+
+
+class After(Protocol):
+    """What a caller adds to the end of a step, with tensors on the device alone: it may become part
+    of a CUDA graph and is then called only while that is captured."""
+
+    def __call__(self, output: StepOutput, update: Update) -> None: ...
+
+    def tensors(self) -> list[Tensor]:
+        """Those that it changes, the same ones always."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class StepOptions:
+    """What every execution understands; the meaning of each is documented at `make_step`."""
+
+    compile: bool = False
+    grad_clip: float | None = None
+    accumulate: int = 1
+    ema: Ema | None = None
+    assemble: Callable[..., tuple[Tensor, Tensor]] | None = None
+    after: After | None = None
+    metric: MetricLoss | None = None
+    output: Callable[[Any], Tensor] | None = None
+
+
+class Step(Protocol):
+    """A training step: `step(images, labels)`, or what `assemble` takes."""
+
+    name: str  # of its execution
+    cohort: Cohort
+    loss: MutualLoss
+    update: Update
+    failure: str | None  # why it runs as a slower execution, once that is known
+
+    def __call__(self, *batch: Tensor) -> StepOutput: ...
+
+    def tensors(self) -> list[Tensor]:
+        """Everything that a step changes."""
+
+    def release(self) -> None:
+        """Another step is taken instead: what was done to the peers is undone."""
+
+    def rehearse(self) -> None:
+        """The peers are copies and nobody uses the results: the step is taken to be timed."""
+
+
+Builder = Callable[["Cohort", MutualLoss, Optimizer, Amp, StepOptions], Step]
+Registered = TypeVar("Registered", bound=Callable[..., Step])
+
+
+@dataclass(frozen=True, kw_only=True)
+class Execution:
+    """What `make_step` and "auto" know of an execution."""
+
+    name: str
+    devices: tuple[str, ...] = ("cpu", "cuda")
+    turn: int = 100  # executions are listed and measured in this order, from the simplest
+    thread_a_peer: bool = False  # divides torch's threads among the peers
+    moves_weights: bool = False  # into memory of its own, once it has proved that this is right
+    keeps_addresses: bool = False  # of weights, which may not move afterwards
+    # Why these peers had better not run so, in words; None where nothing speaks against it.
+    unfit: Callable[[Sequence[nn.Module]], str | None] = lambda peers: None
+    builders: dict[UpdateOrder, Builder] = field(default_factory=dict)  # what it can do
+
+
+EXECUTIONS: dict[str, Execution] = {}
+
+
+def register_execution(
+    name: str, *, update: UpdateOrder = "simultaneous", **facts: Any
+) -> Callable[[Registered], Registered]:
+    """Makes a class or function that builds steps, called with (cohort, loss, optimizer, amp,
+    options), an execution of this name.
+
+    update: the order in which it updates the peers; an execution that knows both registers twice,
+        and gives the facts with the first.
+    facts: fields of `Execution`.
+
+    Raises ValueError where the name has such an execution already.
+    """
+
+    def register(build: Registered) -> Registered:
+        if facts or name not in EXECUTIONS:
+            if name in EXECUTIONS:
+                raise ValueError(f"execution {name!r} is registered already")
+            EXECUTIONS[name] = Execution(name=name, **facts)
+        builders = EXECUTIONS[name].builders
+        if update in builders:
+            raise ValueError(f"execution {name!r} with update={update!r} is registered already")
+        builders[update] = build
+        return build
+
+    return register
+
+
+def in_turn() -> list[Execution]:
+    """All of them, from the simplest."""
+    return sorted(EXECUTIONS.values(), key=lambda execution: execution.turn)
+
+
+def executions(device: torch.device) -> list[str]:
+    """Those that run on this kind of device."""
+    kind = "cuda" if device.type == "cuda" else "cpu"
+    return [execution.name for execution in in_turn() if kind in execution.devices]

@@ -1,0 +1,91 @@
+"""The paper's Algorithm 1: peer 1 is updated, its predictions on the same batch are recomputed,
+peer 2 is updated against those, and so on.
+
+Only the peer just updated is recomputed, since the others' predictions could not have changed:
+2K - 1 forward and K backward passes. The recomputation runs in training mode, as the paper's does,
+but leaves all buffers alone: running statistics take in each batch once, in the pass that the
+peer's own update uses. A peer's loss is reported as it was just before its own update, and its
+metric loss is computed then alone.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import SyncBatchNorm, _BatchNorm
+
+from fastdml.engine.eager import EagerStep, detached
+from fastdml.engine.execution import StepOutput, register_execution
+from fastdml.engine.weights import Buffers
+
+# Layers that record no statistics where their track_running_stats is False.
+RECORD_AS_TOLD = (_BatchNorm.forward, SyncBatchNorm.forward)
+
+
+@register_execution("eager", update="sequential")
+class SequentialStep(EagerStep):
+    """Algorithm 1. With fp16 the scale follows once a training step, after all peers."""
+
+    def train(self, images: Tensor, labels: Tensor) -> StepOutput:
+        K = len(self.peers)
+        outputs = self.outputs(images)
+        predictions = [detached(out) for out in outputs]
+        rounds = []  # the loss as each peer met it
+        for k in range(K):
+            output, grads = self.losses_and_grads(predictions, labels, self.loss, [k])
+            rounds.append(output)
+            if not outputs[k][0].requires_grad:
+                continue
+            self.backward([outputs[k]], [grads[k]])
+            self.update.apply([k])
+            if k + 1 < K:
+                with torch.no_grad(), buffers_kept(self.peers[k]):
+                    predictions[k] = self.forward(k, images)
+        return _own_rounds(rounds)
+
+
+def _own_rounds(rounds: list[StepOutput]) -> StepOutput:
+    """Peer k's figures from the k-th round; the ensemble's from the first, before any update."""
+
+    def own(values: Iterable[Tensor]) -> Tensor:
+        return torch.stack([value[k] for k, value in enumerate(values)])
+
+    stats = [r.stats for r in rounds]
+    return StepOutput(
+        own(r.losses for r in rounds),
+        stats[0]._replace(
+            ce=own(s.ce for s in stats),
+            kl=own(s.kl for s in stats),
+            entropy=own(s.entropy for s in stats),
+            correct=own(s.correct for s in stats),
+            pairwise_kl=own(s.pairwise_kl.T for s in stats).T,  # column k is what student k met
+        ),
+        None if rounds[0].metric is None else own(r.metric for r in rounds),
+    )
+
+
+@contextmanager
+def buffers_kept(peer: nn.Module) -> Iterator[None]:
+    """A pass in training mode inside leaves no buffer changed.
+
+    torch's BatchNorm is told to record nothing, which costs nothing; all others, such as the
+    vectors of spectral norm or the statistics of InstanceNorm, are copied and put back.
+    """
+    norms = [m for m in peer.modules() if type(m).forward in RECORD_AS_TOLD]
+    norms = [m for m in norms if m.track_running_stats]
+    told = {id(t) for m in norms for t in m._buffers.values()}
+    buffers = Buffers(peer)
+    kept = [(t, t.clone()) for t in peer.buffers() if id(t) not in told]
+    for m in norms:
+        m.track_running_stats = False
+    try:
+        yield
+    finally:
+        for m in norms:
+            m.track_running_stats = True
+        buffers.put_back()
+        for t, value in kept:
+            t.copy_(value)
