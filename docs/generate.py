@@ -21,7 +21,8 @@ from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 from bench import report
 from fastdml.train import ReidConfig, TrainConfig
-from fastdml.train.config.sources import FREE_ON_RESUME, preset
+from fastdml.train.checkpoint import FREE_ON_RESUME
+from fastdml.train.config.sources import preset
 
 ROOT = Path(__file__).resolve().parents[1]
 PAGES = ("README.md", "docs/settings.md", "docs/benchmarks.md")

@@ -1,26 +1,73 @@
-"""Checkpoints: tensors and plain values in one file that is always whole.
+"""Checkpoints: tensors and plain values in one file that is always whole; the rules of resuming.
 
 A file gets its name once it is on disk (`fastdml.files`), so that a process or a machine that dies
 leaves the old checkpoint or the new one. Loading never runs code from the file
 (`weights_only=True`) and compares its checksums. Costs one write of the weights and the optimizer's
 state.
+
+A folder that has results and no checkpoint has lost it: going on there would train from the
+beginning over them, so it is refused.
 """
 
 from __future__ import annotations
 
+import os
 import zipfile
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
+from fastdml.cohort import Cohort
 from fastdml.errors import InputError
-from fastdml.files import NO_ROOM, Staged
+from fastdml.files import NO_ROOM, Staged, partial, writing
+from fastdml.report.metrics_log import INDEPENDENT, METRICS, read_metrics
+from fastdml.train.config.base import TrainConfig
+from fastdml.train.config.fields import check_names
+from fastdml.train.config.sources import is_known, load_config
+from fastdml.train.folder import INITIAL_CHECKPOINT, LAST_CHECKPOINT, STILLBORN
+from fastdml.yaml_file import CONFIG
 
 FORMAT = 1
+# What a process leaves that is killed before the first checkpoint.
+UNTOUCHED = STILLBORN | {CONFIG, INITIAL_CHECKPOINT} | {
+    partial(Path(name)).name for name in (INITIAL_CHECKPOINT, LAST_CHECKPOINT)
+}  # fmt: skip
+
+# A resumed run may change these: where it is, what it shows and how often it saves. None of them
+# touches a weight. `device`, `execution`, `threads` and `amp` are here because machines come and
+# go; the checkpoint insists on the precision itself, "auto" and 0 threads go on with what the run
+# began with, and a run repeats bit for bit on a device of the same kind.
+FREE_ON_RESUME = frozenset(
+    [
+        "folder",
+        "resume",
+        "dry_run",
+        "root",
+        "download",
+        "device",
+        "execution",
+        "threads",
+        "amp",
+        "profile",
+        "log_every",
+        "save_every_steps",
+        "save_every_minutes",
+        "progress",
+        "tensorboard",
+        "figures",
+    ]
+)
+# Recorded of the data of `fit` as far as the loader shows it, which one within another does not.
+SHOWN_BY_LOADER = frozenset(["pad", "flip", "erasing", "images_per_id"])
+# Recorded by `fit` of earlier versions as the data set's defaults, whatever ran.
+DEFAULTS_OF_FIT = frozenset(["data", "peers", "subset", "batch_size", "standin", "height", "width"])
 
 
 def save(path: Path, state: dict[str, Any]) -> None:
+    """Replaces the checkpoint. Raises InputError where it cannot be written."""
     try:
         with Staged() as staged, staged.open(path) as file:
             torch.save({"format": FORMAT, **state}, file)
@@ -44,7 +91,7 @@ def _origin(error: BaseException) -> BaseException:
 
 
 def load(path: Path) -> dict[str, Any]:
-    """The state that `save` wrote, on the host."""
+    """The state that `save` wrote, on the host. Raises InputError for any other file."""
     try:
         opened = path.open("rb")
     except FileNotFoundError:
@@ -68,3 +115,92 @@ def load(path: Path) -> dict[str, Any]:
             f"{path} is no checkpoint of this version of fastdml: format {found!r}, not {FORMAT}"
         )
     return state
+
+
+def load_weights(cohort: Cohort, weights: dict[str, Tensor], path: Path) -> None:
+    """Puts the weights of a checkpoint, `path`, into the peers, or raises InputError."""
+    try:
+        cohort.load_state_dict(weights)
+    except RuntimeError as error:  # names the tensors
+        reason = " ".join(str(error).split())
+        raise InputError(f"{path} was written for other peers: {reason}") from None
+
+
+def load_or_save_initial(folder: Path, cohort: Cohort) -> None:
+    """Both phases start from this file, also when a resumed run builds its cohort otherwise."""
+    path = folder / INITIAL_CHECKPOINT
+    if path.is_file():
+        load_weights(cohort, load(path)["cohort"], path)
+    elif not (folder / LAST_CHECKPOINT).exists():
+        save(path, {"cohort": cohort.state_dict()})
+
+
+def check_resume(folder: Path, config: TrainConfig) -> None:
+    """Refuses to go on with the run in `folder` where something of it is missing or does not fit
+    `config`, before anything is written. Raises InputError."""
+    check_resumable(load_config(folder / CONFIG).to_dict(), config)
+    alone = folder / INDEPENDENT
+    for phase in (folder, alone):
+        if _has_checkpoint(phase) and (phase / METRICS).exists():
+            read_metrics(phase)  # says what is wrong with it, which the end would find out
+    needed = config.independent and (folder / LAST_CHECKPOINT).is_file()
+    initial = folder / INITIAL_CHECKPOINT
+    if needed and not initial.is_file() and not (alone / LAST_CHECKPOINT).is_file():
+        raise InputError(
+            f"cannot resume {folder}: {initial.name} {_absence(initial)}, the weights that the "
+            "independent phase starts from: restore it from a copy, or start a new run"
+        )
+
+
+def check_resumable(saved: Mapping[str, Any], config: TrainConfig) -> None:
+    """Refuses to continue a run whose settings `saved` differ from `config` where it matters.
+
+    `epochs` and `iterations` may change under the step schedule, whose past does not depend on
+    them: this prolongs a run. Under the cosine schedule the whole curve would be another.
+    """
+    check_names(saved, type(config), " in the checkpoint")
+    wanted = config.to_dict()
+    free = FREE_ON_RESUME
+    if not is_known(config.data):
+        free |= SHOWN_BY_LOADER
+        if is_known(str(saved.get("data"))):
+            free |= DEFAULTS_OF_FIT
+    for name, value in saved.items():
+        if name in free or wanted[name] == value:
+            continue
+        why = ""
+        if name in ("epochs", "iterations"):
+            if config.schedule == "step":
+                continue
+            why = f" (with schedule {config.schedule} every learning rate depends on it)"
+        raise InputError(
+            f"cannot resume: {name} was {value!r} and is now {wanted[name]!r}{why}; "
+            f"give the old value, or start a new run in another folder"
+        )
+
+
+def _has_checkpoint(folder: Path) -> bool:
+    """Whether to go on from one; False where the folder's phase has not begun."""
+    path = folder / LAST_CHECKPOINT
+    if path.is_file():
+        return True
+    if not os.path.lexists(folder):
+        return False
+    with writing(folder):
+        found = {p.name for p in folder.iterdir()} - UNTOUCHED
+    if not found:
+        return False
+    others = ", ".join(sorted(found - {LAST_CHECKPOINT})) or "nothing else of the run"
+    raise InputError(
+        f"cannot resume {folder}: {LAST_CHECKPOINT} {_absence(path)}, and there is {others}, which "
+        f"starting from the beginning would overwrite: restore {LAST_CHECKPOINT} from a copy, or "
+        "start a new run in another folder"
+    )
+
+
+def _absence(path: Path) -> str:
+    if not os.path.lexists(path):
+        return "is missing"
+    if path.is_dir():
+        return "is a directory"
+    return "is not a file" if path.exists() else "is a link to nothing"

@@ -1,8 +1,7 @@
-"""The folder of a run: made or found, used by one process at a time, and never overwritten.
+"""The folder of a run: named, made or found, used by one process at a time, never overwritten.
 
-From its first moment a run has config.yaml, and before the first step last.ckpt. A folder that has
-results and no checkpoint has therefore lost it, and going on there would train from the beginning
-over them.
+From its first moment a run has config.yaml, and before the first step last.ckpt. Runs without a
+folder of their own are numbered below runs/.
 """
 
 from __future__ import annotations
@@ -11,41 +10,49 @@ import contextlib
 import errno
 import fcntl
 import os
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
 from fastdml.errors import InputError
-from fastdml.files import NO_ROOM, partial, writing
-from fastdml.report.metrics_log import INDEPENDENT, METRICS, read_metrics
+from fastdml.files import NO_ROOM, partial, safe_name, writing
+from fastdml.paths import expanded
+from fastdml.report.metrics_log import METRICS
 from fastdml.train.config.base import TrainConfig
-from fastdml.train.config.sources import (
-    check_resumable,
-    load_config,
-    numbered_folders,
-    resume_folder,
-    run_name,
-)
 from fastdml.yaml_file import CONFIG
 
 LAST_CHECKPOINT = "last.ckpt"
-INITIAL_CHECKPOINT = "initial.ckpt"
+INITIAL_CHECKPOINT = "initial.ckpt"  # the weights that the independent phase starts from too
 BEST = "best"
 LOCK = ".lock"
 DEEPEST = ("x" * 60,) * 5  # a path below the folder as long as any of a run's
 # What a process leaves that is killed before its run is one: no settings yet.
 STILLBORN = {LOCK, partial(Path(CONFIG)).name}
-# What it leaves that is killed before the first checkpoint.
-UNTOUCHED = STILLBORN | {CONFIG, INITIAL_CHECKPOINT} | {
-    partial(Path(name)).name for name in (INITIAL_CHECKPOINT, LAST_CHECKPOINT)
-}  # fmt: skip
 
 
-def open_folder(config: TrainConfig) -> Path:
-    """The run's folder: a new one, or with `resume` the one to go on in."""
-    check_folder(config)
-    if config.resume:
-        return resume_folder(config)
+def run_name(config: TrainConfig) -> str:
+    """DATA-PEER-PEER, safe as a folder name, or DATA-NxPEER for a cohort of one kind."""
+    peers = list(config.peers)
+    if len(peers) > 2 and len(set(peers)) == 1:
+        peers = [f"{len(peers)}x{peers[0]}"]
+    name = "-".join([config.data.partition(":")[0], *peers])  # own data: NAME, or NAME: DESCRIPTION
+    return safe_name(name)
+
+
+def numbered_folders(config: TrainConfig, runs: Path = Path("runs")) -> dict[int, Path]:
+    """The auto-numbered folders of this data and these peers, by number."""
+    prefix = run_name(config) + "-"
+    found = {}
+    for folder in sorted(runs.glob(prefix.replace("[", "[[]") + "*")) if runs.is_dir() else ():
+        number = folder.name[len(prefix) :]
+        if number.isascii() and number.isdigit():
+            found[int(number)] = folder
+    return found
+
+
+def new_folder(config: TrainConfig) -> Path:
+    """Makes the folder of a run that begins. Raises InputError where it cannot be made."""
     while True:
         number = max(numbered_folders(config), default=0) + 1
         folder = Path(config.folder or f"runs/{run_name(config)}-{number:03d}")
@@ -58,28 +65,40 @@ def open_folder(config: TrainConfig) -> Path:
         return folder
 
 
-def check_folder(config: TrainConfig) -> None:
-    """Refuses what would overwrite something, before anything is written."""
-    if not config.resume:
-        if config.folder is not None:
-            _refuse_overwriting(Path(config.folder))
+def resume_folder(config: TrainConfig) -> Path:
+    """The folder that `resume` means; it must hold a run. The newest may be one that was killed
+    before it was a run: such are passed over, in a line on stderr."""
+    if config.folder is not None:
+        folder = Path(config.folder)
+        if not (folder / CONFIG).is_file():
+            raise InputError(f"nothing to resume in {folder}: it holds no {CONFIG}")
+        return folder
+    folders = numbered_folders(config)
+    empty: list[str] = []
+    for number in sorted(folders, reverse=True):
+        if (folders[number] / CONFIG).is_file():
+            if empty:
+                print(f"passed over, without a {CONFIG}: {', '.join(empty)}", file=sys.stderr)
+            return folders[number]
+        empty.append(str(folders[number]))
+    found = f", and no {CONFIG} in {', '.join(empty)}" if empty else ""
+    raise InputError(
+        f"nothing to resume: no folder runs/{run_name(config)}-NNN holds a run{found}; "
+        "give the run's folder, or start without resume"
+    )
+
+
+def records_a_run(path: str | Path) -> bool:
+    """Whether a file of settings is what a run recorded of itself."""
+    file = expanded(path)
+    return file.name == CONFIG and (file.parent / METRICS).exists()
+
+
+def check_new_folder(config: TrainConfig) -> None:
+    """Refuses to begin a run where it would overwrite something, before anything is written."""
+    if config.folder is None:
         return
-    folder = resume_folder(config)
-    check_resumable(load_config(folder / CONFIG).to_dict(), config)
-    alone = folder / INDEPENDENT
-    for phase in (folder, alone):
-        if _has_checkpoint(phase) and (phase / METRICS).exists():
-            read_metrics(phase)  # says what is wrong with it, which the end would find out
-    needed = config.independent and (folder / LAST_CHECKPOINT).is_file()
-    initial = folder / INITIAL_CHECKPOINT
-    if needed and not initial.is_file() and not (alone / LAST_CHECKPOINT).is_file():
-        raise InputError(
-            f"cannot resume {folder}: {initial.name} {_absence(initial)}, the weights that the "
-            "independent phase starts from: restore it from a copy, or start a new run"
-        )
-
-
-def _refuse_overwriting(folder: Path) -> None:
+    folder = Path(config.folder)
     try:
         with contextlib.suppress(FileNotFoundError, NotADirectoryError):
             os.lstat(folder.joinpath(*DEEPEST))
@@ -93,33 +112,6 @@ def _refuse_overwriting(folder: Path) -> None:
             f"{folder} is there already and is not overwritten: resume it, choose another folder, "
             "or leave folder out for a new numbered one"
         )
-
-
-def _has_checkpoint(folder: Path) -> bool:
-    """Whether to go on from one; False where the folder's phase has not begun."""
-    path = folder / LAST_CHECKPOINT
-    if path.is_file():
-        return True
-    if not os.path.lexists(folder):
-        return False
-    with writing(folder):
-        found = {p.name for p in folder.iterdir()} - UNTOUCHED
-    if not found:
-        return False
-    others = ", ".join(sorted(found - {LAST_CHECKPOINT})) or "nothing else of the run"
-    raise InputError(
-        f"cannot resume {folder}: {LAST_CHECKPOINT} {_absence(path)}, and there is {others}, which "
-        f"starting from the beginning would overwrite: restore {LAST_CHECKPOINT} from a copy, or "
-        "start a new run in another folder"
-    )
-
-
-def _absence(path: Path) -> str:
-    if not os.path.lexists(path):
-        return "is missing"
-    if path.is_dir():
-        return "is a directory"
-    return "is not a file" if path.exists() else "is a link to nothing"
 
 
 @contextmanager

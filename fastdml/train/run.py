@@ -43,12 +43,13 @@ from fastdml.train.folder import (
     INITIAL_CHECKPOINT,
     LAST_CHECKPOINT,
     alone_in,
-    check_folder,
-    open_folder,
+    check_new_folder,
+    new_folder,
+    resume_folder,
 )
 from fastdml.train.result import TrainResult
 from fastdml.train.tasks import reid
-from fastdml.train.trainer import Evaluate, Phase, Stop, listening, load_weights
+from fastdml.train.trainer import Evaluate, Phase, Stop, listening
 from fastdml.yaml_file import CONFIG
 
 EVALUATION_BATCH = 500  # images; divides CIFAR's test sets
@@ -143,19 +144,23 @@ def _fit(
         if own:
             config = checks.recorded(config, cohort, train, images)
         phase = Phase(cohort, train, evaluate, config, Path(), amp)  # refuses what cannot run
+        resumed = resume_folder(config) if config.resume else None
+        if resumed is None:
+            check_new_folder(config)
+        else:
+            checkpoint.check_resume(resumed, config)
         if config.dry_run:
-            check_folder(config)
             _tell(notes)
             print(plan(phase))
             return None
-        folder = open_folder(config)
+        folder = resumed or new_folder(config)
         _tell(notes)
-        resumed, config = config.resume, config.replace(folder=str(folder), resume=False)
+        config = config.replace(folder=str(folder), resume=False)
         with alone_in(folder), listening() as stop:
             if not resumed:
                 config.save(folder / CONFIG)  # from here on it can be resumed
             if config.independent:
-                _load_or_save_initial(folder, cohort)
+                checkpoint.load_or_save_initial(folder, cohort)
             phase = Phase(cohort, train, evaluate, config, folder, amp)
             mutual = phase.run(stop)
             independent = None
@@ -193,22 +198,13 @@ def _reproducible(config: TrainConfig, device: torch.device) -> Iterator[None]:
         torch.backends.cudnn.deterministic, torch.backends.cudnn.benchmark = was[2:]
 
 
-def _load_or_save_initial(folder: Path, cohort: Cohort) -> None:
-    """Both phases start from this file, also when a resumed run builds its cohort otherwise."""
-    path = folder / INITIAL_CHECKPOINT
-    if path.is_file():
-        load_weights(cohort, checkpoint.load(path)["cohort"], path)
-    elif not (folder / LAST_CHECKPOINT).exists():
-        checkpoint.save(path, {"cohort": cohort.state_dict()})
-
-
 def _independent(mutual: Phase, stop: Stop) -> TrainResult:
     """The same peers from the same weights on the same batches, each by itself."""
     cohort, folder = mutual.cohort, mutual.folder / INDEPENDENT
     trained = {key: value.clone() for key, value in cohort.state_dict().items()}
     if not (folder / LAST_CHECKPOINT).exists():
         initial = mutual.folder / INITIAL_CHECKPOINT
-        load_weights(cohort, checkpoint.load(initial)["cohort"], initial)
+        checkpoint.load_weights(cohort, checkpoint.load(initial)["cohort"], initial)
     with writing(folder):
         folder.mkdir(exist_ok=True)
     config = mutual.config.alone().replace(folder=str(folder))

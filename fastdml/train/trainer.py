@@ -42,7 +42,6 @@ from fastdml.report.metrics_log import INDEPENDENT, METRICS, MetricsLog
 from fastdml.train import checkpoint, losses
 from fastdml.train.batches import Batches, assembler
 from fastdml.train.config.base import TrainConfig
-from fastdml.train.config.sources import check_resumable
 from fastdml.train.folder import BEST, LAST_CHECKPOINT
 from fastdml.train.meters import Clock, Totals
 from fastdml.train.result import TrainResult
@@ -384,7 +383,7 @@ class Phase:
             raise InputError(f"{path} is not a checkpoint that a run saved: {reason}") from e
 
     def _take(self, state: dict[str, Any], path: Path) -> None:
-        check_resumable(state["config"], self.config)
+        checkpoint.check_resumable(state["config"], self.config)
         for key, what, now in (
             ("peers", "peers", list(self.cohort.names)),
             ("precision", "the precision (set amp)", self.amp.name),
@@ -414,7 +413,7 @@ class Phase:
                 f"cannot resume: the run has done {position // self.steps} epochs, more "
                 f"than epochs={self.epochs}"
             )
-        load_weights(self.cohort, state["cohort"], path)
+        checkpoint.load_weights(self.cohort, state["cohort"], path)
         self.optimizer.load_state_dict(state["optimizer"])
         if self.amp.scaler:
             self.amp.scaler.load_state_dict(state["scaler"])
@@ -577,14 +576,6 @@ def seed_generators(seed: int, device: torch.device) -> None:
 def _rng_state(device: torch.device) -> dict[str, Tensor | None]:
     cuda = torch.cuda.get_rng_state(device) if device.type == "cuda" else None
     return {"cpu": torch.get_rng_state(), "cuda": cuda}
-
-
-def load_weights(cohort: Cohort, weights: dict[str, Tensor], path: Path) -> None:
-    try:
-        cohort.load_state_dict(weights)
-    except RuntimeError as error:  # names the tensors
-        reason = " ".join(str(error).split())
-        raise InputError(f"{path} was written for other peers: {reason}") from None
 
 
 def _mean(scores: Scores) -> float:

@@ -22,17 +22,15 @@ from runs import environment
 from fastdml.errors import InputError
 from fastdml.paths import expand, expanded
 from fastdml.train import ReidConfig, TrainConfig
+from fastdml.train.checkpoint import FREE_ON_RESUME, check_resumable
 from fastdml.train.config import sources
 from fastdml.train.config.sources import (
-    FREE_ON_RESUME,
-    check_resumable,
     from_command_line,
     load_config,
-    numbered_folders,
     preset,
     resolve,
-    run_name,
 )
+from fastdml.train.folder import numbered_folders, run_name
 
 FIELDS = [field.name for field in dataclasses.fields(TrainConfig)]
 

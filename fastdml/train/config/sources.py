@@ -9,20 +9,17 @@ from __future__ import annotations
 import argparse
 import os
 import shutil
-import sys
 from collections.abc import Container, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, get_origin
 
 from fastdml.errors import InputError, require
-from fastdml.files import safe_name
 from fastdml.options import split_lists
-from fastdml.paths import expanded
-from fastdml.report.metrics_log import METRICS
 from fastdml.train.config.base import TrainConfig, with_length
 from fastdml.train.config.fields import check_names, field_types
 from fastdml.train.config.reid import ReidConfig, reid_preset
+from fastdml.train.folder import records_a_run, resume_folder
 from fastdml.yaml_file import CONFIG, read_settings
 
 REID = ("market1501",)  # the data sets of re-identification
@@ -43,64 +40,6 @@ PRESETS: dict[str, dict[str, Any]] = {
         "schedule": "cosine",
     },
 }
-
-# A resumed run may change these: where it is, what it shows and how often it saves. None of them
-# touches a weight. `device`, `execution`, `threads` and `amp` are here because machines come and
-# go; the checkpoint insists on the precision itself, "auto" and 0 threads go on with what the run
-# began with, and a run repeats bit for bit on a device of the same kind.
-FREE_ON_RESUME = frozenset(
-    [
-        "folder",
-        "resume",
-        "dry_run",
-        "root",
-        "download",
-        "device",
-        "execution",
-        "threads",
-        "amp",
-        "profile",
-        "log_every",
-        "save_every_steps",
-        "save_every_minutes",
-        "progress",
-        "tensorboard",
-        "figures",
-    ]
-)
-
-
-# Recorded of the data of `fit` as far as the loader shows it, which one within another does not.
-SHOWN_BY_LOADER = frozenset(["pad", "flip", "erasing", "images_per_id"])
-# Recorded by `fit` of earlier versions as the data set's defaults, whatever ran.
-DEFAULTS_OF_FIT = frozenset(["data", "peers", "subset", "batch_size", "standin", "height", "width"])
-
-
-def check_resumable(saved: Mapping[str, Any], config: TrainConfig) -> None:
-    """Refuses to continue a run whose settings `saved` differ from `config` where it matters.
-
-    `epochs` and `iterations` may change under the step schedule, whose past does not depend on
-    them: this prolongs a run. Under the cosine schedule the whole curve would be another.
-    """
-    check_names(saved, type(config), " in the checkpoint")
-    wanted = config.to_dict()
-    free = FREE_ON_RESUME
-    if not is_known(config.data):
-        free |= SHOWN_BY_LOADER
-        if is_known(saved.get("data")):
-            free |= DEFAULTS_OF_FIT
-    for name, value in saved.items():
-        if name in free or wanted[name] == value:
-            continue
-        why = ""
-        if name in ("epochs", "iterations"):
-            if config.schedule == "step":
-                continue
-            why = f" (with schedule {config.schedule} every learning rate depends on it)"
-        raise InputError(
-            f"cannot resume: {name} was {value!r} and is now {wanted[name]!r}{why}; "
-            f"give the old value, or start a new run in another folder"
-        )
 
 
 def load_config(path: str | Path, base: TrainConfig | None = None) -> TrainConfig:
@@ -173,10 +112,12 @@ def from_command_line(
     given = read_settings(path) if path else {}  # once: it may be a pipe
     check_names(given, config_type(data), f" in {path}")
     chosen = _command_line_choices(args)
-    if path and _is_of_a_run(path) and not {**given, **chosen}.get("resume"):
+    if path and records_a_run(path) and not {**given, **chosen}.get("resume"):
         given.pop("folder", None)
     base = _base(data, {**given, **chosen}).replace(**given)
-    length = {name: chosen[name] for name in ("epochs", "iterations") if name in chosen}
+    length: dict[str, Any] = {
+        name: chosen[name] for name in ("epochs", "iterations") if name in chosen
+    }
     for name, value in with_length(length).items():
         if name not in length:
             args += [f"--{name}", str(value)]
@@ -185,12 +126,6 @@ def from_command_line(
     if config.data != data:
         raise InputError(f"{prog} cannot train on data {config.data!r}: leave `data` out")
     return config
-
-
-def _is_of_a_run(path: str) -> bool:
-    """Whether a file of settings is what a run recorded of itself."""
-    file = expanded(path)
-    return file.name == CONFIG and (file.parent / METRICS).exists()
 
 
 @contextmanager
@@ -228,49 +163,6 @@ def _command_line_choices(args: Sequence[str]) -> dict[str, Any]:
         return vars(parser.parse_known_args(list(args))[0])
     except argparse.ArgumentError:
         return {}  # a name without its value: the whole parser says so
-
-
-def run_name(config: TrainConfig) -> str:
-    """DATA-PEER-PEER, safe as a folder name, or DATA-NxPEER for a cohort of one kind."""
-    peers = list(config.peers)
-    if len(peers) > 2 and len(set(peers)) == 1:
-        peers = [f"{len(peers)}x{peers[0]}"]
-    name = "-".join([config.data.partition(":")[0], *peers])  # own data: NAME, or NAME: DESCRIPTION
-    return safe_name(name)
-
-
-def numbered_folders(config: TrainConfig, runs: Path = Path("runs")) -> dict[int, Path]:
-    """The auto-numbered folders of this data and these peers, by number."""
-    prefix = run_name(config) + "-"
-    found = {}
-    for folder in sorted(runs.glob(prefix.replace("[", "[[]") + "*")) if runs.is_dir() else ():
-        number = folder.name[len(prefix) :]
-        if number.isascii() and number.isdigit():
-            found[int(number)] = folder
-    return found
-
-
-def resume_folder(config: TrainConfig) -> Path:
-    """The folder that `resume` means; it must hold a run. The newest may be one that was killed
-    before it was a run: such are passed over, in a line on stderr."""
-    if config.folder is not None:
-        folder = Path(config.folder)
-        if not (folder / CONFIG).is_file():
-            raise InputError(f"nothing to resume in {folder}: it holds no {CONFIG}")
-        return folder
-    folders = numbered_folders(config)
-    empty = []
-    for number in sorted(folders, reverse=True):
-        if (folders[number] / CONFIG).is_file():
-            if empty:
-                print(f"passed over, without a {CONFIG}: {', '.join(empty)}", file=sys.stderr)
-            return folders[number]
-        empty.append(str(folders[number]))
-    found = f", and no {CONFIG} in {', '.join(empty)}" if empty else ""
-    raise InputError(
-        f"nothing to resume: no folder runs/{run_name(config)}-NNN holds a run{found}; "
-        "give the run's folder, or start without resume"
-    )
 
 
 def _take_config(args: list[str]) -> tuple[list[str], str | None]:
