@@ -3,35 +3,30 @@
 from __future__ import annotations
 
 import dataclasses
-import importlib.util
 import inspect
 import re
 import shlex
+import shutil
+import subprocess
 from pathlib import Path
-from types import ModuleType
 from urllib.parse import unquote
 
 import pytest
 import torch
 
 import fastdml
+from docs import generate
 from fastdml.train import from_command_line
 
 ROOT = Path(__file__).resolve().parents[1]
 PAGES = sorted([*ROOT.glob("*.md"), *ROOT.glob("docs/*.md"), *ROOT.glob("kernels/*.md")])
 LINK = re.compile(r"(?:\]\(|<img src=\")([^)\s\"]+)")
+CODE = re.compile(r"`([^`\n]+)`")
 BLOCK = re.compile(r"^```(\w*)\n(.*?)^```", re.MULTILINE | re.DOTALL)
 
 
 def name(page: Path) -> str:
     return str(page.relative_to(ROOT))
-
-
-def generator() -> ModuleType:
-    spec = importlib.util.spec_from_file_location("docs_generate", ROOT / "docs" / "generate.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
 
 
 def blocks(page: Path, kind: str) -> list[str]:
@@ -46,7 +41,6 @@ def anchors(page: Path) -> set[str]:
 
 
 def test_generated_parts_are_up_to_date():
-    generate = generator()
     for page in generate.PAGES:
         text = (ROOT / page).read_text()
         assert "<!-- generated: " in text
@@ -154,6 +148,32 @@ def test_training_commands_as_shown(tmp_path, monkeypatch):
             assert from_command_line(data, [o for o in options if o != "--resume"]).data == data
             seen += 1
     assert seen >= 5
+
+
+def test_every_target_that_is_told_of_is_one():
+    makefile = (ROOT / "Makefile").read_text()
+    targets = set(re.search(r"^\.PHONY: (.+)$", makefile, re.MULTILINE)[1].split())
+    texts = [page.read_text() for page in PAGES]
+    code = [
+        c for text in texts for c in (*CODE.findall(text), *(b for _, b in BLOCK.findall(text)))
+    ]
+    told = {t for c in code for t in re.findall(r"^make ([\w-]+)", c, re.MULTILINE)}
+    assert told <= targets
+    assert told > {"demo", "test", "lint", "docs", "clean", "distclean"}
+
+
+def test_clean_leaves_the_venvs_and_distclean_takes_them():
+    if not shutil.which("make"):
+        pytest.skip("needs make")
+    commands = {
+        target: subprocess.run(
+            ["make", "-n", target], cwd=ROOT, capture_output=True, text=True, check=True
+        ).stdout.split()
+        for target in ("clean", "distclean")
+    }
+    for venv in (".venv", ".venv-oldest"):
+        assert venv not in commands["clean"]
+        assert venv in commands["distclean"]
 
 
 def test_continuous_integration_runs_what_anybody_can_run():
