@@ -21,7 +21,9 @@ from torch import Tensor, nn
 from fastdml import cohort_export, cohort_files, image_record
 from fastdml.cohort_export import Format
 from fastdml.errors import InputError
-from fastdml.models import ReidHead, check_count, create_model, is_own
+from fastdml.models import ReidHead
+from fastdml.models.create import check_count, create_model
+from fastdml.models.own import is_own
 from fastdml.paths import expanded
 from fastdml.tensors import lacks_values
 

@@ -19,7 +19,8 @@ from torch import Tensor, nn
 from fastdml.errors import InputError, one_line, require
 from fastdml.files import Staged, safe_name, writing
 from fastdml.image_record import FIELDS, checked_record
-from fastdml.models import ReidHead, check_count
+from fastdml.models import ReidHead
+from fastdml.models.create import check_count
 from fastdml.paths import expanded
 from fastdml.tensors import absence
 

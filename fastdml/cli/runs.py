@@ -82,7 +82,7 @@ def run_cohort(options: argparse.Namespace, device: Any) -> Cohort:
 def find_own_models(peers: Sequence[str]) -> None:
     """Peers that are the user's own code are looked for in the current folder first, where `python
     -m fastdml` finds them too. Without such a peer nothing is imported from there."""
-    from fastdml.models import is_own
+    from fastdml.models.own import is_own
 
     if any(map(is_own, peers)) and not getattr(sys.flags, "safe_path", False):
         here = str(Path.cwd())

@@ -20,6 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from fastdml.models.layers import Classifier, conv_bn_relu, init_weights
+from fastdml.models.registry import register_model
 
 # channels of each module: 1x1 | 1x1 -> 3x3 | 1x1 -> 5x5 | pool -> 1x1
 STAGES = (
@@ -58,6 +59,7 @@ class Inception(nn.Module):
         return torch.cat([branch(x) for branch in self.branches], dim=1)
 
 
+@register_model("googlenet", purpose="GoogLeNet, Inception V1", input="8x8 and up")
 class GoogLeNet(Classifier):
     def __init__(
         self, num_classes: int, in_channels: int = 3, *, large: bool = False, last_stride: int = 2

@@ -18,6 +18,7 @@ from __future__ import annotations
 from torch import Tensor, nn
 
 from fastdml.models.layers import Classifier, conv_bn_relu, init_weights
+from fastdml.models.registry import register_model
 
 # (channels out, stride) of each depthwise-separable block of the ImageNet form
 BLOCKS = (
@@ -30,6 +31,7 @@ BLOCKS = (
 KEPT_ON_CIFAR, LAST = 1, 11  # blocks of stride 2
 
 
+@register_model("mobilenet", purpose="MobileNet at width 1", input="8x8 and up")
 class MobileNet(Classifier):
     def __init__(
         self, num_classes: int, in_channels: int = 3, *, large: bool = False, last_stride: int = 2

@@ -18,7 +18,9 @@ from __future__ import annotations
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from fastdml.errors import InputError
 from fastdml.models.layers import Classifier, conv3x3, init_weights
+from fastdml.models.registry import neighbours, register_model
 
 
 class Shortcut(nn.Module):
@@ -51,6 +53,10 @@ class BasicBlock(nn.Module):
         return F.relu(out + self.shortcut(x), inplace=True)
 
 
+# Depths that everybody reads as the ImageNet network, 50 and 152 of them 6n + 2 as well.
+IMAGENET_DEPTHS = (18, 34, 50, 101, 152)
+
+
 class ResNetCifar(Classifier):
     """`depth` counts the layers with weights: 6n + 2."""
 
@@ -69,6 +75,32 @@ class ResNetCifar(Classifier):
     def forward_features(self, x: Tensor) -> Tensor:
         x = F.relu(self.bn1(self.conv1(x)), inplace=True)
         return self.stage3(self.stage2(self.stage1(x)))
+
+
+@register_model(
+    "resnet{depth}",
+    listed=("resnet20", "resnet32", "resnet44", "resnet56", "resnet110"),
+    purpose="CIFAR's small ResNets, any depth 6n + 2; resnet32 is the paper's",
+    input="8x8 and up",
+)
+def resnet(
+    depth: int, num_classes: int, in_channels: int = 3, *, last_stride: int = 2
+) -> ResNetCifar:
+    """Raises InputError, which names the nearest, for a depth that is not 6n + 2."""
+    if _is_depth(depth):
+        return ResNetCifar(depth, num_classes, in_channels, last_stride=last_stride)
+    near = " or ".join(f"resnet{d}" for d in neighbours(depth, _is_depth))
+    reason = (
+        "that name means the ImageNet network"
+        if depth in IMAGENET_DEPTHS
+        else "a CIFAR ResNet has 6n + 2 layers"
+    )
+    name = f"resnet{depth}"
+    raise InputError(f"no model {name!r}: {reason}; nearest: {near} (ImageNet form: timm:{name})")
+
+
+def _is_depth(depth: int) -> bool:
+    return depth >= 8 and depth % 6 == 2 and depth not in IMAGENET_DEPTHS
 
 
 def _stage(channels_in: int, channels: int, blocks: int, stride: int) -> nn.Sequential:

@@ -14,8 +14,12 @@ import torch
 from torch import nn
 
 from fastdml.errors import InputError, require
+from fastdml.models.resnet_cifar import IMAGENET_DEPTHS
 from fastdml.modes import evaluating
 from fastdml.names import nearest
+
+# The ImageNet networks, which re-identification means by these names: they are timm's there.
+IMAGENET_RESNETS = tuple(f"resnet{depth}" for depth in IMAGENET_DEPTHS)
 
 # Options, first that fits, under which a network of one image size takes others as well.
 ANY_SIZE = ({"dynamic_img_size": True}, {"strict_img_size": False}, {})

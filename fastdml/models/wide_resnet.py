@@ -14,7 +14,11 @@ from __future__ import annotations
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from fastdml.errors import InputError
 from fastdml.models.layers import Classifier, conv3x3, init_weights
+from fastdml.models.registry import neighbours, register_model
+
+WIDEST = 999
 
 
 class PreactBlock(nn.Module):
@@ -70,6 +74,30 @@ class WideResNet(Classifier):
     def forward_features(self, x: Tensor) -> Tensor:
         x = self.stage3(self.stage2(self.stage1(self.conv1(x))))
         return F.relu(self.bn(x), inplace=True)
+
+
+@register_model(
+    "wrn_{depth}_{width}",
+    listed=("wrn_16_4", "wrn_28_10", "wrn_40_2"),
+    purpose="Wide ResNets, any depth 6n + 4 and width; wrn_28_10 is the paper's",
+    input="8x8 and up",
+)
+def wide_resnet(
+    depth: int, width: int, num_classes: int, in_channels: int = 3, *, last_stride: int = 2
+) -> WideResNet:
+    """Raises InputError, which names the nearest, for a depth that is not 6n + 4."""
+    if _is_depth(depth) and width <= WIDEST:
+        return WideResNet(depth, width, num_classes, in_channels, last_stride=last_stride)
+    near = " or ".join(
+        f"wrn_{d}_{min(width, WIDEST)}"
+        for d in ([depth] if _is_depth(depth) else neighbours(depth, _is_depth))
+    )
+    reason = f"a Wide ResNet has 6n + 4 layers and is up to {WIDEST} times as wide"
+    raise InputError(f"no model {f'wrn_{depth}_{width}'!r}: {reason}; nearest: {near}")
+
+
+def _is_depth(depth: int) -> bool:
+    return depth >= 10 and depth % 6 == 4
 
 
 def _stage(channels_in: int, channels: int, blocks: int, stride: int) -> nn.Sequential:
