@@ -37,8 +37,8 @@ class Plain(nn.Module):
 @register_model("plain_wide")
 def wide(num_classes):
     return Plain(64, num_classes)
-
-
+"""
+MISTAKES = """
 @register_model("plain_broken")
 def broken(num_classes):
     return num_classes / 0
@@ -72,7 +72,7 @@ def added(tmp_path, monkeypatch, known):
 @pytest.fixture
 def mine(tmp_path, monkeypatch, known):
     """A user's file, not imported yet."""
-    (tmp_path / "fastdml_test_plain.py").write_text(ADDED)
+    (tmp_path / "fastdml_test_plain.py").write_text(ADDED + MISTAKES)
     monkeypatch.syspath_prepend(tmp_path)
     yield "fastdml_test_plain"
     sys.modules.pop("fastdml_test_plain", None)
@@ -96,7 +96,7 @@ def test_names_of_a_users_file_are_known_once_it_is_imported(mine):
     assert create_model("plain_8", 5).head.in_features == 8
     assert create_model("plain_wide", 5, in_channels=2).head.in_features == 64
     model = create_model("plain_8", 5, head=ReidHead())
-    assert model.eval()(torch.zeros(1, 3, 16, 8)).shape == (1, 8)
+    assert model.eval()(torch.zeros(1, 3, 16, 8)).shape == (1, 5)
 
 
 def test_names_of_a_users_file_by_its_module(mine):
