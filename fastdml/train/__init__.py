@@ -16,9 +16,10 @@ from fastdml.train.config.reid import ReidConfig
 from fastdml.train.config.sources import from_command_line, load_config, resolve
 from fastdml.train.result import TrainResult
 from fastdml.train.run import evaluate, fit, run
+from fastdml.train.stopping import TrainingStopped
 from fastdml.train.tasks.reid import extract_features
 from fastdml.train.tasks.scores import RetrievalScores
-from fastdml.train.trainer import TrainingDiverged, TrainingStopped
+from fastdml.train.trainer import TrainingDiverged
 
 __all__ = [
     "ReidConfig",

@@ -48,8 +48,9 @@ from fastdml.train.folder import (
     resume_folder,
 )
 from fastdml.train.result import TrainResult
+from fastdml.train.stopping import Stop, listening
 from fastdml.train.tasks import reid
-from fastdml.train.trainer import Evaluate, Phase, Stop, listening
+from fastdml.train.trainer import Evaluate, Phase
 from fastdml.yaml_file import CONFIG
 
 EVALUATION_BATCH = 500  # images; divides CIFAR's test sets

@@ -9,14 +9,11 @@ reading, so the last one is always good.
 from __future__ import annotations
 
 import dataclasses
-import signal
 import sys
-import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import nullcontext
 from pathlib import Path
-from types import FrameType
 from typing import Any
 
 import torch
@@ -45,12 +42,12 @@ from fastdml.train.config.base import TrainConfig
 from fastdml.train.folder import BEST, LAST_CHECKPOINT
 from fastdml.train.meters import Clock, Totals
 from fastdml.train.result import TrainResult
+from fastdml.train.stopping import Stop
 from fastdml.train.tasks.scores import Scores, from_dict, main_name, main_values
 from fastdml.units import duration, percent
 from fastdml.yaml_file import CONFIG
 
 LOSS_NAMES = {"ce": "cross-entropy", "kl": "KL divergence", "metric": "metric loss"}
-STOPPING = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 SCORE_NAMES = {"top1": "top-1", "mAP": "mAP"}
 
 Evaluate = Callable[[Cohort], Scores]
@@ -58,17 +55,6 @@ Evaluate = Callable[[Cohort], Scores]
 
 class TrainingDiverged(InputError):
     """A loss is no longer finite; the message names the peer, the step and the loss."""
-
-
-class TrainingStopped(SystemExit):
-    """A signal ended training; the checkpoint is written and `resume` goes on from it."""
-
-    def __init__(self, number: int, message: str) -> None:
-        super().__init__(128 + number)
-        self.message = message
-
-    def __str__(self) -> str:
-        return self.message
 
 
 class Record:
@@ -203,7 +189,7 @@ class Phase:
                 self._epoch(stop)
                 self._end_epoch()
                 if self.position < self.total:
-                    stop.leave_if_asked(self)
+                    stop.leave_if_asked(self._where)
         return self._finish()
 
     def _epoch(self, stop: Stop) -> None:
@@ -233,7 +219,7 @@ class Phase:
             if stop.signal or self._save_due():
                 clock.stop()
                 self._save()
-                stop.leave_if_asked(self)
+                stop.leave_if_asked(self._where)
                 clock.start()
         clock.stop()
 
@@ -319,6 +305,13 @@ class Phase:
         return bool(
             (every and self.position % every == 0)
             or (minutes and time.monotonic() - self.saved >= 60 * minutes)
+        )
+
+    def _where(self) -> str:
+        epoch, step = divmod(self.position, self.steps)
+        return (
+            f"in epoch {epoch + 1}, after {step} of {self.steps} steps; saved to "
+            f"{self.folder / LAST_CHECKPOINT}: resume goes on there"
         )
 
     def _save(self) -> None:
@@ -518,51 +511,6 @@ class Phase:
             execution=self.execution,
             threads=self.choice and self.choice.threads,
         )
-
-
-class Stop:
-    """The signal that asked training to end, if one did."""
-
-    def __init__(self) -> None:
-        self.signal: int | None = None
-
-    def leave_if_asked(self, phase: Phase) -> None:
-        """Call right after a checkpoint."""
-        if self.signal is None:
-            return
-        epoch, step = divmod(phase.position, phase.steps)
-        raise TrainingStopped(
-            self.signal,
-            f"stopped by {signal.Signals(self.signal).name} in epoch {epoch + 1}, after {step} of "
-            f"{phase.steps} steps; saved to {phase.folder / LAST_CHECKPOINT}: resume goes on there",
-        )
-
-
-@contextmanager
-def listening() -> Iterator[Stop]:
-    """SIGINT, SIGTERM and SIGHUP, of a terminal that goes away, set `signal`; a second one acts as
-    if nobody listened. Those that the process ignores, as under nohup, stay ignored."""
-    stop = Stop()
-    if threading.current_thread() is not threading.main_thread():
-        yield stop  # only the main thread may listen
-        return
-    before = {number: signal.getsignal(number) for number in STOPPING}
-    before = {number: handler for number, handler in before.items() if handler != signal.SIG_IGN}
-
-    def restore() -> None:
-        for number, handler in before.items():
-            signal.signal(number, handler)
-
-    def note(number: int, frame: FrameType | None) -> None:
-        stop.signal = number
-        restore()
-
-    for number in before:
-        signal.signal(number, note)
-    try:
-        yield stop
-    finally:
-        restore()
 
 
 def seed_generators(seed: int, device: torch.device) -> None:
