@@ -6,7 +6,6 @@ matters (start-up, signals, pipes, what is imported).
 
 from __future__ import annotations
 
-import importlib
 import json
 import os
 import re
@@ -27,6 +26,7 @@ from fastdml.cli.runs import add_run_options
 from fastdml.cohort import Cohort
 from fastdml.image_record import FIELDS
 from fastdml.train import TrainConfig
+from fastdml.train.tasks import classification
 
 ROOT = Path(__file__).resolve().parents[1]
 FASTDML = [sys.executable, "-m", "fastdml"]
@@ -204,9 +204,7 @@ def test_a_builder_of_torchvision_trains(tmp_path, monkeypatch):
         torch.randint(256, (16, 3, 32, 32), dtype=torch.uint8),
         torch.arange(16) % 10, 10, tuple("abcdefghij"), (1.0,) * 3, (1.0,) * 3,
     )  # fmt: skip
-    monkeypatch.setattr(
-        importlib.import_module("fastdml.train.run"), "load", lambda *args, **options: (data, data)
-    )
+    monkeypatch.setattr(classification, "load", lambda *args, **options: (data, data))
     folder = tmp_path / "run"
     options = f"--folder {folder} --epochs 1 --batch-size 8 --no-tensorboard --lr 0.001"
     peers = ["--peers", "torchvision.models:resnet18", "resnet8"]
@@ -623,7 +621,7 @@ def test_interrupting_before_training_promises_nothing(monkeypatch, capfd):
     def interrupted(name: str, root: str, **options) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(importlib.import_module("fastdml.train.run"), "load", interrupted)
+    monkeypatch.setattr(classification, "load", interrupted)
     assert cli.main(["train", "digits"]) == 130
     assert capfd.readouterr().err == "fastdml: interrupted\n"
 

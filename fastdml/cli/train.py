@@ -42,12 +42,14 @@ def train(args: list[str]) -> None:
     from fastdml.report.summary import SUMMARY
     from fastdml.report.tables import summary_table
     from fastdml.train import run
+    from fastdml.train.tasks.task import scoring_of
 
     command = shlex.join(["fastdml", "train", *args])
     result = run(config, hint="--download", command=command)
     if result is not None:  # None after a dry run, which has said its part
         summary = json.loads((result.folder / SUMMARY).read_text())
-        print(f"\n{summary_table(summary)}\n{result.device}; run folder: {result.folder}")
+        table = summary_table(summary, scoring_of(summary["mutual"]["scores"]))
+        print(f"\n{table}\n{result.device}; run folder: {result.folder}")
 
 
 def train_config(data: str, options: list[str]) -> TrainConfig:

@@ -18,6 +18,7 @@ from fastdml.errors import InputError, require
 from fastdml.files import write_atomically
 from fastdml.paths import expanded
 from fastdml.report.metrics_log import INDEPENDENT, METRICS, read_metrics
+from fastdml.report.scoring import Headline
 from fastdml.yaml_file import CONFIG, read_settings
 
 WIDTH, DPI = 3.4, 300  # inches, dots an inch
@@ -50,16 +51,23 @@ MUTUAL_WEIGHTS = {"kl_weight": 1.0, "distance_mutual_weight": 0.0}
 Records = list[dict[str, Any]]
 
 
-def draw(folder: str | Path, formats: Sequence[str] = ("png",)) -> list[Path]:
-    """Draws a run's pictures into its folder, in each of `formats`; returns their paths."""
+def draw(
+    folder: str | Path, headlines: Sequence[Headline], formats: Sequence[str] = ("png",)
+) -> list[Path]:
+    """Draws a run's pictures into its folder, in each of `formats`; returns their paths. headlines:
+    the scores to draw."""
     folder = expanded(folder)
-    return [*plot_curves(folder, formats), *plot_pairwise_kl(folder, formats)] if formats else []
+    if not formats:
+        return []
+    return [*plot_curves(folder, headlines, formats), *plot_pairwise_kl(folder, formats)]
 
 
-def plot_curves(folder: Path, formats: Sequence[str] = ("png",)) -> list[Path]:
+def plot_curves(
+    folder: Path, headlines: Sequence[Headline], formats: Sequence[str] = ("png",)
+) -> list[Path]:
     """curves: training losses and test scores by epoch, with those of independent/ where it is."""
     with _style():
-        return _save(_curves(_runs(folder)), folder / "curves", formats)
+        return _save(_curves(_runs(folder), headlines), folder / "curves", formats)
 
 
 def plot_pairwise_kl(folder: Path, formats: Sequence[str] = ("png",)) -> list[Path]:
@@ -74,10 +82,10 @@ def plot_pairwise_kl(folder: Path, formats: Sequence[str] = ("png",)) -> list[Pa
         return _save(figure, folder / "pairwise_kl", formats)
 
 
-def _curves(runs: dict[str, Records]) -> Any:
+def _curves(runs: dict[str, Records], headlines: Sequence[Headline]) -> Any:
     records = next(iter(runs.values()))
     names = _names(records)
-    panels = _panels(records, len(names))
+    panels = _panels(records, len(names), headlines)
     legend = _legend(names, list(runs))
     columns = 2 if max(len(entry[-1]) for entry in legend) <= LETTERS // 2 - 6 else 1
     rows = math.ceil(len(legend) / columns)
@@ -105,18 +113,16 @@ def _curves(runs: dict[str, Records]) -> Any:
     return figure
 
 
-def _panels(records: Records, K: int) -> list[tuple[str, str, str, float]]:
+def _panels(
+    records: Records, K: int, headlines: Sequence[Headline]
+) -> list[tuple[str, str, str, float]]:
     """What there is to draw: (kind of record, its key, title, unit)."""
     panels = [("train", "ce", "training cross-entropy (nats)", 1.0)]
     if K > 1:
         panels.append(("train", "kl", "training KL from the other peers (nats)", 1.0))
     if any("metric" in r for r in records):
         panels.append(("train", "metric", "training loss on features", 1.0))
-    if any("mAP" in r for r in records):
-        panels.append(("test", "mAP", "test mAP (%)", 100.0))
-        panels.append(("test", "rank1", "test rank-1 (%)", 100.0))
-    else:
-        panels.append(("test", "top1", "test accuracy (%)", 100.0))
+    panels += [("test", score.name, f"test {score.title} (%)", 100.0) for score in headlines]
     return panels
 
 

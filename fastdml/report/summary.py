@@ -13,17 +13,17 @@ from typing import Any
 from fastdml import __version__
 from fastdml.files import write_atomically
 from fastdml.report.metrics_log import to_json
+from fastdml.report.scoring import Scoring
 
 SUMMARY = "summary.json"
 VERSIONED = ("torch", "triton", "numpy")
-# By the score that a run is judged by: those that its reports lead with, as (score, label).
-HEADLINES = {"top1": (("top1", "accuracy"),), "mAP": (("mAP", "mAP"), ("rank1", "rank1"))}
 
 
 def write_summary(
     folder: str | Path,
     *,
     config: dict[str, Any],
+    scoring: Scoring,
     peers: Sequence[str],
     parameters: Sequence[int],
     device: str,
@@ -35,12 +35,11 @@ def write_summary(
 ) -> dict[str, Any]:
     """Writes summary.json and returns what it holds; its date is that of the end, in UTC.
 
-    `mutual` and `independent` are each {"scores": ClassificationScores or RetrievalScores as a
-    dict, or None where nothing was evaluated, "images_per_second": float, "wall_seconds": float}
+    `mutual` and `independent` are each {"scores": those of `scoring` as a dict, or None where
+    nothing was evaluated, "images_per_second": float, "wall_seconds": float}
     and whatever else is worth keeping.
     """
     runs = {"mutual": mutual, "independent": independent}
-    headlines = HEADLINES[kind_of(mutual["scores"])]
     summary = {
         "config": config,
         "versions": versions(),
@@ -54,14 +53,14 @@ def write_summary(
                 "name": name,
                 "parameters": count,
                 **{
-                    f"{label}_{run}": _score(values, key, k)
-                    for key, label in headlines
+                    f"{score.entry}_{run}": _score(values, score.name, k)
+                    for score in scoring.headlines
                     for run, values in runs.items()
                 },
             }
             for k, (name, count) in enumerate(zip(peers, parameters, strict=True))
         ],
-        **{f"ensemble_{r}": _score(v, f"ensemble_{headlines[0][0]}") for r, v in runs.items()},
+        **{f"ensemble_{r}": _score(v, f"ensemble_{scoring.leading}") for r, v in runs.items()},
         "mutual": mutual,
         "independent": independent,
     }
@@ -79,10 +78,6 @@ def versions() -> dict[str, str]:
         except metadata.PackageNotFoundError:
             found[package] = "not installed"
     return found
-
-
-def kind_of(scores: dict[str, Any] | None) -> str:
-    return "mAP" if scores is not None and "mAP" in scores else "top1"
 
 
 def _score(run: dict[str, Any] | None, name: str, peer: int | None = None) -> float | None:

@@ -15,10 +15,10 @@ from fastdml.train.config.base import TrainConfig
 from fastdml.train.config.reid import ReidConfig
 from fastdml.train.config.sources import from_command_line, load_config, resolve
 from fastdml.train.result import TrainResult
-from fastdml.train.run import evaluate, fit, run
+from fastdml.train.run import fit, run
 from fastdml.train.stopping import TrainingStopped
-from fastdml.train.tasks.reid import extract_features
-from fastdml.train.tasks.scores import RetrievalScores
+from fastdml.train.tasks.classification import evaluate
+from fastdml.train.tasks.reid import RetrievalScores, extract_features
 from fastdml.train.trainer import TrainingDiverged
 
 __all__ = [

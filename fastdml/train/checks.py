@@ -13,15 +13,14 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from fastdml.cohort import REMEDY, Cohort, check_logits
+from fastdml.data import dataset_names
 from fastdml.engine.amp import Amp
 from fastdml.errors import InputError, one_line, require
 from fastdml.modes import evaluating
 from fastdml.train.batches import Batches, described, first_batch
 from fastdml.train.config.base import TrainConfig
-from fastdml.train.config.reid import ReidConfig
-from fastdml.train.config.sources import is_known
+from fastdml.train.tasks.task import task_of
 
-HEAD = ("pooling", "neck", "last_stride")  # settings of re-identification that a cohort has
 # How many processes a launcher started, as it tells each of them: torchrun; Open MPI; MPICH, Intel
 # MPI and others of their kind; MVAPICH; srun (SLURM_NTASKS is set in a batch script as well, which
 # is one process).
@@ -164,7 +163,7 @@ def _copied(peer: nn.Module) -> nn.Module | None:
 
 def recorded(config: TrainConfig, cohort: Cohort, train: Batches, images: Tensor) -> TrainConfig:
     """`config` with what runs on data of one's own where it has the settings of a data set."""
-    label = "own data" if is_known(config.data) else config.data.partition(":")[0]
+    label = "own data" if config.data in dataset_names() else config.data.partition(":")[0]
     shape = "x".join(map(str, images.shape[1:]))
     augment = getattr(train, "augment", None)  # of fastdml's loaders
     changes: dict[str, Any] = {
@@ -179,14 +178,5 @@ def recorded(config: TrainConfig, cohort: Cohort, train: Batches, images: Tensor
             for model, peer in zip(cohort.models, cohort.peers, strict=True)
         ),
     }
-    if isinstance(config, ReidConfig):
-        changes |= {
-            "standin": False,
-            "height": images.shape[2],
-            "width": images.shape[3],
-            "images_per_id": getattr(getattr(train, "sampler", None), "k", 0),
-            "erasing": float(getattr(augment, "erase", 0.0)),
-        }
-        if cohort.head is not None:
-            changes |= {name: getattr(cohort.head, name) for name in HEAD}
+    changes |= task_of(config).recorded(cohort, train, images)
     return config.replace(**changes)

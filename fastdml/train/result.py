@@ -10,13 +10,12 @@ from typing import TYPE_CHECKING, Any
 from fastdml.errors import MissingExtra
 from fastdml.report.tables import fixed_columns
 from fastdml.train.config.base import TrainConfig
-from fastdml.train.tasks.scores import RetrievalScores, Scores
+from fastdml.train.tasks.task import scoring_of
 from fastdml.units import percent
 
 if TYPE_CHECKING:
     import pandas
 
-SCORES = {"top1": "top-1 %", "mAP": "mAP %", "rank1": "rank-1 %"}
 LOSSES = {"ce": "cross-entropy", "kl": "KL", "metric": "loss on features"}
 
 
@@ -29,9 +28,9 @@ class TrainResult:
     peers: tuple[str, ...]  # display names, in order
     parameters: tuple[int, ...]  # trainable parameters of each peer
     history: list[dict[str, Any]]  # the epoch records of metrics.jsonl, in order
-    scores: Scores | None  # of the last weights; None without an evaluation
-    best_epoch: float  # epochs trained when the peers' mean top-1 (mAP) was best; 0: not evaluated
-    best_scores: Scores | None
+    scores: Any  # of the last weights, for instance ClassificationScores; None without evaluation
+    best_epoch: float  # epochs trained when the peers' mean score was best; 0: not evaluated
+    best_scores: Any
     weights: dict[str, Path]  # "last" and "best": folders that Cohort.load reads
     images_per_second: float  # of training alone, first steps left out; 0 if too short to tell
     data_wait: float  # share of that time spent waiting for batches, 0 to 1
@@ -96,12 +95,12 @@ class TrainResult:
             ]
             ensemble = []
         else:
-            keys = ("mAP", "rank1") if isinstance(self.scores, RetrievalScores) else ("top1",)
-            for key in keys:
+            for score in scoring_of(self.scores).headlines:
                 for run, scores in runs.items():
-                    label = f"{SCORES[key]} {run}" if len(runs) > 1 else SCORES[key]
-                    columns.append((label, [percent(x) for x in getattr(scores, key)]))
-                    ensemble.append(percent(getattr(scores, f"ensemble_{key}")))
+                    label = f"{score.label} %" + (f" {run}" if len(runs) > 1 else "")
+                    values = getattr(scores, score.name)
+                    columns.append((label, [percent(x) for x in values]))
+                    ensemble.append(percent(getattr(scores, f"ensemble_{score.name}")))
         rows = list(zip(*([label, *values] for label, values in columns), strict=True))
         return [*rows, tuple(ensemble)] if ensemble and len(self.peers) > 1 else rows
 

@@ -22,22 +22,19 @@ from typing import Any
 import torch
 
 from fastdml.cohort import Cohort
-from fastdml.data import HINT, ImageSet, ResidentLoader, load, make_loader
+from fastdml.data import HINT
 from fastdml.data.loaders.torch_workers import naming_dead_workers
 from fastdml.engine import cpus
-from fastdml.engine.amp import Amp, resolve_amp
+from fastdml.engine.amp import resolve_amp
 from fastdml.errors import InputError
 from fastdml.files import writing
-from fastdml.metrics import Classification, ClassificationScores
-from fastdml.modes import evaluating
 from fastdml.report import plots
 from fastdml.report.metrics_log import INDEPENDENT
 from fastdml.report.summary import write_summary
 from fastdml.terminal import lenient_stderr
 from fastdml.train import checkpoint, checks
-from fastdml.train.batches import Batches, as_batches
+from fastdml.train.batches import as_batches
 from fastdml.train.config.base import TrainConfig
-from fastdml.train.config.reid import ReidConfig
 from fastdml.train.dryrun import plan
 from fastdml.train.folder import (
     INITIAL_CHECKPOINT,
@@ -49,11 +46,9 @@ from fastdml.train.folder import (
 )
 from fastdml.train.result import TrainResult
 from fastdml.train.stopping import Stop, listening
-from fastdml.train.tasks import reid
-from fastdml.train.trainer import Evaluate, Phase
+from fastdml.train.tasks.task import Evaluate, Task, scoring_of, task_of
+from fastdml.train.trainer import Phase
 from fastdml.yaml_file import CONFIG
-
-EVALUATION_BATCH = 500  # images; divides CIFAR's test sets
 
 
 def run(
@@ -63,36 +58,10 @@ def run(
     messages say that a download is asked for by. command: what summary.json says was called."""
     checks.one_process()
     checks.extras(config)
-    device = choose_device(config)
+    task = task_of(config)
     notes: list[str] = []  # said once nothing is refused any more
-    if isinstance(config, ReidConfig):
-        with reid.opened(config, notes.append, hint=hint) as market:
-            cohort, train, retrieval = reid.prepare(market, config, device, notes.append)
-            return _fit(cohort, train, retrieval, config, notes, command)
-    download = config.download and not config.dry_run
-    train_set, test_set = load(config.data, config.root, download=download, hint=hint)
-    if config.subset:
-        train_set = train_set.subset(config.subset, config.seed)
-    cohort = Cohort(
-        config.peers,
-        train_set.num_classes,
-        in_channels=train_set.images.shape[1],
-        seed=config.seed,
-        image_size=train_set.images.shape[2:],
-    ).to(device)
-    train = make_loader(
-        config.loader,
-        train_set,
-        config.batch_size,
-        seed=config.seed,
-        train=True,
-        pad=config.pad,
-        flip=config.flip,
-        device=device,
-        say=notes.append,
-    )
-    test = ResidentLoader(test_set, EVALUATION_BATCH, train=False, device=device)
-    return _fit(cohort, train, test, config, notes, command)
+    with task.prepare(config, choose_device(config), notes.append, hint) as (cohort, train, test):
+        return _fit(task, cohort, train, test, config, notes, command)
 
 
 def fit(
@@ -114,10 +83,12 @@ def fit(
     checks.one_process()
     checks.arguments(cohort, config)
     checks.extras(config)
-    return _fit(cohort, train, test, config, notes, "fastdml.train.fit", own=True)
+    task = task_of(config)
+    return _fit(task, cohort, train, test, config, notes, "fastdml.train.fit", own=True)
 
 
 def _fit(
+    task: Task,
     cohort: Cohort,
     train: Any,
     test: Any | Evaluate | None,
@@ -135,7 +106,7 @@ def _fit(
     evaluate = test
     if test is not None and not callable(test):
         test = as_batches(test, device, cohort.num_classes, "test")
-        evaluate = partial(_score, test, amp)
+        evaluate = partial(task.score, test=test, amp=amp)
     if len(cohort) == 1:
         notes = [*notes, "one peer learns from the labels alone: nothing is mutual below two"]
     with lenient_stderr(), naming_dead_workers(), _reproducible(config, device):
@@ -144,7 +115,7 @@ def _fit(
             notes = [*notes, *checks.test_look(cohort, test, amp)]
         if own:
             config = checks.recorded(config, cohort, train, images)
-        phase = Phase(cohort, train, evaluate, config, Path(), amp)  # refuses what cannot run
+        phase = Phase(cohort, train, evaluate, task, config, Path(), amp)  # refuses what cannot run
         resumed = resume_folder(config) if config.resume else None
         if resumed is None:
             check_new_folder(config)
@@ -162,7 +133,7 @@ def _fit(
                 config.save(folder / CONFIG)  # from here on it can be resumed
             if config.independent:
                 checkpoint.load_or_save_initial(folder, cohort)
-            phase = Phase(cohort, train, evaluate, config, folder, amp)
+            phase = Phase(cohort, train, evaluate, task, config, folder, amp)
             mutual = phase.run(stop)
             independent = None
             if config.independent:
@@ -212,7 +183,9 @@ def _independent(mutual: Phase, stop: Stop) -> TrainResult:
     amp = resolve_amp(config.amp, mutual.device)  # with a scaler of its own
     try:
         choice = mutual.choice and mutual.choice._replace(execution=mutual.execution)
-        return Phase(cohort, mutual.train, mutual.evaluate, config, folder, amp, choice).run(stop)
+        return Phase(
+            cohort, mutual.train, mutual.evaluate, mutual.task, config, folder, amp, choice
+        ).run(stop)
     finally:
         cohort.load_state_dict(trained)
 
@@ -232,13 +205,15 @@ def _report(mutual: TrainResult, independent: TrainResult | None, command: str) 
     for result in (independent, mutual):
         if result is None:
             continue
-        plots.draw(result.folder, result.config.figures)
+        scoring = scoring_of(result.scores)
+        plots.draw(result.folder, scoring.headlines, result.config.figures)
         if result.scores is None:
             continue  # nothing to sum up
         beside = independent if result is mutual else None
         write_summary(
             result.folder,
             config=result.config.to_dict(),
+            scoring=scoring,
             peers=result.peers,
             parameters=result.parameters,
             device=result.device,
@@ -284,45 +259,3 @@ def _devices() -> str:
     if not count:
         return "auto or cpu; torch finds no CUDA device"
     return "auto, cpu, cuda or " + ("cuda:0" if count == 1 else f"cuda:0 to cuda:{count - 1}")
-
-
-def evaluate(cohort: Cohort, test: ImageSet | Any, amp: str = "auto") -> ClassificationScores:
-    """Scores of a cohort on the device it is on.
-
-    test: batches as `fit` takes them, or an `ImageSet`, such as `data.load` gives. What the cohort
-    has recorded of the images that it was trained on decides the size and the normalisation of a
-    set's images and the order of its classes; batches of other classes are refused.
-    """
-    device = next(cohort.parameters()).device
-    if isinstance(test, ImageSet):
-        test = _as_trained(cohort, test, device)
-    test = as_batches(test, device, cohort.num_classes, "test")
-    for line in checks.same_images(cohort, test):
-        print(line, file=sys.stderr)
-    cohort.to(memory_format=torch.channels_last)
-    with evaluating(cohort):
-        return _score(test, resolve_amp(amp, device), cohort)
-
-
-def _as_trained(cohort: Cohort, test: ImageSet, device: torch.device) -> ResidentLoader:
-    """A set's images as the cohort has learnt to see them."""
-    known = cohort.record()
-    mean, std = known["mean"] or test.mean, known["std"] or test.std
-    labels, classes = test.labels, tuple(known["classes"] or test.class_names)
-    names = test.class_names
-    if classes != tuple(names) and sorted(classes) == sorted(names) and len({*names}) == len(names):
-        order = torch.tensor([classes.index(name) for name in names], device=labels.device)
-        labels, names = order[labels], classes
-    test = dataclasses.replace(test, labels=labels, class_names=names, mean=mean, std=std)
-    size = known["image_shape"] and tuple(known["image_shape"][1:])
-    return ResidentLoader(test, EVALUATION_BATCH, train=False, size=size, device=device)
-
-
-def _score(test: Batches, amp: Amp, cohort: Cohort) -> ClassificationScores:
-    scores = Classification(len(cohort), cohort.num_classes, amp.device)
-    with torch.inference_mode():
-        for images, labels in test.epoch(0):
-            with amp.autocast():
-                logits = cohort(images)
-            scores.update(logits, labels)
-    return scores.compute()

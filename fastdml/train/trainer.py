@@ -11,7 +11,7 @@ from __future__ import annotations
 import dataclasses
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
@@ -36,21 +36,18 @@ from fastdml.engine.update import Update
 from fastdml.errors import InputError, require
 from fastdml.modes import evaluating
 from fastdml.report.metrics_log import INDEPENDENT, METRICS, MetricsLog
-from fastdml.train import checkpoint, losses
+from fastdml.train import checkpoint, learning_rate
 from fastdml.train.batches import Batches, assembler
 from fastdml.train.config.base import TrainConfig
 from fastdml.train.folder import BEST, LAST_CHECKPOINT
 from fastdml.train.meters import Clock, Totals
 from fastdml.train.result import TrainResult
 from fastdml.train.stopping import Stop
-from fastdml.train.tasks.scores import Scores, from_dict, main_name, main_values
+from fastdml.train.tasks.task import Evaluate, Task, scoring_of
 from fastdml.units import duration, percent
 from fastdml.yaml_file import CONFIG
 
 LOSS_NAMES = {"ce": "cross-entropy", "kl": "KL divergence", "metric": "metric loss"}
-SCORE_NAMES = {"top1": "top-1", "mAP": "mAP"}
-
-Evaluate = Callable[[Cohort], Scores]
 
 
 class TrainingDiverged(InputError):
@@ -82,6 +79,7 @@ class Phase:
         cohort: Cohort,
         train: Batches,
         evaluate: Evaluate | None,
+        task: Task,
         config: TrainConfig,
         folder: Path,
         amp: Amp,
@@ -89,11 +87,11 @@ class Phase:
     ) -> None:
         self.cohort, self.peers = cohort, list(cohort.peers)
         self.train, self.evaluate = train, evaluate
-        self.config, self.folder, self.amp = config, folder, amp
+        self.task, self.config, self.folder, self.amp = task, config, folder, amp
         self.label = "independent" if folder.name == INDEPENDENT else "mutual"
         self.device = amp.device
         self.steps = len(train)  # an epoch
-        self.total = losses.total_steps(config, self.steps)
+        self.total = learning_rate.total_steps(config, self.steps)
         self.epochs = -(-self.total // self.steps)  # the last one may be cut short
         self.optimizer = make_optimizer(
             cohort,
@@ -103,11 +101,11 @@ class Phase:
             nesterov=config.nesterov,
             weight_decay=config.weight_decay,
         )
-        rates = losses.rates(config, self.steps)
+        rates = learning_rate.rates(config, self.steps)
         self.rates = rates.tolist()
         self.schedule = Schedule(self.optimizer, rates)
-        self.loss = losses.mutual_loss(config, len(cohort)).to(self.device)
-        self.metric = losses.metric_loss(config, cohort)
+        self.loss = task.mutual_loss(config, len(cohort)).to(self.device)
+        self.metric = task.metric_loss(config, cohort)
         if self.metric is not None:
             self.metric.to(self.device)
         self.totals = Totals(len(cohort), self.device, metric=self.metric is not None)
@@ -122,9 +120,9 @@ class Phase:
         self.begun = 0.0
         self.seconds = 0.0
         self.history: list[dict[str, Any]] = []
-        self.scores: Scores | None = None
+        self.scores: Any = None
         self.best_epoch: float = 0
-        self.best_scores: Scores | None = None
+        self.best_scores: Any = None
 
     def _make_step(self) -> Any:
         config = self.config
@@ -275,7 +273,8 @@ class Phase:
             scores = dataclasses.asdict(self.scores)
             self.log.log("test", self.position, epoch, **scores)
             self.history[-1]["test"] = scores
-            if self.best_scores is None or _mean(self.scores) > _mean(self.best_scores):
+            mean = scoring_of(self.scores).mean
+            if self.best_scores is None or mean(self.scores) > mean(self.best_scores):
                 self.best_epoch, self.best_scores = epoch, self.scores
                 self.cohort.save(self.folder / BEST)
 
@@ -422,7 +421,8 @@ class Phase:
         self.position, self.seconds = position, float(state["seconds"])
         self.history, self.best_epoch = history, int(state["best_epoch"])
         self.scores, self.best_scores = (
-            state[key] and from_dict(state[key]) for key in ("scores", "best_scores")
+            state[key] and scoring_of(state[key]).read(state[key])
+            for key in ("scores", "best_scores")
         )
         torch.set_rng_state(state["rng"]["cpu"])
         if self.device.type == "cuda" and state["rng"]["cuda"] is not None:
@@ -471,9 +471,9 @@ class Phase:
             "loss " + " ".join(f"{x:.3f}" for x in record["loss"]),
         ]
         if test := self.history[-1].get("test"):
-            name = main_name(test)
-            parts.append(f"test {SCORE_NAMES[name]} % " + " ".join(map(percent, test[name])))
-            parts.append(f"ensemble {percent(test[f'ensemble_{name}'])}")
+            lead = scoring_of(test).headlines[0]
+            parts.append(f"test {lead.label} % " + " ".join(map(percent, test[lead.name])))
+            parts.append(f"ensemble {percent(test[f'ensemble_{lead.name}'])}")
         if record["images_per_second"]:
             parts.append(
                 f"{record['images_per_second']:,.0f} images/s, "
@@ -524,8 +524,3 @@ def seed_generators(seed: int, device: torch.device) -> None:
 def _rng_state(device: torch.device) -> dict[str, Tensor | None]:
     cuda = torch.cuda.get_rng_state(device) if device.type == "cuda" else None
     return {"cpu": torch.get_rng_state(), "cuda": cuda}
-
-
-def _mean(scores: Scores) -> float:
-    values = main_values(scores)
-    return sum(values) / len(values)

@@ -334,7 +334,7 @@ def test_a_file_that_vanishes_from_the_resident_loader(standin_copy, split):
 def test_a_file_that_vanishes_ends_a_run_that_goes_on(standin_copy, kind, tmp_path, monkeypatch):
     """One line and a checkpoint; with the file back, the run resumes in the middle of the epoch and
     ends with the weights of a run that nothing happened to, bit for bit."""
-    monkeypatch.setattr(plots, "draw", lambda folder, formats: [])
+    monkeypatch.setattr(plots, "draw", lambda folder, headlines, formats: [])
     lost: dict[Path, bytes] = {}
 
     class Losing:

@@ -104,7 +104,7 @@ def command_without_pictures(arguments: list[str]) -> int:
     """The same in a third of the time."""
     from fastdml.report import plots
 
-    plots.draw = lambda folder, formats: []
+    plots.draw = lambda folder, headlines, formats: []
     return command(arguments)
 
 

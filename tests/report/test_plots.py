@@ -14,6 +14,10 @@ from fastdml.report import plots
 from fastdml.report.metrics_log import MetricsLog
 from fastdml.train import TrainConfig
 from fastdml.train.config.sources import preset
+from fastdml.train.tasks import classification, reid
+
+HEADLINES = classification.SCORING.headlines
+RETRIEVAL = reid.SCORING.headlines
 
 NAMES = ["resnet20-1", "resnet20-2"]
 LONG = "own_package.own_module:a_function_with_a_name_that_fills_more_than_a_line"
@@ -65,7 +69,7 @@ def test_pictures_are_whole_and_legible_at_the_width_of_a_column(
     record(tmp_path, names, reid=reid)
     if independent:
         record(tmp_path / "independent", names, reid=reid)
-    plots.draw(tmp_path)
+    plots.draw(tmp_path, RETRIEVAL if reid else HEADLINES)
     assert set(drawn) == ({"curves", "pairwise_kl"} if len(names) > 1 else {"curves"})
     for figure in drawn.values():
         width, height = figure.get_size_inches()
@@ -89,7 +93,7 @@ def test_pictures_are_whole_and_legible_at_the_width_of_a_column(
 @pytest.mark.parametrize("spans", [1, 2, 3, 4])
 def test_heat_maps_of_short_runs_are_whole(tmp_path, drawn, spans):
     record(tmp_path, NAMES, spans)
-    plots.draw(tmp_path)
+    plots.draw(tmp_path, HEADLINES)
     figure = drawn["pairwise_kl"]
     figure.draw_without_rendering()
     width, height = figure.get_size_inches()
@@ -103,7 +107,7 @@ def test_heat_maps_of_short_runs_are_whole(tmp_path, drawn, spans):
 @pytest.mark.parametrize("peers", [1, 2])
 def test_files(tmp_path, peers):
     record(tmp_path, NAMES[:peers])
-    paths = plots.draw(tmp_path, ("png", "pdf", "svg", "png"))
+    paths = plots.draw(tmp_path, HEADLINES, ("png", "pdf", "svg", "png"))
     stems = ["curves", "pairwise_kl"][:peers]
     expected = [f"{stem}.{kind}" for stem in stems for kind in ("png", "pdf", "svg")]
     assert [p.name for p in paths] == expected
@@ -114,12 +118,12 @@ def test_files(tmp_path, peers):
     assert paths[1].read_bytes().startswith(b"%PDF-")
     assert b"/Type3" not in paths[1].read_bytes()
     assert b"<svg" in paths[2].read_bytes()
-    assert plots.draw(tmp_path, ()) == []
+    assert plots.draw(tmp_path, HEADLINES, ()) == []
 
 
 def test_a_run_that_logged_nothing(tmp_path):
     MetricsLog(tmp_path, NAMES, tensorboard=False).close()
-    assert [p.name for p in plots.draw(tmp_path)] == ["curves.png"]
+    assert [p.name for p in plots.draw(tmp_path, HEADLINES)] == ["curves.png"]
 
 
 def test_pictures_say_whether_peers_learnt_from_each_other(tmp_path, drawn, monkeypatch):
@@ -128,15 +132,15 @@ def test_pictures_say_whether_peers_learnt_from_each_other(tmp_path, drawn, monk
         return words & {"mutual", "independent"}
 
     record(tmp_path / "run", NAMES)
-    plots.draw(tmp_path / "run")
+    plots.draw(tmp_path / "run", HEADLINES)
     assert said() == {"mutual"}
     record(tmp_path / "run" / "independent", NAMES)
-    plots.draw(tmp_path / "run")
+    plots.draw(tmp_path / "run", HEADLINES)
     assert said() == {"mutual", "independent"}
-    plots.draw(tmp_path / "run" / "independent")
+    plots.draw(tmp_path / "run" / "independent", HEADLINES)
     assert said() == {"independent"}
     monkeypatch.chdir(tmp_path / "run" / "independent")
-    plots.draw(".")
+    plots.draw(".", HEADLINES)
     assert said() == {"independent"}
     shutil.copytree(tmp_path / "run" / "independent", tmp_path / "copy")
     for config, label in (
@@ -146,7 +150,7 @@ def test_pictures_say_whether_peers_learnt_from_each_other(tmp_path, drawn, monk
         (preset("digits"), "mutual"),
     ):
         config.save(tmp_path / "copy" / "config.yaml")
-        plots.draw(tmp_path / "copy")
+        plots.draw(tmp_path / "copy", HEADLINES)
         assert said() == {label}
 
 
@@ -154,7 +158,7 @@ def test_pictures_say_whether_peers_learnt_from_each_other(tmp_path, drawn, monk
 def test_curves_of_training_join_the_means_of_epochs(tmp_path, drawn, epochs, dots):
     """Readings within epochs, which zigzag, are dots, and left out where there are many epochs."""
     record(tmp_path, NAMES, epochs)
-    plots.draw(tmp_path)
+    plots.draw(tmp_path, HEADLINES)
     joined = {len(x.get_xdata()) for x in drawn["curves"].axes[0].lines if x.get_linestyle() == "-"}
     single = {
         len(x.get_xdata()) for x in drawn["curves"].axes[0].lines if x.get_linestyle() == "None"

@@ -6,7 +6,8 @@ import json
 import math
 
 from fastdml.report.summary import write_summary
-from fastdml.report.tables import scores_table, summary_table
+from fastdml.report.tables import summary_table
+from fastdml.train.tasks.classification import SCORING, table
 
 NAMES = ["resnet20-1", "resnet20-2"]
 
@@ -35,6 +36,7 @@ def summarise(folder, *, independent: bool) -> dict:
     return write_summary(
         folder,
         config={"data": "cifar100", "epochs": 200},
+        scoring=SCORING,
         peers=NAMES,
         parameters=[278_324, 278_324],
         device="one device",
@@ -65,7 +67,7 @@ def test_summary_holds_what_was_run_and_what_came_out(tmp_path):
 
 
 def test_table_compares_independent_and_mutual(tmp_path):
-    table = summary_table(summarise(tmp_path, independent=True))
+    table = summary_table(summarise(tmp_path, independent=True), SCORING)
     assert table.splitlines() == [
         "peer        parameters  independent %  mutual %  ensemble %  images/s",
         "---------------------------------------------------------------------",
@@ -79,7 +81,7 @@ def test_table_compares_independent_and_mutual(tmp_path):
 def test_table_without_the_comparison(tmp_path):
     summary = summarise(tmp_path, independent=False)
     assert summary["ensemble_independent"] is None
-    row = summary_table(summary).splitlines()[2].split()
+    row = summary_table(summary, SCORING).splitlines()[2].split()
     assert row == ["resnet20-1", "278,324", "-", "71.19", "73.12", "4,321"]
 
 
@@ -87,7 +89,7 @@ def test_a_run_too_short_for_a_rate_has_a_dash(tmp_path):
     summary = summarise(tmp_path, independent=True)
     for run in ("mutual", "independent"):
         summary[run]["images_per_second"] = 0.0
-    lines = summary_table(summary).splitlines()
+    lines = summary_table(summary, SCORING).splitlines()
     assert lines[2].split()[-1] == "-"
     assert lines[-1].endswith("all peers together (independent: -)")
 
@@ -95,17 +97,24 @@ def test_a_run_too_short_for_a_rate_has_a_dash(tmp_path):
 def test_a_run_without_an_evaluation_has_a_table_too(tmp_path):
     run = {"scores": None, "images_per_second": 10.0, "wall_seconds": 1.0}
     summary = write_summary(
-        tmp_path, config={}, peers=["a"], parameters=[5], device="cpu", mutual=run,
+        tmp_path, config={}, scoring=SCORING, peers=["a"], parameters=[5], device="cpu", mutual=run,
         execution="eager", threads=None, command="fastdml.train.fit",
     )  # fmt: skip
-    assert summary_table(summary).splitlines()[2].split() == ["a", "5", "-", "-", "-", "10"]
+    assert summary_table(summary, SCORING).splitlines()[2].split() == [
+        "a",
+        "5",
+        "-",
+        "-",
+        "-",
+        "10",
+    ]
 
 
 def test_scores_table_has_a_row_a_peer_and_one_for_the_ensemble():
-    lines = scores_table(NAMES, scores([0.7, 0.5], 0.75)).splitlines()
+    lines = table(NAMES, scores([0.7, 0.5], 0.75)).splitlines()
     assert lines[0].split("  ")[0] == "peer"
     assert lines[2].split() == ["resnet20-1", "70.00", "90.00", "3.10", "1.2500", "0.5000"]
     assert lines[4].split() == ["ensemble", "75.00", "95.00", "2.00", "1.0000", "nan"]
     assert lines[5] == "10,000 test images"
     broken = scores([0.7, 0.5], 0.75) | {"nonfinite": [0, 3]}
-    assert scores_table(NAMES, broken).endswith("outputs that are not finite: resnet20-2: 3")
+    assert table(NAMES, broken).endswith("outputs that are not finite: resnet20-2: 3")

@@ -59,4 +59,4 @@ def _own_scans(scans):
 @pytest.fixture
 def _no_pictures(monkeypatch):
     """Drawing takes longer than these runs."""
-    monkeypatch.setattr(plots, "draw", lambda folder, formats: [])
+    monkeypatch.setattr(plots, "draw", lambda folder, headlines, formats: [])

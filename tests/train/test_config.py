@@ -19,11 +19,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from runs import environment
 
+from fastdml.data import dataset_names
 from fastdml.errors import InputError
 from fastdml.paths import expand, expanded
 from fastdml.train import ReidConfig, TrainConfig
 from fastdml.train.checkpoint import FREE_ON_RESUME, check_resumable
-from fastdml.train.config import sources
 from fastdml.train.config.sources import (
     from_command_line,
     load_config,
@@ -589,5 +589,5 @@ def test_run_names_are_safe_as_folders():
 
 
 def test_no_preset_has_an_unknown_setting():
-    for data in sources.PRESETS:
+    for data in dataset_names():
         assert preset(data).data == data

@@ -26,8 +26,9 @@ from fastdml.errors import InputError
 from fastdml.models import ReidHead
 from fastdml.report.metrics_log import read_metrics
 from fastdml.report.tables import summary_table
-from fastdml.train import ReidConfig, RetrievalScores, checkpoint, losses
+from fastdml.train import ReidConfig, RetrievalScores, checkpoint, learning_rate
 from fastdml.train.tasks import reid
+from fastdml.train.tasks.task import task_of
 
 CPU = torch.device("cpu")
 # 4 identities x 4 images a step, three steps an epoch, every loss there is
@@ -86,15 +87,15 @@ def test_the_authors_sum_over_peers_and_the_papers_mean():
     labels = torch.arange(8) % 5
     kl = {}
     for summed in (False, True):
-        loss = losses.mutual_loss(ReidConfig(kl_sum=summed, ce_weight=0.0), K)
+        loss = task_of(ReidConfig()).mutual_loss(ReidConfig(kl_sum=summed, ce_weight=0.0), K)
         kl[summed] = loss(logits, labels)
     torch.testing.assert_close(kl[True], (K - 1) * kl[False])
 
 
 def test_metric_losses_follow_their_weights():
     cohort = Cohort(["resnet8"], 5, head=ReidHead())
-    assert losses.metric_loss(ReidConfig(), cohort) is None
-    loss = losses.metric_loss(ReidConfig(triplet_weight=2.0, margin=None), cohort)
+    assert task_of(ReidConfig()).metric_loss(ReidConfig(), cohort) is None
+    loss = task_of(ReidConfig()).metric_loss(ReidConfig(triplet_weight=2.0, margin=None), cohort)
     features = [torch.randn(6, 64, generator=torch.Generator().manual_seed(1))]
     labels = torch.tensor([0, 0, 1, 1, 2, 2])
     expected = 2 * batch_hard(features[0], labels)
@@ -125,8 +126,8 @@ def batch_hard(features, labels):
 def test_learning_rates(changes, expected):
     config = training.config.sources.preset("market1501", **changes)
     steps = 8
-    table = losses.rates(config, steps)
-    assert len(table) == losses.total_steps(config, steps)
+    table = learning_rate.rates(config, steps)
+    assert len(table) == learning_rate.total_steps(config, steps)
     for epoch, rate in expected.items():
         last = min(epoch * steps, len(table)) - 1
         assert table[last] == pytest.approx(rate, rel=1e-5, abs=0.005 * config.lr)
@@ -157,7 +158,7 @@ def test_a_run_learns_and_leaves_what_it_promises(run):
         assert 0.3 < peer["mAP_independent"] <= 1  # in random order about 0.17
         assert mAP > 0.3
     assert summary["ensemble_mutual"] == scores.ensemble_mAP
-    table = summary_table(summary).splitlines()
+    table = summary_table(summary, reid.SCORING).splitlines()
     assert re.split(r"  +", table[0]) == [
         "peer", "parameters", "mAP independent %", "mAP mutual %", "rank-1 independent %",
         "rank-1 mutual %", "mAP ensemble %", "images/s",

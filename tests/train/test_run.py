@@ -45,7 +45,7 @@ from fastdml.train import (
     fit,
 )
 from fastdml.train.batches import as_batches
-from fastdml.train.run import _score
+from fastdml.train.tasks import classification
 
 pytestmark = pytest.mark.usefixtures("_no_pictures")  # a test that wants them calls undo
 # The cohort and the data are so small that a whole run takes a fraction of a second.
@@ -1011,7 +1011,8 @@ class TestAverages:
         train, test = make_loaders()
         plain, averaged = make_cohort(), make_cohort()
         plain_folder, folder = settings().folder + "-plain", settings().folder
-        score = functools.partial(_score, test, Amp(torch.device("cpu"), None, None))
+        amp = Amp(torch.device("cpu"), None, None)
+        score = functools.partial(classification.score, test=test, amp=amp)
         fit(plain, train, evaluate, settings(folder=plain_folder))
         own = checkpoint.load(Path(plain_folder) / "last.ckpt")["cohort"]
         del seen[:]

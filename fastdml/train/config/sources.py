@@ -9,37 +9,22 @@ from __future__ import annotations
 import argparse
 import os
 import shutil
-from collections.abc import Container, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, get_origin
 
+from fastdml.data import dataset_names
 from fastdml.errors import InputError, require
 from fastdml.options import split_lists
 from fastdml.train.config.base import TrainConfig, with_length
 from fastdml.train.config.fields import check_names, field_types
-from fastdml.train.config.reid import ReidConfig, reid_preset
 from fastdml.train.folder import records_a_run, resume_folder
+from fastdml.train.tasks.task import task_for
 from fastdml.yaml_file import CONFIG, read_settings
 
-REID = ("market1501",)  # the data sets of re-identification
-CHOICES = ("recipe", "standin")  # settings that decide the defaults of others
 RESUMING = ("resume", "folder", "peers")  # that say which run to go on with
 NARROWEST = 40  # columns that help is laid out for where a terminal has fewer
-
-# What a data set changes in the defaults; names the paper does not treat get settings that suit a
-# demonstration.
-PRESETS: dict[str, dict[str, Any]] = {
-    "cifar100": {},
-    "cifar10": {},
-    "digits": {
-        "peers": ("resnet8", "resnet8"),
-        "pad": 1,  # of 8 pixels
-        "flip": False,  # a mirrored digit is another sign
-        "epochs": 20,
-        "schedule": "cosine",
-    },
-}
 
 
 def load_config(path: str | Path, base: TrainConfig | None = None) -> TrainConfig:
@@ -47,31 +32,30 @@ def load_config(path: str | Path, base: TrainConfig | None = None) -> TrainConfi
     values = read_settings(path)
     data = base.data if base else values.get("data", "cifar100")
     check_names(values, type(base) if base else config_type(data, values), f" in {path}")
-    return (base or preset(data, **_choices(values))).replace(**values)
+    return (base or preset(data, **_choices(data, values))).replace(**values)
 
 
 def is_known(data: str) -> bool:
     """Whether a name means a data set of fastdml, not data of one's own that `fit` trained on."""
-    return data in (*PRESETS, *REID)
+    return data in dataset_names()
 
 
-def config_type(data: str, names: Container[str] = ()) -> type[TrainConfig]:
+def config_type(data: str, names: Iterable[str] = ()) -> type[TrainConfig]:
     """names: of settings that are given, which decide it for data of one's own."""
-    reid = data in REID or (not is_known(data) and "recipe" in names)
-    return ReidConfig if reid else TrainConfig
+    return task_for(data, names).settings
 
 
 def preset(data: str, **changes: Any) -> TrainConfig:
     """The defaults for a data set, with some settings changed."""
-    kind = config_type(data, changes)
-    check_names(changes, kind)
-    defaults = reid_preset(changes) if kind is ReidConfig else PRESETS.get(data, {})
-    return kind(**{"data": data, **defaults, **with_length(changes)})
+    task = task_for(data, changes)
+    check_names(changes, task.settings)
+    defaults = task.preset(data, changes)
+    return task.settings(**{"data": data, **defaults, **with_length(changes)})
 
 
-def _choices(values: Mapping[str, Any]) -> dict[str, Any]:
+def _choices(data: str, values: Mapping[str, Any]) -> dict[str, Any]:
     """Of some settings those that decide the defaults of others."""
-    return {name: values[name] for name in CHOICES if name in values}
+    return {name: values[name] for name in task_for(data, values).choices if name in values}
 
 
 def resolve(data: str, changes: Mapping[str, Any]) -> TrainConfig:
@@ -81,8 +65,10 @@ def resolve(data: str, changes: Mapping[str, Any]) -> TrainConfig:
 
 def _base(data: str, given: Mapping[str, Any]) -> TrainConfig:
     """What the settings not `given` are; with `resume`, those of the run that is meant."""
-    known = given.keys() & field_types(config_type(data)).keys()
-    config = preset(data, **{name: given[name] for name in (*CHOICES, *RESUMING) if name in known})
+    task = task_for(data)
+    known = given.keys() & field_types(task.settings).keys()
+    deciding = (*task.choices, *RESUMING)
+    config = preset(data, **{name: given[name] for name in deciding if name in known})
     if not config.resume:
         return config
     folder = resume_folder(config)
@@ -111,7 +97,7 @@ def from_command_line(
 
     given = read_settings(path) if path else {}  # once: it may be a pipe
     check_names(given, config_type(data), f" in {path}")
-    chosen = _command_line_choices(args)
+    chosen = _command_line_choices(data, args)
     if path and records_a_run(path) and not {**given, **chosen}.get("resume"):
         given.pop("folder", None)
     base = _base(data, {**given, **chosen}).replace(**given)
@@ -147,7 +133,7 @@ def list_options(kind: type[TrainConfig]) -> list[str]:
     return [f"--{name.replace('_', '-')}" for name, hint in hints if get_origin(hint) is tuple]
 
 
-def _command_line_choices(args: Sequence[str]) -> dict[str, Any]:
+def _command_line_choices(data: str, args: Sequence[str]) -> dict[str, Any]:
     """What `_base` looks for in options, which are parsed in full over the defaults it decides."""
     parser = argparse.ArgumentParser(
         add_help=False, allow_abbrev=False, exit_on_error=False, argument_default=argparse.SUPPRESS
@@ -155,10 +141,13 @@ def _command_line_choices(args: Sequence[str]) -> dict[str, Any]:
     parser.add_argument("--resume", action=argparse.BooleanOptionalAction)
     parser.add_argument("--folder")
     parser.add_argument("--peers", nargs="+")
-    parser.add_argument("--recipe")
     parser.add_argument("--epochs")
     parser.add_argument("--iterations")
-    parser.add_argument("--standin", action=argparse.BooleanOptionalAction)
+    task = task_for(data)
+    for name in task.choices:
+        flag = field_types(task.settings)[name] is bool
+        action = argparse.BooleanOptionalAction if flag else "store"
+        parser.add_argument(f"--{name.replace('_', '-')}", dest=name, action=action)
     try:
         return vars(parser.parse_known_args(list(args))[0])
     except argparse.ArgumentError:

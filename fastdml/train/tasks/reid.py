@@ -11,9 +11,11 @@ from __future__ import annotations
 import dataclasses
 import tempfile
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -37,16 +39,174 @@ from fastdml.data.sets.stand_in import StandIn, build_standin
 from fastdml.engine.amp import Amp, resolve_amp
 from fastdml.errors import InputError
 from fastdml.files import safe_name
+from fastdml.loss import MutualLoss
+from fastdml.metric_losses import MetricLoss
+from fastdml.metrics import ClassificationScores, ReIDScores
 from fastdml.models import ReidHead
 from fastdml.modes import evaluating
-from fastdml.train.config.reid import ReidConfig
-from fastdml.train.tasks.scores import RetrievalScores
+from fastdml.report.scoring import Headline, Scoring
+from fastdml.report.tables import fixed_columns
+from fastdml.train.batches import Batches
+from fastdml.train.config.reid import METRIC_WEIGHTS, ReidConfig, reid_preset
+from fastdml.train.tasks import classification
+from fastdml.train.tasks.task import (
+    Evaluation,
+    Prepared,
+    Say,
+    Task,
+    register_task,
+)
+from fastdml.units import percent
 
+HEAD = ("pooling", "neck", "last_stride")  # settings that a cohort records too
 STANDIN_FOLDER = "market1501-standin"  # below the root
 STANDIN = StandIn(train_images=200)
 EVALUATION_BATCH = 128  # images
 
-Say = Callable[[str], None]
+RANKS = (1, 5, 10)
+
+
+@dataclass(frozen=True)
+class RetrievalScores:
+    """Fractions of 1 over the queries that have a match; a value a peer, in order."""
+
+    queries: int
+    mAP: list[float]
+    mINP: list[float]
+    rank1: list[float]
+    rank5: list[float]
+    rank10: list[float]
+    ensemble_mAP: float
+    ensemble_mINP: float
+    ensemble_rank1: float
+    ensemble_rank5: float
+    ensemble_rank10: float
+
+    @classmethod
+    def of(cls, peers: Sequence[ReIDScores], ensemble: ReIDScores) -> RetrievalScores:
+        """From the scores of each peer and of their features put together."""
+        values: dict[str, Any] = {"queries": ensemble.queries}
+        for name in ("mAP", "mINP"):
+            values[name] = [getattr(scores, name) for scores in peers]
+            values[f"ensemble_{name}"] = getattr(ensemble, name)
+        for k in RANKS:
+            values[f"rank{k}"] = [scores.rank(k) for scores in peers]
+            values[f"ensemble_rank{k}"] = ensemble.rank(k)
+        return cls(**values)
+
+
+SCORING = Scoring(
+    RetrievalScores,
+    (
+        Headline("mAP", label="mAP", entry="mAP", title="mAP"),
+        Headline("rank1", label="rank-1", entry="rank1", title="rank-1"),
+    ),
+    ensemble="the mutual peers' features, concatenated",
+)
+COLUMNS = ("rank1", "rank5", "rank10", "mAP", "mINP")  # columns of the table of an evaluation
+
+
+@register_task
+class Reidentification(Task):
+    name, title = "reid", "re-identification"
+    settings = ReidConfig
+    scoring = SCORING
+    choices = ("recipe", "standin")
+    options = MappingProxyType(
+        {
+            "--no-rerank": {
+                "action": "store_true",
+                "help": "leave out the scores after re-ranking",
+            },
+            "--distractors": {
+                "action": "store_true",
+                "help": "add the 500k distractors to the gallery",
+            },
+            "--ranked-lists": {
+                "type": int,
+                "default": 0,
+                "metavar": "N",
+                "help": "draw N queries and what each peer finds for them, into RUN/ranked_lists",
+            },
+        }
+    )
+    in_python = "fastdml.train.extract_features and fastdml.metrics.reid_scores score it"
+
+    def preset(self, data: str, chosen: Mapping[str, Any]) -> dict[str, Any]:
+        return reid_preset(chosen)
+
+    @contextmanager
+    def prepare(
+        self, config: ReidConfig, device: torch.device, say: Say, hint: str = HINT
+    ) -> Iterator[Prepared]:
+        with opened(config, say, hint=hint) as market:
+            yield prepare(market, config, device, say)
+
+    def recorded(self, cohort: Cohort, train: Batches, images: Tensor) -> dict[str, Any]:
+        """Sizes, sampling and augmentation of what ran, and the peers' head."""
+        sampler, augment = getattr(train, "sampler", None), getattr(train, "augment", None)
+        found = {
+            "standin": False,
+            "height": images.shape[2],
+            "width": images.shape[3],
+            "images_per_id": getattr(sampler, "k", 0),
+            "erasing": float(getattr(augment, "erase", 0.0)),
+        }
+        if cohort.head is not None:
+            found |= {name: getattr(cohort.head, name) for name in HEAD}
+        return found
+
+    def mutual_loss(self, config: ReidConfig, K: int, **options: Any) -> MutualLoss:
+        summed = torch.ones(K, K) if config.kl_sum else None  # the default is the mean
+        return super().mutual_loss(config, K, peer_weights=summed, **options)
+
+    def metric_loss(self, config: ReidConfig, cohort: Cohort) -> MetricLoss | None:
+        """The losses on features that `config` gives a weight to; None: none."""
+        if not any(getattr(config, name) for name in METRIC_WEIGHTS):
+            return None
+        return MetricLoss(
+            triplet=config.triplet_weight,
+            margin=config.margin,
+            center=config.center_weight,
+            circle=config.circle_weight,
+            distance_mutual=config.distance_mutual_weight,
+            num_classes=cohort.num_classes,
+            # a peer without a head has no features; the step says so
+            dims=[getattr(peer, "num_features", 0) for peer in cohort.peers],
+        )
+
+    def score(self, cohort: Cohort, test: Batches, amp: Amp) -> ClassificationScores:
+        """Batches (images, labels) tell how well peers name an identity that they know."""
+        return classification.score(cohort, test, amp)
+
+    def evaluate(
+        self,
+        cohort: Cohort,
+        config: ReidConfig,
+        device: torch.device,
+        options: Mapping[str, Any],
+        *,
+        run: Path,
+        say: Say,
+        hint: str = HINT,
+    ) -> Evaluation:
+        count, distractors = options["ranked_lists"], options["distractors"]
+        if count < 0:
+            raise InputError(f"--ranked-lists {count}: give 0 or more")
+        notes: list[str] = []
+        with (
+            naming_dead_workers(),
+            opened(config, notes.append, distractors=distractors, hint=hint) as market,
+        ):
+            retrieval = Retrieval(market, config, device, notes.append)
+            for line in notes:
+                say(line)
+            found, query, gallery = retrieval.all_scores(cohort.eval(), not options["no_rerank"])
+            pictures = []
+            if count:
+                pictures = retrieval.draw(cohort, query, gallery, count, run / "ranked_lists")
+        scores = {name: s and dataclasses.asdict(s) for name, s in found.items()}
+        return Evaluation(scores, table(cohort.names, scores), pictures)
 
 
 @contextmanager
@@ -93,10 +253,8 @@ def _check_queries(market: Market1501) -> None:
         )
 
 
-def prepare(
-    market: Market1501, config: ReidConfig, device: torch.device, say: Say
-) -> tuple[Cohort, Any, Retrieval]:
-    """(peers, training batches, evaluation) of a run."""
+def prepare(market: Market1501, config: ReidConfig, device: torch.device, say: Say) -> Prepared:
+    """The peers, training batches and evaluation of a run."""
     split = market.train
     if config.subset:
         split = split.subset(config.subset, config.seed)
@@ -133,7 +291,7 @@ def prepare(
         say=say,
         **options,
     )
-    return cohort, train, Retrieval(market, config, device, say)
+    return Prepared(cohort, train, Retrieval(market, config, device, say))
 
 
 class Features:
@@ -208,35 +366,6 @@ def extract_features(
     with evaluating(cohort):
         features = Features(source, size, device, loader=loader, batch_size=batch_size)
         return features(cohort, resolve_amp(amp, device), flip_test)
-
-
-def evaluate(
-    cohort: Cohort,
-    config: ReidConfig,
-    device: torch.device,
-    *,
-    rerank: bool,
-    distractors: bool,
-    ranked_lists: int,
-    folder: Path,
-    say: Say,
-    hint: str,
-) -> tuple[dict[str, dict[str, Any] | None], list[Path]]:
-    """Scores of a run's peers by protocol, as dicts, and the pictures of some ranked lists that it
-    drew into `folder`."""
-    notes: list[str] = []
-    with (
-        naming_dead_workers(),
-        opened(config, notes.append, distractors=distractors, hint=hint) as market,
-    ):
-        retrieval = Retrieval(market, config, device, notes.append)
-        for line in notes:
-            say(line)
-        scores, query, gallery = retrieval.all_scores(cohort.eval(), rerank)
-        pictures = []
-        if ranked_lists:
-            pictures = retrieval.draw(cohort, query, gallery, ranked_lists, folder)
-    return {name: s and dataclasses.asdict(s) for name, s in scores.items()}, pictures
 
 
 class Retrieval:
@@ -348,6 +477,25 @@ class Retrieval:
             among.cameras,
             distances=metrics.k_reciprocal_rerank(query, gallery) if rerank else None,
         )
+
+
+def table(names: Sequence[str], scores: Mapping[str, dict[str, Any] | None]) -> str:
+    """Every score of each peer and of the ensemble, a block of rows a protocol, from
+    `Retrieval.all_scores` with RetrievalScores as dicts."""
+    rows = [("peer", "query", "re-ranked", "rank-1 %", "rank-5 %", "rank-10 %", "mAP %", "mINP %")]
+    for protocol, values in scores.items():
+        query, _, reranked = protocol.partition("_")
+        if values is None:
+            continue
+        kind = (query, "yes" if reranked else "no")
+        for k, name in enumerate(names):
+            rows.append((name, *kind, *(percent(values[c][k]) for c in COLUMNS)))
+        ensemble = (percent(values[f"ensemble_{c}"]) for c in COLUMNS)
+        rows.append(("ensemble", *kind, *ensemble))
+    note = f"{scores['single']['queries']:,} queries; ensemble: the peers' features, concatenated"
+    if scores["multi"] is None:
+        note += "; no multiple queries: the folder gt_bbox is not there"
+    return f"{fixed_columns(rows)}\n{note}"
 
 
 def _world() -> int:

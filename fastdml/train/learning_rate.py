@@ -1,43 +1,12 @@
-"""What a run's settings mean to the step: its losses and its learning rates."""
+"""The learning rate of every step of a run, from its settings."""
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor
 
-from fastdml.cohort import Cohort
 from fastdml.engine import learning_rates
-from fastdml.loss import MutualLoss
-from fastdml.metric_losses import MetricLoss
 from fastdml.train.config.base import TrainConfig
-from fastdml.train.config.reid import METRIC_WEIGHTS, ReidConfig
-
-
-def mutual_loss(config: TrainConfig, K: int) -> MutualLoss:
-    summed = isinstance(config, ReidConfig) and config.kl_sum
-    return MutualLoss(
-        temperature=config.temperature,
-        ce_weight=config.ce_weight,
-        kl_weight=config.kl_weight,
-        label_smoothing=config.label_smoothing,
-        peer_weights=torch.ones(K, K) if summed else None,
-    )
-
-
-def metric_loss(config: TrainConfig, cohort: Cohort) -> MetricLoss | None:
-    """The losses on features that `config` gives a weight to, with fresh centres; None: none."""
-    if not isinstance(config, ReidConfig) or not any(getattr(config, n) for n in METRIC_WEIGHTS):
-        return None
-    return MetricLoss(
-        triplet=config.triplet_weight,
-        margin=config.margin,
-        center=config.center_weight,
-        circle=config.circle_weight,
-        distance_mutual=config.distance_mutual_weight,
-        num_classes=cohort.num_classes,
-        # a peer without a head has no features; the step says so
-        dims=[getattr(peer, "num_features", 0) for peer in cohort.peers],
-    )
 
 
 def total_steps(config: TrainConfig, steps: int) -> int:

@@ -1,0 +1,206 @@
+"""Classification: images of one label each, judged by the accuracy on the test images."""
+
+from __future__ import annotations
+
+import dataclasses
+import sys
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from fastdml.cohort import Cohort
+from fastdml.data import HINT, ImageSet, ResidentLoader, load, make_loader, record
+from fastdml.engine.amp import Amp, resolve_amp
+from fastdml.errors import InputError
+from fastdml.metrics import Classification as Counts
+from fastdml.metrics import ClassificationScores
+from fastdml.modes import evaluating
+from fastdml.report.scoring import Headline, Scoring
+from fastdml.report.tables import fixed_columns
+from fastdml.train import checks
+from fastdml.train.batches import Batches, as_batches
+from fastdml.train.config.base import TrainConfig
+from fastdml.train.tasks.task import (
+    Evaluation,
+    Prepared,
+    Say,
+    Task,
+    register_task,
+)
+from fastdml.units import percent
+
+EVALUATION_BATCH = 500  # images; divides CIFAR's test sets
+SCORING = Scoring(
+    ClassificationScores,
+    (Headline("top1", label="top-1", entry="accuracy", title="accuracy"),),
+    ensemble="mean of the mutual peers' probabilities",
+)
+# What a data set changes in the defaults; names the paper does not treat get settings that suit a
+# demonstration.
+PRESETS: dict[str, dict[str, Any]] = {
+    "cifar100": {},
+    "cifar10": {},
+    "digits": {
+        "peers": ("resnet8", "resnet8"),
+        "pad": 1,  # of 8 pixels
+        "flip": False,  # a mirrored digit is another sign
+        "epochs": 20,
+        "schedule": "cosine",
+    },
+}
+
+
+@register_task
+class Classification(Task):
+    name = title = "classification"
+    settings = TrainConfig
+    scoring = SCORING
+    presets = PRESETS
+    in_python = "fastdml.train.evaluate(cohort, batches) scores it on batches (images, labels)"
+
+    @contextmanager
+    def prepare(
+        self, config: TrainConfig, device: torch.device, say: Say, hint: str = HINT
+    ) -> Iterator[Prepared]:
+        download = config.download and not config.dry_run
+        train_set, test_set = load(config.data, config.root, download=download, hint=hint)
+        if config.subset:
+            train_set = train_set.subset(config.subset, config.seed)
+        cohort = Cohort(
+            config.peers,
+            train_set.num_classes,
+            in_channels=train_set.images.shape[1],
+            seed=config.seed,
+            image_size=train_set.images.shape[2:],
+        ).to(device)
+        train = make_loader(
+            config.loader,
+            train_set,
+            config.batch_size,
+            seed=config.seed,
+            train=True,
+            pad=config.pad,
+            flip=config.flip,
+            device=device,
+            say=say,
+        )
+        test = ResidentLoader(test_set, EVALUATION_BATCH, train=False, device=device)
+        yield Prepared(cohort, train, test)
+
+    def score(self, cohort: Cohort, test: Batches, amp: Amp) -> ClassificationScores:
+        return score(cohort, test, amp)
+
+    def evaluate(
+        self,
+        cohort: Cohort,
+        config: TrainConfig,
+        device: torch.device,
+        options: Mapping[str, Any],
+        *,
+        run: Path,
+        say: Say,
+        hint: str = HINT,
+    ) -> Evaluation:
+        _check_trained_on(cohort, config.data, run)
+        _, test = load(config.data, config.root, download=config.download, hint=hint)
+        scores = dataclasses.asdict(evaluate(cohort, test, config.amp, say))
+        if cohort.image_shape is None:
+            say(
+                f"the weights of {run} are of an earlier version and do not say what images "
+                f"they were trained on: taken for those of {config.data}, as config.yaml says"
+            )
+        return Evaluation(scores, table(cohort.names, scores))
+
+    def known_set(self, found: Mapping[str, Any]) -> str | None:
+        return next((name for name in self.data if record(name) == found), None)
+
+
+def score(cohort: Cohort, test: Batches, amp: Amp) -> ClassificationScores:
+    """Of peers in evaluation mode, on batches (images, labels)."""
+    counts = Counts(len(cohort), cohort.num_classes, amp.device)
+    with torch.inference_mode():
+        for images, labels in test.epoch(0):
+            with amp.autocast():
+                logits = cohort(images)
+            counts.update(logits, labels)
+    return counts.compute()
+
+
+def evaluate(
+    cohort: Cohort,
+    test: ImageSet | Any,
+    amp: str = "auto",
+    say: Say = lambda line: print(line, file=sys.stderr),
+) -> ClassificationScores:
+    """Scores of a cohort on the device it is on, which it leaves in the mode it was in.
+
+    test: batches as `fit` takes them, or an `ImageSet`, such as `data.load` gives. What the cohort
+    has recorded of the images that it was trained on decides the size and the normalisation of a
+    set's images and the order of its classes. say: takes lines about the images, which go to stderr
+    by default.
+
+    Raises InputError for batches of other classes or of another form than peers train on, and for a
+    precision that the device lacks.
+    """
+    device = next(cohort.parameters()).device
+    if isinstance(test, ImageSet):
+        test = _as_trained(cohort, test, device)
+    test = as_batches(test, device, cohort.num_classes, "test")
+    for line in checks.same_images(cohort, test):
+        say(line)
+    cohort.to(memory_format=torch.channels_last)
+    with evaluating(cohort):
+        return score(cohort, test, resolve_amp(amp, device))
+
+
+def _as_trained(cohort: Cohort, test: ImageSet, device: torch.device) -> ResidentLoader:
+    """A set's images as the cohort has learnt to see them."""
+    known = cohort.record()
+    mean, std = known["mean"] or test.mean, known["std"] or test.std
+    labels, classes = test.labels, tuple(known["classes"] or test.class_names)
+    names = test.class_names
+    if classes != tuple(names) and sorted(classes) == sorted(names) and len({*names}) == len(names):
+        order = torch.tensor([classes.index(name) for name in names], device=labels.device)
+        labels, names = order[labels], classes
+    test = dataclasses.replace(test, labels=labels, class_names=names, mean=mean, std=std)
+    size = known["image_shape"] and tuple(known["image_shape"][1:])
+    return ResidentLoader(test, EVALUATION_BATCH, train=False, size=size, device=device)
+
+
+def _check_trained_on(cohort: Cohort, data: str, run: Path) -> None:
+    """Refuses to score peers on images that are not of the kind that they were trained on."""
+    known, found = record(data), cohort.record()
+    wrong = [name for name, value in found.items() if value not in (None, known[name])]
+    if len(known["classes"]) != cohort.num_classes:
+        raise InputError(
+            f"the peers of {run} tell {cohort.num_classes} classes apart, and {data} has "
+            f"{len(known['classes'])}: they were not trained on it"
+        )
+    if wrong:
+        raise InputError(
+            f"the peers of {run} were not trained on {data}: the {wrong[0]} of their images was "
+            f"{str(found[wrong[0]])[:60]}, and of {data} it is {str(known[wrong[0]])[:60]}"
+        )
+    channels = known["image_shape"][0]
+    if all(cohort.models) and cohort.in_channels != channels:
+        raise InputError(
+            f"the peers of {run} take images of {cohort.in_channels} channels, and those of {data} "
+            f"have {channels}: they were not trained on it"
+        )
+
+
+def table(names: Sequence[str], scores: Mapping[str, Any]) -> str:
+    """Every score of each peer and of the ensemble, from a ClassificationScores as a dict."""
+    columns = ("top1", "top5", "ece", "nll", "entropy")
+    rows = [("peer", "top-1 %", "top-5 %", "ECE %", "NLL nats", "entropy nats")]
+    per_peer = [[scores[c][k] for c in columns] for k in range(len(names))]
+    per_peer.append([scores[f"ensemble_{c}"] for c in columns])
+    for name, (top1, top5, ece, nll, entropy) in zip([*names, "ensemble"], per_peer, strict=True):
+        shares = (percent(share) for share in (top1, top5, ece))
+        rows.append((name, *shares, f"{nll:.4f}", f"{entropy:.4f}"))
+    text = f"{fixed_columns(rows)}\n{scores['rows']:,} test images"
+    broken = [f"{n}: {bad}" for n, bad in zip(names, scores["nonfinite"], strict=True) if bad]
+    return text + (f"; outputs that are not finite: {', '.join(broken)}" if broken else "")

@@ -1,0 +1,180 @@
+"""What a task is: what peers learn, from data to scores, and everything a run must ask about it.
+
+A task is one module: a settings class, a `Scoring` and a subclass of `Task` under `@register_task`,
+imported by `fastdml.train.tasks`. The trainer, the reports and the commands find it by a run's
+settings or by the name of a data set, and know none by name.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import AbstractContextManager
+from pathlib import Path
+from typing import Any, ClassVar, NamedTuple, TypeVar
+
+import torch
+from torch import Tensor
+
+from fastdml.cohort import Cohort
+from fastdml.data import HINT, dataset, dataset_names
+from fastdml.engine.amp import Amp
+from fastdml.errors import InputError
+from fastdml.loss import MutualLoss
+from fastdml.metric_losses import MetricLoss
+from fastdml.report.scoring import Scoring
+from fastdml.train.batches import Batches
+from fastdml.train.config.base import TrainConfig
+from fastdml.train.config.fields import field_types
+
+Say = Callable[[str], None]
+Evaluate = Callable[[Cohort], Any]  # to its scores
+
+
+class Prepared(NamedTuple):
+    """What a run needs beside its settings."""
+
+    cohort: Cohort  # on the device
+    train: Any  # batches, as `fastdml.train.fit` takes them
+    test: Any | Evaluate  # batches, or what gives a cohort's scores
+
+
+class Evaluation(NamedTuple):
+    """What `fastdml evaluate` found out."""
+
+    scores: Mapping[str, Any]  # plain values, for --json
+    table: str
+    files: Sequence[Path] = ()  # pictures drawn
+
+
+class Task:
+    """What peers learn. A subclass overrides what it does otherwise; `prepare`, `score` and
+    `evaluate` are its own."""
+
+    name: ClassVar[str]  # which data sets are registered with
+    title: ClassVar[str]  # before "runs", in headings
+    settings: ClassVar[type[TrainConfig]]  # no other task's
+    scoring: ClassVar[Scoring]
+    presets: ClassVar[Mapping[str, Mapping[str, Any]]] = {}  # what a data set changes in defaults
+    choices: ClassVar[tuple[str, ...]] = ()  # settings that decide the defaults of others
+    options: ClassVar[Mapping[str, Mapping[str, Any]]] = {}
+    """Of `fastdml evaluate` for runs of this task alone: --option to argparse's arguments."""
+    in_python: ClassVar[str] = "fastdml.train.evaluate(cohort, batches) scores it on batches"
+    """How peers trained on data of one's own, which no command can read, are scored."""
+
+    @property
+    def data(self) -> tuple[str, ...]:
+        """The names of its data sets."""
+        return dataset_names(self.name)
+
+    # --- before training ---
+
+    def preset(self, data: str, chosen: Mapping[str, Any]) -> dict[str, Any]:
+        """The defaults of a data set, where `chosen` has some of the settings in `choices`."""
+        return dict(self.presets.get(data, {}))
+
+    def prepare(
+        self, config: Any, device: torch.device, say: Say, hint: str = HINT
+    ) -> AbstractContextManager[Prepared]:
+        """Peers and data of the run that `config` describes; what they use is there until the
+        context ends. Downloads nothing in a dry run. say: takes lines for the user. hint: what
+        messages say that a download is asked for by."""
+        raise NotImplementedError
+
+    def recorded(self, cohort: Cohort, train: Batches, images: Tensor) -> dict[str, Any]:
+        """Of the task's own settings those that `fit` records of data of one's own, by what they
+        show; images: the first batch, (N, channels, H, W)."""
+        return {}
+
+    # --- training ---
+
+    def mutual_loss(self, config: Any, K: int, **options: Any) -> MutualLoss:
+        """Of K peers' logits; options: others of `MutualLoss`."""
+        return MutualLoss(
+            temperature=config.temperature,
+            ce_weight=config.ce_weight,
+            kl_weight=config.kl_weight,
+            label_smoothing=config.label_smoothing,
+            **options,
+        )
+
+    def metric_loss(self, config: Any, cohort: Cohort) -> MetricLoss | None:
+        """What peers learn beside the mutual loss: losses on features, with fresh centres."""
+        return None
+
+    # --- evaluation ---
+
+    def score(self, cohort: Cohort, test: Batches, amp: Amp) -> Any:
+        """Scores on batches (images, labels), during training; the cohort is in evaluation mode.
+        They need not be the task's own, if a registered task's."""
+        raise NotImplementedError
+
+    def evaluate(
+        self,
+        cohort: Cohort,
+        config: Any,
+        device: torch.device,
+        options: Mapping[str, Any],
+        *,
+        run: Path,
+        say: Say,
+        hint: str = HINT,
+    ) -> Evaluation:
+        """Scores and their table on the test data of the set `config.data` below `config.root`, for
+        the command. options: values of `self.options` by argparse's names. run: the run's folder.
+
+        Raises InputError where the peers were not trained on such data, or an option is wrong.
+        """
+        raise NotImplementedError
+
+    def known_set(self, record: Mapping[str, Any]) -> str | None:
+        """The data set that peers with this `Cohort.record` were trained on, if it tells."""
+        return None
+
+
+TASKS: list[Task] = []
+Registered = TypeVar("Registered", bound=type[Task])
+
+
+def register_task(kind: Registered) -> Registered:
+    """Adds a task, by decorating its class. Raises ValueError where a task has its name or settings
+    already."""
+    for task in TASKS:
+        if kind.name == task.name or kind.settings is task.settings:
+            what = "name" if kind.name == task.name else "settings"
+            value = kind.name if kind.name == task.name else kind.settings.__name__
+            raise ValueError(
+                f"the {what} {value!r} of {kind.__name__} are those of {type(task).__name__}"
+            )
+    TASKS.append(kind())
+    return kind
+
+
+def task_of(config: TrainConfig) -> Task:
+    """The task that these settings are for. Raises InputError where there is none."""
+    for kind in type(config).__mro__:
+        for task in TASKS:
+            if task.settings is kind:
+                return task
+    raise InputError(f"no task has settings {type(config).__name__}: register_task adds one")
+
+
+def task_for(data: str, names: Iterable[str] = ()) -> Task:
+    """The task of a data set; of data of one's own the one that has most of the settings in
+    `names`, and of those that have as many the first."""
+    if data in dataset_names():
+        wanted = dataset(data).task
+        for task in TASKS:
+            if task.name == wanted:
+                return task
+        raise InputError(f"nothing trains on {data}: no task is called {wanted!r}")
+    return max(TASKS, key=lambda task: len(field_types(task.settings).keys() & set(names)))
+
+
+def scoring_of(scores: Any) -> Scoring:
+    """How scores, given as such or as a dict, are read and shown: as those of the task that names
+    them so. Of None, or names of no task, as the first one's."""
+    if scores is None:
+        return TASKS[0].scoring
+    names = set(scores) if isinstance(scores, Mapping) else set(vars(scores))
+    kinds = [task.scoring for task in TASKS if task.scoring.leading in names]
+    return max(kinds, key=lambda kind: -len(kind.names ^ names), default=TASKS[0].scoring)
