@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from fastdml.errors import InputError
+from fastdml.torch_private import unscale_, update_scale_
 
 AmpName = Literal["auto", "off", "bf16", "fp16"]
 _NAMES = {None: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}
@@ -44,13 +45,11 @@ class LossScale:
         for grad in grads:
             of_dtype[grad.dtype].append(grad)
         for same in of_dtype.values():
-            torch._amp_foreach_non_finite_check_and_unscale_(same, found, inverse)
+            unscale_(same, found, inverse)
         return found
 
     def update_(self, found: Tensor) -> None:
-        torch._amp_update_scale_(
-            self.scale, self.steps, found, self.GROWTH, self.BACKOFF, self.INTERVAL
-        )
+        update_scale_(self.scale, self.steps, found, self.GROWTH, self.BACKOFF, self.INTERVAL)
 
     def tensors(self) -> list[Tensor]:
         return [self.scale, self.steps]

@@ -38,6 +38,7 @@ from fastdml.engine.rehearsal import Candidate, Rehearsal, Uncopyable, candidate
 from fastdml.engine.rollback import Snapshot
 from fastdml.engine.stackable import Unstackable
 from fastdml.errors import InputError
+from fastdml.torch_private import wraps_compiled
 from fastdml.units import count_of_threads
 
 if TYPE_CHECKING:
@@ -294,7 +295,7 @@ def _brief(name: str, reason: str) -> str:
 
 def only_by_rule(peers: Sequence[nn.Module], compiled: bool) -> str | None:
     """Why a measurement on copies would not do."""
-    if compiled or any(hasattr(m, "_orig_mod") for p in peers for m in p.modules()):
+    if compiled or any(wraps_compiled(m) for p in peers for m in p.modules()):
         return "compiled peers would be compiled anew for each candidate"
     together = dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
     if together or any(map(replicated, peers)):

@@ -25,6 +25,7 @@ from fastdml.engine.execution import StepOptions, StepOutput, register_execution
 from fastdml.engine.update import Update
 from fastdml.errors import InputError
 from fastdml.loss import MutualLoss
+from fastdml.torch_private import foreach_mul_
 
 if TYPE_CHECKING:
     from fastdml.cohort import Cohort
@@ -183,7 +184,7 @@ class EagerStep:
             return
         tensors, grads = map(list, zip(*trained, strict=True))
         if self.amp.scaler is not None:
-            torch._foreach_mul_(grads, self.amp.scaler.scale)
+            foreach_mul_(grads, self.amp.scaler.scale)
         torch.autograd.backward(tensors, grads)
 
 

@@ -19,6 +19,7 @@ from torch import Tensor
 
 from fastdml.engine.weights import Parts
 from fastdml.errors import InputError
+from fastdml.torch_private import foreach_copy_, foreach_lerp_
 
 if TYPE_CHECKING:
     from fastdml.cohort import Cohort
@@ -78,15 +79,15 @@ class Ema:
             lists = trained if t.requires_grad or not isinstance(t, torch.nn.Parameter) else copied
             lists[0].append(average)
             lists[1].append(t)
-        torch._foreach_lerp_(*trained, 1 - self.decay)
+        foreach_lerp_(*trained, 1 - self.decay)
         if copied[0]:
-            torch._foreach_copy_(*copied)
+            foreach_copy_(*copied)
 
     @torch.no_grad()
     def copy_to_cohort(self) -> None:
         """The cohort has the averages from now on; its own weights are lost."""
         self.refresh()
-        torch._foreach_copy_(self.live, self.averages)
+        foreach_copy_(self.live, self.averages)
 
     @contextmanager
     def applied(self) -> Iterator[None]:
@@ -99,7 +100,7 @@ class Ema:
             yield
         finally:
             with torch.no_grad():
-                torch._foreach_copy_(self.live, own)
+                foreach_copy_(self.live, own)
 
     def state_dict(self) -> dict[str, Tensor]:
         return dict(zip(self.names, self.averages, strict=True))

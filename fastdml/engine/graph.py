@@ -45,6 +45,7 @@ from fastdml.engine.update import Group, alike
 from fastdml.engine.weights import Parts, same
 from fastdml.errors import InputError
 from fastdml.loss import MutualStats
+from fastdml.torch_private import end_allocation_to_pool
 
 WARM_UP = 3  # steps, the last under supervision
 HASTY, REPLAYS = 3, 10  # captures in a row that served for fewer replays: then a graph is no help
@@ -106,10 +107,8 @@ class CudaCapture:
     def _clear(self, pool: tuple[int, int]) -> None:
         """After a capture that broke off. The allocator still counts it as under way, and can free
         nothing; the generator still serves it, and fails outside: the end of another frees it."""
-        index = self.stream.device.index
         with suppress(RuntimeError):
-            torch._C._cuda_endAllocateToPool(index, pool)
-            torch._C._cuda_releasePool(index, pool)
+            end_allocation_to_pool(self.stream.device.index, pool)
         with suppress(RuntimeError):
             self._record(torch.cuda.CUDAGraph(), None, lambda: torch.zeros(1, device=self.device))
 

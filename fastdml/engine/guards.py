@@ -11,12 +11,16 @@ import numpy as np
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.nn.modules import module as torch_module
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from fastdml.errors import InputError
+from fastdml.torch_private import (
+    DispatchMode,
+    any_tensor_has_hooks,
+    foreach_copy_,
+    has_hooks,
+    hooks_on_all_modules,
+)
 
-HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 PARALLEL = ("torch.distributed.", "torch.nn.parallel.")  # where torch's wrappers are defined
 
 
@@ -47,28 +51,16 @@ def _is_of_processes(value: object) -> bool:
     return isinstance(value, kinds)
 
 
-def hooks_on_all_modules() -> bool:
-    return any(getattr(torch_module, f"_global{name}") for name in HOOKS)
-
-
-def hooked_module(m: nn.Module) -> bool:
-    return any(getattr(m, name) for name in HOOKS)
-
-
-def hooked_tensor(t: Tensor) -> bool:
-    return bool(t._backward_hooks or t._post_accumulate_grad_hooks)
-
-
 def hooked(peers: Sequence[nn.Module]) -> bool:
     """Whether anything of the caller's is called in a pass."""
     return (
         hooks_on_all_modules()
-        or any(hooked_module(m) for p in peers for m in p.modules())
-        or any(hooked_tensor(w) for p in peers for w in p.parameters())
+        or any(has_hooks(m) for p in peers for m in p.modules())
+        or any(any_tensor_has_hooks(p.parameters()) for p in peers)
     )
 
 
-class NoCollectives(TorchDispatchMode):
+class NoCollectives(DispatchMode):
     """Inside, a collective of torch.distributed is refused before it begins."""
 
     def __init__(self, execution: str) -> None:
@@ -126,7 +118,7 @@ class Before:
     def keep(self) -> None:
         self.generator = torch.get_rng_state()
         for own, kept in self.pairs:
-            torch._foreach_copy_(kept, own)
+            foreach_copy_(kept, own)
 
     def drew(self) -> bool:
         return not torch.equal(self.generator, torch.get_rng_state())
@@ -134,4 +126,4 @@ class Before:
     def restore(self) -> None:
         torch.set_rng_state(self.generator)
         for own, kept in self.pairs:
-            torch._foreach_copy_(own, kept)
+            foreach_copy_(own, kept)

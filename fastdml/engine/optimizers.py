@@ -21,6 +21,7 @@ from fastdml.engine.apex import NAMES as APEX_NAMES
 from fastdml.engine.apex import make_apex_optimizer, takes_number
 from fastdml.engine.weights import check_weights, same
 from fastdml.errors import InputError
+from fastdml.torch_private import step_pre_hooks
 
 if TYPE_CHECKING:
     from fastdml.cohort import Cohort
@@ -96,7 +97,7 @@ def _separate_rates(optimizer: Optimizer) -> None:
 
 def follow_layouts(optimizer: Optimizer) -> LayoutHook:
     """From now on the state of fused optimizers lies where and as its weights do."""
-    for hook in optimizer._optimizer_step_pre_hooks.values():
+    for hook in step_pre_hooks(optimizer):
         if isinstance(hook, LayoutHook):
             return hook
     hook = LayoutHook()

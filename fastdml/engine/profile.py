@@ -19,6 +19,8 @@ import torch
 from torch.autograd import DeviceType
 from torch.profiler import ProfilerActivity, profile, schedule
 
+from fastdml.torch_private import is_annotation, stream_of
+
 SKIPPED, WARM_UP, STEPS = 10, 2, 10
 TRACE, PAGE = "trace.json", "profile.txt"
 ROWS, WIDTH = 20, 60  # of the table
@@ -89,12 +91,10 @@ def spans(events: Iterable[Any], device: torch.device) -> list[Span]:
             e.time_range.start,
             e.time_range.end,
             e.time_range.elapsed_us() if cuda else e.self_cpu_time_total,
-            getattr(e, "device_resource_id", e.thread),
+            stream_of(e),
         )
         for e in events
-        if e.device_type == kind
-        and not getattr(e, "is_user_annotation", False)
-        and not e.name.startswith("ProfilerStep")
+        if e.device_type == kind and not is_annotation(e) and not e.name.startswith("ProfilerStep")
     ]
 
 

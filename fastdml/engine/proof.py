@@ -19,11 +19,11 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from fastdml.engine.guards import Generators
 from fastdml.engine.stackable import INTERNAL, Contents, unknown
 from fastdml.errors import InputError
+from fastdml.torch_private import DispatchMode
 
 if TYPE_CHECKING:
     from fastdml.engine.stack import Stack
@@ -33,7 +33,7 @@ TOLERANCE = 1e-5  # of a tensor's norm: a network may compute a part in float32
 NOISE = 0.1  # of a tensor's root mean square
 
 
-class Plain(TorchDispatchMode):
+class Plain(DispatchMode):
     """Inside, whatever draws, looks at values or talks to other processes is refused."""
 
     def __torch_dispatch__(

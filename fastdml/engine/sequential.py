@@ -15,14 +15,13 @@ from contextlib import contextmanager
 
 import torch
 from torch import Tensor, nn
-from torch.nn.modules.batchnorm import SyncBatchNorm, _BatchNorm
 
 from fastdml.engine.eager import EagerStep, detached
 from fastdml.engine.execution import StepOutput, register_execution
 from fastdml.engine.weights import Buffers
 
 # Layers that record no statistics where their track_running_stats is False.
-RECORD_AS_TOLD = (_BatchNorm.forward, SyncBatchNorm.forward)
+RECORD_AS_TOLD = (nn.BatchNorm2d.forward, nn.SyncBatchNorm.forward)
 
 
 @register_execution("eager", update="sequential")
@@ -76,7 +75,7 @@ def buffers_kept(peer: nn.Module) -> Iterator[None]:
     """
     norms = [m for m in peer.modules() if type(m).forward in RECORD_AS_TOLD]
     norms = [m for m in norms if m.track_running_stats]
-    told = {id(t) for m in norms for t in m._buffers.values()}
+    told = {id(t) for m in norms for t in m.buffers(recurse=False)}
     buffers = Buffers(peer)
     kept = [(t, t.clone()) for t in peer.buffers() if id(t) not in told]
     for m in norms:

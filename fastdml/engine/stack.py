@@ -36,6 +36,7 @@ from fastdml.engine.stackable import unknown
 from fastdml.models.googlenet import Inception
 from fastdml.models.reid_head import GeMPool
 from fastdml.models.resnet_cifar import Shortcut
+from fastdml.torch_private import buffer_table, child_table, parameter_table, set_child_table
 
 
 class Stack(nn.Module):
@@ -119,13 +120,13 @@ class Layer(nn.Module):
         super().__init__()
         self.K = len(layers)
         self.shared: dict[str, tuple[Tensor, list[Tensor]]] = {}
-        for name, w in layers[0]._parameters.items():
+        for name, w in parameter_table(layers[0]).items():
             self.register_parameter(name, None)
             if w is not None:
                 own = [getattr(layer, name) for layer in layers]
                 self.register_parameter(name, nn.Parameter(_join(own)))
                 self.shared[name] = (getattr(self, name), own)
-        for name, b in layers[0]._buffers.items():
+        for name, b in buffer_table(layers[0]).items():
             self.register_buffer(name, None)
             if b is not None:
                 own = [getattr(layer, name) for layer in layers]
@@ -281,14 +282,16 @@ def _converted(modules: Sequence[nn.Module], done: dict[int, nn.Module]) -> nn.M
         module = LAYERS[kind](modules)
     else:
         children = {
-            name: None if child is None else _converted([m._modules[name] for m in modules], done)
-            for name, child in first._modules.items()
+            name: None
+            if child is None
+            else _converted([child_table(m)[name] for m in modules], done)
+            for name, child in child_table(first).items()
         }
         if kind is Inception:
             module = StackedInception(modules, children["branches"])
         else:
             module = copy.copy(first)
-            module._modules = children
+            set_child_table(module, children)
     done[id(first)] = module
     return module
 

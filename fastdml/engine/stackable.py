@@ -15,7 +15,6 @@ and at a step layers in another mode than the same layer of the other peers (`ch
 from __future__ import annotations
 
 import copy
-import gc
 import logging
 import random
 from collections import deque
@@ -28,17 +27,23 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor, nn
-from torch.autograd.graph import get_gradient_edge
 from torch.nn.utils import parametrize
 
-from fastdml.engine.guards import (
-    HOOKS,
-    hooked_module,
-    hooked_tensor,
-    hooks_on_all_modules,
-    replicated,
-)
+from fastdml.engine.guards import replicated
 from fastdml.errors import InputError
+from fastdml.torch_private import (
+    any_tensor_has_hooks,
+    attributes,
+    base_attributes,
+    buffer_table,
+    child_table,
+    has_hooks,
+    hooks_on_all_modules,
+    is_compiled,
+    parameter_table,
+    tensor_version,
+    tensors_with_held_accumulators,
+)
 
 # Of torch.nn and without weights: nothing in them depends on which channels lie beside a channel,
 # and nothing is drawn.
@@ -54,9 +59,7 @@ PLAIN = frozenset({
 RANDOM = ("DropPath", "StochasticDepth", "DropBlock2d", "DropBlock3d")  # and names of their rates:
 RATES = ("drop_prob", "p")
 GENERATORS = (torch.Generator, random.Random, np.random.Generator, np.random.RandomState)
-TABLES = ("_parameters", "_buffers", "_modules")
-ACCUMULATOR = type(get_gradient_edge(nn.Parameter(torch.zeros(()))).node)
-INTERNAL = frozenset(vars(nn.Module()))  # attributes that every module has
+INTERNAL = base_attributes()
 ATOMS = (type(None), bool, int, float, complex, str, bytes)
 # Objects whose own attributes say nothing of what a network computes.
 NOT_LOOKED_INTO = (type, FunctionType, ModuleType, logging.Logger)
@@ -99,23 +102,27 @@ def check(
 
 
 def _own_tensors(module: nn.Module) -> Iterator[tuple[str, Tensor]]:
-    for table in (module._parameters, module._buffers):
+    for table in _tensor_tables(module):
         yield from ((name, t) for name, t in table.items() if t is not None)
+
+
+def _tensor_tables(module: nn.Module) -> tuple[Mapping[str, Tensor | None], ...]:
+    return parameter_table(module), buffer_table(module)
 
 
 def _strange(m: nn.Module, layers: Mapping[type, Callable[[nn.Module], str | None]]) -> str | None:
     """What about this module is not known, in words."""
     kind = type(m)
-    if m._compiled_call_impl is not None or any("_dynamo" in k.__module__ for k in kind.__mro__):
+    if is_compiled(m):
         return "a module that went through torch.compile, which compile=True of make_step does"
-    if hooked_module(m):
+    if has_hooks(m):
         return "a module with hooks"
     if "forward" in vars(m) or "__call__" in vars(m):
         return "a module with a forward of its own"
     if parametrize.is_parametrized(m):
         return "a parametrized module"
     if kind in layers:
-        return f"modules inside a {kind.__name__}" if m._modules else layers[kind](m)
+        return f"modules inside a {kind.__name__}" if child_table(m) else layers[kind](m)
     if kind.__module__.startswith("torch.") and kind not in PLAIN:
         return f"a layer of type {kind.__name__}"
     if next(_own_tensors(m), None) is not None:
@@ -128,7 +135,7 @@ def _strange(m: nn.Module, layers: Mapping[type, Callable[[nn.Module], str | Non
 
 
 def _strange_tensor(t: Tensor) -> str | None:
-    if hooked_tensor(t):
+    if any_tensor_has_hooks([t]):
         return "a parameter with hooks"
     if type(t) not in (Tensor, nn.Parameter) or t.layout != torch.strided or t.is_meta:
         return f"a weight of type {type(t).__name__} on {t.device}"
@@ -196,7 +203,7 @@ def _structure(peer: nn.Module) -> list[tuple[type, list[tuple[str, int | None]]
     modules = list(peer.modules())
     numbers = {id(m): i for i, m in enumerate(modules)}
     return [
-        (type(m), [(name, numbers.get(id(child))) for name, child in m._modules.items()])
+        (type(m), [(name, numbers.get(id(child))) for name, child in child_table(m).items()])
         for m in modules
     ]
 
@@ -206,7 +213,7 @@ def _description(m: nn.Module, layers: Mapping[type, Any]) -> tuple:
     mean is seen in the proof."""
     tensors = [
         (name, t if t is None else (type(t), t.shape, t.stride(), t.dtype, t.device))
-        for table in (m._parameters, m._buffers)
+        for table in _tensor_tables(m)
         for name, t in table.items()
     ]
     known = type(m) in layers or type(m) in PLAIN
@@ -233,12 +240,10 @@ def _check_apart(peers: Sequence[nn.Module]) -> None:
 
 
 def check_accumulators(peers: Sequence[nn.Module]) -> None:
-    """Nobody holds a weight's AccumulateGrad node, which is done to put a hook on it. The nodes do
-    not tell of their hooks, so that all objects of Python are gone through, and this is not done
-    at each step: later ones are not noticed."""
+    """Nobody holds a weight's AccumulateGrad node, which is done to put a hook on it. To know, all
+    objects of Python are gone through, so not at each step: later ones are not noticed."""
     own = {id(w) for peer in peers for w in peer.parameters()}
-    held = [node for node in gc.get_objects() if type(node) is ACCUMULATOR]
-    if any(id(node.variable) in own for node in held):
+    if any(id(w) in own for w in tensors_with_held_accumulators()):
         raise unknown("a hook where the gradient of a weight is accumulated")
 
 
@@ -263,7 +268,7 @@ class Contents:
             if isinstance(value, ATOMS):
                 continue
             if isinstance(value, Tensor):
-                self.tensors.append((table, key, value, _version(value)))
+                self.tensors.append((table, key, value, tensor_version(value)))
             elif id(value) not in self.seen:
                 self.seen.add(id(value))
                 if isinstance(value, np.ndarray):
@@ -287,7 +292,7 @@ class Contents:
             any(_differ(table, was) for table, was in self.tables)
             or any(_differ(_hidden(value), was) for value, was in self.hidden)
             or any(
-                _item(table, key) is not t or _version(t) != version
+                _item(table, key) is not t or tensor_version(t) != version
                 for table, key, t, version in self.tensors
             )
             or any(not np.array_equal(a, was) for a, was in self.arrays)
@@ -330,10 +335,6 @@ def _item(table: Any, key: Any) -> Any:
     return table.get(key) if isinstance(table, dict) else table[key]
 
 
-def _version(t: Tensor) -> int:
-    return -1 if t.is_inference() else t._version
-
-
 class Watch:
     """Notices whatever of the peers is not as it was: modes, hooks, settings and attributes and
     what these hold, children, weights that were frozen, replaced, moved or cast.
@@ -345,15 +346,16 @@ class Watch:
 
     def __init__(self, peers: Sequence[nn.Module]) -> None:
         modules = [m for peer in peers for m in peer.modules()]
-        self.modules = [(m, type(m), _state(m)) for m in modules]
+        self.modules = [(m, type(m), attributes(m)) for m in modules]
         self.contents = Contents(modules)
         self.tensors = [
             (table, name, t, t.data_ptr(), t.requires_grad)
             for m in modules
-            for table in (m._parameters, m._buffers)
+            for table in _tensor_tables(m)
             for name, t in table.items()
             if t is not None
         ]
+        self.own = [t for _, _, t, _, _ in self.tensors]
 
     def changed(self) -> bool:
         if hooks_on_all_modules():
@@ -364,9 +366,7 @@ class Watch:
         for table, name, t, address, trained in self.tensors:
             if table.get(name) is not t or t.data_ptr() != address or t.requires_grad != trained:
                 return True
-            if hooked_tensor(t):
-                return True
-        return self.contents.changed()
+        return any_tensor_has_hooks(self.own) or self.contents.changed()
 
     def changed_more_than_modes(self) -> bool:
         """Whether something changed beside which layers and which weights train."""
@@ -377,12 +377,6 @@ class Watch:
             table.get(name) is not t or t.data_ptr() != address
             for table, name, t, address, _ in self.tensors
         )
-
-
-def _state(m: nn.Module) -> dict[str, Any]:
-    """Its attributes; of the tables that change in place, what is in them."""
-    state = dict(vars(m))
-    return state | {name: dict(state[name]) for name in (*TABLES, *HOOKS)}
 
 
 def _differ(a: Any, b: Any) -> bool:

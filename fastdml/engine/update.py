@@ -33,6 +33,7 @@ from fastdml.engine.optimizers import check_optimizer, follow_layouts
 from fastdml.engine.rollback import Snapshot, optimizer_tensors
 from fastdml.engine.weights import Parts, check_weights, same
 from fastdml.errors import InputError
+from fastdml.torch_private import step_unless
 
 if TYPE_CHECKING:
     from fastdml.cohort import Cohort
@@ -199,11 +200,7 @@ class Update:
         """A step of peer k that leaves everything as it was where its gradients overflowed."""
         optimizer = self.optimizer
         if self.torchs_own and all(group["fused"] for group in optimizer.param_groups):
-            optimizer.grad_scale, optimizer.found_inf = None, self.overflow[k]
-            try:
-                optimizer.step()
-            finally:
-                del optimizer.grad_scale, optimizer.found_inf
+            step_unless(optimizer, self.overflow[k])
         else:
             before = Snapshot(lambda: self._tensors_of(k), None)
             optimizer.step()

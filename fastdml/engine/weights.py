@@ -17,6 +17,7 @@ from torch import nn
 
 from fastdml.errors import InputError
 from fastdml.tensors import absence
+from fastdml.torch_private import buffer_table, child_table, parameter_table
 
 if TYPE_CHECKING:
     from fastdml.cohort import Cohort
@@ -32,8 +33,8 @@ class Parts:
 
     def __init__(self, root: nn.Module, *, buffers: bool = True) -> None:
         self.modules = list(root.modules())
-        kinds = ("_modules", "_parameters", "_buffers")[: 3 if buffers else 2]
-        self.tables = [getattr(m, kind) for m in self.modules for kind in kinds]
+        kinds = (child_table, parameter_table, buffer_table)[: 3 if buffers else 2]
+        self.tables: list[dict[str, Any]] = [kind(m) for m in self.modules for kind in kinds]
         self.values = [v for table in self.tables for v in table.values()]
 
     def unchanged(self) -> bool:
@@ -45,7 +46,8 @@ class Buffers:
     """The buffers below a module as objects: a step may put new tensors in their places."""
 
     def __init__(self, root: nn.Module) -> None:
-        self.tables = [(m._buffers, dict(m._buffers)) for m in root.modules() if m._buffers]
+        tables = [buffer_table(m) for m in root.modules()]
+        self.tables = [(table, dict(table)) for table in tables if table]
 
     def replaced(self) -> bool:
         return any(not same([*now.values()], [*was.values()]) for now, was in self.tables)

@@ -17,6 +17,7 @@ from fastdml.data import dataset_names
 from fastdml.engine.amp import Amp
 from fastdml.errors import InputError, one_line, require
 from fastdml.modes import evaluating
+from fastdml.torch_private import wraps_compiled
 from fastdml.train.batches import Batches, described, first_batch
 from fastdml.train.config.base import TrainConfig
 from fastdml.train.tasks.task import task_of
@@ -153,7 +154,7 @@ def _try_training(name: str, peer: nn.Module, images: Tensor, num_classes: int, 
 
 def _copied(peer: nn.Module) -> nn.Module | None:
     """None where there is no copy to be had, or compiling one would take minutes."""
-    if any(hasattr(module, "_orig_mod") for module in peer.modules()):
+    if any(map(wraps_compiled, peer.modules())):
         return None
     try:
         return copy.deepcopy(peer).train()

@@ -14,21 +14,23 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
-from torch.autograd import forward_ad
 
 from .cpu import mutual_loss_cpu
 from .launch import launch
 from .options import Options, Scalar
 from .scale_grads import scale_
 from .stats_layout import stats_layout
+from .torch_private import (
+    dispatch_mode_active,
+    function_transforms_active,
+    has_tangents,
+    is_plain,
+)
 
 NO_SECOND_DERIVATIVE = (
     "mutual_loss has no second derivative (create_graph=True, torch.func.grad): its gradient comes "
     "out of the forward kernel; use fastdml_kernels.reference for one"
 )
-
-
-PLAIN = (Tensor, torch.nn.Parameter)  # types, not their subclasses, which may hold anything
 
 
 class Call(NamedTuple):
@@ -50,15 +52,12 @@ class Call(NamedTuple):
 
 def refuse_transforms(name: str, tensors: Sequence[Tensor]) -> None:
     """Eager calls compute outside of what function transforms and forward mode see."""
-    batched = map(torch._C._functorch.is_legacy_batchedtensor, tensors)  # by is_grads_batched
-    if torch._C._are_functorch_transforms_active() or any(batched):
+    if function_transforms_active(tensors):
         raise RuntimeError(
             f"{name} does not run under torch.func transforms (grad, vmap, is_grads_batched, ...): "
             "use autograd, and a batch of problems as a longer batch of rows with reduction='none'"
         )
-    if forward_ad._current_level >= 0 and any(
-        forward_ad.unpack_dual(t).tangent is not None for t in tensors
-    ):
+    if has_tangents(tensors):
         raise RuntimeError(f"{name} has no forward-mode derivative: use backward()")
 
 
@@ -74,21 +73,14 @@ def peers_of(logits: Sequence[Tensor]) -> list[Tensor]:
     return list(logits[0].unbind()) if logits[0].dim() == 3 else list(logits)
 
 
-def _is_plain(t: Tensor) -> bool:
-    """Whether a tensor's memory holds its values, as the launcher reads them."""
-    return type(t) in PLAIN and not (
-        t.is_neg() or t._is_zerotensor() or torch._is_functional_tensor(t)
-    )
-
-
 def by_operator(tensors: Iterable[Tensor]) -> bool:
     """Whether a call must go through the dispatcher: to the compiler, a tracer, a dispatch mode
     (FakeTensorMode, make_fx, counters of FLOPs), or since a tensor is not plain memory."""
     return (
         torch.compiler.is_compiling()
-        or torch._C._len_torch_dispatch_stack() > 0
+        or dispatch_mode_active()
         or torch.jit.is_tracing()
-        or not all(map(_is_plain, tensors))
+        or not all(map(is_plain, tensors))
     )
 
 

@@ -21,7 +21,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset, dataloader
+from torch.utils.data import DataLoader, Dataset
 
 from fastdml.data.augment import Augment
 from fastdml.data.files.decode import BadImage, decode
@@ -29,9 +29,9 @@ from fastdml.data.image_set import ImageSet
 from fastdml.data.loaders.batching import Batching
 from fastdml.data.reid_split import STORED, ReidSplit
 from fastdml.errors import InputError
+from fastdml.torch_private import fetches_from_worker
 
 TERM = {signal.SIGTERM}
-FETCHING = (dataloader.__file__, "_try_get_data")  # of a batch from a worker
 DEAD = ("DataLoader worker (pid", "Pin memory thread exited")  # torch's messages begin so
 
 
@@ -187,7 +187,7 @@ def _of_dead_worker(error: Exception) -> bool:
     if "in pin memory thread" in text:
         return True
     frames = (frame.f_code for frame, _ in traceback.walk_tb(error.__traceback__))
-    return any((code.co_filename, code.co_name) == FETCHING for code in frames)
+    return any(map(fetches_from_worker, frames))
 
 
 class TorchLoader(Batching):

@@ -1,0 +1,202 @@
+"""Every use of what torch keeps to itself, with the reason and what replaces it.
+
+Names that begin with an underscore, undocumented attributes and modules may change with any release
+of torch. They are used here and nowhere else in `fastdml`, each in a function that says why, and
+tried on the oldest and the newest torch by a test of its own. ("Public: none" is as of torch 2.14.)
+"""
+
+from __future__ import annotations
+
+import gc
+from collections.abc import Iterable, Sequence
+from types import CodeType
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+from torch.autograd.graph import get_gradient_edge
+from torch.nn.modules import module as _module
+from torch.optim import Optimizer
+from torch.utils._python_dispatch import TorchDispatchMode
+
+# ---- many tensors in one launch
+
+
+def foreach_copy_(to: Sequence[Tensor], values: Sequence[Tensor]) -> None:
+    """Copies each of `values` into the tensor at its place: one multi-tensor launch for hundreds of
+    small tensors. Public: none; `torch.optim` uses the same."""
+    torch._foreach_copy_(cast("list[Tensor]", to), cast("list[Tensor]", values))
+
+
+def foreach_mul_(tensors: Sequence[Tensor], factor: Tensor) -> None:
+    """Multiplies all by a 0-d tensor in place, as `foreach_copy_`. Public: none."""
+    torch._foreach_mul_(cast("list[Tensor]", tensors), factor)
+
+
+def foreach_lerp_(tensors: Sequence[Tensor], ends: Sequence[Tensor], weight: float) -> None:
+    """Moves each tensor by this share of its way to the end, as `foreach_copy_`. Public: none;
+    `torch.optim.swa_utils` uses the same."""
+    torch._foreach_lerp_(cast("list[Tensor]", tensors), cast("list[Tensor]", ends), weight)
+
+
+# ---- loss scale and optimizers
+
+
+def unscale_(grads: list[Tensor], overflow: Tensor, inverse_scale: Tensor) -> None:
+    """Multiplies gradients of one dtype by `inverse_scale` () and sets `overflow` () to 1 where one
+    is not finite: what `torch.amp.GradScaler` calls, which has one flag an optimizer where each
+    peer needs its own. Public: none."""
+    torch._amp_foreach_non_finite_check_and_unscale_(grads, overflow, inverse_scale)
+
+
+def update_scale_(
+    scale: Tensor, steps: Tensor, overflow: Tensor, growth: float, backoff: float, interval: int
+) -> None:
+    """The rule of `torch.amp.GradScaler` for its `scale` (), without asking the host. `steps` ()
+    int32 counts those since the last overflow. Public: none."""
+    torch._amp_update_scale_(scale, steps, overflow, growth, backoff, interval)
+
+
+def step_unless(optimizer: Optimizer, overflow: Tensor) -> None:
+    """A step of one of torch's fused optimizers that its kernel leaves out where `overflow` () is
+    1. `torch.amp.GradScaler` hands the flag over by these attributes. Public: none."""
+    own: Any = optimizer
+    own.grad_scale, own.found_inf = None, overflow
+    try:
+        optimizer.step()
+    finally:
+        del own.grad_scale, own.found_inf
+
+
+def step_pre_hooks(optimizer: Optimizer) -> list[Any]:
+    """What `register_step_pre_hook` was given, to find a hook of one's own again. Public: none."""
+    return list(optimizer._optimizer_step_pre_hooks.values())
+
+
+# ---- what modules hold
+
+
+def parameter_table(module: nn.Module) -> dict[str, nn.Parameter | None]:
+    """The very dict that `module` keeps its own parameters in: whoever compares it before each step
+    sees a replaced one without a walk over the modules. `named_parameters(recurse=False)` gives the
+    values alone, without those that are None. Public: none."""
+    return module._parameters
+
+
+def buffer_table(module: nn.Module) -> dict[str, Tensor | None]:
+    """As `parameter_table`. Public: none."""
+    return module._buffers
+
+
+def child_table(module: nn.Module) -> dict[str, nn.Module | None]:
+    """As `parameter_table`; `named_children` leaves out a child that another name has too. Public:
+    none."""
+    return module._modules
+
+
+def set_child_table(module: nn.Module, children: dict[str, nn.Module | None]) -> None:
+    """Gives a shallow copy of a module children of its own. Public: none."""
+    module._modules = children
+
+
+HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+TABLES = ("_parameters", "_buffers", "_modules")
+
+
+def base_attributes() -> frozenset[str]:
+    """Names of the attributes that every module has, to tell a layer's settings from them. Public:
+    none."""
+    return frozenset(vars(nn.Module()))
+
+
+def attributes(module: nn.Module) -> dict[str, Any]:
+    """A copy of all attributes, and of the dicts in which a module keeps parameters, buffers,
+    children and hooks, which change in place. Public: none."""
+    found = dict(vars(module))
+    return found | {name: dict(found[name]) for name in (*TABLES, *HOOKS)}
+
+
+def has_hooks(module: nn.Module) -> bool:
+    """Whether something of the caller's runs with this module's passes. Public: none."""
+    return any(getattr(module, name) for name in HOOKS)
+
+
+def hooks_on_all_modules() -> bool:
+    """Whether `register_module_forward_hook` and its like have hooks. Public: none."""
+    return any(getattr(_module, f"_global{name}") for name in HOOKS)
+
+
+def any_tensor_has_hooks(tensors: Iterable[Tensor]) -> bool:
+    """Whether one was given a hook by `register_hook` or `register_post_accumulate_grad_hook`.
+    Public: none."""
+    return any(t._backward_hooks or t._post_accumulate_grad_hooks for t in tensors)
+
+
+def is_compiled(module: nn.Module) -> bool:
+    """Whether it was made by `torch.compile(module)` or went through `module.compile()`. Public:
+    none."""
+    named = any("_dynamo" in kind.__module__ for kind in type(module).__mro__)
+    return named or module._compiled_call_impl is not None
+
+
+def wraps_compiled(module: nn.Module) -> bool:
+    """Whether it was made by `torch.compile(module)`; asked without the import of the compiler, of
+    a second. Public: none."""
+    return hasattr(module, "_orig_mod")
+
+
+# ---- what autograd and the dispatcher know
+
+
+class DispatchMode(TorchDispatchMode):
+    """Inside, each operation is given to `__torch_dispatch__` first. Its module has an underscore,
+    and its documentation tells to import it from there. Public: none."""
+
+
+def tensor_version(t: Tensor) -> int:
+    """Counts the changes of a tensor in place, to notice one. Inference tensors do not count: -1.
+    Public: none."""
+    return -1 if t.is_inference() else t._version
+
+
+ACCUMULATE_GRAD = type(get_gradient_edge(nn.Parameter(torch.zeros(()))).node)
+
+
+def tensors_with_held_accumulators() -> list[Tensor]:
+    """Weights whose AccumulateGrad node somebody holds, which is done to put a hook on it: the
+    nodes do not tell of their hooks, so all objects of Python are gone through. Public: none."""
+    nodes: list[Any] = [node for node in gc.get_objects() if type(node) is ACCUMULATE_GRAD]
+    return [node.variable for node in nodes]
+
+
+# ---- CUDA
+
+
+def end_allocation_to_pool(device: int, pool: Any) -> None:
+    """A capture that breaks off leaves the allocator giving out memory of the graph's pool: ends
+    that, and gives the pool back. Raises RuntimeError where there is nothing to end. Public: none;
+    `torch.cuda.graph` does this where the capture ends well."""
+    torch._C._cuda_endAllocateToPool(device, pool)
+    torch._C._cuda_releasePool(device, pool)
+
+
+# ---- profiler and data loader
+
+
+def stream_of(event: Any) -> int:
+    """The CUDA stream of an event of `torch.profiler`, or an operator's thread. Public: none."""
+    return getattr(event, "device_resource_id", event.thread)
+
+
+def is_annotation(event: Any) -> bool:
+    """Whether an event of `torch.profiler` is a range that somebody marked, not work. Public:
+    none."""
+    return getattr(event, "is_user_annotation", False)
+
+
+def fetches_from_worker(code: CodeType) -> bool:
+    """Whether this is the function in which a DataLoader waits for a batch from a worker, in which
+    a dead worker shows in several ways. Public: none."""
+    from torch.utils.data import dataloader
+
+    return (code.co_filename, code.co_name) == (dataloader.__file__, "_try_get_data")
