@@ -20,6 +20,7 @@ from types import NoneType
 from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 from bench import report
+from fastdml.data.registry import dataset_names
 from fastdml.train import ReidConfig, TrainConfig
 from fastdml.train.checkpoint import FREE_ON_RESUME
 from fastdml.train.config.sources import preset
@@ -128,7 +129,7 @@ def _settings() -> str:
 def _settings_of_data() -> str:
     """What the data sets of classification change in the defaults."""
     plain = preset("cifar100")
-    columns = {data: preset(data) for data in ("cifar10", "digits")}
+    columns = {data: preset(data) for data in dataset_names("classification") if data != plain.data}
     rows = [
         [f"`{name}`", *(_value(getattr(c, name)) for c in (plain, *columns.values()))]
         for name in (field.name for field in dataclasses.fields(TrainConfig))
