@@ -6,25 +6,19 @@ the KL divergences between the peers, the statistics and the gradients; see `fas
 
 from __future__ import annotations
 
-import math
-import sys
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Literal, NamedTuple, TypedDict, overload
+from typing import Literal, NamedTuple, cast, overload
 
 import torch
-from fastdml_kernels import Call, Options, losses_and_grads
+from fastdml_kernels import Call, losses_and_grads
 from fastdml_kernels import linear_mutual_loss as _linear_mutual_loss
 from fastdml_kernels import mutual_loss as _mutual_loss
 from fastdml_kernels import mutual_losses as _mutual_losses
-from fastdml_kernels.options import Scalar
 from torch import Tensor, nn
+from typing_extensions import Unpack
 
-if TYPE_CHECKING:
-    from typing_extensions import Unpack
-
-FARTHEST = 1e18  # of temperatures from 1
-CALL_TENSORS = ("labels", "temperature", "ce_weight", "kl_weight", "peer_weights", "class_weight")
-LOGIT_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+from fastdml.loss_checks import check_call, check_layers
+from fastdml.loss_options import LinearLossOptions, LossOptions, call_with, shows
 
 
 class MutualStats(NamedTuple):
@@ -46,123 +40,13 @@ def _unpack(packed: Tensor, K: int) -> MutualStats:
     return MutualStats(ce, kl, pairwise.view(K, K), entropy, correct, ensemble[0])
 
 
-def _refuse_unusual(name: str, tensors: Sequence[Tensor | None]) -> None:
-    """Tensors whose values are not all here, side by side in memory."""
-    distributed = sys.modules.get("torch.distributed.tensor")  # no tensor of it without
-    for t in tensors:
-        if distributed is not None and isinstance(t, distributed.DTensor):
-            raise TypeError(
-                f"{name}: a DTensor, of which this process may hold a part: give its .to_local(), "
-                "or its .full_tensor() where rows or classes are split over processes"
-            )
-        if isinstance(t, Tensor) and (t.layout != torch.strided or t.is_nested):
-            kind = "nested" if t.is_nested else str(t.layout).removeprefix("torch.")
-            raise TypeError(f"{name}: a {kind} tensor: give a dense one")
-
-
-def _check(logits: Tensor | Sequence[Tensor], call: Call) -> list[Tensor]:
-    """The logits as K tensors (N, C) or one (K, N, C), after every check that needs no value on
-    the device."""
-    tensors = [logits] if isinstance(logits, Tensor) else list(logits)
-    _refuse_unusual("logits", tensors)
-    for name in CALL_TENSORS:
-        value = getattr(call, name)
-        if value is not None and type(value) is not float:
-            _refuse_unusual(name, [value])
-    if isinstance(logits, Tensor):
-        if logits.dim() != 3:
-            raise ValueError(
-                f"logits of shape {tuple(logits.shape)}: give (K, N, C), or a list of K (N, C)"
-            )
-        K, N, C = logits.shape
-    else:
-        if not tensors or any(not isinstance(z, Tensor) or z.dim() != 2 for z in tensors):
-            shapes = [
-                tuple(z.shape) if isinstance(z, Tensor) else type(z).__name__ for z in tensors
-            ]
-            raise ValueError(f"logits {shapes}: give at least one tensor, each of shape (N, C)")
-        K, (N, C) = len(tensors), tensors[0].shape
-        if any(z.shape != tensors[0].shape for z in tensors):
-            shapes = [tuple(z.shape) for z in tensors]
-            raise ValueError(f"logits of shapes {shapes}: peers need the same rows and classes")
-    if K < 1 or C < 1:
-        raise ValueError(f"logits with K = {K} peers and C = {C} classes: at least one of each")
-    z = tensors[0]
-    for other in tensors:
-        if other.dtype not in LOGIT_DTYPES:
-            names = ", ".join(str(dtype).removeprefix("torch.") for dtype in LOGIT_DTYPES)
-            raise TypeError(f"logits of {other.dtype}: cast them to one of {names}")
-        if other.dtype == torch.float64 and other.device.type != "cpu":
-            raise TypeError("float64 logits are for the CPU: the kernels compute in float32")
-        if other.device != z.device:
-            raise ValueError(f"peers on {z.device} and {other.device}: bring the logits together")
-    if z.device.type not in ("cpu", "cuda"):
-        raise ValueError(f"logits on {z.device}: fastdml computes on CPU and CUDA devices")
-    labels = call.labels
-    if not isinstance(labels, Tensor):
-        raise TypeError(
-            f"labels of type {type(labels).__name__}: give a tensor ({N},) of int64 or int32"
-        )
-    if labels.shape != (N,):
-        raise ValueError(f"labels of shape {tuple(labels.shape)} for N = {N} rows: give ({N},)")
-    if labels.dtype not in (torch.int64, torch.int32):
-        raise TypeError(f"labels of {labels.dtype}: give class indices, int64 or int32")
-    if labels.device != z.device:
-        raise ValueError(f"labels on {labels.device}, logits on {z.device}: move the labels")
-    for name, tensor, shape in (
-        ("peer_weights", call.peer_weights, (K, K)),
-        ("class_weight", call.class_weight, (C,)),
-    ):
-        if tensor is None:
-            continue
-        if not isinstance(tensor, Tensor):
-            raise TypeError(f"{name} of type {type(tensor).__name__}: give a tensor {shape}")
-        if tensor.shape != shape or tensor.device != z.device:
-            raise ValueError(
-                f"{name} of shape {tuple(tensor.shape)} on {tensor.device}: "
-                f"give {shape} on {z.device}"
-            )
-        if tensor.requires_grad:
-            raise ValueError(f"{name} requires a gradient, which the loss does not compute")
-    for name in ("temperature", "ce_weight", "kl_weight"):
-        value = getattr(call, name)
-        if not isinstance(value, Tensor):
-            if not isinstance(value, (int, float)) and not hasattr(value, "__float__"):
-                raise TypeError(f"{name}={value!r}: give a number, or a 0-d tensor on {z.device}")
-            continue
-        if value.dim() != 0 or value.device != z.device:
-            raise ValueError(
-                f"{name} of shape {tuple(value.shape)} on {value.device}: give a number, or a 0-d "
-                f"tensor on {z.device}"
-            )
-        if value.requires_grad:
-            raise ValueError(f"{name} requires a gradient, which the loss does not compute")
-    T = call.temperature
-    if not isinstance(T, Tensor) and not 1 / FARTHEST <= T <= FARTHEST:
-        raise ValueError(
-            f"temperature={T}: it divides the logits and must be above 0, and finite "
-            f"({1 / FARTHEST:g} to {FARTHEST:g}: its square is a float32)"
-        )
-    for name in ("ce_weight", "kl_weight"):
-        value = getattr(call, name)
-        if not isinstance(value, Tensor) and not 0 <= value < math.inf:
-            raise ValueError(
-                f"{name}={value}: below 0 the loss would be without a lower bound; give 0 or more, "
-                "and a finite number"
-            )
-    ignore = call.options.ignore_index
-    if not isinstance(ignore, int) and not hasattr(ignore, "__index__"):
-        raise TypeError(f"ignore_index={ignore!r}: give a whole number")
-    return tensors
-
-
 def _count(tensors: list[Tensor]) -> int:
     return tensors[0].shape[0] if tensors[0].dim() == 3 else len(tensors)
 
 
 def _losses(tensors: list[Tensor], call: Call) -> Tensor | tuple[Tensor, MutualStats]:
     losses, packed = _mutual_loss(tensors, call)
-    return (losses, _unpack(packed, _count(tensors))) if call.want_stats else losses
+    return losses if packed is None else (losses, _unpack(packed, _count(tensors)))
 
 
 class MutualLoss(nn.Module):
@@ -172,34 +56,19 @@ class MutualLoss(nn.Module):
     tensors, fill in place. `peer_weights` and `class_weight` are buffers and move with the module.
     """
 
-    def __init__(
-        self,
-        *,
-        temperature: Scalar = 1.0,
-        ce_weight: Scalar = 1.0,
-        kl_weight: Scalar = 1.0,
-        target: str = "peers",
-        peer_weights: Tensor | None = None,
-        gate: str = "none",
-        symmetric: bool = False,
-        detach_targets: bool = True,
-        label_smoothing: float = 0.0,
-        class_weight: Tensor | None = None,
-        ignore_index: int = -100,
-        mimic_ignored: bool = False,
-        reduction: str = "mean",
-        return_stats: bool = False,
-    ) -> None:
+    peer_weights: Tensor | None
+    class_weight: Tensor | None
+
+    @shows(LossOptions)
+    def __init__(self, *, return_stats: bool = False, **options: Unpack[LossOptions]) -> None:
         super().__init__()
-        self.options = Options(
-            target, gate, symmetric, detach_targets, label_smoothing, ignore_index, mimic_ignored,
-            reduction,
-        )  # fmt: skip
-        self.temperature = temperature
-        self.ce_weight = ce_weight
-        self.kl_weight = kl_weight
-        self.register_buffer("peer_weights", peer_weights, persistent=False)
-        self.register_buffer("class_weight", class_weight, persistent=False)
+        given = call_with(torch.empty(0), return_stats, **options)
+        self.options = given.options
+        self.temperature = given.temperature
+        self.ce_weight = given.ce_weight
+        self.kl_weight = given.kl_weight
+        self.register_buffer("peer_weights", given.peer_weights, persistent=False)
+        self.register_buffer("class_weight", given.class_weight, persistent=False)
         self.return_stats = return_stats
 
     def forward(
@@ -220,7 +89,7 @@ class MutualLoss(nn.Module):
         tensors, call = self._call(logits, labels, True)
         with torch.no_grad():
             losses, packed, grads = losses_and_grads(tensors, call, True)
-        return losses, _unpack(packed, _count(tensors)), grads
+        return losses, _unpack(cast(Tensor, packed), _count(tensors)), grads
 
     def _call(
         self, logits: Tensor | Sequence[Tensor], labels: Tensor, want_stats: bool
@@ -229,28 +98,10 @@ class MutualLoss(nn.Module):
             labels, self.options, self.temperature, self.ce_weight, self.kl_weight,
             self.peer_weights, self.class_weight, want_stats,
         )  # fmt: skip
-        return _check(logits, call), call
+        return check_call(logits, call), call
 
     def extra_repr(self) -> str:
         return f"temperature={self.temperature}, kl_weight={self.kl_weight}, {self.options}"
-
-
-class LossOptions(TypedDict, total=False):
-    """The options of `mutual_loss`, but for return_stats, which decides what it returns."""
-
-    temperature: Scalar
-    ce_weight: Scalar
-    kl_weight: Scalar
-    target: str
-    peer_weights: Tensor | None
-    gate: str
-    symmetric: bool
-    detach_targets: bool
-    label_smoothing: float
-    class_weight: Tensor | None
-    ignore_index: int
-    mimic_ignored: bool
-    reduction: str
 
 
 @overload
@@ -273,24 +124,13 @@ def mutual_loss(
 ) -> tuple[Tensor, MutualStats]: ...
 
 
+@shows(LossOptions)
 def mutual_loss(
     logits: Tensor | Sequence[Tensor],
     labels: Tensor,
     *,
-    temperature: Scalar = 1.0,
-    ce_weight: Scalar = 1.0,
-    kl_weight: Scalar = 1.0,
-    target: str = "peers",
-    peer_weights: Tensor | None = None,
-    gate: str = "none",
-    symmetric: bool = False,
-    detach_targets: bool = True,
-    label_smoothing: float = 0.0,
-    class_weight: Tensor | None = None,
-    ignore_index: int = -100,
-    mimic_ignored: bool = False,
-    reduction: str = "mean",
     return_stats: bool = False,
+    **options: Unpack[LossOptions],
 ) -> Tensor | tuple[Tensor, MutualStats]:
     """The Deep Mutual Learning loss of each of K peers (Zhang et al., CVPR 2018, section 3).
 
@@ -330,11 +170,8 @@ def mutual_loss(
     Raises ValueError and TypeError for shapes, dtypes, devices and values that do not fit;
     RuntimeError for a second derivative and under torch.func transforms.
     """
-    options = Options(target, gate, symmetric, detach_targets, label_smoothing, ignore_index,
-                      mimic_ignored, reduction)  # fmt: skip
-    call = Call(labels, options, temperature, ce_weight, kl_weight, peer_weights, class_weight,
-                return_stats)  # fmt: skip
-    return _losses(_check(logits, call), call)
+    call = call_with(labels, return_stats, **options)
+    return _losses(check_call(logits, call), call)
 
 
 @overload
@@ -357,24 +194,13 @@ def mutual_losses(
 ) -> tuple[tuple[Tensor, ...], MutualStats]: ...
 
 
+@shows(LossOptions)
 def mutual_losses(
     logits: Sequence[Tensor],
     labels: Tensor,
     *,
-    temperature: Scalar = 1.0,
-    ce_weight: Scalar = 1.0,
-    kl_weight: Scalar = 1.0,
-    target: str = "peers",
-    peer_weights: Tensor | None = None,
-    gate: str = "none",
-    symmetric: bool = False,
-    detach_targets: bool = True,
-    label_smoothing: float = 0.0,
-    class_weight: Tensor | None = None,
-    ignore_index: int = -100,
-    mimic_ignored: bool = False,
-    reduction: str = "mean",
     return_stats: bool = False,
+    **options: Unpack[LossOptions],
 ) -> tuple[Tensor, ...] | tuple[tuple[Tensor, ...], MutualStats]:
     """`mutual_loss` as a tuple of K losses, for a loop with a backward and an optimizer per peer:
 
@@ -402,20 +228,18 @@ def mutual_losses(
             f"logits as one tensor {tuple(logits.shape)}: mutual_losses takes a list of K tensors "
             "(N, C), whose graphs are apart; of one tensor use mutual_loss(...).sum().backward()"
         )
-    if not detach_targets:
+    if not options.get("detach_targets", True):
         raise ValueError(
             "detach_targets=False: gradients into the teachers mix the peers' losses, which "
             "mutual_losses keeps apart; use mutual_loss(...).sum().backward()"
         )
-    options = Options(target, gate, symmetric, True, label_smoothing, ignore_index, mimic_ignored,
-                      reduction)  # fmt: skip
-    call = Call(labels, options, temperature, ce_weight, kl_weight, peer_weights, class_weight,
-                return_stats)  # fmt: skip
-    tensors = _check(logits, call)
+    call = call_with(labels, return_stats, **options)
+    tensors = check_call(logits, call)
     losses, packed = _mutual_losses(tensors, call)
-    return (losses, _unpack(packed, len(tensors))) if return_stats else losses
+    return losses if packed is None else (losses, _unpack(packed, len(tensors)))
 
 
+@shows(LinearLossOptions)
 def linear_mutual_loss(
     hidden: Tensor | Sequence[Tensor],
     weight: Tensor | Sequence[Tensor],
@@ -423,18 +247,7 @@ def linear_mutual_loss(
     bias: Tensor | Sequence[Tensor | None] | None = None,
     *,
     chunk_rows: int | None = None,
-    temperature: Scalar = 1.0,
-    ce_weight: Scalar = 1.0,
-    kl_weight: Scalar = 1.0,
-    target: str = "peers",
-    peer_weights: Tensor | None = None,
-    gate: str = "none",
-    symmetric: bool = False,
-    label_smoothing: float = 0.0,
-    class_weight: Tensor | None = None,
-    ignore_index: int = -100,
-    mimic_ignored: bool = False,
-    reduction: str = "mean",
+    **options: Unpack[LinearLossOptions],
 ) -> Tensor:
     """`mutual_loss` of K linear layers' outputs, without ever holding (K, N, C) logits.
 
@@ -453,52 +266,15 @@ def linear_mutual_loss(
     compute in their own dtypes, within autocast too. Raises ValueError and TypeError for arguments
     that do not fit, RuntimeError for a second backward or derivative and under torch.func.
     """
+    if "detach_targets" in options:
+        raise TypeError("detach_targets: linear_mutual_loss has constant teachers only")
+    reduction = options.get("reduction", "mean")
     if reduction not in ("mean", "sum"):
         raise ValueError(f"reduction={reduction!r}: linear_mutual_loss has 'mean' and 'sum'")
-    layers = []
-    for name, value in (("hidden", hidden), ("weight", weight)):
-        whole = isinstance(value, Tensor)
-        value = value if whole else list(value)
-        _refuse_unusual(name, [value] if whole else value)
-        tensors = list(value.unbind() if whole and value.dim() == 3 else () if whole else value)
-        if not tensors or any(not isinstance(t, Tensor) or t.dim() != 2 for t in tensors):
-            shapes = tuple(value.shape) if whole else [
-                tuple(t.shape) if isinstance(t, Tensor) else type(t).__name__ for t in tensors
-            ]  # fmt: skip
-            raise ValueError(f"{name} {shapes}: give K tensors, each 2-d, or one 3-d tensor")
-        layers.append(tensors)
-    hiddens, weights = layers
-    K = len(hiddens)
-    biases = [None] * K if bias is None else list(bias)
-    _refuse_unusual("bias", biases)
-    if len(weights) != K or len(biases) != K:
-        raise ValueError(
-            f"{K} hidden, {len(weights)} weight and {len(biases)} bias tensors: one of each a peer"
-        )
-    C = weights[0].shape[0]
-    for k, (h, w, b) in enumerate(zip(hiddens, weights, biases, strict=True)):
-        if h.shape[1] != w.shape[1] or w.shape[0] != C or (b is not None and b.shape != (C,)):
-            found = None if b is None else tuple(b.shape)
-            raise ValueError(
-                f"peer {k}: hidden {tuple(h.shape)}, weight {tuple(w.shape)}, bias {found}: "
-                f"give (N, D), ({C}, D) and ({C},)"
-            )
-        given = [t for t in (h, w, b) if t is not None]
-        if len({t.dtype for t in given}) != 1:
-            raise TypeError(
-                f"peer {k}: hidden, weight and bias of {', '.join(str(t.dtype) for t in given)}: "
-                "cast them to one dtype (a fused layer is not touched by autocast)"
-            )
-        if len({t.device for t in given}) != 1:
-            raise ValueError(
-                f"peer {k}: hidden, weight and bias on {', '.join(str(t.device) for t in given)}: "
-                "bring them to one device"
-            )
+    hiddens, weights, biases = check_layers(hidden, weight, bias)
     if chunk_rows is not None and not (isinstance(chunk_rows, int) and chunk_rows >= 1):
         raise ValueError(f"chunk_rows={chunk_rows!r}: give a whole number, at least 1 row")
-    options = Options(target, gate, symmetric, True, label_smoothing, ignore_index, mimic_ignored,
-                      reduction)  # fmt: skip
-    call = Call(labels, options, temperature, ce_weight, kl_weight, peer_weights, class_weight,
-                False)  # fmt: skip
-    _check([h.new_empty(()).expand(h.shape[0], C) for h in hiddens], call)  # no memory to speak of
+    call = call_with(labels, False, **options)
+    C = len(weights[0])
+    check_call([h.new_empty(()).expand(len(h), C) for h in hiddens], call)  # no memory to speak of
     return _linear_mutual_loss(hiddens, weights, biases, call, chunk_rows)

@@ -329,6 +329,8 @@ def test_options_that_cannot_be_fused_are_named():
         linear_mutual_loss(hidden, weight, labels, bias, chunk_rows=0)
     with pytest.raises(ValueError, match=r"chunk_rows=2\.5: give a whole number"):
         linear_mutual_loss(hidden, weight, labels, bias, chunk_rows=2.5)
+    with pytest.raises(TypeError, match=r"detach_targets: .* constant teachers"):
+        linear_mutual_loss(hidden, weight, labels, bias, detach_targets=False)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])

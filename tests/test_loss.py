@@ -5,7 +5,8 @@ The numbers themselves are tested in `tests/kernels`.
 
 from __future__ import annotations
 
-from typing import get_type_hints
+import inspect
+from typing import Literal, get_type_hints
 
 import pytest
 import torch
@@ -14,13 +15,13 @@ from oracle import DEVICE, DTYPES, LAYOUTS, make, pairwise, reference
 from torch import nn
 
 from fastdml.loss import (
-    LossOptions,
     MutualLoss,
     MutualStats,
     linear_mutual_loss,
     mutual_loss,
     mutual_losses,
 )
+from fastdml.loss_options import LossOptions
 
 K, N, C = 3, 6, 10
 EVERY_OPTION = {
@@ -248,11 +249,14 @@ def test_options_are_given_by_name():
         mutual_loss(PAIR, Y, temprature=2.0)
 
 
-def test_type_checkers_know_every_option():
-    options = get_type_hints(mutual_loss)
-    for name in ("logits", "labels", "return_stats", "return"):
-        del options[name]
+@pytest.mark.parametrize("function", [mutual_loss, MutualLoss])
+def test_type_checkers_know_every_option(function):
+    shown = inspect.signature(function).parameters
+    options = {p.name: p.annotation for p in shown.values() if p.kind is p.KEYWORD_ONLY}
+    assert options.pop("return_stats") is bool
     assert get_type_hints(LossOptions) == options
+    assert shown["target"].annotation == Literal["peers", "ensemble", "ensemble_logits"]
+    assert shown["target"].default == "peers"
 
 
 # ---- the module

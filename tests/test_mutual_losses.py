@@ -4,6 +4,7 @@ beside the same in plain torch."""
 from __future__ import annotations
 
 import copy
+import inspect
 from functools import partial
 from typing import get_type_hints
 
@@ -16,7 +17,7 @@ from torch.autograd import forward_ad
 from torch.fx.experimental.proxy_tensor import make_fx
 
 from fastdml import MutualStats, mutual_loss, mutual_losses
-from fastdml.loss import LossOptions
+from fastdml.loss_options import LossOptions
 
 K, N, C = 3, 6, 10
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
@@ -393,7 +394,13 @@ def test_derivatives_that_there_are_not_are_refused_by_name():
 
 
 def test_options_are_those_of_mutual_loss():
-    options = get_type_hints(mutual_losses)
-    for name in ("logits", "labels", "return_stats", "return"):
-        del options[name]
-    assert get_type_hints(LossOptions) == options
+    assert _options(mutual_losses) == _options(mutual_loss)
+    assert {p.name: p.annotation for p in _options(mutual_losses)} == {
+        **get_type_hints(LossOptions),
+        "return_stats": bool,
+    }
+
+
+def _options(function) -> list[inspect.Parameter]:
+    parameters = inspect.signature(function).parameters.values()
+    return [p for p in parameters if p.kind is p.KEYWORD_ONLY]

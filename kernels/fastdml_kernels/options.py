@@ -8,13 +8,14 @@ or a 0-d tensor, so that changing it never compiles or captures anything anew.
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from typing import Literal
+from typing import Literal, get_args
 
 from torch import Tensor
 
-TARGETS = ("peers", "ensemble", "ensemble_logits")
-GATES = ("none", "correct", "best")
-REDUCTIONS = ("mean", "sum", "none")
+Target = Literal["peers", "ensemble", "ensemble_logits"]
+Gate = Literal["none", "correct", "best"]
+Reduction = Literal["mean", "sum", "none"]
+CHOICES = {"target": get_args(Target), "gate": get_args(Gate), "reduction": get_args(Reduction)}
 
 Scalar = float | Tensor  # a number, or a 0-d tensor on the logits' device
 
@@ -23,17 +24,17 @@ Scalar = float | Tensor  # a number, or a 0-d tensor on the logits' device
 class Options:
     """What the loss computes; the meaning of each is documented at `fastdml.mutual_loss`."""
 
-    target: Literal["peers", "ensemble", "ensemble_logits"] = "peers"
-    gate: Literal["none", "correct", "best"] = "none"
+    target: Target = "peers"
+    gate: Gate = "none"
     symmetric: bool = False
     detach_targets: bool = True
     label_smoothing: float = 0.0
     ignore_index: int = -100
     mimic_ignored: bool = False
-    reduction: Literal["mean", "sum", "none"] = "mean"
+    reduction: Reduction = "mean"
 
     def __post_init__(self) -> None:
-        for name, allowed in (("target", TARGETS), ("gate", GATES), ("reduction", REDUCTIONS)):
+        for name, allowed in CHOICES.items():
             value = getattr(self, name)
             if value not in allowed:
                 raise ValueError(f"{name}={value!r}: choose one of {', '.join(map(repr, allowed))}")

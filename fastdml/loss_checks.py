@@ -1,0 +1,201 @@
+"""Checks of what the losses are given, before any kernel runs.
+
+They look at types, shapes, dtypes and devices, and at the values of Python's numbers: nothing that
+would wait for the device. Raise ValueError and TypeError.
+"""
+
+from __future__ import annotations
+
+import math
+import sys
+from collections.abc import Sequence
+
+import torch
+from fastdml_kernels import Call, Options
+from torch import Tensor
+
+FARTHEST = 1e18  # of temperatures from 1
+NO_TENSORS = (float, bool, Options)  # isinstance is slow on what is no tensor
+LOGIT_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+
+
+def check_call(logits: Tensor | Sequence[Tensor], call: Call) -> list[Tensor]:
+    """The logits as K tensors (N, C) or one (K, N, C), after every check that needs no value on
+    the device."""
+    tensors = [logits] if isinstance(logits, Tensor) else list(logits)
+    _refuse_unusual("logits", tensors)
+    for name, value in zip(Call._fields, call, strict=True):
+        if value is not None and type(value) not in NO_TENSORS:
+            _refuse_unusual(name, [value])
+    K, N, C = _sizes(logits, tensors)
+    device = _check_kinds(tensors)
+    _check_labels(call.labels, N, device)
+    _check_weights(call, K, C, device)
+    _check_numbers(call, device)
+    return tensors
+
+
+def _sizes(logits: Tensor | Sequence[Tensor], tensors: list[Tensor]) -> tuple[int, int, int]:
+    """K, N and C."""
+    if isinstance(logits, Tensor):
+        if logits.dim() != 3:
+            raise ValueError(
+                f"logits of shape {tuple(logits.shape)}: give (K, N, C), or a list of K (N, C)"
+            )
+        K, N, C = logits.shape
+    else:
+        if not tensors or any(not isinstance(z, Tensor) or z.dim() != 2 for z in tensors):
+            shapes = [
+                tuple(z.shape) if isinstance(z, Tensor) else type(z).__name__ for z in tensors
+            ]
+            raise ValueError(f"logits {shapes}: give at least one tensor, each of shape (N, C)")
+        K, (N, C) = len(tensors), tensors[0].shape
+        if any(z.shape != tensors[0].shape for z in tensors):
+            shapes = [tuple(z.shape) for z in tensors]
+            raise ValueError(f"logits of shapes {shapes}: peers need the same rows and classes")
+    if K < 1 or C < 1:
+        raise ValueError(f"logits with K = {K} peers and C = {C} classes: at least one of each")
+    return K, N, C
+
+
+def _check_kinds(tensors: list[Tensor]) -> torch.device:
+    """The device of all logits, whose dtypes and devices the kernels have."""
+    device = tensors[0].device
+    for other in tensors:
+        if other.dtype not in LOGIT_DTYPES:
+            names = ", ".join(str(dtype).removeprefix("torch.") for dtype in LOGIT_DTYPES)
+            raise TypeError(f"logits of {other.dtype}: cast them to one of {names}")
+        if other.dtype == torch.float64 and other.device.type != "cpu":
+            raise TypeError("float64 logits are for the CPU: the kernels compute in float32")
+        if other.device != device:
+            raise ValueError(f"peers on {device} and {other.device}: bring the logits together")
+    if device.type not in ("cpu", "cuda"):
+        raise ValueError(f"logits on {device}: fastdml computes on CPU and CUDA devices")
+    return device
+
+
+def _check_labels(labels: Tensor, N: int, device: torch.device) -> None:
+    if not isinstance(labels, Tensor):
+        raise TypeError(
+            f"labels of type {type(labels).__name__}: give a tensor ({N},) of int64 or int32"
+        )
+    if labels.shape != (N,):
+        raise ValueError(f"labels of shape {tuple(labels.shape)} for N = {N} rows: give ({N},)")
+    if labels.dtype not in (torch.int64, torch.int32):
+        raise TypeError(f"labels of {labels.dtype}: give class indices, int64 or int32")
+    if labels.device != device:
+        raise ValueError(f"labels on {labels.device}, logits on {device}: move the labels")
+
+
+def _check_weights(call: Call, K: int, C: int, device: torch.device) -> None:
+    """peer_weights and class_weight."""
+    for name, tensor, shape in (
+        ("peer_weights", call.peer_weights, (K, K)),
+        ("class_weight", call.class_weight, (C,)),
+    ):
+        if tensor is None:
+            continue
+        if not isinstance(tensor, Tensor):
+            raise TypeError(f"{name} of type {type(tensor).__name__}: give a tensor {shape}")
+        if tensor.shape != shape or tensor.device != device:
+            raise ValueError(
+                f"{name} of shape {tuple(tensor.shape)} on {tensor.device}: "
+                f"give {shape} on {device}"
+            )
+        if tensor.requires_grad:
+            raise ValueError(f"{name} requires a gradient, which the loss does not compute")
+
+
+def _check_numbers(call: Call, device: torch.device) -> None:
+    """temperature, ce_weight, kl_weight and ignore_index."""
+    numbers = {}
+    for name in ("temperature", "ce_weight", "kl_weight"):
+        value = getattr(call, name)
+        if type(value) is float or not isinstance(value, Tensor):
+            if not isinstance(value, (float, int)) and not hasattr(value, "__float__"):
+                raise TypeError(f"{name}={value!r}: give a number, or a 0-d tensor on {device}")
+            numbers[name] = value
+            continue
+        if value.dim() != 0 or value.device != device:
+            raise ValueError(
+                f"{name} of shape {tuple(value.shape)} on {value.device}: give a number, or a 0-d "
+                f"tensor on {device}"
+            )
+        if value.requires_grad:
+            raise ValueError(f"{name} requires a gradient, which the loss does not compute")
+    for name, value in numbers.items():
+        if name == "temperature" and not 1 / FARTHEST <= value <= FARTHEST:
+            raise ValueError(
+                f"temperature={value}: it divides the logits and must be above 0, and finite "
+                f"({1 / FARTHEST:g} to {FARTHEST:g}: its square is a float32)"
+            )
+        if not 0 <= value < math.inf:
+            raise ValueError(
+                f"{name}={value}: below 0 the loss would be without a lower bound; give 0 or more, "
+                "and a finite number"
+            )
+    ignore = call.options.ignore_index
+    if not isinstance(ignore, int) and not hasattr(ignore, "__index__"):
+        raise TypeError(f"ignore_index={ignore!r}: give a whole number")
+
+
+def check_layers(
+    hidden: Tensor | Sequence[Tensor],
+    weight: Tensor | Sequence[Tensor],
+    bias: Tensor | Sequence[Tensor | None] | None,
+) -> tuple[list[Tensor], list[Tensor], list[Tensor | None]]:
+    """K linear layers and their inputs: tensors (N, D_k), (C, D_k) and (C,) or None."""
+    hiddens, weights = _matrices("hidden", hidden), _matrices("weight", weight)
+    K, C = len(hiddens), weights[0].shape[0]
+    biases = [None] * K if bias is None else list(bias)
+    _refuse_unusual("bias", biases)
+    if len(weights) != K or len(biases) != K:
+        raise ValueError(
+            f"{K} hidden, {len(weights)} weight and {len(biases)} bias tensors: one of each a peer"
+        )
+    for k, (h, w, b) in enumerate(zip(hiddens, weights, biases, strict=True)):
+        if h.shape[1] != w.shape[1] or w.shape[0] != C or (b is not None and b.shape != (C,)):
+            found = None if b is None else tuple(b.shape)
+            raise ValueError(
+                f"peer {k}: hidden {tuple(h.shape)}, weight {tuple(w.shape)}, bias {found}: "
+                f"give (N, D), ({C}, D) and ({C},)"
+            )
+        given = [t for t in (h, w, b) if t is not None]
+        if len({t.dtype for t in given}) != 1:
+            raise TypeError(
+                f"peer {k}: hidden, weight and bias of {', '.join(str(t.dtype) for t in given)}: "
+                "cast them to one dtype (a fused layer is not touched by autocast)"
+            )
+        if len({t.device for t in given}) != 1:
+            raise ValueError(
+                f"peer {k}: hidden, weight and bias on {', '.join(str(t.device) for t in given)}: "
+                "bring them to one device"
+            )
+    return hiddens, weights, biases
+
+
+def _matrices(name: str, value: Tensor | Sequence[Tensor]) -> list[Tensor]:
+    """K tensors of two dimensions, from such or from one of three."""
+    tensors = given = [value] if isinstance(value, Tensor) else list(value)
+    _refuse_unusual(name, given)
+    if isinstance(value, Tensor):
+        tensors = list(value.unbind()) if value.dim() == 3 else []
+    if not tensors or any(not isinstance(t, Tensor) or t.dim() != 2 for t in tensors):
+        shapes = [tuple(t.shape) if isinstance(t, Tensor) else type(t).__name__ for t in given]
+        shown = shapes[0] if isinstance(value, Tensor) else shapes
+        raise ValueError(f"{name} {shown}: give K tensors, each 2-d, or one 3-d tensor")
+    return tensors
+
+
+def _refuse_unusual(name: str, tensors: Sequence[Tensor | None]) -> None:
+    """Tensors whose values are not all here, side by side in memory."""
+    distributed = sys.modules.get("torch.distributed.tensor")  # no tensor of it without
+    for t in tensors:
+        if distributed is not None and isinstance(t, distributed.DTensor):
+            raise TypeError(
+                f"{name}: a DTensor, of which this process may hold a part: give its .to_local(), "
+                "or its .full_tensor() where rows or classes are split over processes"
+            )
+        if isinstance(t, Tensor) and (t.layout != torch.strided or t.is_nested):
+            kind = "nested" if t.is_nested else str(t.layout).removeprefix("torch.")
+            raise TypeError(f"{name}: a {kind} tensor: give a dense one")
