@@ -25,7 +25,7 @@ from fastdml.cohort import Cohort
 from fastdml.data import HINT
 from fastdml.data.loaders.torch_workers import naming_dead_workers
 from fastdml.engine import cpus
-from fastdml.engine.amp import resolve_amp
+from fastdml.engine.amp import Amp, resolve_amp
 from fastdml.errors import InputError
 from fastdml.files import writing
 from fastdml.report import plots
@@ -33,7 +33,7 @@ from fastdml.report.metrics_log import INDEPENDENT
 from fastdml.report.summary import write_summary
 from fastdml.terminal import lenient_stderr
 from fastdml.train import checkpoint, checks
-from fastdml.train.batches import as_batches
+from fastdml.train.batches import Batches, as_batches
 from fastdml.train.config.base import TrainConfig
 from fastdml.train.dryrun import plan
 from fastdml.train.folder import (
@@ -103,24 +103,19 @@ def _fit(
     cohort.to(memory_format=torch.channels_last)
     train = as_batches(train, device, cohort.num_classes)
     amp = resolve_amp(config.amp, device)
-    evaluate = test
-    if test is not None and not callable(test):
-        test = as_batches(test, device, cohort.num_classes, "test")
-        evaluate = partial(task.score, test=test, amp=amp)
+    evaluate, test = _evaluation(task, cohort, test, amp)
     if len(cohort) == 1:
         notes = [*notes, "one peer learns from the labels alone: nothing is mutual below two"]
     with lenient_stderr(), naming_dead_workers(), _reproducible(config, device):
+        # 1. Prepare: refuse what cannot run before anything is written.
         images = checks.first_look(cohort, train, config, amp)
-        if evaluate is not test:
+        if test is not None:
             notes = [*notes, *checks.test_look(cohort, test, amp)]
         if own:
             config = checks.recorded(config, cohort, train, images)
-        phase = Phase(cohort, train, evaluate, task, config, Path(), amp)  # refuses what cannot run
-        resumed = resume_folder(config) if config.resume else None
-        if resumed is None:
-            check_new_folder(config)
-        else:
-            checkpoint.check_resume(resumed, config)
+        new_phase = partial(Phase, cohort, train, evaluate, task)
+        phase = new_phase(config, Path(), amp, label="mutual")
+        resumed = _resumed_folder(config)
         if config.dry_run:
             _tell(notes)
             print(plan(phase))
@@ -133,12 +128,33 @@ def _fit(
                 config.save(folder / CONFIG)  # from here on it can be resumed
             if config.independent:
                 checkpoint.load_or_save_initial(folder, cohort)
-            phase = Phase(cohort, train, evaluate, task, config, folder, amp)
+            # 2. Train the peers together.
+            phase = new_phase(config, folder, amp, label="mutual")
             mutual = phase.run(stop)
-            independent = None
-            if config.independent:
-                independent = _independent(phase, stop)
+            # 3. Train them each by itself, from the same weights, on the same batches.
+            independent = _independent(phase, stop) if config.independent else None
+            # 4. Conclude: pictures and summaries.
             return _conclude(mutual, independent, command)
+
+
+def _evaluation(
+    task: Task, cohort: Cohort, test: Any | Evaluate | None, amp: Amp
+) -> tuple[Evaluate | None, Batches | None]:
+    """What gives a cohort's scores, and the batches that it reads where they are known."""
+    if test is None or callable(test):
+        return test, None
+    batches = as_batches(test, amp.device, cohort.num_classes, "test")
+    return partial(task.score, test=batches, amp=amp), batches
+
+
+def _resumed_folder(config: TrainConfig) -> Path | None:
+    """The folder of the run to go on with, checked; None: a new run, whose folder can be made."""
+    if not config.resume:
+        check_new_folder(config)
+        return None
+    folder = resume_folder(config)
+    checkpoint.check_resume(folder, config)
+    return folder
 
 
 def _tell(notes: Sequence[str]) -> None:
@@ -183,9 +199,12 @@ def _independent(mutual: Phase, stop: Stop) -> TrainResult:
     amp = resolve_amp(config.amp, mutual.device)  # with a scaler of its own
     try:
         choice = mutual.choice and mutual.choice._replace(execution=mutual.execution)
-        return Phase(
-            cohort, mutual.train, mutual.evaluate, mutual.task, config, folder, amp, choice
-        ).run(stop)
+        phase = Phase(
+            *(cohort, mutual.train, mutual.evaluate, mutual.task, config, folder, amp),
+            label="independent",
+            choice=choice,
+        )
+        return phase.run(stop)
     finally:
         cohort.load_state_dict(trained)
 

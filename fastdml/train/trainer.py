@@ -35,7 +35,7 @@ from fastdml.engine.profile import Profile
 from fastdml.engine.update import Update
 from fastdml.errors import InputError, require
 from fastdml.modes import evaluating
-from fastdml.report.metrics_log import INDEPENDENT, METRICS, MetricsLog
+from fastdml.report.metrics_log import METRICS, MetricsLog
 from fastdml.train import checkpoint, learning_rate
 from fastdml.train.batches import Batches, assembler
 from fastdml.train.config.base import TrainConfig
@@ -83,12 +83,14 @@ class Phase:
         config: TrainConfig,
         folder: Path,
         amp: Amp,
+        *,
+        label: str,  # "mutual" or "independent", for the user
         choice: Choice | None = None,  # what the steps run as; made at the first one by default
     ) -> None:
         self.cohort, self.peers = cohort, list(cohort.peers)
         self.train, self.evaluate = train, evaluate
         self.task, self.config, self.folder, self.amp = task, config, folder, amp
-        self.label = "independent" if folder.name == INDEPENDENT else "mutual"
+        self.label = label
         self.device = amp.device
         self.steps = len(train)  # an epoch
         self.total = learning_rate.total_steps(config, self.steps)

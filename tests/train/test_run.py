@@ -894,6 +894,15 @@ class TestIndependent:
         assert summary["independent"]["scores"]["top1"] == result.independent.scores.top1
         assert result.independent.config.kl_weight == 0
 
+    def test_a_run_in_a_folder_called_independent_is_mutual_first(self, settings, tmp_path, capfd):
+        folder = tmp_path / "independent"
+        fit(make_cohort(), *make_loaders(), settings(independent=True, folder=str(folder)))
+        said = re.findall(r"^(\w+)(: | epoch )", capfd.readouterr().err, re.MULTILINE)
+        phases = [label for label, _ in said if label in ("mutual", "independent")]
+        half = len(phases) // 2
+        assert phases == ["mutual"] * half + ["independent"] * half
+        assert half > 1
+
     @pytest.mark.parametrize("at", [8, 17, 20, 35])
     def test_resumes_in_either_phase(self, settings, tmp_path, at):
         whole, again = make_cohort(), make_cohort()
