@@ -18,7 +18,7 @@ from fastdml.train.result import TrainResult
 from fastdml.train.run import fit, run
 from fastdml.train.stopping import TrainingStopped
 from fastdml.train.tasks.classification import evaluate
-from fastdml.train.tasks.reid import RetrievalScores, extract_features
+from fastdml.train.tasks.retrieval import RetrievalScores, extract_features
 from fastdml.train.trainer import TrainingDiverged
 
 __all__ = [

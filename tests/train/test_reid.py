@@ -27,7 +27,7 @@ from fastdml.models import ReidHead
 from fastdml.report.metrics_log import read_metrics
 from fastdml.report.tables import summary_table
 from fastdml.train import ReidConfig, RetrievalScores, checkpoint, learning_rate
-from fastdml.train.tasks import reid
+from fastdml.train.tasks import reid, retrieval
 from fastdml.train.tasks.task import task_of
 
 CPU = torch.device("cpu")
@@ -380,10 +380,10 @@ def test_two_processes_extract_a_share_each_and_get_all(cohort, market, market_r
 
 def test_scores_are_those_of_the_metrics(cohort, market, settings):
     """Each protocol, put together by hand from features."""
-    retrieval = reid.Retrieval(market, settings(), CPU, lambda line: None)
-    scores, query, gallery = retrieval.all_scores(cohort.eval())
+    evaluation = retrieval.Retrieval(market, settings(), CPU, lambda line: None)
+    scores, query, gallery = evaluation.all_scores(cohort.eval())
     amp = Amp(CPU, None, None)
-    drawn = reid.Features(market.multi_query, (16, 8), CPU)(cohort, amp)
+    drawn = retrieval.Features(market.multi_query, (16, 8), CPU)(cohort, amp)
     asked = zip(market.query.ids, market.query.cameras, strict=True)
     names = [(f"{i:04d}", f"c{c}") for i, c in asked]
     marks = (market.query.ids, market.gallery.ids, market.query.cameras, market.gallery.cameras)
@@ -418,7 +418,7 @@ def test_without_gt_bbox_there_is_no_multi_query(run, market_root, tmp_path, cap
 
 def test_loaders_train_alike(settings, market, monkeypatch):
     """The same images, whichever loader made them."""
-    for module in (reid, make):  # DALI need not look at each file first
+    for module in (reid, retrieval, make):  # DALI need not look at each file first
         monkeypatch.setattr(module, "checked", lambda split, bad_files: split)
     found = {}
     for loader in ("resident", "torch", "dali")[: 3 if make.has_dali() else 2]:

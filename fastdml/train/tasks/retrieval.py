@@ -1,0 +1,273 @@
+"""What retrieval by the peers' features is worth: features, scores, ranked lists, a table.
+
+Evaluation reads every query and gallery image once through all peers, twice with the flip test, and
+keeps K features of each on the device, (N, D_k) float32: 160 MB a peer of 2048 for Market-1501.
+Images stay decoded between evaluations where they fit. In a run under `torch.distributed` each
+process extracts its share and all get all.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from fastdml import metrics
+from fastdml.cohort import Cohort
+from fastdml.data import Market1501, ReidSplit, choose_loader, make_loader
+from fastdml.data.loaders.dali import checked
+from fastdml.engine.amp import Amp, resolve_amp
+from fastdml.files import safe_name
+from fastdml.metrics import ReIDScores
+from fastdml.modes import evaluating
+from fastdml.report.tables import fixed_columns
+from fastdml.train.config.reid import ReidConfig
+from fastdml.train.tasks.task import Say
+from fastdml.units import percent
+
+EVALUATION_BATCH = 128  # images
+RANKS = (1, 5, 10)
+COLUMNS = ("rank1", "rank5", "rank10", "mAP", "mINP")  # of the table of an evaluation
+
+
+@dataclass(frozen=True)
+class RetrievalScores:
+    """Fractions of 1 over the queries that have a match; a value a peer, in order."""
+
+    queries: int
+    mAP: list[float]
+    mINP: list[float]
+    rank1: list[float]
+    rank5: list[float]
+    rank10: list[float]
+    ensemble_mAP: float
+    ensemble_mINP: float
+    ensemble_rank1: float
+    ensemble_rank5: float
+    ensemble_rank10: float
+
+    @classmethod
+    def of(cls, peers: Sequence[ReIDScores], ensemble: ReIDScores) -> RetrievalScores:
+        """From the scores of each peer and of their features put together."""
+        values: dict[str, Any] = {"queries": ensemble.queries}
+        for name in ("mAP", "mINP"):
+            values[name] = [getattr(scores, name) for scores in peers]
+            values[f"ensemble_{name}"] = getattr(ensemble, name)
+        for k in RANKS:
+            values[f"rank{k}"] = [scores.rank(k) for scores in peers]
+            values[f"ensemble_rank{k}"] = ensemble.rank(k)
+        return cls(**values)
+
+
+class Features:
+    """The features of a set's images, by any cohort; the images are read and decoded once where
+    they fit into memory."""
+
+    def __init__(
+        self,
+        source: ReidSplit,
+        size: tuple[int, int],
+        device: torch.device,
+        *,
+        loader: str = "auto",
+        bad_files: str = "error",
+        batch_size: int = EVALUATION_BATCH,
+        say: Say = lambda line: None,
+    ) -> None:
+        kind = choose_loader(loader, source, device, say=say, train=False, size=size)
+        if kind == "dali":
+            source = checked(source, bad_files)
+        self.source, self.device = source, device
+        self.n, self.world = len(source), _world()
+        own = source
+        if self.world > 1:  # all of them as many, so that they gather without padding
+            share = -(-self.n // self.world)
+            places = (dist.get_rank() * share + torch.arange(share)) % self.n
+            own = source.at(places)
+        self.loader = make_loader(
+            kind, own, batch_size, device=device, say=say, train=False, size=size
+        )
+
+    def __call__(self, cohort: Cohort, amp: Amp, flip_test: bool = True) -> list[Tensor]:
+        """K of (N, D_k) float32, each row of unit length, on the device; the cohort must be in
+        evaluation mode."""
+        found: list[list[Tensor]] = [[] for _ in cohort.peers]
+        with torch.inference_mode():
+            for images, _ in self.loader.epoch(0):
+                with amp.autocast():
+                    features = [f.float() for f in cohort.embed(images)]
+                    if flip_test:  # the sum has the direction of the mean
+                        mirrored = cohort.embed(images.flip(3))
+                        features = [f + m for f, m in zip(features, mirrored, strict=True)]
+                for k, f in enumerate(features):
+                    found[k].append(metrics.normalize_features(f))
+            return [self._gathered(torch.cat(parts)) for parts in found]
+
+    def _gathered(self, own: Tensor) -> Tensor:
+        if self.world == 1:
+            return own
+        shares = [torch.empty_like(own) for _ in range(self.world)]
+        dist.all_gather(shares, own.contiguous())
+        return torch.cat(shares)[: self.n]
+
+
+def extract_features(
+    cohort: Cohort,
+    source: ReidSplit,
+    size: tuple[int, int],
+    *,
+    flip_test: bool = True,
+    amp: str = "auto",
+    loader: str = "auto",
+    batch_size: int = EVALUATION_BATCH,
+) -> list[Tensor]:
+    """K of (N, D_k) float32, each row of unit length: what the peers of a cohort with a
+    re-identification head, on its device, make of a set's images at `size` (height, width).
+
+    With the flip test an image and its mirror image are averaged. Under an initialised
+    `torch.distributed` each process extracts a share, and all get all.
+    """
+    device = next(cohort.parameters()).device
+    with evaluating(cohort):
+        features = Features(source, size, device, loader=loader, batch_size=batch_size)
+        return features(cohort, resolve_amp(amp, device), flip_test)
+
+
+class Retrieval:
+    """The evaluation of a run on its query and gallery images. Called, it gives the scores that
+    training is judged by: single query, without re-ranking."""
+
+    def __init__(
+        self, market: Market1501, config: ReidConfig, device: torch.device, say: Say
+    ) -> None:
+        self.market, self.config = market, config
+        self.amp = resolve_amp(config.amp, device)
+        self.say = say
+        self.query, self.gallery = self._features(market.query), self._features(market.gallery)
+
+    def __call__(self, cohort: Cohort) -> RetrievalScores:
+        return self._scores(self._read(self.query, cohort), self._read(self.gallery, cohort))
+
+    def all_scores(
+        self, cohort: Cohort, rerank: bool = True
+    ) -> tuple[dict[str, RetrievalScores | None], list[Tensor], list[Tensor]]:
+        """Scores by protocol, "single" and "multi", with `rerank` also "single_reranked" and
+        "multi_reranked"; those of multiple queries are None without gt_bbox. Beside them the K
+        features of queries and gallery."""
+        query, gallery = self._read(self.query, cohort), self._read(self.gallery, cohort)
+        scores: dict[str, RetrievalScores | None] = {"single": self._scores(query, gallery)}
+        if rerank:
+            scores["single_reranked"] = self._scores(query, gallery, rerank=True)
+        several = self._several(query, cohort)
+        scores["multi"] = several and self._scores(several, gallery)
+        if rerank:
+            scores["multi_reranked"] = several and self._scores(several, gallery, rerank=True)
+        return scores, query, gallery
+
+    def draw(
+        self, cohort: Cohort, query: list[Tensor], gallery: list[Tensor], count: int, folder: Path
+    ) -> list[Path]:
+        """A picture a peer, NAME.png, and ensemble.png, of what `count` queries find: spread
+        evenly over all queries, the same in each picture."""
+        asked, among = self.query.source, self.gallery.source
+        count = min(count, len(asked))
+        places = torch.arange(count) * len(asked) // count
+        shown = asked.at(places)
+        described = dict(zip(cohort.names, zip(query, gallery, strict=True), strict=True))
+        if len(cohort) > 1:
+            ensembles = metrics.ensemble_features(query), metrics.ensemble_features(gallery)
+            described["ensemble"] = ensembles
+        paths = []
+        for name, (q, g) in described.items():
+            paths.append(folder / f"{safe_name(name, 200)}.png")
+            metrics.save_ranked_lists(
+                paths[-1],
+                shown.paths,
+                among.paths,
+                shown.ids,
+                among.ids,
+                shown.cameras,
+                among.cameras,
+                metrics.feature_distances(q[places.to(q.device)], g),
+            )
+        return paths
+
+    def _features(self, split: ReidSplit) -> Features:
+        config = self.config
+        return Features(
+            split,
+            config.size,
+            self.amp.device,
+            loader=config.loader,
+            bad_files=config.bad_files,
+            say=self.say,
+        )
+
+    def _read(self, features: Features, cohort: Cohort) -> list[Tensor]:
+        return features(cohort, self.amp, self.config.flip_test)
+
+    def _several(self, query: list[Tensor], cohort: Cohort) -> list[Tensor] | None:
+        """Each query's mean over the images of its identity and camera."""
+        if self.market.multi_query is None:
+            return None
+        drawn = self._features(self.market.multi_query)
+        source, asked = drawn.source, self.query.source
+        several = []
+        for f, own in zip(self._read(drawn, cohort), query, strict=True):
+            mean = metrics.multi_query_features(
+                f, source.ids, source.cameras, asked.ids, asked.cameras, own
+            )
+            several.append(metrics.normalize_features(mean))
+        return several
+
+    def _scores(
+        self, query: Sequence[Tensor], gallery: Sequence[Tensor], rerank: bool = False
+    ) -> RetrievalScores:
+        peers = [self._score(q, g, rerank) for q, g in zip(query, gallery, strict=True)]
+        if len(peers) == 1:
+            return RetrievalScores.of(peers, peers[0])
+        together = self._score(
+            metrics.ensemble_features(query), metrics.ensemble_features(gallery), rerank
+        )
+        return RetrievalScores.of(peers, together)
+
+    def _score(self, query: Tensor, gallery: Tensor, rerank: bool) -> metrics.ReIDScores:
+        asked, among = self.query.source, self.gallery.source
+        return metrics.reid_scores(
+            query,
+            gallery,
+            asked.ids,
+            among.ids,
+            asked.cameras,
+            among.cameras,
+            distances=metrics.k_reciprocal_rerank(query, gallery) if rerank else None,
+        )
+
+
+def table(names: Sequence[str], scores: Mapping[str, dict[str, Any] | None]) -> str:
+    """Every score of each peer and of the ensemble, a block of rows a protocol, from
+    `Retrieval.all_scores` with RetrievalScores as dicts."""
+    rows = [("peer", "query", "re-ranked", "rank-1 %", "rank-5 %", "rank-10 %", "mAP %", "mINP %")]
+    for protocol, values in scores.items():
+        query, _, reranked = protocol.partition("_")
+        if values is None:
+            continue
+        kind = (query, "yes" if reranked else "no")
+        for k, name in enumerate(names):
+            rows.append((name, *kind, *(percent(values[c][k]) for c in COLUMNS)))
+        ensemble = (percent(values[f"ensemble_{c}"]) for c in COLUMNS)
+        rows.append(("ensemble", *kind, *ensemble))
+    note = f"{scores['single']['queries']:,} queries; ensemble: the peers' features, concatenated"
+    if scores["multi"] is None:
+        note += "; no multiple queries: the folder gt_bbox is not there"
+    return f"{fixed_columns(rows)}\n{note}"
+
+
+def _world() -> int:
+    """Processes that extract together."""
+    return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
