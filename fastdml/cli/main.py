@@ -14,9 +14,11 @@ import sys
 from collections.abc import Callable, Sequence
 
 from fastdml import __version__
+from fastdml.cli.data import data
 from fastdml.cli.evaluate import evaluate
 from fastdml.cli.export import export
 from fastdml.cli.kernels import kernels
+from fastdml.cli.models import models
 from fastdml.cli.train import train
 from fastdml.errors import InputError
 from fastdml.files import NO_ROOM
@@ -28,6 +30,8 @@ COMMANDS: dict[str, Callable[[list[str]], None]] = {
     "evaluate": evaluate,
     "export": export,
     "kernels": kernels,
+    "models": models,
+    "data": data,
 }
 
 

@@ -18,8 +18,6 @@ from fastdml.names import advice
 if TYPE_CHECKING:
     from fastdml.train import TrainConfig
 
-DATA = ("digits", "cifar10", "cifar100", "market1501")
-
 # What tyro passes on of Python's int() and float().
 NO_NUMBER = re.compile(
     r"Error parsing (--[\w-]+): (?:invalid literal for (int)\(\) with base 10|"
@@ -29,13 +27,16 @@ NO_NUMBER = re.compile(
 
 def train(args: list[str]) -> None:
     """train peers together on digits, cifar10, cifar100 or market1501"""
-    usage = f"usage: fastdml train {{{','.join(DATA)}}} [OPTIONS]"
+    from fastdml.data import dataset_names
+
+    known = dataset_names()
+    usage = f"usage: fastdml train {{{','.join(known)}}} [OPTIONS]"
     if not args or args[0] in ("-h", "--help"):
-        print(f"{usage}\n\nThe options of each: fastdml train {DATA[-1]} --help")
+        print(f"{usage}\n\nThe options of each: fastdml train {known[-1]} --help")
         return
     data, *options = args
-    if data not in DATA:
-        raise InputError(f"cannot train on {data!r}; {advice(data, DATA)}")
+    if data not in known:
+        raise InputError(f"cannot train on {data!r}; {advice(data, known)}")
     config = train_config(data, options)
     find_own_models(config.peers)
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from typing import Any
 
 from fastdml.report.scoring import Scoring
@@ -48,12 +48,13 @@ def summary_table(summary: dict[str, Any], scoring: Scoring) -> str:
     return f"{fixed_columns(rows)}\n{note}"
 
 
-def fixed_columns(rows: Sequence[Sequence[str]]) -> str:
-    """Rows of text in columns: the first to the left, numbers to the right, a rule under row 0."""
+def fixed_columns(rows: Sequence[Sequence[str]], text: Collection[int] = (0,)) -> str:
+    """Rows in columns: those whose numbers are in `text` to the left, others, which hold numbers,
+    to the right; a rule under row 0."""
     widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
     lines = [
         "  ".join(
-            cell.ljust(width) if i == 0 else cell.rjust(width)
+            cell.ljust(width) if i in text else cell.rjust(width)
             for i, (cell, width) in enumerate(zip(row, widths, strict=True))
         ).rstrip()
         for row in rows
