@@ -28,7 +28,7 @@ help:
 	@echo "make test         the default tests"
 	@echo "make test-slow    the tests of more than 20 seconds"
 	@echo "make test-gpu     the tests that need a CUDA device"
-	@echo "make test-oldest  the kernel and loss tests on the oldest supported torch and triton"
+	@echo "make test-oldest  the kernel, loss and engine tests on the oldest supported torch and triton"
 	@echo "make soak         kill runs and compare, for SECONDS=3600 from SEED (printed)"
 	@echo "make fuzz         feed every parser odd inputs, for SECONDS=3600 from SEED (printed)"
 	@echo "make sanitize     the CPU's native code under sanitizers, for SECONDS=120 from SEED (printed)"
@@ -52,8 +52,8 @@ test-gpu: $(DEV)
 
 test-oldest: $(OLDEST_STAMP)
 	PYTHONPATH=.:kernels OMP_NUM_THREADS=1 $(OLDEST)/python $(PYTEST) -n 2 --dist loadfile \
-	  tests/kernels tests/test_loss.py tests/test_loss_routes.py \
-	  tests/test_mutual_losses.py
+	  tests/kernels tests/engine tests/test_torch_private.py tests/test_loss.py \
+	  tests/test_loss_routes.py tests/test_mutual_losses.py
 
 soak: $(DEV)
 	$(FAULTS)/soak.py --seconds $(SECONDS) --seed $(SEED)
@@ -97,7 +97,7 @@ $(DEV): pyproject.toml setup.py $(NATIVE)
 $(OLDEST_STAMP): pyproject.toml Makefile
 	$(call venv,.venv-oldest)
 	$(OLDEST)/python -m pip install --quiet torch==2.11.0 triton==3.6.0 'numpy<2.4' \
-	  pytest pytest-xdist hypothesis
+	  pytest pytest-xdist hypothesis safetensors
 	@touch $@
 
 # Makes the venv $(1) unless a working one is there; says what to do where Python cannot.
