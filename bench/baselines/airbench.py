@@ -33,7 +33,7 @@ def batches(
 ) -> Iterator[tuple[Tensor, Tensor]]:
     """Without end."""
     mean, std = (torch.tensor(v, device=device)[:, None, None] for v in (images.mean, images.std))
-    pixels = (images.images.to(device).float() - mean) / std
+    pixels = (images.images.contiguous().to(device).float() - mean) / std
     size = pixels.shape[-1]
     padded = torch.nn.functional.pad(pixels, (pad,) * 4, mode="reflect")
     padded = padded.contiguous(memory_format=torch.channels_last)

@@ -16,7 +16,7 @@ PAD = 4
 
 class Transformed(Dataset):
     def __init__(self, images: ImageSet) -> None:
-        self.images = images.images.numpy()  # (N, ch, H, W) uint8
+        self.images = images.images.contiguous().numpy()  # (N, ch, H, W) uint8
         self.labels = images.labels.tolist()
         self.mean = torch.tensor(images.mean)[:, None, None]
         self.std = torch.tensor(images.std)[:, None, None]

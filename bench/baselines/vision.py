@@ -19,7 +19,7 @@ class Pictures(Dataset):
     def __init__(self, source: ImageSet | ReidSplit, transform: Callable) -> None:
         self.transform, self.labels = transform, source.labels.tolist()
         self.paths = source.paths if isinstance(source, ReidSplit) else None
-        self.images = None if self.paths else source.images.permute(0, 2, 3, 1).numpy()
+        self.images = None if self.paths else source.pixels.numpy()
 
     def __len__(self) -> int:
         return len(self.labels)

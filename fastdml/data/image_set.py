@@ -13,6 +13,12 @@ from fastdml.errors import InputError
 
 @dataclass(frozen=True, eq=False)
 class ImageSet:
+    """Images with their labels. Raises InputError for shapes, types and values that do not fit.
+
+    In memory the channels of a pixel lie side by side (channels_last), as loaders read them; images
+    of another memory format are accepted, and cost a loader a copy.
+    """
+
     images: Tensor = field(repr=False)  # (N, ch, H, W) uint8
     labels: Tensor = field(repr=False)  # (N,) int64, each in [0, num_classes)
     num_classes: int
@@ -50,17 +56,36 @@ class ImageSet:
                 f"from 0 to {self.num_classes - 1}"
             )
 
+    @classmethod
+    def from_pixels(
+        cls,
+        pixels: Tensor,  # (N, H, W, ch) uint8
+        labels: Tensor,  # (N,) int64
+        class_names: tuple[str, ...],
+        mean: tuple[float, ...],  # (ch,)
+        std: tuple[float, ...],  # (ch,)
+    ) -> ImageSet:
+        """Of pixels as files hold them, which are not copied."""
+        return cls(pixels.permute(0, 3, 1, 2), labels, len(class_names), class_names, mean, std)
+
+    @property
+    def pixels(self) -> Tensor:
+        """The images as (N, H, W, ch) uint8, the same memory."""
+        return self.images.permute(0, 2, 3, 1)
+
     def __len__(self) -> int:
         return len(self.labels)
 
     def subset(self, n: int, seed: int = 0) -> ImageSet:
-        """`n` samples, as many of each class as there are, in the order of the set.
+        """`n` samples, as many of each class as there are, in the order of the set. Raises
+        InputError where the set has fewer.
 
         Classes differ by one sample at most until one runs out, and a smaller subset of the same
         seed lies within a larger one.
         """
         chosen = evenly(self.labels.cpu(), n, seed).to(self.labels.device)
-        return replace(self, images=self.images[chosen], labels=self.labels[chosen])
+        images = self.pixels[chosen].permute(0, 3, 1, 2)
+        return replace(self, images=images, labels=self.labels[chosen])
 
 
 def evenly(labels: Tensor, n: int, seed: int) -> Tensor:

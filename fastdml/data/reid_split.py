@@ -69,10 +69,9 @@ class ReidSplit:
         from fastdml.data.files.decode import decode
         from fastdml.data.image_set import ImageSet
 
-        images = np.empty((len(self), *size, 3), np.uint8)
-        for place, path in zip(images, self.paths, strict=True):
+        pixels = np.empty((len(self), *size, 3), np.uint8)
+        for place, path in zip(pixels, self.paths, strict=True):
             place[...] = decode(path, size)
-        pixels = torch.from_numpy(images).permute(0, 3, 1, 2)
-        return ImageSet(
-            pixels, self.labels, self.num_classes, self.class_names, self.mean, self.std
+        return ImageSet.from_pixels(
+            torch.from_numpy(pixels), self.labels, self.class_names, self.mean, self.std
         )

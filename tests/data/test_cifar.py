@@ -63,6 +63,7 @@ def test_files_are_found_and_read(tmp_path, source, version, place):
         pixels = np.concatenate([p for _, _, p in parts]).reshape(-1, 3, 32, 32)
         labels = np.concatenate([labels[:, -1] for _, labels, _ in parts]).astype(np.int64)
         assert torch.equal(found.images, torch.from_numpy(pixels))
+        assert found.pixels.is_contiguous()  # as loaders read them, without a copy
         assert torch.equal(found.labels, torch.from_numpy(labels))
         assert found.num_classes == len(found.class_names) == source.label_ranges[-1]
         assert (found.mean, found.std) == (MEAN, STD)
@@ -252,7 +253,7 @@ def test_real_cifar100(cifar100_root):
     python = load_cifar100(cifar100_root / "cifar-100-python")
     for a, b, n in zip(binary, python, (50_000, 10_000), strict=True):
         assert a.images.shape == (n, 3, 32, 32)
-        assert a.images.is_contiguous()
+        assert a.pixels.is_contiguous()
         assert torch.equal(a.images, b.images)
         assert torch.equal(a.labels, b.labels)
         assert torch.bincount(a.labels).tolist() == [n // 100] * 100

@@ -13,6 +13,7 @@ def test_digits_are_split_by_class(digits):
     train, test = digits
     assert train.images.shape == (1442, 1, 8, 8)
     assert test.images.shape == (355, 1, 8, 8)
+    assert train.pixels.is_contiguous()
     assert int(train.images.max()) == int(test.images.max()) == 16
     share = torch.bincount(test.labels) / torch.bincount(torch.cat([train.labels, test.labels]))
     assert ((share > 0.19) & (share <= 0.2)).all()

@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from image_sets import random_set
 
-from fastdml.data import ImageSet, load
+from fastdml.data import ImageSet, ResidentLoader, TorchLoader, load
 from fastdml.errors import InputError
 
 
@@ -78,6 +78,30 @@ def test_subset_depends_on_the_seed_alone():
 def test_subset_of_an_impossible_size(n):
     with pytest.raises(InputError, match=rf"subset of {n} images: the set allows 1 to 50"):
         random_set().subset(n)
+
+
+def test_pixels_are_the_images_without_a_copy():
+    pixels = torch.randint(256, (6, 4, 5, 3), dtype=torch.uint8)
+    images = ImageSet.from_pixels(pixels, torch.arange(6) % 2, ("a", "b"), (0.0,) * 3, (1.0,) * 3)
+    assert images.images.shape == (6, 3, 4, 5)
+    assert images.images.data_ptr() == images.pixels.data_ptr() == pixels.data_ptr()
+    assert torch.equal(images.images[1, 2], pixels[1, :, :, 2])
+    assert images.subset(3).pixels.is_contiguous()
+    loader = ResidentLoader(images, 2, train=True, pad=0, size=(8, 10))
+    assert loader.images.data_ptr() == pixels.data_ptr()
+
+
+def test_other_memory_formats_give_the_same_batches():
+    images = random_set(ch=3)
+    planar = replace(images, images=images.images.contiguous())
+    beside = ImageSet.from_pixels(
+        images.pixels.contiguous(), images.labels, images.class_names, images.mean, images.std
+    )
+    for kind, options in ((ResidentLoader, {}), (TorchLoader, {"workers": 0})):
+        first, second = (
+            kind(each, 4, train=True, pad=2, **options).batch(0, 0)[0] for each in (planar, beside)
+        )
+        assert torch.equal(first, second)
 
 
 def test_unknown_name_suggests_the_nearest():

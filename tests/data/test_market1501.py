@@ -82,6 +82,7 @@ def test_odd_files_decode_upright(market):
     assert all(decode(path).shape == (128, 64, 3) for path in turned)
     images = market.train.decode()
     assert images.images.shape == (128, 3, 128, 64)
+    assert images.pixels.is_contiguous()
     assert torch.equal(images.labels, market.train.labels)
 
 

@@ -49,7 +49,7 @@ def one_by_one(images, samples, what, seed, epoch, repetitions=None) -> torch.Te
     mean = np.array(images.mean, np.float32)
     scale = 1 / np.array(images.std, np.float32)
     rows = zip(samples.tolist(), torch.stack(choices, 1).tolist(), strict=True)
-    pixels = images.images.permute(0, 2, 3, 1).numpy()
+    pixels = images.pixels.numpy()
     return torch.from_numpy(
         np.stack([transform(pixels[sample], what, row, mean, scale) for sample, row in rows])
     ).permute(0, 3, 1, 2)
@@ -58,14 +58,14 @@ def one_by_one(images, samples, what, seed, epoch, repetitions=None) -> torch.Te
 def whole_batch(images, samples, what, seed, epoch, repetitions=None) -> torch.Tensor:
     mean, scale = torch.tensor(images.mean), 1 / torch.tensor(images.std)
     choices = plain.choose(what, seed, epoch, samples, repetitions)
-    pixels = images.images.permute(0, 2, 3, 1).contiguous()
+    pixels = images.pixels.contiguous()
     return plain.batch(pixels, samples, mean, scale, what, choices).permute(0, 3, 1, 2)
 
 
 def by_kernel(images, samples, what, seed, epoch, repetitions=None, dtype=torch.float32):
     mean, scale = torch.tensor(images.mean), 1 / torch.tensor(images.std)
     return augment(
-        images.images.permute(0, 2, 3, 1).contiguous().to(DEVICE),
+        images.pixels.contiguous().to(DEVICE),
         images.labels.to(DEVICE),
         samples.to(DEVICE),
         mean.to(DEVICE),

@@ -55,7 +55,7 @@ class Batching:
         self.sampler = (sampler or RandomSampler(self.n)) if train else None
         self._steps = self._count() if train else -(-self.n // batch_size)
         if isinstance(images, ImageSet):
-            self.stored = tuple(images.images.shape[2:])
+            self.stored = tuple(images.pixels.shape[1:3])
         self.augment = augment.options(
             self.stored, train, size=size, pad=pad, padding=padding, flip=flip, erase=erase,
             cutout=cutout,
@@ -130,5 +130,9 @@ class Batching:
     def _finished(self, epoch: int, step: int, images: Tensor) -> tuple[Tensor, Tensor]:
         """A streamed batch (B, H, W, ch) on the device, in the form that was asked for."""
         samples = self.order(epoch).sample[self.part(epoch, step)].to(self.device)
-        images = images.to(self.dtype).permute(0, 3, 1, 2)
+        return self._batch(images, samples)
+
+    def _batch(self, pixels: Tensor, samples: Tensor) -> tuple[Tensor, Tensor]:
+        """(B, H, W, ch) as images (B, ch, H, W), without a copy where channels_last; and labels."""
+        images = pixels.to(self.dtype).permute(0, 3, 1, 2)
         return (images if self.channels_last else images.contiguous()), self.labels[samples]

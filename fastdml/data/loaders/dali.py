@@ -74,7 +74,7 @@ class DALILoader(Batching):
         if self.paths:
             self._names = [np.frombuffer(os.fsencode(path), np.uint8) for path in self.paths]
         else:
-            images = source.images.permute(0, 2, 3, 1).cpu().numpy()
+            images = source.pixels.cpu().numpy()
             if bordered:
                 border = ((0, 0), (what.pad,) * 2, (what.pad,) * 2, (0, 0))
                 images = np.pad(images, border, mode="reflect")

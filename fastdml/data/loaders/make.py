@@ -104,7 +104,7 @@ def needed_bytes(
     if isinstance(source, ReidSplit):
         pixels, stored = 3 * STORED[0] * STORED[1], STORED
     else:
-        _, ch, *stored = source.images.shape
+        _, *stored, ch = source.pixels.shape
         pixels = ch * stored[0] * stored[1]
     if has_kernel(device) or (size or tuple(stored)) != tuple(stored):
         return len(source) * pixels

@@ -27,6 +27,8 @@ from fastdml.data.image_set import ImageSet
 from fastdml.data.loaders.batching import Batching
 from fastdml.data.reid_split import ReidSplit
 
+AT_ONCE = 64  # images to lay out, so that their mirrored copy stays in the cache
+
 
 def has_kernel(device: torch.device) -> bool:
     return device.type == "cuda" and importlib.util.find_spec("triton") is not None
@@ -47,6 +49,7 @@ class ResidentLoader(Batching):
     def _take_in(self, images: ImageSet | ReidSplit) -> None:
         if isinstance(images, ReidSplit):
             images = images.decode(self.stored)
+        pixels = images.pixels.to(self.device)  # (N, H, W, ch)
         what, self._table = self.augment, None
         self._mean = torch.tensor(images.mean, device=self.device)  # (ch,)
         self._scale = 1 / torch.tensor(images.std, device=self.device)
@@ -57,9 +60,9 @@ class ResidentLoader(Batching):
 
             prepare(what, self.device)
         elif self.stored == (what.height, what.width):
-            self._table = RowTable(images.images.to(self.device), what, self._mean, self._scale)
+            self._table = RowTable(pixels, what, self._mean, self._scale)
             return
-        self.images = images.images.to(self.device).permute(0, 2, 3, 1).contiguous()
+        self.images = pixels.contiguous()
 
     @property
     def nbytes(self) -> int:
@@ -86,23 +89,21 @@ class ResidentLoader(Batching):
     def assemble(self, *index: Tensor) -> tuple[Tensor, Tensor]:
         """The batch for an index; with the kernel one launch, which a CUDA graph may hold."""
         samples = index[-1]
-        if self._kernel:
-            from fastdml_kernels.augment import augment as launch
-
-            images, labels = launch(
-                self.images, self.labels, samples, self._mean, self._scale, self.augment,
-                seed=self.seed, epoch=index[0], dtype=self.dtype,
-                repetitions=index[1] if len(index) == 3 else None,
-            )  # fmt: skip
-        else:
+        if not self._kernel:
             choices = Choices(*index[:-1])
             if self._table is not None:
-                images = self._table.batch(samples, choices)
-            else:
-                images = augment.batch(
-                    self.images, samples, self._mean, self._scale, self.augment, choices
-                )
-            images, labels = images.to(self.dtype).permute(0, 3, 1, 2), self.labels[samples]
+                return self._batch(self._table.batch(samples, choices), samples)
+            pixels = augment.batch(
+                self.images, samples, self._mean, self._scale, self.augment, choices
+            )
+            return self._batch(pixels, samples)
+        from fastdml_kernels.augment import augment as launch
+
+        images, labels = launch(
+            self.images, self.labels, samples, self._mean, self._scale, self.augment,
+            seed=self.seed, epoch=index[0], dtype=self.dtype,
+            repetitions=index[1] if len(index) == 3 else None,
+        )  # fmt: skip
         return (images if self.channels_last else images.contiguous()), labels
 
     def epoch(self, epoch: int, start: int = 0) -> Iterator[tuple[Tensor, Tensor]]:
@@ -125,10 +126,10 @@ class RowTable:
     training images and 31 MB for its test images.
     """
 
-    def __init__(self, images: Tensor, what: Augment, mean: Tensor, scale: Tensor) -> None:
-        self.n, self.ch, height, width = images.shape
-        self.what, device = what, images.device
-        self._lay_out(images)
+    def __init__(self, pixels: Tensor, what: Augment, mean: Tensor, scale: Tensor) -> None:
+        self.n, height, width, self.ch = pixels.shape
+        self.what, device = what, pixels.device
+        self._lay_out(pixels)
         row, self._inside = _border(height, what, device)  # both (H + 2 pad,)
         # row t: where the H rows of a crop with top t lie, in windows, and which are in the image
         self._tops = row.unfold(0, height, 1) * (width + 2 * what.pad)  # (2 pad + 1, H)
@@ -136,29 +137,30 @@ class RowTable:
         # a row of pixels at once, so that arithmetic runs over W * ch contiguous values
         self._mean, self._scale = mean.repeat(width), scale.repeat(width)  # (W * ch,)
 
-    def _lay_out(self, images: Tensor) -> None:
-        """(N, ch, H, W) to windows (M, W * ch): window m begins at pixel m of the padded rows."""
+    def _lay_out(self, pixels: Tensor) -> None:
+        """(N, H, W, ch) to windows (M, W * ch): window m begins at pixel m of the padded rows."""
         what, pad = self.what, self.what.pad
         height, width, ch = what.height, what.width, self.ch
         padded = width + 2 * pad
         inside = slice(pad, pad + width)
         shape = (1 + what.flip, self.n, height, padded, ch)
-        pixels = (1 + what.flip) * self.n * height * padded
-        self.storage = images.new_empty((pixels + padded) * ch)
-        self.storage[pixels * ch :] = 0  # a black row
-        rows = self.storage[: pixels * ch].view(shape)
-        for c in range(ch):  # twice as fast as one permuted copy
-            rows[0, :, :, inside, c] = images[:, c]
+        count = (1 + what.flip) * self.n * height * padded
+        self.storage = pixels.new_empty((count + padded) * ch)
+        self.storage[count * ch :] = 0  # a black row
+        rows = self.storage[: count * ch].view(shape)
+        for start in range(0, self.n, AT_ONCE):
+            part = slice(start, start + AT_ONCE)
+            rows[0, part, :, inside] = pixels[part]
             if what.flip:
-                rows[1, :, :, inside, c] = images[:, c].flip(2)
+                rows[1, part, :, inside] = pixels[part].flip(2)
         column, within = _border(width, what, "cpu")
         for to, (source, there) in enumerate(zip(column.tolist(), within.tolist(), strict=True)):
             if not there:
                 rows[:, :, :, to] = 0
             elif to != pad + source:
                 rows[:, :, :, to] = rows[:, :, :, pad + source]
-        self._rows = self.storage.as_strided((pixels + padded - width + 1, width * ch), (ch, 1))
-        self._black = pixels
+        self._rows = self.storage.as_strided((count + padded - width + 1, width * ch), (ch, 1))
+        self._black = count
 
     def batch(self, samples: Tensor, choices: Choices) -> Tensor:
         """Images (B, H, W, ch), float32."""

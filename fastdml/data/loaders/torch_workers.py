@@ -103,7 +103,7 @@ class _Images(Dataset):
     ) -> None:
         self.what, self.stored = what, stored
         self.paths = source.paths if isinstance(source, ReidSplit) else None
-        self.images = None if self.paths else source.images.permute(0, 2, 3, 1).cpu().numpy()
+        self.images = None if self.paths else source.pixels.cpu().numpy()
         self.mean = np.array(source.mean, np.float32)
         self.scale = 1 / np.array(source.std, np.float32)
 

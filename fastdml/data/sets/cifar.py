@@ -190,12 +190,15 @@ def _read_split(
     else:
         classes = len(source.class_names)
         parts = [read_python(path, records, source.python_labels, classes) for path in paths]
-    images = np.concatenate([pixels for pixels, _ in parts]).reshape(-1, *SHAPE)
+    channels, height, width = SHAPE
+    pixels = np.empty((len(paths), records, height, width, channels), np.uint8)
+    for place, (planes, _) in zip(pixels, parts, strict=True):
+        for c in range(channels):  # the files hold an image channel by channel
+            place[..., c] = planes.reshape(records, *SHAPE)[:, c]
     labels = np.concatenate([labels for _, labels in parts])
-    return ImageSet(
-        torch.from_numpy(images),
+    return ImageSet.from_pixels(
+        torch.from_numpy(pixels).flatten(0, 1),
         torch.from_numpy(labels),
-        len(source.class_names),
         source.class_names,
         MEAN,
         STD,

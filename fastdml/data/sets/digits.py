@@ -40,12 +40,13 @@ def load_digits() -> tuple[ImageSet, ImageSet]:
     from fastdml.data.image_set import ImageSet
 
     source = require("sklearn.datasets", "train").load_digits()
-    images = torch.from_numpy(source.images.astype(np.uint8)).unsqueeze(1)  # (N, 1, 8, 8)
+    pixels = torch.from_numpy(source.images.astype(np.uint8)).unsqueeze(3)  # (N, 8, 8, 1)
     labels = torch.from_numpy(source.target.astype(np.int64))
     test = torch.zeros(len(labels), dtype=torch.bool)
     for c in range(10):
         test[(labels == c).nonzero()[4::5, 0]] = True
     train_set, test_set = (
-        ImageSet(images[part], labels[part], 10, CLASSES, MEAN, STD) for part in (~test, test)
+        ImageSet.from_pixels(pixels[part], labels[part], CLASSES, MEAN, STD)
+        for part in (~test, test)
     )
     return train_set, test_set

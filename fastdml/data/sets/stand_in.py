@@ -117,7 +117,7 @@ def _write(folder: Path, images: ImageSet, what: StandIn) -> None:
     by_class = [np.flatnonzero(images.labels.numpy() == c) for c in range(100)]
     for name in ("bounding_box_train", "bounding_box_test", "query", "gt_bbox"):
         (folder / name).mkdir(parents=True)
-    writer = _Writer(images.images.permute(0, 2, 3, 1).numpy(), what.odd_every)
+    writer = _Writer(images.pixels.numpy(), what.odd_every)
     for place in range(what.train_ids + what.test_ids):
         # identities in two interleaved series, as in the real set, and neither without gaps
         identity = 2 * place + 2 if place < what.train_ids else 2 * (place - what.train_ids) + 1
