@@ -91,6 +91,15 @@ def test_relative_links_lead_somewhere(page):
             assert anchor in anchors(path), f"{name(page)}: {link}"
 
 
+@pytest.mark.parametrize("page", ["CONTRIBUTING.md"])
+def test_files_and_folders_that_are_named_exist(page):
+    text = BLOCK.sub("", (ROOT / page).read_text())
+    paths = [c for c in CODE.findall(text) if re.fullmatch(r"[\w.-]+/[\w./-]*", c)]
+    assert len(paths) >= 10
+    missing = [path for path in paths if not (ROOT / path).exists()]
+    assert not missing, missing
+
+
 def test_the_front_page_stays_short():
     assert len((ROOT / "README.md").read_text().splitlines()) <= 130
 
