@@ -16,6 +16,7 @@ import torch
 
 import fastdml
 from docs import generate
+from fastdml.cli.main import COMMANDS
 from fastdml.train import from_command_line
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -91,13 +92,31 @@ def test_relative_links_lead_somewhere(page):
             assert anchor in anchors(path), f"{name(page)}: {link}"
 
 
-@pytest.mark.parametrize("page", ["CONTRIBUTING.md"])
+@pytest.mark.parametrize("page", ["CONTRIBUTING.md", "docs/architecture.md"])
 def test_files_and_folders_that_are_named_exist(page):
     text = BLOCK.sub("", (ROOT / page).read_text())
     paths = [c for c in CODE.findall(text) if re.fullmatch(r"[\w.-]+/[\w./-]*", c)]
     assert len(paths) >= 10
     missing = [path for path in paths if not (ROOT / path).exists()]
     assert not missing, missing
+
+
+def test_a_reader_finds_things():
+    """Every question of the reader's test has an answer: files or folders, and they exist."""
+    text = (ROOT / "docs" / "architecture.md").read_text()
+    rows = re.findall(r"^\| (.+\?) \| (.+) \|$", text, re.MULTILINE)
+    assert len(rows) >= 20
+    for question, answer in rows:
+        paths = [code for code in CODE.findall(answer) if "/" in code]
+        assert paths, question
+        assert all((ROOT / path).exists() for path in paths), f"{question} {answer}"
+
+
+def test_every_folder_of_the_library_is_in_the_plan_of_the_house():
+    text = (ROOT / "docs" / "architecture.md").read_text()
+    plan = next(block for _, block in BLOCK.findall(text) if "fastdml/ " in block)
+    for folder in {path.parent for path in (ROOT / "fastdml").rglob("*.py")}:
+        assert f"{folder.name}/ " in plan or f"{folder.name}/\n" in plan, folder.name
 
 
 def test_the_front_page_stays_short():
@@ -157,6 +176,11 @@ def test_training_commands_as_shown(tmp_path, monkeypatch):
             assert from_command_line(data, [o for o in options if o != "--resume"]).data == data
             seen += 1
     assert seen >= 5
+
+
+def test_every_subcommand_is_shown_and_is_one():
+    text = "\n".join(b for page in PAGES for _, b in BLOCK.findall(page.read_text()))
+    assert set(re.findall(r"^(?:\$ )?fastdml (\w+)", text, re.MULTILINE)) == set(COMMANDS)
 
 
 def test_every_target_that_is_told_of_is_one():
