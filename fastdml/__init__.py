@@ -11,13 +11,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from fastdml import data, engine, metrics, models, train
     from fastdml.cohort import Cohort
-    from fastdml.loss import (
-        MutualLoss,
-        MutualStats,
-        linear_mutual_loss,
-        mutual_loss,
-        mutual_losses,
-    )
+    from fastdml.loss import MutualLoss, linear_mutual_loss, mutual_loss, mutual_losses
     from fastdml.metric_losses import (
         CenterLoss,
         MetricLoss,
@@ -26,6 +20,7 @@ if TYPE_CHECKING:
         triplet_loss,
     )
     from fastdml.models import ReidHead, create_model
+    from fastdml.mutual_stats import MutualStats
 
 __version__ = "0.2.0"
 
@@ -34,7 +29,7 @@ _HOMES = {
     "Cohort": "fastdml.cohort",
     "MetricLoss": "fastdml.metric_losses",
     "MutualLoss": "fastdml.loss",
-    "MutualStats": "fastdml.loss",
+    "MutualStats": "fastdml.mutual_stats",
     "ReidHead": "fastdml.models",
     "circle_loss": "fastdml.metric_losses",
     "create_model": "fastdml.models",

@@ -7,7 +7,7 @@ the KL divergences between the peers, the statistics and the gradients; see `fas
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Literal, NamedTuple, cast, overload
+from typing import Literal, cast, overload
 
 import torch
 from fastdml_kernels import Call, losses_and_grads
@@ -19,25 +19,7 @@ from typing_extensions import Unpack
 
 from fastdml.loss_checks import check_call, check_layers
 from fastdml.loss_options import LinearLossOptions, LossOptions, call_with, shows
-
-
-class MutualStats(NamedTuple):
-    """What the peers did on one batch: device tensors, without gradient; reading one waits."""
-
-    ce: Tensor  # (K,) cross-entropy, mean over the labelled rows
-    kl: Tensor  # (K,) the KL term before kl_weight, mean over the rows that take part
-    pairwise_kl: Tensor  # (K, K) T**2 KL(p_l || p_k) of [teacher l, student k], mean over rows
-    entropy: Tensor  # (K,) of softmax(z), in nats, mean over rows
-    correct: Tensor  # (K,) rows whose largest logit is the label's; ties go to the first class
-    ensemble_correct: Tensor  # () the same of the mean of the K probabilities
-
-
-def _unpack(packed: Tensor, K: int) -> MutualStats:
-    """Views of the packed statistics, in the order that `fastdml_kernels.options` gives."""
-    ce, kl, _, entropy, correct, ensemble, pairwise = packed[: 4 * K + 3 + K * K].split(
-        [K, K, 2, K, K, 1, K * K]
-    )
-    return MutualStats(ce, kl, pairwise.view(K, K), entropy, correct, ensemble[0])
+from fastdml.mutual_stats import MutualStats
 
 
 def _count(tensors: list[Tensor]) -> int:
@@ -46,7 +28,7 @@ def _count(tensors: list[Tensor]) -> int:
 
 def _losses(tensors: list[Tensor], call: Call) -> Tensor | tuple[Tensor, MutualStats]:
     losses, packed = _mutual_loss(tensors, call)
-    return losses if packed is None else (losses, _unpack(packed, _count(tensors)))
+    return losses if packed is None else (losses, MutualStats.from_packed(packed, _count(tensors)))
 
 
 class MutualLoss(nn.Module):
@@ -89,7 +71,7 @@ class MutualLoss(nn.Module):
         tensors, call = self._call(logits, labels, True)
         with torch.no_grad():
             losses, packed, grads = losses_and_grads(tensors, call, True)
-        return losses, _unpack(cast(Tensor, packed), _count(tensors)), grads
+        return losses, MutualStats.from_packed(cast(Tensor, packed), _count(tensors)), grads
 
     def _call(
         self, logits: Tensor | Sequence[Tensor], labels: Tensor, want_stats: bool
@@ -236,7 +218,7 @@ def mutual_losses(
     call = call_with(labels, return_stats, **options)
     tensors = check_call(logits, call)
     losses, packed = _mutual_losses(tensors, call)
-    return losses if packed is None else (losses, _unpack(packed, len(tensors)))
+    return losses if packed is None else (losses, MutualStats.from_packed(packed, len(tensors)))
 
 
 @shows(LinearLossOptions)

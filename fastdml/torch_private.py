@@ -8,7 +8,7 @@ tried on the oldest and the newest torch by a test of its own. ("Public: none" i
 from __future__ import annotations
 
 import gc
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from types import CodeType
 from typing import Any, cast
 
@@ -17,7 +17,28 @@ from torch import Tensor, nn
 from torch.autograd.graph import get_gradient_edge
 from torch.nn.modules import module as _module
 from torch.optim import Optimizer
+from torch.utils import _pytree
 from torch.utils._python_dispatch import TorchDispatchMode
+
+# ---- containers of tensors
+
+
+def register_tree_node(
+    kind: type,
+    fields_of: Callable[[Any], list[Any]],
+    of_fields: Callable[[list[Any]], Any],
+    name: str,
+) -> None:
+    """Has torch's functions on nested containers (`tree_map`, `torch.export`) reach the fields of
+    a class; `name` stands for it in exported programs. Public: none but for dataclasses
+    (`torch.export.register_dataclass`)."""
+    _pytree.register_pytree_node(
+        kind,
+        lambda value: (fields_of(value), None),
+        lambda fields, _: of_fields(list(fields)),
+        serialized_type_name=name,
+    )
+
 
 # ---- many tensors in one launch
 

@@ -16,6 +16,7 @@ from torch import nn
 from torch.autograd import forward_ad
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.profiler import ProfilerActivity, profile, record_function
+from torch.utils._pytree import tree_map
 
 from fastdml import torch_private as private
 
@@ -24,6 +25,20 @@ ROOT = Path(__file__).resolve().parents[1]
 
 def tensors(*values):
     return [torch.tensor(v) for v in values]
+
+
+# ---- containers of tensors
+
+
+def test_tree_nodes():
+    class Pair:
+        def __init__(self, first, second):
+            self.fields = [first, second]
+
+    private.register_tree_node(Pair, lambda p: p.fields, lambda f: Pair(*f), "fastdml.tests.Pair")
+    doubled = tree_map(lambda t: 2 * t, {"pair": Pair(*tensors(1.0, 2.0))})["pair"]
+    assert type(doubled) is Pair
+    assert doubled.fields == [2, 4]
 
 
 # ---- many tensors in one launch

@@ -13,7 +13,8 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from fastdml.loss import MutualLoss, MutualStats
+from fastdml.loss import MutualLoss
+from fastdml.mutual_stats import MutualStats
 
 if TYPE_CHECKING:
     from fastdml.engine.execution import StepOutput
@@ -47,22 +48,21 @@ class Split:
 
     def whole(self, outputs: Sequence[StepOutput]) -> tuple[Tensor, MutualStats]:
         """The batch's losses and statistics, of what its parts gave."""
-        fields = zip(*(o.stats for o in outputs), strict=True)
-        parts = MutualStats(*(torch.stack(values, dim=-1) for values in fields))
-        stats = MutualStats(
-            ce=_mean(parts.ce, self.ce).masked_fill(self.without_ce, 0.0),
-            kl=_mean(parts.kl, self.kl),
-            pairwise_kl=_mean(parts.pairwise_kl, self.kl),
-            entropy=_mean(parts.entropy, self.kl),
-            correct=parts.correct.sum(-1),
-            ensemble_correct=parts.ensemble_correct.sum(-1),
-        )
+        at = outputs[0].stats.layout
+        parts = torch.stack([o.stats.packed for o in outputs], dim=-1)  # (at.size, parts)
+        packed = parts.sum(-1)  # right where rows are counted; the others are means over rows
+        means = _mean(parts, self.kl)
+        for name in ("kl", "entropy", "pairwise_kl"):
+            packed[at.span(name)] = means[at.span(name)]
+        ce = _mean(parts[at.span("ce")], self.ce).masked_fill(self.without_ce, 0.0)
+        packed[at.span("ce")] = ce
+        stats = MutualStats.from_packed(packed, outputs[0].stats.K)
         losses = [o.losses for o in outputs]
         if self.options.reduction == "none":
             return torch.cat(losses, 1), stats
         losses = torch.stack(losses).sum(0)
         if self.options.reduction == "mean":
-            losses = torch.where(stats.ce.isnan(), stats.ce, losses)  # nothing to take a mean of
+            losses = torch.where(ce.isnan(), ce, losses)  # nothing to take a mean of
         return losses, stats
 
 

@@ -23,7 +23,8 @@ from torch.optim import Optimizer
 from fastdml.engine.amp import Amp
 from fastdml.engine.ema import Ema
 from fastdml.engine.update import Update
-from fastdml.loss import MutualLoss, MutualStats
+from fastdml.loss import MutualLoss
+from fastdml.mutual_stats import MutualStats
 
 if TYPE_CHECKING:
     from fastdml.cohort import Cohort

@@ -44,7 +44,7 @@ from fastdml.engine.streams import StreamsStep
 from fastdml.engine.update import Group, alike
 from fastdml.engine.weights import Parts, same
 from fastdml.errors import InputError
-from fastdml.loss import MutualStats
+from fastdml.mutual_stats import MutualStats
 from fastdml.torch_private import end_allocation_to_pool
 
 WARM_UP = 3  # steps, the last under supervision
@@ -228,15 +228,14 @@ class GraphStep:
 
     def _run(self) -> Tensor:
         losses, stats, metric = self.inner(*self.inputs)
-        values = (losses, *stats) if metric is None else (losses, *stats, metric)
+        values = [losses, stats.packed] if metric is None else [losses, stats.packed, metric]
         self.shapes = [v.shape for v in values]
         return torch.cat([v.reshape(-1) for v in values])
 
     def _unpack(self, packed: Tensor) -> StepOutput:
         parts = packed.split([shape.numel() for shape in self.shapes])
-        losses, *rest = [v.view(shape) for v, shape in zip(parts, self.shapes, strict=True)]
-        n = len(MutualStats._fields)
-        return StepOutput(losses, MutualStats(*rest[:n]), *rest[n:])
+        losses, stats, *metric = map(Tensor.view, parts, self.shapes)
+        return StepOutput(losses, MutualStats.from_packed(stats, len(self.inner.peers)), *metric)
 
     def _set_scalars(self) -> None:
         """A number that someone assigned since the last step goes into the tensor in the graph."""

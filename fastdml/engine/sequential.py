@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from fastdml.engine.eager import EagerStep, detached
 from fastdml.engine.execution import StepOutput, register_execution
 from fastdml.engine.weights import Buffers
+from fastdml.mutual_stats import MutualStats
 
 # Layers that record no statistics where their track_running_stats is False.
 RECORD_AS_TOLD = (nn.BatchNorm2d.forward, nn.SyncBatchNorm.forward)
@@ -52,16 +53,16 @@ def _own_rounds(rounds: list[StepOutput]) -> StepOutput:
     def own(values: Iterable[Tensor]) -> Tensor:
         return torch.stack([value[k] for k, value in enumerate(values)])
 
-    stats = [r.stats for r in rounds]
+    at, K = rounds[0].stats.layout, len(rounds)
+    met = torch.stack([r.stats.packed for r in rounds])  # (K rounds, at.size)
+    stats = MutualStats.from_packed(met[0].clone(), K)
+    for name in ("ce", "kl", "entropy", "correct"):
+        stats.packed[at.span(name)] = met[:, at.span(name)].diagonal()
+    pairs = met[:, at.span("pairwise_kl")].view(K, K, K)  # of round, teacher, student
+    stats.pairwise_kl.copy_(pairs.diagonal(dim1=0, dim2=2))  # column k is what student k met
     return StepOutput(
         own(r.losses for r in rounds),
-        stats[0]._replace(
-            ce=own(s.ce for s in stats),
-            kl=own(s.kl for s in stats),
-            entropy=own(s.entropy for s in stats),
-            correct=own(s.correct for s in stats),
-            pairwise_kl=own(s.pairwise_kl.T for s in stats).T,  # column k is what student k met
-        ),
+        stats,
         None if rounds[0].metric is None else own(r.metric for r in rounds),
     )
 

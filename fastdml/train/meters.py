@@ -48,17 +48,13 @@ class Totals:
 
     def add(self, output: StepOutput) -> None:
         """The device's part of a step."""
-        stats = output.stats
+        packed, at = output.stats.packed, output.stats.layout
         values = torch.cat(
             [
                 output.losses,
-                stats.ce,
-                stats.kl,
+                packed[at.span("ce", "kl")],
                 *([output.metric] if "metric" in self.watched else []),
-                stats.entropy,
-                stats.correct,
-                stats.ensemble_correct.view(1),
-                stats.pairwise_kl.reshape(-1),
+                packed[at.span("entropy", "pairwise_kl")],
             ]
         )
         self.sums += values

@@ -7,7 +7,6 @@ statistic through its layout.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from functools import cache
 from itertools import accumulate
 from math import prod
 from typing import NamedTuple
@@ -48,16 +47,23 @@ class StatsLayout(NamedTuple):
     used: int  # numbers in all; positions from here on are padding
     size: int  # length of the vector: a power of two, as Triton's blocks are
 
-    def span(self, first: str, last: str) -> slice:
-        """The positions of `first`, `last` and everything between."""
-        names = self._fields
-        return slice(getattr(self, first), self[names.index(last) + 1])
+    def span(self, first: str, last: str | None = None) -> slice:
+        """The positions of one statistic, or from `first` to `last` with everything between."""
+        return slice(getattr(self, first), self[self._fields.index(last or first) + 1])
 
     def view(self, packed: Tensor, name: str) -> Tensor:
         """One statistic of a packed vector (size,), in its shape: (K,), () or (K, K)."""
-        K = self.kl - self.ce
-        found = packed[self.span(name, name)]
-        return found.view(stats_shapes(K)[name])
+        values, shape = packed[self.span(name)], stats_shapes(self.kl - self.ce)[name]
+        return values if len(shape) == 1 else values.view(shape)
+
+    def views(self, packed: Tensor) -> dict[str, Tensor]:
+        """All statistics of a packed vector by name, in their shapes."""
+        shapes = stats_shapes(self.kl - self.ce)
+        parts = packed[: self.used].split([prod(shape) for shape in shapes.values()])
+        return {
+            name: part if len(shape) == 1 else part.view(shape)
+            for (name, shape), part in zip(shapes.items(), parts, strict=True)
+        }
 
     def pack(self, statistics: Mapping[str, Tensor]) -> Tensor:
         """The packed vector (size,) of all statistics by name, its padding zero."""
@@ -65,8 +71,13 @@ class StatsLayout(NamedTuple):
         return torch.cat([*parts, parts[0].new_zeros(self.size - self.used)])
 
 
-@cache
+_LAYOUTS: dict[int, StatsLayout] = {}
+
+
 def stats_layout(K: int) -> StatsLayout:
     """The layout of K peers' statistics."""
-    *starts, used = accumulate(map(prod, stats_shapes(K).values()), initial=0)
-    return StatsLayout(*starts, used, size=1 << (used - 1).bit_length())
+    K = int(K)  # a compiler that took it for a variable settles on it here
+    if K not in _LAYOUTS:
+        starts = list(accumulate(map(prod, stats_shapes(K).values()), initial=0))
+        _LAYOUTS[K] = StatsLayout._make([*starts, 1 << (starts[-1] - 1).bit_length()])
+    return _LAYOUTS[K]

@@ -46,13 +46,16 @@ def test_the_order(peers, size):
             assert order[values[index]] == name + "".join(map(str, index))
     assert order[layout.span("ce", "kl")] == order[: 2 * peers]
     assert order[layout.span("entropy", "pairwise_kl")] == order[2 * peers + 2 :]
-    assert order[layout.span("correct", "correct")] == [f"correct{k}" for k in range(peers)]
+    assert order[layout.span("correct")] == [f"correct{k}" for k in range(peers)]
 
 
 def test_packing_is_the_way_back():
     layout, packed = stats_layout(2), torch.randn(16)
     packed[15] = 0.0  # the padding
     assert torch.equal(layout.pack({name: layout.view(packed, name) for name in NAMES}), packed)
+    for name, values in layout.views(packed).items():
+        assert torch.equal(values, layout.view(packed, name)), name
+    assert torch.equal(layout.pack(layout.views(packed)), packed)
 
 
 def in_torch(monkeypatch):
