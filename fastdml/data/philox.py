@@ -23,6 +23,8 @@ little arithmetic in uint32.
 
 from __future__ import annotations
 
+from typing import cast
+
 import torch
 from torch import Tensor
 
@@ -54,15 +56,17 @@ def draw(
     seed: int, epoch: int, samples: Tensor, purpose: int, repetition: Word = 0
 ) -> tuple[Tensor, ...]:
     """Four words for each of `samples` (N,) int64: 4 tensors (N,)."""
-    return philox_4x32((epoch, samples, purpose, repetition), (seed & MASK, seed >> 32))
+    words = philox_4x32((epoch, samples, purpose, repetition), (seed & MASK, seed >> 32))
+    return cast("tuple[Tensor, ...]", words)  # since one word of the counter is a tensor
 
 
-def uniform(words: Tensor, n: int) -> Tensor:
+def uniform(words: Tensor, n: Word) -> Tensor:
     """Integers in [0, n) from 32-bit words, n < 2**31."""
     return (words * n) >> 32
 
 
 def check_seed(seed: int) -> int:
+    """`seed`. Raises InputError for one that is not from 0 to 2**63 - 1."""
     if not 0 <= seed < 2**63:
         raise InputError(f"seed {seed} is out of range: give an integer from 0 to 2**63 - 1")
     return seed

@@ -146,7 +146,7 @@ def _registered(name: str, num_classes: int, in_channels: int, head: ReidHead | 
 
 def check_count(label: str, value: object) -> None:
     """Raises InputError for what is no whole number from 1 to 2**63 - 1."""
-    if not isinstance(value, Integral) or isinstance(value, bool) or value < 1:
+    if not isinstance(value, Integral) or isinstance(value, bool) or int(value) < 1:
         raise InputError(f"{label} must be a whole number of at least 1, not {value!r}")
-    if value >= 1 << 63:
+    if int(value) >= 1 << 63:
         raise InputError(f"{label} must be below 2**63, not {value}")

@@ -66,6 +66,7 @@ class GoogLeNet(Classifier):
     ) -> None:
         """large: the paper's stem; else the CIFAR form."""
         super().__init__(num_features=1024, num_classes=num_classes)
+        layers: list[nn.Module]
         if large:
             layers = [
                 conv_bn_relu(in_channels, 64, 7, 2), nn.MaxPool2d(3, 2, padding=1),
@@ -81,8 +82,9 @@ class GoogLeNet(Classifier):
                 stride = last_stride if i == len(STAGES) - 1 else 2
                 layers.append(nn.MaxPool2d(3, stride, padding=1))
             for widths in stage:
-                layers.append(Inception(channels, *widths))
-                channels = layers[-1].channels_out
+                module = Inception(channels, *widths)
+                layers.append(module)
+                channels = module.channels_out
         self.features = nn.Sequential(*layers)
         init_weights(self)
 

@@ -23,7 +23,7 @@ class Classifier(nn.Module):
         super().__init__()
         self.num_features = num_features
         self.num_classes = num_classes
-        self.head = nn.Linear(num_features, num_classes)
+        self.head: nn.Module = nn.Linear(num_features, num_classes)
 
     def forward_features(self, x: Tensor) -> Tensor:
         raise NotImplementedError

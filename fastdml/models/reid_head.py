@@ -12,6 +12,7 @@ to half precision. Beside its backbone a head costs F numbers a row and 4F + FC 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -75,11 +76,12 @@ class ReidModel(nn.Module):
 
     backbone: `forward_features(x) -> (N, F, H, W)` and `num_features` F. Of timm's models, maps
     with the channels last and tokens (but for those of no place in the image) are taken as well.
+    Raises InputError for a backbone without such a map.
     """
 
     def __init__(
         self,
-        backbone: nn.Module,
+        backbone: Any,  # an nn.Module
         num_classes: int,
         head: ReidHead,
         *,
@@ -93,9 +95,9 @@ class ReidModel(nn.Module):
             backbone.head = nn.Identity()
         else:
             self.layout = _probed(backbone, self.name, in_channels)
-        self.backbone = backbone
+        self.backbone: Any = backbone
         self.num_features, self.num_classes = int(backbone.num_features), num_classes
-        self.pool = GeMPool() if head.pooling == "gem" else AveragePool()
+        self.pool: nn.Module = GeMPool() if head.pooling == "gem" else AveragePool()
         self.neck: nn.Module = nn.Identity()
         self.classifier = nn.Linear(self.num_features, num_classes, bias=not head.neck)
         if head.neck:
@@ -129,7 +131,7 @@ class ReidModel(nn.Module):
         return self.pool(m)
 
 
-def _probed(backbone: nn.Module, name: str, in_channels: int) -> str:
+def _probed(backbone: Any, name: str, in_channels: int) -> str:
     """The layout of an unknown backbone's map, found by one image. Layers that the map does not
     depend on, such as a classifier of its own, are dropped: without a gradient they would be dead
     weight in optimizers and checkpoints."""
@@ -163,7 +165,7 @@ def _probed(backbone: nn.Module, name: str, in_channels: int) -> str:
     return layout
 
 
-def _map_of_one_image(backbone: nn.Module, in_channels: int) -> Tensor | None:
+def _map_of_one_image(backbone: Any, in_channels: int) -> Tensor | None:
     """In evaluation mode: leaves statistics and random generators alone."""
     with evaluating(backbone), torch.enable_grad():
         for size in PROBES:

@@ -22,7 +22,7 @@ from fastdml.names import nearest
 IMAGENET_RESNETS = tuple(f"resnet{depth}" for depth in IMAGENET_DEPTHS)
 
 # Options, first that fits, under which a network of one image size takes others as well.
-ANY_SIZE = ({"dynamic_img_size": True}, {"strict_img_size": False}, {})
+ANY_SIZE: tuple[dict[str, bool], ...] = ({"dynamic_img_size": True}, {"strict_img_size": False}, {})
 
 
 def create_timm_model(
@@ -37,7 +37,7 @@ def create_timm_model(
     image_size: (height, width) that a network of one size is built for, where it can be."""
     timm = require("timm", "reid")
     config = _config(timm, name)
-    options = {"num_classes": num_classes, "in_chans": in_channels}
+    options: dict[str, Any] = {"num_classes": num_classes, "in_chans": in_channels}
     if pretrained:
         options |= {"pretrained": True, "pretrained_cfg_overlay": _weights(timm, name)}
     sizes: tuple[dict, ...] = ({},)

@@ -21,7 +21,7 @@ import tempfile
 import urllib.request
 import zlib
 from pathlib import Path, PurePosixPath
-from typing import BinaryIO
+from typing import Any, BinaryIO
 
 from fastdml.data.registry import HINT
 from fastdml.errors import InputError
@@ -36,10 +36,10 @@ def fetch(url: str, target: Path, md5: str, hint: str = HINT) -> None:
     hint: what messages say that a download is asked for by."""
     if target.exists():
         with target.open("rb") as file:
-            found = hashlib.md5(usedforsecurity=False)
+            digest = hashlib.md5(usedforsecurity=False)
             while chunk := file.read(CHUNK):
-                found.update(chunk)
-        _check_md5(found.hexdigest(), md5, target, f"delete it and use {hint} again")
+                digest.update(chunk)
+        _check_md5(digest.hexdigest(), md5, target, f"delete it and use {hint} again")
         return
     part = target.with_name(f"{target.name}.{os.getpid()}.part")
     try:
@@ -86,7 +86,8 @@ def _check_md5(found: str, expected: str, what: Path | str, remedy: str) -> None
         raise InputError(f"{what}: MD5 is {found}, the official one is {expected}: {remedy}")
 
 
-def _progress(total: int | None, name: str):
+def _progress(total: int | None, name: str) -> contextlib.AbstractContextManager[Any]:
+    """tqdm's bar, or None where it is not installed."""
     try:
         from tqdm import tqdm
     except ImportError:  # a bar is a courtesy, not a reason to fail
@@ -140,7 +141,9 @@ def _unpack(
             target.mkdir(parents=True, exist_ok=True)
             return
         target.parent.mkdir(parents=True, exist_ok=True)
-        with tar.extractfile(entry) as source, target.open("xb") as file:
+        source = tar.extractfile(entry)
+        assert source is not None  # which it is for links and folders alone
+        with source, target.open("xb") as file:
             shutil.copyfileobj(source, file, CHUNK)
         return
     raise InputError(

@@ -23,7 +23,7 @@ import threading
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Literal
+from typing import IO, Literal, Protocol
 
 import fastdml
 from fastdml.data.files.check_worker import READY, reason
@@ -123,23 +123,26 @@ def _decode_elsewhere(paths: list[str], decoder: Decoder) -> Iterator[tuple[str,
     before = [p for p in (os.environ.get("PYTHONPATH"),) if p]
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join([here, *before])}
     while paths:
+        command = [sys.executable, "-m", "fastdml.data.files.check_worker", decoder]
         process = subprocess.Popen(
-            [sys.executable, "-m", "fastdml.data.files.check_worker", decoder],
+            command,
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=subprocess.DEVNULL,
             env=environment,
             text=True,
         )
+        assert process.stdin is not None
+        assert process.stdout is not None
         try:
             with contextlib.suppress(OSError):
                 process.stdin.write(json.dumps(paths))
                 process.stdin.close()
-            if _answer(process)[0] != READY:
-                raise RuntimeError(f"`{shlex.join(process.args)}` does not start here")
+            if _answer(process, process.stdout)[0] != READY:
+                raise RuntimeError(f"`{shlex.join(command)}` does not start here")
             done, late = 0, False
             while done < len(paths):
-                line, late = _answer(process)
+                line, late = _answer(process, process.stdout)
                 if not line.endswith("\n"):
                     break
                 yield paths[done], json.loads(line)
@@ -154,11 +157,11 @@ def _decode_elsewhere(paths: list[str], decoder: Decoder) -> Iterator[tuple[str,
         paths = paths[done + 1 :]
 
 
-def _answer(process: subprocess.Popen) -> tuple[str, bool]:
+def _answer(process: subprocess.Popen[str], output: IO[str]) -> tuple[str, bool]:
     """The next line of a process, and whether it was ended because it took too long."""
     timer = threading.Timer(PATIENCE, process.kill)
     timer.start()
-    line = process.stdout.readline()
+    line = output.readline()
     late = not timer.is_alive()
     timer.cancel()
     return line, late
@@ -222,13 +225,21 @@ def _save(file: Path | None, content: dict[str, list]) -> None:
         print(f"the scan of the images is not remembered: {error}", file=sys.stderr)
 
 
+class _Bar(Protocol):
+    """As tqdm has it."""
+
+    def update(self, n: int) -> object: ...
+
+    def close(self) -> None: ...
+
+
 class _NoBar:
     def update(self, n: int) -> None: ...
 
     def close(self) -> None: ...
 
 
-def _bar(total: int, progress: bool | None):
+def _bar(total: int, progress: bool | None) -> _Bar:
     if progress is False or (progress is None and not sys.stderr.isatty()) or not total:
         return _NoBar()
     try:

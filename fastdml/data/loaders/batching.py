@@ -52,10 +52,14 @@ class Batching:
         self.n, self.batch_size, self.train = len(images), batch_size, train
         self.seed = check_seed(seed)
         self.rank, self.world = (rank, world) if train else (0, 1)
-        self.sampler = (sampler or RandomSampler(self.n)) if train else None
-        self._steps = self._count() if train else -(-self.n // batch_size)
+        self.sampler: Sampler | None = None
+        self._steps = -(-self.n // batch_size)
+        if train:
+            self.sampler = sampler or RandomSampler(self.n)
+            self._steps = self._count(self.sampler)
         if isinstance(images, ImageSet):
-            self.stored = tuple(images.pixels.shape[1:3])
+            _, height, width, _ = images.pixels.shape
+            self.stored = height, width
         self.augment = augment.options(
             self.stored, train, size=size, pad=pad, padding=padding, flip=flip, erase=erase,
             cutout=cutout,
@@ -72,15 +76,14 @@ class Batching:
         """Whatever a loader makes of its images once."""
         raise NotImplementedError
 
-    def _count(self) -> int:
+    def _count(self, sampler: Sampler) -> int:
         """The steps of an epoch of training."""
-        groups = getattr(self.sampler, "k", 1) * getattr(self.sampler, "p", 1)
-        if groups > 1 and self.batch_size != groups:
+        p, k = getattr(sampler, "p", 1), getattr(sampler, "k", 1)
+        if p * k > 1 and self.batch_size != p * k:
             raise InputError(
-                f"batch size {self.batch_size} for {self.sampler.p} identities x {self.sampler.k} "
-                f"images: give {groups}"
+                f"batch size {self.batch_size} for {p} identities x {k} images: give {p * k}"
             )
-        places = self.sampler.places
+        places = sampler.places
         steps = places // (self.batch_size * self.world)
         if steps == 0:
             ranks = f" x {self.world} ranks" if self.world > 1 else ""

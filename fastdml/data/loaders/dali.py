@@ -22,7 +22,7 @@ from __future__ import annotations
 import contextlib
 import os
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -71,14 +71,16 @@ class DALILoader(Batching):
                 "DALI has no border by reflection for files or a resize: use padding='black'"
             )
         self._mean, self._std = list(source.mean), list(source.std)
-        if self.paths:
-            self._names = [np.frombuffer(os.fsencode(path), np.uint8) for path in self.paths]
+        # What the pipeline is fed with: the files' names as bytes, or pixels (H, W, ch)
+        self._sources: Sequence[np.ndarray] | np.ndarray
+        if isinstance(source, ReidSplit):
+            self._sources = [np.frombuffer(os.fsencode(path), np.uint8) for path in source.paths]
         else:
             images = source.pixels.cpu().numpy()
             if bordered:
                 border = ((0, 0), (what.pad,) * 2, (what.pad,) * 2, (0, 0))
                 images = np.pad(images, border, mode="reflect")
-            self._names = np.ascontiguousarray(images)
+            self._sources = np.ascontiguousarray(images)
         self._pipe: Any = None
         self._ahead: tuple[int, int] | None = None  # the (epoch, step) that the pipeline makes
 
@@ -152,7 +154,7 @@ class DALILoader(Batching):
         if self.paths:
             for i in samples:
                 check_file(self.paths[i])
-        feed("source", [self._names[i] for i in samples])
+        feed("source", [self._sources[i] for i in samples])
         choices = Choices(*(c[part] for c in self.choices(epoch)))
         if what.pad:
             shift = 0 if what.reflect else what.pad  # a set padded in memory begins at its border

@@ -98,17 +98,17 @@ def needed_bytes(
     size: tuple[int, int] | None = None,
     pad: int = 4,
     flip: bool = True,
-    **_: Any,
+    **others: Any,
 ) -> int:
     """What `ResidentLoader` would keep."""
     if isinstance(source, ReidSplit):
-        pixels, stored = 3 * STORED[0] * STORED[1], STORED
+        height, width, channels = *STORED, 3
     else:
-        _, *stored, ch = source.pixels.shape
-        pixels = ch * stored[0] * stored[1]
-    if has_kernel(device) or (size or tuple(stored)) != tuple(stored):
+        _, height, width, channels = source.pixels.shape
+    pixels = channels * height * width
+    if has_kernel(device) or (size or (height, width)) != (height, width):
         return len(source) * pixels
-    table = (1 + 2 * pad / stored[1]) * (1 + flip) if train else 1
+    table = (1 + 2 * pad / width) * (1 + flip) if train else 1
     return int(len(source) * pixels * table)
 
 

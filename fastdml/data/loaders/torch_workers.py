@@ -102,8 +102,12 @@ class _Images(Dataset):
         self, source: ReidSplit | ImageSet, what: Augment, stored: tuple[int, int]
     ) -> None:
         self.what, self.stored = what, stored
-        self.paths = source.paths if isinstance(source, ReidSplit) else None
-        self.images = None if self.paths else source.pixels.cpu().numpy()
+        self.paths: tuple[str, ...] = ()
+        self.images = np.empty((0, *stored, 3), np.uint8)  # (N, H, W, ch); files are decoded later
+        if isinstance(source, ReidSplit):
+            self.paths = source.paths
+        else:
+            self.images = source.pixels.cpu().numpy()
         self.mean = np.array(source.mean, np.float32)
         self.scale = 1 / np.array(source.std, np.float32)
 
@@ -153,8 +157,9 @@ def _prepare_worker(worker: int) -> None:
 
 
 def _end_when_told() -> None:
-    parent = multiprocessing.parent_process().pid
-    while signal.sigwaitinfo(TERM).si_pid != parent:
+    parent = multiprocessing.parent_process()
+    assert parent is not None  # this is a worker
+    while signal.sigwaitinfo(TERM).si_pid != parent.pid:
         pass
     os._exit(0)
 

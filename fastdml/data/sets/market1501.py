@@ -95,6 +95,10 @@ class ImageFolderReID:
     them, or with bad_files="skip" are left out and listed on stderr (`bad` has them either way).
     """
 
+    train: ReidSplit
+    query: ReidSplit
+    gallery: ReidSplit
+
     def __init__(
         self,
         root: str | Path,
@@ -184,6 +188,8 @@ class Market1501(ImageFolderReID):
     images of the folder `images` to the gallery, as identity 0.
     """
 
+    distractor: ReidSplit  # until they are part of the gallery
+
     def __init__(
         self,
         root: str | Path,
@@ -234,16 +240,15 @@ def _find(root: Path, layouts: Sequence[Layout]) -> tuple[Layout, Path]:
     name = layouts[0].name
     if not root.is_dir():
         raise InputError(f"{root}: no such folder: name the one that holds {name}")
-    best: tuple[float, Path, list[str]] | None = None  # share that is missing
+    tried: list[tuple[float, Path, list[str]]] = []  # share that is missing, folder, what it is
     for layout in layouts:
         for folder in (*(root / name for name in layout.folders), root):
             needed, missing = _parts(folder, layout)
             if not missing:
                 return layout, folder
-            share = len(missing) / len(needed)
-            if folder.is_dir() and (best is None or share < best[0]):
-                best = share, folder, missing
-    share, folder, missing = best
+            if folder.is_dir():
+                tried.append((len(missing) / len(needed), folder, missing))
+    share, folder, missing = min(tried, key=lambda each: each[0])
     if share == 1:
         raise InputError(f"{root}: holds no {name} (no {', no '.join(missing)})")
     raise InputError(

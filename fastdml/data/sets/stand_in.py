@@ -77,8 +77,9 @@ def build_standin(
     for count in (what.images, what.train_images or what.images):
         if not 2 * CAMERAS <= count <= 500:
             raise InputError(f"{count} images an identity: give {2 * CAMERAS} to 500")
-    images = cifar_root
-    if not isinstance(images, ImageSet):
+    if isinstance(cifar_root, ImageSet):
+        images = cifar_root
+    else:
         images = load_cifar100(cifar_root, hint=hint)[0]
     try:
         root.mkdir(parents=True, exist_ok=True)
@@ -136,9 +137,9 @@ def _write(folder: Path, images: ImageSet, what: StandIn) -> None:
                     shutil.copy(folder / "bounding_box_test" / name, folder / "gt_bbox" / name)
     rest = random.permutation(np.concatenate([by_class[c] for c in classes[98:]]))
     for number, index in enumerate(rest[: what.junk + what.distractors]):
-        identity = "-1" if number < what.junk else "0000"
+        shown = "-1" if number < what.junk else "0000"
         camera = number % CAMERAS + 1
-        name = f"{identity}_c{camera}s1_{index:06d}_00.jpg"
+        name = f"{shown}_c{camera}s1_{index:06d}_00.jpg"
         writer.write(folder / "bounding_box_test" / name, index, camera)
 
 
