@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import inspect
 import math
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal, get_args
 
 import torch
 from torch import Tensor
@@ -26,12 +26,14 @@ from fastdml.torch_private import step_pre_hooks
 if TYPE_CHECKING:
     from fastdml.cohort import Cohort
 
+OptimizerName = Literal["sgd", "adam", "adamw", "apex_sgd", "apex_adam", "apex_lamb"]
+
 FUSED_DEVICES = ("cpu", "cuda")
 
 
 def make_optimizer(
     cohort: Cohort,
-    name: str = "sgd",
+    name: OptimizerName = "sgd",
     *,
     lr: float,
     momentum: float = 0.9,
@@ -75,7 +77,7 @@ def make_optimizer(
         kind = Adam if name == "adam" else AdamW
         optimizer = kind(groups, rate, (momentum, 0.999), weight_decay=weight_decay, fused=fused)
         return _prepared(optimizer, lr)
-    known = ", ".join(("sgd", "adam", "adamw", *APEX_NAMES))
+    known = ", ".join(get_args(OptimizerName))
     raise InputError(f"optimizer must be one of {known}, not {name!r}")
 
 

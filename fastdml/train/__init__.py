@@ -1,19 +1,26 @@
 """Training runs: `cifar100(...)`, `market1501(...)` and others, or `fit` with one's own data.
 
-Settings are those of `TrainConfig` or for re-identification `ReidConfig`, by name; `resume=True`
-goes on with a run, taking its settings. `root`, the folder of the data set's files, is "data" where
-none is named, or what the run to resume recorded.
+Settings are those of `TrainConfig` or for re-identification `ReidConfig`, by name, and known to
+type checkers; `resume=True` goes on with a run, taking its settings. `root`, the folder of the data
+set's files, is "data" where none is named, or what the run to resume recorded.
+
+Each returns a `TrainResult`, or None after a dry run. Each raises InputError, one line with the
+remedy, for a setting, a model, data or a folder that cannot be used; TrainingDiverged, also an
+InputError, where a loss is no longer finite; and TrainingStopped, a SystemExit, after a signal.
 """
 
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
+
+from typing_extensions import Unpack
 
 from fastdml.train.config.base import TrainConfig
 from fastdml.train.config.reid import ReidConfig
 from fastdml.train.config.sources import from_command_line, load_config, resolve
+from fastdml.train.config.types import ReidSettings, TrainSettings
 from fastdml.train.result import TrainResult
 from fastdml.train.run import fit, run
 from fastdml.train.stopping import TrainingStopped
@@ -42,21 +49,27 @@ __all__ = [
 
 
 def cifar100(
-    peers: Sequence[str] | None = None, root: str | os.PathLike | None = None, **config: Any
+    peers: Sequence[str] | None = None,
+    root: str | os.PathLike | None = None,
+    **config: Unpack[TrainSettings],
 ) -> TrainResult | None:
     """Trains peers on CIFAR-100, by default two ResNet-32 with the paper's settings."""
     return _train("cifar100", peers, root, config)
 
 
 def cifar10(
-    peers: Sequence[str] | None = None, root: str | os.PathLike | None = None, **config: Any
+    peers: Sequence[str] | None = None,
+    root: str | os.PathLike | None = None,
+    **config: Unpack[TrainSettings],
 ) -> TrainResult | None:
     """Trains peers on CIFAR-10, by default two ResNet-32 with the paper's settings."""
     return _train("cifar10", peers, root, config)
 
 
 def market1501(
-    peers: Sequence[str] | None = None, root: str | os.PathLike | None = None, **config: Any
+    peers: Sequence[str] | None = None,
+    root: str | os.PathLike | None = None,
+    **config: Unpack[ReidSettings],
 ) -> TrainResult | None:
     """Trains peers on Market-1501, by default two MobileNets with the paper's settings;
     recipe="strong" for those of the strong baseline. standin=True trains on pictures of CIFAR-100
@@ -64,7 +77,9 @@ def market1501(
     return _train("market1501", peers, root, config)
 
 
-def digits(peers: Sequence[str] | None = None, **config: Any) -> TrainResult | None:
+def digits(
+    peers: Sequence[str] | None = None, **config: Unpack[TrainSettings]
+) -> TrainResult | None:
     """Trains peers on scikit-learn's handwritten digits: seconds, and nothing to download."""
     return _train("digits", peers, None, config)
 
@@ -73,8 +88,9 @@ def _train(
     data: str,
     peers: Sequence[str] | None,
     root: str | os.PathLike | None,
-    changes: dict[str, Any],
+    given: Mapping[str, Any],
 ) -> TrainResult | None:
+    changes = {**given}
     if peers is not None:
         changes["peers"] = peers
     if root is not None:

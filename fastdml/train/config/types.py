@@ -1,0 +1,81 @@
+"""The settings of `cifar100(...)` and the others, for type checkers: a name that is no setting, or
+a value of another kind, is an error before anything runs.
+
+They are the fields of `TrainConfig` and `ReidConfig`, where what each means and its default stand;
+without `peers` and `root`, which are parameters, and `data`, which the function's name says.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from typing import Literal, TypedDict
+
+
+class TrainSettings(TypedDict, total=False):
+    download: bool
+    subset: int
+    batch_size: int
+    pad: int
+    flip: bool
+    loader: Literal["auto", "resident", "dali", "torch"]
+    temperature: float
+    ce_weight: float
+    kl_weight: float
+    label_smoothing: float
+    update: Literal["simultaneous", "sequential"]
+    independent: bool
+    optimizer: Literal["sgd", "adam", "adamw", "apex_sgd", "apex_adam", "apex_lamb"]
+    lr: float
+    momentum: float
+    nesterov: bool
+    weight_decay: float
+    epochs: int
+    iterations: int
+    schedule: Literal["step", "cosine"]
+    lr_drop_every: int
+    lr_drops: Sequence[int]
+    lr_drop_factor: float
+    warmup_epochs: float
+    grad_clip: float
+    accumulate: int
+    ema: float
+    device: str
+    execution: Literal["auto", "eager", "threads", "streams", "graph", "stacked"]
+    threads: int
+    amp: Literal["auto", "off", "bf16", "fp16"]
+    compile: bool
+    profile: bool
+    seed: int
+    deterministic: bool
+    folder: str | os.PathLike | None
+    resume: bool
+    dry_run: bool
+    eval_every: int
+    log_every: int
+    save_every_steps: int
+    save_every_minutes: float
+    progress: bool
+    tensorboard: bool
+    figures: Sequence[Literal["png", "pdf", "svg"]]
+
+
+class ReidSettings(TrainSettings, total=False):
+    recipe: Literal["paper", "strong"]
+    standin: bool
+    bad_files: Literal["error", "skip"]
+    height: int
+    width: int
+    images_per_id: int
+    erasing: float
+    flip_test: bool
+    pooling: Literal["avg", "gem"]
+    neck: bool
+    last_stride: Literal[1, 2]
+    pretrained: bool
+    kl_sum: bool
+    triplet_weight: float
+    margin: float | None
+    center_weight: float
+    circle_weight: float
+    distance_mutual_weight: float

@@ -1,0 +1,39 @@
+"""Uses that a type checker must accept. Checked, never run."""
+
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+import fastdml
+import fastdml.engine
+import fastdml.train
+from fastdml import Cohort, MutualLoss, MutualStats, mutual_loss, mutual_losses
+
+logits = [torch.zeros(4, 10), torch.zeros(4, 10)]
+labels = torch.zeros(4, dtype=torch.int64)
+
+losses: Tensor = mutual_loss(logits, labels, temperature=2, target="ensemble", gate="correct")
+weighted: Tensor = mutual_loss(logits, labels, kl_weight=torch.tensor(0.5), reduction="none")
+both: tuple[Tensor, MutualStats] = mutual_loss(logits, labels, return_stats=True)
+entropy: Tensor = both[1].entropy
+each: tuple[Tensor, ...] = mutual_losses(logits, labels, label_smoothing=0.1)
+linear: Tensor = fastdml.linear_mutual_loss(logits, logits, labels, reduction="sum", chunk_rows=4)
+
+cohort = Cohort(["resnet8", nn.Flatten()], 10, seed=1)
+peer: nn.Module = cohort[0]
+shapes: list[torch.Size] = [z.shape for z in cohort(torch.zeros(2, 3, 8, 8))]
+paths: list[Path] = cohort.export("exported", format="torch")
+optimizer = fastdml.engine.make_optimizer(cohort, "adamw", lr=0.001)
+step = fastdml.engine.make_step(
+    cohort, MutualLoss(target="ensemble_logits"), optimizer, execution="graph", amp="bf16"
+)
+
+result = fastdml.train.cifar100(
+    ["resnet32", "resnet32"], Path("data"), epochs=3, lr=1, lr_drops=[1, 2], folder=Path("run")
+)
+if result is not None:  # as after a dry run
+    folder: Path = result.folder
+fastdml.train.cifar10(schedule="cosine", dry_run=True)
+fastdml.train.digits(("resnet8",), amp="off")
+fastdml.train.market1501(recipe="strong", standin=True, margin=None, epochs=1)
