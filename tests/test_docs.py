@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import inspect
+import pkgutil
 import re
 import shlex
 import shutil
@@ -176,6 +177,16 @@ def test_training_commands_as_shown(tmp_path, monkeypatch):
             assert from_command_line(data, [o for o in options if o != "--resume"]).data == data
             seen += 1
     assert seen >= 5
+
+
+# The changelog tells of names that were.
+@pytest.mark.parametrize("page", [p for p in PAGES if p.name != "CHANGELOG.md"], ids=name)
+def test_names_in_python_are_there(page):
+    """Whatever the pages call by its whole name, such as fastdml.train.fit."""
+    for whole in set(
+        re.findall(r"(?<![\w/.])fastdml(?:_kernels)?(?:\.[A-Za-z]\w*)+", page.read_text())
+    ):
+        assert pkgutil.resolve_name(whole) is not None
 
 
 def test_every_subcommand_is_shown_and_is_one():
