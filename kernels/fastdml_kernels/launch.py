@@ -12,6 +12,7 @@ import torch
 import triton
 from torch import Tensor
 
+from .coupled_rows import coupled_rows
 from .label_counts import label_counts
 from .options import Options, Scalar, default_edge
 from .register_rows import register_rows
@@ -93,6 +94,12 @@ def fits_registers(K: int, C: int, options: Options, upstream: Tensor | None) ->
         and upstream is None
         and register_tile(K, C) is not None
     )
+
+
+def _is_coupled(K: int, options: Options, gradient: bool) -> bool:
+    """Whether rows that are wide need `coupled_rows`."""
+    mutual = options.symmetric or options.target == "ensemble_logits"
+    return K > 1 and (mutual or (gradient and not options.detach_targets))
 
 
 @cache
@@ -196,18 +203,19 @@ def arguments(
     )  # fmt: skip
     if regime == "register":
         return register_rows, named | dict(ROWS=tile.rows), tile.warps
-    coupled = options.symmetric or not options.detach_targets
     wide = dict(
         upstream=upstream,
-        scratch=torch.empty(
-            (programs, 3 * K * K if coupled and grads else 1), dtype=torch.float32, device=device
-        ),
         u_stride_k=0 if upstream is None else upstream.stride(0),
         u_stride_n=upstream.stride(1) if upstream is not None and upstream.dim() == 2 else 0,
         PEERS=triton.next_power_of_2(max(K, 2)),
+    )  # fmt: skip
+    if not _is_coupled(K, options, bool(grads)):
+        return wide_rows, named | wide, tile.warps
+    coupled = dict(
+        scratch=torch.empty((programs, 3 * K * K), dtype=torch.float32, device=device),
         SYMMETRIC=options.symmetric, DETACH=options.detach_targets,
     )  # fmt: skip
-    return wide_rows, named | wide, tile.warps
+    return coupled_rows, named | wide | coupled, tile.warps
 
 
 def launch(

@@ -31,7 +31,6 @@ from . import augment
 from .augment_options import Augment, bytes_moved
 from .launch import Tile, arguments, choose, compiler_options
 from .options import Options
-from .register_rows import register_rows
 
 TARGETS = {
     "sm_80": GPUTarget("cuda", 80, 32),
@@ -170,7 +169,7 @@ def report(
     built_with = compiler_options(warps, nvidia=not arch.startswith("gfx"))
     compiled = compile_kernel(kernel, named, built_with, TARGETS[arch])
     about = dict(
-        kernel="register_rows" if kernel is register_rows else "wide_rows", K=K, C=C, dtype=dtype,
+        kernel=kernel.__name__, K=K, C=C, dtype=dtype,
         arch=arch, gradient=gradient, rows=tile.rows, block_c=tile.block_c, warps=warps, launches=1,
     )  # fmt: skip
     if arch.startswith("gfx"):

@@ -513,11 +513,12 @@ def test_no_argument_that_varies_compiles_a_kernel_anew():
     """N, strides of labels and gradients, ignore_index: never specialised on 1 or multiples of 16.
     Read from the kernels as a GPU would run them, in a process without the interpreter."""
     code = """
+from fastdml_kernels.coupled_rows import coupled_rows
 from fastdml_kernels.register_rows import register_rows
 from fastdml_kernels.wide_rows import wide_rows
 from fastdml_kernels.label_counts import count_labels
 from fastdml_kernels.scale_grads import scale_rows
-for kernel in (register_rows, wide_rows, count_labels, scale_rows):
+for kernel in (register_rows, wide_rows, coupled_rows, count_labels, scale_rows):
     free = {p.name for p in kernel.params if p.do_not_specialize or p.is_constexpr}
     floats = {"ce_weight", "kl_weight", "temperature", "label_smoothing"}
     pointers = {"logits", "grads", "labels", "peer_weights", "class_weight", "upstream", "losses",

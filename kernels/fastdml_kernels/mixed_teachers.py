@@ -1,0 +1,145 @@
+"""Mixed teachers in `coupled_rows`: a student's teacher is a mean of the other peers' probabilities
+(target="ensemble") or of their logits (target="ensemble_logits").
+
+Notation as in `wide_functions`: t_k is student k's mixed teacher, DIVISOR its teachers' weights.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from .device_functions import times
+from .wide_functions import edge, load_peers, log_probabilities, mean_probability
+
+
+@triton.jit
+def mean_logits(k: tl.constexpr, Z, peer_weights, GATES, divisor, inv_t,
+                K: tl.constexpr, EDGE: tl.constexpr, GATED: tl.constexpr):  # fmt: skip
+    """Weighted mean of the other peers' logits over T, from differences to the first of them that
+    teaches: identical peers mix to themselves, exactly."""
+    base = Z[(0 if k else 1)]
+    for back in tl.static_range(K):  # those who do not teach count for nothing
+        if K - 1 - back != k:
+            w = edge(k, K - 1 - back, peer_weights, GATES, K, EDGE, GATED)
+            base = tl.where(w != 0.0, Z[K - 1 - back], base)
+    low = base
+    mixed = tl.zeros_like(base)
+    for l in tl.static_range(K):  # noqa: E741
+        if l != k:
+            w = edge(k, l, peer_weights, GATES, K, EDGE, GATED) / divisor
+            low = tl.where(w != 0.0, tl.minimum(low, Z[l]), low)
+            mixed += times(w, tl.where(Z[l] == base, 0.0, Z[l] - base))
+    return tl.where(low == float("-inf"), low, base + mixed) * inv_t
+
+
+@triton.jit
+def mean_logits_normalisers(logits, n64, peer_weights, GATES, DIVISOR, inv_t,
+                            K: tl.constexpr, C: tl.constexpr, STRIDES: tl.constexpr,
+                            READABLE: tl.constexpr, BLOCK_C: tl.constexpr, EDGE: tl.constexpr,
+                            GATED: tl.constexpr):  # fmt: skip
+    """One pass over the row: logsumexp of each student's `mean_logits`, by an online softmax."""
+    M = ()
+    SUM = ()
+    for k in tl.static_range(K):
+        M = M + (tl.cast(float("-inf"), tl.float32),)
+        SUM = SUM + (tl.cast(0.0, tl.float32),)
+    for start in range(0, C, BLOCK_C):
+        c = start + tl.arange(0, BLOCK_C)
+        Z = load_peers(logits, n64, c, -BLOCK_C - start, K, C, STRIDES, READABLE, False)
+        NEW_M = ()
+        NEW_SUM = ()
+        for k in tl.static_range(K):
+            z = mean_logits(k, Z, peer_weights, GATES, DIVISOR[k], inv_t, K, EDGE, GATED)
+            m = tl.maximum(M[k], tl.max(z, axis=0))
+            shift = tl.where(m == float("-inf"), 0.0, m)
+            total = SUM[k] * tl.exp(M[k] - shift)
+            total += tl.sum(tl.exp(z - shift), axis=0)
+            NEW_M = NEW_M + (m,)
+            NEW_SUM = NEW_SUM + (total,)
+        M = NEW_M
+        SUM = NEW_SUM
+    LSE = ()
+    for k in tl.static_range(K):
+        shift = tl.where(M[k] == float("-inf"), 0.0, M[k])
+        LSE = LSE + (shift + tl.log(SUM[k]),)
+    return LSE
+
+
+@triton.jit
+def mixed_teacher(k: tl.constexpr, Z, D, top, peer_weights, GATES, DIVISOR, MIX_LSE, inv_t,
+                  K: tl.constexpr, EDGE: tl.constexpr, GATED: tl.constexpr,
+                  TARGET: tl.constexpr):  # fmt: skip
+    """log t - top of student k's mixed teacher t, and t itself."""
+    if TARGET == "ensemble":
+        gap = mean_probability(k, D, peer_weights, GATES, DIVISOR[k], K, EDGE, GATED)
+    else:
+        z = mean_logits(k, Z, peer_weights, GATES, DIVISOR[k], inv_t, K, EDGE, GATED)
+        log_t = z - MIX_LSE[k]
+        gap = log_t - top
+    return gap, tl.exp(gap + top)
+
+
+@triton.jit
+def mixed_divergences(logits, n64, LSE_T, teacher, student, peer_weights, GATES, WEIGHT, DIVISOR,
+                      MIX_LSE, inv_t,
+                      K: tl.constexpr, C: tl.constexpr, STRIDES: tl.constexpr,
+                      READABLE: tl.constexpr, BLOCK_C: tl.constexpr, PEERS: tl.constexpr,
+                      EDGE: tl.constexpr, GATED: tl.constexpr, TEMPERED: tl.constexpr,
+                      TARGET: tl.constexpr, SYMMETRIC: tl.constexpr,
+                      TO_PEERS: tl.constexpr):  # fmt: skip
+    """One pass over the row for the divergences that the gradients of mixed teachers t_k hold.
+
+    FORWARD: KL(t_k || q_k). BACK: KL(q_k || t_k). KL: the students' terms, weights included.
+    toward, ratios (PEERS, PEERS): sum q_l (log t_k - log q_k) and sum q_l q_k / t_k at [l, k], for
+    the gradient of a mean of probabilities into its teacher l (TO_PEERS).
+    """
+    FORWARD = ()
+    BACK = ()
+    for k in tl.static_range(K):
+        FORWARD = FORWARD + (tl.cast(0.0, tl.float32),)
+        BACK = BACK + (tl.cast(0.0, tl.float32),)
+    toward = tl.zeros((PEERS, PEERS), tl.float32)
+    ratios = tl.zeros((PEERS, PEERS), tl.float32)
+    for start in range(0, C, BLOCK_C):
+        c = start + tl.arange(0, BLOCK_C)
+        Z = load_peers(logits, n64, c, -BLOCK_C - start, K, C, STRIDES, READABLE, False)
+        top, D, Q = log_probabilities(Z, LSE_T, inv_t, K, TEMPERED)
+        NEW_FORWARD = ()
+        NEW_BACK = ()
+        for k in tl.static_range(K):
+            gap, t = mixed_teacher(k, Z, D, top, peer_weights, GATES, DIVISOR, MIX_LSE, inv_t,
+                                   K, EDGE, GATED, TARGET)  # fmt: skip
+            NEW_FORWARD = NEW_FORWARD + (FORWARD[k] + tl.sum(times(t, gap - D[k]), axis=0),)
+            NEW_BACK = NEW_BACK + (BACK[k] + tl.sum(times(Q[k], D[k] - gap), axis=0),)
+            if TO_PEERS:
+                for l in tl.static_range(K):  # noqa: E741
+                    if l != k:
+                        at = (teacher == l) & (student == k)
+                        part = tl.sum(times(Q[l], gap - D[k]), axis=0)
+                        toward += tl.where(at, part, 0.0)
+                        if SYMMETRIC:
+                            ratio = tl.where(t == 0.0, 0.0, Q[l] * Q[k] / t)
+                            ratios += tl.where(at, tl.sum(ratio, axis=0), 0.0)
+        FORWARD = NEW_FORWARD
+        BACK = NEW_BACK
+    KL = ()
+    for k in tl.static_range(K):
+        total = FORWARD[k]
+        if SYMMETRIC:
+            total = 0.5 * (total + BACK[k])
+        KL = KL + (times(WEIGHT[k], total),)
+    return KL, FORWARD, BACK, toward, ratios
+
+
+@triton.jit
+def mixed_kl(k: tl.constexpr, Z, D, Q, top, peer_weights, GATES, WEIGHT, DIVISOR, MIX_LSE, inv_t,
+             K: tl.constexpr, EDGE: tl.constexpr, GATED: tl.constexpr, TARGET: tl.constexpr,
+             SYMMETRIC: tl.constexpr):  # fmt: skip
+    """One block's share of student k's KL term with a mixed teacher, weights included."""
+    gap, t = mixed_teacher(k, Z, D, top, peer_weights, GATES, DIVISOR, MIX_LSE, inv_t,
+                           K, EDGE, GATED, TARGET)  # fmt: skip
+    kl = times(t, gap - D[k])
+    if SYMMETRIC:
+        kl = 0.5 * (kl + times(Q[k], D[k] - gap))
+    return times(WEIGHT[k], tl.sum(kl, axis=0))
