@@ -67,11 +67,25 @@ def choose(
     K: int, C: int, options: Options, *, gradient: bool, stats: bool, upstream: Tensor | None,
     regime: Literal["register", "wide"] | None = None, tile: Tile | None = None,
 ) -> tuple[Literal["register", "wide"], Tile]:  # fmt: skip
-    """The kernel for a shape and its tile, where they are not given."""
+    """The kernel for a shape and its tile, where they are not given.
+
+    Raises ValueError where the register kernel is asked for and does not have the options, or has
+    no tile for rows so wide.
+    """
     if regime is None:
         regime = "register" if fits_registers(K, C, options, upstream) else "wide"
+    elif regime == "register" and not _has_options(options, upstream):
+        raise ValueError(
+            "regime='register' has constant teachers, targets 'peers' and 'ensemble', no symmetric "
+            f"divergence and no upstream gradient: leave regime out for {options}"
+        )
     if tile is None and regime == "register":
         tile = register_tile(K, C)
+        if tile is None:
+            raise ValueError(
+                f"regime='register' holds K x C = {REGISTER_TILES[-1][0]} logits, C rounded up to "
+                f"a power of two; for K = {K} peers and C = {C} classes leave regime out"
+            )
     elif tile is None:
         tile = wide_tile(K, C, pairs=stats or not gradient)
     return regime, tile
@@ -85,15 +99,19 @@ def compiler_options(warps: int, nvidia: bool) -> dict[str, Any]:
     return options
 
 
-def fits_registers(K: int, C: int, options: Options, upstream: Tensor | None) -> bool:
-    """Whether the register kernel has the options, and room for the rows."""
+def _has_options(options: Options, upstream: Tensor | None) -> bool:
+    """Whether the register kernel has the options."""
     return (
         options.target in ("peers", "ensemble")
         and not options.symmetric
         and options.detach_targets
         and upstream is None
-        and register_tile(K, C) is not None
     )
+
+
+def fits_registers(K: int, C: int, options: Options, upstream: Tensor | None) -> bool:
+    """Whether the register kernel has the options, and room for the rows."""
+    return _has_options(options, upstream) and register_tile(K, C) is not None
 
 
 def _is_coupled(K: int, options: Options, gradient: bool) -> bool:

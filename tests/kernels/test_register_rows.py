@@ -6,7 +6,7 @@ import pytest
 import torch
 from fastdml_kernels.launch import COUNT_IN_KERNEL, REGISTER_TILES, Tile, register_tile
 from hypothesis import assume, given, settings
-from oracle import REGISTER_OPTIONS, check, launched, make, problems, register
+from oracle import DEVICE, REGISTER_OPTIONS, check, launched, make, problems, register
 
 
 @given(problems(most_peers=4, most_rows=130, most_logits=4000, options=REGISTER_OPTIONS))
@@ -76,3 +76,15 @@ def test_the_number_of_programs_moves_no_gradient_and_hardly_a_loss():
 @pytest.mark.parametrize("class_weight", [False, True])
 def test_long_batches_count_their_labels_beforehand(class_weight):
     check(make(2, COUNT_IN_KERNEL + 3, 3, ignored=0.3, class_weight=class_weight), register)
+
+
+def test_registers_asked_for_where_they_do_not_do_are_refused():
+    """By name: no tile of None, and no option that is left out in silence."""
+    too_wide, coupled = make(2, 3, 8192), make(2, 3, 10, symmetric=True)
+    with pytest.raises(ValueError, match=r"K = 2 peers and C = 8192 classes"):
+        register(too_wide)
+    with pytest.raises(ValueError, match="symmetric"):
+        register(coupled)
+    with pytest.raises(ValueError, match="upstream"):
+        register(make(2, 3, 10), upstream=torch.ones(2, device=DEVICE))
+    assert launched(too_wide).losses.isfinite().all()
