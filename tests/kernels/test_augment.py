@@ -291,3 +291,17 @@ def test_order_words_are_not_those_of_the_choices():
     late[order] = (torch.arange(N) >= N // 2).long()
     top, _, flip, *_ = plain.choose(CIFAR, 0, 0, torch.arange(N))
     assert likely(torch.bincount(late * 18 + top * 2 + flip, minlength=36))
+
+
+def test_what_augmentation_does_is_known_without_torch_and_triton():
+    code = """
+import sys
+import fastdml_kernels.augment_options
+print(*sorted({"torch", "triton", "numpy"} & set(sys.modules)))
+"""
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True,
+        env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)},
+    )  # fmt: skip
+    assert (done.stdout.strip(), done.stderr) == ("", "")
+    assert done.returncode == 0
