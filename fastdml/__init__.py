@@ -8,6 +8,8 @@ from __future__ import annotations
 import importlib
 from typing import TYPE_CHECKING, Any
 
+from fastdml import logs
+
 if TYPE_CHECKING:
     from fastdml import data, engine, metrics, models, train
     from fastdml.cohort import Cohort
@@ -61,6 +63,8 @@ __all__ = [
     "train",
     "triplet_loss",
 ]
+
+logs.install()
 
 
 def __getattr__(name: str) -> Any:

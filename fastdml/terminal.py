@@ -74,6 +74,11 @@ class Lenient:
         return getattr(self._stream, name)
 
 
+def underlying(stream: Any) -> Any:
+    """The stream that a `Lenient` one is made from; any other is its own."""
+    return stream._stream if isinstance(stream, Lenient) else stream
+
+
 @contextlib.contextmanager
 def lenient_stderr() -> Iterator[None]:
     """In this block nothing fails because stderr does."""

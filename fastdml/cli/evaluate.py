@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import sys
 from typing import TYPE_CHECKING
 
 from fastdml.cli.parsing import Parser
@@ -64,7 +63,6 @@ def evaluate(args: list[str]) -> None:
         device,
         vars(options),
         run=options.run,
-        say=lambda line: print(line, file=sys.stderr),
         hint="--download",
     )
     if options.json:

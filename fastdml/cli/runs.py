@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import logging
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -15,6 +16,9 @@ if TYPE_CHECKING:
     from fastdml.cohort import Cohort
     from fastdml.train import TrainConfig
     from fastdml.train.unfinished import Unfinished
+
+
+logger = logging.getLogger(__name__)
 
 
 def add_run_options(parser: Parser) -> None:
@@ -75,7 +79,7 @@ def run_cohort(options: argparse.Namespace, device: Any) -> Cohort:
     if found is None:
         return Cohort.load(folder, device, peers=options.peers)
     cohort = found.cohort(device, options.peers)
-    print(found.describe(), file=sys.stderr)
+    logger.info(found.describe())
     return cohort
 
 

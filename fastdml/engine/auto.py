@@ -18,8 +18,8 @@ stay one: with hooks, compiled peers and several processes.
 
 from __future__ import annotations
 
+import logging
 import re
-import sys
 import time
 import warnings
 from collections.abc import Callable, Sequence
@@ -46,6 +46,8 @@ if TYPE_CHECKING:
     from fastdml.engine.update import Update
     from fastdml.loss import MutualLoss
 
+
+logger = logging.getLogger(__name__)
 WARM_UP, TIMED = 3, 10  # steps of each candidate on CUDA
 SMALL = 4096  # pixels of a batch, 64 images of 8x8, whose layers are not worth a second thread
 
@@ -99,7 +101,7 @@ class CudaAutoStep(AutoStep):
             return step(*batch)
         except Unstackable as error:  # peers that have changed; the step had not begun
             why = _brief("stacked", str(error))
-            print(f"execution: eager; not stacked: {why}", file=sys.stderr)
+            logger.info("execution: eager; not stacked: %s", why)
             self.chosen = step = self.make("eager")
             return step(*batch)
 
@@ -140,7 +142,7 @@ class CudaAutoStep(AutoStep):
             del step  # the slower one's memory goes to the next
         assert best is not None  # eager has been measured or has raised
         took = ", ".join(f"{name} {1000 * seconds:.2f}" for name, seconds in times.items())
-        print(f"execution: {best.name} (ms a step: {took}){unfit}", file=sys.stderr)
+        logger.info("execution: %s (ms a step: %s)%s", best.name, took, unfit)
         return best
 
     def _seconds(self, step: Step, batch: tuple[Tensor, ...]) -> float:
@@ -285,7 +287,7 @@ def _say(choice: Choice, how: str | None, unfit: dict[str, str] | None = None) -
     how = f" ({how})" if how else ""
     reasons = "".join(f"; not {name}: {_brief(name, why)}" for name, why in (unfit or {}).items())
     what = f"{choice.execution}, {count_of_threads(choice.threads)}"
-    print(f"execution: {what}{how}{reasons}", file=sys.stderr)
+    logger.info("execution: %s%s%s", what, how, reasons)
 
 
 def _brief(name: str, reason: str) -> str:

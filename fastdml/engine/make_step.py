@@ -6,7 +6,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
-import sys
+import logging
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -39,6 +39,9 @@ if TYPE_CHECKING:
     from fastdml.cohort import Cohort
     from fastdml.loss import MutualLoss
     from fastdml.metric_losses import MetricLoss
+
+
+logger = logging.getLogger(__name__)
 
 
 def make_step(
@@ -113,7 +116,7 @@ def make_step(
     if execution != "auto" and (threads is None or device.type != "cpu"):
         return make(execution)
     if execution == "auto" and takes_number(optimizer):
-        print(f"execution: eager ({type(optimizer).__name__} counts on the host)", file=sys.stderr)
+        logger.info("execution: eager (%s counts on the host)", type(optimizer).__name__)
         return make("eager")
     if device.type != "cuda":
         return _on_a_cpu(make, execution, threads or cpus.asked())

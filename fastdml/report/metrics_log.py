@@ -20,10 +20,10 @@ from __future__ import annotations
 
 import contextlib
 import json
+import logging
 import math
 import os
 import socket
-import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -32,6 +32,8 @@ from typing import Any
 from fastdml.errors import InputError, require
 from fastdml.files import create, sync, write_atomically, writing
 from fastdml.paths import expanded
+
+logger = logging.getLogger(__name__)
 
 METRICS = "metrics.jsonl"
 INDEPENDENT = "independent"
@@ -100,9 +102,10 @@ class MetricsLog:
         try:
             self.events.add(record)
         except OSError as error:
-            print(
-                f"TensorBoard's events are no longer written ({error.strerror}); {METRICS} goes on",
-                file=sys.stderr,
+            logger.warning(
+                "TensorBoard's events are no longer written (%s); %s goes on",
+                error.strerror,
+                METRICS,
             )
             self.events.close()
             self.events = None

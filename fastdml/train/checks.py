@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import logging
 import os
 from collections.abc import Mapping
 from itertools import zip_longest
@@ -21,6 +22,8 @@ from fastdml.torch_private import wraps_compiled
 from fastdml.train.batches import Batches, described, first_batch
 from fastdml.train.config.base import TrainConfig
 from fastdml.train.tasks.task import task_of
+
+logger = logging.getLogger(__name__)
 
 # How many processes a launcher started, as it tells each of them: torchrun; Open MPI; MPICH, Intel
 # MPI and others of their kind; MVAPICH; srun (SLURM_NTASKS is set in a batch script as well, which
@@ -95,19 +98,18 @@ def first_look(cohort: Cohort, train: Batches, config: TrainConfig, amp: Amp) ->
     return images
 
 
-def test_look(cohort: Cohort, test: Batches, amp: Amp) -> list[str]:
+def test_look(cohort: Cohort, test: Batches, amp: Amp) -> None:
     """That every peer can be evaluated on the first batch, which an epoch would find too late, and
-    that its labels mean what they do in training. Returns lines to be said."""
-    notes = same_images(cohort, test)
+    that its labels mean what they do in training."""
+    same_images(cohort, test)
     images, _ = first_batch(test, cohort.num_classes, "test")
     for name, peer in zip(cohort.names, cohort.peers, strict=True):
         _try_evaluation(name, peer, images, cohort.num_classes, amp)
-    return notes
 
 
-def same_images(cohort: Cohort, test: Batches) -> list[str]:
+def same_images(cohort: Cohort, test: Batches) -> None:
     """Refuses test batches whose classes are others than those that `cohort` has recorded, or in
-    another order; another normalisation is a line to be said."""
+    another order; another normalisation is said."""
     found, known = described(test, cohort.in_channels), cohort.record()
     names = found.get("classes")
     if known["classes"] and names and names != known["classes"]:
@@ -117,11 +119,11 @@ def same_images(cohort: Cohort, test: Batches) -> list[str]:
             f"the test data have other classes than the training data, or another order: label {k} "
             f"is {ours!r} in training and {theirs!r} in the test"
         )
-    return [
-        f"the test images are normalised by another {name} than the training images"
-        for name in ("mean", "std")
-        if known[name] and found.get(name, known[name]) != known[name]
-    ]
+    for name in ("mean", "std"):
+        if known[name] and found.get(name, known[name]) != known[name]:
+            logger.warning(
+                "the test images are normalised by another %s than the training images", name
+            )
 
 
 def _try_evaluation(name: str, peer: nn.Module, images: Tensor, num_classes: int, amp: Amp) -> None:

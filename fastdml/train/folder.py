@@ -9,8 +9,8 @@ from __future__ import annotations
 import contextlib
 import errno
 import fcntl
+import logging
 import os
-import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -21,6 +21,8 @@ from fastdml.paths import expanded
 from fastdml.report.metrics_log import METRICS
 from fastdml.train.config.base import TrainConfig
 from fastdml.yaml_file import CONFIG
+
+logger = logging.getLogger(__name__)
 
 LAST_CHECKPOINT = "last.ckpt"
 INITIAL_CHECKPOINT = "initial.ckpt"  # the weights that the independent phase starts from too
@@ -78,7 +80,7 @@ def resume_folder(config: TrainConfig) -> Path:
     for number in sorted(folders, reverse=True):
         if (folders[number] / CONFIG).is_file():
             if empty:
-                print(f"passed over, without a {CONFIG}: {', '.join(empty)}", file=sys.stderr)
+                logger.info("passed over, without a %s: %s", CONFIG, ", ".join(empty))
             return folders[number]
         empty.append(str(folders[number]))
     found = f", and no {CONFIG} in {', '.join(empty)}" if empty else ""

@@ -11,9 +11,9 @@ a run folder of its own. The empty .lock keeps a second process out while one tr
 from __future__ import annotations
 
 import dataclasses
+import logging
 import os
-import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
@@ -28,6 +28,7 @@ from fastdml.engine import cpus
 from fastdml.engine.amp import Amp, resolve_amp
 from fastdml.errors import InputError
 from fastdml.files import writing
+from fastdml.logs import held
 from fastdml.report import plots
 from fastdml.report.metrics_log import INDEPENDENT
 from fastdml.report.summary import write_summary
@@ -50,6 +51,8 @@ from fastdml.train.tasks.task import Evaluate, Task, scoring_of, task_of
 from fastdml.train.trainer import Phase
 from fastdml.yaml_file import CONFIG
 
+logger = logging.getLogger(__name__)
+
 
 def run(
     config: TrainConfig, *, hint: str = HINT, command: str = "fastdml.train.run"
@@ -59,9 +62,11 @@ def run(
     checks.one_process()
     checks.extras(config)
     task = task_of(config)
-    notes: list[str] = []  # said once nothing is refused any more
-    with task.prepare(config, choose_device(config), notes.append, hint) as (cohort, train, test):
-        return _fit(task, cohort, train, test, config, notes, command)
+    with (
+        held() as show,
+        task.prepare(config, choose_device(config), hint) as (cohort, train, test),
+    ):
+        return _fit(task, cohort, train, test, config, show, command)
 
 
 def fit(
@@ -69,7 +74,6 @@ def fit(
     train: Any,
     test: Any | Evaluate | None,
     config: TrainConfig,
-    notes: Sequence[str] = (),
 ) -> TrainResult | None:
     """Trains `cohort` in place, on the device it is on, and leaves it with the last mutual weights.
 
@@ -77,14 +81,15 @@ def fit(
     `train.batches` says what resuming asks of it. test: the same for evaluation, or a function from
     the cohort to its scores, or None. What the images are is recorded with the weights, see
     `Cohort`. `config`'s device is not used, and of what describes a data set and peers, what runs
-    is recorded in place of what it says. notes: lines for stderr before the first step. Returns
-    None after a dry run.
+    is recorded in place of what it says. Returns None after a
+    dry run.
     """
     checks.one_process()
     checks.arguments(cohort, config)
     checks.extras(config)
     task = task_of(config)
-    return _fit(task, cohort, train, test, config, notes, "fastdml.train.fit", own=True)
+    with held() as show:
+        return _fit(task, cohort, train, test, config, show, "fastdml.train.fit", own=True)
 
 
 def _fit(
@@ -93,35 +98,36 @@ def _fit(
     train: Any,
     test: Any | Evaluate | None,
     config: TrainConfig,
-    notes: Sequence[str],
+    show: Callable[[], None],
     command: str,
     *,
     own: bool = False,
 ) -> TrainResult | None:
-    """own: the data and the peers are not those that `config` names. command: what was called."""
+    """show: lets appear what was said so far, once nothing is refused any more. command: what was
+    called. own: the data and the peers are not those that `config` names."""
     device = next(cohort.parameters()).device
     cohort.to(memory_format=torch.channels_last)
     train = as_batches(train, device, cohort.num_classes)
     amp = resolve_amp(config.amp, device)
     evaluate, test = _evaluation(task, cohort, test, amp)
     if len(cohort) == 1:
-        notes = [*notes, "one peer learns from the labels alone: nothing is mutual below two"]
+        logger.info("one peer learns from the labels alone: nothing is mutual below two")
     with lenient_stderr(), naming_dead_workers(), _reproducible(config, device):
         # 1. Prepare: refuse what cannot run before anything is written.
         images = checks.first_look(cohort, train, config, amp)
         if test is not None:
-            notes = [*notes, *checks.test_look(cohort, test, amp)]
+            checks.test_look(cohort, test, amp)
         if own:
             config = checks.recorded(config, cohort, train, images)
         new_phase = partial(Phase, cohort, train, evaluate, task)
         phase = new_phase(config, Path(), amp, label="mutual")
         resumed = _resumed_folder(config)
         if config.dry_run:
-            _tell(notes)
+            show()
             print(plan(phase))
             return None
         folder = resumed or new_folder(config)
-        _tell(notes)
+        show()
         config = config.replace(folder=str(folder), resume=False)
         with alone_in(folder), listening() as stop:
             if not resumed:
@@ -155,11 +161,6 @@ def _resumed_folder(config: TrainConfig) -> Path | None:
     folder = resume_folder(config)
     checkpoint.check_resume(folder, config)
     return folder
-
-
-def _tell(notes: Sequence[str]) -> None:
-    for line in notes:
-        print(line, file=sys.stderr)
 
 
 @contextmanager

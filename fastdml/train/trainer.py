@@ -9,6 +9,7 @@ reading, so the last one is always good.
 from __future__ import annotations
 
 import dataclasses
+import logging
 import sys
 import time
 from collections.abc import Iterator
@@ -46,6 +47,8 @@ from fastdml.train.stopping import Stop
 from fastdml.train.tasks.task import Evaluate, Task, scoring_of
 from fastdml.units import duration, percent
 from fastdml.yaml_file import CONFIG
+
+logger = logging.getLogger(__name__)
 
 LOSS_NAMES = {"ce": "cross-entropy", "kl": "KL divergence", "metric": "metric loss"}
 
@@ -238,7 +241,7 @@ class Phase:
         ]
         if seconds := getattr(self.step, "seconds", None):
             parts.append(f"about {duration(seconds * self._steps_left())}")
-        self.bar.write(", ".join(parts), file=sys.stderr)
+        logger.info(", ".join(parts))
         self.first, self.begun = self.position, time.monotonic()
 
     def _steps_left(self) -> int:
@@ -266,7 +269,7 @@ class Phase:
         if self.evaluate and (last or epoch % self.config.eval_every == 0):
             self._evaluate(trained)
         self._save()
-        self.bar.write(self._line(epoch, record), file=sys.stderr)
+        logger.info(self._line(epoch, record))
 
     def _evaluate(self, epoch: float) -> None:
         with self.ema.applied() if self.ema else nullcontext():

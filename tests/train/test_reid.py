@@ -249,7 +249,7 @@ def test_a_crash_leaves_no_trace(settings, market, tmp_path, changes):
     config = settings(**{"epochs": 3, **changes}, save_every_steps=1)
 
     def prepared():
-        return reid.prepare(market, config, CPU, lambda line: None)
+        return reid.prepare(market, config, CPU)
 
     whole, train, test = prepared()
     unbroken = training.fit(whole, train, test, config)
@@ -380,7 +380,7 @@ def test_two_processes_extract_a_share_each_and_get_all(cohort, market, market_r
 
 def test_scores_are_those_of_the_metrics(cohort, market, settings):
     """Each protocol, put together by hand from features."""
-    evaluation = retrieval.Retrieval(market, settings(), CPU, lambda line: None)
+    evaluation = retrieval.Retrieval(market, settings(), CPU)
     scores, query, gallery = evaluation.all_scores(cohort.eval())
     amp = Amp(CPU, None, None)
     drawn = retrieval.Features(market.multi_query, (16, 8), CPU)(cohort, amp)
@@ -423,7 +423,7 @@ def test_loaders_train_alike(settings, market, monkeypatch):
     found = {}
     for loader in ("resident", "torch", "dali")[: 3 if make.has_dali() else 2]:
         config = settings(loader=loader)
-        _, train, test = reid.prepare(market, config, CPU, lambda line: None)
+        _, train, test = reid.prepare(market, config, CPU)
         assert type(train).__name__.lower().startswith(loader)
         assert type(test.query.loader) is type(train)
         batch = next(iter(train.epoch(1)))
@@ -451,7 +451,7 @@ def test_bad_files(settings, market_root, tmp_path, capfd):
 
 
 def test_a_subset_is_even(settings, market):
-    _, train, _ = reid.prepare(market, settings(subset=24), CPU, lambda line: None)
+    _, train, _ = reid.prepare(market, settings(subset=24), CPU)
     assert train.n == 24
     assert torch.equal(torch.bincount(train.labels), torch.full((6,), 4))
 

@@ -796,7 +796,7 @@ class TestStderr:
                 stream.close()
             monkeypatch.setattr(sys, "stderr", None if kind == "none" else stream)
             before = sys.stderr
-            result = fit(make_cohort(), *make_loaders(), settings(progress=True), notes=["a note"])
+            result = fit(make_cohort(), *make_loaders(), settings(progress=True))
             assert sys.stderr is before
         assert result.history[-1]["epoch"] == 3
         if kind != "no reader":

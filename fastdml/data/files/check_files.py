@@ -14,6 +14,7 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import json
+import logging
 import os
 import queue
 import shlex
@@ -29,6 +30,8 @@ import fastdml
 from fastdml.data.files.check_worker import READY, reason
 from fastdml.errors import InputError, require
 from fastdml.paths import home
+
+logger = logging.getLogger(__name__)
 
 Decoder = Literal["pillow", "dali"]
 IN_PROCESS = 1024  # files; starting a process costs as much as decoding so many
@@ -214,7 +217,7 @@ def _save(file: Path | None, content: dict[str, list]) -> None:
     """A cache that cannot be written costs time, nothing else."""
     if file is None:
         forgotten = "the account has no home folder (XDG_CACHE_HOME may name another)"
-        print(f"the scan of the images is not remembered: {forgotten}", file=sys.stderr)
+        logger.warning("the scan of the images is not remembered: %s", forgotten)
         return
     part = file.with_name(f"{file.name}.{os.getpid()}.part")
     try:
@@ -222,7 +225,7 @@ def _save(file: Path | None, content: dict[str, list]) -> None:
         part.write_text(json.dumps(content), encoding="utf-8")
         part.replace(file)
     except OSError as error:
-        print(f"the scan of the images is not remembered: {error}", file=sys.stderr)
+        logger.warning("the scan of the images is not remembered: %s", error)
 
 
 class _Bar(Protocol):

@@ -20,8 +20,8 @@ looked at.
 from __future__ import annotations
 
 import contextlib
+import logging
 import os
-import sys
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -37,6 +37,8 @@ from fastdml.data.image_set import ImageSet
 from fastdml.data.loaders.batching import Batching
 from fastdml.data.reid_split import ReidSplit
 from fastdml.errors import InputError, require
+
+logger = logging.getLogger(__name__)
 
 DTYPES = {torch.float32: "FLOAT", torch.float16: "FLOAT16", torch.bfloat16: "FLOAT"}
 
@@ -225,5 +227,5 @@ def checked(split: ReidSplit, bad_files: str, *, progress: bool | None = None) -
             f"{found.describe()}: restore them, set bad_files to skip, or set loader to resident"
         )
     if found.bad:
-        print(f"left out: {found.describe()}", file=sys.stderr)
+        logger.warning("left out: %s", found.describe())
     return split.without(found.bad)

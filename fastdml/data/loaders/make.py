@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import importlib.util
+import logging
 import os
-import sys
-from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -19,13 +18,11 @@ from fastdml.data.reid_split import STORED, ReidSplit
 from fastdml.errors import InputError
 from fastdml.units import size
 
+logger = logging.getLogger(__name__)
+
 Loader = ResidentLoader | DALILoader | TorchLoader
 KINDS = ("auto", "resident", "dali", "torch")
 SHARE = 0.5  # of the free memory that a set may take
-
-
-def _to_stderr(line: str) -> None:
-    print(line, file=sys.stderr)
 
 
 def make_loader(
@@ -35,19 +32,18 @@ def make_loader(
     *,
     bad_files: str = "error",
     device: torch.device | str = "cpu",
-    say: Callable[[str], None] = _to_stderr,
     **options: Any,
 ) -> Loader:
     """`kind`: "auto" is "resident", or where that does not fit, "dali", or without DALI "torch".
-    `options` are the loaders' own. Says, by default on stderr, what a resident set takes, or why it
+    `options` are the loaders' own. Says what a resident set takes, or why it
     is streamed.
     """
     check_bad_files(bad_files)
     device = torch.device(device)
-    kind = choose_loader(kind, source, device, say=say, **options)
+    kind = choose_loader(kind, source, device, **options)
     if kind == "resident":
         loader = ResidentLoader(source, batch_size, device=device, **options)
-        say(f"{len(source):,} images stay in {_where(device)}: {size(loader.nbytes)}")
+        logger.info(f"{len(source):,} images stay in {_where(device)}: {size(loader.nbytes)}")
         return loader
     if kind == "torch":
         return TorchLoader(source, batch_size, device=device, **options)
@@ -60,8 +56,6 @@ def choose_loader(
     kind: str,
     source: ImageSet | ReidSplit,
     device: torch.device,
-    *,
-    say: Callable[[str], None] = _to_stderr,
     **options: Any,
 ) -> str:
     """What `make_loader` makes of these arguments: "resident", "dali" or "torch"."""
@@ -75,7 +69,7 @@ def choose_loader(
     kind = "dali" if has_dali() else "torch"
     if kind == "dali" and options.get("padding", "reflect") == "reflect":
         kind = "torch" if isinstance(source, ReidSplit) or options.get("size") else "dali"
-    say(
+    logger.info(
         f"{len(source):,} images would take {size(need)}, more than "
         f"{SHARE:.0%} of the {size(free)} free in {_where(device)}: "
         f"streamed by {kind} instead"

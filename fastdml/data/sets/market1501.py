@@ -11,9 +11,9 @@ files and what operating systems leave between others are not looked at.
 
 from __future__ import annotations
 
+import logging
 import os
 import re
-import sys
 import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -25,6 +25,8 @@ from fastdml.data.registry import register_dataset
 from fastdml.data.reid_split import MEAN, STD, STORED, ReidSplit
 from fastdml.errors import InputError
 from fastdml.paths import expanded
+
+logger = logging.getLogger(__name__)
 
 JUNK = -1
 LARGEST = 2**63 - 1  # of int64
@@ -139,7 +141,7 @@ class ImageFolderReID:
                 f"{self.layout.name}: {found.describe()}: restore them, or set bad_files to skip"
             )
         if found.bad:
-            print(f"{self.layout.name}: left out: {found.describe()}", file=sys.stderr)
+            logger.warning("%s: left out: %s", self.layout.name, found.describe())
         self.bad = found.bad
         for name, split in splits.items():
             split = split.without(found.bad)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-import sys
+import logging
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -26,11 +26,12 @@ from fastdml.train.config.base import TrainConfig
 from fastdml.train.tasks.task import (
     Evaluation,
     Prepared,
-    Say,
     Task,
     register_task,
 )
 from fastdml.units import percent
+
+logger = logging.getLogger(__name__)
 
 EVALUATION_BATCH = 500  # images; divides CIFAR's test sets
 SCORING = Scoring(
@@ -63,7 +64,7 @@ class Classification(Task):
 
     @contextmanager
     def prepare(
-        self, config: TrainConfig, device: torch.device, say: Say, hint: str = HINT
+        self, config: TrainConfig, device: torch.device, hint: str = HINT
     ) -> Iterator[Prepared]:
         download = config.download and not config.dry_run
         train_set, test_set = load(config.data, config.root, download=download, hint=hint)
@@ -85,7 +86,6 @@ class Classification(Task):
             pad=config.pad,
             flip=config.flip,
             device=device,
-            say=say,
         )
         test = ResidentLoader(test_set, EVALUATION_BATCH, train=False, device=device)
         yield Prepared(cohort, train, test)
@@ -101,14 +101,13 @@ class Classification(Task):
         options: Mapping[str, Any],
         *,
         run: Path,
-        say: Say,
         hint: str = HINT,
     ) -> Evaluation:
         _check_trained_on(cohort, config.data, run)
         _, test = load(config.data, config.root, download=config.download, hint=hint)
-        scores = dataclasses.asdict(evaluate(cohort, test, config.amp, say))
+        scores = dataclasses.asdict(evaluate(cohort, test, config.amp))
         if cohort.image_shape is None:
-            say(
+            logger.warning(
                 f"the weights of {run} are of an earlier version and do not say what images "
                 f"they were trained on: taken for those of {config.data}, as config.yaml says"
             )
@@ -133,14 +132,12 @@ def evaluate(
     cohort: Cohort,
     test: ImageSet | Any,
     amp: str = "auto",
-    say: Say = lambda line: print(line, file=sys.stderr),
 ) -> ClassificationScores:
     """Scores of a cohort on the device it is on, which it leaves in the mode it was in.
 
     test: batches as `fit` takes them, or an `ImageSet`, such as `data.load` gives. What the cohort
     has recorded of the images that it was trained on decides the size and the normalisation of a
-    set's images and the order of its classes. say: takes lines about the images, which go to stderr
-    by default.
+    set's images and the order of its classes.
 
     Raises InputError for batches of other classes or of another form than peers train on, and for a
     precision that the device lacks.
@@ -149,8 +146,7 @@ def evaluate(
     if isinstance(test, ImageSet):
         test = _as_trained(cohort, test, device)
     test = as_batches(test, device, cohort.num_classes, "test")
-    for line in checks.same_images(cohort, test):
-        say(line)
+    checks.same_images(cohort, test)
     cohort.to(memory_format=torch.channels_last)
     with evaluating(cohort):
         return score(cohort, test, resolve_amp(amp, device))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import logging
 import tempfile
 import warnings
 from collections.abc import Iterator, Mapping
@@ -28,6 +29,7 @@ from fastdml.data.loaders.torch_workers import naming_dead_workers
 from fastdml.data.sets.stand_in import StandIn, build_standin
 from fastdml.engine.amp import Amp
 from fastdml.errors import InputError
+from fastdml.logs import held
 from fastdml.loss import MutualLoss
 from fastdml.metric_losses import MetricLoss
 from fastdml.metrics import ClassificationScores
@@ -40,10 +42,11 @@ from fastdml.train.tasks.retrieval import Retrieval, RetrievalScores, table
 from fastdml.train.tasks.task import (
     Evaluation,
     Prepared,
-    Say,
     Task,
     register_task,
 )
+
+logger = logging.getLogger(__name__)
 
 HEAD = ("pooling", "neck", "last_stride")  # settings that a cohort records too
 STANDIN_FOLDER = "market1501-standin"  # below the root
@@ -90,10 +93,10 @@ class Reidentification(Task):
 
     @contextmanager
     def prepare(
-        self, config: ReidConfig, device: torch.device, say: Say, hint: str = HINT
+        self, config: ReidConfig, device: torch.device, hint: str = HINT
     ) -> Iterator[Prepared]:
-        with opened(config, say, hint=hint) as market:
-            yield prepare(market, config, device, say)
+        with opened(config, hint=hint) as market:
+            yield prepare(market, config, device)
 
     def recorded(self, cohort: Cohort, train: Batches, images: Tensor) -> dict[str, Any]:
         """Sizes, sampling and augmentation of what ran, and the peers' head."""
@@ -140,20 +143,18 @@ class Reidentification(Task):
         options: Mapping[str, Any],
         *,
         run: Path,
-        say: Say,
         hint: str = HINT,
     ) -> Evaluation:
         count, distractors = options["ranked_lists"], options["distractors"]
         if count < 0:
             raise InputError(f"--ranked-lists {count}: give 0 or more")
-        notes: list[str] = []
         with (
             naming_dead_workers(),
-            opened(config, notes.append, distractors=distractors, hint=hint) as market,
+            held() as show,
+            opened(config, distractors=distractors, hint=hint) as market,
         ):
-            retrieval = Retrieval(market, config, device, notes.append)
-            for line in notes:
-                say(line)
+            retrieval = Retrieval(market, config, device)
+            show()
             found, query, gallery = retrieval.all_scores(cohort.eval(), not options["no_rerank"])
             pictures = []
             if count:
@@ -164,10 +165,10 @@ class Reidentification(Task):
 
 @contextmanager
 def opened(
-    config: ReidConfig, say: Say, *, distractors: bool = False, hint: str = HINT
+    config: ReidConfig, *, distractors: bool = False, hint: str = HINT
 ) -> Iterator[Market1501]:
     """The data set of a run, checked; with `standin` it is built if need be, by a dry run in a
-    folder that is gone afterwards. What is odd about it goes to `say`."""
+    folder that is gone afterwards. What is odd about it is said."""
     with tempfile.TemporaryDirectory(prefix="fastdml-") as temporary:
         root = Path(config.root)
         if config.standin:
@@ -186,7 +187,7 @@ def opened(
             )
         for warning in caught:
             if warning.category is UserWarning and not config.standin:
-                say(str(warning.message))
+                logger.warning(str(warning.message))
         _check_queries(market)
         yield market
 
@@ -206,7 +207,7 @@ def _check_queries(market: Market1501) -> None:
         )
 
 
-def prepare(market: Market1501, config: ReidConfig, device: torch.device, say: Say) -> Prepared:
+def prepare(market: Market1501, config: ReidConfig, device: torch.device) -> Prepared:
     """The peers, training batches and evaluation of a run."""
     split = market.train
     if config.subset:
@@ -219,7 +220,7 @@ def prepare(market: Market1501, config: ReidConfig, device: torch.device, say: S
         "flip": config.flip,
         "erase": config.erasing,
     }
-    kind = choose_loader(config.loader, split, device, say=say, **options)
+    kind = choose_loader(config.loader, split, device, **options)
     if kind == "dali":  # what it cannot decode must not be sampled
         split = checked(split, config.bad_files)
     sampler = None
@@ -241,7 +242,6 @@ def prepare(market: Market1501, config: ReidConfig, device: torch.device, say: S
         seed=config.seed,
         sampler=sampler,
         device=device,
-        say=say,
         **options,
     )
-    return Prepared(cohort, train, Retrieval(market, config, device, say))
+    return Prepared(cohort, train, Retrieval(market, config, device))

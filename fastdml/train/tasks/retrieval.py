@@ -23,11 +23,11 @@ from fastdml.data import Market1501, ReidSplit, choose_loader, make_loader
 from fastdml.data.loaders.dali import checked
 from fastdml.engine.amp import Amp, resolve_amp
 from fastdml.files import safe_name
+from fastdml.logs import held
 from fastdml.metrics import ReIDScores
 from fastdml.modes import evaluating
 from fastdml.report.tables import fixed_columns
 from fastdml.train.config.reid import ReidConfig
-from fastdml.train.tasks.task import Say
 from fastdml.units import percent
 
 EVALUATION_BATCH = 128  # images
@@ -77,9 +77,8 @@ class Features:
         loader: str = "auto",
         bad_files: str = "error",
         batch_size: int = EVALUATION_BATCH,
-        say: Say = lambda line: None,
     ) -> None:
-        kind = choose_loader(loader, source, device, say=say, train=False, size=size)
+        kind = choose_loader(loader, source, device, train=False, size=size)
         if kind == "dali":
             source = checked(source, bad_files)
         self.source, self.device = source, device
@@ -89,9 +88,7 @@ class Features:
             share = -(-self.n // self.world)
             places = (dist.get_rank() * share + torch.arange(share)) % self.n
             own = source.at(places)
-        self.loader = make_loader(
-            kind, own, batch_size, device=device, say=say, train=False, size=size
-        )
+        self.loader = make_loader(kind, own, batch_size, device=device, train=False, size=size)
 
     def __call__(self, cohort: Cohort, amp: Amp, flip_test: bool = True) -> list[Tensor]:
         """K of (N, D_k) float32, each row of unit length, on the device; the cohort must be in
@@ -133,7 +130,7 @@ def extract_features(
     `torch.distributed` each process extracts a share, and all get all.
     """
     device = next(cohort.parameters()).device
-    with evaluating(cohort):
+    with evaluating(cohort), held():  # of where the images are kept nothing is said
         features = Features(source, size, device, loader=loader, batch_size=batch_size)
         return features(cohort, resolve_amp(amp, device), flip_test)
 
@@ -142,12 +139,9 @@ class Retrieval:
     """The evaluation of a run on its query and gallery images. Called, it gives the scores that
     training is judged by: single query, without re-ranking."""
 
-    def __init__(
-        self, market: Market1501, config: ReidConfig, device: torch.device, say: Say
-    ) -> None:
+    def __init__(self, market: Market1501, config: ReidConfig, device: torch.device) -> None:
         self.market, self.config = market, config
         self.amp = resolve_amp(config.amp, device)
-        self.say = say
         self.query, self.gallery = self._features(market.query), self._features(market.gallery)
 
     def __call__(self, cohort: Cohort) -> RetrievalScores:
@@ -205,7 +199,6 @@ class Retrieval:
             self.amp.device,
             loader=config.loader,
             bad_files=config.bad_files,
-            say=self.say,
         )
 
     def _read(self, features: Features, cohort: Cohort) -> list[Tensor]:
@@ -215,7 +208,8 @@ class Retrieval:
         """Each query's mean over the images of its identity and camera."""
         if self.market.multi_query is None:
             return None
-        drawn = self._features(self.market.multi_query)
+        with held():  # where images are kept has been said of the queries
+            drawn = self._features(self.market.multi_query)
         source, asked = drawn.source, self.query.source
         several = []
         for f, own in zip(self._read(drawn, cohort), query, strict=True):

@@ -26,7 +26,6 @@ from fastdml.train.batches import Batches
 from fastdml.train.config.base import TrainConfig
 from fastdml.train.config.fields import field_types
 
-Say = Callable[[str], None]
 Evaluate = Callable[[Cohort], Any]  # to its scores
 
 
@@ -73,11 +72,11 @@ class Task:
         return dict(self.presets.get(data, {}))
 
     def prepare(
-        self, config: Any, device: torch.device, say: Say, hint: str = HINT
+        self, config: Any, device: torch.device, hint: str = HINT
     ) -> AbstractContextManager[Prepared]:
         """Peers and data of the run that `config` describes; what they use is there until the
-        context ends. Downloads nothing in a dry run. say: takes lines for the user. hint: what
-        messages say that a download is asked for by."""
+        context ends. Downloads nothing in a dry run. hint: what messages say that a
+        download is asked for by."""
         raise NotImplementedError
 
     def recorded(self, cohort: Cohort, train: Batches, images: Tensor) -> dict[str, Any]:
@@ -116,7 +115,6 @@ class Task:
         options: Mapping[str, Any],
         *,
         run: Path,
-        say: Say,
         hint: str = HINT,
     ) -> Evaluation:
         """Scores and their table on the test data of the set `config.data` below `config.root`, for
