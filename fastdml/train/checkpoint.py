@@ -28,6 +28,7 @@ from fastdml.train.config.base import TrainConfig
 from fastdml.train.config.fields import check_names
 from fastdml.train.config.sources import is_known, load_config
 from fastdml.train.folder import INITIAL_CHECKPOINT, LAST_CHECKPOINT, STILLBORN
+from fastdml.train.tasks.task import task_of
 from fastdml.yaml_file import CONFIG
 
 FORMAT = 1
@@ -60,10 +61,11 @@ FREE_ON_RESUME = frozenset(
         "figures",
     ]
 )
-# Recorded of the data of `fit` as far as the loader shows it, which one within another does not.
-SHOWN_BY_LOADER = frozenset(["pad", "flip", "erasing", "images_per_id"])
+# Recorded of the data of `fit`, beside what a task adds, as far as the loader shows it, which one
+# within another does not.
+SHOWN_BY_LOADER = frozenset(["pad", "flip"])
 # Recorded by `fit` of earlier versions as the data set's defaults, whatever ran.
-DEFAULTS_OF_FIT = frozenset(["data", "peers", "subset", "batch_size", "standin", "height", "width"])
+DEFAULTS_OF_FIT = frozenset(["data", "peers", "subset", "batch_size"])
 
 
 def save(path: Path, state: dict[str, Any]) -> None:
@@ -162,9 +164,10 @@ def check_resumable(saved: Mapping[str, Any], config: TrainConfig) -> None:
     wanted = config.to_dict()
     free = FREE_ON_RESUME
     if not is_known(config.data):
-        free |= SHOWN_BY_LOADER
+        task = task_of(config)
+        free |= SHOWN_BY_LOADER | task.shown_by_loader
         if is_known(str(saved.get("data"))):
-            free |= DEFAULTS_OF_FIT
+            free |= DEFAULTS_OF_FIT | task.defaults_of_fit
     for name, value in saved.items():
         if name in free or wanted[name] == value:
             continue

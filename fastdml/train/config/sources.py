@@ -20,7 +20,7 @@ from fastdml.options import split_lists
 from fastdml.train.config.base import TrainConfig, with_length
 from fastdml.train.config.fields import check_names, field_types
 from fastdml.train.folder import records_a_run, resume_folder
-from fastdml.train.tasks.task import task_for
+from fastdml.train.tasks.task import Task, task_for
 from fastdml.yaml_file import CONFIG, read_settings
 
 RESUMING = ("resume", "folder", "peers")  # that say which run to go on with
@@ -30,9 +30,15 @@ NARROWEST = 40  # columns that help is laid out for where a terminal has fewer
 def load_config(path: str | Path, base: TrainConfig | None = None) -> TrainConfig:
     """Settings from a YAML file, over `base` (default: the preset of the data set it names)."""
     values = read_settings(path)
-    data = base.data if base else values.get("data", "cifar100")
-    check_names(values, type(base) if base else config_type(data, values), f" in {path}")
-    return (base or preset(data, **_choices(data, values))).replace(**values)
+    where = f" in {path}"
+    if base is None:
+        data = values.get("data", "cifar100")
+        task = task_for(data, values)
+        check_names(values, task.settings, where)
+        base = _defaults(task, data, {n: values[n] for n in task.choices if n in values})
+    else:
+        check_names(values, type(base), where)
+    return base.replace(**values)
 
 
 def is_known(data: str) -> bool:
@@ -49,13 +55,13 @@ def preset(data: str, **changes: Any) -> TrainConfig:
     """The defaults for a data set, with some settings changed."""
     task = task_for(data, changes)
     check_names(changes, task.settings)
+    return _defaults(task, data, changes)
+
+
+def _defaults(task: Task, data: str, changes: Mapping[str, Any]) -> TrainConfig:
+    """Those of a data set, and what `changes` in them decides of others."""
     defaults = task.preset(data, changes)
     return task.settings(**{"data": data, **defaults, **with_length(changes)})
-
-
-def _choices(data: str, values: Mapping[str, Any]) -> dict[str, Any]:
-    """Of some settings those that decide the defaults of others."""
-    return {name: values[name] for name in task_for(data, values).choices if name in values}
 
 
 def resolve(data: str, changes: Mapping[str, Any]) -> TrainConfig:

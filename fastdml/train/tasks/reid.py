@@ -68,6 +68,8 @@ class Reidentification(Task):
     settings = ReidConfig
     scoring = SCORING
     choices = ("recipe", "standin")
+    shown_by_loader = frozenset(["erasing", "images_per_id"])
+    defaults_of_fit = frozenset(["standin", "height", "width"])
     options = MappingProxyType(
         {
             "--no-rerank": {

@@ -55,6 +55,10 @@ class Task:
     scoring: ClassVar[Scoring]
     presets: ClassVar[Mapping[str, Mapping[str, Any]]] = {}  # what a data set changes in defaults
     choices: ClassVar[tuple[str, ...]] = ()  # settings that decide the defaults of others
+    shown_by_loader: ClassVar[frozenset[str]] = frozenset()
+    """Settings in `recorded` that a loader within another does not show."""
+    defaults_of_fit: ClassVar[frozenset[str]] = frozenset()
+    """Settings that `fit` of earlier versions recorded as the defaults, whatever ran."""
     options: ClassVar[Mapping[str, Mapping[str, Any]]] = {}
     """Of `fastdml evaluate` for runs of this task alone: --option to argparse's arguments."""
     in_python: ClassVar[str] = "fastdml.train.evaluate(cohort, batches) scores it on batches"
@@ -137,11 +141,15 @@ def register_task(kind: Registered) -> Registered:
     """Adds a task, by decorating its class. Raises ValueError where a task has its name or settings
     already."""
     for task in TASKS:
-        if kind.name == task.name or kind.settings is task.settings:
-            what = "name" if kind.name == task.name else "settings"
-            value = kind.name if kind.name == task.name else kind.settings.__name__
+        other = type(task).__name__
+        if kind.name == task.name:
             raise ValueError(
-                f"the {what} {value!r} of {kind.__name__} are those of {type(task).__name__}"
+                f"the name {kind.name!r} of {kind.__name__} is that of {other}: give another"
+            )
+        if kind.settings is task.settings:
+            raise ValueError(
+                f"the settings {kind.settings.__name__} of {kind.__name__} are those of {other}: "
+                "give it a subclass of them"
             )
     TASKS.append(kind())
     return kind
