@@ -187,8 +187,8 @@ def _matrices(name: str, value: Tensor | Sequence[Tensor]) -> list[Tensor]:
     return tensors
 
 
-def _refuse_unusual(name: str, tensors: Sequence[Tensor | None]) -> None:
-    """Tensors whose values are not all here, side by side in memory."""
+def _refuse_unusual(name: str, tensors: Sequence[object]) -> None:
+    """Refuses tensors whose values are not all here, side by side in memory."""
     distributed = sys.modules.get("torch.distributed.tensor")  # no tensor of it without
     for t in tensors:
         if distributed is not None and isinstance(t, distributed.DTensor):

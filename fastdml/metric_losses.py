@@ -89,6 +89,8 @@ class CenterLoss(nn.Module):
     Centres take in no value that is not finite.
     """
 
+    centers: Tensor  # (num_classes, dim)
+
     def __init__(self, num_classes: int, dim: int, *, alpha: float = 0.5) -> None:
         super().__init__()
         self.alpha = alpha

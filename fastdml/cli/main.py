@@ -78,9 +78,10 @@ def _dispatch(args: list[str]) -> int:
     try:
         COMMANDS[args[0]](args[1:])
     except SystemExit as stop:  # after --help, from tyro, or because a signal ended training
-        if getattr(stop, "message", None):
-            return _complain(stop.message, stop.code)
-        return stop.code or 0
+        code, message = stop.code or 0, getattr(stop, "message", None)
+        if isinstance(code, str):  # sys.exit of somebody else's code, with a reason
+            code, message = 1, code
+        return _complain(message, code) if message else code
     return 0
 
 

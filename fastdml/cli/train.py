@@ -54,6 +54,8 @@ def train(args: list[str]) -> None:
 
 
 def train_config(data: str, options: list[str]) -> TrainConfig:
+    """The settings that options for `data` give. Raises InputError for what is wrong in them, and
+    SystemExit after --help."""
     from dataclasses import fields
 
     from fastdml.train.config.sources import config_type, from_command_line
@@ -71,10 +73,11 @@ def train_config(data: str, options: list[str]) -> TrainConfig:
             return from_command_line(data, options)
     except SystemExit as stop:
         # tyro frames what a value's own check says; the check's one line is enough.
-        cause: BaseException | None = stop
-        while cause := cause.__cause__ or cause.__context__:
+        cause = stop.__cause__ or stop.__context__
+        while cause is not None:
             if isinstance(cause, InputError):
                 raise cause from None
+            cause = cause.__cause__ or cause.__context__
         if not stop.code:  # after --help
             raise
         raise InputError(
