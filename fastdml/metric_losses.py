@@ -86,7 +86,8 @@ class CenterLoss(nn.Module):
     (1 / N) sum_i |x_i - c_i|**2, c_i the centre of image i's identity, as the code of BoT has it
     (the paper has half the sum). In training mode the centres, which start at 0, then follow by the
     paper's equation 4: c_j -= alpha sum (c_j - x_i) / (1 + n_j) over the n_j images of identity j.
-    Centres take in no value that is not finite.
+    Centres take in no value that is not finite. Features of another width than `dim`, or labels of
+    another shape, raise InputError.
     """
 
     centers: Tensor  # (num_classes, dim)
@@ -133,7 +134,8 @@ class MetricLoss(nn.Module):
     num_classes: identities, for the centres.
     dims: D_k of every peer.
 
-    Its state is the peers' centres: buffers, in `state_dict()` and moved by `to(device)`.
+    Its state is the peers' centres: buffers, in `state_dict()` and moved by `to(device)`. Raises
+    InputError for weights or a margin below 0, and for features of other widths than `dims`.
     """
 
     def __init__(

@@ -45,6 +45,7 @@ def kernels(args: list[str]) -> None:
 
 
 def shape(text: str) -> tuple[int, int]:
+    """Peers and classes, from text such as 2x100. Raises InputError for any other."""
     try:
         K, C = (int(part) for part in text.lower().split("x"))
     except ValueError:

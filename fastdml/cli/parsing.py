@@ -20,6 +20,7 @@ class Parser(argparse.ArgumentParser):
         super().__init__(f"fastdml {name}", description=command.__doc__, allow_abbrev=False)
 
     def parse(self, args: list[str]) -> argparse.Namespace:
+        """The options' values. `--peers a,b` is `--peers a b`."""
         check_options(args, self._option_string_actions, self.prog)
         lists = [name for a in self._actions if a.nargs == "+" for name in a.option_strings]
         return self.parse_args(split_lists(args, lists))
@@ -29,6 +30,7 @@ class Parser(argparse.ArgumentParser):
 
 
 def check_options(args: Iterable[str], known: Iterable[str], command: str) -> None:
+    """Raises InputError for an --option that is not `known`, with the nearest that is."""
     known = list(known)
     for arg in args:
         option = arg.partition("=")[0]
@@ -38,6 +40,7 @@ def check_options(args: Iterable[str], known: Iterable[str], command: str) -> No
 
 
 def as_folder(text: str) -> Path:
+    """A path as people write it: the `type` of an option that names a folder."""
     try:
         return expanded(text)
     except InputError as error:

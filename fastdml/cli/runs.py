@@ -22,6 +22,7 @@ logger = logging.getLogger(__name__)
 
 
 def add_run_options(parser: Parser) -> None:
+    """RUN, and which of its weights are meant."""
     parser.usage = f"{parser.prog} RUN [OPTIONS]"  # after --peers RUN would be one of them
     parser.add_argument("run", type=as_folder, metavar="RUN", help="folder of a training run")
     parser.add_argument(
@@ -41,6 +42,7 @@ def add_run_options(parser: Parser) -> None:
 
 
 def run_config(run: Path) -> TrainConfig:
+    """The settings of the run in this folder. Raises InputError for what is no run."""
     from fastdml.train.config.sources import load_config
 
     if not (run / "config.yaml").is_file():
@@ -51,8 +53,8 @@ def run_config(run: Path) -> TrainConfig:
 
 
 def run_weights(options: argparse.Namespace) -> tuple[Unfinished | None, Path]:
-    """The folder that a run's weights are in; of a run that has not ended, its last are those of
-    its checkpoint."""
+    """The folder that a run's weights are in. The last weights of a run that has not ended are in
+    its checkpoint: then also what is known of that. Raises InputError where there are none yet."""
     from fastdml.train.unfinished import prolonged, unfinished
 
     last = options.weights == "last"
@@ -72,6 +74,7 @@ def run_weights(options: argparse.Namespace) -> tuple[Unfinished | None, Path]:
 
 
 def run_cohort(options: argparse.Namespace, device: Any) -> Cohort:
+    """The peers of a run with the weights that were asked for, in evaluation mode."""
     from fastdml.cohort import Cohort
 
     find_own_models(options.peers or ())

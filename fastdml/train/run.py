@@ -58,7 +58,8 @@ def run(
     config: TrainConfig, *, hint: str = HINT, command: str = "fastdml.train.run"
 ) -> TrainResult | None:
     """The run that `config` describes: data, peers, training. None after a dry run. hint: what
-    messages say that a download is asked for by. command: what summary.json says was called."""
+    messages say that a download is asked for by. command: what summary.json says was called.
+    Raises as `fit` does."""
     checks.one_process()
     checks.extras(config)
     task = task_of(config)
@@ -81,8 +82,11 @@ def fit(
     `train.batches` says what resuming asks of it. test: the same for evaluation, or a function from
     the cohort to its scores, or None. What the images are is recorded with the weights, see
     `Cohort`. `config`'s device is not used, and of what describes a data set and peers, what runs
-    is recorded in place of what it says. Returns None after a
-    dry run.
+    is recorded in place of what it says. Returns None after a dry run.
+
+    Raises InputError, one line with the remedy, for peers, batches, settings or a folder that
+    cannot be used; TrainingDiverged, also an InputError, where a loss is no longer finite;
+    TrainingStopped, a SystemExit, after a signal, when the checkpoint is written.
     """
     checks.one_process()
     checks.arguments(cohort, config)

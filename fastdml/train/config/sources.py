@@ -28,7 +28,8 @@ NARROWEST = 40  # columns that help is laid out for where a terminal has fewer
 
 
 def load_config(path: str | Path, base: TrainConfig | None = None) -> TrainConfig:
-    """Settings from a YAML file, over `base` (default: the preset of the data set it names)."""
+    """Settings from a YAML file, over `base` (default: the preset of the data set it names). Raises
+    InputError for a file that cannot be read, and for a setting that is unknown or out of range."""
     values = read_settings(path)
     where = f" in {path}"
     if base is None:
@@ -91,6 +92,7 @@ def from_command_line(
     """Settings from command-line options; `--config file.yaml` and `--resume` give the defaults.
 
     The config.yaml of a run gives another run its settings, and not its folder, which is taken.
+    Raises InputError for wrong settings, and SystemExit for wrong options and after --help.
     """
     tyro = require("tyro", "train")
     args, path = _take_config(list(args))
