@@ -41,6 +41,5 @@ def require(module: str, extra: str) -> ModuleType:
     except ModuleNotFoundError as error:
         if error.name is None or error.name.split(".")[0] != module.split(".")[0]:
             raise  # the module is there and something it needs is broken: show that
-        raise MissingExtra(
-            f"{module.split('.')[0]} is not installed: pip install 'fastdml[{extra}]'"
-        ) from None
+        package = "NVIDIA DALI" if module.startswith("nvidia.dali") else module.split(".")[0]
+        raise MissingExtra(f"{package} is not installed: pip install 'fastdml[{extra}]'") from None

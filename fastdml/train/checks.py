@@ -133,8 +133,19 @@ def _try_evaluation(name: str, peer: nn.Module, images: Tensor, num_classes: int
     except Exception as error:  # whatever a peer's code may raise
         raise InputError(
             f"peer {name} fails on images {tuple(images.shape)}: {one_line(error)}"
+            f"{_of_another_type(peer, images)}"
         ) from error
     check_logits(name, logits, images, num_classes, REMEDY)
+
+
+def _of_another_type(peer: nn.Module, images: Tensor) -> str:
+    """What to do about images that are not of the type of the peer's weights."""
+    weights = next((p.dtype for p in peer.parameters() if p.is_floating_point()), images.dtype)
+    if images.dtype == weights:
+        return ""
+    have, want = (str(dtype).removeprefix("torch.") for dtype in (images.dtype, weights))
+    convert = "images.float()" if weights == torch.float32 else f"images.to(torch.{want})"
+    return f"; the images are {have} and its weights {want}: {convert} in the data set mends that"
 
 
 def _try_training(name: str, peer: nn.Module, images: Tensor, num_classes: int, amp: Amp) -> None:
