@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 from fastdml.report import plots
+from fastdml.train import TrainConfig
 
 SIZE = (32, 16)
 TRAIN_IDS, TEST_IDS, CAMERAS = 6, 5, 3
@@ -60,3 +61,24 @@ def _own_scans(scans):
 def _no_pictures(monkeypatch):
     """Drawing takes longer than these runs."""
     monkeypatch.setattr(plots, "draw", lambda folder, headlines, formats: [])
+
+
+@pytest.fixture
+def settings(tmp_path):
+    """Makes settings for a run of `tiny_runs` in the test's own folder."""
+
+    def make(**changes) -> TrainConfig:
+        values = {
+            "folder": str(tmp_path / "run"),
+            "batch_size": 16,
+            "epochs": 3,
+            "log_every": 4,
+            "amp": "off",
+            "device": "cpu",
+            "execution": "eager",
+            "threads": 1,
+            "tensorboard": False,
+        }
+        return TrainConfig(**{**values, **changes})
+
+    return make
