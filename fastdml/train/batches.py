@@ -52,7 +52,7 @@ class IterableBatches:
         return len(self.source)
 
     def epoch(self, epoch: int, start: int = 0) -> Iterator[tuple[Tensor, Tensor]]:
-        sampler = getattr(self.source, "sampler", None)
+        sampler: Any = getattr(self.source, "sampler", None)
         if hasattr(sampler, "set_epoch"):
             sampler.set_epoch(epoch)
         drawn = torch.get_rng_state()
@@ -76,14 +76,13 @@ class IterableBatches:
         where = f"{self.what} batch {step}"
         images, labels = check_batch(batch, where)
         first = self.shape is None
-        if first:
-            self.shape = tuple(images.shape[1:])
-            self.batch_size = self.batch_size or len(images)
-        if images.shape[1:] != self.shape:
+        shape = self.shape or tuple(images.shape[1:])
+        if images.shape[1:] != shape:
             raise InputError(
                 f"{where} holds images of {_sizes(images.shape[1:])}, the first one of "
-                f"{_sizes(self.shape)}: resize all images to one size"
+                f"{_sizes(shape)}: resize all images to one size"
             )
+        self.shape, self.batch_size = shape, self.batch_size or len(images)
         if first or labels.device.type == "cpu":
             check_labels(labels, self.num_classes, where)
         if first or self.device.type == "cpu" == images.device.type:
@@ -202,14 +201,15 @@ def described(source: Any, channels: int) -> dict[str, list]:
     Of a DataLoader the data set's `classes` are taken, as torchvision's sets have them, and mean
     and std of a Normalize after a ToTensor, or ToDtype(scale=True), among its transforms.
     """
+    found: dict[str, Any]
     if not isinstance(source, IterableBatches):
         names = {"mean": "mean", "std": "std", "classes": "class_names"}
         found = {name: getattr(source, theirs, None) for name, theirs in names.items()}
     else:
-        data = getattr(source.source, "dataset", None)
+        data: Any = getattr(source.source, "dataset", None)
         while hasattr(data, "dataset"):  # torch's Subset
             data = data.dataset
-        found = _normalisation(getattr(data, "transform", None))
+        found = {**_normalisation(getattr(data, "transform", None))}
         if getattr(data, "target_transform", None) is None:  # which may change their order
             found["classes"] = getattr(data, "classes", None)
     lists = {}

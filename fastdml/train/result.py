@@ -58,14 +58,17 @@ class TrainResult:
     def to_frame(self) -> pandas.DataFrame:
         """A row an epoch and peer, of both runs where there are two (column `run`): losses in nats,
         scores as fractions under test_NAME, what holds for all peers alike in each of their rows.
-        Matrices of pairs stay in `history`."""
+        Matrices of pairs stay in `history`. Raises MissingExtra without pandas."""
         try:
             import pandas
         except ModuleNotFoundError:
             raise MissingExtra("pandas is not installed: pip install pandas") from None
         rows = []
-        for run, result in (("mutual", self), ("independent", self.independent)):
-            for record in result.history if result else ():
+        runs = {"mutual": self}
+        if self.independent:
+            runs["independent"] = self.independent
+        for run, result in runs.items():
+            for record in result.history:
                 test = {f"test_{key}": value for key, value in record.get("test", {}).items()}
                 values = {**record, **test}
                 values.pop("test", None)

@@ -9,6 +9,7 @@ with mutual learning on top; `kl_weight` 0 leaves that out.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
@@ -203,7 +204,7 @@ STANDIN: dict[str, Any] = {
 STANDIN_STRONG = {"triplet_weight": 0.2, "margin": None}
 
 
-def reid_preset(chosen: dict[str, Any]) -> dict[str, Any]:
+def reid_preset(chosen: Mapping[str, Any]) -> dict[str, Any]:
     """The defaults that `chosen` settings (recipe, standin) leave to the others."""
     standin = chosen.get("standin") is True
     recipe = chosen.get("recipe", "strong" if standin else "paper")

@@ -13,7 +13,7 @@ import torch
 
 from fastdml.cohort import Cohort
 from fastdml.data import HINT, ImageSet, ResidentLoader, load, make_loader, record
-from fastdml.engine.amp import Amp, resolve_amp
+from fastdml.engine.amp import Amp, AmpName, resolve_amp
 from fastdml.errors import InputError
 from fastdml.metrics import Classification as Counts
 from fastdml.metrics import ClassificationScores
@@ -131,7 +131,7 @@ def score(cohort: Cohort, test: Batches, amp: Amp) -> ClassificationScores:
 def evaluate(
     cohort: Cohort,
     test: ImageSet | Any,
-    amp: str = "auto",
+    amp: AmpName = "auto",
 ) -> ClassificationScores:
     """Scores of a cohort on the device it is on, which it leaves in the mode it was in.
 
@@ -155,14 +155,15 @@ def evaluate(
 def _as_trained(cohort: Cohort, test: ImageSet, device: torch.device) -> ResidentLoader:
     """A set's images as the cohort has learnt to see them."""
     known = cohort.record()
-    mean, std = known["mean"] or test.mean, known["std"] or test.std
+    mean, std = tuple(known["mean"] or test.mean), tuple(known["std"] or test.std)
     labels, classes = test.labels, tuple(known["classes"] or test.class_names)
     names = test.class_names
     if classes != tuple(names) and sorted(classes) == sorted(names) and len({*names}) == len(names):
         order = torch.tensor([classes.index(name) for name in names], device=labels.device)
         labels, names = order[labels], classes
     test = dataclasses.replace(test, labels=labels, class_names=names, mean=mean, std=std)
-    size = known["image_shape"] and tuple(known["image_shape"][1:])
+    shape = known["image_shape"]
+    size = (shape[1], shape[2]) if shape else None
     return ResidentLoader(test, EVALUATION_BATCH, train=False, size=size, device=device)
 
 
@@ -191,7 +192,9 @@ def _check_trained_on(cohort: Cohort, data: str, run: Path) -> None:
 def table(names: Sequence[str], scores: Mapping[str, Any]) -> str:
     """Every score of each peer and of the ensemble, from a ClassificationScores as a dict."""
     columns = ("top1", "top5", "ece", "nll", "entropy")
-    rows = [("peer", "top-1 %", "top-5 %", "ECE %", "NLL nats", "entropy nats")]
+    rows: list[tuple[str, ...]] = [
+        ("peer", "top-1 %", "top-5 %", "ECE %", "NLL nats", "entropy nats")
+    ]
     per_peer = [[scores[c][k] for c in columns] for k in range(len(names))]
     per_peer.append([scores[f"ensemble_{c}"] for c in columns])
     for name, (top1, top5, ece, nll, entropy) in zip([*names, "ensemble"], per_peer, strict=True):

@@ -161,7 +161,7 @@ class Reidentification(Task):
             pictures = []
             if count:
                 pictures = retrieval.draw(cohort, query, gallery, count, run / "ranked_lists")
-        scores = {name: s and dataclasses.asdict(s) for name, s in found.items()}
+        scores = {name: dataclasses.asdict(s) if s else None for name, s in found.items()}
         return Evaluation(scores, table(cohort.names, scores), pictures)
 
 
@@ -214,7 +214,7 @@ def prepare(market: Market1501, config: ReidConfig, device: torch.device) -> Pre
     split = market.train
     if config.subset:
         split = split.subset(config.subset, config.seed)
-    options = {
+    options: dict[str, Any] = {
         "train": True,
         "size": config.size,
         "pad": config.pad,

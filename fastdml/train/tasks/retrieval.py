@@ -21,7 +21,7 @@ from fastdml import metrics
 from fastdml.cohort import Cohort
 from fastdml.data import Market1501, ReidSplit, choose_loader, make_loader
 from fastdml.data.loaders.dali import checked
-from fastdml.engine.amp import Amp, resolve_amp
+from fastdml.engine.amp import Amp, AmpName, resolve_amp
 from fastdml.files import safe_name
 from fastdml.logs import held
 from fastdml.metrics import ReIDScores
@@ -119,7 +119,7 @@ def extract_features(
     size: tuple[int, int],
     *,
     flip_test: bool = True,
-    amp: str = "auto",
+    amp: AmpName = "auto",
     loader: str = "auto",
     batch_size: int = EVALUATION_BATCH,
 ) -> list[Tensor]:
@@ -127,7 +127,8 @@ def extract_features(
     re-identification head, on its device, make of a set's images at `size` (height, width).
 
     With the flip test an image and its mirror image are averaged. Under an initialised
-    `torch.distributed` each process extracts a share, and all get all.
+    `torch.distributed` each process extracts a share, and all get all. Raises InputError where a
+    peer has no such head, an image cannot be decoded, or the device lacks the precision.
     """
     device = next(cohort.parameters()).device
     with evaluating(cohort), held():  # of where the images are kept nothing is said
@@ -158,9 +159,10 @@ class Retrieval:
         if rerank:
             scores["single_reranked"] = self._scores(query, gallery, rerank=True)
         several = self._several(query, cohort)
-        scores["multi"] = several and self._scores(several, gallery)
+        scores["multi"] = self._scores(several, gallery) if several else None
         if rerank:
-            scores["multi_reranked"] = several and self._scores(several, gallery, rerank=True)
+            reranked = self._scores(several, gallery, rerank=True) if several else None
+            scores["multi_reranked"] = reranked
         return scores, query, gallery
 
     def draw(
@@ -246,7 +248,9 @@ class Retrieval:
 def table(names: Sequence[str], scores: Mapping[str, dict[str, Any] | None]) -> str:
     """Every score of each peer and of the ensemble, a block of rows a protocol, from
     `Retrieval.all_scores` with RetrievalScores as dicts."""
-    rows = [("peer", "query", "re-ranked", "rank-1 %", "rank-5 %", "rank-10 %", "mAP %", "mINP %")]
+    rows: list[tuple[str, ...]] = [
+        ("peer", "query", "re-ranked", "rank-1 %", "rank-5 %", "rank-10 %", "mAP %", "mINP %")
+    ]
     for protocol, values in scores.items():
         query, _, reranked = protocol.partition("_")
         if values is None:
@@ -256,7 +260,8 @@ def table(names: Sequence[str], scores: Mapping[str, dict[str, Any] | None]) -> 
             rows.append((name, *kind, *(percent(values[c][k]) for c in COLUMNS)))
         ensemble = (percent(values[f"ensemble_{c}"]) for c in COLUMNS)
         rows.append(("ensemble", *kind, *ensemble))
-    note = f"{scores['single']['queries']:,} queries; ensemble: the peers' features, concatenated"
+    queries = next(values["queries"] for values in scores.values() if values)
+    note = f"{queries:,} queries; ensemble: the peers' features, concatenated"
     if scores["multi"] is None:
         note += "; no multiple queries: the folder gt_bbox is not there"
     return f"{fixed_columns(rows)}\n{note}"
