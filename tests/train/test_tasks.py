@@ -10,6 +10,7 @@ from __future__ import annotations
 import ast
 import dataclasses
 import json
+import logging
 import re
 from contextlib import contextmanager
 from pathlib import Path
@@ -36,7 +37,7 @@ from fastdml.train.tasks import task as tasks
 from fastdml.train.tasks.task import Evaluation, Prepared, Task, scoring_of, task_of
 
 pytestmark = pytest.mark.usefixtures("_no_pictures")
-CPU = torch.device("cpu")
+logger = logging.getLogger("fastdml.labels")
 LABELS = ("left", "top")
 
 
@@ -90,9 +91,9 @@ class Labels(Task):
     options: ClassVar = {"--label": {"choices": LABELS, "help": "score one label alone"}}
 
     @contextmanager
-    def prepare(self, config, device, say, hint=HINT):
+    def prepare(self, config, device, hint=HINT):
         train, test = load_corners()
-        say("corners are drawn")
+        logger.info("corners are drawn")
         cohort = Cohort(config.peers, 4, in_channels=1, seed=config.seed, image_size=(8, 8))
         yield Prepared(
             cohort.to(device),
@@ -117,7 +118,7 @@ class Labels(Task):
         each = [found.float().mean().item() for found in right]
         return LabelsScores(len(right[0]), every[:-1], each[:-1], every[-1], each[-1])
 
-    def evaluate(self, cohort, config, device, options, *, run, say, hint=HINT):
+    def evaluate(self, cohort, config, device, options, *, run, hint=HINT):
         test = as_batches(ResidentLoader(load_corners()[1], 32, train=False), device, 4, "test")
         with evaluating(cohort):
             scores = self.score(cohort, test, fastdml.engine.Amp(device, None, None))
@@ -125,7 +126,7 @@ class Labels(Task):
             ("peer", "all right"),
             *((n, f"{x:.3f}") for n, x in zip(cohort.names, scores.all_right, strict=True)),
         ]
-        say(f"scored on {options['label'] or 'all labels'}")
+        logger.info("scored on %s", options["label"] or "all labels")
         return Evaluation(dataclasses.asdict(scores), fixed_columns(rows))
 
 
