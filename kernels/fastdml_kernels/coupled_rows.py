@@ -284,12 +284,11 @@ def coupled_rows(
                 Z = load_peers(logits, n64, c, -BLOCK_C - back, K, C, STRIDES, READABLE, True)
                 top, D, Q = log_probabilities(Z, LSE_T, inv_t, K, TEMPERED)
                 if MIXED and not VALUES_PASS:
+                    PART = mixed_kl(Z, D, Q, top, peer_weights, GATES, DIVISOR, MIX_LSE, inv_t,
+                                    K, EDGE, GATED, TARGET, SYMMETRIC)  # fmt: skip
                     NEW_KL = ()
                     for k in tl.static_range(K):
-                        part = mixed_kl(k, Z, D, Q, top, peer_weights, GATES, WEIGHT, DIVISOR,
-                                        MIX_LSE, inv_t, K, EDGE, GATED, TARGET,
-                                        SYMMETRIC)  # fmt: skip
-                        NEW_KL = NEW_KL + (KL[k] + part,)
+                        NEW_KL = NEW_KL + (KL[k] + times(WEIGHT[k], PART[k]),)
                     KL = NEW_KL
                 if STATS:
                     if not ONLINE_PAIRS:

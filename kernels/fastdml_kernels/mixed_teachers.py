@@ -133,13 +133,16 @@ def mixed_divergences(logits, n64, LSE_T, teacher, student, peer_weights, GATES,
 
 
 @triton.jit
-def mixed_kl(k: tl.constexpr, Z, D, Q, top, peer_weights, GATES, WEIGHT, DIVISOR, MIX_LSE, inv_t,
+def mixed_kl(Z, D, Q, top, peer_weights, GATES, DIVISOR, MIX_LSE, inv_t,
              K: tl.constexpr, EDGE: tl.constexpr, GATED: tl.constexpr, TARGET: tl.constexpr,
              SYMMETRIC: tl.constexpr):  # fmt: skip
-    """One block's share of student k's KL term with a mixed teacher, weights included."""
-    gap, t = mixed_teacher(k, Z, D, top, peer_weights, GATES, DIVISOR, MIX_LSE, inv_t,
-                           K, EDGE, GATED, TARGET)  # fmt: skip
-    kl = times(t, gap - D[k])
-    if SYMMETRIC:
-        kl = 0.5 * (kl + times(Q[k], D[k] - gap))
-    return times(WEIGHT[k], tl.sum(kl, axis=0))
+    """One block's share of each student's divergence from its mixed teacher."""
+    OUT = ()
+    for k in tl.static_range(K):
+        gap, t = mixed_teacher(k, Z, D, top, peer_weights, GATES, DIVISOR, MIX_LSE, inv_t,
+                               K, EDGE, GATED, TARGET)  # fmt: skip
+        kl = times(t, gap - D[k])
+        if SYMMETRIC:
+            kl = 0.5 * (kl + times(Q[k], D[k] - gap))
+        OUT = OUT + (tl.sum(kl, axis=0),)
+    return OUT

@@ -44,10 +44,11 @@ from .wide_functions import (
 
 
 @triton.jit
-def kl_terms(D, Q, top, WEIGHT, DIVISOR, peer_weights, GATES,
+def kl_terms(D, Q, top, DIVISOR, peer_weights, GATES,
              K: tl.constexpr, EDGE: tl.constexpr, GATED: tl.constexpr, UNIFORM: tl.constexpr,
              TARGET: tl.constexpr):  # fmt: skip
-    """One block's share of each student's KL term, edge weights included.
+    """One block's share of each student's KL term, edge weights included; of its divergence from
+    the mixed teacher with target "ensemble".
 
     Without weights and gates (UNIFORM) all students share the sums over the teachers of q_l and of
     q_l d_l: sum_l q_l (d_l - d_k), whose term l = k is 0."""
@@ -71,7 +72,7 @@ def kl_terms(D, Q, top, WEIGHT, DIVISOR, peer_weights, GATES,
             else:
                 gap = mean_probability(k, D, peer_weights, GATES, DIVISOR[k], K, EDGE, GATED)
                 t = tl.exp(gap + top)
-                total = times(WEIGHT[k], tl.sum(times(t, gap - D[k]), axis=0))
+                total = tl.sum(times(t, gap - D[k]), axis=0)
             OUT = OUT + (total,)
     return OUT
 
@@ -216,11 +217,14 @@ def wide_rows(
                 if MUTUAL:
                     top, D, Q = log_probabilities(Z, LSE_T, inv_t, K, TEMPERED)
                     if not FROM_PAIRS:
-                        PART = kl_terms(D, Q, top, WEIGHT, DIVISOR, peer_weights, GATES,
+                        PART = kl_terms(D, Q, top, DIVISOR, peer_weights, GATES,
                                         K, EDGE, GATED, UNIFORM, TARGET)  # fmt: skip
                         NEW_KL = ()
                         for k in tl.static_range(K):
-                            NEW_KL = NEW_KL + (KL[k] + PART[k],)
+                            if MIXED:
+                                NEW_KL = NEW_KL + (KL[k] + times(WEIGHT[k], PART[k]),)
+                            else:
+                                NEW_KL = NEW_KL + (KL[k] + PART[k],)
                         KL = NEW_KL
                     if STATS:
                         pairs = add_block_to_pairs(pairs, D, Q, teacher, K, PEERS, BLOCK_C)
