@@ -42,7 +42,8 @@ def options(
     erase: float,
     cutout: int,
 ) -> Augment:
-    """A loader's arguments, checked; in evaluation only the size counts."""
+    """A loader's arguments, checked; in evaluation only the size counts. stored and size: (height,
+    width). Raises InputError for values out of range, with the range."""
     height, width = size or stored
     if height < 1 or width < 1:
         raise InputError(f"images of {height}x{width}: give at least one pixel")

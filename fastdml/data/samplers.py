@@ -28,6 +28,8 @@ class Order(NamedTuple):
 
 
 class Sampler(Protocol):
+    """What a loader takes as its `sampler`."""
+
     @property
     def places(self) -> int: ...  # of every epoch
 
@@ -41,6 +43,7 @@ def part(step: int, batch_size: int, rank: int = 0, world: int = 1) -> slice:
 
 
 def check_rank(rank: int, world: int) -> None:
+    """Raises InputError for a rank that is not from 0 to world - 1."""
     if world < 1 or not 0 <= rank < world:
         raise InputError(f"rank {rank} of {world}: ranks count from 0 to one below their number")
 
@@ -65,7 +68,7 @@ class RepeatedSampler:
     """Repeated augmentation (Hoffer et al. 2020): each sample `repeats` times side by side, each
     time augmented otherwise. An epoch is as long as the set, so it shows n / repeats of it; over
     `repeats` epochs every sample comes up once (a last few twice where `repeats` does not divide
-    n).
+    n). Raises InputError for repeats below 1 or above n.
     """
 
     n: int
@@ -105,7 +108,8 @@ class PKSampler:
       that an identity with as many groups left as there are batches left comes first.
 
     With `cameras`, groups take turns through an identity's cameras, so that one shows as many of
-    them as it can.
+    them as it can. Raises InputError for p or k below 1, and for a p above the number of
+    identities.
     """
 
     ids: Tensor  # (N,) int64
@@ -159,7 +163,7 @@ class PKSampler:
 
 
 def _to(x: Tensor, device: torch.device | str) -> Tensor:
-    """Without waiting for the device."""
+    """`x` on the device; to a GPU from pinned memory, so that the host does not wait."""
     if torch.device(device).type == "cuda":
         return x.pin_memory().to(device, non_blocking=True)
     return x.to(device)
@@ -184,7 +188,8 @@ def _different(queue: list[int], groups: np.ndarray, p: int, steps: int) -> np.n
     waiting: list[int] = []
     rest = iter(queue)
     for steps_left in range(steps, 0, -1):
-        batch = np.flatnonzero(left >= steps_left)  # would not all find a place later
+        # owners with as many groups left as there are batches left must be in every one of them
+        batch = np.flatnonzero(left >= steps_left)
         batch = batch[np.argsort(-left[batch], kind="stable")][:p].tolist()
         seen = set(batch)
         for owner in batch:

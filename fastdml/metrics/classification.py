@@ -51,7 +51,8 @@ class ClassificationScores:
 
 
 class Classification:
-    """Sums over a test set of C classes for K peers: `update` with each batch, then `compute`."""
+    """Sums over a test set of C classes for K peers: `update` with each batch, then `compute`.
+    Raises InputError for K or C below 1."""
 
     def __init__(self, K: int, C: int, device: torch.device | str = "cpu") -> None:
         if K < 1 or C < 1:
@@ -62,7 +63,9 @@ class Classification:
 
     @torch.no_grad()
     def update(self, logits: Sequence[Tensor], labels: Tensor) -> None:
-        """Adds a batch: K logits (N, C) of any floating dtype, labels (N,) within 0..C-1."""
+        """Adds a batch: K logits (N, C) of any floating dtype, labels (N,) int64 or int32 within
+        0..C-1, on the device of the sums. Raises InputError for other shapes; a label out of range
+        is counted here and refused by `compute`, so that no batch waits for the device."""
         N = len(labels)
         if len(logits) != self.K or any(z.shape != (N, self.C) for z in logits):
             shapes = ", ".join(str(tuple(z.shape)) for z in logits)
@@ -70,7 +73,8 @@ class Classification:
                 f"logits of shape {shapes} for {N} labels; expected {self.K} of ({N}, {self.C})"
             )
         bad_label = (labels < 0) | (labels >= self.C)
-        labels = labels.long().clamp(0, self.C - 1)  # (N,): a gather out of range kills a GPU
+        # (N,) within range, since an index out of range leaves a CUDA context unusable
+        labels = labels.long().clamp(0, self.C - 1)
 
         sums = []
         p_sum = torch.zeros(N, self.C, device=self.totals.device)
@@ -90,7 +94,8 @@ class Classification:
         self.rows += N
 
     def compute(self) -> ClassificationScores:
-        """The scores over everything added so far, as plain numbers."""
+        """The scores over everything added so far, as plain numbers. Raises InputError where
+        nothing was added or a label is out of range."""
         if self.rows == 0:
             raise InputError("there is nothing to score: the test set gave no rows")
         totals = self.totals.cpu()
@@ -134,7 +139,8 @@ def _batch_sums(
     top1 = (rank == 0) & finite
     top5 = (rank < min(5, C)) & finite
 
-    # Comparing with every bin instead of scattering: the sum's order, and so its value, is fixed.
+    # Every row is compared with every bin, rather than added to its bin by a scatter, whose order
+    # of summation on a GPU, and so the rounding, changes from run to run.
     bins = (confidence * BINS).ceil().sub(1).clamp(0, BINS - 1)
     in_bin = bins[:, None] == torch.arange(BINS, device=p.device)  # (N, 15); NaN is in none
     gap = torch.where(finite, top1.double() - confidence, 0.0)

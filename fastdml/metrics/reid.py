@@ -116,7 +116,8 @@ def reid_scores(
 def feature_distances(
     query_features: Tensor, gallery_features: Tensor, metric: str = "cosine"
 ) -> Tensor:
-    """(Q, G) in float32 (float64 in float64) of (Q, D) and (G, D): 1 - cosine, or Euclidean."""
+    """Distances (Q, G) of features (Q, D) and (G, D): 1 - cosine, or Euclidean; in float64 where
+    the features are, else in float32. Raises InputError for an unknown metric or other shapes."""
     source = _Computed(query_features, gallery_features, metric)
     d = source.block(torch.arange(len(query_features)))
     if metric == "cosine":
@@ -125,14 +126,16 @@ def feature_distances(
 
 
 def normalize_features(features: Tensor) -> Tensor:
-    """(N, D) to unit length, in float32 (float64 in float64); rows of zeros stay zeros."""
+    """Features (N, D) scaled to unit length, in float64 where they are float64, else in float32;
+    rows of zeros stay zeros."""
     return F.normalize(_in_full(features), dim=1)
 
 
 def ensemble_features(features: Sequence[Tensor]) -> Tensor:
     """One description (N, sum of D_k) of unit length from K peers' (N, D_k): concatenated, as in
     the paper (Zhang et al., CVPR 2018), each of unit length first so that none outweighs the
-    others; the cosine similarity of the whole is the mean of the peers'."""
+    others; the cosine similarity of the whole is the mean of the peers'. Raises InputError for no
+    peers, or features of different numbers of images."""
     if not features:
         raise InputError("an ensemble needs the features of at least one peer")
     if len({len(f) for f in features}) > 1:
@@ -149,11 +152,13 @@ def multi_query_features(
     query_cameras: Tensor,
     query_features: Tensor | None = None,
 ) -> Tensor:
-    """(Q, D) in float32 (float64 in float64): for each query the mean of the features (M, D) of
-    the images of its identity and camera (Zheng et al., ICCV 2015, section 5.4; Market-1501 keeps
-    these images in gt_bbox). A query without such an image keeps its own of `query_features`
-    (Q, D); without that argument it raises InputError. Normalise features first, so that
-    each image weighs the same.
+    """(Q, D): for each query the mean of the features (M, D) of the images of its identity and
+    camera (Zheng et al., ICCV 2015, section 5.4; Market-1501 keeps these images in gt_bbox), in
+    float64 where the features are, else in float32. A query without such an image keeps its own of
+    `query_features` (Q, D). Normalise features first, so that each image weighs the same.
+
+    Raises InputError for shapes that do not fit together, and for a query without such an image
+    where `query_features` is not given.
     """
     images, Q = len(features), len(query_ids)
     if features.ndim != 2 or not images == len(ids) == len(cameras) or len(query_cameras) != Q:
@@ -252,7 +257,7 @@ class _OwnImages:
         )
         places = torch.cat([ids, gallery_ids]) * len(cameras) + camera
         _, left_out = _runs(places[len(ids) :][self.by_id].sort().values, places[: len(ids)])
-        # Queries of as many matches next to each other: little padding in a block.
+        # Queries are sorted by their number of matches, since a block is padded to its largest.
         matches, queries = (self.size - left_out).sort(stable=True)
         self.counted = queries[matches > 0]
 
@@ -284,7 +289,7 @@ def _query_scores(d: Tensor, row: Tensor, image: Tensor, match: Tensor, junk: Te
     limit = d.new_full((B, int(matches.max())), torch.inf)  # (B, M), padded
     limit[at, place.to(d.device)] = d[at, found]
     limit = limit.sort(dim=1).values
-    # own images and junk are never counted: NaN compares false with everything
+    # images of the query's identity and junk must not be counted: NaN compares false with all
     d[row.to(d.device), image.to(d.device)] = torch.nan
     d[:, junk.to(d.device)] = torch.nan
     others = _count_up_to(d, limit, matches)
@@ -321,6 +326,7 @@ def _count_up_to(d: Tensor, limit: Tensor, matches: Tensor) -> Tensor:
 
 
 def _in_full(x: Tensor) -> Tensor:
+    """Half precisions as float32; float32 and float64 as they are."""
     return x if x.dtype == torch.float64 else x.float()
 
 

@@ -100,13 +100,14 @@ def _neighbours(x: Tensor, Q: int, k: int, block: int) -> tuple[Tensor, Tensor, 
     """
     N = len(x)
     square = _squares(x)
-    nearest = x.new_full((N, k), torch.inf)  # distances so far, and whose
+    nearest = x.new_full((N, k), torch.inf)  # the smallest distances so far
     near = torch.zeros(N, k, dtype=torch.int64, device=x.device)
     farthest = x.new_full((N,), LEAST)
     result = x.new_empty(Q, N - Q)
 
     def learn(images: slice, d: Tensor, first: int) -> None:
-        """Takes note of the distances d of `images` to the images from `first` on."""
+        """Merges the distances d of `images` to the images from `first` on into `nearest`, `near`
+        and `farthest`."""
         found, which = d.topk(min(k, d.shape[1]), dim=1, largest=False)
         found = torch.cat([nearest[images], found], dim=1)
         which = torch.cat([near[images], which + first], dim=1)
@@ -123,7 +124,7 @@ def _neighbours(x: Tensor, Q: int, k: int, block: int) -> tuple[Tensor, Tensor, 
             asked = d[: min(rows.stop, Q) - rows.start, max(Q - columns.start, 0) :]
             result[rows, max(columns.start - Q, 0) : columns.stop - Q] = asked
         if rows == columns:
-            d.fill_diagonal_(-1)  # itself is the nearest, whatever the rounding, whoever is equal
+            d.fill_diagonal_(-1)  # an image is its own nearest, whatever rounding makes of it
         else:
             learn(columns, d.T.contiguous(), rows.start)
         learn(rows, d, columns.start)

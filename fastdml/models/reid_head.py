@@ -34,6 +34,8 @@ class ReidHead:
     neck: batch normalisation between features and classifier, its bias kept at 0 (BNNeck).
     last_stride: 1 leaves the map at twice the size in the last stage: every model that is called by
         a name of ours, and the ResNets of timm. Others have no such stage and stay as they are.
+
+    Raises InputError for other values.
     """
 
     pooling: str = "avg"

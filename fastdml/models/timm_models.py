@@ -34,7 +34,8 @@ def create_timm_model(
     image_size: tuple[int, int] | None,
 ) -> nn.Module:
     """num_classes: 0 for a backbone alone, which then takes images of any size if it can.
-    image_size: (height, width) that a network of one size is built for, where it can be."""
+    image_size: (height, width) that a network of one size is built for, where it can be. Raises
+    InputError for a name or weights that timm does not have, MissingExtra without timm."""
     timm = require("timm", "reid")
     config = _config(timm, name)
     options: dict[str, Any] = {"num_classes": num_classes, "in_chans": in_channels}
@@ -59,7 +60,8 @@ def create_timm_model(
 
 
 def check_size(model: nn.Module, name: str, in_channels: int, image_size: tuple[int, int]) -> None:
-    """Refuses a network of timm's that cannot take images of this size, by having it try one."""
+    """Raises InputError for a network of timm's that cannot take images of this size, by having it
+    try one. image_size: (height, width)."""
     try:
         with evaluating(model), torch.no_grad():
             model(torch.zeros(1, in_channels, *image_size))

@@ -10,6 +10,7 @@ import pytest
 import torch
 
 import fastdml
+from fastdml.cli import main
 from fastdml.errors import InputError
 from fastdml.models import ReidHead, catalogue, create_model, model_names, register_model, registry
 
@@ -150,3 +151,11 @@ def test_names_need_no_extra():
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert (done.returncode, done.stderr) == (0, "")
+
+
+def test_the_command_trains_what_a_users_file_registers(mine, tmp_path, monkeypatch, capfd):
+    monkeypatch.chdir(tmp_path)
+    peers = [f"{mine}:plain_12", "plain_24"]  # the second is known once the first is imported
+    options = ["--epochs", "1", "--subset", "64", "--batch-size", "32", "--folder", "run"]
+    assert main(["train", "digits", *options, "--peers", *peers]) == 0
+    assert "plain_12" in capfd.readouterr().out

@@ -33,7 +33,8 @@ LEFTOVERS = (".DS_Store", "__MACOSX", "Thumbs.db", "desktop.ini")
 
 def fetch(url: str, target: Path, md5: str, hint: str = HINT) -> None:
     """Downloads `url` to `target`, or keeps the `target` that is there, if its MD5 is `md5`.
-    hint: what messages say that a download is asked for by."""
+    hint: what messages say that a download is asked for by. Raises InputError for another MD5 and
+    for a download that fails; nothing is left at `target` then."""
     if target.exists():
         with target.open("rb") as file:
             digest = hashlib.md5(usedforsecurity=False)
@@ -96,7 +97,9 @@ def _progress(total: int | None, name: str) -> contextlib.AbstractContextManager
 
 
 def extract(archive: Path, root: Path, folder: str, hint: str = HINT) -> None:
-    """Unpacks the .tar.gz `archive`, whose entries must all lie in `folder`, to `root/folder`."""
+    """Unpacks the .tar.gz `archive`, whose entries must all lie in `folder`, to `root/folder`.
+    Raises InputError for a folder that exists, a damaged archive, and an entry that is a link or
+    lies elsewhere; nothing is left at `root/folder` then."""
     if (root / folder).exists():
         raise InputError(
             f"{root / folder}: is there but incomplete: move it away and use {hint} again"
@@ -116,8 +119,8 @@ def extract(archive: Path, root: Path, folder: str, hint: str = HINT) -> None:
 
 
 def is_leftover(name: str) -> bool:
-    """Of a file or folder that an operating system puts between others: macOS leaves a ._NAME
-    beside each NAME where a file system or an archive holds no attributes."""
+    """Whether it is the name of a file or folder that an operating system put there: macOS leaves a
+    ._NAME beside each NAME where a file system or an archive holds no attributes."""
     return name in LEFTOVERS or name.startswith("._")
 
 

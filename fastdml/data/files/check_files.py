@@ -59,7 +59,13 @@ def scan(
     progress: bool | None = None,
     cache: Path | None = None,
 ) -> Scan:
-    """Decodes what the cache does not know. `cache` is its folder (default: the user's)."""
+    """Which of the files cannot be decoded, and why. Only those are decoded that the cache does not
+    know, or that changed since.
+
+    decoder: "dali" asks DALI as well as Pillow. workers: processes (default: one a core). progress:
+    whether a bar is shown (default: where stderr is a terminal). cache: its folder (default: in the
+    user's cache folder). Raises MissingExtra where Pillow, or the DALI asked for, is not installed.
+    """
     file = _cache_file(paths, decoder, cache)
     known = _load(file) if file else {}
     marks = {path: _mark(path) for path in paths}
@@ -72,7 +78,8 @@ def scan(
     bar.close()
     reasons = {p: found[p] if p in found else known[p][1] for p in paths}
     if new:
-        # what ended a process may have been the machine's want of memory or time
+        # A decoder may have died or hung because the machine was short of memory or time: that is
+        # not remembered, so that the next scan tries the file again.
         surely = [p for p in new if marks[p] is not None and not _condemned(reasons[p])]
         _save(file, known | {p: [marks[p], reasons[p]] for p in surely})
     bad = {path: why for path, why in reasons.items() if why is not None}
@@ -80,12 +87,13 @@ def scan(
 
 
 def check_bad_files(bad_files: str) -> None:
+    """Raises InputError for what is neither "error" nor "skip"."""
     if bad_files not in ("error", "skip"):
         raise InputError(f"bad files {bad_files!r}: give 'error' or 'skip'")
 
 
 def _condemned(why: str | None) -> bool:
-    """By what became of the process, not by what it answered."""
+    """Whether the reason is that the decoder's process died or hung, not what it answered."""
     return why is not None and why.startswith((CRASHES, LATE))
 
 
@@ -109,8 +117,8 @@ def _decode_all(
 
 
 def _mind(paths: list[str], decoder: Decoder, results: queue.SimpleQueue) -> None:
-    """Puts what `_decode_elsewhere` finds, or the error that ended it, for which the scan would
-    wait for ever."""
+    """A thread's work: puts what `_decode_elsewhere` finds into `results`. An error is put there
+    too, since the scan would wait for ever for what this thread no longer finds."""
     try:
         for found in _decode_elsewhere(paths, decoder):
             results.put(found)
@@ -119,9 +127,9 @@ def _mind(paths: list[str], decoder: Decoder, results: queue.SimpleQueue) -> Non
 
 
 def _decode_elsewhere(paths: list[str], decoder: Decoder) -> Iterator[tuple[str, str | None]]:
-    """Has processes decode `paths`, as many as it takes: one that dies or hangs condemns the file
-    it was at, and another goes on behind it."""
-    # A plain command, not `multiprocessing`: that would run the caller's script again.
+    """(path, reason or None) of each file, decoded by another process. Where that dies or hangs,
+    the file it was at is bad, and a new process goes on with the next one."""
+    # A plain command: the processes of `multiprocessing` may run the caller's script again.
     here = str(Path(fastdml.__file__).parents[1])
     before = [p for p in (os.environ.get("PYTHONPATH"),) if p]
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join([here, *before])}

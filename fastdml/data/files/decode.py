@@ -36,8 +36,9 @@ class BadImage(InputError):
 
 
 def decode(path: str | Path, size: tuple[int, int] | None = None) -> np.ndarray:
-    """Bytes (H, W, 3) of one file; where it has another size than (height, width), made so by
-    Pillow's bilinear filter, which averages when it shrinks."""
+    """Pixels (H, W, 3) uint8 of one file; where it has another size than (height, width), made so
+    by Pillow's bilinear filter, which averages when it shrinks. Raises BadImage for a file that is
+    not there or cannot be decoded, MissingExtra without Pillow."""
     import numpy as np
 
     pillow = require("PIL.Image", "train")

@@ -47,8 +47,11 @@ class DALILoader(Batching):
     """`ResidentLoader`'s batches, from a `ReidSplit` (files) or an `ImageSet`.
 
     Padding by reflection needs an `ImageSet` without a resize: DALI has no such border, so the set
-    is padded once, in memory. Files are trusted here: `checked` looks at them. threads: of the CPU,
-    for decoding. options: `ResidentLoader`'s.
+    is padded once, in memory. Files are taken to be decodable: `checked` makes sure. threads: of
+    the CPU, for decoding. options: `ResidentLoader`'s.
+
+    Raises MissingExtra where DALI is not installed, InputError for padding by reflection of files
+    or with a resize, and what `ResidentLoader` raises.
     """
 
     def __init__(
@@ -220,7 +223,8 @@ class DALILoader(Batching):
 
 
 def checked(split: ReidSplit, bad_files: str, *, progress: bool | None = None) -> ReidSplit:
-    """`split` without the files that DALI cannot decode, or an error that lists them."""
+    """`split` without the files that DALI cannot decode; with bad_files="error" raises InputError
+    that lists them."""
     found = scan(split.paths, decoder="dali", progress=progress)
     if found.bad and bad_files == "error":
         raise InputError(

@@ -34,9 +34,18 @@ def make_loader(
     device: torch.device | str = "cpu",
     **options: Any,
 ) -> Loader:
-    """`kind`: "auto" is "resident", or where that does not fit, "dali", or without DALI "torch".
-    `options` are the loaders' own. Says what a resident set takes, or why it
+    """The loader of `source`, whose batches are images (B, ch, H, W), normalised, and labels (B,)
+    int64, on `device`.
+
+    kind: "resident", "dali", "torch", or "auto": resident, or where the set would take more than
+    half of the free memory, dali, or where DALI is not installed or cannot do what is asked for,
+    torch. bad_files: "error" or "skip", for files that DALI cannot decode. options:
+    `ResidentLoader`'s, of which train must be given. Logs what a resident set takes, or why a set
     is streamed.
+
+    Raises InputError for an unknown kind or bad_files, for options that `ResidentLoader` refuses or
+    DALI cannot do, and for files that cannot be decoded; MissingExtra where kind is "dali" and DALI
+    is not installed.
     """
     check_bad_files(bad_files)
     device = torch.device(device)
@@ -58,7 +67,8 @@ def choose_loader(
     device: torch.device,
     **options: Any,
 ) -> str:
-    """What `make_loader` makes of these arguments: "resident", "dali" or "torch"."""
+    """What `make_loader` makes of these arguments: "resident", "dali" or "torch". Raises InputError
+    for an unknown kind."""
     if kind not in KINDS:
         raise InputError(f"loader {kind!r}: give one of {', '.join(KINDS)}")
     if kind in ("dali", "torch"):
@@ -94,7 +104,7 @@ def needed_bytes(
     flip: bool = True,
     **others: Any,
 ) -> int:
-    """What `ResidentLoader` would keep."""
+    """The memory that a `ResidentLoader` would keep its images in. others: what does not matter."""
     if isinstance(source, ReidSplit):
         height, width, channels = *STORED, 3
     else:

@@ -44,6 +44,9 @@ class ResidentLoader(Batching):
     `world` shows `batch_size` images of each step that the others do not; a last batch too short
     for all ranks is dropped. In evaluation the order is the set's, images are resized only, the
     last batch may be short, and every rank sees all of it. Files are decoded at once.
+
+    Raises InputError for a batch size, rank, seed or augmentation out of range, for a batch larger
+    than an epoch has images, and (BadImage) for a file that cannot be decoded.
     """
 
     def _take_in(self, images: ImageSet | ReidSplit) -> None:

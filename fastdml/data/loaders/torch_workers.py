@@ -144,10 +144,15 @@ def _started(loader: DataLoader) -> Iterator:
 
 
 def _prepare_worker(worker: int) -> None:
-    """A worker is a fork. An unreachable DALI pipeline of the parent's that it collected would wait
-    for, or crash on, threads that exist in the parent alone: what it inherits it never collects.
-    And a SIGTERM to all processes of a run asks the parent to save, for which it needs the batch
-    under way: a worker heeds the parent's own alone."""
+    """Runs in each worker when it starts.
+
+    A worker is a fork of the parent and inherits the parent's garbage, which may hold a DALI
+    pipeline: collecting that would wait for threads that exist in the parent alone, or crash.
+    `gc.freeze` keeps all that is inherited from being collected.
+
+    A scheduler's SIGTERM reaches all processes of a run. The parent then saves, for which it needs
+    the batch under way, so that a worker ends at a SIGTERM from its parent alone.
+    """
     gc.freeze()
     gc.enable()
     if hasattr(signal, "sigwaitinfo"):
@@ -166,15 +171,16 @@ def _end_when_told() -> None:
 
 @contextmanager
 def naming_dead_workers() -> Iterator[None]:
-    """A DataLoader's worker that the system ended is said in one line."""
+    """Turns torch's error about a DataLoader's worker that the system ended into an InputError."""
     try:
         yield
     except (RuntimeError, OSError, EOFError) as error:
         if not _of_dead_worker(error):
             raise
         if threading.current_thread() is threading.main_thread():
-            # Of the next one's death the handler would raise again, in the middle of anything;
-            # without it torch finds a dead worker when it waits for a batch.
+            # Torch's handler of SIGCHLD raises wherever the process happens to be: at the death of
+            # another worker it would raise again. Without it torch finds a dead worker when it
+            # waits for a batch.
             signal.signal(signal.SIGCHLD, signal.SIG_DFL)
         text = " ".join(str(error).split()).rstrip(".")
         raise InputError(
@@ -184,8 +190,9 @@ def naming_dead_workers() -> Iterator[None]:
 
 
 def _of_dead_worker(error: Exception) -> bool:
-    """Torch says so from a handler of SIGCHLD, wherever the process happens to be, or when it waits
-    for a batch; or the batch is there, and the one it is to be fetched from no longer."""
+    """Whether the error is of a worker that died. Torch raises from its handler of SIGCHLD or when
+    it waits for a batch; where the batch was sent before the worker died, fetching its memory
+    from the worker fails."""
     text = str(error)
     if isinstance(error, RuntimeError):
         return text.startswith(DEAD)

@@ -95,6 +95,7 @@ class ImageFolderReID:
 
     Every file is decoded once (see `data/files/check_files.py`); bad ones are an error that lists
     them, or with bad_files="skip" are left out and listed on stderr (`bad` has them either way).
+    Raises InputError where folders, lists or files are missing, or no image of a split is left.
     """
 
     train: ReidSplit

@@ -58,7 +58,8 @@ def build_standin(
 ) -> Path:
     """`root`, holding the stand-in; what is there already is kept if it is the same. `cifar_root`:
     the folder of CIFAR-100, or another set of 100 classes of RGB images; `hint`: as
-    `load_cifar100` takes it."""
+    `load_cifar100` takes it. Raises InputError for numbers out of range, for another set in its
+    place, and where it cannot be written."""
     from fastdml.data.image_set import ImageSet
     from fastdml.data.philox import check_seed
 
