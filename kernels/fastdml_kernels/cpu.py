@@ -11,7 +11,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
+from functools import reduce
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -232,11 +233,9 @@ class _Problem:
         if self.options.target == "ensemble":
             top = torch.where((shares != 0)[:, :, None], log_q[teachers], -torch.inf).amax(0)
             top = torch.where(top == -torch.inf, 0.0, top)
-            mixed = sum(
-                _times(s[:, None], (log_q[teacher] - top).exp())
-                for s, teacher in zip(shares, teachers, strict=True)
-            )
-            return top + mixed.log()
+            each = zip(shares, teachers, strict=True)
+            parts = (_times(s[:, None], (log_q[teacher] - top).exp()) for s, teacher in each)
+            return top + reduce(torch.add, parts).log()
         # from differences to the first that teaches: identical peers mix to themselves, exactly
         z_of = [self.logits[teacher][rows].to(log_q.dtype) for teacher in teachers]
         base = z_of[0]
@@ -291,39 +290,39 @@ def mutual_loss_cpu(
     grads: Sequence[Tensor] = (),  # K tensors (N, C) to be written; () for none
     want_stats: bool = False,
     upstream: Tensor | None = None,  # the losses' own gradient, (K,) or (K, N); None is 1
-) -> tuple[Tensor, Tensor]:
+) -> tuple[Tensor, Tensor | None]:
     """Losses, (K,) or (K, N), and packed statistics (`StatsLayout`), both float32, or
-    float64 where any logits are."""
+    float64 where any logits are. Statistics that nobody wants are zeros, or None."""
     K, (N, C) = len(logits), logits[0].shape
     dtype = torch.float64 if any(z.dtype == torch.float64 for z in logits) else torch.float32
     temperature, ce_weight, kl_weight = float(temperature), float(ce_weight), float(kl_weight)
     weights = (peer_weights, class_weight, upstream)
     if N and all(w is None for w in weights) and takes(logits, options):
-        result = rows_loss(
+        done = rows_loss(
             logits, labels, options, temperature, ce_weight, kl_weight, grads, want_stats
         )
-        if result is not None:
-            return result
+        if done is not None:
+            return done
     labelled = _find_labelled(labels, options.ignore_index, C)
     if labelled is not None and not options.mimic_ignored:
         # Rows without a label take no part: work on the others, then put their results in place.
-        rows = labelled.nonzero()[:, 0]
-        part = [g.new_empty(len(rows), C) for g in grads]
+        kept = labelled.nonzero()[:, 0]
+        part = [g.new_empty(len(kept), C) for g in grads]
         if upstream is not None and upstream.dim() == 2:
-            upstream = upstream[:, rows]
+            upstream = upstream[:, kept]
         losses, stats = mutual_loss_cpu(
-            [z[rows] for z in logits], labels[rows], options, temperature=temperature,
+            [z[kept] for z in logits], labels[kept], options, temperature=temperature,
             ce_weight=ce_weight, kl_weight=kl_weight, peer_weights=peer_weights,
             class_weight=class_weight, grads=part, want_stats=want_stats, upstream=upstream,
         )  # fmt: skip
         for grad, grad_rows in zip(grads, part, strict=True):
-            grad.zero_()[rows] = grad_rows
+            grad.zero_()[kept] = grad_rows
         if options.reduction == "none":
-            losses = losses.new_zeros(K, N).index_copy_(1, rows, losses)
+            losses = losses.new_zeros(K, N).index_copy_(1, kept, losses)
         return losses, stats
 
     averaged = options.reduction == "mean"
-    like = {"dtype": dtype, "device": labels.device}  # never the caller's defaults
+    like: Any = {"dtype": dtype, "device": labels.device}  # never the caller's defaults
     y = labels.long() if labelled is None else torch.where(labelled, labels, 0).long()
     w_c = None if class_weight is None else class_weight.to(dtype)
     w_y = None if w_c is None else w_c[y]
@@ -353,7 +352,7 @@ def mutual_loss_cpu(
 
     kl_scale = temperature * temperature
     ce_sum, kl_sum = torch.zeros(K, **like), torch.zeros(K, **like)
-    losses = torch.empty(K, N, **like) if by_row else None
+    losses = torch.empty(K, N if by_row else 0, **like)
     sums: list[Tensor] | None = None
     for start in range(0, N, step):
         rows = slice(start, min(start + step, N))
@@ -365,9 +364,8 @@ def mutual_loss_cpu(
             if K > 1:
                 losses[:, rows] += _weighted(kl_weight, kl_scale * result.kl)
         if want_stats:
-            sums = list(result[2:]) if sums is None else [
-                total + part for total, part in zip(sums, result[2:], strict=True)
-            ]  # fmt: skip
+            parts = [part for part in result[2:] if part is not None]  # all are there
+            sums = list(map(torch.add, sums, parts)) if sums else parts
 
     # NaN where nothing is counted, as torch's cross_entropy without any label
     ce_mean, kl_mean = ce_sum / (ce_count or torch.nan), kl_sum * kl_scale / (N or torch.nan)

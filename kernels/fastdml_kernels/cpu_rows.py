@@ -10,6 +10,7 @@ from array import array
 from collections.abc import Sequence
 from functools import cache
 from pathlib import Path
+from typing import cast
 
 import torch
 from torch import Tensor
@@ -78,9 +79,9 @@ def rows_loss(
         g, g_row = (grads[k].data_ptr(), grads[k].stride(0)) if grads else (0, 0)
         whole += (z.data_ptr(), g, size * z.stride(0), size * g_row, number)
     real = (temperature, options.label_smoothing, ce_weight, kl_weight)
-    whole, real = array("q", whole), array("d", real)
-    arguments = (whole, real, stats_positions(K))
-    status = library().fastdml_rows(*(numbers.buffer_info()[0] for numbers in arguments))
+    arguments = (array("q", whole), array("d", real), stats_positions(K))
+    rows = cast(ctypes.CDLL, library()).fastdml_rows  # `takes` has asked for it
+    status = rows(*(numbers.buffer_info()[0] for numbers in arguments))
     if status == 2:
         raise MemoryError(f"mutual_loss: no memory for the sums of {N} rows")
     return None if status else (losses, stats)

@@ -68,7 +68,9 @@ def _new_grads(
     """Room for the gradients; float32 at least where chunks are added up."""
     rows = [torch.empty_like(t) if need else None for t, need in zip(hidden, needs, strict=False)]
     sums = [
-        torch.zeros_like(t, dtype=torch.promote_types(t.dtype, torch.float32)) if need else None
+        torch.zeros_like(t, dtype=torch.promote_types(t.dtype, torch.float32))
+        if need and t is not None
+        else None
         for t, need in zip((*weight, *bias), needs[len(hidden) :], strict=True)
     ]
     return rows + sums

@@ -200,8 +200,8 @@ def flatten(call: Call) -> tuple:
 
 def unflatten(labels, peer_weights, class_weight, *rest) -> Call:
     tensors, numbers, options, want_stats = rest[:3], rest[3:6], rest[6:-1], rest[-1]
-    scalars = (n if t is None else t for t, n in zip(tensors, numbers, strict=True))
-    return Call(labels, Options(*options), *scalars, peer_weights, class_weight, want_stats)
+    T, ce, kl = (n if t is None else t for t, n in zip(tensors, numbers, strict=True))
+    return Call(labels, Options(*options), T, ce, kl, peer_weights, class_weight, want_stats)
 
 
 torch.library.define(
@@ -283,7 +283,7 @@ def keepable(logits: Sequence[Tensor], call: Call) -> tuple[Sequence[Tensor], Ca
     as it could not notice a change."""
     if any(t.is_inference() for t in (*logits, *call.tensors())):
         copy = lambda v: v.clone() if isinstance(v, Tensor) and v.is_inference() else v  # noqa: E731
-        return list(map(copy, logits)), Call(*map(copy, call))
+        return list(map(copy, logits)), Call._make(map(copy, call))
     return logits, call
 
 

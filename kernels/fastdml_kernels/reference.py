@@ -99,12 +99,12 @@ def mutual_loss_reference(
             mixed = torch.where(any_teacher[:, None], mixed, log_q[k].detach())
             total = torch.where(any_teacher, w.sum(dim=0) * divergence(mixed, log_q[k]), 0.0)
         kl_rows.append(torch.where(mimics, total * temperature**2, 0.0))
-    kl_rows = torch.stack(kl_rows)
+    kl_all = torch.stack(kl_rows)
 
     ce_count = (weight[y] * labelled).sum()
     kl_count = mimics.sum().double()
     ce = torch.where(ce_count == 0, torch.nan, ce_rows.sum(dim=1) / ce_count)
-    kl = kl_rows.sum(dim=1) / kl_count
+    kl = kl_all.sum(dim=1) / kl_count
     if options.mimic_ignored and not labelled.any():
         ce = ce_rows.sum(dim=1)  # a batch without any label teaches by the KL term alone
 
@@ -115,7 +115,7 @@ def mutual_loss_reference(
     if options.reduction == "mean":
         loss = weighted(ce_weight, ce) + (weighted(kl_weight, kl) if K > 1 else 0.0)
     else:
-        loss = weighted(ce_weight, ce_rows) + weighted(kl_weight, kl_rows)
+        loss = weighted(ce_weight, ce_rows) + weighted(kl_weight, kl_all)
         loss = loss.sum(dim=1) if options.reduction == "sum" else loss
 
     def mean(rows: Tensor) -> Tensor:

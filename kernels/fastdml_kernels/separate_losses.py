@@ -124,8 +124,8 @@ def mutual_losses(
     if not torch.compiler.is_compiling():
         refuse_transforms(NAME, logits)
     if by_operator((*logits, *call.tensors())):
-        losses, stats = _traced(logits, call, any(needs))
-        return losses, stats if call.want_stats else None
+        apart, packed = _traced(logits, call, any(needs))
+        return apart, packed if call.want_stats else None
     if not any(needs):
         losses, stats = compute(logits, call)
         return tuple(loss.data for loss in losses.unbind()), stats

@@ -20,7 +20,7 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 import triton
@@ -141,9 +141,9 @@ def _widths(sass: str, operation: str, policies: str) -> Counter[int]:
 
 def report(
     K: int, C: int, dtype: str = "bf16", arch: str = "sm_90", *, gradient: bool = True,
-    stats: bool = False, options: Options = Options(), regime: str | None = None,  # noqa: B008
-    row_stride: int | None = None, tile: Tile | None = None, tensor_weights: bool = False,
-    upstream: bool = False,
+    stats: bool = False, options: Options = Options(),  # noqa: B008
+    regime: Literal["register", "wide"] | None = None, row_stride: int | None = None,
+    tile: Tile | None = None, tensor_weights: bool = False, upstream: bool = False,
 ) -> KernelReport:  # fmt: skip
     """Compiles the kernel that a launch of this shape would use, and reads its machine code.
 
@@ -152,7 +152,7 @@ def report(
     captured step. upstream: the losses' own gradient comes in, as where logits are float16.
     """
     N, stride = 64, row_stride or C
-    like = {"dtype": torch.float32, "device": "cpu"}  # nothing runs
+    like: Any = {"dtype": torch.float32, "device": "cpu"}  # nothing runs
     make = lambda: torch.empty(N, stride, **like | {"dtype": DTYPES[dtype]})[:, :C]  # noqa: E731
     logits = [make() for _ in range(K)]
     grads = [make() for _ in range(K)] if gradient else []
@@ -168,13 +168,13 @@ def report(
     )  # fmt: skip
     built_with = compiler_options(warps, nvidia=not arch.startswith("gfx"))
     compiled = compile_kernel(kernel, named, built_with, TARGETS[arch])
-    about = dict(
+    about: Any = dict(
         kernel=kernel.__name__, K=K, C=C, dtype=dtype,
         arch=arch, gradient=gradient, rows=tile.rows, block_c=tile.block_c, warps=warps, launches=1,
     )  # fmt: skip
     if arch.startswith("gfx"):
         return KernelReport(**about, **_read_amdgcn(compiled.asm["amdgcn"]))
-    usage = re.search(r"REG:(\d+) STACK:(\d+)", _cubin(compiled, "-res-usage"))
+    registers, stack_bytes = _usage(compiled)
     sass = _cubin(compiled, "-sass")
     loads = _widths(sass, "LDG", "EF|EL")
     stores = _widths(sass, "STG", "EF|EL")
@@ -191,7 +191,7 @@ def report(
     least = C * size * (2 if gradient else 1)
     moved = (reads + writes) * C * size
     return KernelReport(
-        **about, registers=int(usage[1]), stack_bytes=int(usage[2]),
+        **about, registers=registers, stack_bytes=stack_bytes,
         spills=len(re.findall(r"\b(?:LDL|STL)\b", sass)),
         load_widths=dict(sorted(loads.items())), store_widths=dict(sorted(stores.items())),
         reads=reads, writes=writes, bytes_per_row=moved, least_bytes=least, ratio=moved / least,
@@ -213,13 +213,13 @@ def augment_report(name: str, dtype: str = "bf16", arch: str = "sm_90") -> Kerne
     )  # fmt: skip
     compiled = compile_kernel(kernel, named, built_with, TARGETS[arch])
     warps, tile = built_with["num_warps"], named["ROWS"] * named["COLUMNS"]
-    about = dict(
+    about: Any = dict(
         kernel=f"augment {name}", K=None, C=None, dtype=dtype, arch=arch, gradient=False,
         rows=named["ROWS"], block_c=named["COLUMNS"], warps=warps, launches=1,
     )  # fmt: skip
     if arch.startswith("gfx"):
         return KernelReport(**about, **_read_amdgcn(compiled.asm["amdgcn"]))
-    usage = re.search(r"REG:(\d+) STACK:(\d+)", _cubin(compiled, "-res-usage"))
+    registers, stack_bytes = _usage(compiled)
     sass = _cubin(compiled, "-sass")
     loads = Counter({1: len(re.findall(r"\bLDG\.E\.U8\b", sass))})
     stores = Counter(_width(found) for found in re.findall(r"\bSTG\.E[.\w]*", sass))
@@ -241,16 +241,23 @@ def augment_report(name: str, dtype: str = "bf16", arch: str = "sm_90") -> Kerne
     least = bytes_moved(stored, what, size)
     moved = reads * math.prod(stored) + writes * image * size
     return KernelReport(
-        **about, registers=int(usage[1]), stack_bytes=int(usage[2]),
+        **about, registers=registers, stack_bytes=stack_bytes,
         spills=len(re.findall(r"\b(?:LDL|STL)\b", sass)),
         load_widths=dict(loads), store_widths=dict(sorted(stores.items())),
         reads=reads, writes=writes, bytes_per_row=moved, least_bytes=least, ratio=moved / least,
     )  # fmt: skip
 
 
-def _read_amdgcn(assembly: str) -> dict[str, int]:
+def _usage(compiled: Any) -> tuple[int, int]:
+    """Registers, and bytes of stack, of a thread."""
+    usage = re.findall(r"REG:(\d+) STACK:(\d+)", _cubin(compiled, "-res-usage"))
+    registers, stack_bytes = usage[0]
+    return int(registers), int(stack_bytes)
+
+
+def _read_amdgcn(assembly: str) -> dict[str, Any]:
     def number(key: str) -> int:
-        return int(re.search(rf"\.{key}:\s*(\d+)", assembly)[1])
+        return int(re.findall(rf"\.{key}:\s*(\d+)", assembly)[0])
 
     return {
         "registers": number("vgpr_count"),
