@@ -45,9 +45,6 @@ ENOUGH_EPOCHS = 10  # of fewer, the readings within epochs are shown as well, as
 SPANS = 4  # of training, in pairwise_kl
 MANY_PEERS = 6  # beyond these a heat map has no place for numbers
 
-# The settings that peers learn from each other by, with what they are where a file leaves them out.
-MUTUAL_WEIGHTS = {"kl_weight": 1.0, "distance_mutual_weight": 0.0}
-
 Records = list[dict[str, Any]]
 
 
@@ -263,7 +260,12 @@ def _label(folder: Path) -> str:
         settings = read_settings(folder / CONFIG)
     except InputError:  # a folder that has none, or none that can be read
         return INDEPENDENT if folder.resolve().name == INDEPENDENT else "mutual"
-    mutual = any(settings.get(name, default) for name, default in MUTUAL_WEIGHTS.items())
+    weights = {"kl_weight": 1.0, **settings}  # the default where a file leaves it out
+    mutual = any(
+        value
+        for name, value in weights.items()
+        if name == "kl_weight" or name.endswith("mutual_weight")
+    )
     return "mutual" if mutual else INDEPENDENT
 
 

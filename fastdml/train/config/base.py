@@ -31,8 +31,6 @@ from fastdml.yaml_file import write_settings
 if TYPE_CHECKING:
     from typing_extensions import Self
 
-MUTUAL_WEIGHTS = ("kl_weight", "distance_mutual_weight")  # of losses that a peer alone has not
-
 
 @dataclass(frozen=True, kw_only=True)
 class TrainConfig:
@@ -144,6 +142,9 @@ class TrainConfig:
     figures: tuple[Literal["png", "pdf", "svg"], ...] = ("png",)
     """Formats of the pictures, curves and pairwise_kl."""
 
+    # Of losses that a peer alone has not. Pictures, which read a run's settings alone, know them by
+    # kl_weight, or "mutual_weight" at the end of their names.
+    mutual_weights: ClassVar[tuple[str, ...]] = ("kl_weight",)
     limits: ClassVar[dict[str, Limit]] = {
         "subset": NOT_NEGATIVE,
         "batch_size": COUNT,
@@ -190,7 +191,7 @@ class TrainConfig:
         weights = [
             name
             for name in field_types(type(self))
-            if name.endswith("_weight") and not (alone and name in MUTUAL_WEIGHTS)
+            if name.endswith("_weight") and not (alone and name in self.mutual_weights)
         ]
         if not any(getattr(self, name) for name in weights):
             learner = "a peer by itself" if alone else "the peers"
@@ -238,7 +239,7 @@ class TrainConfig:
 
     def alone(self) -> Self:
         """The settings of the same peers without what they learn from each other."""
-        return self.replace(kl_weight=0.0, independent=False)
+        return self.replace(**dict.fromkeys(self.mutual_weights, 0.0), independent=False)
 
     def save(self, path: Path) -> None:
         write_settings(path, self.to_dict())

@@ -18,7 +18,7 @@ from fastdml.train.config.base import TrainConfig
 from fastdml.train.config.fields import COUNT, FRACTION, NOT_NEGATIVE, Limit
 
 if TYPE_CHECKING:
-    from typing_extensions import Self
+    pass
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -108,6 +108,7 @@ class ReidConfig(TrainConfig):
     distance_mutual_weight: float = 0.0
     """Weight of the mutual loss on the peers' matrices of distances within the batch."""
 
+    mutual_weights: ClassVar[tuple[str, ...]] = ("kl_weight", "distance_mutual_weight")
     limits: ClassVar[dict[str, Limit]] = {
         **TrainConfig.limits,
         "height": COUNT,
@@ -148,9 +149,6 @@ class ReidConfig(TrainConfig):
     @property
     def size(self) -> tuple[int, int]:
         return self.height, self.width
-
-    def alone(self) -> Self:
-        return super().alone().replace(distance_mutual_weight=0.0)
 
 
 METRIC_WEIGHTS = ("triplet_weight", "center_weight", "circle_weight", "distance_mutual_weight")
