@@ -14,23 +14,24 @@ from fastdml.train.folder import run_name
 from fastdml.units import size
 
 if TYPE_CHECKING:
-    from fastdml.train.trainer import Phase
+    from fastdml.train.trainer import Trainer
 
 
-def plan(phase: Phase) -> str:
-    """Runs the first step of `phase`, which changes its peers' weights, and describes the run."""
-    config, device, cohort = phase.config, phase.device, phase.cohort
+def plan(trainer: Trainer) -> str:
+    """Runs the first step of `trainer`, which changes its peers' weights, and describes the run."""
+    config, device, cohort = trainer.config, trainer.device, trainer.cohort
+    progress = trainer.progress
     cohort.train()
-    batch = next(phase.batches(0))
-    choice = phase.choose(batch)
+    batch = next(trainer.batches(0))
+    choice = trainer.choose(batch)
     started = time.perf_counter()
-    losses = phase.step(*batch).losses.tolist()
+    losses = trainer.step(*batch).losses.tolist()
     seconds = time.perf_counter() - started
-    counts = phase.parameters()
+    counts = trainer.parameters()
     held = sum(v.nbytes for v in cohort.state_dict().values())
     held += sum(
         v.nbytes
-        for state in phase.optimizer.state.values()
+        for state in trainer.optimizer.state.values()
         for v in state.values()
         if torch.is_tensor(v)
     )
@@ -57,13 +58,13 @@ def plan(phase: Phase) -> str:
         ),
         (
             "device",
-            f"{hardware}, {phase.amp.name}, {config.update} updates",
+            f"{hardware}, {trainer.amp.name}, {config.update} updates",
         ),
-        ("execution", phase.step.name),
+        ("execution", trainer.step.name),
         (
             "steps",
-            f"{phase.steps:,} an epoch of {len(batch[-1])} images, {phase.epochs} epochs, "
-            f"{phase.total * phases:,} in all" + (" (mutual and independent)" * (phases - 1)),
+            f"{trainer.steps:,} an epoch of {len(batch[-1])} images, {progress.epochs} epochs, "
+            f"{progress.total * phases:,} in all" + (" (mutual and independent)" * (phases - 1)),
         ),
         ("first step", f"{seconds:.2f} s, start-up included"),
         ("memory", memory),

@@ -14,7 +14,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastdml.engine import StepOutput
+from fastdml.engine import Schedule, StepOutput
+from fastdml.engine.update import Update
 
 NEVER = 2**62  # a step number that no run reaches
 
@@ -53,7 +54,7 @@ class Totals:
             [
                 output.losses,
                 packed[at.span("ce", "kl")],
-                *([output.metric] if "metric" in self.watched else []),
+                *([output.metric] if output.metric is not None else []),
                 packed[at.span("entropy", "pairwise_kl")],
             ]
         )
@@ -129,6 +130,23 @@ class Totals:
         return record
 
 
+class Record:
+    """The end of every step, on the device alone: schedule, statistics, updates left out."""
+
+    def __init__(self, schedule: Schedule, totals: Totals) -> None:
+        self.schedule, self.totals = schedule, totals
+        self.overflows = torch.zeros(totals.K, dtype=torch.int64, device=totals.sums.device)
+
+    def __call__(self, output: StepOutput, update: Update) -> None:
+        self.schedule.advance(update.skipped)
+        self.totals.add(output)
+        if update.overflow is not None:
+            self.overflows += update.overflow.long()
+
+    def tensors(self) -> list[Tensor]:
+        return [*self.schedule.tensors(), *self.totals.tensors(), self.overflows]
+
+
 class Clock:
     """Time spent in training steps alone, the first `skip` of a process left out (they compile,
     allocate and choose algorithms)."""
@@ -187,7 +205,7 @@ class Clock:
     def state(self) -> list[float]:
         return [self.images, self.seconds, self.waited]
 
-    def load(self, state: list[float]) -> None:
+    def load(self, state: list[Any]) -> None:
         self.images, self.seconds, self.waited = state
 
     def _now(self) -> Any:

@@ -48,7 +48,7 @@ from fastdml.train.folder import (
 from fastdml.train.result import TrainResult
 from fastdml.train.stopping import Stop, listening
 from fastdml.train.tasks.task import Evaluate, Task, scoring_of, task_of
-from fastdml.train.trainer import Phase
+from fastdml.train.trainer import Trainer
 from fastdml.yaml_file import CONFIG
 
 logger = logging.getLogger(__name__)
@@ -123,12 +123,12 @@ def _fit(
             checks.test_look(cohort, test, amp)
         if own:
             config = checks.recorded(config, cohort, train, images)
-        new_phase = partial(Phase, cohort, train, evaluate, task)
-        phase = new_phase(config, Path(), amp, label="mutual")
+        new_trainer = partial(Trainer, cohort, train, evaluate, task)
+        trainer = new_trainer(config, Path(), amp, label="mutual")
         resumed = _resumed_folder(config)
         if config.dry_run:
             show()
-            print(plan(phase))
+            print(plan(trainer))
             return None
         folder = resumed or new_folder(config)
         show()
@@ -139,10 +139,10 @@ def _fit(
             if config.independent:
                 checkpoint.load_or_save_initial(folder, cohort)
             # 2. Train the peers together.
-            phase = new_phase(config, folder, amp, label="mutual")
-            mutual = phase.run(stop)
+            trainer = new_trainer(config, folder, amp, label="mutual")
+            mutual = trainer.run(stop)
             # 3. Train them each by itself, from the same weights, on the same batches.
-            independent = _independent(phase, stop) if config.independent else None
+            independent = _independent(trainer, stop) if config.independent else None
             # 4. Conclude: pictures and summaries.
             return _conclude(mutual, independent, command)
 
@@ -191,7 +191,7 @@ def _reproducible(config: TrainConfig, device: torch.device) -> Iterator[None]:
         torch.backends.cudnn.deterministic, torch.backends.cudnn.benchmark = was[2:]
 
 
-def _independent(mutual: Phase, stop: Stop) -> TrainResult:
+def _independent(mutual: Trainer, stop: Stop) -> TrainResult:
     """The same peers from the same weights on the same batches, each by itself."""
     cohort, folder = mutual.cohort, mutual.folder / INDEPENDENT
     trained = {key: value.clone() for key, value in cohort.state_dict().items()}
@@ -203,13 +203,15 @@ def _independent(mutual: Phase, stop: Stop) -> TrainResult:
     config = mutual.config.alone().replace(folder=str(folder))
     amp = resolve_amp(config.amp, mutual.device)  # with a scaler of its own
     try:
-        choice = mutual.choice and mutual.choice._replace(execution=mutual.execution)
-        phase = Phase(
+        choice = mutual.choice
+        if choice is not None and mutual.execution is not None:  # which may have become eager
+            choice = choice._replace(execution=mutual.execution)
+        trainer = Trainer(
             *(cohort, mutual.train, mutual.evaluate, mutual.task, config, folder, amp),
             label="independent",
             choice=choice,
         )
-        return phase.run(stop)
+        return trainer.run(stop)
     finally:
         cohort.load_state_dict(trained)
 
@@ -245,7 +247,7 @@ def _report(mutual: TrainResult, independent: TrainResult | None, command: str) 
             threads=result.threads,
             command=command,
             mutual=_summary(result),
-            independent=beside and _summary(beside),
+            independent=None if beside is None else _summary(beside),
         )
 
 

@@ -25,7 +25,6 @@ from fastdml.devices import device_name
 from fastdml.engine import (
     Ema,
     Schedule,
-    StepOutput,
     executions,
     make_optimizer,
     make_step,
@@ -33,7 +32,6 @@ from fastdml.engine import (
 from fastdml.engine.amp import Amp
 from fastdml.engine.auto import Choice
 from fastdml.engine.profile import Profile
-from fastdml.engine.update import Update
 from fastdml.errors import InputError, require
 from fastdml.modes import evaluating
 from fastdml.report.metrics_log import METRICS, MetricsLog
@@ -41,15 +39,19 @@ from fastdml.train import checkpoint, learning_rate
 from fastdml.train.batches import Batches, assembler
 from fastdml.train.config.base import TrainConfig
 from fastdml.train.folder import BEST, LAST_CHECKPOINT
-from fastdml.train.meters import Clock, Totals
+from fastdml.train.meters import Clock, Record, Totals
+from fastdml.train.progress import Progress
+from fastdml.train.random_state import rng_state, seed_generators, set_rng_state
 from fastdml.train.result import TrainResult
 from fastdml.train.stopping import Stop
-from fastdml.train.tasks.task import Evaluate, Task, scoring_of
-from fastdml.units import duration, percent
+from fastdml.train.tasks.task import Evaluate, Task
+from fastdml.units import duration
 from fastdml.yaml_file import CONFIG
 
 logger = logging.getLogger(__name__)
 
+# What values of the wrong kind in a checkpoint raise where they are put to use.
+DAMAGE = (ArithmeticError, AttributeError, IndexError, RuntimeError, TypeError, ValueError)
 LOSS_NAMES = {"ce": "cross-entropy", "kl": "KL divergence", "metric": "metric loss"}
 
 
@@ -57,24 +59,7 @@ class TrainingDiverged(InputError):
     """A loss is no longer finite; the message names the peer, the step and the loss."""
 
 
-class Record:
-    """The end of every step, on the device alone: schedule, statistics, updates left out."""
-
-    def __init__(self, schedule: Schedule, totals: Totals) -> None:
-        self.schedule, self.totals = schedule, totals
-        self.overflows = torch.zeros(totals.K, dtype=torch.int64, device=totals.sums.device)
-
-    def __call__(self, output: StepOutput, update: Update) -> None:
-        self.schedule.advance(update.skipped)
-        self.totals.add(output)
-        if update.overflow is not None:
-            self.overflows += update.overflow.long()
-
-    def tensors(self) -> list[Tensor]:
-        return [*self.schedule.tensors(), *self.totals.tensors(), self.overflows]
-
-
-class Phase:
+class Trainer:
     """One training of a cohort into one folder, from its checkpoint if there is one."""
 
     def __init__(
@@ -96,8 +81,8 @@ class Phase:
         self.label = label
         self.device = amp.device
         self.steps = len(train)  # an epoch
-        self.total = learning_rate.total_steps(config, self.steps)
-        self.epochs = -(-self.total // self.steps)  # the last one may be cut short
+        total = learning_rate.total_steps(config, self.steps)
+        self.progress = Progress(self.steps, total, after=total * config.independent)
         self.optimizer = make_optimizer(
             cohort,
             config.optimizer,
@@ -120,18 +105,13 @@ class Phase:
         self.choice = choice
         self.step = self._make_step()
         self.clock = Clock(self.device)
-        self.position = 0  # steps done in the run
-        self.first: int | None = None  # the position when this process began, at `begun`
-        self.begun = 0.0
-        self.seconds = 0.0
-        self.history: list[dict[str, Any]] = []
-        self.scores: Any = None
-        self.best_epoch: float = 0
-        self.best_scores: Any = None
 
     def _make_step(self) -> Any:
         config = self.config
-        execution, threads, _ = self.choice or (config.execution, config.threads, None)
+        execution: Any = config.execution  # or another that is registered
+        threads: int | None = config.threads
+        if self.choice is not None:
+            execution, threads, _ = self.choice
         return make_step(
             self.cohort,
             self.loss,
@@ -163,13 +143,16 @@ class Phase:
         if self.assemble is None:
             yield from self.train.epoch(epoch, start)
             return
+        index = self.train.index  # type: ignore[attr-defined]  # there where `assemble` is
         for step in range(start, self.steps):
-            yield self.train.index(epoch, step)
+            yield index(epoch, step)
 
     def run(self, stop: Stop) -> TrainResult:
         """Trains to the end, or until a signal: then saves and raises TrainingStopped."""
+        progress = self.progress
         seed_generators(self.config.seed, self.device)
-        self.started = self.saved = time.monotonic()
+        progress.start()
+        self.saved = time.monotonic()
         last, metrics = self.folder / LAST_CHECKPOINT, self.folder / METRICS
         if last.is_file():
             self._restore()
@@ -181,43 +164,44 @@ class Phase:
             MetricsLog(
                 self.folder,
                 self.cohort.names,
-                resume_step=self.position if metrics.exists() else None,
+                resume_step=progress.position if metrics.exists() else None,
                 tensorboard=self.config.tensorboard,
             ) as self.log,
             self._bar() as self.bar,
             Profile(self.folder, self.device, self.config.profile, self.steps) as self.profile,
         ):
             self.cohort.train()
-            while self.position < self.total:
+            while not progress.done:
                 self._epoch(stop)
                 self._end_epoch()
-                if self.position < self.total:
+                if not progress.done:
                     stop.leave_if_asked(self._where)
         return self._finish()
 
     def _epoch(self, stop: Stop) -> None:
         """The steps of an epoch, from wherever the run stands."""
-        config, steps, totals, clock = self.config, self.steps, self.totals, self.clock
-        epoch, start = divmod(self.position, steps)
-        end = min(steps, self.total - epoch * steps)
+        progress, totals, clock = self.progress, self.totals, self.clock
+        log_every = self.config.log_every
+        epoch, start = divmod(progress.position, self.steps)
+        end = min(self.steps, progress.total - epoch * self.steps)
         batches = self.batches(epoch, start)
         clock.start()
         for done in range(start + 1, end + 1):
             clock.ask()
             batch = next(batches)
-            if self.first is None:
+            if progress.first is None:
                 self._begin(batch)
             clock.got()
             self.step(*batch)
             rows = len(batch[-1])
-            self.position += 1
+            progress.position += 1
             totals.count(rows)
             clock.step(rows)
             self.bar.update(rows)
             self.profile.step()
             if done == end:
                 break  # the end of the epoch reads, saves and heeds signals anyway
-            if config.log_every and self.position % config.log_every == 0:
+            if log_every and progress.position % log_every == 0:
                 self._read()
             if stop.signal or self._save_due():
                 clock.stop()
@@ -232,62 +216,56 @@ class Phase:
         return self.choice and self.step.name
 
     def _begin(self, batch: tuple[Tensor, ...]) -> None:
-        choice = self.choose(batch)
+        choice, progress = self.choose(batch), self.progress
         parts = [
             f"{self.label}: {device_name(self.device, choice.threads)}, {self.amp.name}",
             f"execution {choice.execution}",
-            f"{self.total - self.position:,} steps",
+            f"{progress.total - progress.position:,} steps",
             f"folder {self.folder}",
         ]
         if seconds := getattr(self.step, "seconds", None):
-            parts.append(f"about {duration(seconds * self._steps_left())}")
+            parts.append(f"about {duration(seconds * progress.left)}")
         logger.info(", ".join(parts))
-        self.first, self.begun = self.position, time.monotonic()
-
-    def _steps_left(self) -> int:
-        """Of the whole run."""
-        return self.total - self.position + self.total * self.config.independent
+        progress.begin()
 
     def _end_epoch(self) -> None:
+        """Reads, logs, evaluates where that is due, saves, and tells the user."""
         self._read()
-        epoch = -(-self.position // self.steps)
-        trained = self.position / self.steps  # of a last epoch cut short, the part that there was
-        trained = int(trained) if trained == epoch else trained
+        progress = self.progress
         updates = int(self.schedule.updates)
         record = {
             **self.totals.epoch(),
             "lr": self.rates[max(updates - 1, 0)],  # of the epoch's last update
-            "skipped_steps": self.position - updates,
+            "skipped_steps": progress.position - updates,
             "skipped_updates": self.record.overflows.tolist(),
             "images_per_second": self.clock.images_per_second,
             "data_wait": self.clock.data_wait,
         }
-        self.log.log("epoch", self.position, trained, **record)
-        self.history.append({"epoch": trained, "step": self.position, **record})
+        self.log.log("epoch", progress.position, progress.trained, **record)
+        progress.history.append({"epoch": progress.trained, "step": progress.position, **record})
         self.totals.reset()
-        last = self.position == self.total
-        if self.evaluate and (last or epoch % self.config.eval_every == 0):
-            self._evaluate(trained)
+        due = progress.done or progress.epoch % self.config.eval_every == 0
+        if self.evaluate is not None and due:
+            self._evaluate(self.evaluate)
         self._save()
-        logger.info(self._line(epoch, record))
+        logger.info(f"{self.label} {progress.epoch_line()}")
 
-    def _evaluate(self, epoch: float) -> None:
+    def _evaluate(self, evaluate: Evaluate) -> None:
+        progress = self.progress
         with self.ema.applied() if self.ema else nullcontext():
             with evaluating(self.cohort):
-                self.scores = self.evaluate(self.cohort)
-            scores = dataclasses.asdict(self.scores)
-            self.log.log("test", self.position, epoch, **scores)
-            self.history[-1]["test"] = scores
-            mean = scoring_of(self.scores).mean
-            if self.best_scores is None or mean(self.scores) > mean(self.best_scores):
-                self.best_epoch, self.best_scores = epoch, self.scores
+                scores = evaluate(self.cohort)
+            best = progress.evaluated(scores)
+            self.log.log("test", progress.position, progress.trained, **dataclasses.asdict(scores))
+            if best:
                 self.cohort.save(self.folder / BEST)
 
     def _read(self) -> None:
         """Logs the losses since the last reading and stops a run that has diverged."""
         if self.totals.unread:
             means = self.totals.read()
-            self.log.log("train", self.position, self.position / self.steps, **means)
+            step = self.progress.position
+            self.log.log("train", step, step / self.steps, **means)
             self.bar.set_postfix_str("loss " + " ".join(f"{x:.3f}" for x in means["loss"]))
         self._check_losses()
 
@@ -307,16 +285,12 @@ class Phase:
     def _save_due(self) -> bool:
         every, minutes = self.config.save_every_steps, self.config.save_every_minutes
         return bool(
-            (every and self.position % every == 0)
+            (every and self.progress.position % every == 0)
             or (minutes and time.monotonic() - self.saved >= 60 * minutes)
         )
 
     def _where(self) -> str:
-        epoch, step = divmod(self.position, self.steps)
-        return (
-            f"in epoch {epoch + 1}, after {step} of {self.steps} steps; saved to "
-            f"{self.folder / LAST_CHECKPOINT}: resume goes on there"
-        )
+        return self.progress.where(self.folder / LAST_CHECKPOINT)
 
     def _save(self) -> None:
         """Replaces the checkpoint, unless a loss or a weight has gone bad."""
@@ -324,70 +298,68 @@ class Phase:
         fine = [torch.stack([w.isfinite().all() for w in p.parameters()]).all() for p in self.peers]
         for k, good in enumerate(torch.stack(fine).tolist()):
             if not good:  # the update of the last step; its loss was still finite
-                raise self._diverged(
-                    f"a weight of peer {k} ({self.cohort.names[k]})", self.position
-                )
+                name = self.cohort.names[k]
+                raise self._diverged(f"a weight of peer {k} ({name})", self.progress.position)
         self.log.sync()  # what is logged until here, a resumed run does not log again
         checkpoint.save(self.folder / LAST_CHECKPOINT, self._state())
         self.saved = time.monotonic()
 
     def _state(self) -> dict[str, Any]:
+        """Everything that a resumed run goes on from, as tensors and plain values."""
+        threads = self.choice and {"step": self.choice.threads, "elsewhere": self.choice.elsewhere}
         return {
             "config": self.config.to_dict(),
             "precision": self.amp.name,
             "peers": list(self.cohort.names),
             "steps_per_epoch": self.steps,
-            "position": self.position,
             "description": self.cohort.description(),
             "cohort": self.cohort.state_dict(),
             "optimizer": self.optimizer.state_dict(),
             "scaler": self.amp.scaler.state_dict() if self.amp.scaler else None,
             "execution": self.execution,
-            "threads": self.choice
-            and {"step": self.choice.threads, "elsewhere": self.choice.elsewhere},
+            "threads": threads,
             "ema": self.ema.state_dict() if self.ema else None,
             "metric": self.metric.state_dict() if self.metric else None,
             "updates": self.schedule.updates,
             "overflows": self.record.overflows,
-            "rng": _rng_state(self.device),
+            "rng": rng_state(self.device),
             "totals": self.totals.state(),
             "clock": self.clock.state(),
-            "seconds": self._elapsed(),
-            "history": self.history,
-            "scores": self.scores and dataclasses.asdict(self.scores),
-            "best_epoch": self.best_epoch,
-            "best_scores": self.best_scores and dataclasses.asdict(self.best_scores),
+            **self.progress.state(),
         }
 
     def _restore(self) -> None:
+        """Goes on from the checkpoint. Raises InputError where it is of another run, or damaged in
+        a way that its checksums do not tell."""
         path = self.folder / LAST_CHECKPOINT
         state = checkpoint.load(path)
         try:
+            checkpoint.check_resumable(state["config"], self.config)
+            self._check_fits(state, path)
+            self._take_record(state, path)
             self._take(state, path)
         except (InputError, torch.OutOfMemoryError):
             raise
         except KeyError as error:
             raise InputError(f"{path} is not a checkpoint that a run saved: no {error}") from error
-        except (
-            ArithmeticError,
-            AttributeError,
-            IndexError,
-            RuntimeError,
-            TypeError,
-            ValueError,
-        ) as e:
-            reason = " ".join(str(e).split())[:200]
-            raise InputError(f"{path} is not a checkpoint that a run saved: {reason}") from e
+        except DAMAGE as error:
+            reason = " ".join(str(error).split())[:200]
+            raise InputError(f"{path} is not a checkpoint that a run saved: {reason}") from error
 
-    def _take(self, state: dict[str, Any], path: Path) -> None:
-        checkpoint.check_resumable(state["config"], self.config)
-        for key, what, now in (
-            ("peers", "peers", list(self.cohort.names)),
-            ("precision", "the precision (set amp)", self.amp.name),
-            ("steps_per_epoch", "steps an epoch", self.steps),
-        ):
-            if state[key] != now:
-                raise InputError(f"cannot resume {path}: {what} was {state[key]} and is now {now}")
+    def _check_fits(self, state: dict[str, Any], path: Path) -> None:
+        now = {
+            "peers": ("peers", list(self.cohort.names)),
+            "precision": ("the precision (set amp)", self.amp.name),
+            "steps_per_epoch": ("steps an epoch", self.steps),
+        }
+        for key, (what, value) in now.items():
+            if state[key] != value:
+                raise InputError(
+                    f"cannot resume {path}: {what} was {state[key]} and is now {value}"
+                )
+
+    def _take_record(self, state: dict[str, Any], path: Path) -> None:
+        """What the cohort knows of its images is as it was, where the data do not say."""
         saved = state.get("description", {})  # not in checkpoints of earlier versions
         for key, now in self.cohort.record().items():
             was = saved.get(key)
@@ -398,18 +370,9 @@ class Phase:
                     f"cannot resume {path}: the {key} of the images was {str(was)[:60]} and is now "
                     f"{str(now)[:60]}"
                 )
-        position, history = state["position"], state["history"]
-        if type(position) is not int or position < 0:
-            raise ValueError(f"position {position!r}")
-        if [r["step"] for r in history] != [
-            min(round(r["epoch"] * self.steps), position) for r in history
-        ]:
-            raise ValueError("a history of other steps")
-        if position > self.total:
-            raise InputError(
-                f"cannot resume: the run has done {position // self.steps} epochs, more "
-                f"than epochs={self.epochs}"
-            )
+
+    def _take(self, state: dict[str, Any], path: Path) -> None:
+        self.progress.load(state)
         checkpoint.load_weights(self.cohort, state["cohort"], path)
         self.optimizer.load_state_dict(state["optimizer"])
         if self.amp.scaler:
@@ -423,15 +386,7 @@ class Phase:
         self.totals.load(state["totals"])
         self._restore_choice(state)
         self.clock.load(state["clock"])
-        self.position, self.seconds = position, float(state["seconds"])
-        self.history, self.best_epoch = history, int(state["best_epoch"])
-        self.scores, self.best_scores = (
-            state[key] and scoring_of(state[key]).read(state[key])
-            for key in ("scores", "best_scores")
-        )
-        torch.set_rng_state(state["rng"]["cpu"])
-        if self.device.type == "cuda" and state["rng"]["cuda"] is not None:
-            torch.cuda.set_rng_state(state["rng"]["cuda"], self.device)
+        set_rng_state(state["rng"], self.device)
 
     def _restore_choice(self, state: dict[str, Any]) -> None:
         """What the settings leave open is as it was: a run's bits depend on it."""
@@ -454,15 +409,12 @@ class Phase:
     def parameters(self) -> tuple[int, ...]:
         return tuple(sum(w.numel() for w in peer.parameters()) for peer in self.peers)
 
-    def _elapsed(self) -> float:
-        return self.seconds + time.monotonic() - self.started
-
     def _bar(self) -> Any:
         tqdm = require("tqdm", "train").tqdm
         size = self.train.batch_size
         return tqdm(
-            total=self.total * size,
-            initial=self.position * size,
+            total=self.progress.total * size,
+            initial=self.progress.position * size,
             unit=" images",
             unit_scale=True,
             desc=self.label,
@@ -470,62 +422,31 @@ class Phase:
             disable=not (self.config.progress or sys.stderr.isatty()),
         )
 
-    def _line(self, epoch: int, record: dict[str, Any]) -> str:
-        parts = [
-            f"{self.label} epoch {epoch}/{self.epochs}",
-            "loss " + " ".join(f"{x:.3f}" for x in record["loss"]),
-        ]
-        if test := self.history[-1].get("test"):
-            lead = scoring_of(test).headlines[0]
-            parts.append(f"test {lead.label} % " + " ".join(map(percent, test[lead.name])))
-            parts.append(f"ensemble {percent(test[f'ensemble_{lead.name}'])}")
-        if record["images_per_second"]:
-            parts.append(
-                f"{record['images_per_second']:,.0f} images/s, "
-                f"data wait {100 * record['data_wait']:.1f} %"
-            )
-        if self.position < self.total and (done := self.position - self.first):
-            seconds = (time.monotonic() - self.begun) / done * self._steps_left()
-            parts.append(f"{duration(seconds)} left")
-        return "  ".join(parts)
-
     def _finish(self) -> TrainResult:
         """Writes the last weights, where Cohort.load finds them; with `ema` their averages."""
+        progress = self.progress
         if self.ema:
             self.ema.copy_to_cohort()
         self.cohort.save(self.folder)
         weights = {"last": self.folder}
-        if self.best_scores:
+        if progress.best_scores:
             weights["best"] = self.folder / BEST
         return TrainResult(
             folder=self.folder,
             config=self.config,
             peers=tuple(self.cohort.names),
             parameters=self.parameters(),
-            history=self.history,
-            scores=self.scores,
-            best_epoch=self.best_epoch,
-            best_scores=self.best_scores,
+            history=progress.history,
+            scores=progress.scores,
+            best_epoch=progress.best_epoch,
+            best_scores=progress.best_scores,
             weights=weights,
             images_per_second=self.clock.images_per_second,
             data_wait=self.clock.data_wait,
-            seconds=self._elapsed(),
-            skipped_steps=self.position - int(self.schedule.updates),
+            seconds=progress.elapsed(),
+            skipped_steps=progress.position - int(self.schedule.updates),
             device=device_name(self.device, self.choice and self.choice.threads),
             precision=self.amp.name,
             execution=self.execution,
             threads=self.choice and self.choice.threads,
         )
-
-
-def seed_generators(seed: int, device: torch.device) -> None:
-    """For what the peers themselves draw, such as dropout; the data has its own generator."""
-    torch.default_generator.manual_seed(seed)
-    if device.type == "cuda":
-        with torch.cuda.device(device):
-            torch.cuda.manual_seed(seed)
-
-
-def _rng_state(device: torch.device) -> dict[str, Tensor | None]:
-    cuda = torch.cuda.get_rng_state(device) if device.type == "cuda" else None
-    return {"cpu": torch.get_rng_state(), "cuda": cuda}

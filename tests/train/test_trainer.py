@@ -120,7 +120,7 @@ class TestExecutions:
 
 def test_the_step_loop_never_asks_for_a_value(settings, monkeypatch):
     """Python's ways to a tensor's value fail while steps run; reading and saving may use them."""
-    from fastdml.train.trainer import Phase
+    from fastdml.train.trainer import Trainer
 
     running = [False]
     calls = []
@@ -150,10 +150,10 @@ def test_the_step_loop_never_asks_for_a_value(settings, monkeypatch):
 
         monkeypatch.setattr(owner, name, method)
 
-    with_running(Phase, "_epoch", True)
-    with_running(Phase, "_begin", False)
-    with_running(Phase, "_read", False)
-    with_running(Phase, "_save", False)
+    with_running(Trainer, "_epoch", True)
+    with_running(Trainer, "_begin", False)
+    with_running(Trainer, "_read", False)
+    with_running(Trainer, "_save", False)
     # On a CPU the loss looks at the labels, which are at hand there; the GPU test watches CUDA.
     with_running(MutualLoss, "value_and_grad", False)
     for amp, update in (("off", "simultaneous"), ("fp16", "sequential")):

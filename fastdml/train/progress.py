@@ -1,0 +1,141 @@
+"""How far a training has come: what its checkpoint keeps of that, and what the user is told."""
+
+from __future__ import annotations
+
+import dataclasses
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from fastdml.errors import InputError
+from fastdml.train.tasks.task import scoring_of
+from fastdml.units import duration, percent
+
+
+@dataclass
+class Progress:
+    """Steps done, what they came to, and the time that they took. Plain values, on the host."""
+
+    steps: int  # an epoch
+    total: int  # steps of the training
+    after: int = 0  # steps of the run that follow this training
+    position: int = 0  # steps done
+    seconds: float = 0.0  # that it took before this process
+    history: list[dict[str, Any]] = field(default_factory=list)  # the records of its epochs
+    scores: Any = None  # of the last evaluation
+    best_epoch: float = 0
+    best_scores: Any = None
+    started: float = 0.0  # when this process began with it
+    first: int | None = None  # the position at this process's first step, which was at `begun`
+    begun: float = 0.0
+
+    @property
+    def epochs(self) -> int:
+        """The last one may be cut short."""
+        return -(-self.total // self.steps)
+
+    @property
+    def epoch(self) -> int:
+        """The number of the epoch that the last step belonged to, from 1 on."""
+        return -(-self.position // self.steps)
+
+    @property
+    def trained(self) -> float:
+        """Epochs trained; of a last one cut short, the part that there was."""
+        whole = self.position == self.epoch * self.steps
+        return self.epoch if whole else self.position / self.steps
+
+    @property
+    def done(self) -> bool:
+        return self.position >= self.total
+
+    @property
+    def left(self) -> int:
+        """Steps left of the whole run."""
+        return self.total - self.position + self.after
+
+    def start(self) -> None:
+        self.started = time.monotonic()
+
+    def begin(self) -> None:
+        """The first step of this process is about to run."""
+        self.first, self.begun = self.position, time.monotonic()
+
+    def elapsed(self) -> float:
+        """Seconds of training and evaluation, over all processes that took part."""
+        return self.seconds + time.monotonic() - self.started
+
+    def evaluated(self, scores: Any) -> bool:
+        """Notes the scores of the last epoch; whether they are the best so far."""
+        self.scores = scores
+        self.history[-1]["test"] = dataclasses.asdict(scores)
+        mean = scoring_of(scores).mean
+        best = self.best_scores is None or mean(scores) > mean(self.best_scores)
+        if best:
+            self.best_epoch, self.best_scores = self.trained, scores
+        return best
+
+    # --- for the user ---
+
+    def where(self, saved: Path) -> str:
+        epoch, step = divmod(self.position, self.steps)
+        return (
+            f"in epoch {epoch + 1}, after {step} of {self.steps} steps; saved to {saved}: resume "
+            "goes on there"
+        )
+
+    def epoch_line(self) -> str:
+        """The epoch that has just ended: losses, scores, speed, time left."""
+        record = self.history[-1]
+        parts = [
+            f"epoch {self.epoch}/{self.epochs}",
+            "loss " + " ".join(f"{x:.3f}" for x in record["loss"]),
+        ]
+        if test := record.get("test"):
+            lead = scoring_of(test).headlines[0]
+            parts.append(f"test {lead.label} % " + " ".join(map(percent, test[lead.name])))
+            parts.append(f"ensemble {percent(test[f'ensemble_{lead.name}'])}")
+        if record["images_per_second"]:
+            parts.append(
+                f"{record['images_per_second']:,.0f} images/s, "
+                f"data wait {100 * record['data_wait']:.1f} %"
+            )
+        if not self.done and self.first is not None and self.position > self.first:
+            a_step = (time.monotonic() - self.begun) / (self.position - self.first)
+            parts.append(f"{duration(a_step * self.left)} left")
+        return "  ".join(parts)
+
+    # --- for the checkpoint ---
+
+    def state(self) -> dict[str, Any]:
+        return {
+            "position": self.position,
+            "seconds": self.elapsed(),
+            "history": self.history,
+            "scores": self.scores and dataclasses.asdict(self.scores),
+            "best_epoch": self.best_epoch,
+            "best_scores": self.best_scores and dataclasses.asdict(self.best_scores),
+        }
+
+    def load(self, state: dict[str, Any]) -> None:
+        """Raises ValueError and its like for what no training saves, InputError where the settings
+        are of a shorter one."""
+        position, history = state["position"], state["history"]
+        if type(position) is not int or position < 0:
+            raise ValueError(f"position {position!r}")
+        if [r["step"] for r in history] != [
+            min(round(r["epoch"] * self.steps), position) for r in history
+        ]:
+            raise ValueError("a history of other steps")
+        if position > self.total:
+            raise InputError(
+                f"cannot resume: the run has done {position // self.steps} epochs, more "
+                f"than epochs={self.epochs}"
+            )
+        self.position, self.seconds = position, float(state["seconds"])
+        self.history, self.best_epoch = history, int(state["best_epoch"])
+        self.scores, self.best_scores = (
+            state[key] and scoring_of(state[key]).read(state[key])
+            for key in ("scores", "best_scores")
+        )
