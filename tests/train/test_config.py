@@ -56,9 +56,10 @@ def test_every_setting_has_a_help_text():
             for a, b in pairwise(body)
             if isinstance(a, ast.AnnAssign) and isinstance(b, ast.Expr)
         ]
-        own = [n for n in kind.__annotations__ if n != "limits"]
+        own = [n for n, hint in kind.__annotations__.items() if not hint.startswith("ClassVar")]
         assert documented == own
-    assert list(TrainConfig.__annotations__)[:-1] == FIELDS
+        if kind is TrainConfig:
+            assert own == FIELDS
     assert set(FIELDS) >= FREE_ON_RESUME
 
 
