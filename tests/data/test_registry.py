@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from fastdml import data
+from fastdml.cli import main
 from fastdml.data import registry
 from fastdml.errors import InputError
 
@@ -20,7 +21,7 @@ from fastdml.data.registry import register_dataset
 @register_dataset(
     "stripes",
     task="classification",
-    image_shape=(1, 4, 4),
+    image_shape=(1, 8, 8),
     classes=("across", "along"),
     mean=(0.5,),
     std=(0.5,),
@@ -32,9 +33,9 @@ def load_stripes():
 
     from fastdml.data.image_set import ImageSet
 
-    across = (torch.arange(4) % 2).to(torch.uint8).expand(4, 4)
-    images = torch.stack([across, across.T]).unsqueeze(1)
-    whole = ImageSet(images, torch.arange(2), 2, ("across", "along"), (0.5,), (0.5,))
+    across = (torch.arange(8) % 2).to(torch.uint8).expand(8, 8)
+    images = torch.stack([across, across.T] * 8).unsqueeze(1)
+    whole = ImageSet(images, torch.arange(16) % 2, 2, ("across", "along"), (0.5,), (0.5,))
     return whole, whole
 """
 
@@ -55,15 +56,27 @@ def added(tmp_path, monkeypatch):
 def test_a_data_set_is_one_file(added):
     assert data.dataset_names("classification") == ("stripes", "digits", "cifar10", "cifar100")
     train, _ = data.load("stripes")
-    assert len(train) == 2
+    assert len(train) == 16
     assert data.record("stripes") == {
-        "image_shape": [1, 4, 4],
+        "image_shape": [1, 8, 8],
         "mean": [0.5],
         "std": [0.5],
         "classes": ["across", "along"],
     }
     with pytest.raises(InputError, match="did you mean stripes"):
         data.load("stripe")
+
+
+def test_the_command_trains_on_a_data_set_of_one_file(added, tmp_path, monkeypatch, capfd):
+    monkeypatch.chdir(tmp_path)
+    options = "--epochs 1 --batch-size 8 --pad 1 --peers resnet8 resnet8 --folder run"
+    assert main(["train", "stripes", *options.split()]) == 0
+    assert main(["evaluate", "run"]) == 0
+    assert "resnet8-2" in capfd.readouterr().out
+    assert main(["data"]) == 0
+    assert "stripes" in capfd.readouterr().out
+    assert main(["train", "stripe"]) == 2
+    assert "did you mean stripes" in capfd.readouterr().err
 
 
 def test_a_name_is_registered_once(added):
