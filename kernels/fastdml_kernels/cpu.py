@@ -11,8 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import reduce
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -60,13 +59,19 @@ def _find_labelled(labels: Tensor, ignore_index: int, C: int) -> Tensor | None:
     return None if bool(labelled.all()) else labelled
 
 
+class _BlockStats(NamedTuple):
+    """Sums over a block's rows."""
+
+    entropy: Tensor  # (K,)
+    correct: Tensor  # (K,)
+    ensemble_correct: Tensor  # ()
+    pairwise: Tensor  # (K, K)
+
+
 class _BlockResult(NamedTuple):
     ce: Tensor  # (K, n)
     kl: Tensor  # (K, n)
-    entropy: Tensor | None  # (K,) with statistics, else None
-    correct: Tensor | None  # (K,)
-    ensemble_correct: Tensor | None  # ()
-    pairwise: Tensor | None  # (K, K)
+    stats: _BlockStats | None  # None if not wanted
 
 
 @dataclass
@@ -113,14 +118,16 @@ class _Problem:
                 towards_all = torch.where(labelled, towards_all, 0.0)
             ce = (1 - eps) * ce - spread * towards_all
 
-        entropy = correct = ensemble_correct = pairwise = None
+        stats = None
         if self.want_stats:
             has_label = slice(None) if labelled is None else labelled
-            entropy = torch.special.entr(p).sum((1, 2))
-            correct = self._right(log_p, nll, y)[:, has_label].sum(1)
             together = p.sum(0)
-            ensemble_correct = self._right(together, together[:, 0], y)[has_label].sum()
-            pairwise = p.new_zeros(K, K)
+            stats = _BlockStats(
+                entropy=torch.special.entr(p).sum((1, 2)),
+                correct=self._right(log_p, nll, y)[:, has_label].sum(1),
+                ensemble_correct=self._right(together, together[:, 0], y)[has_label].sum(),
+                pairwise=p.new_zeros(K, K),  # filled by _general_kl
+            )
 
         kl, pull = torch.zeros_like(nll), None
         if K > 1 and (self.mutual or self.want_stats):
@@ -129,10 +136,11 @@ class _Problem:
                 log_q, q = tempered
                 log_softmax(z, 1.0 / self.temperature, log_q)
                 torch.exp(log_q, out=q)
+            pairwise = None if stats is None else stats.pairwise
             kl, pull = self._general_kl(rows, log_q, q, nll, pairwise)
         if self.grads:
             self._write_grads(rows, p, index, labelled, pull)
-        return _BlockResult(ce, kl, entropy, correct, ensemble_correct, pairwise)
+        return _BlockResult(ce, kl, stats)
 
     @staticmethod
     def _right(scores: Tensor, row: Tensor, y: Tensor) -> Tensor:
@@ -233,9 +241,10 @@ class _Problem:
         if self.options.target == "ensemble":
             top = torch.where((shares != 0)[:, :, None], log_q[teachers], -torch.inf).amax(0)
             top = torch.where(top == -torch.inf, 0.0, top)
-            each = zip(shares, teachers, strict=True)
-            parts = (_times(s[:, None], (log_q[teacher] - top).exp()) for s, teacher in each)
-            return top + reduce(torch.add, parts).log()
+            mixed = torch.zeros_like(top)
+            for s, teacher in zip(shares, teachers, strict=True):
+                mixed += _times(s[:, None], (log_q[teacher] - top).exp())
+            return top + mixed.log()
         # from differences to the first that teaches: identical peers mix to themselves, exactly
         z_of = [self.logits[teacher][rows].to(log_q.dtype) for teacher in teachers]
         base = z_of[0]
@@ -291,8 +300,8 @@ def mutual_loss_cpu(
     want_stats: bool = False,
     upstream: Tensor | None = None,  # the losses' own gradient, (K,) or (K, N); None is 1
 ) -> tuple[Tensor, Tensor | None]:
-    """Losses, (K,) or (K, N), and packed statistics (`StatsLayout`), both float32, or
-    float64 where any logits are. Statistics that nobody wants are zeros, or None."""
+    """Losses, (K,) or (K, N), and packed statistics (`StatsLayout`; None if not wanted), both
+    float32, or float64 where any logits are."""
     K, (N, C) = len(logits), logits[0].shape
     dtype = torch.float64 if any(z.dtype == torch.float64 for z in logits) else torch.float32
     temperature, ce_weight, kl_weight = float(temperature), float(ce_weight), float(kl_weight)
@@ -322,20 +331,19 @@ def mutual_loss_cpu(
         return losses, stats
 
     averaged = options.reduction == "mean"
-    like: Any = {"dtype": dtype, "device": labels.device}  # never the caller's defaults
+    # Every new tensor takes dtype and device from this one, never from torch's defaults.
+    edges = labels.new_full((K, K), default_edge(K, options.gate), dtype=dtype)
     y = labels.long() if labelled is None else torch.where(labelled, labels, 0).long()
     w_c = None if class_weight is None else class_weight.to(dtype)
     w_y = None if w_c is None else w_c[y]
     if labelled is not None:
-        w_y = torch.where(labelled, torch.ones(N, **like) if w_y is None else w_y, 0.0)
+        w_y = torch.where(labelled, edges.new_ones(N) if w_y is None else w_y, 0.0)
     labelled_rows = N if labelled is None else int(labelled.sum())
     ce_count = float(N if w_y is None else w_y.sum())
     if options.mimic_ignored and not labelled_rows:
         ce_count = 1.0  # a batch without any label teaches by the KL term alone
-    by_row = options.reduction == "none"
     per_ce = 1 / ce_count if ce_count > 0 else 0.0
 
-    edges = torch.full((K, K), default_edge(K, options.gate), **like)
     tempered = temperature != 1.0 and K > 1
     step = min(max(1, BLOCK_BYTES // (4 * K * max(C, 1))), max(N, 1))
     problem = _Problem(
@@ -347,44 +355,46 @@ def mutual_loss_cpu(
         mutual=kl_weight != 0,
         grads=grads, upstream=None if upstream is None else upstream.to(dtype),
         want_stats=want_stats,
-        scratch=torch.empty(4 if tempered else 2, K, step, C, **like),
+        scratch=edges.new_empty(4 if tempered else 2, K, step, C),
     )  # fmt: skip
 
     kl_scale = temperature * temperature
-    ce_sum, kl_sum = torch.zeros(K, **like), torch.zeros(K, **like)
-    losses = torch.empty(K, N if by_row else 0, **like)
-    sums: list[Tensor] | None = None
+    ce_sum, kl_sum = edges.new_zeros(K), edges.new_zeros(K)
+    by_row = edges.new_empty(K, N) if options.reduction == "none" else None
+    sums: _BlockStats | None = None
     for start in range(0, N, step):
         rows = slice(start, min(start + step, N))
         result = problem.block(rows)
         ce_sum += result.ce.sum(1)
         kl_sum += result.kl.sum(1)
-        if by_row:
-            losses[:, rows] = _weighted(ce_weight, result.ce)
+        if by_row is not None:
+            by_row[:, rows] = _weighted(ce_weight, result.ce)
             if K > 1:
-                losses[:, rows] += _weighted(kl_weight, kl_scale * result.kl)
-        if want_stats:
-            parts = [part for part in result[2:] if part is not None]  # all are there
-            sums = list(map(torch.add, sums, parts)) if sums else parts
+                by_row[:, rows] += _weighted(kl_weight, kl_scale * result.kl)
+        if sums is None:
+            sums = result.stats
+        elif result.stats is not None:
+            sums = _BlockStats(*map(torch.add, sums, result.stats))
 
     # NaN where nothing is counted, as torch's cross_entropy without any label
     ce_mean, kl_mean = ce_sum / (ce_count or torch.nan), kl_sum * kl_scale / (N or torch.nan)
-    if not by_row:
+    if by_row is None:
         ce, kl = (ce_mean, kl_mean) if averaged else (ce_sum, kl_sum * kl_scale)
         losses = _weighted(ce_weight, ce)
         if K > 1:
             losses += _weighted(kl_weight, kl)
-    layout = stats_layout(K)
+    else:
+        losses = by_row
     if not want_stats:
-        return losses, torch.zeros(layout.size, **like)
+        return losses, None
     if sums is None:  # no rows at all
-        none, unknown = torch.zeros(K, **like), torch.full((K, K), torch.nan, **like)
-        sums = [unknown[0], none, none.sum(), unknown]
-    entropy, correct, together, pairwise = sums
-    return losses, layout.pack({
+        none, unknown = edges.new_zeros(K), edges.new_full((K, K), torch.nan)
+        sums = _BlockStats(unknown[0], none, none.sum(), unknown)
+    return losses, stats_layout(K).pack({
         "ce": ce_mean, "kl": kl_mean,
-        "label_weight": torch.tensor(ce_count, **like),
-        "labelled": torch.tensor(labelled_rows, **like),
-        "entropy": entropy / max(N, 1), "correct": correct, "ensemble_correct": together,
-        "pairwise_kl": pairwise * (kl_scale / max(N, 1)),
+        "label_weight": edges.new_tensor(ce_count),
+        "labelled": edges.new_tensor(labelled_rows),
+        "entropy": sums.entropy / max(N, 1),
+        "correct": sums.correct, "ensemble_correct": sums.ensemble_correct,
+        "pairwise_kl": sums.pairwise * (kl_scale / max(N, 1)),
     })  # fmt: skip

@@ -10,7 +10,6 @@ from array import array
 from collections.abc import Sequence
 from functools import cache
 from pathlib import Path
-from typing import cast
 
 import torch
 from torch import Tensor
@@ -60,8 +59,8 @@ def rows_loss(
     grads: Sequence[Tensor],  # K tensors (N, C) to be written, their last stride 1; () for none
     want_stats: bool,
 ) -> tuple[Tensor, Tensor | None] | None:
-    """Losses (K,) and packed statistics in float32; None where a logit is not finite, a label is no
-    class or no row has one: `grads` may then hold anything."""
+    """Losses (K,) and packed statistics (None if not wanted) in float32; None altogether where a
+    logit is not finite, a label is no class or no row has one: `grads` may then hold anything."""
     K, (N, C) = len(logits), logits[0].shape
     logits = [z if z.stride(1) == 1 else z.contiguous() for z in logits]
     labels = labels.contiguous()
@@ -79,9 +78,10 @@ def rows_loss(
         g, g_row = (grads[k].data_ptr(), grads[k].stride(0)) if grads else (0, 0)
         whole += (z.data_ptr(), g, size * z.stride(0), size * g_row, number)
     real = (temperature, options.label_smoothing, ce_weight, kl_weight)
+    native = library()
+    assert native is not None  # `takes` has seen it
     arguments = (array("q", whole), array("d", real), stats_positions(K))
-    rows = cast(ctypes.CDLL, library()).fastdml_rows  # `takes` has asked for it
-    status = rows(*(numbers.buffer_info()[0] for numbers in arguments))
+    status = native.fastdml_rows(*(numbers.buffer_info()[0] for numbers in arguments))
     if status == 2:
         raise MemoryError(f"mutual_loss: no memory for the sums of {N} rows")
     return None if status else (losses, stats)
