@@ -83,6 +83,21 @@ def write_atomically(path: Path, data: str | bytes) -> None:
 
 
 @contextmanager
+def replacing(path: Path) -> Iterator[BinaryIO]:
+    """A file that gets the name `path` at the end of the block, unless that ends by an error. Its
+    name meanwhile is this process's own: several may write `path` at once, and the last one wins.
+    Is not forced to disk. Raises OSError."""
+    part = path.with_name(f".{path.name}.{os.getpid()}.partial")
+    try:
+        with create(part) as file:
+            yield file
+        os.replace(part, path)
+    finally:
+        with contextlib.suppress(OSError):
+            part.unlink()
+
+
+@contextmanager
 def writing(path: Path) -> Iterator[None]:
     """What the system refuses is said in one line, of the file it names or of `path`."""
     try:

@@ -13,7 +13,7 @@ from torch import nn
 
 from fastdml.cohort import Cohort
 from fastdml.errors import InputError
-from fastdml.files import partial, safe_name, write_atomically
+from fastdml.files import partial, replacing, safe_name, write_atomically
 from fastdml.report.metrics_log import MetricsLog
 from fastdml.train import TrainConfig, checkpoint
 
@@ -119,6 +119,22 @@ def test_files_have_the_permissions_that_the_umask_leaves(tmp_path):
         os.umask(before)
     assert (tmp_path / "text").stat().st_mode & 0o777 == 0o640
     assert Path(tmp_path / "text").read_bytes() == b"bytes"
+
+
+def test_of_several_writers_at_once_the_last_wins(tmp_path, monkeypatch):
+    path = tmp_path / "cache"
+    with replacing(path) as first:
+        first.write(b"first")
+        with monkeypatch.context() as patch:
+            patch.setattr(os, "getpid", lambda: 1)
+            with replacing(path) as second:
+                second.write(b"second")
+        assert path.read_bytes() == b"second"
+    assert path.read_bytes() == b"first"
+    with pytest.raises(ZeroDivisionError), replacing(path) as file:
+        file.write(bytes([1 // 0]))
+    assert path.read_bytes() == b"first"
+    assert [p.name for p in tmp_path.iterdir()] == ["cache"]
 
 
 @pytest.mark.parametrize(

@@ -19,6 +19,7 @@ import torch
 from torch.autograd import DeviceType
 from torch.profiler import ProfilerActivity, profile, schedule
 
+from fastdml.files import write_atomically
 from fastdml.torch_private import is_annotation, stream_of
 
 SKIPPED, WARM_UP, STEPS = 10, 2, 10
@@ -78,7 +79,7 @@ class Profile:
         events = recorder.events()
         waits = sum(e.name in WAITS for e in events)
         text = page(spans(events, self.device), self.done - self.before, self.device, waits)
-        (self.folder / PAGE).write_text(text)
+        write_atomically(self.folder / PAGE, text)
 
 
 def spans(events: Iterable[Any], device: torch.device) -> list[Span]:

@@ -14,7 +14,6 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import http.client
-import os
 import shutil
 import tarfile
 import tempfile
@@ -25,6 +24,7 @@ from typing import Any, BinaryIO
 
 from fastdml.data.registry import HINT
 from fastdml.errors import InputError
+from fastdml.files import replacing, sync
 
 CHUNK = 1 << 20
 TIMEOUT = 30  # seconds without a byte
@@ -42,15 +42,12 @@ def fetch(url: str, target: Path, md5: str, hint: str = HINT) -> None:
                 digest.update(chunk)
         _check_md5(digest.hexdigest(), md5, target, f"delete it and use {hint} again")
         return
-    part = target.with_name(f"{target.name}.{os.getpid()}.part")
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
-        with part.open("wb") as file:
+        with replacing(target) as file:
             found = _download(url, file)
-            file.flush()
-            os.fsync(file.fileno())
-        _check_md5(found, md5, url, f"run again, or put the official file at {target}")
-        part.replace(target)
+            _check_md5(found, md5, url, f"run again, or put the official file at {target}")
+            sync(file)
     except (OSError, http.client.HTTPException, ValueError) as error:
         if isinstance(error, InputError):
             raise
@@ -58,9 +55,6 @@ def fetch(url: str, target: Path, md5: str, hint: str = HINT) -> None:
             f"{url}: the download failed ({error}): run again, or put the file at {target} "
             f"and use {hint}"
         ) from error
-    finally:
-        with contextlib.suppress(OSError):
-            part.unlink()
 
 
 def _download(url: str, file: BinaryIO) -> str:

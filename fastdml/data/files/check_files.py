@@ -29,6 +29,7 @@ from typing import IO, Literal, Protocol
 import fastdml
 from fastdml.data.files.check_worker import READY, reason
 from fastdml.errors import InputError, require
+from fastdml.files import replacing
 from fastdml.paths import home
 
 logger = logging.getLogger(__name__)
@@ -227,11 +228,10 @@ def _save(file: Path | None, content: dict[str, list]) -> None:
         forgotten = "the account has no home folder (XDG_CACHE_HOME may name another)"
         logger.warning("the scan of the images is not remembered: %s", forgotten)
         return
-    part = file.with_name(f"{file.name}.{os.getpid()}.part")
     try:
         file.parent.mkdir(parents=True, exist_ok=True)
-        part.write_text(json.dumps(content), encoding="utf-8")
-        part.replace(file)
+        with replacing(file) as part:
+            part.write(json.dumps(content).encode())
     except OSError as error:
         logger.warning("the scan of the images is not remembered: %s", error)
 
