@@ -1,0 +1,112 @@
+"""The house stays in order: imports run one way, without circles, and files and functions short."""
+
+from __future__ import annotations
+
+import ast
+from collections.abc import Iterator
+from graphlib import TopologicalSorter
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[1]
+
+# What each part may import beside itself and what is `BELOW_ALL`, as docs/architecture.md draws it.
+LOSSES = {"loss", "loss_checks", "loss_options", "metric_losses", "mutual_stats", "fastdml_kernels"}
+COHORT = {"cohort", "cohort_export", "cohort_files", "image_record", "models"}
+MAY_IMPORT = {
+    "fastdml_kernels": set(),
+    "models": set(),
+    "data": {"fastdml_kernels"},
+    "metrics": set(),
+    "report": set(),
+    "engine": {*LOSSES, *COHORT},
+    "train": {*LOSSES, *COHORT, "engine", "data", "metrics", "report"},
+    "cli": {*COHORT, "fastdml_kernels", "engine", "data", "report", "train"},
+    **dict.fromkeys(LOSSES - {"fastdml_kernels"}, LOSSES),
+    **dict.fromkeys(COHORT - {"models"}, COHORT),
+}
+BELOW_ALL = {
+    "devices", "errors", "files", "logs", "modes", "names", "options", "paths", "tensors",
+    "terminal", "torch_private", "units", "yaml_file", "fastdml",
+}  # fmt: skip
+
+
+def modules() -> dict[str, Path]:
+    """Every module of both packages by its name."""
+    found = {}
+    for folder in (ROOT, ROOT / "kernels"):
+        for path in folder.glob("fastdml*/**/*.py"):
+            parts = path.relative_to(folder).with_suffix("").parts
+            found[".".join(parts).removesuffix(".__init__")] = path
+    return found
+
+
+MODULES = modules()
+
+
+def imports(name: str) -> Iterator[str]:
+    """The modules of ours that a module imports, inside functions too; not for types alone."""
+    path = MODULES[name]
+    package = name.split(".") if path.name == "__init__.py" else name.split(".")[:-1]
+    waiting: list[ast.AST] = [ast.parse(path.read_text())]
+    while waiting:
+        node = waiting.pop()
+        if isinstance(node, ast.If) and "TYPE_CHECKING" in ast.unparse(node.test):
+            waiting += node.orelse
+            continue
+        waiting += ast.iter_child_nodes(node)
+        if isinstance(node, ast.Import):
+            wanted = [alias.name for alias in node.names]
+        elif isinstance(node, ast.ImportFrom):
+            above = package[: len(package) - node.level + 1] if node.level else []
+            source = ".".join([*above, *filter(None, [node.module])])
+            inside = [f"{source}.{alias.name}" for alias in node.names]
+            wanted = [full if full in MODULES else source for full in inside]
+        else:
+            continue
+        yield from (module for module in wanted if module in MODULES and module != name)
+
+
+def part(name: str) -> str:
+    """The package or file right below fastdml, or fastdml_kernels as a whole."""
+    first, _, rest = name.partition(".")
+    return rest.partition(".")[0] if first == "fastdml" and rest else first
+
+
+def test_imports_run_one_way():
+    wrong = [
+        f"{name} imports {other}"
+        for name in MODULES
+        for other in imports(name)
+        if part(name) not in ("fastdml", "__main__", part(other))
+        and part(other) not in (BELOW_ALL if part(name) != "fastdml_kernels" else ())
+        and part(other) not in MAY_IMPORT.get(part(name), ())
+    ]
+    assert not wrong, "\n".join(wrong)
+
+
+def test_every_part_of_the_library_has_its_place():
+    parts = {part(name) for name in MODULES} - {"__main__"}
+    assert parts == BELOW_ALL | MAY_IMPORT.keys()
+
+
+def test_no_imports_in_circles():
+    TopologicalSorter({name: set(imports(name)) for name in MODULES}).prepare()
+
+
+def test_files_can_be_read_at_a_sitting():
+    folders = ("fastdml", "kernels", "bench", "docs", "examples")
+    files = [p for f in folders for p in (ROOT / f).rglob("*") if p.suffix in (".py", ".c", ".sh")]
+    long = [p.name for p in files if len(p.read_text().splitlines()) > 500]
+    assert not long
+
+
+def test_functions_are_short():
+    """A kernel is one function, since what it calls is compiled into it: they may be longer."""
+    long = []
+    for path in (p for f in ("fastdml", "kernels", "bench") for p in (ROOT / f).rglob("*.py")):
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
+                kernel = any("triton" in ast.unparse(d) for d in node.decorator_list)
+                if node.end_lineno - node.lineno + 1 > (300 if kernel else 120):
+                    long.append(f"{path.name}: {node.name}")
+    assert not long
