@@ -57,10 +57,9 @@ class Split:
         ce = _mean(parts[at.span("ce")], self.ce).masked_fill(self.without_ce, 0.0)
         packed[at.span("ce")] = ce
         stats = MutualStats.from_packed(packed, outputs[0].stats.K)
-        losses = [o.losses for o in outputs]
         if self.options.reduction == "none":
-            return torch.cat(losses, 1), stats
-        losses = torch.stack(losses).sum(0)
+            return torch.cat([o.losses for o in outputs], 1), stats
+        losses = torch.stack([o.losses for o in outputs]).sum(0)
         if self.options.reduction == "mean":
             losses = torch.where(ce.isnan(), ce, losses)  # nothing to take a mean of
         return losses, stats

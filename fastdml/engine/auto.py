@@ -213,15 +213,16 @@ class CpuAutoStep(AutoStep):
     def _decided(self, batch: tuple[Tensor, ...]) -> tuple[Choice, Step]:
         if self.choice is None:
             self.choice = self._choose(batch)
-        if self.chosen is None:
-            name = self.choice.execution
+        choice, step = self.choice, self.chosen
+        if step is None:
             try:
-                self.chosen = self.make(name)
+                step = self.chosen = self.make(choice.execution)
             except InputError as error:
-                if name == "eager":
+                if choice.execution == "eager":
                     raise
-                self._take_eager(self.choice, self.make("eager"), {name: str(error)})
-        return self.choice, self.chosen
+                step = self.make("eager")
+                choice = self._take_eager(choice, step, error)
+        return choice, step
 
     def _choose(self, batch: tuple[Tensor, ...]) -> Choice:
         found = candidates(self.names, len(self.peers), self.threads)
@@ -275,15 +276,17 @@ class CpuAutoStep(AutoStep):
         """Eager from here on, unless that fails as well; a refused step has changed nothing."""
         step = self.make("eager")
         output = step(*batch)
-        self._take_eager(choice, step, {choice.execution: str(error)})
+        self._take_eager(choice, step, error)
         return output
 
-    def _take_eager(self, choice: Choice, step: Step, unfit: dict[str, str]) -> None:
+    def _take_eager(self, choice: Choice, step: Step, error: InputError) -> Choice:
         self.chosen, self.choice = step, choice._replace(execution="eager")
-        _say(self.choice, None, unfit)
+        _say(self.choice, None, {choice.execution: str(error)})
+        return self.choice
 
 
 def _say(choice: Choice, how: str | None, unfit: dict[str, str] | None = None) -> None:
+    assert choice.threads is not None  # on a CPU
     how = f" ({how})" if how else ""
     reasons = "".join(f"; not {name}: {_brief(name, why)}" for name, why in (unfit or {}).items())
     what = f"{choice.execution}, {count_of_threads(choice.threads)}"

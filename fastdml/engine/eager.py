@@ -10,7 +10,7 @@ All peers are updated from the same predictions: K forward and K backward passes
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from itertools import chain
 from typing import TYPE_CHECKING, Any
 
@@ -41,7 +41,8 @@ class WithFeatures(nn.Module):
         self.peer = peer
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        return self.peer.logits_and_features(x)
+        peer: Any = self.peer
+        return peer.logits_and_features(x)
 
 
 @register_execution("eager", turn=0)
@@ -63,11 +64,11 @@ class EagerStep:
         self.cohort, self.peers = cohort, list(cohort.peers)
         self.loss, self.optimizer, self.amp, self.options = loss, optimizer, amp, options
         self.update = Update(cohort, optimizer, amp, grad_clip=options.grad_clip, ema=options.ema)
-        self.forwards = self.networks()
+        self.forwards: list[Callable[[Tensor], Any]] = [*self.networks()]
         if options.compile:
             self.forwards = [torch.compile(network) for network in self.forwards]
 
-    def __reduce__(self) -> tuple[type[EagerStep], tuple]:
+    def __reduce__(self) -> tuple[type[EagerStep], tuple[Any, ...]]:
         """Copies and pickles are made anew of copies of what the step was made of."""
         return type(self), (self.cohort, self.loss, self.optimizer, self.amp, self.options)
 

@@ -52,7 +52,7 @@ class Ema:
     def _collect(self) -> None:
         before = dict(zip(self.names, self.averages, strict=True))
         self.parts = Parts(self.cohort)
-        named = dict(self.cohort.named_parameters())
+        named: dict[str, Tensor] = dict(self.cohort.named_parameters())
         for name, t in self.cohort.named_buffers():
             if name.rpartition(".")[2].startswith(STATISTICS):
                 named[name] = t
@@ -69,7 +69,8 @@ class Ema:
     @torch.no_grad()
     def update(self) -> None:
         self.refresh()
-        trained, copied = ([], []), ([], [])
+        trained: tuple[list[Tensor], list[Tensor]] = ([], [])
+        copied: tuple[list[Tensor], list[Tensor]] = ([], [])
         for average, t, infinite in zip(self.averages, self.live, self.infinite, strict=True):
             if infinite:
                 moved = average.lerp(t, 1 - self.decay)

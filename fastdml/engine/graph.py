@@ -93,9 +93,7 @@ class CudaCapture:
             self._clear(pool)
             raise
 
-    def _record(
-        self, graph: torch.cuda.CUDAGraph, pool: tuple[int, int] | None, run: Callable[[], Tensor]
-    ) -> Tensor:
+    def _record(self, graph: torch.cuda.CUDAGraph, pool: Any, run: Callable[[], Tensor]) -> Tensor:
         # A capture that breaks off leaves its stream the current one: the outer context undoes it.
         # Other threads (a loader that pins memory) may go on with calls that a capture forbids.
         with (
@@ -104,7 +102,7 @@ class CudaCapture:
         ):
             return run()
 
-    def _clear(self, pool: tuple[int, int]) -> None:
+    def _clear(self, pool: Any) -> None:
         """After a capture that broke off. The allocator still counts it as under way, and can free
         nothing; the generator still serves it, and fails outside: the end of another frees it."""
         with suppress(RuntimeError):
@@ -119,7 +117,7 @@ class CudaCapture:
 class GraphStep:
     """`step(images, labels)`, or what `assemble` takes, as one graph of the step `inner`."""
 
-    def __init__(self, inner: EagerStep, capture: type = CudaCapture) -> None:
+    def __init__(self, inner: EagerStep, capture: type[CudaCapture] = CudaCapture) -> None:
         device = inner.amp.device
         make_capturable(inner.optimizer, device)
         check_capturable(inner)
@@ -127,7 +125,7 @@ class GraphStep:
         self.cohort, self.loss, self.update = inner.cohort, inner.loss, inner.update
         self.name = "stacked" if inner.name == "stacked" else "graph"
         self.failure: str | None = None  # why there is no graph
-        self.captured: object | None = None
+        self.captured: CudaCapture | None = None
         self.inputs: list[Tensor] = []
         self.scalars = {}
         for name in SCALARS:
@@ -139,7 +137,7 @@ class GraphStep:
         # Loading replaces the state tensors that the graph writes to.
         inner.optimizer.register_load_state_dict_post_hook(_forget(weakref.ref(self)))
 
-    def __reduce__(self) -> tuple[type[GraphStep], tuple]:
+    def __reduce__(self) -> tuple[type[GraphStep], tuple[Any, ...]]:
         """A copy captures a graph of its own at its first call."""
         return type(self), (self.inner, self.new_capture)
 
@@ -158,23 +156,24 @@ class GraphStep:
 
     def __call__(self, *batch: Tensor) -> StepOutput:
         check_gradients_wanted()
-        if self.captured is not None:
-            self._check_contents()
+        if self.captured is not None and self.contents is not None:
+            self._check_contents(self.contents)
         if self.failure is None and self.captured is None:
             self._capture(batch)
-        if self.failure is not None or not self._fits(batch):
+        captured = self.captured
+        if self.failure is not None or captured is None or not self._fits(batch):
             return self.inner(*batch)
         self._set_scalars()
         for static, given in zip(self.inputs, batch, strict=True):
             static.copy_(given, non_blocking=True)
-        self.captured.replay()
+        captured.replay()
         self.replays += 1
         return self._unpack(self.packed.clone())  # the next replay overwrites the graph's own
 
-    def _check_contents(self) -> None:
+    def _check_contents(self, contents: Contents) -> None:
         """Drops a graph of something else than there is now; for good if that is always so."""
-        self.contents.take_numbers()
-        changed = self.contents.changed()
+        contents.take_numbers()
+        changed = contents.changed()
         if changed is None:
             return
         self.hasty = self.hasty + 1 if self.replays < REPLAYS else 0
@@ -211,12 +210,12 @@ class GraphStep:
                     self._run()
                 with capture.supervised():
                     self._run()
-            if snapshot.buffers.replaced():
+            if snapshot.buffers_replaced():
                 raise RuntimeError("a peer puts new tensors in the places of its buffers")
             self.packed = capture.capture(self._run)
             self.captured = capture
         except RuntimeError as error:
-            first = error
+            first: BaseException = error
             while first.__context__ is not None:
                 first = first.__context__  # ending a capture that broke off fails as well
             self._fail(f"{type(first).__name__}: {' '.join(str(first).split())[:300]}")

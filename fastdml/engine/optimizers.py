@@ -66,7 +66,7 @@ def make_optimizer(
     fused = device.type in FUSED_DEVICES
     if name == "sgd":
         nesterov = nesterov and momentum > 0
-        optimizer = SGD(
+        optimizer: Optimizer = SGD(
             groups, rate, momentum, weight_decay=weight_decay, nesterov=nesterov, fused=fused
         )
         if momentum > 0:

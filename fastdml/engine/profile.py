@@ -114,7 +114,7 @@ def page(found: Sequence[Span], steps: int, device: torch.device, waits: int = 0
         ("their time a step", f"{total / steps / 1000:.3f} ms"),
     ]
     if cuda:
-        branches = defaultdict(float)
+        branches: defaultdict[int, float] = defaultdict(float)
         for s in found:
             branches[s.branch] += s.own
         rows += [
@@ -123,7 +123,8 @@ def page(found: Sequence[Span], steps: int, device: torch.device, waits: int = 0
             ("host waits a step", f"{waits / steps:.1f}"),
             ("streams", ", ".join(f"{t / steps / 1000:.3f} ms" for t in branches.values())),
         ]
-    times, counts = defaultdict(float), Counter(s.name for s in found)
+    times: defaultdict[str, float] = defaultdict(float)
+    counts = Counter(s.name for s in found)
     for s in found:
         times[s.name] += s.own
     lines = [f"{name:<{len(what) + 8}} {text}" for name, text in rows]

@@ -15,18 +15,16 @@ import copy
 from collections import deque
 from collections.abc import Sequence
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from fastdml.engine.guards import Generators
+from fastdml.engine.stack import Stack, StackedDropout
 from fastdml.engine.stackable import INTERNAL, Contents, unknown
 from fastdml.errors import InputError
 from fastdml.torch_private import DispatchMode
-
-if TYPE_CHECKING:
-    from fastdml.engine.stack import Stack
 
 IMAGES = 4
 TOLERANCE = 1e-5  # of a tensor's norm: a network may compute a part in float32
@@ -98,10 +96,9 @@ def _prove(stack: type[Stack], peers: Sequence[nn.Module], images: Tensor) -> No
         for stacked, own in layer.shared.values():
             if isinstance(stacked, nn.Parameter):
                 expected = [g.get(id(w)) for g, w in zip(grads, own, strict=True)]
-                stacked = found_grads.get(id(stacked))
+                fits = fits and _parts_close(found_grads.get(id(stacked)), expected, floor)
             else:
-                expected = own
-            fits = fits and _parts_close(stacked, expected, floor)
+                fits = fits and _parts_close(stacked, own, floor)
     if not fits:
         raise way
     for m, state in states:
@@ -161,9 +158,10 @@ def _fix_dropout(copies: Sequence[nn.Module], one: Stack) -> None:
     for k, peer in enumerate(copies):
         for m in peer.modules():
             if type(m) is nn.Dropout:
-                m.forward = partial(_dropped, m, k)
+                vars(m)["forward"] = partial(_dropped, m, k)
     for layer in one.layers():
-        layer.mask = _masked
+        if isinstance(layer, StackedDropout):
+            layer.instead = _masked
 
 
 def _dropped(dropout: nn.Dropout, k: int, x: Tensor) -> Tensor:
@@ -202,9 +200,10 @@ def _gradients(
 
 
 def _parts_close(whole: Tensor | None, parts: Sequence[Tensor | None], floor: float) -> bool:
-    if whole is None or any(t is None for t in parts):
-        return whole is None and all(t is None for t in parts)
-    pairs = zip(whole.chunk(len(parts)), parts, strict=True)
+    known = [t for t in parts if t is not None]
+    if whole is None or len(known) < len(parts):
+        return whole is None and not known
+    pairs = zip(whole.chunk(len(known)), known, strict=True)
     return all(_close(a.reshape(b.shape), b, floor) for a, b in pairs)
 
 

@@ -1,23 +1,68 @@
-"""The whole state that a training step changes, kept and put back bit for bit.
+"""What a training step changes, kept and put back bit for bit.
 
-Warm-up and measurement run real steps; afterwards nothing may tell that they happened. Tensors are
-restored in place, so that whoever holds them (a captured graph, an optimizer) still does. Costs a
-copy of the weights and the optimizer's state while it lives.
+    Snapshot   everything: warm-up and measurement run real steps, and afterwards nothing may tell
+               that they happened
+    BeforePass buffers and torch's generator, cheap enough for every step: a step that is refused in
+               its middle leaves no trace
+    Buffers    which tensors a module's buffers are, not their values: a step may put new ones there
+
+Tensors are restored in place, so that whoever holds them (a captured graph, an optimizer) still
+does.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 
 import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from fastdml.engine.weights import Buffers
+from fastdml.engine.weights import same
+from fastdml.torch_private import buffer_table, foreach_copy_
+
+
+class Buffers:
+    """The buffers below a module as objects: a step may put new tensors in their places."""
+
+    def __init__(self, root: nn.Module) -> None:
+        tables = [buffer_table(m) for m in root.modules()]
+        self.tables = [(table, dict(table)) for table in tables if table]
+
+    def replaced(self) -> bool:
+        return any(not same([*now.values()], [*was.values()]) for now, was in self.tables)
+
+    def put_back(self) -> None:
+        for now, was in self.tables:
+            now.update(was)
+
+
+class BeforePass:
+    """Buffers and torch's generator as they were before a pass. Cheap enough for every step: 17 us
+    for two resnet8 with 42 buffers, 54 us for two resnet32 with 186 (one thread of an AMD EPYC)."""
+
+    def __init__(self, buffers: Sequence[Tensor]) -> None:
+        kinds: dict[torch.dtype, list[Tensor]] = {}
+        for t in buffers:
+            kinds.setdefault(t.dtype, []).append(t.detach())
+        self.pairs = [(own, [torch.empty_like(t) for t in own]) for own in kinds.values()]
+
+    def keep(self) -> None:
+        self.generator = torch.get_rng_state()
+        for own, kept in self.pairs:
+            foreach_copy_(kept, own)
+
+    def drew(self) -> bool:
+        return not torch.equal(self.generator, torch.get_rng_state())
+
+    def restore(self) -> None:
+        torch.set_rng_state(self.generator)
+        for own, kept in self.pairs:
+            foreach_copy_(own, kept)
 
 
 class Snapshot:
-    """`tensors` lists the tensors of the state, then and now.
+    """`tensors` lists the tensors of the state, then and now. Costs a copy of them while it lives.
 
     One that appears between the two was made by the first step, as an optimizer makes its
     moments: it stays, since a graph may hold it, and becomes zero, which is how all optimizers in
@@ -38,6 +83,10 @@ class Snapshot:
         if device is not None:
             self.rng = torch.get_rng_state()
             self.cuda_rng = torch.cuda.get_rng_state(device) if device.type == "cuda" else None
+
+    def buffers_replaced(self) -> bool:
+        """Whether there are new tensors in the places of buffers."""
+        return self.buffers is not None and self.buffers.replaced()
 
     @torch.no_grad()
     def restore(self) -> None:

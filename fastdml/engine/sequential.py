@@ -12,13 +12,14 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from fastdml.engine.eager import EagerStep, detached
 from fastdml.engine.execution import StepOutput, register_execution
-from fastdml.engine.weights import Buffers
+from fastdml.engine.rollback import Buffers
 from fastdml.mutual_stats import MutualStats
 
 # Layers that record no statistics where their track_running_stats is False.
@@ -60,10 +61,11 @@ def _own_rounds(rounds: list[StepOutput]) -> StepOutput:
         stats.packed[at.span(name)] = met[:, at.span(name)].diagonal()
     pairs = met[:, at.span("pairwise_kl")].view(K, K, K)  # of round, teacher, student
     stats.pairwise_kl.copy_(pairs.diagonal(dim1=0, dim2=2))  # column k is what student k met
+    metrics = [r.metric for r in rounds if r.metric is not None]
     return StepOutput(
         own(r.losses for r in rounds),
         stats,
-        None if rounds[0].metric is None else own(r.metric for r in rounds),
+        own(metrics) if metrics else None,
     )
 
 
@@ -74,7 +76,7 @@ def buffers_kept(peer: nn.Module) -> Iterator[None]:
     torch's BatchNorm is told to record nothing, which costs nothing; all others, such as the
     vectors of spectral norm or the statistics of InstanceNorm, are copied and put back.
     """
-    norms = [m for m in peer.modules() if type(m).forward in RECORD_AS_TOLD]
+    norms: list[Any] = [m for m in peer.modules() if type(m).forward in RECORD_AS_TOLD]
     norms = [m for m in norms if m.track_running_stats]
     told = {id(t) for m in norms for t in m.buffers(recurse=False)}
     buffers = Buffers(peer)

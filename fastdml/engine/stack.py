@@ -26,7 +26,8 @@ Saving one peer's state dict with torch.save writes the memory of all; `Cohort.s
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -85,7 +86,7 @@ class Stack(nn.Module):
                 for t in own:
                     if t.untyped_storage().data_ptr() == memory:
                         t.data = t.data.clone()
-        self.network, self.pairs = None, []
+        self.network, self.pairs = nn.Identity(), []
 
     def follow(self) -> None:
         """Takes over which layers train and which weights do."""
@@ -133,21 +134,27 @@ class Layer(nn.Module):
                 self.register_buffer(name, _join(own))
                 self.shared[name] = (getattr(self, name), own)
 
-    def trained(self) -> Iterator[tuple[nn.Parameter, list[nn.Parameter]]]:
-        return (pair for pair in self.shared.values() if isinstance(pair[0], nn.Parameter))
+    def trained(self) -> Iterator[tuple[nn.Parameter, list[Tensor]]]:
+        for stacked, own in self.shared.values():
+            if isinstance(stacked, nn.Parameter):
+                yield stacked, own
 
     @staticmethod
-    def unknown(layer: nn.Module) -> str | None:
+    def unknown(layer: Any) -> str | None:
         """What is not known of this layer, in words."""
         return None
 
 
 class StackedConv(Layer):
+    weight: nn.Parameter
+    bias: nn.Parameter | None
+
     def __init__(self, layers: Sequence[nn.Conv2d]) -> None:
         super().__init__(layers)
         conv = layers[0]
         self.channels_in, self.groups = conv.in_channels, conv.groups
-        self.geometry = (conv.stride, conv.padding, conv.dilation)
+        self.stride, self.dilation = conv.stride, conv.dilation
+        self.padding: Any = conv.padding  # numbers or a word
 
     def forward(self, x: Tensor) -> Tensor:
         groups = self.K * self.groups
@@ -155,7 +162,7 @@ class StackedConv(Layer):
             groups = 1  # all peers see the same images
         elif x.shape[1] == self.channels_in:
             x = x.repeat(1, self.K, 1, 1)
-        return F.conv2d(x, self.weight, self.bias, *self.geometry, groups)
+        return F.conv2d(x, self.weight, self.bias, self.stride, self.padding, self.dilation, groups)
 
     @staticmethod
     def unknown(layer: nn.Conv2d) -> str | None:
@@ -165,6 +172,12 @@ class StackedConv(Layer):
 
 
 class StackedNorm(Layer):
+    weight: nn.Parameter | None
+    bias: nn.Parameter | None
+    running_mean: Tensor | None
+    running_var: Tensor | None
+    num_batches_tracked: Tensor | None
+
     def __init__(self, layers: Sequence[nn.BatchNorm1d | nn.BatchNorm2d]) -> None:
         super().__init__(layers)
         norm = layers[0]
@@ -174,14 +187,14 @@ class StackedNorm(Layer):
     def forward(self, x: Tensor) -> Tensor:
         if x.shape[1] == self.channels:
             x = x.repeat(1, self.K, *(1,) * (x.dim() - 2))
-        statistics = self.running_mean, self.running_var
-        from_batch = self.training or self.running_mean is None
+        mean, var = self.running_mean, self.running_var
+        from_batch = self.training or mean is None
         if self.training and not self.track_running_stats:
-            statistics = None, None
+            mean = var = None
         elif self.training and self.num_batches_tracked is not None:
             self.num_batches_tracked.add_(1)
         return F.batch_norm(
-            x, *statistics, self.weight, self.bias, from_batch, self.momentum or 0.0, self.eps
+            x, mean, var, self.weight, self.bias, from_batch, self.momentum or 0.0, self.eps
         )
 
     @staticmethod
@@ -192,6 +205,9 @@ class StackedNorm(Layer):
 
 
 class StackedLinear(Layer):
+    weight: nn.Parameter
+    bias: nn.Parameter | None
+
     def __init__(self, layers: Sequence[nn.Linear]) -> None:
         super().__init__(layers)
         self.features_in = layers[0].in_features
@@ -210,6 +226,8 @@ class StackedLinear(Layer):
 
 
 class StackedDropout(Layer):
+    instead: Callable[[Tensor, int], Tensor] | None = None  # of the masks, of x and k
+
     def __init__(self, layers: Sequence[nn.Dropout]) -> None:
         super().__init__(layers)
         self.p = layers[0].p
@@ -221,9 +239,10 @@ class StackedDropout(Layer):
         images = x.dim() == 4 and x.is_contiguous(memory_format=torch.channels_last)
         layout = torch.channels_last if images else torch.contiguous_format
         own = [t.contiguous(memory_format=layout) for t in x.chunk(self.K, 1)]
-        return torch.cat([self.mask(t, k) for k, t in enumerate(own)], 1)
+        drop = self.instead or self._drop
+        return torch.cat([drop(t, k) for k, t in enumerate(own)], 1)
 
-    def mask(self, x: Tensor, k: int) -> Tensor:
+    def _drop(self, x: Tensor, k: int) -> Tensor:
         """Of peer k."""
         return F.dropout(x, self.p, True)
 
@@ -244,6 +263,8 @@ class StackedShortcut(Layer):
 class StackedGeM(Layer):
     """One exponent a peer, for all of its channels."""
 
+    p: nn.Parameter
+
     def forward(self, x: Tensor) -> Tensor:
         p = self.p.repeat_interleave(x.shape[1] // self.K)  # (K * F,)
         x = x.to(torch.promote_types(x.dtype, torch.float32)).clamp(min=GeMPool.EPS)
@@ -251,7 +272,7 @@ class StackedGeM(Layer):
 
 
 class StackedInception(Layer):
-    def __init__(self, layers: Sequence[Inception], branches: nn.ModuleList) -> None:
+    def __init__(self, layers: Sequence[nn.Module], branches: nn.ModuleList) -> None:
         super().__init__(layers)
         self.branches = branches
 
@@ -260,7 +281,7 @@ class StackedInception(Layer):
         return torch.cat([t for own in zip(*outs, strict=True) for t in own], 1)
 
 
-LAYERS = {
+LAYERS: dict[type[nn.Module], type[Layer]] = {
     nn.Conv2d: StackedConv,
     nn.BatchNorm1d: StackedNorm,
     nn.BatchNorm2d: StackedNorm,
@@ -278,17 +299,17 @@ def _converted(modules: Sequence[nn.Module], done: dict[int, nn.Module]) -> nn.M
     if id(first) in done:
         return done[id(first)]
     kind = type(first)
+    module: nn.Module
     if kind in LAYERS:
         module = LAYERS[kind](modules)
     else:
-        children = {
-            name: None
-            if child is None
-            else _converted([child_table(m)[name] for m in modules], done)
-            for name, child in child_table(first).items()
-        }
-        if kind is Inception:
-            module = StackedInception(modules, children["branches"])
+        children: dict[str, nn.Module | None] = {}
+        for name, child in child_table(first).items():
+            own: list[Any] = [child_table(m)[name] for m in modules]
+            children[name] = None if child is None else _converted(own, done)
+        branches = children.get("branches")
+        if kind is Inception and isinstance(branches, nn.ModuleList):
+            module = StackedInception(modules, branches)
         else:
             module = copy.copy(first)
             set_child_table(module, children)

@@ -51,7 +51,10 @@ class StackedStep(EagerStep):
     def networks(self) -> list[nn.Module]:
         self.own = super().networks()
         check(self.own, KNOWN)
-        self.stack, self.watch = Stack(), None
+        self.stack = Stack()
+        self.watch: Watch | None = None
+        self.modes: tuple[bool, ...] = ()
+        self.proved: set[object] = set()  # modes, and the shape and dtype of images
         return [self.stack]
 
     def train(self, images: Tensor, labels: Tensor) -> StepOutput:
@@ -111,7 +114,7 @@ class StackedStep(EagerStep):
             metric, more = self.options.metric.value_and_grad(out[1].detach().unbind(), labels)
             output = StepOutput(losses + metric, stats, metric)
             grads = [*grads, torch.stack(more)]
-        self.backward([out], [grads])
+        self.backward([out], [tuple(grads)])
         self.stack.share_gradients()
         return output
 

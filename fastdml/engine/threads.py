@@ -28,7 +28,8 @@ from torch import Tensor, nn
 
 from fastdml.engine.eager import EagerStep, Outputs
 from fastdml.engine.execution import StepOutput, register_execution
-from fastdml.engine.guards import Before, Generators, NoCollectives, hooked, replicated
+from fastdml.engine.guards import Generators, NoCollectives, hooked, replicated
+from fastdml.engine.rollback import BeforePass
 from fastdml.errors import InputError
 
 
@@ -73,7 +74,7 @@ class ThreadsStep(EagerStep):
         self.proved = True
 
     def _remember(self) -> None:
-        self.before = Before(list(self.cohort.buffers()))
+        self.before = BeforePass(list(self.cohort.buffers()))
 
     def train(self, images: Tensor, labels: Tensor) -> StepOutput:
         threads = torch.get_num_threads()

@@ -20,6 +20,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Sequence
+from functools import partial
 from itertools import chain
 from typing import TYPE_CHECKING, Any
 
@@ -72,7 +73,7 @@ class Holdings:
         groups = [group["params"] for group in self.optimizer.param_groups]
         return len(groups) == len(self.groups) and all(map(same, groups, self.groups))
 
-    def warn(self, k: int, name: str, weights: list[Tensor]) -> None:
+    def warn(self, k: int, name: str, weights: Sequence[Tensor]) -> None:
         """Once a peer."""
         if weights and k not in self.warned:
             self.warned.add(k)
@@ -145,10 +146,11 @@ class Update:
 
     def tensors(self) -> list[Tensor]:
         """Everything that a training step changes."""
-        found = [*self.cohort.parameters(), *self.cohort.buffers()]
+        found: list[Tensor] = [*self.cohort.parameters(), *self.cohort.buffers()]
         found += optimizer_tensors(self.optimizer)
         if self.scaler is not None:
-            found += [*self.scaler.tensors(), self.overflow, self.skipped]
+            found += self.scaler.tensors()
+        found += [t for t in (self.overflow, self.skipped) if t is not None]
         if self.ema is not None:
             found += self.ema.averages
         return found
@@ -157,17 +159,19 @@ class Update:
         """Updates peers `ks` by their gradients, and drops these."""
         weights, loose = self.holdings.weights, self.holdings.loose
         trained = [k for k in ks if any(w.grad is not None for w in weights[k])]
+        scaler, overflow = self.scaler, self.overflow
         for k in trained:
-            if self.scaler is not None:
+            if scaler is not None and overflow is not None:
                 grads = [w.grad for w in weights[k] if w.grad is not None]
-                self.overflow[k].copy_(self.scaler.unscale_(grads))
+                overflow[k].copy_(scaler.unscale_(grads))
             if self.grad_clip:
                 nn.utils.clip_grad_norm_(weights[k], self.grad_clip)
-        if self.scaler is None and trained:
+        if overflow is None and trained:
             self._only(self.holdings.groups_of(ks), self.optimizer.step)
-        elif self.scaler is not None:
+        elif overflow is not None:
             for k in trained:
-                self._only(self.holdings.groups_of([k]), lambda k=k: self._guarded(k))
+                step = partial(self._guarded, k, overflow[k])
+                self._only(self.holdings.groups_of([k]), step)
         self.updated += trained
         for k in ks:
             lost = [w for w in loose[k] if w.grad is not None]
@@ -188,7 +192,7 @@ class Update:
                 "the step has trained nothing: no weight that the optimizer holds has a gradient; "
                 "unfreeze some with requires_grad_(True)"
             )
-        if self.scaler is not None:
+        if self.scaler is not None and self.overflow is not None:
             flags = torch.stack([self.overflow[k] for k in self.updated])
             torch.amin(flags, dim=0, out=self.skipped)
             self.scaler.update_(flags.amax())
@@ -196,19 +200,19 @@ class Update:
         if self.ema is not None:
             self.ema.update()
 
-    def _guarded(self, k: int) -> None:
+    def _guarded(self, k: int, overflow: Tensor) -> None:
         """A step of peer k that leaves everything as it was where its gradients overflowed."""
         optimizer = self.optimizer
         if self.torchs_own and all(group["fused"] for group in optimizer.param_groups):
-            step_unless(optimizer, self.overflow[k])
+            step_unless(optimizer, overflow)
         else:
             before = Snapshot(lambda: self._tensors_of(k), None)
             optimizer.step()
-            before.restore_where(self.overflow[k])
+            before.restore_where(overflow)
 
     def _tensors_of(self, k: int) -> list[Tensor]:
         """Peer k's weights and their part of the optimizer, whose groups are that peer's now."""
-        found = list(self.holdings.weights[k])
+        found: list[Tensor] = [*self.holdings.weights[k]]
         for w in self.holdings.weights[k]:
             found += [v for v in self.optimizer.state[w].values() if isinstance(v, Tensor)]
         for group in self.optimizer.param_groups:
@@ -218,7 +222,7 @@ class Update:
 
     def _only(self, groups: list[Group], step: Callable[[], object]) -> None:
         """`step()`, in which the optimizer knows these groups alone."""
-        optimizer = self.optimizer
+        optimizer: Any = self.optimizer
         everything = optimizer.param_groups
         masters = getattr(optimizer, "param_groups_master", None)  # Apex walks both lists together
         before = [] if self.torchs_own else [dict(group) for group in groups]

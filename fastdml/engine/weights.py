@@ -42,21 +42,6 @@ class Parts:
         return sum(map(len, self.tables)) == len(self.values) and all(map(is_, now, self.values))
 
 
-class Buffers:
-    """The buffers below a module as objects: a step may put new tensors in their places."""
-
-    def __init__(self, root: nn.Module) -> None:
-        tables = [buffer_table(m) for m in root.modules()]
-        self.tables = [(table, dict(table)) for table in tables if table]
-
-    def replaced(self) -> bool:
-        return any(not same([*now.values()], [*was.values()]) for now, was in self.tables)
-
-    def put_back(self) -> None:
-        for now, was in self.tables:
-            now.update(was)
-
-
 def check_weights(cohort: Cohort) -> None:
     """Refuses weights that no update can change: none, those without values, and shards."""
     if next(cohort.parameters(), None) is None:
