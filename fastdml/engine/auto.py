@@ -31,7 +31,7 @@ from torch import Tensor, nn
 
 from fastdml.engine import cpus
 from fastdml.engine.eager import check_gradients_wanted
-from fastdml.engine.execution import EXECUTIONS, Step, StepOutput
+from fastdml.engine.execution import EXECUTIONS, ExecutionName, Step, StepOutput
 from fastdml.engine.graph import SCALARS
 from fastdml.engine.guards import hooked, replicated
 from fastdml.engine.rehearsal import Candidate, Rehearsal, Uncopyable, candidates, fastest
@@ -56,7 +56,7 @@ class Choice(NamedTuple):
     """What steps run as. elsewhere: the number of threads on which torch's own operations, such as
     those of evaluations, had better run."""
 
-    execution: str
+    execution: ExecutionName
     threads: int | None = None  # None on CUDA
     elsewhere: int | None = None
 
@@ -65,11 +65,11 @@ class AutoStep:
     """A step that becomes another at its first call."""
 
     device: torch.device
-    make: Callable[[str], Step]
+    make: Callable[[ExecutionName], Step]
     chosen: Step | None = None
 
     # Of the chosen step, by __getattr__.
-    name: str
+    name: ExecutionName
     cohort: Cohort
     loss: MutualLoss
     update: Update
@@ -90,7 +90,10 @@ class AutoStep:
 
 class CudaAutoStep(AutoStep):
     def __init__(
-        self, names: Sequence[str], make: Callable[[str], Step], device: torch.device
+        self,
+        names: Sequence[ExecutionName],
+        make: Callable[[ExecutionName], Step],
+        device: torch.device,
     ) -> None:
         self.names, self.make, self.device = names, make, device
 
@@ -178,12 +181,12 @@ class CpuAutoStep(AutoStep):
 
     def __init__(
         self,
-        names: Sequence[str],
-        make: Callable[[str], Step],
+        names: Sequence[ExecutionName],
+        make: Callable[[ExecutionName], Step],
         peers: Sequence[nn.Module],
         *,
         threads: int | None,
-        copies: Callable[[], Callable[[str], Step]],
+        copies: Callable[[], Callable[[ExecutionName], Step]],
         unfit: dict[str, str],
         by_rule: str | None,
     ) -> None:

@@ -21,7 +21,7 @@ from torch.optim import Optimizer
 from fastdml.cohort import check_logits
 from fastdml.engine.accumulate import Split
 from fastdml.engine.amp import Amp
-from fastdml.engine.execution import StepOptions, StepOutput, register_execution
+from fastdml.engine.execution import ExecutionName, StepOptions, StepOutput, register_execution
 from fastdml.engine.update import Update
 from fastdml.errors import InputError
 from fastdml.loss import MutualLoss
@@ -50,7 +50,7 @@ class EagerStep:
     """`step(images, labels)`. Afterwards, with fp16, `step.update.overflow` (K,) is 1 where a peer
     skipped its update, and `step.update.skipped` () is 1 where all did."""
 
-    name: str = "eager"
+    name: ExecutionName = "eager"
     failure: str | None = None
 
     def __init__(

@@ -14,7 +14,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, Literal, NamedTuple, Protocol, TypeVar
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple, Protocol, TypeVar, cast
 
 import torch
 from torch import Tensor, nn
@@ -69,7 +69,7 @@ class StepOptions:
 class Step(Protocol):
     """A training step: `step(images, labels)`, or what `assemble` takes."""
 
-    name: str  # of its execution
+    name: ExecutionName  # of its execution
     cohort: Cohort
     loss: MutualLoss
     update: Update
@@ -95,7 +95,7 @@ Registered = TypeVar("Registered", bound=Callable[..., Step])
 class Execution:
     """What `make_step` and "auto" know of an execution."""
 
-    name: str
+    name: ExecutionName
     devices: tuple[str, ...] = ("cpu", "cuda")
     turn: int = 100  # executions are listed and measured in this order, from the simplest
     thread_a_peer: bool = False  # divides torch's threads among the peers
@@ -126,7 +126,8 @@ def register_execution(
         if facts or name not in EXECUTIONS:
             if name in EXECUTIONS:
                 raise ValueError(f"execution {name!r} is registered already")
-            EXECUTIONS[name] = Execution(name=name, **facts)
+            # Type checkers know the names of this package alone.
+            EXECUTIONS[name] = Execution(name=cast("ExecutionName", name), **facts)
         builders = EXECUTIONS[name].builders
         if update in builders:
             raise ValueError(f"execution {name!r} with update={update!r} is registered already")
@@ -141,7 +142,7 @@ def in_turn() -> list[Execution]:
     return sorted(EXECUTIONS.values(), key=lambda execution: execution.turn)
 
 
-def executions(device: torch.device) -> list[str]:
+def executions(device: torch.device) -> list[ExecutionName]:
     """Those that run on this kind of device."""
     kind = "cuda" if device.type == "cuda" else "cpu"
     return [execution.name for execution in in_turn() if kind in execution.devices]

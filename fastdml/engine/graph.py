@@ -37,7 +37,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from fastdml.engine.eager import EagerStep, check_gradients_wanted
-from fastdml.engine.execution import StepOutput, register_execution
+from fastdml.engine.execution import ExecutionName, StepOutput, register_execution
 from fastdml.engine.rollback import Snapshot
 from fastdml.engine.sequential import SequentialStep
 from fastdml.engine.streams import StreamsStep
@@ -123,7 +123,7 @@ class GraphStep:
         check_capturable(inner)
         self.inner, self.device, self.new_capture = inner, device, capture
         self.cohort, self.loss, self.update = inner.cohort, inner.loss, inner.update
-        self.name = "stacked" if inner.name == "stacked" else "graph"
+        self.name: ExecutionName = "stacked" if inner.name == "stacked" else "graph"
         self.failure: str | None = None  # why there is no graph
         self.captured: CudaCapture | None = None
         self.inputs: list[Tensor] = []

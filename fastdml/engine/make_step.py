@@ -62,8 +62,12 @@ def make_step(
     threads: int | None = None,
     output: Callable[[Any], Tensor] | None = None,
 ) -> Step:
-    """`step(images, labels) -> StepOutput(losses, stats, metric)`; device tensors, no
-    synchronisation.
+    """A training step: `step(images, labels) -> StepOutput(losses, stats, metric)`.
+
+    images: what the peers take, (N, ...) on the cohort's device. labels: (N,) int64 or int32.
+    The output's tensors are on the device too, float32 (float64 where the peers give that): losses
+    (K,), or (K, N) with the loss's reduction "none"; statistics (`MutualStats`); metric (K,), None
+    without a metric loss. A step never waits for the device; reading its output does.
 
     execution: "eager", "threads" (on a CPU), "streams", "graph" (on CUDA), "stacked", or "auto":
         the one that a short measurement at the first step finds fastest, on a CPU together with the
@@ -92,6 +96,14 @@ def make_step(
     Each step takes the groups of the optimizer and the peers' layers as they are: weights that are
     unfrozen, groups that are added and layers that are replaced train from the next step on. Those
     that no group holds stay as they are, with a warning; after a step no weight has a gradient.
+
+    Raises InputError, which names the value and the remedy: for an execution, amp or update that
+    does not exist or does not go with this device or the other options; for weights that no step
+    can change (on the meta device, of lazy layers, shards, inference tensors); for an optimizer
+    that needs a closure or sparse gradients; for a metric loss and peers that do not fit together.
+    The step itself raises it where peers return something else than logits (N, C), where a batch
+    does not split into `accumulate` parts, where nothing is trained, under `torch.no_grad()`, and
+    where a named execution does not go with these peers.
     """
     check_weights(cohort)
     check_optimizer(optimizer)
@@ -125,11 +137,12 @@ def make_step(
     return CudaAutoStep(_able(device, update), make, device)
 
 
-def _on_a_cpu(make: Maker, execution: str, threads: int | None) -> CpuAutoStep:
+def _on_a_cpu(make: Maker, execution: ExecutionName, threads: int | None) -> CpuAutoStep:
     """Chooses the execution where that is "auto", and the number of threads where that is None."""
     peers = list(make.cohort.peers)
     by_rule = only_by_rule(peers, make.options.compile)
-    unfit = {}
+    unfit: dict[str, str] = {}
+    able: list[ExecutionName]
     if execution != "auto":
         able = [execution]
         by_rule = None if threads else by_rule  # nothing is left to choose
@@ -138,7 +151,7 @@ def _on_a_cpu(make: Maker, execution: str, threads: int | None) -> CpuAutoStep:
     else:
         able = _able(torch.device("cpu"), make.update)
         reasons = {name: EXECUTIONS[name].unfit(peers) for name in able}
-        unfit = {name: reason for name, reason in reasons.items() if reason is not None}
+        unfit |= {name: reason for name, reason in reasons.items() if reason is not None}
         able = [name for name in able if name not in unfit]
     if torch.are_deterministic_algorithms_enabled() and (len(able) > 1 or not threads):
         by_rule = "deterministic"
@@ -147,7 +160,7 @@ def _on_a_cpu(make: Maker, execution: str, threads: int | None) -> CpuAutoStep:
     )
 
 
-def _able(device: torch.device, update: UpdateOrder) -> list[str]:
+def _able(device: torch.device, update: UpdateOrder) -> list[ExecutionName]:
     """The executions that can update in this order on this device."""
     return [name for name in executions(device) if update in EXECUTIONS[name].builders]
 
@@ -163,11 +176,11 @@ class Maker:
     options: StepOptions
     update: UpdateOrder
 
-    def __call__(self, name: str) -> Step:
+    def __call__(self, name: ExecutionName) -> Step:
         arguments = (self.cohort, self.loss, self.optimizer, self.amp, self.options)
         return EXECUTIONS[name].builders[self.update](*arguments)
 
-    def on_copies(self) -> Callable[[str], Step]:
+    def on_copies(self) -> Callable[[ExecutionName], Step]:
         """Builds steps that do the same work and touch nothing of the caller's, nor do they learn.
 
         Raises Uncopyable where copies are not to be had."""
@@ -186,7 +199,7 @@ class Maker:
         options = dataclasses.replace(self.options, ema=None, after=None, metric=metric)
         make = Maker(cohort, self.loss, optimizer, amp, options, self.update)
 
-        def rehearsed(name: str) -> Step:
+        def rehearsed(name: ExecutionName) -> Step:
             step = make(name)
             step.rehearse()
             return step

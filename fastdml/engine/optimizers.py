@@ -40,10 +40,21 @@ def make_optimizer(
     nesterov: bool = True,
     weight_decay: float = 0.0,
 ) -> Optimizer:
-    """name: "sgd", "adam", "adamw", or with NVIDIA Apex "apex_sgd", "apex_adam", "apex_lamb";
-    `momentum` is the first beta of all but SGD.
+    """One optimizer over all peers that follows schedules without a new capture of a CUDA graph.
 
-    Groups added later get `lr` as a number, as torch's own do, and train with it."""
+    Its groups are one a peer, of the weights that require a gradient; the learning rate of each is
+    a 0-d float32 tensor on the device, for Apex's SGD and LAMB a number. State lies as its weight
+    does: shape, dtype, memory format. Groups added later get `lr` as a number, as torch's own do,
+    and train with it.
+
+    name: "sgd", "adam", "adamw", or with NVIDIA Apex "apex_sgd", "apex_adam", "apex_lamb".
+    momentum: of SGD; the first beta of all others. nesterov: of SGD with a momentum.
+    weight_decay: added to the gradient by "sgd" and "adam", to the step by "adamw" and Apex's Adam.
+
+    Raises InputError where the name does not exist, where Apex is not installed, is another package
+    of that name or has no CUDA device, where no weight requires a gradient, and where some cannot
+    be trained (on the meta device, of lazy layers, shards, inference tensors).
+    """
     check_weights(cohort)
     groups = [
         {"params": [w for w in peer.parameters() if w.requires_grad]} for peer in cohort.peers

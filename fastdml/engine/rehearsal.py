@@ -25,7 +25,7 @@ import torch
 from torch import Tensor
 
 from fastdml.engine import cpus
-from fastdml.engine.execution import EXECUTIONS, Step
+from fastdml.engine.execution import EXECUTIONS, ExecutionName, Step
 from fastdml.engine.guards import Generators
 from fastdml.errors import InputError
 
@@ -40,7 +40,7 @@ INFINITY = float("inf")
 
 
 class Candidate(NamedTuple):
-    execution: str
+    execution: ExecutionName
     threads: int  # torch's, around the step
 
     def __str__(self) -> str:
@@ -48,7 +48,7 @@ class Candidate(NamedTuple):
 
 
 def candidates(
-    executions: Sequence[str], peers: int, threads: int | None = None
+    executions: Sequence[ExecutionName], peers: int, threads: int | None = None
 ) -> list[Candidate]:
     """In order of simplicity. threads: the only number of them to consider."""
     most = cpus.most()
@@ -87,10 +87,10 @@ class Rehearsal:
     """
 
     def __init__(
-        self, copies: Callable[[], Callable[[str], Step]], batch: tuple[Tensor, ...]
+        self, copies: Callable[[], Callable[[ExecutionName], Step]], batch: tuple[Tensor, ...]
     ) -> None:
         self.copies, self.batch = copies, batch
-        self.builders: dict[bool, Callable[[str], Step]] = {}
+        self.builders: dict[bool, Callable[[ExecutionName], Step]] = {}
         self.steps: dict[str, Step] = {}
         self.times: dict[Candidate, float] = {}
         self.late: list[Candidate] = []
@@ -170,7 +170,7 @@ class Rehearsal:
         self.times.setdefault(candidate, seconds)
         return seconds
 
-    def _made(self, execution: str) -> Step:
+    def _made(self, execution: ExecutionName) -> Step:
         if execution not in self.steps:
             moves = EXECUTIONS[execution].moves_weights
             fresh = moves not in self.builders

@@ -26,7 +26,7 @@ from torch.optim import Optimizer
 
 from fastdml.engine.amp import Amp
 from fastdml.engine.eager import EagerStep, Outputs
-from fastdml.engine.execution import StepOptions, StepOutput, register_execution
+from fastdml.engine.execution import ExecutionName, StepOptions, StepOutput, register_execution
 from fastdml.engine.graph import GraphStep
 from fastdml.engine.proof import prove
 from fastdml.engine.stack import KNOWN, Stack
@@ -46,7 +46,7 @@ if TYPE_CHECKING:
 
 
 class StackedStep(EagerStep):
-    name = "stacked"
+    name: ExecutionName = "stacked"
 
     def networks(self) -> list[nn.Module]:
         self.own = super().networks()

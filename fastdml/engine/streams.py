@@ -30,12 +30,12 @@ import torch
 from torch import Tensor
 
 from fastdml.engine.eager import EagerStep, Outputs
-from fastdml.engine.execution import register_execution
+from fastdml.engine.execution import ExecutionName, register_execution
 
 
 @register_execution("streams", turn=2, devices=("cuda",))
 class StreamsStep(EagerStep):
-    name = "streams"
+    name: ExecutionName = "streams"
 
     def __init__(self, *arguments: Any) -> None:
         super().__init__(*arguments)

@@ -27,7 +27,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from fastdml.engine.eager import EagerStep, Outputs
-from fastdml.engine.execution import StepOutput, register_execution
+from fastdml.engine.execution import ExecutionName, StepOutput, register_execution
 from fastdml.engine.guards import Generators, NoCollectives, hooked, replicated
 from fastdml.engine.rollback import BeforePass
 from fastdml.errors import InputError
@@ -52,7 +52,7 @@ def unfit_for_threads(peers: Sequence[nn.Module]) -> str | None:
     "threads", turn=1, devices=("cpu",), thread_a_peer=True, unfit=unfit_for_threads
 )
 class ThreadsStep(EagerStep):
-    name = "threads"
+    name: ExecutionName = "threads"
 
     def __init__(self, *arguments: Any) -> None:
         super().__init__(*arguments)
