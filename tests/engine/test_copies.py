@@ -8,31 +8,13 @@ from collections import defaultdict
 
 import pytest
 import torch
-from torch import nn
 
 from fastdml.cohort import Cohort
 from fastdml.engine import Ema, Schedule, make_optimizer, make_step
 from fastdml.engine.graph import GraphStep
 from fastdml.loss import MutualLoss
 
-from .test_executions import DirectCapture
-
-C = 4
-
-
-def net(seed: int) -> nn.Module:
-    with torch.random.fork_rng():
-        torch.manual_seed(seed)
-        return nn.Sequential(
-            nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.ReLU(), nn.AdaptiveAvgPool2d(1),
-            nn.Flatten(), nn.Linear(4, C),
-        )  # fmt: skip
-
-
-def batch(i: int):
-    generator = torch.Generator().manual_seed(i)
-    x = torch.randn(8, 3, 5, 5, generator=generator)
-    return x, torch.randint(C, (8,), generator=generator)
+from .small_runs import C, DirectCapture, plain_batch, plain_peer
 
 
 class After:
@@ -51,7 +33,7 @@ def pick(out):
 
 
 def made(execution="eager", *, name="sgd", **options):
-    cohort = Cohort([net(0), net(1)], C)
+    cohort = Cohort([plain_peer(0, 4), plain_peer(1, 4)], C)
     optimizer = make_optimizer(cohort, name, lr=0.1, weight_decay=1e-3)
     options = {"amp": "off", **options}
     if options.pop("run", False):
@@ -114,16 +96,16 @@ def test_a_copy_goes_on_alone(way, execution, options, steps, capfd):
     try:
         step = made(execution, **options)
         for i in range(steps):
-            step(*batch(i))
+            step(*plain_batch(i))
         twin = way(step)
         assert type(twin) is type(step)
         before = state(step)
         assert_same(state(twin), before)
         for i in range(2, 5):
-            twin(*batch(i))
+            twin(*plain_batch(i))
         assert_same(state(step), before)  # untouched
         for i in range(2, 5):
-            step(*batch(i))
+            step(*plain_batch(i))
         found, expected = state(twin), state(step)
         assert_same(found, expected)
         assert not torch.equal(expected["peers.0.0.weight"], before["peers.0.0.weight"])
@@ -133,7 +115,7 @@ def test_a_copy_goes_on_alone(way, execution, options, steps, capfd):
 
 def test_a_copy_of_many_things_at_once_keeps_what_they_share():
     step = made(run=True)
-    step(*batch(0))
+    step(*plain_batch(0))
     cohort = step.cohort
     both = copy.deepcopy({"step": step, "cohort": cohort, "optimizer": step.optimizer})
     assert both["step"].cohort is both["cohort"] is not cohort

@@ -17,29 +17,13 @@ from fastdml.engine.graph import GraphStep
 from fastdml.engine.sequential import SequentialStep
 from fastdml.loss import MutualLoss
 
+from .small_runs import CPU, C, plain_batch, plain_peer
 from .test_replay import Loss, TapeCapture
-
-C, CPU = 4, torch.device("cpu")
-
-
-def peer(seed: int) -> nn.Module:
-    with torch.random.fork_rng():
-        torch.manual_seed(seed)
-        return nn.Sequential(
-            nn.Conv2d(3, 6, 3), nn.BatchNorm2d(6), nn.ReLU(), nn.AdaptiveAvgPool2d(1),
-            nn.Flatten(), nn.Linear(6, C),
-        )  # fmt: skip
-
-
-def batch(i: int):
-    generator = torch.Generator().manual_seed(i)
-    x = torch.randn(8, 3, 5, 5, generator=generator)
-    return x, torch.randint(C, (8,), generator=generator)
 
 
 class Setting:
     def __init__(self, graph, *, kind=EagerStep, frozen=False, name="sgd"):
-        self.cohort = Cohort([peer(0), peer(1)], C).train()
+        self.cohort = Cohort([plain_peer(0, 6), plain_peer(1, 6)], C).train()
         if frozen:
             for p in self.cohort.peers:
                 p[:2].requires_grad_(False)
@@ -99,7 +83,7 @@ def found(setting, change, steps=8):
     for i in range(steps):
         if i == 3:
             change(setting)
-        losses.append(setting.step(*batch(i)).losses)
+        losses.append(setting.step(*plain_batch(i)).losses)
     state = setting.cohort.state_dict()
     moments = [v for state in setting.optimizer.state.values() for v in state.values()]
     return [*state.values(), *moments, *setting.ema.averages, torch.stack(losses)]
@@ -127,7 +111,7 @@ def test_numbers_assigned_to_rates_are_no_reason_to_capture_anew(name):
         for i in range(6):
             s.optimizer.param_groups[0]["lr"] = 0.125 / (1 + i)
             s.optimizer.param_groups[1]["lr"] = 0.25
-            s.step(*batch(i))
+            s.step(*plain_batch(i))
             captures.add(getattr(s.step, "captured", None))
         return s.cohort.state_dict(), captures
 
@@ -151,7 +135,7 @@ def test_torchs_schedulers_reach_the_graph(scheduler):
         rates = scheduler(s.optimizer)
         captures = set()
         for i in range(8):
-            s.step(*batch(i))
+            s.step(*plain_batch(i))
             rates.step(*[1.0] * isinstance(rates, torchs.ReduceLROnPlateau))
             captures.add(getattr(s.step, "captured", None))
         return s.cohort.state_dict(), captures
@@ -170,9 +154,9 @@ def test_where_every_step_is_another_one_there_is_no_graph():
         for i in range(10):
             if graph and i == 3:
                 with pytest.warns(UserWarning, match="a setting of the optimizer changed 3 times"):
-                    s.step(*batch(i))
+                    s.step(*plain_batch(i))
             else:
-                s.step(*batch(i))
+                s.step(*plain_batch(i))
             rates.step()
         results.append(s.cohort.state_dict())
     assert s.step.captured is None
@@ -184,7 +168,7 @@ class Replacing(nn.Module):
 
     def __init__(self, seed):
         super().__init__()
-        self.net = peer(seed)
+        self.net = plain_peer(seed, 6)
         self.register_buffer("centre", torch.zeros(C))
 
     def forward(self, x):
@@ -203,9 +187,9 @@ def test_peers_that_replace_their_buffers_run_without_a_graph_and_keep_them():
             step = GraphStep(step, TapeCapture)
             start = copy.deepcopy(cohort.state_dict())
             with pytest.warns(UserWarning, match="new tensors in the places of its buffers"):
-                step._capture(batch(0))
+                step._capture(plain_batch(0))
             assert all(torch.equal(v, start[k]) for k, v in cohort.state_dict().items())
         for i in range(4):
-            step(*batch(i))
+            step(*plain_batch(i))
         results.append(cohort.state_dict())
     assert all(torch.equal(results[1][k], v) for k, v in results[0].items())

@@ -15,7 +15,7 @@ from fastdml.engine.graph import GraphStep
 from fastdml.errors import InputError
 from fastdml.loss import MutualLoss
 
-from .test_executions import DirectCapture
+from .small_runs import DirectCapture
 
 C = 4
 Pair = namedtuple("Pair", "logits aux")
