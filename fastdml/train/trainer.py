@@ -31,6 +31,7 @@ from fastdml.engine import (
 )
 from fastdml.engine.amp import Amp
 from fastdml.engine.auto import Choice
+from fastdml.engine.execution import ExecutionName
 from fastdml.engine.profile import Profile
 from fastdml.errors import InputError, require
 from fastdml.modes import evaluating
@@ -211,7 +212,7 @@ class Trainer:
         clock.stop()
 
     @property
-    def execution(self) -> str | None:
+    def execution(self) -> ExecutionName | None:
         """None before the first step. A choice that turns out not to fit is left for eager."""
         return self.choice and self.step.name
 
