@@ -1,10 +1,10 @@
 """The same loss on the CPU: the closed form, in torch.
 
 The common options go to `cpu_rows`, which is native code. Here is everything: each option, float64
-and float16, logits that are not finite, an installation without a C compiler; one pass a pair,
-O(K**2 C), careful with classes of probability 0. It works through the rows in blocks whose
-intermediates stay in cache, so that a wide vocabulary reads each logit and writes each gradient
-about once, like the kernels.
+and float16, logits that are not finite, an installation without a C compiler. It takes one pass for
+each pair of peers, O(K**2 C), in which a class of probability 0 contributes 0. Rows are taken in
+blocks whose intermediates stay in cache, so that memory gives each logit and takes each gradient
+about once, as with the kernels.
 """
 
 from __future__ import annotations
@@ -43,7 +43,8 @@ def _weighted(weight: float, term: Tensor) -> Tensor:
 
 
 def _find_labelled(labels: Tensor, ignore_index: int, C: int) -> Tensor | None:
-    """(N,) bool, or None where every row has a label; refuses labels that are no class."""
+    """Which rows have a label, (N,) bool, or None where all have. Raises ValueError for a label
+    that is no class."""
     if labels.numel() == 0:
         return None
     low, high = torch.stack(torch.aminmax(labels)).tolist()
@@ -76,7 +77,7 @@ class _BlockResult(NamedTuple):
 
 @dataclass
 class _Problem:
-    """One call: tensors over all N rows, and the numbers every block shares."""
+    """One call of the loss: tensors over all N rows, and what its blocks of rows have in common."""
 
     logits: Sequence[Tensor]  # K tensors (N, C)
     y: Tensor  # (N,) int64, 0 where there is no label
@@ -144,7 +145,8 @@ class _Problem:
 
     @staticmethod
     def _right(scores: Tensor, row: Tensor, y: Tensor) -> Tensor:
-        """Which rows have their largest score at the label; none whose number in `row` is NaN."""
+        """Which rows have their largest score at the label. `row` holds a number of each row that
+        is NaN where a score is: such a row counts as wrong."""
         return (scores.argmax(-1) == y) & ~row.isnan()
 
     def _general_kl(
@@ -163,7 +165,8 @@ class _Problem:
         half = 0.5 if options.symmetric else 1.0
 
         def learn(k: int, log_t: Tensor, t: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
-            """Adds weight * divergence(t, q_k) to peer k; gap and value are for the teachers."""
+            """Adds weight * divergence(t, q_k) to student k's KL term and gradient. Returns
+            log t - log q_k and KL(t || q_k), of which the teachers' gradients are made."""
             gap = log_t - log_q[k]
             value = _times(t, gap).sum(1)
             kl[k] += _times(weight, half * value)
@@ -301,7 +304,8 @@ def mutual_loss_cpu(
     upstream: Tensor | None = None,  # the losses' own gradient, (K,) or (K, N); None is 1
 ) -> tuple[Tensor, Tensor | None]:
     """Losses, (K,) or (K, N), and packed statistics (`StatsLayout`; None if not wanted), both
-    float32, or float64 where any logits are."""
+    float32, or float64 where any logits are; writes `grads`. Raises ValueError for a label that is
+    no class."""
     K, (N, C) = len(logits), logits[0].shape
     dtype = torch.float64 if any(z.dtype == torch.float64 for z in logits) else torch.float32
     temperature, ce_weight, kl_weight = float(temperature), float(ce_weight), float(kl_weight)

@@ -4,7 +4,7 @@ Target "peers" without edge weights or gates; temperature, label smoothing and i
 included. A row is read for its maximum, for its normaliser and for everything else, all but the
 first time from cache, and its gradient is written once; O(K C) work, O(K^2 C) with statistics.
 Anything out of the ordinary (a logit or a loss that is not finite, a label that is no class, no
-labelled row) is reported, not handled: the caller has a careful way.
+labelled row) ends the call with status 1, and the caller computes the loss in torch instead.
 
 Sums: fp32 over at most FLUSH vectors in each lane, double beyond, blocks of rows in a fixed order,
 so that results do not depend on the number of threads. Differences between peers come before any
@@ -66,13 +66,13 @@ typedef struct {
     double cross[PEERS][PEERS]; /* q_l d_k */
 } Sums;
 
-/* Some of them while they are in vectors. */
+/* Those of the sums to which whole vectors are added, lane by lane; `flush` adds the lanes up. */
 typedef struct {
     vec energy, pull[PEERS], entropy[PEERS], towards_all[PEERS], cross[PEERS][PEERS];
     int vectors;
 } Lanes;
 
-/* A row of every peer. */
+/* One sample: a row of every peer, its maximum (top) and normalisers relative to that. */
 typedef struct {
     const char *z[PEERS];
     char *g[PEERS];
@@ -150,9 +150,9 @@ INLINE void store(char *row, int type, int64_t at, vec x) {
 
 INLINE int size_of(int type) { return type == FLOAT32 ? 4 : 2; }
 
-/* A row goes by in whole vectors. Where they do not fit, the last one reaches back over values that
-   have had their turn, and `fresh` keeps those out of every sum; what is stored of them is what was
-   stored before. Rows of fewer than LANES values are padded copies. */
+/* A row is read in whole vectors. Where C is no multiple of LANES, the last vector overlaps the
+   previous one; `fresh` masks lanes already counted, so that no sum has them twice, and a gradient
+   that is stored twice has the same value. Rows of fewer than LANES values are padded copies. */
 INLINE int64_t whole_vectors(int64_t C) { return C - C % LANES; }
 INLINE int64_t last_vector(int64_t C) { return C < LANES ? 0 : C - LANES; }
 
@@ -199,7 +199,7 @@ INLINE float highest(const char *z, int type, int64_t C) {
     return top + (float)total(trouble);
 }
 
-/* The sum of exp((z - top) / T); keeps what it adds up of whole vectors in `kept`, if there is one. */
+/* The sum of exp((z - top) / T). `kept`, unless NULL, gets the whole vectors' exponentials. */
 INLINE double normaliser(const char *z, int type, int64_t C, float top, float inverse_t,
                          char *kept) {
     double sum = 0;
@@ -218,7 +218,9 @@ INLINE double normaliser(const char *z, int type, int64_t C, float top, float in
     return sum + total(part);
 }
 
-/* The terms of LANES classes from c on. What is constant in a call is off at no cost. */
+/* The terms of LANES classes from c on; `part` marks the last vector, which overlaps the previous.
+   narrow: logits may be bfloat16. All of this is inlined, so that a flag that is off costs nothing
+   where `blocks` gives it as a constant. */
 INLINE void terms(const Problem *p, const Row *row, Lanes *lanes, float *mean, int64_t c, int part,
                   int K, int narrow, int tempered, int stats, int grads) {
     const int kept = grads && !narrow;
@@ -228,8 +230,8 @@ INLINE void terms(const Problem *p, const Row *row, Lanes *lanes, float *mean, i
     for (int k = 0; k < K; k++) {
         const vec x = load(row->z[k], narrow ? p->types[k] : FLOAT32, c) - row->top[k];
         const vec log_p = x - row->log_sum[k];
-        /* The gradient's place holds what the normaliser is the sum of, but where it has been: there
-           the same again, bit for bit, as classes of equal logits must tie. */
+        /* `normaliser` left exp(x) in the gradient's memory. In the overlapping vector gradients
+           have replaced some: exp(x) again, bit for bit, as classes of equal logits must tie. */
         prob[k] = kept ? (part ? exp_(x) : load(row->g[k], FLOAT32, c)) * row->scale[k] : exp_(log_p);
         if (spread != 0) lanes->towards_all[k] += part ? fresh(log_p, p->C) : log_p;
         if (stats) {
@@ -334,7 +336,8 @@ INLINE int block(const Problem *p, int64_t begin, int64_t end, Sums *sums, float
     return 1;
 }
 
-/* Blocks `begin` to `end`, by the variant of `block` that does no more than is wanted. */
+/* Blocks of rows `begin` to `end`. Each call of `block` is inlined with its own constants: one for
+   each common case, float32 with gradients, with and without statistics, and one for the rest. */
 FOR_EACH_PROCESSOR
 static int blocks(const Problem *p, Sums *sums, int64_t begin, int64_t end, float *mean) {
     const int tempered = p->temperature != 1 && p->K > 1;
@@ -451,7 +454,7 @@ int fastdml_rows(const int64_t *whole, const double *real, const StatsLayout *at
         return 2;
     }
     Share shares[THREADS];
-    for (int64_t t = threads - 1; t >= 0; t--) { /* the caller's own is the last */
+    for (int64_t t = threads - 1; t >= 0; t--) { /* the calling thread's is last */
         shares[t] = (Share){.problem = p, .sums = sums, .begin = count * t / threads,
                             .end = count * (t + 1) / threads, .mean = means + t * mean_size};
         shares[t].started = t && !pthread_create(&shares[t].thread, NULL, work, &shares[t]);

@@ -1,4 +1,5 @@
-"""What the loss kernels share on the device: weights, safe products, label counts, the last sum."""
+"""Device functions that several loss kernels call: the terms' weights, products in which 0 wins,
+counts of labels, gates, and the sum over all programs that the last one to finish takes."""
 
 from __future__ import annotations
 
@@ -33,7 +34,8 @@ def log_probability(z, inv_t, lse, TEMPERED: tl.constexpr):
 
 @triton.jit
 def put(packed, position: tl.constexpr, value, S: tl.constexpr):
-    """Adds a scalar to one of the S sums that a program carries, one register a thread for all."""
+    """`packed` with `value` added at one position. A program keeps its S sums in one tensor (S,),
+    spread over its threads, for S scalars would take S registers in every thread."""
     return packed + tl.where(tl.arange(0, S) == position, value, 0.0)
 
 
@@ -82,8 +84,8 @@ def loss_weights(ce_weight, kl_weight, temperature, CE_POINTER: tl.constexpr,
 def averaged(ce_factor, kl_factor, counts, labels, label_stride, class_weight, N, ignore_index,
              HAS_CLASS_WEIGHT: tl.constexpr, MIMIC_IGNORED: tl.constexpr,
              C: tl.constexpr):  # fmt: skip
-    """The factors of the gradients over the numbers of rows that the means divide by: counted
-    here, or in `counts` already."""
+    """The factors of the gradients, divided by the numbers of rows that the means are over. These
+    are counted here, from all N labels, unless an earlier launch has left them in `counts`."""
     if counts is None:
         ce_count, labelled_rows = count_rows(labels, label_stride, class_weight, N,
                                              ignore_index, HAS_CLASS_WEIGHT, C)  # fmt: skip
@@ -105,7 +107,7 @@ def open_gates(RIGHT, NLL, labelled, GATE: tl.constexpr, K: tl.constexpr):
     GATES = ()
     best = NLL[0]
     for k in tl.static_range(1, K):
-        best = tl.minimum(best, NLL[k])  # of a NaN and a number, the number
+        best = tl.minimum(best, NLL[k])  # where one of the two is NaN, the other one
     free = labelled
     for k in tl.static_range(K):
         teaches = RIGHT[k]
@@ -173,8 +175,8 @@ def reduce_programs(partials, losses, stats, ce_weight, kl_weight, kl_scale, N,
 def finish(partials, counter, losses, stats, ce_weight, kl_weight, kl_scale, N,
            K: tl.constexpr, LAYOUT: tl.constexpr, PROGRAMS_BLOCK: tl.constexpr,
            REDUCTION: tl.constexpr, MIMIC_IGNORED: tl.constexpr, STATS: tl.constexpr):  # fmt: skip
-    """Called with a program's sums stored: the last program to finish adds up all and resets the
-    counter."""
+    """Each program calls this once its sums are stored. An atomic counter shows which one finishes
+    last: that one adds up the sums of all, in a fixed order, and sets the counter back to 0."""
     if REDUCTION != "none" or STATS:
         tl.debug_barrier()  # every thread's sums are written before this program counts as done
         done = tl.atomic_add(counter, 1, sem="acq_rel")

@@ -21,6 +21,8 @@ def count_labels(labels, class_weight, counts, N, label_stride, ignore_index,
 
 
 def label_counts(labels: Tensor, class_weight: Tensor | None, ignore_index: int, C: int) -> Tensor:
+    """(2,) float32 on the labels' device: the sum of the class weights of the labels that are not
+    ignore_index, and the number of these labels."""
     counts = torch.empty(2, dtype=torch.float32, device=labels.device)
     count_labels[(1,)](
         labels, class_weight, counts, labels.numel(), labels.stride(0), ignore_index, C,

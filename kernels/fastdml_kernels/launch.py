@@ -130,7 +130,9 @@ class _Counters:
     which may replay at any time and so never shares."""
 
     CAPTURED = 4096
-    APART = 4  # 16 bytes, as aligned as in a warm-up: another pointer is another kernel
+    # Triton specialises kernels on the 16-byte alignment of a pointer, and a counter that is not
+    # aligned like the warm-up's would compile another kernel, which inside a capture is an error.
+    APART = 4  # int32 from one counter to the next
 
     def __init__(self, device: torch.device) -> None:
         self.device = device
@@ -169,6 +171,7 @@ def _readable(z: Tensor, multiple: int = 8) -> int:
 
 
 def _split(value: Scalar) -> tuple[Scalar, bool]:
+    """A scalar as a kernel takes it, and whether that is a pointer."""
     return (value, True) if isinstance(value, Tensor) else (float(value), False)
 
 
@@ -252,7 +255,7 @@ def launch(
     """Losses, (K,) or (K, N), and packed statistics, both float32; fills `grads`.
 
     `regime`, `tile` and `max_programs` are chosen by shape unless given; `rest` as in
-    `cpu.mutual_loss_cpu`.
+    `cpu.mutual_loss_cpu`. Raises ValueError as `choose` does.
     """
     K, (N, C), device = len(logits), logits[0].shape, logits[0].device
     regime, tile = choose(

@@ -34,8 +34,9 @@ NAME = "linear_mutual_loss"
 
 
 def _per(count: Tensor, unit: Tensor, weight: Scalar) -> tuple[Scalar, Tensor]:
-    """A term's weight in a sum that makes it a mean over `count`, times `unit`, and what there is
-    to add to its losses: NaN where nothing was counted. A weight of 0 leaves the term out."""
+    """What to weigh a term's sum by, weight * unit / count, so that the sum over `unit` is the
+    term's mean over `count`; and what to add to its losses, (): NaN where nothing was counted, as
+    that mean is, else 0. A weight of 0 leaves the term out."""
     empty = count == 0
     unknown = torch.where(empty & (weight != 0), torch.nan, torch.zeros_like(unit))
     if not isinstance(weight, Tensor):
@@ -84,8 +85,8 @@ def _compute(
     chunk_rows: int | None,
     needs: Sequence[bool],  # which gradients are wanted, in the order of the arguments
 ) -> tuple[Tensor, Tensor, list[Tensor | None]]:
-    """Losses (K,), the gradients of their sum times `unit`, and that number, 0-d. It is the rows
-    that a mean divides by: float16 has nothing as small as their gradients."""
+    """Losses (K,), the gradients of their sum times `unit`, and `unit`, 0-d. For a mean that is the
+    number of rows: the backward divides by it, since gradients of a mean underflow in float16."""
     K, (N, _), C = len(hidden), hidden[0].shape, weight[0].shape[0]
     dtype, device = loss_dtype(hidden), hidden[0].device
     unit = torch.ones((), dtype=dtype, device=device)
@@ -105,7 +106,7 @@ def _compute(
         row_bytes = sum(h.element_size() for h in hidden) * C
         chunk_rows = max(1, CHUNK_BYTES[device.type] // row_bytes)
     grads = _new_grads(hidden, weight, bias, needs)
-    # the layers' dtypes are their own, within autocast too
+    # the layers compute in the dtypes of their tensors, under autocast too
     with torch.autocast(device.type, enabled=False):
         for start in range(0, max(N, 1), chunk_rows):
             rows = slice(start, start + chunk_rows)
@@ -122,7 +123,7 @@ def _compute(
                 if of_hidden is not None:
                     torch.mm(slope, weight[k], out=of_hidden[rows])
                 if of_weight is not None and of_weight.dtype == slope.dtype:
-                    of_weight.addmm_(slope.t(), hidden[k][rows])  # no (C, D) beside it
+                    of_weight.addmm_(slope.t(), hidden[k][rows])  # adds in place: no second (C, D)
                 elif of_weight is not None:
                     of_weight += slope.t() @ hidden[k][rows]
                 if of_bias is not None:
@@ -149,7 +150,7 @@ class _EagerLinear(torch.autograd.Function):
             raise RuntimeError(f"{NAME} keeps its gradients for one backward; call it again for "
                                "another")  # fmt: skip
         grads, ctx.grads = ctx.grads, None
-        factors = (upstream / ctx.unit).split(1) * 3  # not 0-d: float16 would take them over
+        factors = (upstream / ctx.unit).split(1) * 3  # (1,): a 0-d one would become float16
         return None, None, None, *(
             None if g is None else g.mul_(factor).to(dtype)
             for g, factor, dtype in zip(grads, factors, ctx.dtypes, strict=True)
@@ -160,14 +161,15 @@ class _EagerLinear(torch.autograd.Function):
 
 torch.library.define(
     f"fastdml::{NAME}",
-    # biased and needs are bools, which torch.jit.trace cannot list
+    # biased and needs are bools as ints: torch.jit.trace knows no lists of bools
     "(Tensor[] hidden, Tensor[] weight, Tensor[] bias, int[] biased, int? chunk_rows, "
     f"int[] needs, {CALL_SCHEMA}) -> (Tensor, Tensor, Tensor[])",
 )
 
 
 def _of_each(bias: Sequence[Tensor], biased: Sequence[int]) -> list[Tensor | None]:
-    """The biases of all K peers: autograd formulas of operators know no list with None in it."""
+    """The biases of all K peers, None among them, of a list without: an operator that autograd
+    differentiates takes no list of optional tensors."""
     given = iter(bias)
     return [next(given) if has else None for has in biased]
 
@@ -223,7 +225,11 @@ def linear_mutual_loss(
     call: Call,
     chunk_rows: int | None = None,
 ) -> Tensor:
-    """Losses (K,), differentiable in hidden, weight and bias. Arguments are taken as checked."""
+    """Losses (K,), differentiable in hidden, weight and bias. Arguments are taken as checked.
+
+    chunk_rows: rows whose logits exist at a time, by `CHUNK_BYTES` unless given. Raises
+    RuntimeError under torch.func's transforms, in forward mode and in a second backward, and
+    ValueError on the CPU for a label that is no class."""
     tensors = (*hidden, *weight, *bias)
     enabled = torch.is_grad_enabled()
     needs = [enabled and t is not None and t.requires_grad for t in tensors]

@@ -46,12 +46,14 @@ class Call(NamedTuple):
     want_stats: bool
 
     def tensors(self) -> list[Tensor]:
-        # None comes first: isinstance is slow on what is no tensor, and each call asks.
+        # None is sorted out first: isinstance(v, Tensor) is slow for other types, and every call
+        # of the loss comes by here.
         return [self.labels, *[v for v in self[2:7] if v is not None and isinstance(v, Tensor)]]
 
 
 def refuse_transforms(name: str, tensors: Sequence[Tensor]) -> None:
-    """Eager calls compute outside of what function transforms and forward mode see."""
+    """Raises RuntimeError under torch.func's transforms and in forward mode: an eager call reads
+    the tensors' memory directly, where neither can follow it."""
     if function_transforms_active(tensors):
         raise RuntimeError(
             f"{name} does not run under torch.func transforms (grad, vmap, is_grads_batched, ...): "
@@ -62,9 +64,12 @@ def refuse_transforms(name: str, tensors: Sequence[Tensor]) -> None:
 
 
 def gradients_now(logits: Sequence[Tensor], call: Call) -> bool:
-    """Whether the forward can have the gradients ready. It cannot where they go into the teachers,
-    for they then mix the K losses' own gradients; nor in float16, where a loss scale must come
-    before the rounding, which loses whatever is below 3e-8: a GradScaler is there for these."""
+    """Whether the forward can compute the gradients, for the backward to scale.
+
+    Not where they flow into the teachers: each peer's gradient then is a sum over the K losses,
+    weighted by the losses' own gradients, which only the backward knows. Nor in float16, which
+    rounds what is below 3e-8 to 0: a GradScaler's loss scale, which the backward brings, must
+    multiply before that."""
     return call.options.detach_targets and all(z.dtype != torch.float16 for z in logits)
 
 
@@ -125,7 +130,7 @@ def compute(
 ) -> tuple[Tensor, Tensor | None]:
     """Losses (K,) or (K, N) and packed statistics (None if not wanted)."""
     of_device = mutual_loss_cpu if logits[0].device.type == "cpu" else launch
-    peer_weights, class_weight = (  # kernels know no strides of theirs
+    peer_weights, class_weight = (  # the kernels assume contiguous weights
         None if w is None else w.contiguous() for w in (call.peer_weights, call.class_weight)
     )
     with _without_autocast(logits[0].device.type):
@@ -145,8 +150,8 @@ class _EagerLoss(torch.autograd.Function):
         ctx.grads = new_grads(logits) if ctx.now else None
         losses, stats = compute(logits, call, ctx.grads or ())
         ctx.call = call
-        # For a backward that computes, as a second one does: only that looks at what is saved, and
-        # raises where something was changed in between.
+        # Unpacked only by a backward that computes gradients (not `ctx.now`, or a second one), as
+        # unpacking raises where one of them has been changed in place since.
         ctx.save_for_backward(*logits, *call.tensors())
         if stats is not None:
             ctx.mark_non_differentiable(stats)
@@ -270,7 +275,8 @@ torch.library.register_autograd("fastdml::mutual_loss", _backward, setup_context
 
 
 def scaled(grads: Sequence[Tensor], upstream: Tensor) -> list[Tensor]:
-    """As `scale_`, in new tensors: what a compiler fuses away."""
+    """As `scale_`, but in new tensors, for compiled graphs: the compiler fuses the multiplication
+    with what follows."""
     if grads[0].dim() == 3:
         factors = [upstream.view(*upstream.shape, *(1,) * (3 - upstream.dim()))]
     else:
@@ -289,7 +295,10 @@ def keepable(logits: Sequence[Tensor], call: Call) -> tuple[Sequence[Tensor], Ca
 
 def mutual_loss(logits: Sequence[Tensor], call: Call) -> tuple[Tensor, Tensor | None]:
     """Losses and packed statistics (None if not wanted), differentiable in the logits: K tensors
-    (N, C) or one (K, N, C). Arguments are taken as checked."""
+    (N, C) or one (K, N, C). Arguments are taken as checked.
+
+    Raises RuntimeError under torch.func's transforms and in forward mode, and ValueError on the
+    CPU for a label that is no class."""
     needs_grad = torch.is_grad_enabled() and any(z.requires_grad for z in logits)
     if not torch.compiler.is_compiling():
         refuse_transforms("mutual_loss", logits)

@@ -236,8 +236,8 @@ def register_rows(
 
         # ---- write each gradient row once
         if NEED_GRAD:
-            # select, not multiply: a factor may be inf or NaN where a row has no part, and another
-            # peer NaN where the term is left out
+            # Where a term has no part it is selected away, not multiplied by 0: its factor, or
+            # another peer in it, may be infinite or NaN.
             has_kl = (mimics & (tl.where(kl_factor != 0.0, 1, 0) == 1))[:, None]
             ce_row = tl.where(labelled, ce_factor, 0.0)[:, None]
             kl_row = tl.where(mimics, kl_factor, 0.0)[:, None]

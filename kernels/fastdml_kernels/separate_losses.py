@@ -27,8 +27,9 @@ NAME = "mutual_losses"
 
 
 def _ones(logits: Sequence[Tensor], call: Call) -> Tensor | None:
-    """Of float16 logits `mutual_loss` has the gradient in its backward, to which the losses' own
-    gradient comes; with ones for it here the same kernel makes the same bits."""
+    """What to give as the losses' own gradient: ones for float16 logits, whose gradients
+    `mutual_loss` computes in its backward with a kernel that takes it. With ones the same kernel
+    runs here and makes the same bits. None for other dtypes, as in the forward of `mutual_loss`."""
     if all(z.dtype != torch.float16 for z in logits):
         return None
     K, N = len(logits), logits[0].shape[0]
@@ -39,8 +40,8 @@ def _ones(logits: Sequence[Tensor], call: Call) -> Tensor | None:
 def _with_gradients(
     logits: Sequence[Tensor], call: Call
 ) -> tuple[Tensor, Tensor | None, list[Tensor]]:
-    """Losses, statistics, gradients: those of float16 logits in float32, since a loss scale comes
-    before the rounding."""
+    """Losses, statistics and gradients. The gradients of float16 logits stay in float32, because
+    the backward multiplies them by a loss scale before they may be rounded."""
     grads = new_grads(logits, of_float16=torch.float32)
     return *compute(logits, call, grads, _ones(logits, call)), grads
 
@@ -58,7 +59,7 @@ class _OwnLoss(torch.autograd.Function):
         if torch.is_grad_enabled():
             raise RuntimeError(NO_SECOND_DERIVATIVE.replace("mutual_loss", NAME))
         refuse_transforms(NAME, (upstream,))
-        grad, ctx.grad = ctx.grad, None  # given away, as in `mutual_loss`
+        grad, ctx.grad = ctx.grad, None  # given away: the next node may write into it
         if grad is None:
             fixed = ctx.saved_tensors[: len(ctx.saved_tensors) - len(ctx.call.tensors())]
             grad = _with_gradients(fixed, ctx.call._replace(want_stats=False))[2][ctx.k]
@@ -119,7 +120,10 @@ def mutual_losses(
     call: Call,
 ) -> tuple[tuple[Tensor, ...], Tensor | None]:
     """K losses, 0-d or (N,), each differentiable in its own logits, and packed statistics (None if
-    not wanted). Arguments are taken as checked."""
+    not wanted). Arguments are taken as checked.
+
+    Raises RuntimeError under torch.func's transforms and in forward mode, and ValueError on the
+    CPU for a label that is no class."""
     needs = [torch.is_grad_enabled() and z.requires_grad for z in logits]
     if not torch.compiler.is_compiling():
         refuse_transforms(NAME, logits)
