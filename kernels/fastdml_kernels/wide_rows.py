@@ -101,10 +101,10 @@ def wide_rows(
     peer_weights,  # (K, K), or None
     class_weight,  # (C,), or None
     upstream,  # the losses' own gradient, (K,) or (K, N) by its strides, or None for 1
+    counter,  # (1,) int32, zero before and after
     losses,  # (K,), or (K, N) with REDUCTION "none"
     stats,  # packed statistics, float32
     partials,  # (programs, their size) float32
-    counter,  # (1,) int32, zero before and after
     counts,  # (2,) float32: label counts taken by an earlier launch, or None
     N, label_stride, ignore_index, u_stride_k, u_stride_n,
     ce_weight, kl_weight, temperature, label_smoothing,
