@@ -13,7 +13,8 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
-PLAIN = (Tensor, torch.nn.Parameter)  # types, not their subclasses, which may hold anything
+# Exactly these types: a subclass may keep its values elsewhere than in its own memory.
+PLAIN = (Tensor, torch.nn.Parameter)
 
 
 def function_transforms_active(tensors: Sequence[Tensor]) -> bool:
