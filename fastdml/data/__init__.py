@@ -91,7 +91,7 @@ def load(
     return known.load(root, download=download, hint=hint)
 
 
-def record(name: str) -> dict[str, list]:
+def record(name: str) -> dict[str, list[Any]]:
     """What `Cohort.record` says after training on a classification set, known without its files.
     Raises InputError for an unknown name."""
     known = dataset(name, "classification")

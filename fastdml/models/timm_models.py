@@ -41,7 +41,7 @@ def create_timm_model(
     options: dict[str, Any] = {"num_classes": num_classes, "in_chans": in_channels}
     if pretrained:
         options |= {"pretrained": True, "pretrained_cfg_overlay": _weights(timm, name)}
-    sizes: tuple[dict, ...] = ({},)
+    sizes: tuple[dict[str, Any], ...] = ({},)
     if config is not None and config.fixed_input_size:
         if num_classes == 0:
             sizes = ANY_SIZE

@@ -24,7 +24,7 @@ import threading
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import IO, Literal, Protocol
+from typing import IO, Any, Literal, Protocol
 
 import fastdml
 from fastdml.data.files.check_worker import READY, reason
@@ -107,7 +107,7 @@ def _decode_all(
     if decoder == "dali":
         require("nvidia.dali", "dali")
     workers = max(1, min(workers, -(-len(paths) // IN_PROCESS)))
-    results: queue.SimpleQueue = queue.SimpleQueue()
+    results: queue.SimpleQueue[Any] = queue.SimpleQueue()
     for share in (paths[k::workers] for k in range(workers)):
         threading.Thread(target=_mind, args=(share, decoder, results), daemon=True).start()
     for _ in paths:
@@ -117,7 +117,7 @@ def _decode_all(
         yield found
 
 
-def _mind(paths: list[str], decoder: Decoder, results: queue.SimpleQueue) -> None:
+def _mind(paths: list[str], decoder: Decoder, results: queue.SimpleQueue[Any]) -> None:
     """A thread's work: puts what `_decode_elsewhere` finds into `results`. An error is put there
     too, since the scan would wait for ever for what this thread no longer finds."""
     try:
@@ -203,7 +203,7 @@ def _cache_file(paths: Sequence[str], decoder: Decoder, folder: Path | None) -> 
     return folder / f"{key[:24]}.json"
 
 
-def _load(file: Path) -> dict[str, list]:
+def _load(file: Path) -> dict[str, list[Any]]:
     try:
         content = json.loads(file.read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError):
@@ -222,7 +222,7 @@ def _is_entry(entry: object) -> bool:
     )
 
 
-def _save(file: Path | None, content: dict[str, list]) -> None:
+def _save(file: Path | None, content: dict[str, list[Any]]) -> None:
     """A cache that cannot be written costs time, nothing else."""
     if file is None:
         forgotten = "the account has no home folder (XDG_CACHE_HOME may name another)"

@@ -87,7 +87,7 @@ class _Dtype:
 class _Array:
     """Stands in for `numpy.ndarray`: what the pickle says of it, checked before use."""
 
-    def __setstate__(self, state: tuple) -> None:
+    def __setstate__(self, state: tuple[Any, ...]) -> None:
         _, self.shape, self.dtype, self.fortran, self.raw = state
 
     def numpy(self, path: Path) -> np.ndarray:

@@ -19,10 +19,11 @@ import importlib.util
 from collections.abc import Iterator
 
 import torch
+from fastdml_kernels.augment_options import Augment
 from torch import Tensor
 
 from fastdml.data import augment
-from fastdml.data.augment import Augment, Choices
+from fastdml.data.augment import Choices
 from fastdml.data.image_set import ImageSet
 from fastdml.data.loaders.batching import Batching
 from fastdml.data.reid_split import ReidSplit

@@ -20,10 +20,10 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
+from fastdml_kernels.augment_options import Augment
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from fastdml.data.augment import Augment
 from fastdml.data.files.decode import BadImage, decode
 from fastdml.data.image_set import ImageSet
 from fastdml.data.loaders.batching import Batching
@@ -94,7 +94,7 @@ class _Item(NamedTuple):
     choices: tuple[int, ...]
 
 
-class _Images(Dataset):
+class _Images(Dataset[np.ndarray | str]):
     """Transformed images; instead of raising, a bad file becomes a message, since what a worker
     raises arrives wrapped in its traceback."""
 
@@ -129,7 +129,7 @@ def _collate(images: list[np.ndarray | str]) -> Tensor | str:
     return torch.from_numpy(np.stack(images))  # (B, H, W, ch)
 
 
-def _started(loader: DataLoader) -> Iterator:
+def _started(loader: DataLoader[Any]) -> Iterator[Any]:
     """`loader`'s batches, from workers that are started without collection and deaf to SIGTERM:
     `_prepare_worker` says why."""
     collecting = gc.isenabled()

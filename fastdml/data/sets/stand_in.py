@@ -17,7 +17,7 @@ import shutil
 import tempfile
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from fastdml.data.registry import HINT
 from fastdml.data.sets.cifar import load_cifar100
@@ -159,7 +159,7 @@ class _Writer:
         pixels = np.clip(self.pixels[index] * (0.6 + 0.1 * camera) * tint, 0, 255)
         picture = self.image.fromarray(pixels.astype(np.uint8))
         picture = picture.resize(SIZE[::-1], self.image.Resampling.BICUBIC)
-        options: dict = {"quality": 92}
+        options: dict[str, Any] = {"quality": 92}
         turn, kind = divmod(self.written, self.odd_every)
         self.written += 1
         if kind == self.odd_every - 1:
