@@ -11,6 +11,7 @@ As in `loss_op`, eager calls of plain tensors compute at once and tracers see an
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -64,7 +65,7 @@ def _new_grads(
     hidden: Sequence[Tensor],
     weight: Sequence[Tensor],
     bias: Sequence[Tensor | None],
-    needs: Sequence[bool],
+    needs: Sequence[int],
 ) -> list[Tensor | None]:
     """Room for the gradients; float32 at least where chunks are added up."""
     rows = [torch.empty_like(t) if need else None for t, need in zip(hidden, needs, strict=False)]
@@ -83,7 +84,7 @@ def _compute(
     bias: Sequence[Tensor | None],  # K tensors (C,), or None
     call: Call,
     chunk_rows: int | None,
-    needs: Sequence[bool],  # which gradients are wanted, in the order of the arguments
+    needs: Sequence[int],  # which gradients are wanted, in the order of the arguments
 ) -> tuple[Tensor, Tensor, list[Tensor | None]]:
     """Losses (K,), the gradients of their sum times `unit`, and `unit`, 0-d. For a mean that is the
     number of rows: the backward divides by it, since gradients of a mean underflow in float16."""
@@ -133,7 +134,9 @@ def _compute(
 
 class _EagerLinear(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, call: Call, chunk_rows: int | None, needs: list[bool], *tensors):
+    def forward(ctx: Any, call: Call, chunk_rows: int | None, needs: list[bool],
+                *tensors: Any) -> Tensor:  # fmt: skip
+        """`tensors`: hidden, weight and bias of the K peers, a bias None where there is none."""
         K = len(tensors) // 3
         losses, ctx.unit, ctx.grads = _compute(
             tensors[:K], tensors[K : 2 * K], tensors[2 * K :], call, chunk_rows, needs
@@ -142,7 +145,7 @@ class _EagerLinear(torch.autograd.Function):
         return losses
 
     @staticmethod
-    def backward(ctx, upstream: Tensor):
+    def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor | None, ...]:
         if torch.is_grad_enabled():
             raise RuntimeError(NO_SECOND_DERIVATIVE.replace("mutual_loss", NAME))
         refuse_transforms(NAME, (upstream,))
@@ -174,9 +177,18 @@ def _of_each(bias: Sequence[Tensor], biased: Sequence[int]) -> list[Tensor | Non
     return [next(given) if has else None for has in biased]
 
 
-def _compute_flat(hidden, weight, bias, biased, chunk_rows, needs, *flat):
-    bias = _of_each(bias, biased)
-    losses, unit, grads = _compute(hidden, weight, bias, unflatten(*flat), chunk_rows, needs)
+def _compute_flat(
+    hidden: Sequence[Tensor],
+    weight: Sequence[Tensor],
+    bias: Sequence[Tensor],
+    biased: Sequence[int],
+    chunk_rows: int | None,
+    needs: Sequence[int],
+    *flat: Any,
+) -> tuple[Tensor, Tensor, list[Tensor]]:
+    losses, unit, grads = _compute(
+        hidden, weight, _of_each(bias, biased), unflatten(*flat), chunk_rows, needs
+    )
     return losses, unit, [g for g in grads if g is not None]
 
 
@@ -185,14 +197,22 @@ for _device in ("cpu", "cuda"):
 
 
 @torch.library.register_fake(f"fastdml::{NAME}")
-def _fake(hidden, weight, bias, biased, chunk_rows, needs, *flat):
+def _fake(
+    hidden: Sequence[Tensor],
+    weight: Sequence[Tensor],
+    bias: Sequence[Tensor],
+    biased: Sequence[int],
+    chunk_rows: int | None,
+    needs: Sequence[int],
+    *flat: Any,
+) -> tuple[Tensor, Tensor, list[Tensor]]:
     dtype, z = loss_dtype(hidden), hidden[0]
     grads = _new_grads(hidden, weight, _of_each(bias, biased), needs)
     kept = [g for g in grads if g is not None]
     return z.new_empty(len(hidden), dtype=dtype), z.new_empty((), dtype=dtype), kept
 
 
-def _setup_context(ctx, inputs, output) -> None:
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Any, ...]) -> None:
     hidden, weight, bias, biased, _, needs = inputs[:6]
     _, unit, grads = output
     ctx.mark_non_differentiable(unit)
@@ -201,7 +221,7 @@ def _setup_context(ctx, inputs, output) -> None:
     ctx.save_for_backward(unit, *grads)
 
 
-def _backward(ctx, upstream: Tensor, *_) -> tuple:
+def _backward(ctx: Any, upstream: Tensor, *_: None) -> tuple[Any, ...]:
     if torch.is_grad_enabled():
         raise RuntimeError(NO_SECOND_DERIVATIVE.replace("mutual_loss", NAME))
     unit, *grads = ctx.saved_tensors

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -145,7 +145,7 @@ def compute(
 
 class _EagerLoss(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, call: Call, *logits: Tensor) -> tuple[Tensor, Tensor | None]:
+    def forward(ctx: Any, call: Call, *logits: Tensor) -> tuple[Tensor, Tensor | None]:
         ctx.now = gradients_now(logits, call)
         ctx.grads = new_grads(logits) if ctx.now else None
         losses, stats = compute(logits, call, ctx.grads or ())
@@ -159,7 +159,7 @@ class _EagerLoss(torch.autograd.Function):
         return losses, stats
 
     @staticmethod
-    def backward(ctx, upstream: Tensor | None, _: None) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, upstream: Tensor | None, _: None) -> tuple[Tensor | None, ...]:
         if torch.is_grad_enabled():
             raise RuntimeError(NO_SECOND_DERIVATIVE)
         if upstream is None:
@@ -191,7 +191,8 @@ CALL_SCHEMA = (
 )
 
 
-def flatten(call: Call) -> tuple:
+def flatten(call: Call) -> tuple[Any, ...]:
+    """A `Call` as the arguments of `CALL_SCHEMA`."""
     scalars = (call.temperature, call.ce_weight, call.kl_weight)
     tensors = [s if isinstance(s, Tensor) else None for s in scalars]
     numbers = [1.0 if isinstance(s, Tensor) else float(s) for s in scalars]
@@ -203,7 +204,10 @@ def flatten(call: Call) -> tuple:
     )  # fmt: skip
 
 
-def unflatten(labels, peer_weights, class_weight, *rest) -> Call:
+def unflatten(
+    labels: Tensor, peer_weights: Tensor | None, class_weight: Tensor | None, *rest: Any
+) -> Call:
+    """The way back from `flatten`."""
     tensors, numbers, options, want_stats = rest[:3], rest[3:6], rest[6:-1], rest[-1]
     T, ce, kl = (n if t is None else t for t, n in zip(tensors, numbers, strict=True))
     return Call(labels, Options(*options), T, ce, kl, peer_weights, class_weight, want_stats)
@@ -216,7 +220,9 @@ torch.library.define(
 )
 
 
-def _losses_and_grads_flat(logits, upstream, need_grad, *flat):
+def _losses_and_grads_flat(
+    logits: Sequence[Tensor], upstream: Tensor | None, need_grad: bool, *flat: Any
+) -> tuple[Tensor, Tensor, list[Tensor]]:
     grads = new_grads(logits) if need_grad else []
     losses, stats = compute(logits, unflatten(*flat), grads, upstream)
     if stats is None:  # an operator's results have fixed types
@@ -230,7 +236,9 @@ for _device in ("cpu", "cuda"):
 
 
 @torch.library.register_fake("fastdml::mutual_loss")
-def _fake(logits, upstream, need_grad, *flat):
+def _fake(
+    logits: Sequence[Tensor], upstream: Tensor | None, need_grad: bool, *flat: Any
+) -> tuple[Tensor, Tensor, list[Tensor]]:
     reduction = unflatten(*flat).options.reduction
     K = logits[0].shape[0] if logits[0].dim() == 3 else len(logits)
     N = logits[0].shape[-2]
@@ -247,7 +255,7 @@ def loss_dtype(logits: Sequence[Tensor]) -> torch.dtype:
     return torch.float64 if any(z.dtype == torch.float64 for z in logits) else torch.float32
 
 
-def _setup_context(ctx, inputs, output) -> None:
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Any, ...]) -> None:
     logits, _, need_grad, *flat = inputs
     _, stats, grads = output
     ctx.mark_non_differentiable(stats)
@@ -259,7 +267,7 @@ def _setup_context(ctx, inputs, output) -> None:
         ctx.save_for_backward(*logits, *ctx.call.tensors())
 
 
-def _backward(ctx, upstream: Tensor, *_) -> tuple:
+def _backward(ctx: Any, upstream: Tensor, *_: None) -> tuple[Any, ...]:
     if torch.is_grad_enabled():
         raise RuntimeError(NO_SECOND_DERIVATIVE)
     saved = ctx.saved_tensors

@@ -7,6 +7,7 @@ it, and hands it to peer k's logits; the other peers' graphs are not touched, no
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -48,14 +49,14 @@ def _with_gradients(
 
 class _OwnLoss(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, z: Tensor, k: int, loss: Tensor, grad: Tensor, fixed: Sequence[Tensor],
-                call: Call) -> Tensor:  # fmt: skip
+    def forward(ctx: Any, z: Tensor, k: int, loss: Tensor, grad: Tensor,
+                fixed: Sequence[Tensor], call: Call) -> Tensor:  # fmt: skip
         ctx.k, ctx.grad, ctx.call, ctx.dtype = k, grad, call, z.dtype
         ctx.save_for_backward(*fixed, *call.tensors())  # for a second backward
         return loss.data  # no view: `loss += penalty` is allowed
 
     @staticmethod
-    def backward(ctx, upstream: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor | None, ...]:
         if torch.is_grad_enabled():
             raise RuntimeError(NO_SECOND_DERIVATIVE.replace("mutual_loss", NAME))
         refuse_transforms(NAME, (upstream,))
@@ -86,13 +87,13 @@ def _fake(logits: Tensor, loss: Tensor, grad: Tensor) -> Tensor:
     return torch.empty_like(loss)
 
 
-def _setup_context(ctx, inputs, output) -> None:
+def _setup_context(ctx: Any, inputs: tuple[Tensor, ...], output: Tensor) -> None:
     logits, _, grad = inputs
     ctx.dtype = logits.dtype
     ctx.save_for_backward(grad)
 
 
-def _backward(ctx, upstream: Tensor) -> tuple[Tensor | None, ...]:
+def _backward(ctx: Any, upstream: Tensor) -> tuple[Tensor | None, ...]:
     if torch.is_grad_enabled():
         raise RuntimeError(NO_SECOND_DERIVATIVE.replace("mutual_loss", NAME))
     factor = upstream if upstream.dim() == 0 else upstream[:, None]
