@@ -32,7 +32,7 @@ help:
 	@echo "make soak         kill runs and compare, for SECONDS=3600 from SEED (printed)"
 	@echo "make fuzz         feed every parser odd inputs, for SECONDS=3600 from SEED (printed)"
 	@echo "make sanitize     the CPU's native code under sanitizers, for SECONDS=120 from SEED (printed)"
-	@echo "make lint         ruff: rules and formatting"
+	@echo "make lint         ruff: rules and formatting; mypy: types"
 	@echo "make bench        the benchmarks this machine can run"
 	@echo "make docs         write the generated parts of README and docs/"
 	@echo "make clean        remove what was built and every cache; the venvs stay"
@@ -68,6 +68,7 @@ sanitize: $(DEV)
 lint: $(DEV)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+	$(BIN)/mypy
 
 bench: $(DEV)
 	$(BIN)/python $(PYTEST) bench
