@@ -114,10 +114,6 @@ class TestMistakes:
             ((pairs(8)[0][:0], pairs(8)[1][:0]), r"of shape \(0, 3, 12, 10\)"),
             ((pairs(8)[0].byte(), pairs(8)[1]), r"images are uint8: normalise .*float\(\) / 255"),
             ((pairs(8)[0].long(), pairs(8)[1]), "images are int64: normalise them to floats"),
-            (
-                (pairs(8)[0].double(), pairs(8)[1]),
-                r"Sequential-1 fails .* are float64 and its weights float32: images\.float\(\)",
-            ),
             ((pairs(8)[0], pairs(8)[1].float()), r"labels are float32 of .*\(labels.long\(\)\)"),
             (
                 (pairs(8)[0], nn.functional.one_hot(pairs(8)[1])),
@@ -130,6 +126,10 @@ class TestMistakes:
             ((pairs(8)[0] / 0, pairs(8)[1]), "of 8 images. has values that are NaN or infinite"),
             ((pairs(8, (1, 12, 10))[0], pairs(8)[1]), r"Sequential-1 fails on images \(8, 1, "),
             ((pairs(8)[0].double(), pairs(8)[1]), "Sequential-1 fails .* RuntimeError: .*ouble"),
+            (
+                (pairs(8)[0].double(), pairs(8)[1]),
+                r"Sequential-1 fails .* are float64 and its weights float32: images\.float\(\)",
+            ),
         ],
     )  # fmt: skip
     @pytest.mark.parametrize("role", ["train", "test"])
