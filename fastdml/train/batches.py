@@ -12,6 +12,10 @@ from fastdml.errors import InputError
 
 IGNORED = -100  # the label of rows without one, as in torch's cross-entropy
 
+# (labels, images, num_classes, where, values): refuses labels that cannot be learnt. where: which
+# batch, for messages. values: whether they are read, for which a device is waited for.
+CheckLabels = Callable[[Tensor, Tensor, int, str, bool], None]
+
 
 class Batches(Protocol):
     """`epoch(e, start)` gives the batches of epoch e from step `start` on, on the device.
@@ -42,9 +46,15 @@ class IterableBatches:
     """
 
     def __init__(
-        self, source: Any, device: torch.device, num_classes: int, what: str = "training"
+        self,
+        source: Any,
+        device: torch.device,
+        num_classes: int,
+        what: str = "training",
+        check: CheckLabels | None = None,
     ) -> None:
         self.source, self.device, self.num_classes, self.what = source, device, num_classes, what
+        self.check = check or check_labels
         self.batch_size = getattr(source, "batch_size", None) or 0
         self.shape: tuple[int, ...] | None = None  # of the first image
 
@@ -83,15 +93,15 @@ class IterableBatches:
                 f"{_sizes(shape)}: resize all images to one size"
             )
         self.shape, self.batch_size = shape, self.batch_size or len(images)
-        if first or labels.device.type == "cpu":
-            check_labels(labels, self.num_classes, where)
+        values = first or labels.device.type == "cpu"
+        self.check(labels, images, self.num_classes, where, values)
         if first or self.device.type == "cpu" == images.device.type:
             check_finite(images, where)
         return images, labels
 
 
 def check_batch(batch: Any, where: str) -> tuple[Tensor, Tensor]:
-    """Images (N, channels, H, W), floating, and labels (N,), int64 or int32; reads no value."""
+    """Images (N, channels, H, W), floating, and labels; reads no value."""
     if not isinstance(batch, (tuple, list)) or len(batch) != 2:
         found = f"a {type(batch).__name__}"
         if isinstance(batch, Mapping):
@@ -118,6 +128,14 @@ def check_batch(batch: Any, where: str) -> tuple[Tensor, Tensor]:
             f"{where}: images are {_dtype(images)}: normalise them to floats, at the least by "
             "images.float() / 255"
         )
+    return images, labels
+
+
+def check_labels(
+    labels: Tensor, images: Tensor, num_classes: int, where: str, values: bool = True
+) -> None:
+    """Refuses labels that are not class indices (N,), int64 or int32; with `values` also those that
+    are no class, for which it waits for the device where they are on one."""
     if labels.shape != images.shape[:1] or labels.dtype not in (torch.int64, torch.int32):
         one_hot = labels.dim() == 2 and len(labels) == len(images)
         remedy = "labels.argmax(1) makes them of one-hot rows" if one_hot else "labels.long()"
@@ -125,11 +143,8 @@ def check_batch(batch: Any, where: str) -> tuple[Tensor, Tensor]:
             f"{where}: labels are {_dtype(labels)} of shape {tuple(labels.shape)} for "
             f"{len(images)} images: give class indices ({len(images)},), int64 ({remedy})"
         )
-    return images, labels
-
-
-def check_labels(labels: Tensor, num_classes: int, where: str) -> None:
-    """Refuses labels that are no class; waits for the device where they are on one."""
+    if not values:
+        return
     low, high = (int(v) for v in labels.aminmax())
     if low >= 0 and high < num_classes:
         return
@@ -153,13 +168,18 @@ def check_finite(images: Tensor, where: str) -> None:
         )
 
 
-def first_batch(source: Batches, num_classes: int, what: str = "training") -> tuple[Tensor, Tensor]:
+def first_batch(
+    source: Batches,
+    num_classes: int,
+    what: str = "training",
+    check: CheckLabels = check_labels,
+) -> tuple[Tensor, Tensor]:
     """The first batch of a source, checked in full."""
     batch = next(iter(source.epoch(0)))
     if not isinstance(source, IterableBatches):  # which looks at its own
         where = f"{what} batch 0"
         images, labels = check_batch(batch, where)
-        check_labels(labels, num_classes, where)
+        check(labels, images, num_classes, where, True)
         check_finite(images, where)
     return batch
 
@@ -170,13 +190,18 @@ def assembler(source: Batches, device: torch.device) -> Callable[..., tuple[Tens
 
 
 def as_batches(
-    source: Any, device: torch.device, num_classes: int, what: str = "training"
+    source: Any,
+    device: torch.device,
+    num_classes: int,
+    what: str = "training",
+    check: CheckLabels | None = None,
 ) -> Batches:
-    """what: "training" or "test", for messages."""
+    """what: "training" or "test", for messages. check: of what labels are, by default classes.
+    Raises InputError for what is no source of batches, or an empty one."""
     if callable(getattr(source, "epoch", None)):
         batches = source
     elif hasattr(source, "__iter__") and _length(source) is not None:
-        batches = IterableBatches(source, device, num_classes, what)
+        batches = IterableBatches(source, device, num_classes, what, check)
     else:
         raise InputError(
             f"{what} batches must have a length and be iterable, as a DataLoader; "

@@ -79,7 +79,8 @@ def arguments(cohort: Any, config: Any) -> None:
 def first_look(cohort: Cohort, train: Batches, config: TrainConfig, amp: Amp) -> Tensor:
     """The images of the first batch, after what they tell: that every peer can be trained on them,
     and what `cohort` records of them."""
-    images, _ = first_batch(train, cohort.num_classes)
+    check = task_of(config).check_labels
+    images, _ = first_batch(train, cohort.num_classes, check=check)
     part = images[: max(1, len(images) // config.accumulate)]
     for name, peer in zip(cohort.names, cohort.peers, strict=True):
         _try_evaluation(name, peer, part, cohort.num_classes, amp)
@@ -98,11 +99,11 @@ def first_look(cohort: Cohort, train: Batches, config: TrainConfig, amp: Amp) ->
     return images
 
 
-def test_look(cohort: Cohort, test: Batches, amp: Amp) -> None:
+def test_look(cohort: Cohort, test: Batches, config: TrainConfig, amp: Amp) -> None:
     """That every peer can be evaluated on the first batch, which an epoch would find too late, and
     that its labels mean what they do in training."""
     same_images(cohort, test)
-    images, _ = first_batch(test, cohort.num_classes, "test")
+    images, _ = first_batch(test, cohort.num_classes, "test", task_of(config).check_labels)
     for name, peer in zip(cohort.names, cohort.peers, strict=True):
         _try_evaluation(name, peer, images, cohort.num_classes, amp)
 

@@ -111,7 +111,7 @@ def _fit(
     called. own: the data and the peers are not those that `config` names."""
     device = next(cohort.parameters()).device
     cohort.to(memory_format=torch.channels_last)
-    train = as_batches(train, device, cohort.num_classes)
+    train = as_batches(train, device, cohort.num_classes, check=task.check_labels)
     amp = resolve_amp(config.amp, device)
     evaluate, test = _evaluation(task, cohort, test, amp)
     if len(cohort) == 1:
@@ -120,7 +120,7 @@ def _fit(
         # 1. Prepare: refuse what cannot run before anything is written.
         images = checks.first_look(cohort, train, config, amp)
         if test is not None:
-            checks.test_look(cohort, test, amp)
+            checks.test_look(cohort, test, config, amp)
         if own:
             config = checks.recorded(config, cohort, train, images)
         new_trainer = partial(Trainer, cohort, train, evaluate, task)
@@ -153,7 +153,7 @@ def _evaluation(
     """What gives a cohort's scores, and the batches that it reads where they are known."""
     if test is None or callable(test):
         return test, None
-    batches = as_batches(test, amp.device, cohort.num_classes, "test")
+    batches = as_batches(test, amp.device, cohort.num_classes, "test", task.check_labels)
     return partial(task.score, test=batches, amp=amp), batches
 
 

@@ -1,8 +1,8 @@
 """A third task, defined in this file alone: several labels an image, each right or wrong.
 
-Each picture is bright or not on its left and at its top. Peers tell the four combinations apart,
-and are judged by how often they get both labels right. Nothing but the task's and the data set's
-registration makes it known to training, reports and commands.
+Each picture is bright or not on its left and at its top. Labels, loss and scores are of another
+kind than those of classification, and nothing but the task's and the data set's registration makes
+them known to training, reports and commands.
 """
 
 from __future__ import annotations
@@ -20,18 +20,21 @@ import pytest
 import torch
 import yaml
 from runs import logged, same_weights
+from torch.nn import functional as F
 
 import fastdml
 from fastdml import cli
 from fastdml.cli.evaluate import evaluate
 from fastdml.cohort import Cohort
-from fastdml.data import HINT, ImageSet, ResidentLoader, register_dataset, registry
+from fastdml.data import HINT, register_dataset, registry
+from fastdml.engine import Amp
 from fastdml.errors import InputError
+from fastdml.loss import MutualLoss
 from fastdml.modes import evaluating
+from fastdml.mutual_stats import MutualStats
 from fastdml.report.scoring import Headline, Scoring
 from fastdml.report.tables import fixed_columns
 from fastdml.train import ReidConfig, TrainConfig, fit, load_config, run
-from fastdml.train.batches import as_batches
 from fastdml.train.config.sources import preset
 from fastdml.train.tasks import task as tasks
 from fastdml.train.tasks.task import Evaluation, Prepared, Task, scoring_of, task_of
@@ -72,18 +75,60 @@ SCORING = Scoring(
 )
 
 
-def corners(n: int, seed: int) -> ImageSet:
-    generator = torch.Generator().manual_seed(seed)
-    labels = torch.randint(4, (n,), generator=generator)
-    images = torch.randint(0, 100, (n, 1, 8, 8), generator=generator)
-    images[labels % 2 == 1, :, :, :4] += 70
-    images[labels >= 2, :, :4] += 70
-    names = ("none", "left", "top", "both")
-    return ImageSet(images.to(torch.uint8), labels, 4, names, (100.0,), (60.0,))
+class Corners:
+    """Batches of noise, brighter on the left or at the top or both; labels (N, 2), each 0 or 1."""
+
+    num_classes, class_names = 2, LABELS
+
+    def __init__(self, n: int, batch_size: int, seed: int, device: str = "cpu") -> None:
+        generator = torch.Generator().manual_seed(seed)
+        self.labels = torch.randint(2, (n, 2), generator=generator).float().to(device)
+        self.images = torch.randn(n, 1, 8, 8, generator=generator).to(device)
+        self.images[:, :, :, :4] += self.labels[:, 0, None, None, None]
+        self.images[:, :, :4] += self.labels[:, 1, None, None, None]
+        self.batch_size, self.seed = batch_size, seed
+
+    def __len__(self):
+        return len(self.labels) // self.batch_size
+
+    def epoch(self, epoch, start=0):
+        generator = torch.Generator().manual_seed(1000 * self.seed + epoch)
+        order = torch.randperm(len(self.labels), generator=generator)
+        for rows in order.split(self.batch_size)[start : len(self)]:
+            yield self.images[rows], self.labels[rows]
 
 
-def load_corners() -> tuple[ImageSet, ImageSet]:
-    return corners(48, 0), corners(32, 1)
+class LabelsLoss(MutualLoss):
+    """Binary cross-entropy of each label, and the divergence of each label's two probabilities."""
+
+    def __init__(self, symmetric: bool, **options) -> None:
+        super().__init__(**options)
+        self.both_ways = symmetric
+
+    def value_and_grad(self, logits, labels):
+        K = range(len(logits))
+        z = [x.detach().float().requires_grad_() for x in logits]
+        with torch.enable_grad():
+            ce = [F.binary_cross_entropy_with_logits(x, labels) for x in z]
+            pairs = torch.stack([torch.stack([self.divergence(z[t], z[s]) for s in K]) for t in K])
+            kl = pairs.sum(0) / max(len(z) - 1, 1)
+            losses = self.ce_weight * torch.stack(ce) + self.kl_weight * kl
+            grads = torch.autograd.grad(losses.sum(), z)
+        p = torch.stack([x.detach().sigmoid() for x in z])
+        right, together = ((q > 0.5) == (labels > 0.5) for q in (p, p.mean(0)))
+        hits = right.all(2).sum(1), together.all(1).sum()
+        found = torch.stack(ce), kl, pairs, p.mean((1, 2)), *hits
+        stats = MutualStats(*(value.detach().float() for value in found))
+        return losses.detach(), stats, [g.to(x.dtype) for g, x in zip(grads, logits, strict=True)]
+
+    def divergence(self, teacher, student):
+        def kl(a, b):
+            p, q = F.logsigmoid, a.sigmoid()
+            return (q * (p(a) - p(b)) + (1 - q) * (p(-a) - p(-b))).mean()
+
+        teacher = teacher.detach()
+        one = kl(teacher, student)
+        return (one + kl(student, teacher)) / 2 if self.both_ways else one
 
 
 class Labels(Task):
@@ -92,41 +137,41 @@ class Labels(Task):
 
     @contextmanager
     def prepare(self, config, device, hint=HINT):
-        train, test = load_corners()
         logger.info("corners are drawn")
-        cohort = Cohort(config.peers, 4, in_channels=1, seed=config.seed, image_size=(8, 8))
+        cohort = Cohort(config.peers, 2, in_channels=1, seed=config.seed, image_size=(8, 8))
         yield Prepared(
             cohort.to(device),
-            ResidentLoader(train, config.batch_size, seed=config.seed, train=True, pad=0),
-            ResidentLoader(test, 32, train=False),
+            Corners(48, config.batch_size, config.seed, device),
+            Corners(32, 16, config.seed + 1, device),
         )
 
+    def check_labels(self, labels, images, num_classes, where, values):
+        if labels.shape != (len(images), num_classes) or not labels.is_floating_point():
+            raise InputError(f"{where}: labels are {labels.dtype}: give 0.0 or 1.0 for each")
+
     def mutual_loss(self, config, K, **options):
-        return super().mutual_loss(config, K, symmetric=config.symmetric, **options)
+        weights = {"ce_weight": config.ce_weight, "kl_weight": config.kl_weight}
+        return LabelsLoss(config.symmetric, **weights, **options)
 
     def score(self, cohort, test, amp):
         right = [[] for _ in range(len(cohort) + 1)]
         for images, labels in test.epoch(0):
             with torch.inference_mode(), amp.autocast():
-                p = [z.float().softmax(1) for z in cohort(images)]
-            wanted = torch.stack([labels % 2, labels // 2], 1)
+                p = [z.float().sigmoid() for z in cohort(images)]
             for found, q in zip(right, [*p, sum(p) / len(p)], strict=True):
-                said = q.argmax(1)
-                found.append(torch.stack([said % 2, said // 2], 1) == wanted)
+                found.append((q > 0.5) == (labels > 0.5))
         right = [torch.cat(found) for found in right]
         every = [found.all(1).float().mean().item() for found in right]
         each = [found.float().mean().item() for found in right]
         return LabelsScores(len(right[0]), every[:-1], each[:-1], every[-1], each[-1])
 
     def evaluate(self, cohort, config, device, options, *, run, hint=HINT):
-        test = as_batches(ResidentLoader(load_corners()[1], 32, train=False), device, 4, "test")
         with evaluating(cohort):
-            scores = self.score(cohort, test, fastdml.engine.Amp(device, None, None))
-        rows = [
-            ("peer", "all right"),
-            *((n, f"{x:.3f}") for n, x in zip(cohort.names, scores.all_right, strict=True)),
-        ]
+            test = Corners(32, 16, config.seed + 1, device)
+            scores = self.score(cohort, test, Amp(device, None, None))
         logger.info("scored on %s", options["label"] or "all labels")
+        right = [f"{x:.3f}" for x in scores.all_right]
+        rows = [("peer", "all right"), *zip(cohort.names, right, strict=True)]
         return Evaluation(dataclasses.asdict(scores), fixed_columns(rows))
 
 
@@ -137,9 +182,9 @@ def third(monkeypatch):
     registry.catalogue()
     monkeypatch.setattr(registry, "_KNOWN", {**registry._KNOWN})
     register_dataset(
-        "corners", task="labels", image_shape=(1, 8, 8), classes=("none", "left", "top", "both"),
-        mean=(100.0,), std=(60.0,), purpose="tests", files="none",
-    )(load_corners)  # fmt: skip
+        "corners", task="labels", image_shape=(1, 8, 8), classes=LABELS, mean=(0.0,), std=(1.0,),
+        purpose="tests", files="none",
+    )(Corners)  # fmt: skip
     tasks.register_task(Labels)
     return tasks.TASKS[-1]
 
@@ -228,10 +273,9 @@ def test_from_python_with_own_data(third, tmp_path):
         peers=["resnet8"] * 2, batch_size=16, epochs=1, folder=str(tmp_path / "run"), amp="off",
         execution="eager", threads=1, device="cpu", tensorboard=False, symmetric=True,
     )  # fmt: skip
-    train, test = (
-        ResidentLoader(s, 16, train=t) for s, t in zip(load_corners(), (True, False), strict=True)
-    )
-    result = fit(Cohort(["resnet8"] * 2, 4, in_channels=1), train, test, config)
+    train, test = Corners(48, 16, 0), [*Corners(32, 16, 1).epoch(0)]
+    cohort = Cohort(["resnet8"] * 2, 2, in_channels=1)
+    result = fit(cohort, train, test, config)
     assert isinstance(result.scores, LabelsScores)
     assert re.search(r"all labels % +a label %\n", str(result))
     assert config.data == "corners"
@@ -239,6 +283,11 @@ def test_from_python_with_own_data(third, tmp_path):
     assert kept.data.startswith("own data: 3 batches of 16")
     assert (type(kept), kept.symmetric) == (LabelsConfig, True)
     assert run(config.replace(folder=str(tmp_path / "again"), dry_run=True)) is None
+    wrong = [(images, labels.long()) for images, labels in test]
+    with pytest.raises(InputError, match=r"test batch 0: labels are torch\.int64: give 0"):
+        fit(cohort, train, wrong, config.replace(folder=str(tmp_path / "wrong")))
+    with pytest.raises(InputError, match="training batch 0: labels are float32 of shape"):
+        fit(cohort, train, test, TrainConfig(folder=str(tmp_path / "classes"), amp="off"))
 
 
 def test_tasks_are_found_by_settings_and_by_data(third):
@@ -272,7 +321,7 @@ def test_what_cannot_be_a_task(third):
         mean=(1.0,),
         std=(1.0,),
         purpose="tests",
-    )(load_corners)
+    )(Corners)
     with pytest.raises(InputError, match="nothing trains on waves: no task is called 'sound'"):
         preset("waves")
 

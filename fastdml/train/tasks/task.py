@@ -22,7 +22,7 @@ from fastdml.errors import InputError
 from fastdml.loss import MutualLoss
 from fastdml.metric_losses import MetricLoss
 from fastdml.report.scoring import Scoring
-from fastdml.train.batches import Batches
+from fastdml.train.batches import Batches, check_labels
 from fastdml.train.config.base import TrainConfig
 from fastdml.train.config.fields import field_types
 
@@ -83,6 +83,14 @@ class Task:
         download is asked for by."""
         raise NotImplementedError
 
+    def check_labels(
+        self, labels: Tensor, images: Tensor, num_classes: int, where: str, values: bool
+    ) -> None:
+        """Raises InputError for labels of a batch that peers cannot learn: by default for all but
+        class indices (N,). images: (N, channels, H, W). where: the batch, for the message. values:
+        whether to read them too, for which a device is waited for."""
+        check_labels(labels, images, num_classes, where, values)
+
     def recorded(self, cohort: Cohort, train: Batches, images: Tensor) -> dict[str, Any]:
         """Of the task's own settings those that `fit` records of data of one's own, by what they
         show; images: the first batch, (N, channels, H, W)."""
@@ -91,7 +99,8 @@ class Task:
     # --- training ---
 
     def mutual_loss(self, config: Any, K: int, **options: Any) -> MutualLoss:
-        """Of K peers' logits; options: others of `MutualLoss`."""
+        """Of K peers' logits; options: others of `MutualLoss`. A subclass of it with a
+        `value_and_grad` of its own is the loss of labels of another kind."""
         return MutualLoss(
             temperature=config.temperature,
             ce_weight=config.ce_weight,
