@@ -1,7 +1,8 @@
 """A batch in parts whose gradients add up to the whole batch's, whichever rows have a label.
 
-A part's own means would count a row more where its neighbours have no label, and be 0 / 0 where
-none of a part has one. So every part gives sums, whose weights hold the whole batch's counts.
+Means over the parts would weigh a row more where other rows of its part have no label, and be 0 / 0
+where none has one. So the loss of every part is a sum over its rows, and the loss's weights are
+divided by the number of labelled rows of the whole batch.
 """
 
 from __future__ import annotations
@@ -33,7 +34,7 @@ class Split:
         labelled = labels != options.ignore_index
         ce = labelled.to(dtype)
         if weight is not None:
-            classes = labels.long().clamp(0, len(weight) - 1)  # what is no class the loss finds
+            classes = labels.long().clamp(0, len(weight) - 1)  # the loss refuses other labels
             ce = ce * weight.to(dtype)[classes]
         kl = torch.ones_like(ce) if options.mimic_ignored else labelled.to(dtype)
         self.options = options
@@ -47,10 +48,10 @@ class Split:
             self.loss.kl_weight = _divided(loss.kl_weight, self.kl.sum())
 
     def whole(self, outputs: Sequence[StepOutput]) -> tuple[Tensor, MutualStats]:
-        """The batch's losses and statistics, of what its parts gave."""
+        """The whole batch's losses and statistics, computed from those of its parts."""
         at = outputs[0].stats.layout
         parts = torch.stack([o.stats.packed for o in outputs], dim=-1)  # (at.size, parts)
-        packed = parts.sum(-1)  # right where rows are counted; the others are means over rows
+        packed = parts.sum(-1)  # right for counts of rows; means over rows are replaced below
         means = _mean(parts, self.kl)
         for name in ("kl", "entropy", "pairwise_kl"):
             packed[at.span(name)] = means[at.span(name)]
@@ -61,16 +62,16 @@ class Split:
             return torch.cat([o.losses for o in outputs], 1), stats
         losses = torch.stack([o.losses for o in outputs]).sum(0)
         if self.options.reduction == "mean":
-            losses = torch.where(ce.isnan(), ce, losses)  # nothing to take a mean of
+            losses = torch.where(ce.isnan(), ce, losses)  # NaN where no row has a label
         return losses, stats
 
 
 def _divided(weight: Tensor | float, count: Tensor) -> Tensor:
-    """Without rows there is nothing to weigh, and no gradient."""
+    """`weight / count`, and 0 where the count is 0: without rows there is no gradient."""
     return (weight / count).masked_fill(count == 0, 0.0)
 
 
 def _mean(values: Tensor, counts: Tensor) -> Tensor:
-    """Of the parts' means (..., parts), which are 0 / 0 where a part has no such row."""
+    """The whole batch's mean of the parts' (..., parts), which are NaN where `counts` is 0."""
     sums = (values * counts).masked_fill(counts == 0, 0.0).sum(-1)
     return (sums / counts.sum()).to(values.dtype)

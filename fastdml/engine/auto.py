@@ -53,8 +53,8 @@ SMALL = 4096  # pixels of a batch, 64 images of 8x8, whose layers are not worth 
 
 
 class Choice(NamedTuple):
-    """What steps run as. elsewhere: the number of threads on which torch's own operations, such as
-    those of evaluations, had better run."""
+    """What steps run as. elsewhere: the number of threads for what torch does outside of steps,
+    such as evaluation."""
 
     execution: ExecutionName
     threads: int | None = None  # None on CUDA
@@ -68,7 +68,7 @@ class AutoStep:
     make: Callable[[ExecutionName], Step]
     chosen: Step | None = None
 
-    # Of the chosen step, by __getattr__.
+    # These are the chosen step's, found by __getattr__.
     name: ExecutionName
     cohort: Cohort
     loss: MutualLoss
@@ -130,7 +130,10 @@ class CudaAutoStep(AutoStep):
             try:
                 step = self.make(name)
                 seconds = self._seconds(step, batch)
-            except (InputError, RuntimeError) as error:  # of these: out of memory, no such kernel
+            except (
+                InputError,
+                RuntimeError,
+            ) as error:  # out of memory, a kernel that is missing
                 if name == "eager":
                     raise
                 if isinstance(error, Unstackable):
@@ -149,7 +152,7 @@ class CudaAutoStep(AutoStep):
         return best
 
     def _seconds(self, step: Step, batch: tuple[Tensor, ...]) -> float:
-        """Of one step, from calls that nothing waits between. Leaves no trace."""
+        """Seconds a step takes, from calls without a wait between them. Leaves no trace."""
         snapshot, loss = Snapshot(step.tensors, self.device, step.cohort), step.loss
         numbers = {name: getattr(loss, name) for name in SCALARS}  # a graph makes tensors of them
         try:
@@ -268,8 +271,9 @@ class CpuAutoStep(AutoStep):
         return choice
 
     def _choice(self, found: Candidate, elsewhere: int | None = None) -> Choice:
-        """Elsewhere the user's own number; or what was measured; or the peers' share, since threads
-        that do not wait for each other say nothing of those that do."""
+        """Outside of steps torch has the user's number of threads; else what was measured for
+        eager; else the share of one peer: that threads with a peer each are fast does not show that
+        threads which share one layer, and wait for each other after it, are."""
         share = found.threads
         if EXECUTIONS[found.execution].thread_a_peer:
             share = max(1, found.threads // len(self.peers))
@@ -297,12 +301,12 @@ def _say(choice: Choice, how: str | None, unfit: dict[str, str] | None = None) -
 
 
 def _brief(name: str, reason: str) -> str:
-    """A refusal without what goes without saying here."""
+    """A refusal without the name of the execution and the advice to use another one."""
     return re.sub(r"; use [\w ]+$", "", reason.removeprefix(f"execution {name!r} "))
 
 
 def only_by_rule(peers: Sequence[nn.Module], compiled: bool) -> str | None:
-    """Why a measurement on copies would not do."""
+    """Why a measurement on copies would tell nothing or do harm, in words; None where it may."""
     if compiled or any(wraps_compiled(m) for p in peers for m in p.modules()):
         return "compiled peers would be compiled anew for each candidate"
     together = dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1

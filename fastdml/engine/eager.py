@@ -69,11 +69,11 @@ class EagerStep:
             self.forwards = [torch.compile(network) for network in self.forwards]
 
     def __reduce__(self) -> tuple[type[EagerStep], tuple[Any, ...]]:
-        """Copies and pickles are made anew of copies of what the step was made of."""
+        """A copy or pickle holds what the step was made from, and makes a new step from that."""
         return type(self), (self.cohort, self.loss, self.optimizer, self.amp, self.options)
 
     def networks(self) -> list[nn.Module]:
-        """What is run, and compiled if asked."""
+        """The networks to run, one a peer; the caller compiles them if asked."""
         return self.peers if self.options.metric is None else [WithFeatures(p) for p in self.peers]
 
     def stale(self) -> bool:
@@ -86,17 +86,17 @@ class EagerStep:
         return [t for part in parts if part is not None for t in part.tensors()]
 
     def release(self) -> None:
-        """Nothing was done to the peers."""
+        """Does nothing: eager steps leave the peers' memory as it is."""
 
     def rehearse(self) -> None:
-        """Nothing is done otherwise."""
+        """Does nothing: a timed step runs as any other."""
 
     def __call__(self, *batch: Tensor) -> StepOutput:
         check_gradients_wanted()
         self.update.refresh()
         images, labels = self.options.assemble(*batch) if self.options.assemble else batch
         if isinstance(images, Tensor) and images.is_inference():
-            images = images.clone()  # autograd keeps no inference tensor
+            images = images.clone()  # autograd cannot save inference tensors
         try:
             output = self.train(images, labels)
             self.update.finish()
@@ -130,26 +130,26 @@ class EagerStep:
         return output
 
     def gradients(self, images: Tensor, labels: Tensor, loss: MutualLoss) -> StepOutput:
-        """Adds the gradients of a part of the batch to the weights' own."""
+        """Computes a part of the batch and adds its gradients to those in the weights."""
         outputs = self.outputs(images)
         output, grads = self.losses_and_grads([detached(out) for out in outputs], labels, loss)
         self.backward(outputs, grads)
         return output
 
     def outputs(self, images: Tensor) -> list[Outputs]:
-        """Of all K peers."""
+        """What all K peers give."""
         return [self.forward(k, images) for k in range(len(self.peers))]
 
     def forward(self, k: int, images: Tensor) -> Outputs:
-        """Of peer k; fp16 ones as fp32, so that their gradients are scaled before they are rounded
-        to fp16, not after."""
+        """What peer k gives. fp16 is cast to fp32, so that gradients are scaled before they are
+        rounded to fp16, not after."""
         with self.amp.autocast():
             out = self.forwards[k](images)
         out = self.checked(k, out, images)
         return tuple(t.float() if t.dtype == torch.float16 else t for t in out)
 
     def checked(self, k: int, out: Any, images: Tensor) -> Outputs:
-        """What peer k gave, as far as it is wanted."""
+        """Logits, and features if there is a metric loss, of what peer k gave; else refuses it."""
         wanted = 1 if self.options.metric is None else 2
         if self.options.output is not None:
             out = self.options.output(out)

@@ -63,7 +63,8 @@ class Ema:
             if average is None or average.shape != t.shape:
                 average = t.detach().clone()
             self.averages.append(average.to(t.device, t.dtype))
-        # Of an infinite weight, as of a bias that masks: the step towards itself would be NaN.
+        # Weights with infinite entries, such as a bias that masks: inf - inf would make the
+        # average NaN, so `update` leaves entries alone that are equal already.
         self.infinite = [bool((~t.isfinite()).any()) for t in self.live]
 
     @torch.no_grad()
@@ -76,7 +77,7 @@ class Ema:
                 moved = average.lerp(t, 1 - self.decay)
                 average.copy_(torch.where(average == t, t, moved))
                 continue
-            # Buffers never require a gradient, and those here follow every batch.
+            # A buffer never requires a gradient, but those here change with every batch.
             lists = trained if t.requires_grad or not isinstance(t, torch.nn.Parameter) else copied
             lists[0].append(average)
             lists[1].append(t)

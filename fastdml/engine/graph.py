@@ -48,17 +48,19 @@ from fastdml.mutual_stats import MutualStats
 from fastdml.torch_private import end_allocation_to_pool
 
 WARM_UP = 3  # steps, the last under supervision
-HASTY, REPLAYS = 3, 10  # captures in a row that served for fewer replays: then a graph is no help
+# After HASTY captures in a row that served for fewer than REPLAYS steps each, steps run without a
+# graph: what changes that often is not worth capturing.
+HASTY, REPLAYS = 3, 10
 SCALARS = ("temperature", "ce_weight", "kl_weight")
-SUPERVISED = "Synchronization debug mode is a prototype"  # torch, whenever it is switched on
+SUPERVISED = "Synchronization debug mode is a prototype"  # torch warns so when it is switched on
 
 
 class CudaCapture:
-    """The part that only a CUDA device can do."""
+    """Warm-up, capture and replay on a CUDA device; tests without one put another class here."""
 
     def __init__(self, device: torch.device) -> None:
         self.device = device
-        # Warm-up and capture share it: autograd's nodes remember the stream they were made on.
+        # Warm-up and capture share a stream: autograd's nodes run on the stream they were made on.
         self.stream = torch.cuda.Stream(device)
         self.graph = torch.cuda.CUDAGraph()
 
@@ -74,8 +76,8 @@ class CudaCapture:
 
     @contextmanager
     def supervised(self) -> Iterator[None]:
-        """Whatever waits for the device raises here, where it does no harm; inside a capture it
-        would leave the stream and the generators in a bad state."""
+        """Inside, whatever waits for the device raises. In a warm-up step that does no harm; in a
+        capture it would leave the stream and the generators in capture mode."""
         before = torch.cuda.get_sync_debug_mode()
         torch.cuda.set_sync_debug_mode("error")
         try:
@@ -94,8 +96,9 @@ class CudaCapture:
             raise
 
     def _record(self, graph: torch.cuda.CUDAGraph, pool: Any, run: Callable[[], Tensor]) -> Tensor:
-        # A capture that breaks off leaves its stream the current one: the outer context undoes it.
-        # Other threads (a loader that pins memory) may go on with calls that a capture forbids.
+        # A failed capture leaves its stream the current one, which the outer context undoes. In
+        # mode "thread_local" other threads, such as a loader that pins memory, may go on with calls
+        # that a capture forbids.
         with (
             torch.cuda.stream(torch.cuda.current_stream(self.device)),
             torch.cuda.graph(graph, pool, self.stream, "thread_local"),
@@ -103,8 +106,9 @@ class CudaCapture:
             return run()
 
     def _clear(self, pool: Any) -> None:
-        """After a capture that broke off. The allocator still counts it as under way, and can free
-        nothing; the generator still serves it, and fails outside: the end of another frees it."""
+        """A failed capture leaves the allocator and the random generator in capture mode: the one
+        frees nothing, the other refuses to draw. The allocator's mode is ended here by hand; one
+        tiny capture that succeeds resets the generator."""
         with suppress(RuntimeError):
             end_allocation_to_pool(self.stream.device.index, pool)
         with suppress(RuntimeError):
@@ -171,7 +175,7 @@ class GraphStep:
         return self._unpack(self.packed.clone())  # the next replay overwrites the graph's own
 
     def _check_contents(self, contents: Contents) -> None:
-        """Drops a graph of something else than there is now; for good if that is always so."""
+        """Drops the graph if the step is no longer what was captured; for good if that recurs."""
         contents.take_numbers()
         changed = contents.changed()
         if changed is None:
@@ -217,7 +221,7 @@ class GraphStep:
         except RuntimeError as error:
             first: BaseException = error
             while first.__context__ is not None:
-                first = first.__context__  # ending a capture that broke off fails as well
+                first = first.__context__  # ending the failed capture raises a second error
             self._fail(f"{type(first).__name__}: {' '.join(str(first).split())[:300]}")
         finally:
             for w in self.inner.cohort.parameters():
@@ -272,7 +276,7 @@ class Contents:
                 group["lr"] = own
 
     def changed(self) -> str | None:
-        """What is not as it was."""
+        """What has changed since the capture, in words; None where nothing has."""
         groups = self.optimizer.param_groups
         if self.update.holdings is not self.holdings or not self.holdings.same_groups():
             return "what the optimizer's groups hold"
@@ -313,7 +317,7 @@ class Contents:
 
 
 def _forget(step: weakref.ref[GraphStep]) -> Callable[[object], None]:
-    """A hook that does not keep the graph's memory alive."""
+    """A hook that drops the graph; its weak reference does not keep the graph's memory alive."""
 
     def hook(_: object) -> None:
         if (found := step()) is not None:
@@ -336,7 +340,7 @@ def make_capturable(optimizer: Optimizer, device: torch.device) -> None:
 
 
 def check_capturable(inner: EagerStep) -> None:
-    """What would be frozen at its first value inside a graph is refused."""
+    """Refuses a learning rate on the host: a graph would repeat its first value for ever."""
     optimizer = inner.optimizer
     for group in optimizer.param_groups:
         lr = group["lr"]

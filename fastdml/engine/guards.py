@@ -51,7 +51,7 @@ def _is_of_processes(value: object) -> bool:
 
 
 def hooked(peers: Sequence[nn.Module]) -> bool:
-    """Whether anything of the caller's is called in a pass."""
+    """Whether a pass through the peers calls a hook of somebody."""
     return (
         hooks_on_all_modules()
         or any(has_hooks(m) for p in peers for m in p.modules())

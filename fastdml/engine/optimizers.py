@@ -101,15 +101,15 @@ def _prepared(optimizer: Optimizer, lr: float) -> Optimizer:
 
 
 def _separate_rates(optimizer: Optimizer) -> None:
-    """A tensor for each group: a scheduler that reads a rate and fills in its product would
-    otherwise multiply one tensor once a group."""
+    """A tensor for each group: a scheduler multiplies the rate of every group in place, and would
+    multiply a tensor that they share once a group."""
     for group in optimizer.param_groups:
         if isinstance(group["lr"], Tensor):
             group["lr"] = group["lr"].clone()
 
 
 def follow_layouts(optimizer: Optimizer) -> LayoutHook:
-    """From now on the state of fused optimizers lies where and as its weights do."""
+    """From now on the state of fused optimizers has its weights' layout, dtype and device."""
     for hook in step_pre_hooks(optimizer):
         if isinstance(hook, LayoutHook):
             return hook
@@ -119,11 +119,12 @@ def follow_layouts(optimizer: Optimizer) -> LayoutHook:
 
 
 class LayoutHook:
-    """Before a step, prepares the state for fused kernels, which walk it beside the weights.
+    """Before a step, gives the state the layout that fused kernels expect.
 
-    Weights that became channels_last after their state was made, or whose state was loaded in
-    another layout, would raise on CUDA and meet the moments of other weights on a CPU. The state
-    follows to another device or dtype too.
+    They read weights and state element by element in the order of memory. Where weights became
+    channels_last after their state was made, or their state was loaded in another layout, CUDA's
+    raise and the CPU's update a weight with the moments of another. The state follows to another
+    device or dtype too.
     """
 
     def __init__(self) -> None:
@@ -147,7 +148,7 @@ class LayoutHook:
                 self.known[id(weights[0])] = (list(weights), memory)
 
     def _follows(self, optimizer: Optimizer, group: dict, w: Tensor) -> bool:
-        """Whether there is a state, which lies as `w` does now."""
+        """Gives the state of `w` its layout; whether there is a state."""
         state = optimizer.state.get(w, {})
         for name, t in state.items():
             if name == "step" or not isinstance(t, Tensor) or t.shape != w.shape:
@@ -156,15 +157,15 @@ class LayoutHook:
                 state[name] = torch.empty_like(w).copy_(t)
         momentum = group.get("momentum", 0) != 0 and group["dampening"] == 0
         if momentum and w.grad is not None and state.get("momentum_buffer") is None:
-            # The kernel fills those that it makes itself only where no weight beside has one, and
-            # not in a step that overflows: fp16 would go on with uninitialised memory.
+            # torch's kernel initialises momentum buffers only where no weight of the group has one
+            # yet, and not in a step that overflows: fp16 would go on with uninitialised memory.
             optimizer.state[w]["momentum_buffer"] = torch.zeros_like(w)
             return True
         return bool(state)
 
 
 def check_optimizer(optimizer: Optimizer) -> None:
-    """Refuses what cannot be stepped with gradients of all weights alone."""
+    """Refuses an optimizer that needs more than the weights' dense gradients for a step."""
     name = type(optimizer).__name__
     if not hasattr(optimizer, "param_groups"):
         raise InputError(

@@ -109,7 +109,7 @@ def _prove(stack: type[Stack], peers: Sequence[nn.Module], images: Tensor) -> No
 
 
 def _run(peers: Sequence[nn.Module], x: Tensor) -> list[tuple[Any, ...]]:
-    """Their outputs, of which nothing is random."""
+    """The peers' outputs; refuses peers that draw random numbers."""
     generators = Generators(x.device)
     try:
         with Plain():
@@ -146,15 +146,15 @@ def _generic_copy(peer: nn.Module) -> nn.Module:
 
 
 def _generic(t: Tensor) -> Tensor:
-    """In float64 and with noise, without infinities."""
+    """`t` in float64 with noise added, infinities replaced."""
     t = t.detach().double().nan_to_num(0, 0, 0)
     scale = t.square().mean().sqrt()
     return t + NOISE * torch.where(scale > 0, scale, 1) * torch.randn_like(t)
 
 
 def _fix_dropout(copies: Sequence[nn.Module], one: Stack) -> None:
-    """A factor for each peer in place of its masks: whatever draws now is something else, and
-    layers are seen to be applied a peer at a time."""
+    """Replaces dropout by multiplication with a factor of each peer's own: what still draws is not
+    dropout, and a layer that is applied to the wrong peer shows."""
     for k, peer in enumerate(copies):
         for m in peer.modules():
             if type(m) is nn.Dropout:
@@ -179,7 +179,7 @@ def _tuple(out: Any) -> tuple[Any, ...]:
 
 
 def _python_state(m: nn.Module) -> dict[str, tuple[int, int | None]]:
-    """Which objects its attributes are, and how long."""
+    """Identity and length of each attribute's value, to see whether a pass changes one."""
     return {
         name: (id(value), len(value) if isinstance(value, (list, dict, set, deque)) else None)
         for name, value in vars(m).items()
@@ -190,7 +190,7 @@ def _python_state(m: nn.Module) -> dict[str, tuple[int, int | None]]:
 def _gradients(
     outputs: Sequence[Tensor], weights: list[Tensor], seeds: Sequence[Tensor]
 ) -> dict[int, Tensor]:
-    """By id of the weight; without those that the outputs do not depend on."""
+    """Gradients by id of the weight, for those weights that the outputs depend on."""
     pairs = [(t, g) for t, g in zip(outputs, seeds, strict=True) if t.requires_grad]
     if not pairs:
         return {}

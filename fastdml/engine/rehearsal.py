@@ -9,8 +9,9 @@ before threads before stacked, few threads before many) is left only for what sa
 
 Cost: at most `ROUNDS` rounds, begun within `BUDGET` seconds or, of a slow model, the time of
 `STEPS` steps. A slow one has a step of each candidate; stacking is not tried, and a pass on one
-thread is given up after `PATIENCE` seconds. Who falls far behind is out, a pass in its middle,
-since threads that wait for each other in vain may need seconds for a step of milliseconds.
+thread is given up after `PATIENCE` seconds. A candidate that falls far behind is dropped, in the
+middle of a pass if need be: threads that wait for each other while other processes hold the cores
+may need seconds for a step of milliseconds.
 """
 
 from __future__ import annotations
@@ -57,7 +58,7 @@ def candidates(
     for execution in sorted(executions, key=lambda name: EXECUTIONS[name].turn):
         usable = counts
         if EXECUTIONS[execution].thread_a_peer:
-            # What differs is a peer's share, of one thread at least.
+            # Numbers of threads that give a peer the same share are one candidate.
             shares = {n // peers: n for n in reversed(counts) if n >= peers}
             usable = sorted(shares.values()) or counts[-1:] * (len(executions) == 1)
         found += [Candidate(execution, n) for n in usable]
@@ -79,8 +80,9 @@ class Uncopyable(RuntimeError):
 
 
 class Rehearsal:
-    """What candidates take a step. `copies()` copies all that steps change and gives what builds a
-    step of some execution on them; stacking, which moves tensors, gets copies of its own.
+    """Measures how long each candidate's step takes. `copies()` copies all that steps change and
+    gives what builds a step of some execution on them; stacking, which moves tensors, gets copies
+    of its own.
 
     After `run`, `times` has the seconds a step in order of simplicity, `late` those given up, and
     `unfit` the executions that do not fit, with the reason.
@@ -125,7 +127,7 @@ class Rehearsal:
             elif proves:
                 if over() or Candidate("eager", candidate.threads) in self.late:
                     continue
-                limit = INFINITY  # it begins with its proof
+                limit = INFINITY  # its first step begins with the proof
             if self._step(candidate, limit) is not None and (proves or not over()):
                 del self.times[candidate]  # the first step is slower
                 self._step(candidate, LATE * self._best_but(candidate))
@@ -143,8 +145,8 @@ class Rehearsal:
         return min((t for c, t in self.times.items() if c != candidate), default=INFINITY)
 
     def _step(self, candidate: Candidate, limit: float) -> float | None:
-        """Seconds of one, which go into `times` if they are the first; None where it takes more
-        than the limit and others do not, or does not fit."""
+        """Seconds of one step; the first go into `times`. None where the candidate is given up: it
+        takes longer than `limit` and others do not, or does not fit."""
         execution, threads = candidate
         if execution in self.unfit:
             return None
@@ -159,7 +161,7 @@ class Rehearsal:
             seconds = INFINITY
         except (InputError, RuntimeError) as error:
             if execution == self.simplest:
-                raise  # what all can do; the mistake is elsewhere
+                raise  # the mistake is not the execution's: all of them would fail
             self.unfit[execution] = " ".join(str(error).split())
             self.times = {c: t for c, t in self.times.items() if c.execution != execution}
             return None
@@ -177,7 +179,7 @@ class Rehearsal:
             if fresh:
                 self.builders[moves] = self.copies()
             self.steps[execution] = step = self.builders[moves](execution)
-            if fresh and not moves:  # a stack knows no hooks
+            if fresh and not moves:  # peers with hooks cannot be stacked
                 for module in step.cohort.modules():
                     module.register_forward_pre_hook(self._heed)
         return self.steps[execution]

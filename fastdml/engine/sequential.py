@@ -34,7 +34,7 @@ class SequentialStep(EagerStep):
         K = len(self.peers)
         outputs = self.outputs(images)
         predictions = [detached(out) for out in outputs]
-        rounds = []  # the loss as each peer met it
+        rounds = []  # the losses just before each peer's update
         for k in range(K):
             output, grads = self.losses_and_grads(predictions, labels, self.loss, [k])
             rounds.append(output)

@@ -79,7 +79,7 @@ class Stack(nn.Module):
                     t.data = part.as_strided(t.shape, t.stride())
 
     def release(self) -> None:
-        """The peers' weights are views no more."""
+        """The peers' weights get memory of their own again."""
         for layer in self.layers():
             for stacked, own in layer.shared.values():
                 memory = stacked.untyped_storage().data_ptr()
@@ -89,7 +89,7 @@ class Stack(nn.Module):
         self.network, self.pairs = nn.Identity(), []
 
     def follow(self) -> None:
-        """Takes over which layers train and which weights do."""
+        """Takes the first peer's training flags and the peers' requires_grad."""
         for module, own in self.pairs:
             module.__dict__["training"] = own.training
             if isinstance(module, Layer):
@@ -141,7 +141,7 @@ class Layer(nn.Module):
 
     @staticmethod
     def unknown(layer: Any) -> str | None:
-        """What is not known of this layer, in words."""
+        """Why this layer cannot be stacked, in words; None where it can."""
         return None
 
 
@@ -226,7 +226,7 @@ class StackedLinear(Layer):
 
 
 class StackedDropout(Layer):
-    instead: Callable[[Tensor, int], Tensor] | None = None  # of the masks, of x and k
+    instead: Callable[[Tensor, int], Tensor] | None = None  # of (x, k), for the proof
 
     def __init__(self, layers: Sequence[nn.Dropout]) -> None:
         super().__init__(layers)
@@ -235,7 +235,7 @@ class StackedDropout(Layer):
     def forward(self, x: Tensor) -> Tensor:
         if not self.training:
             return x
-        # Laid out as a peer's own activations are: a mask follows the memory, not the indices.
+        # In the memory layout of a peer's own activations: torch draws a mask in memory order.
         images = x.dim() == 4 and x.is_contiguous(memory_format=torch.channels_last)
         layout = torch.channels_last if images else torch.contiguous_format
         own = [t.contiguous(memory_format=layout) for t in x.chunk(self.K, 1)]
@@ -243,7 +243,7 @@ class StackedDropout(Layer):
         return torch.cat([drop(t, k) for k, t in enumerate(own)], 1)
 
     def _drop(self, x: Tensor, k: int) -> Tensor:
-        """Of peer k."""
+        """Drops out of peer k's activations."""
         return F.dropout(x, self.p, True)
 
 
@@ -294,7 +294,8 @@ KNOWN = {kind: stacked.unknown for kind, stacked in LAYERS.items()}
 
 
 def _converted(modules: Sequence[nn.Module], done: dict[int, nn.Module]) -> nn.Module:
-    """The module that does for all peers what `modules` do, one each; `done` keeps sharing."""
+    """The module that does for all peers what `modules`, one of each peer, do. `done` has what
+    modules have become, so that one in two places of a peer is converted once."""
     first = modules[0]
     if id(first) in done:
         return done[id(first)]

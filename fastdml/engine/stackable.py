@@ -1,9 +1,9 @@
-"""Which peers can run as one network: the check at the door, and what is watched afterwards.
+"""Which peers can run as one network: what is checked before they are stacked, and watched later.
 
 Nothing here changes a peer. What is not known is refused, in one line that names it:
 
     layers      exactly those that have a stacked form, and modules of torch that treat every
-                channel alike; modules of others that combine these are the proof's to judge
+                channel alike; other modules may combine these, which the proof then judges
     wrappers    DistributedDataParallel, FSDP, torch.compile, TorchScript, parametrizations, ...
     hooks       of modules, of tensors, of the nodes that gradients are accumulated by, of torch
     tensors     used by two layers, in overlapping or shared memory, of a class of their own
@@ -111,7 +111,7 @@ def _tensor_tables(module: nn.Module) -> tuple[Mapping[str, Tensor | None], ...]
 
 
 def _strange(m: nn.Module, layers: Mapping[type, Callable[[nn.Module], str | None]]) -> str | None:
-    """What about this module is not known, in words."""
+    """Why this module cannot be stacked, in words; None where it can."""
     kind = type(m)
     if is_compiled(m):
         return "a module that went through torch.compile, which compile=True of make_step does"
@@ -263,7 +263,7 @@ class Contents:
                 self._look(own, [(name, v) for name, v in own.items() if name not in INTERNAL])
 
     def _look(self, table: Any, items: Iterable[tuple[Any, Any]]) -> None:
-        """At what `table` holds under each key."""
+        """Records what `table` holds under each key."""
         for key, value in items:
             if isinstance(value, ATOMS):
                 continue
@@ -313,7 +313,7 @@ def _held(value: Any) -> Any:
 
 
 def _hidden(value: Any) -> tuple[Any, ...]:
-    """What functions have around them, and objects in slots."""
+    """What a function's closure holds, or an object's slots."""
     if isinstance(value, FunctionType):
         return tuple(map(_in_cell, value.__closure__ or ()))
     names = [n for kind in type(value).__mro__ for n in _listed(vars(kind).get("__slots__", ()))]
@@ -323,7 +323,7 @@ def _hidden(value: Any) -> tuple[Any, ...]:
 def _in_cell(cell: CellType) -> Any:
     try:
         return cell.cell_contents
-    except ValueError:  # of a name that has no value yet
+    except ValueError:  # the name has no value yet
         return None
 
 
@@ -336,7 +336,7 @@ def _item(table: Any, key: Any) -> Any:
 
 
 class Watch:
-    """Notices whatever of the peers is not as it was: modes, hooks, settings and attributes and
+    """Notices whatever of the peers has changed: modes, hooks, settings and attributes and
     what these hold, children, weights that were frozen, replaced, moved or cast.
 
     `changed` takes 36 microseconds for two ResNet-8 (50 modules, 88 tensors), where a step on 64
@@ -380,8 +380,9 @@ class Watch:
 
 
 def _differ(a: Any, b: Any) -> bool:
-    """Values that are the same object are equal, and are not asked."""
+    """Whether two tables differ. Containers take values that are the same object for equal, without
+    a comparison, which may be slow or give an array."""
     try:
         return a != b
-    except Exception:  # of others' values that cannot be compared, and are not the same
+    except Exception:  # values of foreign types may refuse to be compared
         return True

@@ -100,7 +100,7 @@ class StackedStep(EagerStep):
         self.watch = None
 
     def checked(self, k: int, out: Tensor | tuple[Tensor, ...], images: Tensor) -> Outputs:
-        """Of the stack, (K, N, C) and more; what peer 0 gives is looked at for all."""
+        """The stack's outputs (K, N, ...), of which those of peer 0 are checked for all."""
         out = (out,) if isinstance(out, Tensor) else out
         own = [t[0] for t in out]
         super().checked(0, own[0] if len(own) == 1 else tuple(own), images)

@@ -34,8 +34,8 @@ from fastdml.errors import InputError
 
 
 def unfit_for_threads(peers: Sequence[nn.Module]) -> str | None:
-    """What might come out otherwise where peers run side by side; their first step proves that they
-    draw no random numbers."""
+    """What of these peers could give other results where they run side by side, in words. Whether
+    they draw random numbers is seen at the first step."""
     if len(peers) == 1:
         return "one peer has nobody beside it"
     if hooked(peers):

@@ -74,7 +74,7 @@ class Holdings:
         return len(groups) == len(self.groups) and all(map(same, groups, self.groups))
 
     def warn(self, k: int, name: str, weights: Sequence[Tensor]) -> None:
-        """Once a peer."""
+        """Warns once a peer."""
         if weights and k not in self.warned:
             self.warned.add(k)
             warnings.warn(
@@ -180,13 +180,13 @@ class Update:
                 w.grad = None
 
     def drop_gradients(self) -> None:
-        """Of a step that broke off: the next one would add its own."""
+        """After a step that failed: the next one would add its gradients to these."""
         self.updated = []
         for w in self.cohort.parameters():
             w.grad = None
 
     def finish(self) -> None:
-        """Scale and averages follow the step."""
+        """Updates the loss scale and the moving averages, once a training step."""
         if not self.updated:
             raise InputError(
                 "the step has trained nothing: no weight that the optimizer holds has a gradient; "
@@ -221,7 +221,7 @@ class Update:
         return found
 
     def _only(self, groups: list[Group], step: Callable[[], object]) -> None:
-        """`step()`, in which the optimizer knows these groups alone."""
+        """Calls `step()` while the optimizer has these groups alone."""
         optimizer: Any = self.optimizer
         everything = optimizer.param_groups
         masters = getattr(optimizer, "param_groups_master", None)  # Apex walks both lists together
@@ -241,7 +241,8 @@ class Update:
             self._check_nothing_lost(groups, before)
 
     def _check_nothing_lost(self, groups: list[Group], before: list[Group]) -> None:
-        """Some optimizers count in their groups; a part of a group cannot keep that."""
+        """Refuses optimizers that keep a count in their groups, where a peer has a part of a group:
+        what was written to the temporary group of that part is lost."""
         own = {id(group) for group in self.optimizer.param_groups}
         for group, was in zip(groups, before, strict=True):
             written = [n for n, value in group.items() if n not in was or value is not was[n]]
@@ -253,7 +254,7 @@ class Update:
 
 
 def _merged(groups: list[Group]) -> list[Group]:
-    """One group of all weights, where the groups differ in nothing else."""
+    """One group of all weights where their settings are equal, for one launch; else the groups."""
     first, *others = groups
     if any(not alike(first, other) for other in others) or first.get("dampening"):
         return groups
@@ -269,7 +270,7 @@ def alike(first: Group, other: Group) -> bool:
 
 
 def _equal(a: object, b: object) -> bool:
-    """Never asks the device: tensors are equal to themselves alone."""
+    """Never waits for the device: a tensor counts as equal to itself alone."""
     if isinstance(a, tuple) and isinstance(b, tuple):
         return len(a) == len(b) and all(map(_equal, a, b))
     return a is b or not (isinstance(a, Tensor) or isinstance(b, Tensor) or a != b)
