@@ -8,13 +8,9 @@ A part that is generated stands between `<!-- generated: NAME -->` and `<!-- end
 
 from __future__ import annotations
 
-import ast
 import dataclasses
-import inspect
 import re
 import sys
-from collections.abc import Iterator
-from itertools import pairwise
 from pathlib import Path
 from types import NoneType
 from typing import Any, Literal, get_args, get_origin, get_type_hints
@@ -23,6 +19,7 @@ from bench import report
 from fastdml.data.registry import dataset_names
 from fastdml.train import ReidConfig, TrainConfig
 from fastdml.train.checkpoint import FREE_ON_RESUME
+from fastdml.train.config.fields import field_texts
 from fastdml.train.config.sources import preset
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -66,22 +63,6 @@ def _loss_against_rivals() -> str:
     return _table(head, cells)
 
 
-def _help_texts(kind: type) -> Iterator[tuple[str, str, str]]:
-    """Group, name and help text of each field that a dataclass defines: the comment `# --- group`
-    above it, and the string below it."""
-    source = inspect.getsource(kind)
-    groups = {
-        number: line.strip(" #-")
-        for number, line in enumerate(source.splitlines(), 1)
-        if line.strip().startswith("# ---")
-    }
-    body = ast.parse(source).body[0].body
-    for field, text in pairwise(body):
-        if isinstance(field, ast.AnnAssign) and isinstance(text, ast.Expr):
-            group = groups[max(number for number in groups if number < field.lineno)]
-            yield group, field.target.id, " ".join(text.value.value.split())
-
-
 def _values(kind: type, name: str) -> str:
     """What a setting may be."""
     hint = get_type_hints(kind)[name]
@@ -116,7 +97,7 @@ def _table(head: list[str], rows: list[list[str]]) -> str:
 def _settings() -> str:
     """Every setting of a run, in the groups that the dataclass has."""
     groups: dict[str, list[list[str]]] = {}
-    for group, name, text in _help_texts(TrainConfig):
+    for group, name, text in field_texts(TrainConfig):
         default = _value(getattr(TrainConfig(), name))
         row = [f"`{name}`", _values(TrainConfig, name), default, text]
         groups.setdefault(group, []).append(row)
@@ -144,8 +125,8 @@ def _settings_of_reid() -> str:
         "strong": preset("market1501", recipe="strong"),
         "stand-in": preset("market1501", standin=True),
     }
-    texts = {name: text for _, name, text in _help_texts(ReidConfig)}
-    inherited = {name: text for _, name, text in _help_texts(TrainConfig)}
+    texts = {name: text for _, name, text in field_texts(ReidConfig)}
+    inherited = {name: text for _, name, text in field_texts(TrainConfig)}
     rows = []
     for field in dataclasses.fields(ReidConfig):
         name = field.name

@@ -7,6 +7,7 @@ import dataclasses
 import inspect
 import os
 import pwd
+import pydoc
 import subprocess
 import sys
 import threading
@@ -24,6 +25,7 @@ from fastdml.errors import InputError
 from fastdml.paths import expand, expanded
 from fastdml.train import ReidConfig, TrainConfig
 from fastdml.train.checkpoint import FREE_ON_RESUME, check_resumable
+from fastdml.train.config.fields import documented, field_texts
 from fastdml.train.config.sources import (
     from_command_line,
     load_config,
@@ -61,6 +63,38 @@ def test_every_setting_has_a_help_text():
         if kind is TrainConfig:
             assert own == FIELDS
     assert set(FIELDS) >= FREE_ON_RESUME
+
+
+@pytest.mark.parametrize("kind", [TrainConfig, ReidConfig])
+def test_help_reads_like_documentation(kind):
+    """Every field that the class defines: type, default and, below them, what it means."""
+    text = pydoc.plain(pydoc.render_doc(kind)).replace(" |  ", "")
+    assert "\nThe settings of a " in text
+    defaults = {field.name: field for field in dataclasses.fields(kind)}
+    for found in field_texts(kind):
+        field = defaults[found.name]
+        line = f"{found.name}: {field.type} = {field.default!r}\n"
+        assert line in text
+        meaning = " ".join(text.partition(f"\n{line}")[2].split())
+        assert meaning.startswith(found.text)
+    for line in ("optimizer\n=========\n", "lr: float = ", "Learning rate at the start. Paper: "):
+        assert line in text
+
+
+def test_without_sources_the_settings_are_there(monkeypatch):
+    def missing(kind):
+        raise OSError("could not get source code")
+
+    monkeypatch.setattr(inspect, "getsource", missing)
+
+    @dataclasses.dataclass
+    class Settings:
+        """Of something."""
+
+        a: int = 0
+
+    assert documented(Settings)().a == 0
+    assert Settings.__doc__ == "Of something."
 
 
 @pytest.mark.parametrize(

@@ -24,6 +24,7 @@ from fastdml.train.config.fields import (
     check_limit,
     check_names,
     convert,
+    documented,
     field_types,
 )
 from fastdml.yaml_file import write_settings
@@ -32,8 +33,16 @@ if TYPE_CHECKING:
     from typing_extensions import Self
 
 
+@documented
 @dataclass(frozen=True, kw_only=True)
 class TrainConfig:
+    """The settings of a training run; the defaults are the paper's for CIFAR-100.
+
+    The same names are options of `fastdml train`, keys of a YAML file and arguments of
+    `fastdml.train.cifar100` and its like. Values are converted and checked when a TrainConfig is
+    made: InputError names the one that is wrong, and what it may be.
+    """
+
     # --- data ---
     data: str = "cifar100"
     """Data set: digits, cifar10 or cifar100."""

@@ -6,17 +6,22 @@ tuple of those, or `... | None`.
 
 from __future__ import annotations
 
+import ast
 import dataclasses
+import inspect
 import math
 import os
-from collections.abc import Callable, Iterable, Mapping, Sequence
+import textwrap
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from functools import cache
+from itertools import pairwise
 from types import NoneType
-from typing import Any, Literal, get_args, get_origin, get_type_hints
+from typing import Any, Literal, NamedTuple, TypeVar, get_args, get_origin, get_type_hints
 
 from fastdml.errors import InputError
 from fastdml.names import advice
 
+Class = TypeVar("Class", bound=type)
 Limit = tuple[Callable[[Any], bool], str]  # what a value must fulfil, and how a message says it
 
 POSITIVE: Limit = (lambda x: x > 0, "above 0")
@@ -36,6 +41,52 @@ def field_types(kind: type) -> dict[str, Any]:
 def _field_types(kind: type) -> dict[str, Any]:
     hints = get_type_hints(kind)
     return {field.name: hints[field.name] for field in dataclasses.fields(kind)}
+
+
+class FieldText(NamedTuple):
+    """What is written of a field, where its dataclass is defined."""
+
+    group: str  # the comment `# --- group` above it
+    name: str
+    text: str  # the string below it
+
+
+def field_texts(kind: type) -> Iterator[FieldText]:
+    """Of each field that the body of the class `kind` itself defines. Raises OSError where its
+    source is not there."""
+    source = inspect.getsource(kind)
+    groups = {
+        number: line.strip(" #-")
+        for number, line in enumerate(source.splitlines(), 1)
+        if line.strip().startswith("# ---")
+    }
+    definition = ast.parse(source).body[0]
+    assert isinstance(definition, ast.ClassDef)
+    for field, below in pairwise(definition.body):
+        if isinstance(field, ast.AnnAssign) and isinstance(below, ast.Expr):
+            group = groups[max(number for number in groups if number < field.lineno)]
+            text = " ".join(ast.literal_eval(below.value).split())
+            yield FieldText(group, ast.unparse(field.target), text)
+
+
+def documented(kind: Class) -> Class:
+    """Adds to a dataclass's docstring what is written of its own fields, so that help() shows it:
+    their groups, types, defaults and texts."""
+    try:
+        texts = list(field_texts(kind))
+    except OSError:  # an installation without sources
+        return kind
+    fields = {field.name: field for field in dataclasses.fields(kind)}
+    lines, group = [inspect.cleandoc(kind.__doc__ or "")], None
+    for text in texts:
+        if text.group != group:
+            group = text.group
+            lines += ["", f"{group}", "=" * len(group)]
+        field = fields[text.name]
+        lines.append(f"{text.name}: {field.type} = {field.default!r}")
+        lines += textwrap.wrap(text.text, 92, initial_indent="    ", subsequent_indent="    ")
+    kind.__doc__ = "\n".join(lines)
+    return kind
 
 
 def check_names(names: Iterable[Any], kind: type, where: str = "") -> None:

@@ -15,14 +15,21 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from fastdml.errors import InputError
 from fastdml.train.config.base import TrainConfig
-from fastdml.train.config.fields import COUNT, FRACTION, NOT_NEGATIVE, Limit
+from fastdml.train.config.fields import COUNT, FRACTION, NOT_NEGATIVE, Limit, documented
 
 if TYPE_CHECKING:
     pass
 
 
+@documented
 @dataclass(frozen=True, kw_only=True)
 class ReidConfig(TrainConfig):
+    """The settings of a re-identification run: those of `TrainConfig`, which see, and these.
+
+    The defaults are the paper's for Market-1501; `preset` and `fastdml train market1501` take those
+    of `recipe`.
+    """
+
     # --- data ---
     data: str = "market1501"
     """Data set: market1501."""
