@@ -19,6 +19,8 @@ from .register_rows import register_rows
 from .stats_layout import stats_layout
 from .wide_rows import wide_rows
 
+Regime = Literal["register", "wide"]  # whether a program holds whole rows in registers
+
 # Register rows: (K * BLOCK_C up to, samples a program, warps). Beyond the last limit rows are wide.
 # kernels/README.md holds the compiler's registers and spills for each.
 REGISTER_TILES = ((64, 16, 4), (1024, 4, 4), (2048, 2, 4), (4096, 1, 4), (8192, 1, 8))
@@ -65,8 +67,8 @@ def wide_tile(K: int, C: int, pairs: bool) -> Tile:
 
 def choose(
     K: int, C: int, options: Options, *, gradient: bool, stats: bool, upstream: Tensor | None,
-    regime: Literal["register", "wide"] | None = None, tile: Tile | None = None,
-) -> tuple[Literal["register", "wide"], Tile]:  # fmt: skip
+    regime: Regime | None = None, tile: Tile | None = None,
+) -> tuple[Regime, Tile]:  # fmt: skip
     """The kernel for a shape and its tile, where they are not given.
 
     Raises ValueError where the register kernel is asked for and does not have the options, or has
@@ -188,7 +190,7 @@ def arguments(
     grads: Sequence[Tensor] = (),
     want_stats: bool = False,
     upstream: Tensor | None = None,
-    regime: Literal["register", "wide"],
+    regime: Regime,
     tile: Tile,
     programs: int = 1,
 ) -> tuple[Any, dict[str, Any], int]:
@@ -246,7 +248,7 @@ def launch(
     *,
     grads: Sequence[Tensor] = (),  # K tensors (N, C) to be written, or () for no gradient
     upstream: Tensor | None = None,  # the losses' own gradient, (K,) or (K, N); None is 1
-    regime: Literal["register", "wide"] | None = None,
+    regime: Regime | None = None,
     tile: Tile | None = None,
     max_programs: int | None = None,
     want_stats: bool = False,

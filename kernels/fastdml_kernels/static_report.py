@@ -18,9 +18,9 @@ import tempfile
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, TypedDict
 
 import torch
 import triton
@@ -29,7 +29,7 @@ from triton.compiler import ASTSource
 
 from . import augment
 from .augment_options import Augment, bytes_moved
-from .launch import Tile, arguments, choose, compiler_options
+from .launch import Regime, Tile, arguments, choose, compiler_options
 from .options import Options
 
 TARGETS = {
@@ -80,6 +80,14 @@ class KernelReport:
 
     def as_dict(self) -> dict[str, Any]:
         return asdict(self)
+
+
+class _Usage(TypedDict):
+    """The fields of a `KernelReport` that every architecture's machine code tells."""
+
+    registers: int
+    stack_bytes: int
+    spills: int
 
 
 def compile_kernel(
@@ -142,8 +150,8 @@ def _widths(sass: str, operation: str, policies: str) -> Counter[int]:
 def report(
     K: int, C: int, dtype: str = "bf16", arch: str = "sm_90", *, gradient: bool = True,
     stats: bool = False, options: Options = Options(),  # noqa: B008
-    regime: Literal["register", "wide"] | None = None, row_stride: int | None = None,
-    tile: Tile | None = None, tensor_weights: bool = False, upstream: bool = False,
+    regime: Regime | None = None, row_stride: int | None = None, tile: Tile | None = None,
+    tensor_weights: bool = False, upstream: bool = False,
 ) -> KernelReport:  # fmt: skip
     """Compiles the kernel that a launch of this shape would use, and reads its machine code.
 
@@ -152,12 +160,12 @@ def report(
     captured step. upstream: the losses' own gradient comes in, as where logits are float16.
     """
     N, stride = 64, row_stride or C
-    like: Any = {"dtype": torch.float32, "device": "cpu"}  # nothing runs
-    make = lambda: torch.empty(N, stride, **like | {"dtype": DTYPES[dtype]})[:, :C]  # noqa: E731
+    one = torch.ones((), dtype=torch.float32, device="cpu")  # nothing runs
+    make = lambda: one.new_empty(N, stride, dtype=DTYPES[dtype])[:, :C]  # noqa: E731
     logits = [make() for _ in range(K)]
     grads = [make() for _ in range(K)] if gradient else []
-    own = torch.ones(K, **like) if upstream else None
-    weight = torch.ones((), **like) if tensor_weights else 1.0
+    own = one.new_ones(K) if upstream else None
+    weight = one if tensor_weights else 1.0
     regime, tile = choose(
         K, C, options, gradient=gradient, stats=stats, upstream=own, regime=regime, tile=tile
     )
@@ -168,13 +176,12 @@ def report(
     )  # fmt: skip
     built_with = compiler_options(warps, nvidia=not arch.startswith("gfx"))
     compiled = compile_kernel(kernel, named, built_with, TARGETS[arch])
-    about: Any = dict(
-        kernel=kernel.__name__, K=K, C=C, dtype=dtype,
-        arch=arch, gradient=gradient, rows=tile.rows, block_c=tile.block_c, warps=warps, launches=1,
+    known = partial(
+        KernelReport, kernel=kernel.__name__, K=K, C=C, dtype=dtype, arch=arch, gradient=gradient,
+        rows=tile.rows, block_c=tile.block_c, warps=warps, launches=1,
     )  # fmt: skip
     if arch.startswith("gfx"):
-        return KernelReport(**about, **_read_amdgcn(compiled.asm["amdgcn"]))
-    registers, stack_bytes = _usage(compiled)
+        return known(**_amdgcn_usage(compiled.asm["amdgcn"]))
     sass = _cubin(compiled, "-sass")
     loads = _widths(sass, "LDG", "EF|EL")
     stores = _widths(sass, "STG", "EF|EL")
@@ -190,9 +197,8 @@ def report(
     reads, writes = passes(loads), passes(stores)
     least = C * size * (2 if gradient else 1)
     moved = (reads + writes) * C * size
-    return KernelReport(
-        **about, registers=registers, stack_bytes=stack_bytes,
-        spills=len(re.findall(r"\b(?:LDL|STL)\b", sass)),
+    return known(
+        **_cubin_usage(compiled, sass),
         load_widths=dict(sorted(loads.items())), store_widths=dict(sorted(stores.items())),
         reads=reads, writes=writes, bytes_per_row=moved, least_bytes=least, ratio=moved / least,
     )  # fmt: skip
@@ -213,13 +219,12 @@ def augment_report(name: str, dtype: str = "bf16", arch: str = "sm_90") -> Kerne
     )  # fmt: skip
     compiled = compile_kernel(kernel, named, built_with, TARGETS[arch])
     warps, tile = built_with["num_warps"], named["ROWS"] * named["COLUMNS"]
-    about: Any = dict(
-        kernel=f"augment {name}", K=None, C=None, dtype=dtype, arch=arch, gradient=False,
-        rows=named["ROWS"], block_c=named["COLUMNS"], warps=warps, launches=1,
+    known = partial(
+        KernelReport, kernel=f"augment {name}", K=None, C=None, dtype=dtype, arch=arch,
+        gradient=False, rows=named["ROWS"], block_c=named["COLUMNS"], warps=warps, launches=1,
     )  # fmt: skip
     if arch.startswith("gfx"):
-        return KernelReport(**about, **_read_amdgcn(compiled.asm["amdgcn"]))
-    registers, stack_bytes = _usage(compiled)
+        return known(**_amdgcn_usage(compiled.asm["amdgcn"]))
     sass = _cubin(compiled, "-sass")
     loads = Counter({1: len(re.findall(r"\bLDG\.E\.U8\b", sass))})
     stores = Counter(_width(found) for found in re.findall(r"\bSTG\.E[.\w]*", sass))
@@ -240,24 +245,30 @@ def augment_report(name: str, dtype: str = "bf16", arch: str = "sm_90") -> Kerne
     writes = passes(stores, size, 1)
     least = bytes_moved(stored, what, size)
     moved = reads * math.prod(stored) + writes * image * size
-    return KernelReport(
-        **about, registers=registers, stack_bytes=stack_bytes,
-        spills=len(re.findall(r"\b(?:LDL|STL)\b", sass)),
+    return known(
+        **_cubin_usage(compiled, sass),
         load_widths=dict(loads), store_widths=dict(sorted(stores.items())),
         reads=reads, writes=writes, bytes_per_row=moved, least_bytes=least, ratio=moved / least,
     )  # fmt: skip
 
 
-def _usage(compiled: Any) -> tuple[int, int]:
-    """Registers, and bytes of stack, of a thread."""
-    usage = re.findall(r"REG:(\d+) STACK:(\d+)", _cubin(compiled, "-res-usage"))
-    registers, stack_bytes = usage[0]
-    return int(registers), int(stack_bytes)
+def _number(pattern: str, text: str) -> int:
+    """What the pattern's group matches first."""
+    return int(re.findall(pattern, text)[0])
 
 
-def _read_amdgcn(assembly: str) -> dict[str, Any]:
+def _cubin_usage(compiled: Any, sass: str) -> _Usage:
+    usage = _cubin(compiled, "-res-usage")
+    return {
+        "registers": _number(r"REG:(\d+)", usage),
+        "stack_bytes": _number(r"STACK:(\d+)", usage),
+        "spills": len(re.findall(r"\b(?:LDL|STL)\b", sass)),
+    }
+
+
+def _amdgcn_usage(assembly: str) -> _Usage:
     def number(key: str) -> int:
-        return int(re.findall(rf"\.{key}:\s*(\d+)", assembly)[0])
+        return _number(rf"\.{key}:\s*(\d+)", assembly)
 
     return {
         "registers": number("vgpr_count"),
