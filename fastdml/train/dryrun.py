@@ -19,46 +19,26 @@ if TYPE_CHECKING:
 
 def plan(trainer: Trainer) -> str:
     """Runs the first step of `trainer`, which changes its peers' weights, and describes the run."""
-    config, device, cohort = trainer.config, trainer.device, trainer.cohort
-    progress = trainer.progress
+    config, cohort, progress = trainer.config, trainer.cohort, trainer.progress
     cohort.train()
     batch = next(trainer.batches(0))
     choice = trainer.choose(batch)
     started = time.perf_counter()
     losses = trainer.step(*batch).losses.tolist()
     seconds = time.perf_counter() - started
-    counts = trainer.parameters()
-    held = sum(v.nbytes for v in cohort.state_dict().values())
-    held += sum(
-        v.nbytes
-        for state in trainer.optimizer.state.values()
-        for v in state.values()
-        if torch.is_tensor(v)
-    )
-    if device.type == "cuda":
-        memory = f"{size(torch.cuda.max_memory_allocated(device))} on the device at most"
-    else:
-        # ru_maxrss is in kilobytes, on macOS in bytes.
-        unit = 1 if sys.platform == "darwin" else 1024
-        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
-        memory = f"{size(peak)} of this process at most, the data included"
+    peers = zip(cohort.names, trainer.parameters(), losses, strict=True)
     phases = 2 if config.independent else 1
     folder = config.folder or f"runs/{run_name(config)}-NNN, the next free number"
-    files = (
-        f"config.yaml metrics.jsonl last.ckpt ({size(held)}) cohort.json peers/ best/ "
-        + "".join(f"curves.{kind} pairwise_kl.{kind} " for kind in config.figures)
-        + "summary.json"
-    )
-    hardware = device_name(device, choice.threads)
     rows = [
         ("dry run", "nothing was written"),
         *(
             (f"peer {k}", f"{name}, {count:,} parameters, loss of the first step {loss:.4f}")
-            for k, (name, count, loss) in enumerate(zip(cohort.names, counts, losses, strict=True))
+            for k, (name, count, loss) in enumerate(peers)
         ),
         (
             "device",
-            f"{hardware}, {trainer.amp.name}, {config.update} updates",
+            f"{device_name(trainer.device, choice.threads)}, {trainer.amp.name}, "
+            f"{config.update} updates",
         ),
         ("execution", trainer.step.name),
         (
@@ -67,13 +47,34 @@ def plan(trainer: Trainer) -> str:
             f"{progress.total * phases:,} in all" + (" (mutual and independent)" * (phases - 1)),
         ),
         ("first step", f"{seconds:.2f} s, start-up included"),
-        ("memory", memory),
+        ("memory", _memory(trainer.device)),
         ("run folder", folder + (" (resumed)" if config.resume else "")),
-        (
-            "files",
-            files
-            + " tensorboard/" * config.tensorboard
-            + " initial.ckpt independent/" * (phases - 1),
-        ),
+        ("files", " ".join(_files(trainer))),
     ]
     return "\n".join(f"{name:<11} {text}" for name, text in rows)
+
+
+def _memory(device: torch.device) -> str:
+    """The most that was in use until now."""
+    if device.type == "cuda":
+        return f"{size(torch.cuda.max_memory_allocated(device))} on the device at most"
+    # ru_maxrss is in kilobytes, on macOS in bytes.
+    unit = 1 if sys.platform == "darwin" else 1024
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+    return f"{size(peak)} of this process at most, the data included"
+
+
+def _files(trainer: Trainer) -> list[str]:
+    """What the run's folder would hold."""
+    config = trainer.config
+    state = [v for s in trainer.optimizer.state.values() for v in s.values() if torch.is_tensor(v)]
+    held = sum(v.nbytes for v in (*trainer.cohort.state_dict().values(), *state))
+    files = ["config.yaml", "metrics.jsonl", f"last.ckpt ({size(held)})", "cohort.json", "peers/"]
+    files += ["best/"]
+    files += [f"{stem}.{kind}" for kind in config.figures for stem in ("curves", "pairwise_kl")]
+    files += ["summary.json"]
+    if config.tensorboard:
+        files += ["tensorboard/"]
+    if config.independent:
+        files += ["initial.ckpt", "independent/"]
+    return files
