@@ -170,7 +170,7 @@ def prepare(what: Augment, device: torch.device) -> None:
     """Puts on the device what a launch needs beside its arguments, so that a first launch may be
     captured in a CUDA graph."""
     if what.erase:
-        _shape_table(what, torch.empty(0, device=device).device)  # "cuda" is "cuda:0" at the launch
+        _shape_table(what, torch.empty(0, device=device).device)  # "cuda" with its index
 
 
 def arguments(

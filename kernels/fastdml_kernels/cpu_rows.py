@@ -23,6 +23,7 @@ TYPES = {torch.float32: (0, 4), torch.bfloat16: (1, 2)}  # number in cpu_rows.c,
 
 @cache
 def library() -> ctypes.CDLL | None:
+    """The compiled `cpu_rows.c` beside this file, or None where there is none that loads."""
     for path in sorted(Path(__file__).parent.glob("_cpu_rows*.so")):
         try:
             found = ctypes.CDLL(str(path))
@@ -60,7 +61,8 @@ def rows_loss(
     want_stats: bool,
 ) -> tuple[Tensor, Tensor | None] | None:
     """Losses (K,) and packed statistics (None if not wanted) in float32; None altogether where a
-    logit is not finite, a label is no class or no row has one: `grads` may then hold anything."""
+    logit is not finite, a label is no class or no row has one: `grads` may then hold anything.
+    Raises MemoryError."""
     K, (N, C) = len(logits), logits[0].shape
     logits = [z if z.stride(1) == 1 else z.contiguous() for z in logits]
     labels = labels.contiguous()

@@ -93,8 +93,9 @@ class _Usage(TypedDict):
 def compile_kernel(
     kernel: Any, named: dict[str, Any], options: dict[str, Any], target: GPUTarget
 ) -> Any:
-    """`triton.compile` of a launch's arguments with its compiler options. Tensors are taken as
-    16-byte aligned, as torch's allocators make them."""
+    """`triton.compile` of a launch's arguments with its compiler options. Triton specialises
+    kernels on 16-byte alignment; tensors are taken as aligned so, as torch's allocators make them.
+    Raises RuntimeError under TRITON_INTERPRET=1."""
     if not hasattr(kernel, "arg_names") or not hasattr(kernel, "params"):
         raise RuntimeError("the kernels were imported under TRITON_INTERPRET=1: unset it")
     signature: dict[str, Any] = {}
@@ -158,6 +159,8 @@ def report(
     dtype: "bf16", "fp16", "fp32". arch: one of `TARGETS`. row_stride: elements between rows, C
     unless given. tensor_weights: temperature and the terms' weights are 0-d tensors, as in a
     captured step. upstream: the losses' own gradient comes in, as where logits are float16.
+    Raises RuntimeError under TRITON_INTERPRET=1 and where triton's wheel has no cuobjdump, and
+    ValueError for a regime that does not fit.
     """
     N, stride = 64, row_stride or C
     one = torch.ones((), dtype=torch.float32, device="cpu")  # nothing runs
