@@ -6,7 +6,6 @@ cohort_files.py has what is written on disk, cohort_export.py the files for othe
 from __future__ import annotations
 
 import os
-from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from functools import partial
 from itertools import chain, combinations
@@ -24,6 +23,7 @@ from fastdml.errors import InputError
 from fastdml.models import ReidHead
 from fastdml.models.create import check_count, create_model
 from fastdml.models.own import is_own
+from fastdml.names import unique
 from fastdml.paths import expanded
 from fastdml.tensors import lacks_values
 
@@ -95,7 +95,7 @@ class Cohort(nn.Module):
             image_size = cohort_files.height_and_width(image_size)
 
         self.models = [peer if isinstance(peer, str) else None for peer in peers]
-        self.names = _unique([p if isinstance(p, str) else type(p).__name__ for p in peers])
+        self.names = unique([p if isinstance(p, str) else type(p).__name__ for p in peers])
         self.in_channels = in_channels
         self.head = head
         self.image_size = image_size
@@ -367,16 +367,6 @@ def _build(
             pretrained=pretrained,
             image_size=image_size,
         )
-
-
-def _unique(names: Sequence[str]) -> list[str]:
-    """Repeated names get -1, -2, ...; the others stay."""
-    total, unique = Counter(names), []
-    seen: Counter[str] = Counter()
-    for name in names:
-        seen[name] += 1
-        unique.append(f"{name}-{seen[name]}" if total[name] > 1 else name)
-    return unique
 
 
 def _listed(peers: Sequence[str | nn.Module]) -> list[str | nn.Module]:

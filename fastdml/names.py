@@ -1,9 +1,11 @@
-"""Names as people write them: which known name was meant, and what to say about it."""
+"""Names as people write them: which known name was meant, what to say about it, and names that
+differ."""
 
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterable
+from collections import Counter
+from collections.abc import Iterable, Sequence
 
 # Other systems' names of settings, and what they are called here.
 OTHER_NAMES = {
@@ -111,6 +113,16 @@ OTHER_NAMES = {
     "img_width": "width",
     "max_samples": "subset",
 }
+
+
+def unique(names: Sequence[str]) -> list[str]:
+    """Repeated names get -1, -2, ...; the others stay."""
+    total, found = Counter(names), []
+    seen: Counter[str] = Counter()
+    for name in names:
+        seen[name] += 1
+        found.append(f"{name}-{seen[name]}" if total[name] > 1 else name)
+    return found
 
 
 def nearest(

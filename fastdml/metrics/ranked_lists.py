@@ -1,11 +1,12 @@
-"""A picture of ranked lists: each row a query and its nearest gallery images. Where the identity is
-right the frame is solid and blue, with a tick; where it is not, dashed and orange, with a cross: to
-be told apart without colours, too. Below each image stand rank, identity, camera and distance, in
-letters that can be read at the width of a paper's column. About 2 ms an image.
+"""A picture of ranked lists: each row a query and its nearest gallery images. An image of the
+query's identity has a solid blue frame and a tick, any other a dashed orange frame and a cross, so
+that they can be told apart without colours too. Below each image stand rank, identity, camera and
+distance, in letters that can be read at the width of a paper's column. About 2 ms an image.
 """
 
 from __future__ import annotations
 
+import io
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -14,6 +15,7 @@ import numpy as np
 from torch import Tensor
 
 from fastdml.errors import InputError, require
+from fastdml.files import write_atomically, writing
 from fastdml.metrics.reid import JUNK
 from fastdml.paths import expanded
 
@@ -65,7 +67,7 @@ def save_ranked_lists(
 
     distances (Q, G), of the queries to draw only; identities and cameras are (Q,) and (G,). Images
     are drawn 128 x 64. Needs Pillow. Raises InputError on counts that do not fit together, a file
-    that is no image, or a name that does not end in .png.
+    that is no image, a name that does not end in .png, or a path that cannot be written.
     """
     Q, G = len(query_paths), len(gallery_paths)
     counts = [len(x) for x in (query_ids, query_cameras, gallery_ids, gallery_cameras)]
@@ -117,8 +119,11 @@ def save_ranked_lists(
         at = (GAP, GAP + height * Q + LINE * number)
         _mark(draw, at, right)
         draw.text((at[0] + LINE + GAP, at[1]), told, BLACK)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    picture.save(path)
+    content = io.BytesIO()
+    picture.save(content, "PNG")
+    with writing(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+    write_atomically(path, content.getvalue())
 
 
 def _write(draw: ImageDraw, corner: tuple[int, int], text: str) -> None:

@@ -195,6 +195,14 @@ def test_wrong_arguments_are_named(pictures, tmp_path):
     assert not target.exists()
 
 
+def test_a_picture_that_cannot_be_written_is_one_line(pictures, tmp_path):
+    labels = (torch.tensor([7]), GALLERY_IDS, torch.tensor([1]), GALLERY_CAMERAS)
+    (tmp_path / "file").write_bytes(b"")
+    target = tmp_path / "file" / "lists.png"
+    with pytest.raises(InputError, match=r"cannot write .*file: (Not a directory|File exists)"):
+        save_ranked_lists(target, pictures[:1], pictures[:5], *labels, torch.rand(1, 5))
+
+
 def test_without_pillow_the_install_command_is_named(pictures, tmp_path, monkeypatch):
     def missing(module: str, extra: str):
         raise InputError(f"{module}: pip install 'fastdml[{extra}]'")

@@ -8,6 +8,7 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -19,7 +20,7 @@ from fastdml import train as training
 from fastdml.cohort import Cohort
 from fastdml.data import Market1501, PKSampler, TorchLoader
 from fastdml.data.loaders import make
-from fastdml.data.reid_split import MEAN, STD
+from fastdml.data.reid_split import MEAN, STD, ReidSplit
 from fastdml.data.sets.stand_in import StandIn
 from fastdml.engine.amp import Amp
 from fastdml.errors import InputError
@@ -601,3 +602,18 @@ def test_wrong_settings(refused, market_root, options, pattern):
             training.market1501(root=market_root, recipe="weak")
         return
     refused(market_root, options, pattern)
+
+
+def test_pictures_of_peers_whose_file_names_would_be_equal(monkeypatch, tmp_path):
+    drawn = []
+    monkeypatch.setattr(metrics, "save_ranked_lists", lambda path, *rest: drawn.append(path.name))
+    one = torch.zeros(1, dtype=torch.int64)
+    split = ReidSplit([Path("0001_c1.jpg")], one, one)
+    images = SimpleNamespace(source=split)
+    both = SimpleNamespace(query=images, gallery=images)
+    peers = ["models:net", "models_net", "ensemble"]
+    features = [torch.eye(1, 4)] * len(peers)
+    cohort = type("Peers", (), {"names": peers, "__len__": lambda self: len(peers)})()
+    paths = retrieval.Retrieval.draw(both, cohort, features, features, 1, tmp_path)
+    assert drawn == [path.name for path in paths]
+    assert drawn == ["models_net-1.png", "models_net-2.png", "ensemble-1.png", "ensemble-2.png"]

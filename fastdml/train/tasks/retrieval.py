@@ -26,6 +26,7 @@ from fastdml.files import safe_name
 from fastdml.logs import held
 from fastdml.metrics import ReIDScores
 from fastdml.modes import evaluating
+from fastdml.names import unique
 from fastdml.report.tables import fixed_columns
 from fastdml.train.config.reid import ReidConfig
 from fastdml.units import percent
@@ -174,15 +175,17 @@ class Retrieval:
         count = min(count, len(asked))
         places = torch.arange(count) * len(asked) // count
         shown = asked.at(places)
-        described = dict(zip(cohort.names, zip(query, gallery, strict=True), strict=True))
+        names, described = list(cohort.names), list(zip(query, gallery, strict=True))
         if len(cohort) > 1:
+            names.append("ensemble")
             ensembles = metrics.ensemble_features(query), metrics.ensemble_features(gallery)
-            described["ensemble"] = ensembles
-        paths = []
-        for name, (q, g) in described.items():
-            paths.append(folder / f"{safe_name(name, 200)}.png")
+            described.append(ensembles)
+        # Names may differ only in characters that a file name cannot hold.
+        files = unique([safe_name(name, 200) for name in names])
+        paths = [folder / f"{name}.png" for name in files]
+        for path, (q, g) in zip(paths, described, strict=True):
             metrics.save_ranked_lists(
-                paths[-1],
+                path,
                 shown.paths,
                 among.paths,
                 shown.ids,
