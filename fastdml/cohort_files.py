@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     from fastdml.cohort import Cohort
 
 FORMAT = 1  # of cohort.json
-LONGEST_NAME = 231  # bytes of a name in one of a file, which may have 255 while it is written
+LONGEST_NAME = 231  # bytes of a peer's name in a file's, whose temporary name may have 255
 
 
 def save(cohort: Cohort, folder: str | os.PathLike) -> None:
@@ -143,7 +143,7 @@ def height_and_width(size: Sequence[int]) -> tuple[int, int]:
 
 
 def peer_file(k: int, name: str) -> str:
-    """The number keeps files apart whose names differ only in what a file name cannot hold."""
+    """The file of peer k; the number tells apart names that are equal once cleaned."""
     return f"peers/{k:02d}-{safe_name(name, LONGEST_NAME)}.safetensors"
 
 

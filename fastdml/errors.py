@@ -21,8 +21,8 @@ class MissingExtra(InputError, ImportError):
 
 
 def one_line(error: BaseException, limit: int = 300) -> str:
-    """What an error of somebody else's code says, and where in code that is not installed, to be
-    part of a message of one line."""
+    """An error of another package's or the user's code as part of a message of one line: its type,
+    its text, and the line of the user's own code that it came from."""
     text = f"{type(error).__name__}: {' '.join(str(error).split())[:limit]}".removesuffix(": ")
     frames = traceback.extract_tb(error.__traceback__)
     own = [f for f in frames if not f.filename.startswith("<") and not _installed(f.filename)]

@@ -70,23 +70,24 @@ def safe_name(name: str, longest: int = 100) -> str:
 
 
 def create(path: Path) -> BinaryIO:
-    """A new file, in place of whatever has that name."""
+    """Opens a new file for writing; whatever had that name is removed first, not followed."""
     with contextlib.suppress(FileNotFoundError):
         path.unlink()
     return os.fdopen(os.open(path, NEW, 0o666), "wb")
 
 
 def write_atomically(path: Path, data: str | bytes) -> None:
-    """Replaces a file, so that a reader never meets half of it."""
+    """Replaces a file in one step: a reader sees the old content or the new. Raises InputError
+    where it cannot be written."""
     with writing(path), Staged() as staged:
         staged.write(path, data.encode() if isinstance(data, str) else data)
 
 
 @contextmanager
 def replacing(path: Path) -> Iterator[BinaryIO]:
-    """A file that gets the name `path` at the end of the block, unless that ends by an error. Its
-    name meanwhile is this process's own: several may write `path` at once, and the last one wins.
-    Is not forced to disk. Raises OSError."""
+    """A file that gets the name `path` at the end of the block, unless the block raises. Until then
+    its name has the process's number in it, so that several processes may write `path` at once;
+    the last one wins. Not forced to disk. Raises OSError."""
     part = path.with_name(f".{path.name}.{os.getpid()}.partial")
     try:
         with create(part) as file:
@@ -99,7 +100,7 @@ def replacing(path: Path) -> Iterator[BinaryIO]:
 
 @contextmanager
 def writing(path: Path) -> Iterator[None]:
-    """What the system refuses is said in one line, of the file it names or of `path`."""
+    """Turns an OSError within it into an InputError about the file that it names, or `path`."""
     try:
         yield
     except OSError as error:
@@ -113,7 +114,7 @@ def _naming(path: Path) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        error.filename = str(path)  # not that of the file under way, or none
+        error.filename = str(path)  # not the temporary name, or none
         raise
 
 
@@ -123,7 +124,7 @@ def sync(file: BinaryIO) -> None:
 
 
 def sync_folder(folder: Path) -> None:
-    """Forces the names in it to disk."""
+    """Forces the folder's list of names to disk, without which a rename may be lost."""
     opened = os.open(folder, os.O_RDONLY)
     try:
         os.fsync(opened)

@@ -1,14 +1,14 @@
 """What fastdml says while it works, by Python's `logging`.
 
-Each module says it through the logger of its name, all below "fastdml": what it has chosen and how
-training goes at level INFO, what went wrong and is got over at WARNING. These lines appear on
-stderr, plain and above any progress bar, unless the user decides otherwise:
+Each module logs through the logger of its name, all below "fastdml": at level INFO what it has
+chosen and how training goes, at WARNING problems that do not stop it. These lines appear on stderr,
+plain and above any progress bar, unless the user decides otherwise:
 
-    logging.getLogger("fastdml").setLevel(logging.ERROR)        nothing is said
-    logging.getLogger("fastdml").addHandler(handler)            said by this handler alone
-    logging.basicConfig(...)                                    said by that handler, which has the
-                                                                terminal already, alone
-    logging.getLogger().addHandler(FileHandler("log"))          said in the file as well
+    logging.getLogger("fastdml").setLevel(logging.ERROR)        no lines
+    logging.getLogger("fastdml").addHandler(handler)            this handler shows them, not fastdml
+    logging.basicConfig(...)                                    the same, since its handler already
+                                                                writes to the terminal
+    logging.getLogger().addHandler(FileHandler("log"))          in the file as well
 
 `warnings.warn` is for a mistake in the caller's code or data, at the line that made it. What a
 command was asked for, such as a table, it prints on stdout.
@@ -25,7 +25,7 @@ from contextvars import ContextVar
 from fastdml.terminal import underlying
 
 LOGGER = logging.getLogger("fastdml")
-# Records that wait, in this thread, until something is certain.
+# Records that `held` keeps back in this thread.
 _held: ContextVar[list[logging.LogRecord] | None] = ContextVar("held", default=None)
 
 

@@ -14,7 +14,7 @@ import torch
 from fastdml_kernels import Call, Options
 from torch import Tensor
 
-FARTHEST = 1e18  # of temperatures from 1
+FARTHEST = 1e18  # the largest temperature, and one over the smallest
 NO_TENSORS = (float, bool, Options)  # isinstance is slow on what is no tensor
 LOGIT_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
@@ -188,7 +188,7 @@ def _matrices(name: str, value: Tensor | Sequence[Tensor]) -> list[Tensor]:
 
 
 def _refuse_unusual(name: str, tensors: Sequence[object]) -> None:
-    """Refuses tensors whose values are not all here, side by side in memory."""
+    """Refuses tensors that are sharded, nested or sparse."""
     distributed = sys.modules.get("torch.distributed.tensor")  # no tensor of it without
     for t in tensors:
         if distributed is not None and isinstance(t, distributed.DTensor):

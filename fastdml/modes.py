@@ -1,4 +1,4 @@
-"""Evaluation mode for a while."""
+"""Evaluation mode within a block, after which each module is in the mode it was in."""
 
 from __future__ import annotations
 
@@ -10,8 +10,8 @@ from torch import nn
 
 @contextmanager
 def evaluating(module: nn.Module) -> Iterator[None]:
-    """Inside, `module` and all modules below it are in evaluation mode; afterwards each is in the
-    mode that it was in, also one that somebody keeps in evaluation mode while the others train."""
+    """Within it, `module` and all modules below it are in evaluation mode. Afterwards each gets its
+    own flag back, so that a layer kept in evaluation mode during training stays so."""
     modes = [(m, m.training) for m in module.modules()]
     try:
         module.eval()

@@ -1,4 +1,4 @@
-"""`MutualStats`: what the peers did on one batch, in one vector that travels whole."""
+"""`MutualStats`: what the peers did on one batch, kept as the one vector the kernel wrote."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Options of the command line as people write them."""
+"""Command-line options that take several values, separated by commas or blanks."""
 
 from __future__ import annotations
 

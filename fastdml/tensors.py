@@ -1,4 +1,5 @@
-"""Tensors that are not, or not wholly, here."""
+"""Tensors whose values this process does not hold, or only in part: on the meta device, of lazy
+modules, shards."""
 
 from __future__ import annotations
 
@@ -9,18 +10,19 @@ from torch.nn.parameter import is_lazy
 
 
 def lacks_values(t: Tensor) -> bool:
-    """Whether it is on the meta device, or of a lazy module that has not seen a batch yet."""
+    """Whether `t` is on the meta device, or belongs to a lazy module that has seen no batch yet."""
     return is_lazy(t) or t.is_meta
 
 
 def is_sharded(t: Tensor) -> bool:
-    """Whether it is a DTensor; where nobody has imported that (0.7 s), there is none."""
+    """Whether `t` is a DTensor. Does not import their module (0.7 s): where nobody has, there are
+    none."""
     module = sys.modules.get("torch.distributed.tensor")
     return module is not None and isinstance(t, module.DTensor)
 
 
 def absence(t: Tensor) -> str | None:
-    """What is missing, and how to get it; None where `t` is whole."""
+    """Why `t` has no values or only some, and the remedy, in words; None where it has all."""
     if is_lazy(t):
         return (
             "of a lazy layer, and has no shape yet: run a batch through the cohort first, as in "

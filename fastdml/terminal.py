@@ -1,7 +1,7 @@
-"""Standard streams that are closed, full or without a reader: no reason to lose a run.
+"""Standard streams that are closed, full or without a reader must not end a run.
 
-A daemon starts with them closed, cron may have closed one, a log's disk fills up, `| head` and a
-lost connection take the reader away. What training says on stderr is a courtesy.
+A daemon starts with them closed, cron may have closed one, a log's disk fills up, `| head` or a
+lost connection takes the reader away. Training does not depend on its lines on stderr.
 """
 
 from __future__ import annotations
@@ -31,8 +31,8 @@ def complete_streams() -> None:
 
 
 def print_anything() -> None:
-    """Names of files are printed as they are; of other text, what a terminal's encoding lacks, such
-    as an é under ASCII, as \\xe9."""
+    """Lets `print` take any text. Names of files come out byte for byte; other characters that the
+    terminal's encoding lacks come out as escapes, such as é under ASCII, as \\xe9."""
     codecs.register_error("fastdml", _as_bytes_or_escaped)
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
@@ -47,8 +47,8 @@ def _as_bytes_or_escaped(error: UnicodeError) -> tuple[str | bytes, int]:
 
 
 def discard(stream: TextIO) -> None:
-    """What the stream still holds and what it gets goes nowhere; the flush at the process's end
-    would fail over it once more."""
+    """Sends to /dev/null what the stream still holds and what it gets from now on; otherwise
+    Python's flush at exit would fail again."""
     with contextlib.suppress(OSError, ValueError):
         nowhere = os.open(os.devnull, os.O_WRONLY)
         os.dup2(nowhere, stream.fileno())

@@ -1,4 +1,4 @@
-"""Every use of what torch keeps to itself, with the reason and what replaces it.
+"""Every use of torch's private API: why, and the public API that would do instead, if there is one.
 
 Names that begin with an underscore, undocumented attributes and modules may change with any release
 of torch. They are used here and nowhere else in `fastdml`, each in a function that says why, and
@@ -65,22 +65,22 @@ def foreach_lerp_(tensors: Sequence[Tensor], ends: Sequence[Tensor], weight: flo
 
 def unscale_(grads: list[Tensor], overflow: Tensor, inverse_scale: Tensor) -> None:
     """Multiplies gradients of one dtype by `inverse_scale` () and sets `overflow` () to 1 where one
-    is not finite: what `torch.amp.GradScaler` calls, which has one flag an optimizer where each
-    peer needs its own. Public: none."""
+    is not finite. `torch.amp.GradScaler` calls this with one flag for the whole optimizer; here
+    each peer has its own. Public: none."""
     torch._amp_foreach_non_finite_check_and_unscale_(grads, overflow, inverse_scale)
 
 
 def update_scale_(
     scale: Tensor, steps: Tensor, overflow: Tensor, growth: float, backoff: float, interval: int
 ) -> None:
-    """The rule of `torch.amp.GradScaler` for its `scale` (), without asking the host. `steps` ()
-    int32 counts those since the last overflow. Public: none."""
+    """Grows or backs off the loss `scale` () as `torch.amp.GradScaler` does, on the device. `steps`
+    () int32 counts the steps since the last overflow. Public: none."""
     torch._amp_update_scale_(scale, steps, overflow, growth, backoff, interval)
 
 
 def step_unless(optimizer: Optimizer, overflow: Tensor) -> None:
-    """A step of one of torch's fused optimizers that its kernel leaves out where `overflow` () is
-    1. `torch.amp.GradScaler` hands the flag over by these attributes. Public: none."""
+    """A step of one of torch's fused optimizers, whose kernel changes nothing where `overflow` ()
+    is 1. `torch.amp.GradScaler` passes the flag in these attributes. Public: none."""
     own: Any = optimizer
     own.grad_scale, own.found_inf = None, overflow
     try:
@@ -90,7 +90,7 @@ def step_unless(optimizer: Optimizer, overflow: Tensor) -> None:
 
 
 def step_pre_hooks(optimizer: Optimizer) -> list[Any]:
-    """What `register_step_pre_hook` was given, to find a hook of one's own again. Public: none."""
+    """The hooks given to `register_step_pre_hook`, to find one's own among them. Public: none."""
     return list(optimizer._optimizer_step_pre_hooks.values())
 
 
@@ -98,9 +98,9 @@ def step_pre_hooks(optimizer: Optimizer) -> list[Any]:
 
 
 def parameter_table(module: nn.Module) -> dict[str, nn.Parameter | None]:
-    """The very dict that `module` keeps its own parameters in: whoever compares it before each step
-    sees a replaced one without a walk over the modules. `named_parameters(recurse=False)` gives the
-    values alone, without those that are None. Public: none."""
+    """The dict itself in which `module` keeps its own parameters. Comparing it before each step
+    shows a replaced parameter without a walk over the modules. `named_parameters(recurse=False)`
+    makes new objects, and leaves out names whose parameter is None. Public: none."""
     return module._parameters
 
 
@@ -110,13 +110,14 @@ def buffer_table(module: nn.Module) -> dict[str, Tensor | None]:
 
 
 def child_table(module: nn.Module) -> dict[str, nn.Module | None]:
-    """As `parameter_table`; `named_children` leaves out a child that another name has too. Public:
+    """As `parameter_table`; `named_children` gives a module that has two names only once. Public:
     none."""
     return module._modules
 
 
 def set_child_table(module: nn.Module, children: dict[str, nn.Module | None]) -> None:
-    """Gives a shallow copy of a module children of its own. Public: none."""
+    """Replaces the dict of children that a shallow copy of a module shares with the original.
+    Public: none."""
     module._modules = children
 
 
@@ -125,31 +126,32 @@ TABLES = ("_parameters", "_buffers", "_modules")
 
 
 def base_attributes() -> frozenset[str]:
-    """Names of the attributes that every module has, to tell a layer's settings from them. Public:
+    """Names of the attributes that every module has; all others are a layer's own settings. Public:
     none."""
     return frozenset(vars(nn.Module()))
 
 
 def attributes(module: nn.Module) -> dict[str, Any]:
-    """A copy of all attributes, and of the dicts in which a module keeps parameters, buffers,
-    children and hooks, which change in place. Public: none."""
+    """A copy of all attributes, in which the dicts of parameters, buffers, children and hooks are
+    copies too, since torch changes those in place. Public: none."""
     found = dict(vars(module))
     return found | {name: dict(found[name]) for name in (*TABLES, *HOOKS)}
 
 
 def has_hooks(module: nn.Module) -> bool:
-    """Whether something of the caller's runs with this module's passes. Public: none."""
+    """Whether hooks run in this module's forward or backward pass. Public: none."""
     return any(getattr(module, name) for name in HOOKS)
 
 
 def hooks_on_all_modules() -> bool:
-    """Whether `register_module_forward_hook` and its like have hooks. Public: none."""
+    """Whether there are hooks that run for every module: `register_module_forward_hook` and its
+    like. Public: none."""
     return any(getattr(_module, f"_global{name}") for name in HOOKS)
 
 
 def any_tensor_has_hooks(tensors: Iterable[Tensor]) -> bool:
-    """Whether one was given a hook by `register_hook` or `register_post_accumulate_grad_hook`.
-    Public: none."""
+    """Whether any has a hook from `register_hook` or `register_post_accumulate_grad_hook`. Public:
+    none."""
     return any(t._backward_hooks or t._post_accumulate_grad_hooks for t in tensors)
 
 
@@ -161,8 +163,8 @@ def is_compiled(module: nn.Module) -> bool:
 
 
 def wraps_compiled(module: nn.Module) -> bool:
-    """Whether it was made by `torch.compile(module)`; asked without the import of the compiler, of
-    a second. Public: none."""
+    """Whether it was made by `torch.compile(module)`, found out without importing the compiler,
+    which takes a second. Public: none."""
     return hasattr(module, "_orig_mod")
 
 
@@ -170,13 +172,13 @@ def wraps_compiled(module: nn.Module) -> bool:
 
 
 class DispatchMode(TorchDispatchMode):
-    """Inside, each operation is given to `__torch_dispatch__` first. Its module has an underscore,
-    and its documentation tells to import it from there. Public: none."""
+    """Within it, `__torch_dispatch__` is called in place of each operation. torch's documentation
+    imports it from this private module. Public: none."""
 
 
 def tensor_version(t: Tensor) -> int:
-    """Counts the changes of a tensor in place, to notice one. Inference tensors do not count: -1.
-    Public: none."""
+    """A counter that each in-place change of the tensor raises; -1 for inference tensors, which
+    have none. Public: none."""
     return -1 if t.is_inference() else t._version
 
 
@@ -184,8 +186,8 @@ ACCUMULATE_GRAD = type(get_gradient_edge(nn.Parameter(torch.zeros(()))).node)
 
 
 def tensors_with_held_accumulators() -> list[Tensor]:
-    """Weights whose AccumulateGrad node somebody holds, which is done to put a hook on it: the
-    nodes do not tell of their hooks, so all objects of Python are gone through. Public: none."""
+    """Weights whose AccumulateGrad node some Python object refers to, as it must to put a hook on
+    it. Nodes do not list their hooks, so all objects are searched for nodes. Public: none."""
     nodes: list[Any] = [node for node in gc.get_objects() if type(node) is ACCUMULATE_GRAD]
     return [node.variable for node in nodes]
 
@@ -194,9 +196,9 @@ def tensors_with_held_accumulators() -> list[Tensor]:
 
 
 def end_allocation_to_pool(device: int, pool: Any) -> None:
-    """A capture that breaks off leaves the allocator giving out memory of the graph's pool: ends
-    that, and gives the pool back. Raises RuntimeError where there is nothing to end. Public: none;
-    `torch.cuda.graph` does this where the capture ends well."""
+    """After a failed capture the allocator still takes memory from the graph's pool: ends that, and
+    releases the pool. Raises RuntimeError where there is nothing to end. Public: none;
+    `torch.cuda.graph` does this only after a successful capture."""
     torch._C._cuda_endAllocateToPool(device, pool)
     torch._C._cuda_releasePool(device, pool)
 
@@ -210,14 +212,14 @@ def stream_of(event: Any) -> int:
 
 
 def is_annotation(event: Any) -> bool:
-    """Whether an event of `torch.profiler` is a range that somebody marked, not work. Public:
-    none."""
+    """Whether an event of `torch.profiler` is a range marked by `record_function`, not an operator
+    or a kernel. Public: none."""
     return getattr(event, "is_user_annotation", False)
 
 
 def fetches_from_worker(code: CodeType) -> bool:
-    """Whether this is the function in which a DataLoader waits for a batch from a worker, in which
-    a dead worker shows in several ways. Public: none."""
+    """Whether this is the code of the function in which a DataLoader waits for a worker's batch: an
+    error raised there means a dead worker. Public: none."""
     from torch.utils.data import dataloader
 
     return (code.co_filename, code.co_name) == (dataloader.__file__, "_try_get_data")

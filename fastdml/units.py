@@ -1,15 +1,15 @@
-"""Numbers as people read them."""
+"""Sizes, durations and shares as text."""
 
 from __future__ import annotations
 
 
 def size(nbytes: float) -> str:
-    """A number of bytes, never 0 MB of something."""
+    """A number of bytes in MB, below 1 MB in kB."""
     return f"{nbytes / 1e6:,.0f} MB" if nbytes >= 1e6 else f"{nbytes / 1e3:,.1f} kB"
 
 
 def duration(seconds: float) -> str:
-    """In the unit that suits it, for instance "7.5 min"."""
+    """Seconds, minutes, hours or days, for instance "7.5 min"."""
     units = (("days", 86400.0), ("h", 3600.0), ("min", 60.0), ("s", 1.0))
     unit, length = next((u, n) for u, n in units if seconds >= 1.5 * n or u == "s")
     count = seconds / length
@@ -17,7 +17,7 @@ def duration(seconds: float) -> str:
 
 
 def percent(fraction: float | None) -> str:
-    """A fraction of 1 in hundredths, without the sign; "-" where there is none."""
+    """A fraction of 1 in percent with two decimals and no sign; "-" for None."""
     return "-" if fraction is None else f"{100 * fraction:.2f}"
 
 

@@ -1,4 +1,4 @@
-"""A YAML file of settings, `name: value` lines, written whole and read with no trust in it.
+"""A YAML file of settings, `name: value` lines, written atomically and read without trusting it.
 
 A value is a scalar or a list of scalars. That is checked before anything is constructed, so that
 nested aliases, which stand for more values than memory holds, are refused at once.
@@ -14,7 +14,7 @@ from fastdml.files import write_atomically
 from fastdml.paths import expanded
 
 CONFIG = "config.yaml"  # the settings of a run, in its folder
-LARGEST = 1 << 20  # bytes; a device or a data set named by mistake may have no end
+LARGEST = 1 << 20  # bytes; a device named by mistake may have no end
 
 
 def read_settings(path: str | Path) -> dict[str, Any]:
