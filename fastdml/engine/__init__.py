@@ -6,9 +6,9 @@
     graph     the step of `streams` captured as one CUDA graph
     stacked   peers of one architecture as one network; on CUDA captured as one graph too
 
-Each is a file that registers a small class (`execution.register_execution`); the others here are
-what they share (`update`, `amp`, `optimizers`, `ema`, `accumulate`), what chooses one (`auto`,
-`rehearsal`), and what checks them (`guards`, `stackable`, `proof`).
+Each is a file that registers a small class (`execution.register_execution`). Of the other files
+here, `update`, `amp`, `optimizers`, `ema` and `accumulate` are shared by them, `auto` and
+`rehearsal` choose one, and `guards`, `stackable` and `proof` check that one is safe.
 """
 
 from __future__ import annotations

@@ -1,4 +1,5 @@
-"""A batch in parts whose gradients add up to the whole batch's, whichever rows have a label.
+"""Gradient accumulation: a batch in parts whose gradients add up to the whole batch's, also where
+some rows have no label.
 
 Means over the parts would weigh a row more where other rows of its part have no label, and be 0 / 0
 where none has one. So the loss of every part is a sum over its rows, and the loss's weights are
@@ -24,8 +25,9 @@ if TYPE_CHECKING:
 class Split:
     """`loss` for each of `parts` parts of equal size of a batch with these `labels` (N,).
 
-    Counts are on the labels' device, and nobody waits for them. Where all labels of a part have a
-    class weight of 0, their label smoothing is in the losses and gradients, and not in `stats.ce`.
+    Counts stay on the labels' device; the host never waits for them. Where all labels of a part
+    have a class weight of 0, losses and gradients include their label smoothing, and `stats.ce`
+    does not.
     """
 
     def __init__(self, loss: MutualLoss, labels: Tensor, parts: int) -> None:
@@ -39,7 +41,7 @@ class Split:
         kl = torch.ones_like(ce) if options.mimic_ignored else labelled.to(dtype)
         self.options = options
         self.ce, self.kl = (rows.view(parts, -1).sum(1) for rows in (ce, kl))  # (parts,)
-        # Without any label there is no cross-entropy, and its mean is 0 / 0.
+        # Without any label the mean cross-entropy is 0 / 0.
         self.without_ce = options.mimic_ignored & ~labelled.any()
         self.loss = copy.copy(loss)
         if options.reduction == "mean":
@@ -67,7 +69,7 @@ class Split:
 
 
 def _divided(weight: Tensor | float, count: Tensor) -> Tensor:
-    """`weight / count`, and 0 where the count is 0: without rows there is no gradient."""
+    """`weight / count`, and 0 where the count is 0, so that no rows give no gradient."""
     return (weight / count).masked_fill(count == 0, 0.0)
 
 

@@ -3,17 +3,20 @@
 On CUDA by measurement. Each candidate runs a few steps on the first batch, is timed over a few
 more, and the state is restored bit for bit. Candidates that cannot run here (peers of several
 architectures cannot be stacked) are left out. Costs some tens of steps and the start-up of every
-candidate, and the memory of two of them at once; name an execution to save them. Eager without
-measuring where the optimizer counts on the host: what it counted could not be restored, and a graph
-would freeze its learning rate.
+candidate, and the memory of two of them at once; name an execution to save this. An optimizer that
+counts its steps on the host runs eager, without a measurement: its count could not be restored, and
+a graph would freeze its learning rate.
 
-On a CPU with the number of threads, in one measurement on copies (`fastdml.engine.rehearsal`): two
-copies of the weights and of the optimizer's state meanwhile. Two runs of the same settings may
-therefore choose differently, and then differ in rounding; a run that resumes takes what it began
-with. By a rule, so that runs repeat, where torch's deterministic algorithms are asked for: threads
-where every peer has a core and may run beside the others, else eager, on one thread where the batch
-is as small as digits' and else on all. By that rule too, eager alone, where a rehearsal would not
-stay one: with hooks, compiled peers and several processes.
+On a CPU execution and number of threads are measured together, on copies
+(`fastdml.engine.rehearsal`), which takes two copies of the weights and of the optimizer's state.
+Two runs of the same settings may therefore choose differently, and then differ in rounding; a run
+that resumes takes what it began with.
+
+On a CPU a rule decides instead where torch's deterministic algorithms are asked for, so that runs
+repeat: threads where every peer has a core and may run beside the others, else eager, on one thread
+where the batch is as small as digits' and else on all. The same rule, with eager only, decides
+where steps on copies would have effects outside of the copies: with hooks, compiled peers, or
+several processes.
 """
 
 from __future__ import annotations
@@ -49,12 +52,12 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 WARM_UP, TIMED = 3, 10  # steps of each candidate on CUDA
-SMALL = 4096  # pixels of a batch, 64 images of 8x8, whose layers are not worth a second thread
+SMALL = 4096  # pixels of a batch (64 images of 8x8) up to which a second thread does not pay
 
 
 class Choice(NamedTuple):
-    """What steps run as. elsewhere: the number of threads for what torch does outside of steps,
-    such as evaluation."""
+    """The execution and the number of threads that were chosen. elsewhere: the number of threads
+    outside of steps, such as in evaluation."""
 
     execution: ExecutionName
     threads: int | None = None  # None on CUDA
@@ -62,7 +65,7 @@ class Choice(NamedTuple):
 
 
 class AutoStep:
-    """A step that becomes another at its first call."""
+    """A step that chooses its execution at its first call, and from then on passes calls to it."""
 
     device: torch.device
     make: Callable[[ExecutionName], Step]
@@ -121,8 +124,8 @@ class CudaAutoStep(AutoStep):
         best: Step | None = None
         times: dict[str, float] = {}
         unfit = ""
-        # Eager first: a graph's memory is its own for as long as it lives, and eager is what must
-        # not fail. What keeps the addresses of weights last, since others move the weights.
+        # Eager first: it must not fail, and a graph keeps its memory for as long as it lives. Last
+        # those that rely on the addresses of the weights, since others move the weights.
         found = sorted(map(EXECUTIONS.__getitem__, self.names), key=lambda e: e.turn)
         for execution in sorted(found, key=lambda e: e.keeps_addresses):
             name = execution.name
@@ -154,7 +157,7 @@ class CudaAutoStep(AutoStep):
     def _seconds(self, step: Step, batch: tuple[Tensor, ...]) -> float:
         """Seconds a step takes, from calls without a wait between them. Leaves no trace."""
         snapshot, loss = Snapshot(step.tensors, self.device, step.cohort), step.loss
-        numbers = {name: getattr(loss, name) for name in SCALARS}  # a graph makes tensors of them
+        numbers = {name: getattr(loss, name) for name in SCALARS}  # a graph puts tensors there
         try:
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore")  # the one that is chosen says it again
@@ -173,8 +176,8 @@ class CudaAutoStep(AutoStep):
 
 
 class CpuAutoStep(AutoStep):
-    """The step that is chosen runs on the threads that are chosen; torch's number is the caller's
-    again afterwards.
+    """An `AutoStep` on a CPU: its steps run on the chosen number of threads, and torch's number is
+    the caller's again after each.
 
     names: the executions to choose from, with their number of threads; a single one is made at
     once. threads: the only number to consider.
@@ -271,9 +274,9 @@ class CpuAutoStep(AutoStep):
         return choice
 
     def _choice(self, found: Candidate, elsewhere: int | None = None) -> Choice:
-        """Outside of steps torch has the user's number of threads; else what was measured for
-        eager; else the share of one peer: that threads with a peer each are fast does not show that
-        threads which share one layer, and wait for each other after it, are."""
+        """The choice, with the number of threads outside of steps: the user's; else what was
+        measured for eager; else one peer's share, since a measurement of threads with a peer each
+        says nothing about threads that split a layer and wait for each other after it."""
         share = found.threads
         if EXECUTIONS[found.execution].thread_a_peer:
             share = max(1, found.threads // len(self.peers))
@@ -301,12 +304,13 @@ def _say(choice: Choice, how: str | None, unfit: dict[str, str] | None = None) -
 
 
 def _brief(name: str, reason: str) -> str:
-    """A refusal without the name of the execution and the advice to use another one."""
+    """The reason of a refusal: its message without the execution's name at the start and the advice
+    to use another one at the end."""
     return re.sub(r"; use [\w ]+$", "", reason.removeprefix(f"execution {name!r} "))
 
 
 def only_by_rule(peers: Sequence[nn.Module], compiled: bool) -> str | None:
-    """Why a measurement on copies would tell nothing or do harm, in words; None where it may."""
+    """Why steps on copies must not be measured here, in words; None where they may."""
     if compiled or any(wraps_compiled(m) for p in peers for m in p.modules()):
         return "compiled peers would be compiled anew for each candidate"
     together = dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1

@@ -1,9 +1,9 @@
 """The CPUs that this process may use, and torch's threads on them.
 
 A container's share of the time (a cgroup's quota) is invisible to torch, which starts a thread a
-core of the machine: more threads than the share only wait for each other, stopped together once it
-is used up. Threads that meet after every layer suffer in the same way where other processes take
-the cores, so how many pay off is measured, in `fastdml.engine.auto`.
+core of the machine: once they have used up the share, all are stopped together until the next
+period. Threads that wait for each other after every layer suffer in the same way where other
+processes take the cores, so `fastdml.engine.auto` measures how many pay.
 """
 
 from __future__ import annotations
@@ -20,8 +20,8 @@ PROC = Path("/proc/self")
 
 
 def available() -> int:
-    """CPUs of this process: by its affinity (a cpuset's too), and of a quota not more than it
-    comes to, rounded up."""
+    """CPUs that this process may use: by its affinity (and so its cpuset), and at most its cgroup's
+    quota, rounded up."""
     if hasattr(os, "process_cpu_count"):  # Python 3.13; heeds -X cpu_count and PYTHON_CPU_COUNT
         count = os.process_cpu_count()
     elif hasattr(os, "sched_getaffinity"):
@@ -32,26 +32,27 @@ def available() -> int:
 
 
 def asked() -> int | None:
-    """The number of threads that the user's OMP_NUM_THREADS gave torch, or None where it says
-    nothing that OpenMP takes."""
+    """The number of threads that OMP_NUM_THREADS asks for, or None where it is not set, or is set
+    to something that OpenMP ignores."""
     first = os.environ.get("OMP_NUM_THREADS", "").split(",")[0].strip()
     return torch.get_num_threads() if first.isdecimal() and int(first) > 0 else None
 
 
 def most() -> int:
-    """Threads worth trying: torch's own number, which a caller may have lowered, on the CPUs that
-    there are."""
+    """The most threads worth trying: torch's own number, which a caller may have lowered, but not
+    more than there are CPUs."""
     return min(torch.get_num_threads(), available())
 
 
 def sensible() -> int:
-    """Threads for what nobody measures: the user's own number, else all there is a CPU for."""
+    """The number of threads where none is measured: the user's, else as many as there are CPUs."""
     return asked() or most()
 
 
 @contextmanager
 def threads(count: int | None) -> Iterator[None]:
-    """Inside, torch has `count` threads; None leaves it as it is. A fraction of a microsecond."""
+    """Within it, torch uses `count` threads; None changes nothing. Costs less than a
+    microsecond."""
     before = torch.get_num_threads()
     if count is None or count == before:
         yield
@@ -77,7 +78,7 @@ def quota(proc: Path = PROC) -> float:
         if controllers and "cpu" not in controllers.split(","):
             continue
         for top in _mounted(mounts, path, version=1 if controllers else 2):
-            # A mounted part of the tree is all that can be seen: from the own group up to it.
+            # Only the mounted part of the tree can be read: the process's group and those above it.
             for folder in (top[1], *top[1].parents):
                 least = min(least, _limit(folder))
                 if folder == top[0]:
@@ -97,7 +98,7 @@ def _mounted(mounts: list[str], path: str, version: int) -> Iterator[tuple[Path,
         root, point = before.split(" ")[3:5]
         top = Path(point)
         inside = os.path.relpath(path, root)
-        # A path above the mounted part, or beside it, is that of another namespace.
+        # A path above the mounted part, or beside it, belongs to another namespace.
         yield top, top if inside.startswith("..") else top / inside
 
 

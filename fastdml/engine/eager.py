@@ -77,7 +77,7 @@ class EagerStep:
         return self.peers if self.options.metric is None else [WithFeatures(p) for p in self.peers]
 
     def stale(self) -> bool:
-        """Whether what runs was made from peers that have changed since."""
+        """Whether the peers have changed since the networks that run were made from them."""
         return False
 
     def tensors(self) -> list[Tensor]:
@@ -100,7 +100,7 @@ class EagerStep:
         try:
             output = self.train(images, labels)
             self.update.finish()
-        except BaseException:  # out of memory, perhaps, and the caller goes on with a smaller batch
+        except BaseException:  # a caller that ran out of memory may go on with a smaller batch
             self.update.drop_gradients()
             raise
         if self.options.after:
@@ -137,19 +137,20 @@ class EagerStep:
         return output
 
     def outputs(self, images: Tensor) -> list[Outputs]:
-        """What all K peers give."""
+        """The outputs of all K peers."""
         return [self.forward(k, images) for k in range(len(self.peers))]
 
     def forward(self, k: int, images: Tensor) -> Outputs:
-        """What peer k gives. fp16 is cast to fp32, so that gradients are scaled before they are
-        rounded to fp16, not after."""
+        """The outputs of peer k. fp16 is cast to fp32, so that gradients are multiplied by the loss
+        scale before they are rounded to fp16, not after."""
         with self.amp.autocast():
             out = self.forwards[k](images)
         out = self.checked(k, out, images)
         return tuple(t.float() if t.dtype == torch.float16 else t for t in out)
 
     def checked(self, k: int, out: Any, images: Tensor) -> Outputs:
-        """Logits, and features if there is a metric loss, of what peer k gave; else refuses it."""
+        """Logits, and features if there is a metric loss, from what peer k returned. Raises
+        InputError where they are not in it."""
         wanted = 1 if self.options.metric is None else 2
         if self.options.output is not None:
             out = self.options.output(out)
@@ -169,7 +170,7 @@ class EagerStep:
     ) -> tuple[StepOutput, list[Outputs]]:
         """The losses, and the gradients of all outputs, both unscaled.
 
-        metric_of: the peers whose metric loss is wanted, and whose centres follow; all by default.
+        metric_of: the peers whose metric loss is computed and whose centres move; all by default.
         """
         losses, stats, grads = loss.value_and_grad([out[0] for out in outputs], labels)
         if self.options.metric is None:

@@ -1,8 +1,8 @@
-"""Exponential moving average of what training changes in the peers.
+"""Exponential moving average of the peers' weights and of normalisation layers' running statistics.
 
-That is the weights, and the running statistics of normalisation layers. All other buffers (masks,
-positional tables, spectral norm's vectors, counts of batches) stay the cohort's own: averaged, an
-infinite one would be NaN and a unit vector none any more. A weight that is frozen is copied.
+All other buffers (masks, positional tables, spectral norm's vectors, counts of batches) are not
+averaged: an infinite entry would become NaN, and the average of unit vectors is not a unit vector.
+A frozen weight is copied.
 
 `update` costs one multi-tensor launch and reads and writes the average once. The averages begin at
 the weights that the peers have when the average is made, or when a layer is replaced.
@@ -24,7 +24,7 @@ from fastdml.torch_private import foreach_copy_, foreach_lerp_
 if TYPE_CHECKING:
     from fastdml.cohort import Cohort
 
-STATISTICS = "running_"  # how torch, and who follows it, begin the names of such buffers
+STATISTICS = "running_"  # the names of such buffers begin so in torch, and in what follows it
 
 
 class Ema:
@@ -39,8 +39,8 @@ class Ema:
         self._collect()
 
     def refresh(self) -> None:
-        """Follows weights that were replaced or moved: an average begins at the new weight where
-        the shape is another, and goes on otherwise."""
+        """Takes in weights that were replaced or moved. The average of one whose shape has changed
+        begins anew at the weight; the others go on."""
         moved = any(
             (average.device, average.dtype) != (t.device, t.dtype)
             for average, t in zip(self.averages[:1], self.live[:1], strict=True)
@@ -77,7 +77,7 @@ class Ema:
                 moved = average.lerp(t, 1 - self.decay)
                 average.copy_(torch.where(average == t, t, moved))
                 continue
-            # A buffer never requires a gradient, but those here change with every batch.
+            # Buffers require no gradient, and yet these are averaged: they change with every batch.
             lists = trained if t.requires_grad or not isinstance(t, torch.nn.Parameter) else copied
             lists[0].append(average)
             lists[1].append(t)
@@ -108,7 +108,7 @@ class Ema:
         return dict(zip(self.names, self.averages, strict=True))
 
     def load_state_dict(self, state: dict[str, Tensor]) -> None:
-        """Takes the averages; what else `state` holds, as earlier versions' do, is left out."""
+        """Loads the averages. Other entries, which earlier versions saved, are ignored."""
         self.refresh()
         for name, average in zip(self.names, self.averages, strict=True):
             found = tuple(state[name].shape) if name in state else "nothing"

@@ -43,13 +43,13 @@ class StepOutput(NamedTuple):
 
 
 class After(Protocol):
-    """What a caller adds to the end of a step, with tensors on the device alone: it may become part
-    of a CUDA graph and is then called only while that is captured."""
+    """A caller's function at the end of each step. It works on the device alone, since it may
+    become part of a CUDA graph, and is then called only while the graph is captured."""
 
     def __call__(self, output: StepOutput, update: Update) -> None: ...
 
     def tensors(self) -> list[Tensor]:
-        """Those that it changes, the same ones always."""
+        """The tensors that it changes, the same ones at each call."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -81,10 +81,11 @@ class Step(Protocol):
         """Everything that a step changes."""
 
     def release(self) -> None:
-        """Another step is taken instead: what was done to the peers is undone."""
+        """Undoes what the step did to the peers' memory, since another step takes its place."""
 
     def rehearse(self) -> None:
-        """The peers are copies and nobody uses the results: the step is taken to be timed."""
+        """Called before steps on copies of the peers whose results nobody uses, to time them:
+        checks that take time may be left out."""
 
 
 Builder = Callable[["Cohort", MutualLoss, Optimizer, Amp, StepOptions], Step]
@@ -101,7 +102,7 @@ class Execution:
     thread_a_peer: bool = False  # divides torch's threads among the peers
     moves_weights: bool = False  # into memory of its own, once it has proved that this is right
     keeps_addresses: bool = False  # of weights, which may not move afterwards
-    # Why these peers had better not run so, in words; None where nothing speaks against it.
+    # Why these peers should not run so, in words; None where they may.
     unfit: Callable[[Sequence[nn.Module]], str | None] = lambda peers: None
     builders: dict[UpdateOrder, Builder] = field(default_factory=dict)  # what it can do
 
@@ -138,7 +139,7 @@ def register_execution(
 
 
 def in_turn() -> list[Execution]:
-    """All of them, from the simplest."""
+    """All executions in the order of `turn`, from the simplest."""
     return sorted(EXECUTIONS.values(), key=lambda execution: execution.turn)
 
 

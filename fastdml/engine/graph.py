@@ -6,18 +6,19 @@ weights, BatchNorm statistics, optimizer state, averages, loss scale, random gen
 then copies its batch, or the index that the batch is assembled from, into the buffers and replays.
 Peers run as parallel branches, since the step that is captured forks a stream for each.
 
-Nothing in a graph is a Python number: learning rate and loss scale are tensors already, and the
-loss's temperature and weights become tensors here, into which a value assigned later is copied, as
-a number assigned to a group's learning rate is. Whatever else the step is made of (groups and their
-settings, weights, their memory, what of them is frozen, layers in evaluation mode) is compared
-before each replay, and a step made of other things is captured anew: 95 microseconds of the host
-for two ResNet-32 (one thread of a shared AMD EPYC), which it has while the device is at work. Where
-every step is another one, there is no graph. A metric loss keeps the weights that it was made with.
+A graph replays Python numbers as they were at capture, so those that change are tensors: learning
+rate and loss scale already, the loss's temperature and weights from here on. A number that is
+assigned to one of them later is copied into its tensor. Everything else that a captured step relies
+on (optimizer groups and their settings, weights, their memory, which are frozen, layers in
+evaluation mode) is compared before each replay, and a step that has changed is captured anew. The
+comparison takes the host 95 microseconds for two ResNet-32 (one thread of a shared AMD EPYC), while
+the device is at work. A step that changes again and again runs without a graph. A metric loss keeps
+the weights that it was made with.
 
 A batch of another shape runs without the graph. A step that cannot be captured (a model that looks
 at a value, a kernel that a capture refuses) runs without one for good, and a warning says why. What
-a model does in Python happens while capturing only: a model whose Python depends on the step must
-not be captured, and this cannot be noticed.
+a model does in Python happens only while capturing: a model whose Python code does something else
+at each step must not be captured, and nothing here can notice that.
 
 Costs: the memory of one step's activations stays with the graph; about five steps at the start.
 """
@@ -47,9 +48,9 @@ from fastdml.errors import InputError
 from fastdml.mutual_stats import MutualStats
 from fastdml.torch_private import end_allocation_to_pool
 
-WARM_UP = 3  # steps, the last under supervision
-# After HASTY captures in a row that served for fewer than REPLAYS steps each, steps run without a
-# graph: what changes that often is not worth capturing.
+WARM_UP = 3  # steps, the last of them `supervised`
+# After HASTY captures in a row that were replayed fewer than REPLAYS times each, steps run without
+# a graph: a step that changes that often is not worth capturing.
 HASTY, REPLAYS = 3, 10
 SCALARS = ("temperature", "ce_weight", "kl_weight")
 SUPERVISED = "Synchronization debug mode is a prototype"  # torch warns so when it is switched on
@@ -76,8 +77,8 @@ class CudaCapture:
 
     @contextmanager
     def supervised(self) -> Iterator[None]:
-        """Inside, whatever waits for the device raises. In a warm-up step that does no harm; in a
-        capture it would leave the stream and the generators in capture mode."""
+        """Within it, an operation that waits for the device raises. In a warm-up step this does no
+        harm; in a capture it would leave the stream and the generators in capture mode."""
         before = torch.cuda.get_sync_debug_mode()
         torch.cuda.set_sync_debug_mode("error")
         try:
@@ -106,9 +107,9 @@ class CudaCapture:
             return run()
 
     def _clear(self, pool: Any) -> None:
-        """A failed capture leaves the allocator and the random generator in capture mode: the one
-        frees nothing, the other refuses to draw. The allocator's mode is ended here by hand; one
-        tiny capture that succeeds resets the generator."""
+        """A failed capture leaves the allocator and the random generator in capture mode: the
+        allocator frees nothing, and the generator refuses to draw. Ends the allocator's mode by
+        hand; one tiny successful capture resets the generator."""
         with suppress(RuntimeError):
             end_allocation_to_pool(self.stream.device.index, pool)
         with suppress(RuntimeError):
@@ -175,7 +176,8 @@ class GraphStep:
         return self._unpack(self.packed.clone())  # the next replay overwrites the graph's own
 
     def _check_contents(self, contents: Contents) -> None:
-        """Drops the graph if the step is no longer what was captured; for good if that recurs."""
+        """Drops the graph if the step has changed since its capture; for good if it keeps
+        changing."""
         contents.take_numbers()
         changed = contents.changed()
         if changed is None:
@@ -241,7 +243,7 @@ class GraphStep:
         return StepOutput(losses, MutualStats.from_packed(stats, len(self.inner.peers)), *metric)
 
     def _set_scalars(self) -> None:
-        """A number that someone assigned since the last step goes into the tensor in the graph."""
+        """Copies numbers assigned to the loss since the last step into the graph's tensors."""
         loss = self.inner.loss
         for name, own in self.scalars.items():
             value = getattr(loss, name)
@@ -251,7 +253,7 @@ class GraphStep:
 
 
 class Contents:
-    """What a captured step consists of, as far as Python can change it."""
+    """Everything that a captured step relies on and that Python code may change."""
 
     def __init__(self, inner: EagerStep) -> None:
         self.loss, self.optimizer, self.update = inner.loss, inner.optimizer, inner.update
@@ -268,7 +270,7 @@ class Contents:
         self.frozen, self.training, self.memory = self._frozen(), self._training(), self._memory()
 
     def take_numbers(self) -> None:
-        """A number that someone assigned goes into the tensor that is in the graph."""
+        """Copies learning rates assigned as numbers into the graph's tensors."""
         for group, own in zip(self.optimizer.param_groups, self.rates, strict=False):
             shared = sum(own is other for other in self.rates) > 1
             if isinstance(group["lr"], Real) and not shared:
@@ -317,7 +319,8 @@ class Contents:
 
 
 def _forget(step: weakref.ref[GraphStep]) -> Callable[[object], None]:
-    """A hook that drops the graph; its weak reference does not keep the graph's memory alive."""
+    """A hook that drops the graph. It refers to the step weakly, so as not to keep the graph's
+    memory alive."""
 
     def hook(_: object) -> None:
         if (found := step()) is not None:
@@ -327,8 +330,8 @@ def _forget(step: weakref.ref[GraphStep]) -> Callable[[object], None]:
 
 
 def make_capturable(optimizer: Optimizer, device: torch.device) -> None:
-    """torch's optimizers then count their steps on the device, also those already made, and fused
-    ones take their learning rate from there."""
+    """Makes torch's optimizers count their steps on the device, those already made included, and
+    fused ones read their learning rate there."""
     for group in optimizer.param_groups:
         if group.get("fused") and isinstance(group["lr"], Real):
             group["lr"] = torch.tensor(float(group["lr"]), dtype=torch.float32, device=device)

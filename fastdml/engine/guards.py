@@ -1,5 +1,5 @@
-"""What an execution looks at before it leaves the eager order of things: processes that peers talk
-to, and random generators that they draw from."""
+"""What makes it wrong to run peers in another order than one after the other: communication with
+other processes, random draws from a shared generator, and hooks."""
 
 from __future__ import annotations
 
@@ -24,9 +24,9 @@ PARALLEL = ("torch.distributed.", "torch.nn.parallel.")  # where torch's wrapper
 
 
 def replicated(peer: nn.Module) -> str | None:
-    """What in this peer works together with other processes or devices, in words; or None.
+    """The part of this peer that communicates with other processes or devices, in words; or None.
 
-    torch's wrappers and what they leave of themselves in a module (DistributedDataParallel,
+    Found are torch's wrappers and the traces that they leave in a module (DistributedDataParallel,
     DataParallel, FSDP of both kinds, `replicate`), process groups and meshes among a module's
     attributes, distributed weights, and SyncBatchNorm in a distributed job.
     """
@@ -51,7 +51,7 @@ def _is_of_processes(value: object) -> bool:
 
 
 def hooked(peers: Sequence[nn.Module]) -> bool:
-    """Whether a pass through the peers calls a hook of somebody."""
+    """Whether a forward or backward pass through the peers runs a hook."""
     return (
         hooks_on_all_modules()
         or any(has_hooks(m) for p in peers for m in p.modules())
@@ -60,7 +60,7 @@ def hooked(peers: Sequence[nn.Module]) -> bool:
 
 
 class NoCollectives(DispatchMode):
-    """Inside, a collective of torch.distributed is refused before it begins."""
+    """Within it, a collective of torch.distributed raises before it begins."""
 
     def __init__(self, execution: str) -> None:
         super().__init__()
@@ -93,7 +93,7 @@ class Generators:
         return torch.get_rng_state().tolist(), cuda, position, random.getstate()
 
     def moved(self) -> bool:
-        """Whether anyone has drawn since. Waits for the device."""
+        """Whether any number was drawn since the state was taken. Waits for the device."""
         return self._now() != self.states
 
     def restore(self) -> None:

@@ -109,7 +109,7 @@ def _separate_rates(optimizer: Optimizer) -> None:
 
 
 def follow_layouts(optimizer: Optimizer) -> LayoutHook:
-    """From now on the state of fused optimizers has its weights' layout, dtype and device."""
+    """Has `LayoutHook` run before each step of a fused optimizer."""
     for hook in step_pre_hooks(optimizer):
         if isinstance(hook, LayoutHook):
             return hook
@@ -165,7 +165,7 @@ class LayoutHook:
 
 
 def check_optimizer(optimizer: Optimizer) -> None:
-    """Refuses an optimizer that needs more than the weights' dense gradients for a step."""
+    """Raises InputError for an optimizer whose step needs a closure or sparse gradients."""
     name = type(optimizer).__name__
     if not hasattr(optimizer, "param_groups"):
         raise InputError(

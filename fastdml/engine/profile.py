@@ -136,7 +136,7 @@ def page(found: Sequence[Span], steps: int, device: torch.device, waits: int = 0
 
 
 def busy(found: Iterable[Span]) -> float:
-    """Microseconds in which at least one of them ran."""
+    """Microseconds in which at least one of the spans ran."""
     total, until = 0.0, float("-inf")
     for s in sorted(found, key=lambda s: s.start):
         total += max(0.0, s.end - max(s.start, until))

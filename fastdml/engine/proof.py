@@ -1,9 +1,9 @@
-"""The proof that a stacked network computes what its peers compute, forward and backward.
+"""The check that a stacked network computes what its peers compute, forward and backward.
 
-On copies, in float64, where rounding is far below every mistake; with weights and images moved by
-noise, so that what a fresh network has as zeros and ones (the last BatchNorm of a block, running
-statistics) hides nothing; in the modes that the layers are in, since networks branch on them. The
-peers, their statistics and all random generators are left as they were.
+It runs copies of both in float64, where rounding is far smaller than any mistake. Noise is added to
+weights and images, so that the zeros and ones of a fresh network (the last BatchNorm of a block,
+running statistics) hide no mistake. Layers are in the modes that they are in now, since networks
+branch on them. The peers, their statistics and all random generators are left as they were.
 
 Costs, once for each set of modes and size of images, two passes of a few images through each
 peer, and memory for two copies of all peers in float64.
@@ -32,7 +32,8 @@ NOISE = 0.1  # of a tensor's root mean square
 
 
 class Plain(DispatchMode):
-    """Inside, whatever draws, looks at values or talks to other processes is refused."""
+    """Within it, an operation that draws random numbers, reads values on the host or communicates
+    with other processes raises."""
 
     def __torch_dispatch__(
         self, func: Any, types: Sequence[type], args: tuple = (), kwargs: dict | None = None
@@ -47,7 +48,8 @@ class Plain(DispatchMode):
 
 
 def prove(stack: type[Stack], peers: Sequence[nn.Module], images: Tensor) -> None:
-    """Refuses peers that `stack(peers)` does not equal on such images. Waits for the device."""
+    """Raises Unstackable where the stack's outputs or gradients differ from the peers' on such
+    images. Waits for the device."""
     generators = Generators(images.device)
     try:
         with torch.enable_grad(), torch.autocast(images.device.type, enabled=False):
@@ -146,15 +148,16 @@ def _generic_copy(peer: nn.Module) -> nn.Module:
 
 
 def _generic(t: Tensor) -> Tensor:
-    """`t` in float64 with noise added, infinities replaced."""
+    """`t` in float64 with noise added and infinities replaced: a value without special
+    structure."""
     t = t.detach().double().nan_to_num(0, 0, 0)
     scale = t.square().mean().sqrt()
     return t + NOISE * torch.where(scale > 0, scale, 1) * torch.randn_like(t)
 
 
 def _fix_dropout(copies: Sequence[nn.Module], one: Stack) -> None:
-    """Replaces dropout by multiplication with a factor of each peer's own: what still draws is not
-    dropout, and a layer that is applied to the wrong peer shows."""
+    """Replaces dropout by a multiplication with a factor of each peer's own. Nothing then draws but
+    what is not dropout, and a layer applied to the wrong peer changes the result."""
     for k, peer in enumerate(copies):
         for m in peer.modules():
             if type(m) is nn.Dropout:
@@ -179,7 +182,7 @@ def _tuple(out: Any) -> tuple[Any, ...]:
 
 
 def _python_state(m: nn.Module) -> dict[str, tuple[int, int | None]]:
-    """Identity and length of each attribute's value, to see whether a pass changes one."""
+    """Identity and length of the value of each attribute, by which a change in a pass shows."""
     return {
         name: (id(value), len(value) if isinstance(value, (list, dict, set, deque)) else None)
         for name, value in vars(m).items()

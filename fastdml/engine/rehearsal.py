@@ -1,17 +1,18 @@
-"""Which execution on how many threads is fastest on a CPU: measured, on copies.
+"""Measures, on copies, which execution on how many threads is fastest on a CPU.
 
 Copies of peers, optimizer and metric loss take a few steps on the first batch with a learning rate
 of 0; nothing of the caller's is touched, the random generators included. Candidates are every
 execution on one thread, on a thread a peer, and on all (`cpus.most`).
 
-Noise: candidates take turns, and of each the median counts. The first in order of simplicity (eager
-before threads before stacked, few threads before many) is left only for what saves `MARGIN`.
+Noise: candidates take turns, and the median of each counts. In order of simplicity (eager before
+threads before stacked, few threads before many), a later candidate must save the share `MARGIN` of
+a step.
 
-Cost: at most `ROUNDS` rounds, begun within `BUDGET` seconds or, of a slow model, the time of
-`STEPS` steps. A slow one has a step of each candidate; stacking is not tried, and a pass on one
-thread is given up after `PATIENCE` seconds. A candidate that falls far behind is dropped, in the
-middle of a pass if need be: threads that wait for each other while other processes hold the cores
-may need seconds for a step of milliseconds.
+Cost: at most `ROUNDS` rounds, which begin within `BUDGET` seconds or, for a slow model, within the
+time of `STEPS` steps. For a slow model each candidate takes one step, stacking is not tried, and a
+pass on one thread is given up after `PATIENCE` seconds. A candidate that falls far behind is
+dropped, in the middle of a pass if need be: threads that wait for each other while other processes
+hold the cores may need seconds for a step of milliseconds.
 """
 
 from __future__ import annotations
@@ -66,17 +67,17 @@ def candidates(
 
 
 def fastest(times: dict[Candidate, float], margin: float = MARGIN) -> Candidate:
-    """The first that takes not much more than the best; times are in order of simplicity."""
+    """The first, in order of simplicity, that takes not much more than the fastest."""
     best = min(times.values())
     return next(c for c, seconds in times.items() if (1 - margin) * seconds <= best)
 
 
 class Late(Exception):
-    """A pass that is given up."""
+    """Ends a pass that takes too long."""
 
 
 class Uncopyable(RuntimeError):
-    """What steps change cannot be copied; the message says why."""
+    """Something that steps change cannot be copied; the message says why."""
 
 
 class Rehearsal:

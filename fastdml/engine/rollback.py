@@ -1,13 +1,12 @@
-"""What a training step changes, kept and put back bit for bit.
+"""Keeps what a training step changes, and restores it bit for bit.
 
-    Snapshot   everything: warm-up and measurement run real steps, and afterwards nothing may tell
-               that they happened
-    BeforePass buffers and torch's generator, cheap enough for every step: a step that is refused in
-               its middle leaves no trace
-    Buffers    which tensors a module's buffers are, not their values: a step may put new ones there
+    Snapshot   everything, so that the real steps of warm-up and measurement leave no trace
+    BeforePass buffers and torch's generator, cheap enough for every step: a step that is refused
+               halfway leaves no trace
+    Buffers    which tensors a module's buffers are, not their values, since a step may put new
+               tensors there
 
-Tensors are restored in place, so that whoever holds them (a captured graph, an optimizer) still
-does.
+Tensors are restored in place, so that a captured graph or an optimizer goes on using them.
 """
 
 from __future__ import annotations
@@ -62,13 +61,14 @@ class BeforePass:
 
 
 class Snapshot:
-    """`tensors` lists the tensors of the state, then and now. Costs a copy of them while it lives.
+    """The state whose tensors `tensors()` lists, which is called now and at the restoring. Holds a
+    copy of them all.
 
-    One that appears between the two was made by the first step, as an optimizer makes its
-    moments: it stays, since a graph may hold it, and becomes zero, which is how all optimizers in
-    use start theirs. `device`: the random generators of the host and of this device are kept too;
-    with None they are not, as inside a capture, where asking for their state is an error.
-    `module`: buffers below it that a step replaces by new tensors come back as the old ones.
+    A tensor that is new at the restoring was made by a step, as an optimizer makes its moments: it
+    stays, since a graph may hold it, and becomes zero, as all supported optimizers start theirs.
+    device: also keep the random generators of the host and of this device; None inside a capture,
+    where asking for their state is an error. module: buffers below it that a step replaces by new
+    tensors come back as the old ones.
     """
 
     def __init__(
@@ -85,7 +85,7 @@ class Snapshot:
             self.cuda_rng = torch.cuda.get_rng_state(device) if device.type == "cuda" else None
 
     def buffers_replaced(self) -> bool:
-        """Whether there are new tensors in the places of buffers."""
+        """Whether some buffer is another tensor than it was."""
         return self.buffers is not None and self.buffers.replaced()
 
     @torch.no_grad()
@@ -101,7 +101,8 @@ class Snapshot:
 
     @torch.no_grad()
     def restore_where(self, condition: Tensor) -> None:
-        """The tensors alone, and only where `condition` (0-d, 0 or 1) is 1. Never waits."""
+        """Restores the tensors, not the generators, where `condition` (0-d, 0 or 1) is 1. Never
+        waits."""
         condition = condition.bool()
         for t in self.tensors():
             was = self.values[id(t)][1] if id(t) in self.values else torch.zeros_like(t)

@@ -4,8 +4,8 @@ peer 2 is updated against those, and so on.
 Only the peer just updated is recomputed, since the others' predictions could not have changed:
 2K - 1 forward and K backward passes. The recomputation runs in training mode, as the paper's does,
 but leaves all buffers alone: running statistics take in each batch once, in the pass that the
-peer's own update uses. A peer's loss is reported as it was just before its own update, and its
-metric loss is computed then alone.
+peer's own update uses. A peer's loss is reported as it was just before its own update, and only
+then is its metric loss computed.
 """
 
 from __future__ import annotations
@@ -71,7 +71,7 @@ def _own_rounds(rounds: list[StepOutput]) -> StepOutput:
 
 @contextmanager
 def buffers_kept(peer: nn.Module) -> Iterator[None]:
-    """A pass in training mode inside leaves no buffer changed.
+    """A forward pass in training mode within it leaves all buffers as they were.
 
     torch's BatchNorm is told to record nothing, which costs nothing; all others, such as the
     vectors of spectral norm or the statistics of InstanceNorm, are copied and put back.

@@ -1,5 +1,5 @@
-"""The network that stands for K peers of one architecture: K times the channels, the same number of
-launches.
+"""One network in place of K peers of one architecture: K times the channels, as many launches as
+one peer.
 
 A copy of the first peer gets layers that hold all K peers side by side in the channels:
 
@@ -12,15 +12,15 @@ A copy of the first peer gets layers that hold all K peers side by side in the c
 Everything between (ReLU, pooling, sums) does not mix channels and stays as it is, so any model of
 these layers stacks.
 
-Every stacked weight is the peers' weights one after another along the first dimension, and once it
-is adopted the peers' own parameters and buffers are views of it: nothing is ever copied back. Their
-state dicts, checkpoints, evaluation and optimizer are those of ordinary modules, always current.
-What held the memory of a weight before (a state dict that was kept) holds the old values.
+Every stacked weight is the peers' weights one after another along the first dimension. `adopt`
+makes the peers' own parameters and buffers views of it, so that nothing is ever copied back: their
+state dicts, checkpoints, evaluation and optimizer are those of ordinary modules, always current. A
+state dict that was taken before refers to the old memory, and to its values.
 
 Dropout draws its masks a peer at a time: with one such layer a peer they are those of the eager
-step, with several they are other masks of the same kind.
+step, with several they are other masks of the same distribution.
 
-Saving one peer's state dict with torch.save writes the memory of all; `Cohort.save` writes its own.
+torch.save of one peer's state dict writes the memory of all peers; `Cohort.save` that peer's alone.
 """
 
 from __future__ import annotations
@@ -115,7 +115,7 @@ class Stack(nn.Module):
 
 
 class Layer(nn.Module):
-    """K layers as one; `shared` has each stacked tensor with those of the peers."""
+    """K layers as one; `shared` lists each stacked tensor with the peers' tensors it is made of."""
 
     def __init__(self, layers: Sequence[nn.Module]) -> None:
         super().__init__()
@@ -294,8 +294,8 @@ KNOWN = {kind: stacked.unknown for kind, stacked in LAYERS.items()}
 
 
 def _converted(modules: Sequence[nn.Module], done: dict[int, nn.Module]) -> nn.Module:
-    """The module that does for all peers what `modules`, one of each peer, do. `done` has what
-    modules have become, so that one in two places of a peer is converted once."""
+    """One module that computes what `modules`, one of each peer, compute. `done`: the modules that
+    are converted already, so that a module in two places is converted once."""
     first = modules[0]
     if id(first) in done:
         return done[id(first)]

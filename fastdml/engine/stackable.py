@@ -1,6 +1,7 @@
-"""Which peers can run as one network: what is checked before they are stacked, and watched later.
+"""Which peers can run as one network: the checks before they are stacked, and at each step whether
+the peers have changed.
 
-Nothing here changes a peer. What is not known is refused, in one line that names it:
+Nothing here changes a peer. Anything unknown is refused, in one line that names it:
 
     layers      exactly those that have a stacked form, and modules of torch that treat every
                 channel alike; other modules may combine these, which the proof then judges
@@ -149,8 +150,8 @@ def _strange_tensor(t: Tensor) -> str | None:
 
 
 def _joins(t: Tensor) -> bool:
-    """Whether it fills its memory, the first dimension outermost: so that several of them, one
-    after another, are again such a tensor."""
+    """Whether it is dense with the first dimension outermost, so that several such tensors, one
+    after another in memory, are one tensor again."""
     dims = [(size, stride) for size, stride in zip(t.shape, t.stride(), strict=True) if size > 1]
     expected = 1
     for size, stride in sorted(dims, key=lambda dim: dim[1]):
@@ -209,8 +210,8 @@ def _structure(peer: nn.Module) -> list[tuple[type, list[tuple[str, int | None]]
 
 
 def _description(m: nn.Module, layers: Mapping[type, Any]) -> tuple:
-    """What has to be equal. Attributes of others' modules may differ, such as a name: what they
-    mean is seen in the proof."""
+    """What must be equal in all peers. Attributes of modules that are not torch's, such as a name,
+    may differ: whether that changes the result, the proof finds out."""
     tensors = [
         (name, t if t is None else (type(t), t.shape, t.stride(), t.dtype, t.device))
         for table in _tensor_tables(m)
@@ -240,16 +241,17 @@ def _check_apart(peers: Sequence[nn.Module]) -> None:
 
 
 def check_accumulators(peers: Sequence[nn.Module]) -> None:
-    """Nobody holds a weight's AccumulateGrad node, which is done to put a hook on it. To know, all
-    objects of Python are gone through, so not at each step: later ones are not noticed."""
+    """Refuses weights whose AccumulateGrad node some object holds, as it must to put a hook on it.
+    This searches all Python objects and is not done at each step, so later hooks go unnoticed."""
     own = {id(w) for peer in peers for w in peer.parameters()}
     if any(id(w) in own for w in tensors_with_held_accumulators()):
         raise unknown("a hook where the gradient of a weight is accumulated")
 
 
 class Contents:
-    """What the attributes of modules hold, however deep: tensors, containers and objects that
-    others change in place. torch's own layers are left out, whose settings cannot be changed so."""
+    """Everything that attributes of modules refer to, however deep: tensors, and containers and
+    objects that may be changed in place. torch's own layers are left out: their settings are plain
+    values."""
 
     def __init__(self, modules: Sequence[nn.Module]) -> None:
         self.tensors: list[tuple[Any, Any, Tensor, int]] = []
@@ -300,7 +302,7 @@ class Contents:
 
 
 def _held(value: Any) -> Any:
-    """What `value` refers to and may change, as a container."""
+    """The values that `value` holds and that may change, as a container."""
     if isinstance(value, (dict, list, tuple, set, deque)):
         return value
     if isinstance(value, MethodType):
@@ -313,7 +315,7 @@ def _held(value: Any) -> Any:
 
 
 def _hidden(value: Any) -> tuple[Any, ...]:
-    """What a function's closure holds, or an object's slots."""
+    """The values in a function's closure, or in an object's slots."""
     if isinstance(value, FunctionType):
         return tuple(map(_in_cell, value.__closure__ or ()))
     names = [n for kind in type(value).__mro__ for n in _listed(vars(kind).get("__slots__", ()))]

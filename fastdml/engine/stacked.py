@@ -1,13 +1,13 @@
 """Peers of one architecture as one network (`stack`): K times the channels, the same launches.
 
-Peers are looked at first (`stackable`), when the step is made and again at its first call, which
-then compares a stack of copies with them (`proof`). Only what has passed both is stacked; what has
-not is refused, and the peers are as they were.
+Peers are checked (`stackable`) when the step is made and again at its first call, which then
+compares a stack of copies with them (`proof`). Only peers that pass both are stacked; others are
+refused and left as they were.
 
-Each step looks for what has changed since. A layer's training flag and a weight's requires_grad
-are followed; new modes are proved first. After any other change (a setting, a weight replaced,
-moved or cast) the peers are looked at, proved and stacked anew. Where that refuses them, as it does
-for hooks, `release` has given them memory of their own again.
+Each step looks for changes since. A layer's training flag and a weight's requires_grad are taken
+over, new modes after a new proof. After any other change (a setting, a weight replaced, moved or
+cast) the peers are checked, proved and stacked anew. Where they are then refused, as for hooks,
+`release` has given them memory of their own again.
 
 On a CPU it is worth a little on small maps, and less than nothing on others, where K convolutions
 are faster than one in K groups. `torch.func`'s stack_module_state and vmap do the same without
@@ -95,12 +95,12 @@ class StackedStep(EagerStep):
         return self.watch is None or self.watch.changed()
 
     def release(self) -> None:
-        """The peers have their weights to themselves again."""
+        """Gives each peer memory of its own for its weights again."""
         self.stack.release()
         self.watch = None
 
     def checked(self, k: int, out: Tensor | tuple[Tensor, ...], images: Tensor) -> Outputs:
-        """The stack's outputs (K, N, ...), of which those of peer 0 are checked for all."""
+        """The stack's outputs (K, N, ...); the form of peer 0's is checked, and is that of all."""
         out = (out,) if isinstance(out, Tensor) else out
         own = [t[0] for t in out]
         super().checked(0, own[0] if len(own) == 1 else tuple(own), images)

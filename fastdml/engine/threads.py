@@ -3,16 +3,17 @@
 Where peers run one after the other, every layer is split over all cores and joined again. Here each
 peer has a share of the cores for a whole pass: torch's threads over the number of peers, one at
 least. Loss and update, which are for all peers, have such a share too: hundreds of small weights
-are updated faster by one thread than by two that meet at each of them. Threads are started anew for
-each pass, a fraction of a millisecond, so that none is alive when a data loader forks.
+are updated faster by one thread than by two that wait for each other at each of them. Threads are
+started anew for each pass, which takes a fraction of a millisecond, so that none is alive when a
+data loader forks.
 
-Peers must not draw random numbers: they share one generator, and whoever came first would draw
-first. Nor may they talk to other processes (DistributedDataParallel, FSDP, collectives of their
-own): a collective is matched with the others' by its place in the order, and threads have none.
-Wrappers are refused when the step is made; the rest is noticed at the first step, which therefore
-runs the peers one after the other (each on its share, which the bits of a result depend on). What
-draws from torch's generator at some later step, as a drop rate that rises, is refused there, before
-any weight has changed; a refused step leaves no trace.
+Peers must not draw random numbers: they share one generator, so the numbers would depend on which
+thread comes first. Nor may they communicate with other processes (DistributedDataParallel, FSDP,
+collectives of their own): processes match collectives by their order, and threads have no fixed
+order. Wrappers are refused when the step is made. The rest is noticed at the first step, which
+therefore runs the peers one after the other (each on its share, since results depend on the number
+of threads in the last bits). A peer that draws from torch's generator only at a later step, as with
+a drop rate that rises, is refused there, before any weight has changed.
 """
 
 from __future__ import annotations
@@ -34,8 +35,8 @@ from fastdml.errors import InputError
 
 
 def unfit_for_threads(peers: Sequence[nn.Module]) -> str | None:
-    """What of these peers could give other results where they run side by side, in words. Whether
-    they draw random numbers is seen at the first step."""
+    """Why these peers could give other results where they run side by side, in words; None where
+    nothing shows. Whether they draw random numbers is seen at the first step."""
     if len(peers) == 1:
         return "one peer has nobody beside it"
     if hooked(peers):
@@ -68,8 +69,8 @@ class ThreadsStep(EagerStep):
                 )
 
     def rehearse(self) -> None:
-        """Without the proof, which is no faster than eager; torch's generator is watched all the
-        same."""
+        """Skips the first step's proof, in which peers run one after the other, as fast as eager.
+        torch's generator is watched all the same."""
         self._remember()
         self.proved = True
 

@@ -1,8 +1,8 @@
-"""From gradients to weights: unscale, clip, step, and what follows a step.
+"""From gradients to weights: unscale, clip, optimizer step, loss scale and moving averages.
 
-The optimizer's groups are taken as they are at each step, as a plain loop takes them: weights that
-are unfrozen train, and so do groups that are added. After a step no weight of a peer has a
-gradient, those that no group holds included, which one line warns of: they would add up unused.
+The optimizer's groups are read anew at each step, as in a plain loop: weights that are unfrozen
+train, and so do groups that are added. After a step no weight of a peer has a gradient. That
+includes weights that no group holds, whose gradients would add up unused; one warning names them.
 
 fp16: every peer has an overflow flag on the device. A peer whose gradients are not finite keeps its
 weights, moments and step count; the others are updated. The flag goes to torch's fused optimizers,
@@ -10,10 +10,10 @@ which obey it inside their kernel; with any other optimizer the peer's weights a
 before the step and put back where the flag is set (one copy of them more a step). The scale follows
 once a training step, by whether any peer overflowed. The host is never asked.
 
-Without fp16 all peers are updated by one call of the optimizer; one multi-tensor call where it is
-torch's and its groups have the same options, their learning rate the very same tensor. With a rate
-for each group it is a call a group: for two ResNet-32 SGD takes 323 microseconds for 305, and Adam
-837 for 806 (one thread of a shared AMD EPYC, fastest of 200).
+Without fp16 all peers are updated by one call of the optimizer. A torch optimizer makes one
+multi-tensor call of it where its groups have equal options and share one tensor as their learning
+rate, else one a group: for two ResNet-32 SGD then takes 323 microseconds in place of 305, and Adam
+837 in place of 806 (one thread of a shared AMD EPYC, fastest of 200).
 """
 
 from __future__ import annotations
@@ -85,7 +85,7 @@ class Holdings:
             )
 
     def groups_of(self, ks: Sequence[int]) -> list[Group]:
-        """The optimizer's groups, as far as they are of peers `ks`."""
+        """The parts of the optimizer's groups that hold weights of peers `ks`."""
         ks = tuple(ks)
         if ks not in self.narrowed:
             self.narrowed[ks] = []
@@ -180,7 +180,7 @@ class Update:
                 w.grad = None
 
     def drop_gradients(self) -> None:
-        """After a step that failed: the next one would add its gradients to these."""
+        """Drops the gradients of a step that failed, to which the next step would add its own."""
         self.updated = []
         for w in self.cohort.parameters():
             w.grad = None
@@ -201,7 +201,7 @@ class Update:
             self.ema.update()
 
     def _guarded(self, k: int, overflow: Tensor) -> None:
-        """A step of peer k that leaves everything as it was where its gradients overflowed."""
+        """A step of peer k that changes nothing where its gradients overflowed."""
         optimizer = self.optimizer
         if self.torchs_own and all(group["fused"] for group in optimizer.param_groups):
             step_unless(optimizer, overflow)
@@ -262,7 +262,7 @@ def _merged(groups: list[Group]) -> list[Group]:
 
 
 def alike(first: Group, other: Group) -> bool:
-    """Whether the groups differ in their weights at most."""
+    """Whether the groups are equal in everything but their weights."""
     return first.keys() == other.keys() and all(
         name == "params" or value is other[name] or _equal(value, other[name])
         for name, value in first.items()
