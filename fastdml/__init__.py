@@ -67,12 +67,14 @@ __all__ = [
 logs.install()
 
 
-def __getattr__(name: str) -> Any:
-    if name in _HOMES:
-        return getattr(importlib.import_module(_HOMES[name]), name)
-    if name in _MODULES:
-        return importlib.import_module(f"fastdml.{name}")
-    raise AttributeError(f"module 'fastdml' has no attribute {name!r}")
+if not TYPE_CHECKING:  # a type checker would take any name to be there
+
+    def __getattr__(name: str) -> Any:
+        if name in _HOMES:
+            return getattr(importlib.import_module(_HOMES[name]), name)
+        if name in _MODULES:
+            return importlib.import_module(f"fastdml.{name}")
+        raise AttributeError(f"module 'fastdml' has no attribute {name!r}")
 
 
 def __dir__() -> list[str]:

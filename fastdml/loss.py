@@ -106,6 +106,16 @@ def mutual_loss(
 ) -> tuple[Tensor, MutualStats]: ...
 
 
+@overload
+def mutual_loss(
+    logits: Tensor | Sequence[Tensor],
+    labels: Tensor,
+    *,
+    return_stats: bool,
+    **options: Unpack[LossOptions],
+) -> Tensor | tuple[Tensor, MutualStats]: ...
+
+
 @shows(LossOptions)
 def mutual_loss(
     logits: Tensor | Sequence[Tensor],
@@ -174,6 +184,16 @@ def mutual_losses(
     return_stats: Literal[True],
     **options: Unpack[LossOptions],
 ) -> tuple[tuple[Tensor, ...], MutualStats]: ...
+
+
+@overload
+def mutual_losses(
+    logits: Sequence[Tensor],
+    labels: Tensor,
+    *,
+    return_stats: bool,
+    **options: Unpack[LossOptions],
+) -> tuple[Tensor, ...] | tuple[tuple[Tensor, ...], MutualStats]: ...
 
 
 @shows(LossOptions)

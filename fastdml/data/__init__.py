@@ -99,10 +99,12 @@ def record(name: str) -> dict[str, list[Any]]:
     return {key: list(getattr(known, key)) for key in keys}
 
 
-def __getattr__(name: str) -> Any:
-    if name in _HOMES:
-        return getattr(importlib.import_module(f"fastdml.data.{_HOMES[name]}"), name)
-    raise AttributeError(f"module 'fastdml.data' has no attribute {name!r}")
+if not TYPE_CHECKING:  # a type checker would take any name to be there
+
+    def __getattr__(name: str) -> Any:
+        if name in _HOMES:
+            return getattr(importlib.import_module(f"fastdml.data.{_HOMES[name]}"), name)
+        raise AttributeError(f"module 'fastdml.data' has no attribute {name!r}")
 
 
 def __dir__() -> list[str]:

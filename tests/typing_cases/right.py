@@ -17,6 +17,11 @@ losses: Tensor = mutual_loss(logits, labels, temperature=2, target="ensemble", g
 weighted: Tensor = mutual_loss(logits, labels, kl_weight=torch.tensor(0.5), reduction="none")
 both: tuple[Tensor, MutualStats] = mutual_loss(logits, labels, return_stats=True)
 entropy: Tensor = both[1].entropy
+wanted = bool(entropy.sum() > 1)  # known only when it runs
+either: Tensor | tuple[Tensor, MutualStats] = mutual_loss(logits, labels, return_stats=wanted)
+apart: tuple[Tensor, ...] | tuple[tuple[Tensor, ...], MutualStats] = mutual_losses(
+    logits, labels, return_stats=wanted
+)
 each: tuple[Tensor, ...] = mutual_losses(logits, labels, label_smoothing=0.1)
 linear: Tensor = fastdml.linear_mutual_loss(logits, logits, labels, reduction="sum", chunk_rows=4)
 

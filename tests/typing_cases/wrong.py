@@ -1,8 +1,10 @@
 """Mistakes that a type checker must find, each in its line and no other. Checked, never run."""
 
+import fastdml_kernels
 import torch
 
 import fastdml
+import fastdml.data
 import fastdml.engine
 import fastdml.train
 from fastdml import Cohort, MutualLoss, mutual_loss, mutual_losses
@@ -10,6 +12,9 @@ from fastdml import Cohort, MutualLoss, mutual_loss, mutual_losses
 logits = [torch.zeros(4, 10), torch.zeros(4, 10)]
 labels = torch.zeros(4, dtype=torch.int64)
 
+fastdml.mutual_los(logits, labels)  # error
+fastdml.data.make_loaders()  # error
+fastdml_kernels.mutual_los(logits)  # error
 mutual_loss(logits, labels, temprature=2.0)  # error
 mutual_loss(logits, labels, target="peer")  # error
 mutual_loss(logits, labels, gate="right")  # error
