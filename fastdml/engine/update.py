@@ -241,8 +241,8 @@ class Update:
             self._check_nothing_lost(groups, before)
 
     def _check_nothing_lost(self, groups: list[Group], before: list[Group]) -> None:
-        """Refuses optimizers that keep a count in their groups, where a peer has a part of a group:
-        what was written to the temporary group of that part is lost."""
+        """Refuses optimizers that count in their groups where a peer has only a part of a group:
+        that part is stepped in a temporary group, whose count is lost."""
         own = {id(group) for group in self.optimizer.param_groups}
         for group, was in zip(groups, before, strict=True):
             written = [n for n, value in group.items() if n not in was or value is not was[n]]

@@ -1,4 +1,4 @@
-"""What the loop asks of a source of batches, and the adapter for iterables such as a DataLoader."""
+"""The interface of a source of batches, and the adapter for iterables such as a DataLoader."""
 
 from __future__ import annotations
 
@@ -13,20 +13,20 @@ from fastdml.errors import InputError
 IGNORED = -100  # the label of rows without one, as in torch's cross-entropy
 
 # (labels, images, num_classes, where, values): refuses labels that cannot be learnt. where: which
-# batch, for messages. values: whether they are read, for which a device is waited for.
+# batch, for messages. values: whether to read the labels, which waits for their device.
 CheckLabels = Callable[[Tensor, Tensor, int, str, bool], None]
 
 
 class Batches(Protocol):
     """`epoch(e, start)` gives the batches of epoch e from step `start` on, on the device.
 
-    A run resumes exactly within an epoch where these are the same each time they are asked for, as
+    A run resumes exactly within an epoch if the batches of an epoch are the same each time, as
     those of `data.ResidentLoader` are.
 
     A source may also offer `index(e, step)`, small tensors on the device, and `assemble(*index)`,
     which makes the batch from them and does nothing else: on CUDA the step then assembles its batch
-    itself, as part of its graph where it has one. And `mean`, `std` and `class_names`, which are
-    recorded with the weights as `Cohort` describes them.
+    itself, as part of its graph where it has one. `mean`, `std` and `class_names`, if it has them,
+    are recorded with the weights as `Cohort` describes them.
     """
 
     batch_size: int
@@ -69,7 +69,7 @@ class IterableBatches:
         batches = iter(self.source)
         for _ in range(start):
             next(batches, None)
-        if start:  # what was done again must not move on what the peers draw
+        if start:  # reading batches again must not advance the generators that the peers use
             torch.set_rng_state(drawn)
         step = start - 1
         for step, batch in enumerate(batches, start):
@@ -134,8 +134,8 @@ def check_batch(batch: Any, where: str) -> tuple[Tensor, Tensor]:
 def check_labels(
     labels: Tensor, images: Tensor, num_classes: int, where: str, values: bool = True
 ) -> None:
-    """Refuses labels that are not class indices (N,), int64 or int32; with `values` also those that
-    are no class, for which it waits for the device where they are on one."""
+    """Refuses labels that are not class indices (N,), int64 or int32; with `values` also labels out
+    of range, which waits for the device."""
     if labels.shape != images.shape[:1] or labels.dtype not in (torch.int64, torch.int32):
         one_hot = labels.dim() == 2 and len(labels) == len(images)
         remedy = "labels.argmax(1) makes them of one-hot rows" if one_hot else "labels.long()"
@@ -158,7 +158,7 @@ def check_labels(
 
 def check_finite(images: Tensor, where: str) -> None:
     """Refuses NaN and infinities; waits for the device where the images are on one."""
-    if images.sum(dtype=torch.float32).isfinite():  # what is not finite stays so in a sum
+    if images.sum(dtype=torch.float32).isfinite():  # a NaN or an infinity makes the sum one
         return
     bad = (~images.isfinite()).flatten(1).any(1).nonzero()[:, 0]
     if len(bad):
@@ -176,7 +176,7 @@ def first_batch(
 ) -> tuple[Tensor, Tensor]:
     """The first batch of a source, checked in full."""
     batch = next(iter(source.epoch(0)))
-    if not isinstance(source, IterableBatches):  # which looks at its own
+    if not isinstance(source, IterableBatches):  # which checks its batches itself
         where = f"{what} batch 0"
         images, labels = check_batch(batch, where)
         check(labels, images, num_classes, where, True)
@@ -185,7 +185,7 @@ def first_batch(
 
 
 def assembler(source: Batches, device: torch.device) -> Callable[..., tuple[Tensor, Tensor]] | None:
-    """`source.assemble` where the step is to make its batches itself."""
+    """`source.assemble` if the step is to make its batches itself, else None."""
     return getattr(source, "assemble", None) if device.type == "cuda" else None
 
 
@@ -196,8 +196,9 @@ def as_batches(
     what: str = "training",
     check: CheckLabels | None = None,
 ) -> Batches:
-    """what: "training" or "test", for messages. check: of what labels are, by default classes.
-    Raises InputError for what is no source of batches, or an empty one."""
+    """`source` as `Batches`. what: "training" or "test", for messages. check: of the labels, by
+    default that they are class indices. Raises InputError for no source of batches, or an empty
+    one."""
     if callable(getattr(source, "epoch", None)):
         batches = source
     elif hasattr(source, "__iter__") and _length(source) is not None:
@@ -221,7 +222,7 @@ def as_batches(
 
 
 def described(source: Any, channels: int) -> dict[str, list]:
-    """Of `mean`, `std` and `classes`, as `Cohort` has them, what the source of batches says.
+    """Those of `mean`, `std` and `classes`, as `Cohort` has them, that the source of batches tells.
 
     Of a DataLoader the data set's `classes` are taken, as torchvision's sets have them, and mean
     and std of a Normalize after a ToTensor, or ToDtype(scale=True), among its transforms.
@@ -247,7 +248,7 @@ def described(source: Any, channels: int) -> dict[str, list]:
 
 
 def _normalisation(transform: Any) -> dict[str, list[float]]:
-    """mean and std in bytes, where it is certain that bytes are what is normalised."""
+    """mean and std in units of bytes, if it is certain that the pixels were bytes."""
     steps = getattr(transform, "transforms", None)
     if not isinstance(steps, Sequence):
         return {}
@@ -270,7 +271,7 @@ def _normalisation(transform: Any) -> dict[str, list[float]]:
 def _length(source: Any) -> int | None:
     try:
         return len(source)
-    except TypeError:  # none, or that of a DataLoader over a stream
+    except TypeError:  # no length, as of a DataLoader over a stream
         return None
 
 

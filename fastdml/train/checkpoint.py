@@ -32,14 +32,14 @@ from fastdml.train.tasks.task import task_of
 from fastdml.yaml_file import CONFIG
 
 FORMAT = 1
-# What a process leaves that is killed before the first checkpoint.
+# Files that a process killed before the first checkpoint may leave.
 UNTOUCHED = STILLBORN | {CONFIG, INITIAL_CHECKPOINT} | {
     partial(Path(name)).name for name in (INITIAL_CHECKPOINT, LAST_CHECKPOINT)
 }  # fmt: skip
 
-# A resumed run may change these: where it is, what it shows and how often it saves. None of them
-# touches a weight. `device`, `execution`, `threads` and `amp` are here because machines come and
-# go; the checkpoint insists on the precision itself, "auto" and 0 threads go on with what the run
+# A resumed run may change these settings: where it is, what it shows and how often it saves. None
+# of them changes a weight. `device`, `execution`, `threads` and `amp` may change because the
+# machine may: the precision that `amp` stands for must stay, "auto" and 0 threads take what the run
 # began with, and a run repeats bit for bit on a device of the same kind.
 FREE_ON_RESUME = frozenset(
     [
@@ -61,10 +61,10 @@ FREE_ON_RESUME = frozenset(
         "figures",
     ]
 )
-# Recorded of the data of `fit`, beside what a task adds, as far as the loader shows it, which one
-# within another does not.
+# Settings that `fit` records of its loader, beside those of the task. A loader wrapped in another
+# does not show them.
 SHOWN_BY_LOADER = frozenset(["pad", "flip"])
-# Recorded by `fit` of earlier versions as the data set's defaults, whatever ran.
+# Earlier versions of `fit` recorded the data set's defaults here, whatever the run used.
 DEFAULTS_OF_FIT = frozenset(["data", "peers", "subset", "batch_size"])
 
 
@@ -85,8 +85,8 @@ def save(path: Path, state: dict[str, Any]) -> None:
 
 
 def _origin(error: BaseException) -> BaseException:
-    """What happened first: torch's writer hides an error of the system, and an interruption, behind
-    a RuntimeError of its own."""
+    """The first exception in the chain: torch's writer raises a RuntimeError of its own over an
+    OSError or a KeyboardInterrupt."""
     while isinstance(error, RuntimeError) and error.__context__ is not None:
         error = error.__context__
     return error
@@ -144,7 +144,7 @@ def check_resume(folder: Path, config: TrainConfig) -> None:
     alone = folder / INDEPENDENT
     for phase in (folder, alone):
         if _has_checkpoint(phase) and (phase / METRICS).exists():
-            read_metrics(phase)  # says what is wrong with it, which the end would find out
+            read_metrics(phase)  # raises now for a damaged file, not at the end of the run
     needed = config.independent and (folder / LAST_CHECKPOINT).is_file()
     initial = folder / INITIAL_CHECKPOINT
     if needed and not initial.is_file() and not (alone / LAST_CHECKPOINT).is_file():
@@ -183,7 +183,7 @@ def check_resumable(saved: Mapping[str, Any], config: TrainConfig) -> None:
 
 
 def _has_checkpoint(folder: Path) -> bool:
-    """Whether to go on from one; False where the folder's phase has not begun."""
+    """Whether there is a checkpoint to go on from; False where this phase has not begun."""
     path = folder / LAST_CHECKPOINT
     if path.is_file():
         return True

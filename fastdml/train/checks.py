@@ -1,4 +1,4 @@
-"""What is found out, recorded and refused before a run has a folder."""
+"""Checks before a run has a folder: processes, packages, the first batch of training and test."""
 
 from __future__ import annotations
 
@@ -25,9 +25,9 @@ from fastdml.train.tasks.task import task_of
 
 logger = logging.getLogger(__name__)
 
-# How many processes a launcher started, as it tells each of them: torchrun; Open MPI; MPICH, Intel
-# MPI and others of their kind; MVAPICH; srun (SLURM_NTASKS is set in a batch script as well, which
-# is one process).
+# Variables in which launchers tell each process how many there are: torchrun; Open MPI; MPICH,
+# Intel MPI and relatives; MVAPICH; srun (SLURM_NTASKS is set in a batch script too, which is one
+# process).
 WORLD_SIZES = (
     "WORLD_SIZE",
     "OMPI_COMM_WORLD_SIZE",
@@ -53,7 +53,7 @@ def one_process(environment: Mapping[str, str] = os.environ) -> None:
 
 
 def extras(config: TrainConfig) -> None:
-    """Imports what a run needs at any time, so that nothing is missing after the last epoch."""
+    """Imports every optional package that a run will need, so that none is missing after hours."""
     for module in ("yaml", "tqdm", "safetensors.torch", "matplotlib.figure"):
         require(module, "train")
     if config.tensorboard:
@@ -77,8 +77,8 @@ def arguments(cohort: Any, config: Any) -> None:
 
 
 def first_look(cohort: Cohort, train: Batches, config: TrainConfig, amp: Amp) -> Tensor:
-    """The images of the first batch, after what they tell: that every peer can be trained on them,
-    and what `cohort` records of them."""
+    """The images of the first batch, after checking that every peer can be trained on them; the
+    cohort then records their shape, normalisation and classes."""
     check = task_of(config).check_labels
     images, _ = first_batch(train, cohort.num_classes, check=check)
     part = images[: max(1, len(images) // config.accumulate)]
@@ -88,20 +88,20 @@ def first_look(cohort: Cohort, train: Batches, config: TrainConfig, amp: Amp) ->
     cohort.image_shape = tuple(images.shape[1:])
     cohort.in_channels = images.shape[1]
     cohort.check_savable()
-    cohort.record()  # refuses what the caller set and does not fit
+    cohort.record()  # refuses values that the caller set and that do not fit
     for name, value in described(train, cohort.in_channels).items():
         before = getattr(cohort, name)
         setattr(cohort, name, value)
         try:
             cohort.record()
-        except InputError:  # names or numbers of something else
+        except InputError:  # names or numbers that do not fit these images
             setattr(cohort, name, before)
     return images
 
 
 def test_look(cohort: Cohort, test: Batches, config: TrainConfig, amp: Amp) -> None:
-    """That every peer can be evaluated on the first batch, which an epoch would find too late, and
-    that its labels mean what they do in training."""
+    """Checks that every peer can be evaluated on the first test batch, before an epoch is trained,
+    and that its labels mean what they do in training."""
     same_images(cohort, test)
     images, _ = first_batch(test, cohort.num_classes, "test", task_of(config).check_labels)
     for name, peer in zip(cohort.names, cohort.peers, strict=True):
@@ -109,8 +109,8 @@ def test_look(cohort: Cohort, test: Batches, config: TrainConfig, amp: Amp) -> N
 
 
 def same_images(cohort: Cohort, test: Batches) -> None:
-    """Refuses test batches whose classes are others than those that `cohort` has recorded, or in
-    another order; another normalisation is said."""
+    """Refuses test batches whose classes, or their order, differ from those that `cohort` has
+    recorded; another normalisation is logged."""
     found, known = described(test, cohort.in_channels), cohort.record()
     names = found.get("classes")
     if known["classes"] and names and names != known["classes"]:
@@ -140,7 +140,7 @@ def _try_evaluation(name: str, peer: nn.Module, images: Tensor, num_classes: int
 
 
 def _of_another_type(peer: nn.Module, images: Tensor) -> str:
-    """What to do about images that are not of the type of the peer's weights."""
+    """The remedy for images whose dtype is not that of the peer's weights."""
     weights = next((p.dtype for p in peer.parameters() if p.is_floating_point()), images.dtype)
     if images.dtype == weights:
         return ""
@@ -150,7 +150,7 @@ def _of_another_type(peer: nn.Module, images: Tensor) -> str:
 
 
 def _try_training(name: str, peer: nn.Module, images: Tensor, num_classes: int, amp: Amp) -> None:
-    """With gradients, by a copy: the peer keeps its statistics and whatever else it counts."""
+    """A forward pass with gradients on a copy, so that the peer's statistics and counters stay."""
     twin = _copied(peer)
     if twin is None:
         return
@@ -167,7 +167,8 @@ def _try_training(name: str, peer: nn.Module, images: Tensor, num_classes: int, 
 
 
 def _copied(peer: nn.Module) -> nn.Module | None:
-    """None where there is no copy to be had, or compiling one would take minutes."""
+    """A copy in training mode; None where it cannot be copied, or compiling it would take
+    minutes."""
     if any(map(wraps_compiled, peer.modules())):
         return None
     try:
@@ -177,7 +178,8 @@ def _copied(peer: nn.Module) -> nn.Module | None:
 
 
 def recorded(config: TrainConfig, cohort: Cohort, train: Batches, images: Tensor) -> TrainConfig:
-    """`config` with what runs on data of one's own where it has the settings of a data set."""
+    """`config` for the caller's own data: the settings of data and augmentation replaced by those
+    that the loader has."""
     label = "own data" if config.data in dataset_names() else config.data.partition(":")[0]
     shape = "x".join(map(str, images.shape[1:]))
     augment = getattr(train, "augment", None)  # of fastdml's loaders

@@ -55,7 +55,7 @@ def plan(trainer: Trainer) -> str:
 
 
 def _memory(device: torch.device) -> str:
-    """The most that was in use until now."""
+    """The peak memory use of the process, or of the CUDA device, so far."""
     if device.type == "cuda":
         return f"{size(torch.cuda.max_memory_allocated(device))} on the device at most"
     # ru_maxrss is in kilobytes, on macOS in bytes.
@@ -65,7 +65,7 @@ def _memory(device: torch.device) -> str:
 
 
 def _files(trainer: Trainer) -> list[str]:
-    """What the run's folder would hold."""
+    """The files that the run's folder would hold."""
     config = trainer.config
     state = [v for s in trainer.optimizer.state.values() for v in s.values() if torch.is_tensor(v)]
     held = sum(v.nbytes for v in (*trainer.cohort.state_dict().values(), *state))

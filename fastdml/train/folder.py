@@ -28,8 +28,8 @@ LAST_CHECKPOINT = "last.ckpt"
 INITIAL_CHECKPOINT = "initial.ckpt"  # the weights that the independent phase starts from too
 BEST = "best"
 LOCK = ".lock"
-DEEPEST = ("x" * 60,) * 5  # a path below the folder as long as any of a run's
-# What a process leaves that is killed before its run is one: no settings yet.
+DEEPEST = ("x" * 60,) * 5  # a relative path at least as long as any that a run writes
+# Files that a process may leave that is killed before it has written its settings.
 STILLBORN = {LOCK, partial(Path(CONFIG)).name}
 
 
@@ -54,7 +54,7 @@ def numbered_folders(config: TrainConfig, runs: Path = Path("runs")) -> dict[int
 
 
 def new_folder(config: TrainConfig) -> Path:
-    """Makes the folder of a run that begins. Raises InputError where it cannot be made."""
+    """Makes the folder of a new run. Raises InputError where it cannot be made."""
     while True:
         number = max(numbered_folders(config), default=0) + 1
         folder = Path(config.folder or f"runs/{run_name(config)}-{number:03d}")
@@ -68,8 +68,8 @@ def new_folder(config: TrainConfig) -> Path:
 
 
 def resume_folder(config: TrainConfig) -> Path:
-    """The folder that `resume` means; it must hold a run. The newest may be one that was killed
-    before it was a run: such are passed over, in a line on stderr."""
+    """The folder that `resume` means; it must hold a run. Newer folders whose process was killed
+    before it wrote any settings are passed over, which is logged."""
     if config.folder is not None:
         folder = Path(config.folder)
         if not (folder / CONFIG).is_file():
@@ -91,7 +91,7 @@ def resume_folder(config: TrainConfig) -> Path:
 
 
 def records_a_run(path: str | Path) -> bool:
-    """Whether a file of settings is what a run recorded of itself."""
+    """Whether a file of settings was written by a run, not by a person."""
     file = expanded(path)
     return file.name == CONFIG and (file.parent / METRICS).exists()
 

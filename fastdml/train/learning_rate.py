@@ -10,7 +10,7 @@ from fastdml.train.config.base import TrainConfig
 
 
 def total_steps(config: TrainConfig, steps: int) -> int:
-    """Of a run whose epochs have `steps`."""
+    """The number of steps of a run whose epochs have `steps`."""
     return config.iterations or config.epochs * steps
 
 

@@ -1,4 +1,4 @@
-"""What the step loop measures without waiting for the device: loss statistics and time.
+"""Measurements in the step loop that do not wait for the device: loss statistics and time.
 
 `Totals` adds each step's statistics to float64 sums on the device and notes the first step whose
 loss is not finite; the host reads them when it wants to. About seven small launches a step, which
@@ -43,12 +43,12 @@ class Totals:
         return [self.sums, self.first_bad, self.step]
 
     def count(self, rows: int) -> None:
-        """The host's part of a step of `rows` images."""
+        """Counts a step of `rows` images on the host."""
         self.steps += 1
         self.rows += rows
 
     def add(self, output: StepOutput) -> None:
-        """The device's part of a step."""
+        """Adds a step's statistics on the device."""
         packed, at = output.stats.packed, output.stats.layout
         values = torch.cat(
             [
@@ -78,7 +78,8 @@ class Totals:
     def bad(self) -> tuple[int, str, int] | None:
         """(step, loss, peer) of the first loss that was not finite. Waits for the device.
 
-        Of one step the cross-entropy comes first, since it spoils the KL of every other peer.
+        Within a step the cross-entropy is reported before the KL: a peer whose cross-entropy is not
+        finite makes the KL of all others so.
         """
         steps = self.first_bad.tolist()
         i = min(range(len(steps)), key=steps.__getitem__)
@@ -131,7 +132,8 @@ class Totals:
 
 
 class Record:
-    """The end of every step, on the device alone: schedule, statistics, updates left out."""
+    """What runs at the end of every step, on the device alone: advances the schedule, adds the
+    statistics, counts the updates that fp16 skipped."""
 
     def __init__(self, schedule: Schedule, totals: Totals) -> None:
         self.schedule, self.totals = schedule, totals
@@ -163,20 +165,21 @@ class Clock:
         self._asked: Any = None
 
     def start(self) -> None:
-        """Steps follow; the device is idle."""
+        """Starts the clock. To be called while the device is idle, before the first of some
+        steps."""
         self._begin = None if self.skip else self._now()
 
     def ask(self) -> None:
-        """The loop asks for a batch."""
+        """To be called before the loop asks for a batch."""
         self._asked = self._now()
 
     def got(self) -> None:
-        """The loop has the batch."""
+        """To be called when the loop has got the batch."""
         if not self.skip:
             self._waits.append((self._asked, self._now()))
 
     def step(self, images: int) -> None:
-        """A step has been issued."""
+        """To be called after each step is issued."""
         if self.skip:
             self.skip -= 1
             self.start()
@@ -184,7 +187,7 @@ class Clock:
             self.images += images
 
     def stop(self) -> None:
-        """No step follows for a while. Waits for the device."""
+        """Stops the clock until the next `start`. Waits for the device."""
         if self._begin is not None:
             end = self._now()
             if self.cuda:

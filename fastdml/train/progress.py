@@ -1,4 +1,4 @@
-"""How far a training has come: what its checkpoint keeps of that, and what the user is told."""
+"""How far a training has come, for its checkpoint and for the lines that the user sees."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from fastdml.units import duration, percent
 
 @dataclass
 class Progress:
-    """Steps done, what they came to, and the time that they took. Plain values, on the host."""
+    """Steps done, their records and scores, and the time they took. Plain values, on the host."""
 
     steps: int  # an epoch
     total: int  # steps of the training
@@ -32,7 +32,7 @@ class Progress:
 
     @property
     def epochs(self) -> int:
-        """The last one may be cut short."""
+        """The number of epochs, the last of which may be cut short."""
         return -(-self.total // self.steps)
 
     @property

@@ -1,4 +1,4 @@
-"""The generators that peers draw from themselves, such as for dropout; the data has its own."""
+"""The global generators that peers draw from, as dropout does; data loading has its own."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a training run came to: plain values, a table of them, a frame of every epoch."""
+"""The result of a training run: plain values, a table of them, a data frame of every epoch."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Whole runs: data, peers and one or two phases of training, into a folder.
+"""Whole runs, each into a folder: data, peers and one or two phases of training.
 
 A run folder holds config.yaml, from before the first step last.ckpt, metrics.jsonl, tensorboard/,
 and at the end cohort.json and peers/ (the last weights), curves.png, pairwise_kl.png and
@@ -107,8 +107,9 @@ def _fit(
     *,
     own: bool = False,
 ) -> TrainResult | None:
-    """show: lets appear what was said so far, once nothing is refused any more. command: what was
-    called. own: the data and the peers are not those that `config` names."""
+    """show: shows the log lines that were held back, once nothing can be refused any more. command:
+    recorded in summary.json. own: data and peers are the caller's, not those that `config`
+    names."""
     device = next(cohort.parameters()).device
     cohort.to(memory_format=torch.channels_last)
     train = as_batches(train, device, cohort.num_classes, check=task.check_labels)
@@ -150,7 +151,7 @@ def _fit(
 def _evaluation(
     task: Task, cohort: Cohort, test: Any | Evaluate | None, amp: Amp
 ) -> tuple[Evaluate | None, Batches | None]:
-    """What gives a cohort's scores, and the batches that it reads where they are known."""
+    """A function from a cohort to its scores, and the batches that it reads if they are known."""
     if test is None or callable(test):
         return test, None
     batches = as_batches(test, amp.device, cohort.num_classes, "test", task.check_labels)
@@ -169,7 +170,7 @@ def _resumed_folder(config: TrainConfig) -> Path | None:
 
 @contextmanager
 def _reproducible(config: TrainConfig, device: torch.device) -> Iterator[None]:
-    """The caller's generators, threads and determinism settings are as before afterwards."""
+    """Restores the caller's generators, threads and determinism settings at the end."""
     was = (
         torch.are_deterministic_algorithms_enabled(),
         torch.is_deterministic_algorithms_warn_only_enabled(),
@@ -204,7 +205,7 @@ def _independent(mutual: Trainer, stop: Stop) -> TrainResult:
     amp = resolve_amp(config.amp, mutual.device)  # with a scaler of its own
     try:
         choice = mutual.choice
-        if choice is not None and mutual.execution is not None:  # which may have become eager
+        if choice is not None and mutual.execution is not None:  # may have fallen back to eager
             choice = choice._replace(execution=mutual.execution)
         trainer = Trainer(
             *(cohort, mutual.train, mutual.evaluate, mutual.task, config, folder, amp),
@@ -280,7 +281,7 @@ def choose_device(config: TrainConfig) -> torch.device:
 
 
 def _devices() -> str:
-    """What can be asked for here."""
+    """The names of the devices that there are, for a message."""
     count = torch.cuda.device_count() if torch.cuda.is_available() else 0
     if not count:
         return "auto or cpu; torch finds no CUDA device"

@@ -1,7 +1,7 @@
 """Signals that ask training to end.
 
-A run that is asked goes on to the end of its step, saves a checkpoint and leaves by
-`TrainingStopped`, with the exit code that shells give to such a signal.
+After such a signal a run finishes its step, saves a checkpoint and raises `TrainingStopped`, with
+the exit code that shells give to the signal.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ class Stop:
 @contextmanager
 def listening() -> Iterator[Stop]:
     """In this block SIGINT, SIGTERM and SIGHUP (of a terminal that goes away) set `signal`; a
-    second one acts as if nobody listened. Those that the process ignores, as under nohup, stay
+    second one has its usual effect. Signals that the process ignores, as under nohup, stay
     ignored."""
     stop = Stop()
     if threading.current_thread() is not threading.main_thread():

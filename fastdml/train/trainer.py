@@ -51,7 +51,7 @@ from fastdml.yaml_file import CONFIG
 
 logger = logging.getLogger(__name__)
 
-# What values of the wrong kind in a checkpoint raise where they are put to use.
+# Raised where a value in a checkpoint is of the wrong kind.
 DAMAGE = (ArithmeticError, AttributeError, IndexError, RuntimeError, TypeError, ValueError)
 LOSS_NAMES = {"ce": "cross-entropy", "kl": "KL divergence", "metric": "metric loss"}
 
@@ -131,7 +131,8 @@ class Trainer:
         )
 
     def choose(self, batch: tuple[Tensor, ...]) -> Choice:
-        """What the steps run as, from the first one on; what is not a step follows suit."""
+        """Fixes execution and number of threads for the steps, and the number of threads for
+        everything else."""
         if self.choice is None:
             choose = getattr(self.step, "choose", None)
             self.choice = choose(*batch) if choose else Choice(self.step.name)
@@ -140,7 +141,8 @@ class Trainer:
         return self.choice
 
     def batches(self, epoch: int, start: int = 0) -> Iterator[tuple[Tensor, ...]]:
-        """What the step takes: the batches of an epoch, or what it assembles them from."""
+        """The step's arguments for each batch of an epoch: the batch, or the index that the step
+        assembles it from."""
         if self.assemble is None:
             yield from self.train.epoch(epoch, start)
             return
@@ -213,7 +215,7 @@ class Trainer:
 
     @property
     def execution(self) -> ExecutionName | None:
-        """None before the first step. A choice that turns out not to fit is left for eager."""
+        """The steps' execution, None before the first step. Eager where the chosen one failed."""
         return self.choice and self.step.name
 
     def _begin(self, batch: tuple[Tensor, ...]) -> None:
@@ -331,7 +333,7 @@ class Trainer:
 
     def _restore(self) -> None:
         """Goes on from the checkpoint. Raises InputError where it is of another run, or damaged in
-        a way that its checksums do not tell."""
+        a way that its checksums do not show."""
         path = self.folder / LAST_CHECKPOINT
         state = checkpoint.load(path)
         try:
@@ -360,7 +362,7 @@ class Trainer:
                 )
 
     def _take_record(self, state: dict[str, Any], path: Path) -> None:
-        """What the cohort knows of its images is as it was, where the data do not say."""
+        """Restores what the cohort knew of its images, except what the data tell."""
         saved = state.get("description", {})  # not in checkpoints of earlier versions
         for key, now in self.cohort.record().items():
             was = saved.get(key)
@@ -390,7 +392,8 @@ class Trainer:
         set_rng_state(state["rng"], self.device)
 
     def _restore_choice(self, state: dict[str, Any]) -> None:
-        """What the settings leave open is as it was: a run's bits depend on it."""
+        """Restores execution and threads where the settings leave them open, so that the run goes
+        on with the same bits."""
         config, execution = self.config, state["execution"]
         if config.execution != "auto":
             execution = config.execution
@@ -398,7 +401,7 @@ class Trainer:
             return  # no step yet, or another kind of device
         threads = elsewhere = None
         if self.device.type == "cpu":
-            # Checkpoints from before threads were chosen lack them: a run had torch's own number.
+            # Checkpoints of earlier versions name no threads: those runs used torch's own number.
             was = state.get("threads") or {}
             if was.get("step", 0) is None:
                 return  # begun on CUDA

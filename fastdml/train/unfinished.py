@@ -48,8 +48,8 @@ class Unfinished(NamedTuple):
 
 
 def prolonged(folder: Path, config: TrainConfig) -> bool:
-    """Whether a run of these settings ended once and was then resumed to be of another length, and
-    has not ended again: its summary is of the length that it had."""
+    """Whether a run had ended and was then resumed with another length that it has not reached yet:
+    its summary is still that of the old length."""
     try:
         before = json.loads((folder / SUMMARY).read_text())["config"]
         return any(before[name] != getattr(config, name) for name in ("epochs", "iterations"))
@@ -58,8 +58,8 @@ def prolonged(folder: Path, config: TrainConfig) -> bool:
 
 
 def unfinished(folder: Path) -> Unfinished | None:
-    """None where the folder has no checkpoint, or one of a version that does not say what the
-    peers are."""
+    """The run in this folder as its checkpoint has it; None without a checkpoint, or with one of an
+    early version that does not describe the peers."""
     path = folder / LAST_CHECKPOINT
     if not path.is_file():
         return None

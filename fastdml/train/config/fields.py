@@ -1,4 +1,5 @@
-"""What a setting may be: values from anywhere become the type of their field, within its limits.
+"""Types and limits of settings: values from anywhere are converted to their field's type, and
+checked.
 
 It serves any dataclass whose fields are bool, int, float, str, one of some names (`Literal`), a
 tuple of those, or `... | None`.
@@ -22,7 +23,7 @@ from fastdml.errors import InputError
 from fastdml.names import advice
 
 Class = TypeVar("Class", bound=type)
-Limit = tuple[Callable[[Any], bool], str]  # what a value must fulfil, and how a message says it
+Limit = tuple[Callable[[Any], bool], str]  # a condition on values, and its text in messages
 
 POSITIVE: Limit = (lambda x: x > 0, "above 0")
 COUNT: Limit = (lambda x: x >= 1, "1 or more")
@@ -44,7 +45,7 @@ def _field_types(kind: type) -> dict[str, Any]:
 
 
 class FieldText(NamedTuple):
-    """What is written of a field, where its dataclass is defined."""
+    """The documentation of a field in the source of its dataclass."""
 
     group: str  # the comment `# --- group` above it
     name: str
@@ -52,8 +53,8 @@ class FieldText(NamedTuple):
 
 
 def field_texts(kind: type) -> Iterator[FieldText]:
-    """Of each field that the body of the class `kind` itself defines. Raises OSError where its
-    source is not there."""
+    """The text of each field that the class `kind` itself defines. Raises OSError where the source
+    is not installed."""
     source = inspect.getsource(kind)
     groups = {
         number: line.strip(" #-")
@@ -70,8 +71,8 @@ def field_texts(kind: type) -> Iterator[FieldText]:
 
 
 def documented(kind: Class) -> Class:
-    """Adds to a dataclass's docstring what is written of its own fields, so that help() shows it:
-    their groups, types, defaults and texts."""
+    """Adds groups, types, defaults and texts of a dataclass's own fields to its docstring, so that
+    help() shows them."""
     try:
         texts = list(field_texts(kind))
     except OSError:  # an installation without sources
@@ -109,7 +110,7 @@ def check_limit(name: str, value: Any, limits: Mapping[str, Limit]) -> None:
 
 def convert(name: str, value: Any, hint: Any) -> Any:
     """`value` as the type `hint`, without guessing: 64.0 is an int, "1e-3" a float, 1 no bool.
-    Raises InputError, which calls it `name`, for what is none."""
+    Raises InputError, which calls it `name`, where it is not of that type."""
     if NoneType in get_args(hint):
         if value is None:
             return None

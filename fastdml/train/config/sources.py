@@ -23,8 +23,8 @@ from fastdml.train.folder import records_a_run, resume_folder
 from fastdml.train.tasks.task import Task, task_for
 from fastdml.yaml_file import CONFIG, read_settings
 
-RESUMING = ("resume", "folder", "peers")  # that say which run to go on with
-NARROWEST = 40  # columns that help is laid out for where a terminal has fewer
+RESUMING = ("resume", "folder", "peers")  # settings that say which run to go on with
+NARROWEST = 40  # columns: help is laid out for this many where a terminal has fewer
 
 
 def load_config(path: str | Path, base: TrainConfig | None = None) -> TrainConfig:
@@ -43,12 +43,13 @@ def load_config(path: str | Path, base: TrainConfig | None = None) -> TrainConfi
 
 
 def is_known(data: str) -> bool:
-    """Whether a name means a data set of fastdml, not data of one's own that `fit` trained on."""
+    """Whether `name` is a data set of fastdml's; else a run is of `fit` on the user's own data."""
     return data in dataset_names()
 
 
 def config_type(data: str, names: Iterable[str] = ()) -> type[TrainConfig]:
-    """names: of settings that are given, which decide it for data of one's own."""
+    """The settings class for a data set. For the user's own data the names of the settings that are
+    given decide."""
     return task_for(data, names).settings
 
 
@@ -60,7 +61,7 @@ def preset(data: str, **changes: Any) -> TrainConfig:
 
 
 def _defaults(task: Task, data: str, changes: Mapping[str, Any]) -> TrainConfig:
-    """Those of a data set, and what `changes` in them decides of others."""
+    """The defaults of a data set; some settings in `changes`, such as a recipe, decide others."""
     defaults = task.preset(data, changes)
     return task.settings(**{"data": data, **defaults, **with_length(changes)})
 
@@ -71,7 +72,7 @@ def resolve(data: str, changes: Mapping[str, Any]) -> TrainConfig:
 
 
 def _base(data: str, given: Mapping[str, Any]) -> TrainConfig:
-    """What the settings not `given` are; with `resume`, those of the run that is meant."""
+    """The settings under those `given`: defaults or, with `resume`, the settings of that run."""
     task = task_for(data)
     known = given.keys() & field_types(task.settings).keys()
     deciding = (*task.choices, *RESUMING)
@@ -91,7 +92,7 @@ def from_command_line(
 ) -> TrainConfig:
     """Settings from command-line options; `--config file.yaml` and `--resume` give the defaults.
 
-    The config.yaml of a run gives another run its settings, and not its folder, which is taken.
+    `--config` with a run's config.yaml takes its settings except the folder, which is in use.
     Raises InputError for wrong settings, and SystemExit for wrong options and after --help.
     """
     tyro = require("tyro", "train")
@@ -124,7 +125,7 @@ def from_command_line(
 
 @contextmanager
 def _wide_enough() -> Iterator[None]:
-    """Tells tyro of a terminal that it can fill: in very narrow ones it searches for ever."""
+    """Tells tyro that the terminal is at least `NARROWEST` wide: in narrower ones it never ends."""
     given, columns = os.environ.get("COLUMNS"), shutil.get_terminal_size().columns
     os.environ["COLUMNS"] = str(max(columns, NARROWEST))
     try:
@@ -142,7 +143,8 @@ def list_options(kind: type[TrainConfig]) -> list[str]:
 
 
 def _command_line_choices(data: str, args: Sequence[str]) -> dict[str, Any]:
-    """What `_base` looks for in options, which are parsed in full over the defaults it decides."""
+    """The few options that `_base` needs to find the defaults, read before the full parse, which
+    needs these defaults."""
     parser = argparse.ArgumentParser(
         add_help=False, allow_abbrev=False, exit_on_error=False, argument_default=argparse.SUPPRESS
     )
@@ -159,7 +161,7 @@ def _command_line_choices(data: str, args: Sequence[str]) -> dict[str, Any]:
     try:
         return vars(parser.parse_known_args(list(args))[0])
     except argparse.ArgumentError:
-        return {}  # a name without its value: the whole parser says so
+        return {}  # a name without its value: the full parser reports it
 
 
 def _take_config(args: list[str]) -> tuple[list[str], str | None]:

@@ -1,4 +1,4 @@
-"""What peers learn: a task a module. Those imported here are there for runs and commands."""
+"""The tasks, one a module. Those imported here are registered for runs and commands."""
 
 from fastdml.train.tasks import classification, reid
 

@@ -39,8 +39,8 @@ SCORING = Scoring(
     (Headline("top1", label="top-1", entry="accuracy", title="accuracy"),),
     ensemble="mean of the mutual peers' probabilities",
 )
-# What a data set changes in the defaults; names the paper does not treat get settings that suit a
-# demonstration.
+# What a data set changes in the defaults. Data sets that are not in the paper get settings that
+# suit a demonstration.
 PRESETS: dict[str, dict[str, Any]] = {
     "cifar100": {},
     "cifar10": {},
@@ -153,7 +153,7 @@ def evaluate(
 
 
 def _as_trained(cohort: Cohort, test: ImageSet, device: torch.device) -> ResidentLoader:
-    """A set's images as the cohort has learnt to see them."""
+    """A set's images with the size, normalisation and order of classes of the cohort's training."""
     known = cohort.record()
     mean, std = tuple(known["mean"] or test.mean), tuple(known["std"] or test.std)
     labels, classes = test.labels, tuple(known["classes"] or test.class_names)

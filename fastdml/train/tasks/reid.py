@@ -134,7 +134,7 @@ class Reidentification(Task):
         )
 
     def score(self, cohort: Cohort, test: Batches, amp: Amp) -> ClassificationScores:
-        """Batches (images, labels) tell how well peers name an identity that they know."""
+        """Accuracy on batches (images, labels) of identities that the peers were trained on."""
         return classification.score(cohort, test, amp)
 
     def evaluate(
@@ -169,8 +169,8 @@ class Reidentification(Task):
 def opened(
     config: ReidConfig, *, distractors: bool = False, hint: str = HINT
 ) -> Iterator[Market1501]:
-    """The data set of a run, checked; with `standin` it is built if need be, by a dry run in a
-    folder that is gone afterwards. What is odd about it is said."""
+    """The data set of a run, checked; oddities are logged. With `standin` it is built where it is
+    missing, for a dry run in a temporary folder."""
     with tempfile.TemporaryDirectory(prefix="fastdml-") as temporary:
         root = Path(config.root)
         if config.standin:
@@ -195,7 +195,8 @@ def opened(
 
 
 def _check_queries(market: Market1501) -> None:
-    """Something to be found, which evaluation would miss only after epochs of training."""
+    """Raises InputError where no query has a match in the gallery, which evaluation would find only
+    after epochs of training."""
     gallery, query = market.gallery, market.query
     places = set(zip(gallery.ids.tolist(), gallery.cameras.tolist(), strict=True))
     cameras: dict[int, set[int]] = {}

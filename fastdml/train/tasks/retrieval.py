@@ -1,4 +1,4 @@
-"""What retrieval by the peers' features is worth: features, scores, ranked lists, a table.
+"""Evaluation of retrieval by the peers' features: features, scores, ranked lists, a table.
 
 Evaluation reads every query and gallery image once through all peers, twice with the flip test, and
 keeps K features of each on the device, (N, D_k) float32: 160 MB a peer of 2048 for Market-1501.
@@ -54,7 +54,7 @@ class RetrievalScores:
 
     @classmethod
     def of(cls, peers: Sequence[ReIDScores], ensemble: ReIDScores) -> RetrievalScores:
-        """From the scores of each peer and of their features put together."""
+        """From the scores of each peer and those of the ensemble."""
         values: dict[str, Any] = {"queries": ensemble.queries}
         for name in ("mAP", "mINP"):
             values[name] = [getattr(scores, name) for scores in peers]
@@ -85,7 +85,7 @@ class Features:
         self.source, self.device = source, device
         self.n, self.world = len(source), _world()
         own = source
-        if self.world > 1:  # all of them as many, so that they gather without padding
+        if self.world > 1:  # as many images for each process, so that they gather without padding
             share = -(-self.n // self.world)
             places = (dist.get_rank() * share + torch.arange(share)) % self.n
             own = source.at(places)
@@ -132,7 +132,7 @@ def extract_features(
     peer has no such head, an image cannot be decoded, or the device lacks the precision.
     """
     device = next(cohort.parameters()).device
-    with evaluating(cohort), held():  # of where the images are kept nothing is said
+    with evaluating(cohort), held():  # the loader's line on where it keeps images is not shown
         features = Features(source, size, device, loader=loader, batch_size=batch_size)
         return features(cohort, resolve_amp(amp, device), flip_test)
 
@@ -213,7 +213,7 @@ class Retrieval:
         """Each query's mean over the images of its identity and camera."""
         if self.market.multi_query is None:
             return None
-        with held():  # where images are kept has been said of the queries
+        with held():  # the loader's line on where it keeps images was shown for the queries
             drawn = self._features(self.market.multi_query)
         source, asked = drawn.source, self.query.source
         several = []
@@ -271,5 +271,5 @@ def table(names: Sequence[str], scores: Mapping[str, dict[str, Any] | None]) -> 
 
 
 def _world() -> int:
-    """Processes that extract together."""
+    """The number of processes that share the extraction."""
     return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1

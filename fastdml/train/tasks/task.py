@@ -1,4 +1,4 @@
-"""What a task is: what peers learn, from data to scores, and everything a run must ask about it.
+"""The interface of a task: what peers learn, from data to losses, scores and reports.
 
 A task is one module: a settings class, a `Scoring` and a subclass of `Task` under `@register_task`,
 imported by `fastdml.train.tasks`. The trainer, the reports and the commands find it by a run's
@@ -30,7 +30,7 @@ Evaluate = Callable[[Cohort], Any]  # to its scores
 
 
 class Prepared(NamedTuple):
-    """What a run needs beside its settings."""
+    """The peers and the data of a run."""
 
     cohort: Cohort  # on the device
     train: Any  # batches, as `fastdml.train.fit` takes them
@@ -38,7 +38,7 @@ class Prepared(NamedTuple):
 
 
 class Evaluation(NamedTuple):
-    """What `fastdml evaluate` found out."""
+    """The result of `fastdml evaluate`."""
 
     scores: Mapping[str, Any]  # plain values, for --json
     table: str
@@ -78,9 +78,9 @@ class Task:
     def prepare(
         self, config: Any, device: torch.device, hint: str = HINT
     ) -> AbstractContextManager[Prepared]:
-        """Peers and data of the run that `config` describes; what they use is there until the
-        context ends. Downloads nothing in a dry run. hint: what messages say that a
-        download is asked for by."""
+        """Peers and data of the run that `config` describes; files and memory that they use are
+        released when the context ends. Downloads nothing in a dry run. hint: how to ask for a
+        download, for messages."""
         raise NotImplementedError
 
     def check_labels(
@@ -88,19 +88,19 @@ class Task:
     ) -> None:
         """Raises InputError for labels of a batch that peers cannot learn: by default for all but
         class indices (N,). images: (N, channels, H, W). where: the batch, for the message. values:
-        whether to read them too, for which a device is waited for."""
+        whether to check the values too, which waits for the device."""
         check_labels(labels, images, num_classes, where, values)
 
     def recorded(self, cohort: Cohort, train: Batches, images: Tensor) -> dict[str, Any]:
-        """Of the task's own settings those that `fit` records of data of one's own, by what they
-        show; images: the first batch, (N, channels, H, W)."""
+        """Values for those of the task's own settings that show in the caller's own data, which
+        `fit` records. images: the first batch, (N, channels, H, W)."""
         return {}
 
     # --- training ---
 
     def mutual_loss(self, config: Any, K: int, **options: Any) -> MutualLoss:
-        """Of K peers' logits; options: others of `MutualLoss`. A subclass of it with a
-        `value_and_grad` of its own is the loss of labels of another kind."""
+        """The loss on K peers' logits. options: more options of `MutualLoss`. For labels of another
+        kind, return a subclass of it with its own `value_and_grad`."""
         return MutualLoss(
             temperature=config.temperature,
             ce_weight=config.ce_weight,
@@ -110,7 +110,8 @@ class Task:
         )
 
     def metric_loss(self, config: Any, cohort: Cohort) -> MetricLoss | None:
-        """What peers learn beside the mutual loss: losses on features, with fresh centres."""
+        """The losses on features beside the mutual loss, with fresh centres; None: there are
+        none."""
         return None
 
     # --- evaluation ---
@@ -174,8 +175,8 @@ def task_of(config: TrainConfig) -> Task:
 
 
 def task_for(data: str, names: Iterable[str] = ()) -> Task:
-    """The task of a data set; of data of one's own the one that has most of the settings in
-    `names`, and of those that have as many the first."""
+    """The task of a data set. For the user's own data, the first of the tasks that have most of the
+    settings in `names`."""
     if data in dataset_names():
         wanted = dataset(data).task
         for task in TASKS:
@@ -186,8 +187,8 @@ def task_for(data: str, names: Iterable[str] = ()) -> Task:
 
 
 def scoring_of(scores: Any) -> Scoring:
-    """How scores, given as such or as a dict, are read and shown: as those of the task that names
-    them so. Of None, or names of no task, as the first one's."""
+    """The `Scoring` that fits these scores, a dataclass or a dict, by their names; for None, or
+    names of no task, the first task's."""
     if scores is None:
         return TASKS[0].scoring
     names = set(scores) if isinstance(scores, Mapping) else set(vars(scores))
