@@ -53,7 +53,7 @@ test-gpu: $(DEV)
 test-oldest: $(OLDEST_STAMP)
 	PYTHONPATH=.:kernels OMP_NUM_THREADS=1 $(OLDEST)/python $(PYTEST) -n 2 --dist loadfile \
 	  tests/kernels tests/engine tests/test_torch_private.py tests/test_loss.py \
-	  tests/test_loss_routes.py tests/test_mutual_losses.py
+	  tests/test_linear_loss.py tests/test_loss_routes.py tests/test_mutual_losses.py
 
 soak: $(DEV)
 	$(FAULTS)/soak.py --seconds $(SECONDS) --seed $(SEED)
