@@ -78,7 +78,7 @@ def evaluate(args: list[str]) -> None:
 def _refuse_options_of_others(
     options: argparse.Namespace, parser: Parser, task: Task, config: TrainConfig
 ) -> None:
-    """Options that belong to runs of another task than this one's."""
+    """Raises InputError for options that belong to another task than the run's."""
     from fastdml.train.tasks.task import TASKS
 
     for other in TASKS:
@@ -92,8 +92,8 @@ def _refuse_options_of_others(
 
 
 def _evaluated_set(options: argparse.Namespace, config: TrainConfig, task: Task) -> str:
-    """The data set to score a run on: its own or, of a run of `fit` on data of one's own, the one
-    that these data were, if any."""
+    """The data set to score a run on: its own or, for a run of `fit` on the caller's data, the one
+    that the cohort's record of its images fits, if any."""
     from fastdml.cohort_files import read_record
     from fastdml.train.config.sources import is_known
 

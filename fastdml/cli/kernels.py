@@ -1,4 +1,4 @@
-"""`fastdml kernels`: what the compiler made of the Triton kernels."""
+"""`fastdml kernels`: registers, spills and memory traffic of the compiled Triton kernels."""
 
 from __future__ import annotations
 

@@ -22,8 +22,8 @@ logger = logging.getLogger(__name__)
 
 
 def add_run_options(parser: Parser) -> None:
-    """RUN, and which of its weights are meant."""
-    parser.usage = f"{parser.prog} RUN [OPTIONS]"  # after --peers RUN would be one of them
+    """Adds the argument RUN, and the option for which of its weights are meant."""
+    parser.usage = f"{parser.prog} RUN [OPTIONS]"  # RUN first: after --peers it would be a peer
     parser.add_argument("run", type=as_folder, metavar="RUN", help="folder of a training run")
     parser.add_argument(
         "--weights",
@@ -42,7 +42,7 @@ def add_run_options(parser: Parser) -> None:
 
 
 def run_config(run: Path) -> TrainConfig:
-    """The settings of the run in this folder. Raises InputError for what is no run."""
+    """The settings of the run in this folder. Raises InputError where there is no run in it."""
     from fastdml.train.config.sources import load_config
 
     if not (run / "config.yaml").is_file():
@@ -87,8 +87,8 @@ def run_cohort(options: argparse.Namespace, device: Any) -> Cohort:
 
 
 def find_own_models(peers: Sequence[str]) -> None:
-    """Peers that are the user's own code are looked for in the current folder first, where `python
-    -m fastdml` finds them too. Without such a peer nothing is imported from there."""
+    """Puts the current folder on Python's path if some peers are the user's own code, as `python -m
+    fastdml` does. Otherwise nothing is imported from there."""
     from fastdml.models.own import is_own
 
     if any(map(is_own, peers)) and not getattr(sys.flags, "safe_path", False):

@@ -65,14 +65,14 @@ def train_config(data: str, options: list[str]) -> TrainConfig:
     flags = [f"--no-{field.name.replace('_', '-')}" for field in settings if field.type == "bool"]
     known = ["--help", "--config", *(f"--{name}" for name in names), *flags]
     check_options(options, known, f"fastdml train {data}")
-    if os.environ.get("NO_COLOR"):  # which tyro does not look at
+    if os.environ.get("NO_COLOR"):  # tyro does not look at it
         os.environ.setdefault("PYTHON_TYRO_ANSI_CODES", "False")
     shown = io.StringIO()
     try:
         with contextlib.redirect_stderr(shown):
             return from_command_line(data, options)
     except SystemExit as stop:
-        # tyro frames what a value's own check says; the check's one line is enough.
+        # tyro puts the message of a value's check in a box; the message alone is enough.
         cause = stop.__cause__ or stop.__context__
         while cause is not None:
             if isinstance(cause, InputError):

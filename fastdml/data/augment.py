@@ -1,8 +1,9 @@
-"""The choices that augmentation makes for a batch, and the batch itself in plain torch calls.
+"""The random choices of augmentation for a batch, and the batch itself in plain torch calls.
 
-The same bits as the kernel of `fastdml_kernels.augment` makes, whose top says why and what the
-choices are. Cost: about a dozen calls that each pass over the batch, in blocks that fit the cache
-of a CPU. 64 images of 128x64 made 256x128, cropped and erased take a core of an AMD EPYC 48 ms.
+The result has the same bits as that of the kernel in `fastdml_kernels.augment`, whose docstring
+describes the choices and why the bits agree. Cost: about a dozen calls that each pass over the
+batch, in blocks that fit the cache of a CPU. 64 images of 128x64 resized to 256x128, cropped and
+erased take a core of an AMD EPYC 48 ms.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ from torch import Tensor
 from fastdml.data.philox import EPOCH, ERASE, draw, uniform
 from fastdml.errors import InputError
 
-BLOCK = 8  # images at a time on a CPU: what lies between two passes then stays in its cache
+BLOCK = 8  # images at a time on a CPU, so that results between two passes stay in its cache
 
 
 class Choices(NamedTuple):
@@ -98,8 +99,8 @@ def choose(
 
 
 def taps(size: int, out: int, device: torch.device | str = "cpu") -> tuple[Tensor, Tensor, Tensor]:
-    """For each of `out` positions: the two of `size` it lies between, and the second's weight in
-    256ths. Half-pixel centres; three (out,) int64."""
+    """Bilinear taps: for each of `out` positions the two of `size` that it lies between, and the
+    second's weight in 256ths. Half-pixel centres; three (out,) int64."""
     position = torch.arange(out, device=device)
     at = ((2 * position + 1) * size - out).clamp_(min=0)
     at = (at * 256 + out) // (2 * out)
@@ -108,8 +109,8 @@ def taps(size: int, out: int, device: torch.device | str = "cpu") -> tuple[Tenso
 
 
 def source(start: Tensor, count: int, size: int, reflect: bool) -> tuple[Tensor, Tensor]:
-    """Where the `count` positions from `start` (B,) on read in `size`, and whether they lie within:
-    (B, count) both."""
+    """For the `count` positions of a padded line from `start` (B,) on: the positions in the
+    unpadded line of `size` that they read, and whether they lie within it; (B, count) both."""
     position = start[:, None] + torch.arange(count, device=start.device)
     if reflect:
         position = position.abs()

@@ -65,7 +65,7 @@ class ImageSet:
         mean: tuple[float, ...],  # (ch,)
         std: tuple[float, ...],  # (ch,)
     ) -> ImageSet:
-        """Of pixels as files hold them, which are not copied."""
+        """A set of these pixels, in the order in which files hold them; they are not copied."""
         return cls(pixels.permute(0, 3, 1, 2), labels, len(class_names), class_names, mean, std)
 
     @property

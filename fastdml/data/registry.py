@@ -23,7 +23,7 @@ Load = TypeVar("Load", bound=Callable[..., Any])
 
 @dataclass(frozen=True)
 class DataSet:
-    """What is known of a data set without its files."""
+    """The facts about a data set that are known without its files."""
 
     name: str
     task: str  # the name of the task that trains on it: "classification", "reid"
@@ -58,7 +58,7 @@ def register_dataset(
     num_classes: int | None = None,
     files: Literal["none", "download", "own"] = "own",
 ) -> Callable[[Load], Load]:
-    """Registers what it decorates as the loader of the data set `name`.
+    """Decorates a function that loads a data set: registers it under `name`.
 
     A classification loader returns (train, test), both an `ImageSet`. It is called with the root
     folder, and where files is "download" with download=, a bool, and hint=, what messages say that

@@ -21,14 +21,14 @@ from fastdml.errors import InputError
 
 
 class Order(NamedTuple):
-    """The places of an epoch."""
+    """The samples of an epoch, in order."""
 
     sample: Tensor  # (M,) int64, index in the set
     repetition: Tensor | None  # (M,) int64: tells showings of one sample apart; None: at most one
 
 
 class Sampler(Protocol):
-    """What a loader takes as its `sampler`."""
+    """The interface of a loader's `sampler`."""
 
     @property
     def places(self) -> int: ...  # of every epoch

@@ -1,4 +1,4 @@
-"""What trained peers are worth: scores over a test set, free of any model or training code."""
+"""Scores of trained peers over a test set, from logits or features: no model, no training code."""
 
 from __future__ import annotations
 

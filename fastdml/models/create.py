@@ -21,7 +21,7 @@ from fastdml.models.timm_models import (
 
 
 class Row(NamedTuple):
-    """What `fastdml models` says of a model."""
+    """The row of a model in the table of `fastdml models`."""
 
     name: str
     parameters: int  # with the classes and channels that `catalogue` was asked for
@@ -114,7 +114,7 @@ def create_model(
 
 
 def _timm_name(name: str, head: ReidHead | None) -> str | None:
-    """What timm calls the model; None where it is not one of timm's."""
+    """timm's name of the model; None where it is not one of timm's."""
     if name.startswith("timm:"):
         return name.removeprefix("timm:")
     return name if head is not None and name in IMAGENET_RESNETS else None
@@ -145,7 +145,7 @@ def _registered(name: str, num_classes: int, in_channels: int, head: ReidHead | 
 
 
 def check_count(label: str, value: object) -> None:
-    """Raises InputError for what is no whole number from 1 to 2**63 - 1."""
+    """Raises InputError for anything but a whole number from 1 to 2**63 - 1."""
     if not isinstance(value, Integral) or isinstance(value, bool) or int(value) < 1:
         raise InputError(f"{label} must be a whole number of at least 1, not {value!r}")
     if int(value) >= 1 << 63:

@@ -1,4 +1,4 @@
-"""What the models share: the classifier's outline, one convolution unit, one initialisation.
+"""Shared by the models: the outline of a classifier, one convolution unit, one initialisation.
 
 Every model is a stack of plain `nn.Module`s whose `forward` neither looks at the data nor keeps
 state in Python: it can be captured in a CUDA graph, traced by `torch.fx` and exported as it is.

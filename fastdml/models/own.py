@@ -69,8 +69,8 @@ def call_own(
     arguments: Mapping[str, object],
     numbers: Mapping[str, int],
 ) -> nn.Module:
-    """The model that a user's function makes of those of the `arguments` that it takes and of the
-    `numbers` in the name that it is registered under."""
+    """Calls a user's function with those of `arguments` that it takes, and with the `numbers` in
+    the name that it is registered under; returns its model."""
     given = {**taken_by(function, arguments), **numbers}
     try:
         _signature(function).bind(**given)
@@ -93,9 +93,9 @@ def call_own(
 
 
 def taken_by(function: Callable[..., object], arguments: Mapping[str, object]) -> dict[str, Any]:
-    """Of the `arguments` those that the signature of `function` names, and num_classes for one with
-    **arguments of any name, which a library passes on to its models. Whether the model heeds
-    num_classes, its logits show."""
+    """Those of `arguments` that the signature of `function` names. One with ** gets num_classes
+    too, as functions of libraries pass it on to their models; the logits show whether it was
+    used."""
     parameters = _signature(function).parameters.values()
     named = {p.name for p in parameters if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)}
     if any(p.kind is p.VAR_KEYWORD for p in parameters):

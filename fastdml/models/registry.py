@@ -51,7 +51,7 @@ _KNOWN: dict[str, Model] = {}
 def register_model(
     pattern: str, *, listed: Sequence[str] = (), purpose: str = "", input: str = "any size"
 ) -> Callable[[Build], Build]:
-    """Registers what it decorates, a class or a function that returns a model, under a name.
+    """Decorates a class or function that makes a model: registers it under a name.
 
     @register_model("mynet")
     def mynet(num_classes: int, in_channels: int = 3) -> nn.Module: ...
@@ -88,7 +88,8 @@ def models() -> list[Model]:
 
 
 def find(name: str) -> tuple[Model, dict[str, int]] | None:
-    """What builds `name`, and the numbers in it; a name of its own comes before a family's."""
+    """The model that `name` means, and the numbers in the name. One registered under exactly this
+    name comes before a family."""
     for model in reversed(models()):
         numbers = model.numbers(name)
         if numbers is not None:

@@ -27,7 +27,7 @@ PROBES = ((64, 64), (256, 128), (224, 224))  # image sizes; some backbones accep
 
 @dataclass(frozen=True)
 class ReidHead:
-    """What is put on a backbone. The defaults are BoT's; ReidHead(neck=False, last_stride=2) is the
+    """The settings of a head. The defaults are BoT's; ReidHead(neck=False, last_stride=2) is the
     mutual learning paper's.
 
     pooling: "avg", or "gem": the generalised mean (Radenović et al. 2018), its exponent learnt.
@@ -119,7 +119,7 @@ class ReidModel(nn.Module):
         return self.classifier(self.neck(features)), features
 
     def embed(self, x: Tensor) -> Tensor:
-        """(N, F): what retrieval compares, after the BNNeck where there is one."""
+        """The features (N, F) that retrieval compares: after the BNNeck where there is one."""
         return self.neck(self.features(x))
 
     def features(self, x: Tensor) -> Tensor:

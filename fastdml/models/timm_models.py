@@ -18,10 +18,10 @@ from fastdml.models.resnet_cifar import IMAGENET_DEPTHS
 from fastdml.modes import evaluating
 from fastdml.names import nearest
 
-# The ImageNet networks, which re-identification means by these names: they are timm's there.
+# With a re-identification head these names mean the ImageNet networks, which are timm's.
 IMAGENET_RESNETS = tuple(f"resnet{depth}" for depth in IMAGENET_DEPTHS)
 
-# Options, first that fits, under which a network of one image size takes others as well.
+# Options of timm that let a network built for one image size take others; the first that fits.
 ANY_SIZE: tuple[dict[str, bool], ...] = ({"dynamic_img_size": True}, {"strict_img_size": False}, {})
 
 

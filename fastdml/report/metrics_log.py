@@ -1,4 +1,4 @@
-"""metrics.jsonl and TensorBoard's events: what a run logs while it trains.
+"""metrics.jsonl and TensorBoard's events, written while a run trains.
 
 Everything here takes plain numbers, lists and folders; the trainer fetches device tensors first, in
 one transfer a log point. One log point costs a flushed line and a queued TensorBoard event.
@@ -187,7 +187,7 @@ def read_metrics(folder: str | Path) -> list[dict[str, Any]]:
 
 
 def _check_metrics(records: list[Any], path: Path) -> None:
-    """What is drawn from the file relies on its form."""
+    """Raises InputError for a record of another form than the pictures rely on."""
     remedy = "restore the file from a copy, or move it away and go on without what it holds"
     names = records[0].get("names") if records and isinstance(records[0], dict) else None
     first = {"kind": "peers", "step": 0, "names": names}

@@ -40,8 +40,8 @@ STYLE = {
 # Okabe and Ito, "Color Universal Design", 2008, without black, for the ensemble, and yellow.
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00")
 MARKERS = "os^Dv*"
-MARKED_POINTS = 16  # of a curve, about
-ENOUGH_EPOCHS = 10  # of fewer, the readings within epochs are shown as well, as dots
+MARKED_POINTS = 16  # markers on a curve, about
+ENOUGH_EPOCHS = 10  # with fewer, the readings within epochs are shown too, as dots
 SPANS = 4  # of training, in pairwise_kl
 MANY_PEERS = 6  # beyond these a heat map has no place for numbers
 
@@ -113,7 +113,7 @@ def _curves(runs: dict[str, Records], headlines: Sequence[Headline]) -> Any:
 def _panels(
     records: Records, K: int, headlines: Sequence[Headline]
 ) -> list[tuple[str, str, str, float]]:
-    """What there is to draw: (kind of record, its key, title, unit)."""
+    """The panels of a figure: (kind of record, its key, title, unit) of each."""
     panels = [("train", "ce", "training cross-entropy (nats)", 1.0)]
     if K > 1:
         panels.append(("train", "kl", "training KL from the other peers (nats)", 1.0))

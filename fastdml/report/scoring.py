@@ -1,4 +1,4 @@
-"""What the scores of an evaluation are called, and which of them reports lead with.
+"""The names of the scores of an evaluation, and which of them reports show first.
 
 Scores are a frozen dataclass of plain values: of each score a list, a value a peer in order, and
 `ensemble_NAME`, that of the ensemble. metrics.jsonl, summary.json and checkpoints hold a dict of
@@ -13,7 +13,7 @@ from typing import Any
 
 @dataclass(frozen=True)
 class Headline:
-    """A score that tables and pictures show: a fraction of 1, of which more is better."""
+    """A score that tables and pictures show: a fraction of 1, the higher the better."""
 
     name: str  # of the scores' field, which metrics.jsonl has too
     label: str  # of a table's column and of what training says after an epoch

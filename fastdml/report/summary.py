@@ -1,4 +1,4 @@
-"""summary.json: what was run, on what, and what came out, of the independent run too."""
+"""summary.json: settings, hardware and scores of a run, and of its independent run."""
 
 from __future__ import annotations
 

@@ -10,12 +10,12 @@ from fastdml.units import percent
 
 
 def summary_table(summary: dict[str, Any], scoring: Scoring) -> str:
-    """The comparison every paper's table makes: the scores that lead, in %, of both runs."""
+    """Independent against mutual training, as papers compare them: the headline scores in %."""
     ensemble = percent(summary["ensemble_mutual"])
     rate = _rate(summary["mutual"])
     entries = [score.entry for score in scoring.headlines]
     prefixes = [f"{score.label} " for score in scoring.headlines]
-    if len(prefixes) == 1:  # what it is needs no telling
+    if len(prefixes) == 1:  # a single run needs no label
         prefixes = [""]
     rows = [
         (

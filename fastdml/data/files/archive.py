@@ -1,4 +1,4 @@
-"""Downloads an archive and unpacks it without trusting either.
+"""Downloads an archive and unpacks it, trusting neither the server nor the archive.
 
 A file or folder appears under its final name only when it is whole: a download is written to a
 temporary name and renamed once its MD5 is right, an archive is unpacked into a temporary folder
@@ -139,7 +139,7 @@ def _unpack(
             return
         target.parent.mkdir(parents=True, exist_ok=True)
         source = tar.extractfile(entry)
-        assert source is not None  # which it is for links and folders alone
+        assert source is not None  # None is for links and folders
         with source, target.open("xb") as file:
             shutil.copyfileobj(source, file, CHUNK)
         return

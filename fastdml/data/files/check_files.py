@@ -1,12 +1,12 @@
 """Decodes every file once before training, in parallel, and names the bad ones with the reason.
 
-What was found is kept in the user's cache folder, for each file with its size and modification
-time: a second scan decodes only what changed. About 0.25 ms a file and process for Market-1501.
+Results are kept in the user's cache folder, for each file with its size and modification time, so
+that a second scan decodes only files that changed. About 0.25 ms a file and process for
+Market-1501.
 
 Files are decoded by Pillow (`decoder="pillow"`) or also by DALI ("dali"), whose parser refuses a
 few files that Pillow reads, and which cannot go on after a bad one. Beyond `IN_PROCESS` files, and
-for DALI always, other processes decode: a decoder that crashes or hangs is found out and its file
-named.
+for DALI always, other processes decode, so that a decoder may crash or hang and its file is named.
 """
 
 from __future__ import annotations
@@ -47,7 +47,7 @@ class Scan:
     files: int = 0
 
     def describe(self) -> str:
-        """One line, which names them all."""
+        """One line that names all bad files."""
         listed = "; ".join(f"{path}: {why}" for path, why in self.bad.items())
         return f"{len(self.bad)} of {self.files} files are bad: {listed}"
 
@@ -60,8 +60,8 @@ def scan(
     progress: bool | None = None,
     cache: Path | None = None,
 ) -> Scan:
-    """Which of the files cannot be decoded, and why. Only those are decoded that the cache does not
-    know, or that changed since.
+    """The files that cannot be decoded, and why. Decodes only files that are not in the cache or
+    have changed since.
 
     decoder: "dali" asks DALI as well as Pillow. workers: processes (default: one a core). progress:
     whether a bar is shown (default: where stderr is a terminal). cache: its folder (default: in the
@@ -88,13 +88,13 @@ def scan(
 
 
 def check_bad_files(bad_files: str) -> None:
-    """Raises InputError for what is neither "error" nor "skip"."""
+    """Raises InputError for a value that is neither "error" nor "skip"."""
     if bad_files not in ("error", "skip"):
         raise InputError(f"bad files {bad_files!r}: give 'error' or 'skip'")
 
 
 def _condemned(why: str | None) -> bool:
-    """Whether the reason is that the decoder's process died or hung, not what it answered."""
+    """Whether the reason is that the decoder's process died or hung, and so may be chance."""
     return why is not None and why.startswith((CRASHES, LATE))
 
 
@@ -118,8 +118,8 @@ def _decode_all(
 
 
 def _mind(paths: list[str], decoder: Decoder, results: queue.SimpleQueue[Any]) -> None:
-    """A thread's work: puts what `_decode_elsewhere` finds into `results`. An error is put there
-    too, since the scan would wait for ever for what this thread no longer finds."""
+    """The body of a thread: puts the results of `_decode_elsewhere` into `results`. An exception is
+    put there too: the scan would otherwise wait for ever for the rest."""
     try:
         for found in _decode_elsewhere(paths, decoder):
             results.put(found)
@@ -213,7 +213,8 @@ def _load(file: Path) -> dict[str, list[Any]]:
 
 
 def _is_entry(entry: object) -> bool:
-    """Whether it is what a scan writes for a file: its mark, and why it is bad or None."""
+    """Whether `entry` has the form that a scan writes: the file's size and time, and the reason or
+    None."""
     return (
         isinstance(entry, list)
         and len(entry) == 2
@@ -223,7 +224,7 @@ def _is_entry(entry: object) -> bool:
 
 
 def _save(file: Path | None, content: dict[str, list[Any]]) -> None:
-    """A cache that cannot be written costs time, nothing else."""
+    """Writes the cache. A failure is ignored: the next scan then decodes again."""
     if file is None:
         forgotten = "the account has no home folder (XDG_CACHE_HOME may name another)"
         logger.warning("the scan of the images is not remembered: %s", forgotten)

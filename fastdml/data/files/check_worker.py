@@ -1,8 +1,8 @@
 """Decodes single files, and says what is wrong with those that cannot be decoded.
 
-`python -m fastdml.data.files.check_worker DECODER` does so for a list of files: what a decoder that
-crashes or hangs takes down is then this process alone (see `check_files.py`). It starts in a
-quarter of a second with Pillow, since it needs no torch, and in about one with DALI.
+`python -m fastdml.data.files.check_worker DECODER` does so for a list of files, so that a decoder
+that crashes or hangs takes only this process down (see `check_files.py`). It starts in a quarter of
+a second with Pillow, since it needs no torch, and in about one with DALI.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ def reason(path: str) -> str | None:
 
 
 def decoded(encoded: Any, device: str) -> Any:
-    """RGB with the EXIF orientation applied: the policy of `fastdml.data.files.decode`."""
+    """RGB with the EXIF orientation applied, as in `fastdml.data.files.decode`."""
     fn = require("nvidia.dali.fn", "dali")
     types = require("nvidia.dali.types", "dali")
     return fn.decoders.image(encoded, device=device, output_type=types.RGB, adjust_orientation=True)

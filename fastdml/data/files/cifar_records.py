@@ -19,7 +19,7 @@ NAME_BYTES = 200  # more than the Python version spends on one record's labels a
 
 
 class Damaged(Exception):
-    """What is wrong with a file; the caller adds the remedy."""
+    """A file is damaged; the message says how, and the caller adds the remedy."""
 
 
 def _bad(path: Path, found: str) -> NoReturn:
@@ -85,7 +85,7 @@ class _Dtype:
 
 
 class _Array:
-    """Stands in for `numpy.ndarray`: what the pickle says of it, checked before use."""
+    """Stands in for `numpy.ndarray`: its fields from the pickle, checked before use."""
 
     def __setstate__(self, state: tuple[Any, ...]) -> None:
         _, self.shape, self.dtype, self.fortran, self.raw = state
@@ -111,7 +111,8 @@ class _Refused(Exception):
 
 
 class _Unpickler(pickle.Unpickler):
-    """Builtin containers, numbers and strings need no names; every name but these is refused."""
+    """Refuses every name but these four. Containers, numbers and strings are pickled without
+    one."""
 
     NAMES = {  # noqa: RUF012 - constant
         ("numpy", "ndarray"): _Array,

@@ -21,9 +21,9 @@ from fastdml.errors import InputError, require
 if TYPE_CHECKING:
     import numpy as np
 
-LARGEST = 1 << 26  # pixels; what a header may claim before anything is decoded
-# What Pillow may take a file for, whatever its name. Of others, EPS would be handed to Ghostscript,
-# another program.
+LARGEST = 1 << 26  # pixels that a header may claim; checked before anything is decoded
+# The formats that Pillow may recognise a file as, whatever its name. Not EPS, for which it would
+# run another program, Ghostscript.
 FORMATS = ("JPEG", "PNG", "BMP", "PPM", "WEBP", "GIF", "TIFF")
 
 
@@ -36,9 +36,9 @@ class BadImage(InputError):
 
 
 def decode(path: str | Path, size: tuple[int, int] | None = None) -> np.ndarray:
-    """Pixels (H, W, 3) uint8 of one file; where it has another size than (height, width), made so
-    by Pillow's bilinear filter, which averages when it shrinks. Raises BadImage for a file that is
-    not there or cannot be decoded, MissingExtra without Pillow."""
+    """Pixels (H, W, 3) uint8 of one file, resized to (height, width) where it has another size, by
+    Pillow's bilinear filter, which averages when it shrinks. Raises BadImage for a file that is not
+    there or cannot be decoded, MissingExtra without Pillow."""
     import numpy as np
 
     pillow = require("PIL.Image", "train")

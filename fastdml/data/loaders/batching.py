@@ -1,5 +1,5 @@
-"""What every loader shares: its arguments, how many steps an epoch has, and which samples with
-which choices a step shows."""
+"""The base of all loaders: arguments, steps of an epoch, and the samples and random choices of a
+step."""
 
 from __future__ import annotations
 
@@ -73,7 +73,7 @@ class Batching:
         self._take_in(images)
 
     def _take_in(self, images: Any) -> None:
-        """Whatever a loader makes of its images once."""
+        """Prepares the images once, in a loader's constructor."""
         raise NotImplementedError
 
     def _count(self, sampler: Sampler) -> int:
@@ -94,7 +94,7 @@ class Batching:
         return steps
 
     def order(self, epoch: int, device: torch.device | str = "cpu") -> Order:
-        """Of all ranks; kept until another epoch is asked for."""
+        """The order of an epoch for all ranks; kept until another epoch is asked for."""
         epoch = epoch if self.train else 0
         if self._kept is None or self._kept[0] != epoch:
             if self.sampler is None:
@@ -105,7 +105,8 @@ class Batching:
         return self._kept[1]
 
     def choices(self, epoch: int, device: torch.device | str = "cpu") -> Choices:
-        """Of the whole epoch: drawing them batch by batch would cost more than the batch."""
+        """The random choices of a whole epoch: drawn batch by batch they would cost more than the
+        batch."""
         if self._chosen is None or self._chosen[0] != epoch:
             order = self.order(epoch, device)
             chosen = augment.choose(self.augment, self.seed, epoch, order.sample, order.repetition)
@@ -127,7 +128,7 @@ class Batching:
         raise NotImplementedError
 
     def batch(self, epoch: int, step: int) -> tuple[Tensor, Tensor]:
-        """One batch by itself, which nothing prepared: for looking at."""
+        """One batch by itself, without prefetching: for looking at it."""
         return next(iter(self.epoch(epoch, step)))
 
     def _finished(self, epoch: int, step: int, images: Tensor) -> tuple[Tensor, Tensor]:

@@ -2,15 +2,14 @@
 
 Extra `dali`. With a CUDA device JPEGs are decoded by nvJPEG ("mixed") and everything else runs
 there too; without one the same pipeline runs on the CPU. DALI reads, decodes, resizes, crops,
-flips, erases and normalises; which samples and which choices, it is told: they come from
+flips, erases and normalises. The samples and the random choices are passed to it: they come from
 `fastdml.data.philox`, as in `ResidentLoader`, so a batch is a pure function of (seed, epoch, step,
-rank). The pipeline has no random state: what a checkpoint must hold to go on with the stream is the
-position alone.
+rank). The pipeline has no random state, so that a checkpoint needs nothing but the position.
 
 Pixels differ from `ResidentLoader`'s by rounding: 1e-5 after normalisation without a resize or
 where sizes are doubled, else 0.02, since bilinear weights are exact here and multiples of 1/256
-there. Files of another size than 128x64 are made so first, as there, where the libraries' filters
-differ by up to twelve grey levels, less than one in a picture's mean.
+there. Both first resize files of another size to 128x64; there DALI's filter and Pillow's differ by
+up to twelve grey levels in a pixel, and less than one in a picture's mean.
 
 One bad file ends a pipeline, and its error does not say which file it was. So files are checked
 before (`data/files/check_files.py`, decoder "dali"), and after an error the batch's files are
@@ -199,7 +198,7 @@ class DALILoader(Batching):
                     self._feed(epoch, step)
                 images = self._take()
                 if step + 1 < len(self):
-                    with contextlib.suppress(BadImage):  # which its own turn raises
+                    with contextlib.suppress(BadImage):  # raised again when that batch is asked for
                         self._feed(epoch, step + 1)
             except RuntimeError as error:
                 at = self._ahead or (epoch, step)

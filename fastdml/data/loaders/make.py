@@ -67,8 +67,8 @@ def choose_loader(
     device: torch.device,
     **options: Any,
 ) -> str:
-    """What `make_loader` makes of these arguments: "resident", "dali" or "torch". Raises InputError
-    for an unknown kind."""
+    """The kind of loader that `make_loader` chooses: "resident", "dali" or "torch". Raises
+    InputError for an unknown kind."""
     if kind not in KINDS:
         raise InputError(f"loader {kind!r}: give one of {', '.join(KINDS)}")
     if kind in ("dali", "torch"):
@@ -104,7 +104,8 @@ def needed_bytes(
     flip: bool = True,
     **others: Any,
 ) -> int:
-    """The memory that a `ResidentLoader` would keep its images in. others: what does not matter."""
+    """The bytes that a `ResidentLoader` would keep its images in. others: options without effect on
+    that."""
     if isinstance(source, ReidSplit):
         height, width, channels = *STORED, 3
     else:

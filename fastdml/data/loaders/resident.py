@@ -8,9 +8,9 @@ ways make the same batch, to the last bit:
 - elsewhere, where images keep their size, `RowTable`;
 - elsewhere, where they are resized, `fastdml.data.augment` in plain torch.
 
-Memory: the set's bytes, once; RowTable's are more, see there. The order of an epoch is computed at
-its first batch, in about 10 ms, and kept: 8 bytes a sample, and 56 more for the choices without the
-kernel.
+Memory: the set's bytes, once; `RowTable` takes more, see there. The order of an epoch is computed
+at its first batch, in about 10 ms, and kept: 8 bytes a sample, and without the kernel 56 more for
+the random choices.
 """
 
 from __future__ import annotations
@@ -70,7 +70,7 @@ class ResidentLoader(Batching):
 
     @property
     def nbytes(self) -> int:
-        """Of the images as they are kept."""
+        """The size of the images as they are kept, in bytes."""
         return (self.images if self._table is None else self._table.storage).nbytes
 
     def batch(self, epoch: int, step: int) -> tuple[Tensor, Tensor]:
@@ -78,7 +78,7 @@ class ResidentLoader(Batching):
         return self.assemble(*self.index(epoch, step))
 
     def index(self, epoch: int, step: int) -> tuple[Tensor, ...]:
-        """What `assemble` makes the batch from, on the device; the last of them is (B,)."""
+        """The tensors from which `assemble` makes the batch, on the device; the last is (B,)."""
         part = self.part(epoch, step)
         order = self.order(epoch, self.device)
         if not self._kernel:
@@ -183,8 +183,8 @@ class RowTable:
 
 
 def _border(size: int, what: Augment, device: torch.device | str) -> tuple[Tensor, Tensor]:
-    """Where each of the `size + 2 pad` positions of a border reads from, and whether it is in the
-    image: outside of a black border it reads 0."""
+    """For each of the `size + 2 pad` positions of a padded line: the position in the image that it
+    reads, and whether it shows the image (a black border does not)."""
     position, inside = augment.source(
         torch.tensor([-what.pad], device=device), size + 2 * what.pad, size, what.reflect
     )

@@ -88,7 +88,7 @@ def resize(image: np.ndarray, height: int, width: int) -> np.ndarray:
 
 
 class _Item(NamedTuple):
-    """What a worker is asked for."""
+    """A request to a worker: one image and its random choices."""
 
     sample: int
     choices: tuple[int, ...]
@@ -130,8 +130,8 @@ def _collate(images: list[np.ndarray | str]) -> Tensor | str:
 
 
 def _started(loader: DataLoader[Any]) -> Iterator[Any]:
-    """`loader`'s batches, from workers that are started without collection and deaf to SIGTERM:
-    `_prepare_worker` says why."""
+    """`loader`'s batches. Its workers are started with garbage collection off and ignore SIGTERM:
+    see `_prepare_worker`."""
     collecting = gc.isenabled()
     gc.disable()
     mask = signal.pthread_sigmask(signal.SIG_BLOCK, TERM)

@@ -165,7 +165,7 @@ def _found_or_fetched(source: Source, root: Path, download: bool, hint: str) -> 
     found = _find(source, root)
     if found is None and download:
         if (root / source.binary_folder).exists():
-            raise InputError(_absent(source, root, hint))  # before 160 MB are fetched in vain
+            raise InputError(_absent(source, root, hint))  # before a download of 160 MB in vain
         fetch(BASE_URL + source.archive, root / source.archive, source.md5, hint)
         extract(root / source.archive, root, source.binary_folder, hint)
         found = _find(source, root)
@@ -221,7 +221,7 @@ def _find(source: Source, root: Path) -> tuple[Path, str] | None:
 
 
 def _absent(source: Source, root: Path, hint: str) -> str:
-    """What to tell someone whose `root` holds no complete copy."""
+    """The message where `root` holds no complete copy."""
     if not root.is_dir():
         return f"{root}: no such folder: name the one that holds {source.name}, or use {hint}"
     for folder, suffix in _places(source, root):

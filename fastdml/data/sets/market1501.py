@@ -284,7 +284,8 @@ def _no_images(folder: Path) -> str:
 def _read(
     root: Path, places: Sequence[tuple[str, str | None]], layout: Layout, bad: dict[str, str]
 ) -> ReidSplit:
-    """What the names of the files say; those that say nothing go into `bad`, with the reason."""
+    """Identities and cameras from the files' names; files whose name does not fit go into `bad`,
+    with the reason."""
     import torch
 
     pattern = re.compile(layout.pattern)

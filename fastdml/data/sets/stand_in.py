@@ -38,7 +38,7 @@ ORIENTATION = 0x0112  # EXIF tag
 
 @dataclass(frozen=True)
 class StandIn:
-    """How much of everything."""
+    """The size of a stand-in: identities, images, distractors."""
 
     train_ids: int = 50
     test_ids: int = 40
