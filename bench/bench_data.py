@@ -123,7 +123,8 @@ def measure(
 
 
 def _sustained(timer: timing.Timer) -> timing.Timer:
-    """Of what makes batches ahead: only after those that were made while others were timed."""
+    """The timer of a loader that makes batches ahead: first takes the batches that were made while
+    others were timed."""
 
     def sustained(calls: int) -> float:
         timer(AHEAD)

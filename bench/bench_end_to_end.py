@@ -58,7 +58,7 @@ def _our_epoch(images: ImageSet, device: torch.device) -> tuple[float, float]:
 
 
 def _our_run(images: ImageSet, device: torch.device, **options) -> tuple[float, float, str]:
-    """As above, and the page that a profiled run writes."""
+    """As `_our_epoch`, and the page that a profiled run writes."""
     cohort = Cohort(PEERS, images.num_classes).to(device)
     with TemporaryDirectory() as folder:
         run = Path(folder, "run")

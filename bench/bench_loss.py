@@ -35,7 +35,7 @@ class Case(NamedTuple):
 
     @property
     def least_bytes(self) -> int:
-        """Of forward and backward: logits read once, gradients written once."""
+        """The least bytes of forward and backward: logits read once, gradients written once."""
         return 2 * self.K * self.N * self.C * getattr(torch, self.dtype).itemsize
 
 

@@ -107,7 +107,7 @@ def _loss(rows: list[Row]) -> list[str]:
 def _lines(
     group: dict[str, Row], base: str, images: int, unit: str, per_second: float
 ) -> list[str]:
-    """Time, images a second, and how often a contender fits into the time of `base`."""
+    """Time, images a second, and the speed relative to `base`."""
     lines = [f"{'':<34}{unit:>10}{'images/s':>11}{'x ' + base.split()[0]:>15}"]
     for name, row in group.items():
         time = row["median"]

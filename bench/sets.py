@@ -1,5 +1,5 @@
-"""The images that benchmarks are fed: real ones where they are, else random ones of the same size,
-which the tables say. Random pixels cost a decoder more than real ones."""
+"""The images of the benchmarks: real ones where they are found, else random ones of the same size;
+the tables say which. Random pixels cost a decoder more than real ones."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from fastdml.data import ImageSet, load_cifar100
 
 
 def cifar100(root: str, count: int = 50_000) -> tuple[ImageSet, str]:
-    """`count` training images, and the words for them."""
+    """`count` training images, and their description for the tables."""
     if any(Path(root).glob("cifar-100*")):
         return load_cifar100(root)[0].subset(count), "CIFAR-100"
     generator = torch.Generator().manual_seed(0)

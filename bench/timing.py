@@ -41,7 +41,7 @@ def interleave(
             for name in draw.sample(list(timers), len(timers)):
                 time.sleep(REST)
                 if calls[name] > 1:
-                    timers[name](1)  # of several calls none is the first after the rest
+                    timers[name](1)  # so that no timed call is the first after the rest
                 samples[name].append(timers[name](calls[name]) / calls[name])
     finally:
         gc.enable()
@@ -72,7 +72,7 @@ def replay(calls: Sequence[Callable[[], Any]], pool: Any) -> Timer:
     """
     stream = torch.cuda.Stream()
     stream.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(stream):  # whatever the first call on a stream does, outside the graph
+    with torch.cuda.stream(stream):  # a first call may allocate: outside the graph
         for call in calls:
             call()
         before = torch.cuda.get_sync_debug_mode()
@@ -123,8 +123,8 @@ def copy_bandwidth(device: torch.device, size: int = 1 << 30) -> float:
 
 
 class ReplayClock:
-    """pytest-benchmark's timer for samples that were taken before: a benchmark whose call is
-    `advance` is seen to take exactly the sample."""
+    """A clock for pytest-benchmark that gives back samples taken before: a benchmark that calls
+    `advance` appears to take exactly the sample's time."""
 
     def __init__(self) -> None:
         self.now = 0.0

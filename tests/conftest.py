@@ -4,8 +4,8 @@ Tests marked `gpu` are skipped, and say so, where there is no CUDA device. There
 Triton's interpreter, in the same process and by the same tests as on a GPU; `tests/kernels` is on
 the path for its helper `oracle`. Threads that wait for each other sleep: spinning makes small
 networks up to ten times slower where cores are shared. Real CIFAR-100 is found or unpacked here.
-Signals that are ignored where tests start in the background, as a shell has it, are not: runs heed
-that, and tests send them.
+A shell starts background jobs with some signals ignored, and runs respect that. Tests send these
+signals, so they are set back to their default here.
 """
 
 from __future__ import annotations

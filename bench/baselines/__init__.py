@@ -1,5 +1,5 @@
-"""How mutual learning is written today, a habit a file: what fastdml is measured against.
+"""Mutual learning as it is usually written, one form a file: the baselines of the benchmarks.
 
-A loss is `losses(logits, labels) -> K losses`, with the K gradients taken as that habit takes them;
+A loss is `losses(logits, labels) -> K losses`, with the K gradients taken as that code takes them;
 a training loop is called with a batch and returns the peers' losses as numbers.
 """

@@ -31,7 +31,7 @@ def crop(images: Tensor, size: int) -> Tensor:
 def batches(
     images: ImageSet, batch_size: int, device: torch.device, pad: int = 4
 ) -> Iterator[tuple[Tensor, Tensor]]:
-    """Without end."""
+    """Augmented batches, epoch after epoch without end."""
     mean, std = (torch.tensor(v, device=device)[:, None, None] for v in (images.mean, images.std))
     pixels = (images.images.contiguous().to(device).float() - mean) / std
     size = pixels.shape[-1]

@@ -49,8 +49,8 @@ def pick(word, n):
 
 @triton.jit
 def taps(position, SIZE: tl.constexpr, OUT: tl.constexpr):
-    """Where output row (or column) `position` of OUT reads among SIZE: two and the second's weight
-    in 256ths."""
+    """Bilinear taps: the two of SIZE rows (or columns) that output row `position` of OUT lies
+    between, and the second's weight in 256ths."""
     at = tl.maximum((2 * position + 1) * SIZE - OUT, 0)
     at = (at * 256 + OUT) // (2 * OUT)
     first = tl.minimum(at >> 8, SIZE - 1)
@@ -59,7 +59,8 @@ def taps(position, SIZE: tl.constexpr, OUT: tl.constexpr):
 
 @triton.jit
 def source(position, OUT: tl.constexpr, REFLECT: tl.constexpr):
-    """A place in the padded image as a place in the image, and whether it lies within."""
+    """The position in the image that a position in the padded image reads, and whether it is inside
+    the image."""
     if REFLECT:
         position = tl.abs(position)
         position = tl.where(position < OUT, position, 2 * (OUT - 1) - position)
@@ -167,8 +168,8 @@ def _shape_table(what: Augment, device: torch.device) -> Tensor:
 
 
 def prepare(what: Augment, device: torch.device) -> None:
-    """Puts on the device what a launch needs beside its arguments, so that a first launch may be
-    captured in a CUDA graph."""
+    """Copies to the device the table that a launch with erasing reads, so that a first launch may
+    be captured in a CUDA graph."""
     if what.erase:
         _shape_table(what, torch.empty(0, device=device).device)  # "cuda" with its index
 

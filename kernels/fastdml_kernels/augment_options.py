@@ -1,5 +1,5 @@
-"""What augmentation does, for the kernel and for whoever makes the same batches without it; needs
-neither torch nor triton."""
+"""The options of augmentation, for the kernel and for the loaders that make the same batches
+without it; needs neither torch nor triton."""
 
 from __future__ import annotations
 
@@ -8,13 +8,13 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 
-CROP, ERASE = 0, 2  # purposes in the counter; 1 belongs to whoever draws subsets
+CROP, ERASE = 0, 2  # purposes in Philox's counter; 1 is for drawing subsets
 LARGEST_RESIZE = 1 << 21  # stored size times made size: positions in 512ths of it stay in int32
 
 
 @dataclass(frozen=True)
 class Augment:
-    """What happens to an image. `height` and `width` are the output's; images of another size are
+    """The steps of augmentation. `height` and `width` are the output's; images of another size are
     resized to it first, and padding and crop count pixels of the output."""
 
     height: int
@@ -30,9 +30,9 @@ class Augment:
 def erasing_shapes(height: int, width: int, cutout: int = 0) -> tuple[tuple[int, int], ...]:
     """The (rows, columns) that an erased rectangle may have, all equally likely.
 
-    Cutout has one. Random erasing's area is uniform in 2 to 40 % of the image and its aspect in 0.3
-    to 1 / 0.3 (the middles of 64 x 64 equal intervals), where it fits: what drawing again until one
-    fits comes to.
+    Cutout has one. For random erasing the area is uniform in 2 to 40 % of the image and the aspect
+    in 0.3 to 1 / 0.3 (the middles of 64 x 64 equal intervals). Shapes that do not fit are left out,
+    which gives the distribution of drawing again until one fits.
     """
     if cutout:
         return ((cutout, cutout),)

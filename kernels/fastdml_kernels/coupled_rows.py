@@ -1,19 +1,19 @@
 """The loss where each peer's gradient depends on more than the others' probabilities: symmetric
 divergences, gradients into the teachers, and target="ensemble_logits", a mean of logits.
 
-A program takes one sample at a time, and a row any number of classes, as in `wide_rows`, whose
-steps these are too; K is 2 or more. Where the divergence is symmetric or the teachers learn, the
-gradient holds the divergences themselves, for example
+A program takes one sample at a time, and a row may have any number of classes. The steps are those
+of `wide_rows`; K is 2 or more. Where the divergence is symmetric or the teachers learn, the
+gradient contains the divergences themselves, for example
 
     d KL(q_j || q_o) / d z_j = (1/T) q_j (log q_j - log q_o - KL(q_j || q_o)),
 
-so that they must be known before the first gradient is written. Divergences of single peers come
-out of the first pass, a running sum for each ordered pair. A mixed teacher t_k, a mean of
-probabilities or of logits, has passes of its own between the first and the second:
+so that they must be known before the first gradient is written. Divergences between two peers come
+from the first pass, as a running sum for each ordered pair. A mixed teacher t_k, a mean of
+probabilities or of logits, needs extra passes between the first and the second:
 
-- target="ensemble_logits": one for the normaliser of the mixed logits, which depends on who teaches
-  on the row;
-- any mixed target where the gradient holds divergences: one for these.
+- target="ensemble_logits": one for the normaliser of the mixed logits, which depends on which peers
+  teach on the row;
+- any mixed target where the gradient contains divergences: one for these.
 
 All of it is O(K**2 C).
 """
@@ -53,7 +53,7 @@ from .wide_functions import (
 def learning_from_mixture(j: tl.constexpr, Z, D, Q, top, peer_weights, GATES, DIVISOR, MIX_LSE,
                           BACK, inv_t, K: tl.constexpr, EDGE: tl.constexpr, GATED: tl.constexpr,
                           TARGET: tl.constexpr, SYMMETRIC: tl.constexpr):  # fmt: skip
-    """Of student j's divergence from its mixed teacher, by what j itself predicts."""
+    """The gradient of student j's divergence from its mixed teacher through j's own prediction."""
     gap, t = mixed_teacher(j, Z, D, top, peer_weights, GATES, DIVISOR, MIX_LSE, inv_t,
                            K, EDGE, GATED, TARGET)  # fmt: skip
     slope = Q[j] - t
@@ -65,7 +65,7 @@ def learning_from_mixture(j: tl.constexpr, Z, D, Q, top, peer_weights, GATES, DI
 @triton.jit
 def learning_from_peer(j: tl.constexpr, o: tl.constexpr, D, Q, row_pairs,
                        K: tl.constexpr, SYMMETRIC: tl.constexpr):  # fmt: skip
-    """Of student j's divergence from teacher o, by what j itself predicts."""
+    """The gradient of student j's divergence from teacher o through j's own prediction."""
     slope = Q[j] - Q[o]
     if SYMMETRIC:
         kl = tl.load(row_pairs + j * K + o)
@@ -76,7 +76,7 @@ def learning_from_peer(j: tl.constexpr, o: tl.constexpr, D, Q, row_pairs,
 @triton.jit
 def teaching_peer(j: tl.constexpr, o: tl.constexpr, D, Q, row_pairs,
                   K: tl.constexpr, SYMMETRIC: tl.constexpr):  # fmt: skip
-    """Of student o's divergence from teacher j, by what j teaches."""
+    """The gradient of student o's divergence from teacher j through j's prediction as teacher."""
     kl = tl.load(row_pairs + j * K + o)
     slope = times(Q[j], D[j] - D[o]) - times(Q[j], kl)
     if SYMMETRIC:
@@ -89,7 +89,7 @@ def teaching_mixture(j: tl.constexpr, o: tl.constexpr, Z, D, Q, top, row_pairs, 
                      DIVISOR, MIX_LSE, FORWARD, inv_t,
                      K: tl.constexpr, EDGE: tl.constexpr, GATED: tl.constexpr,
                      TARGET: tl.constexpr, SYMMETRIC: tl.constexpr):  # fmt: skip
-    """Of student o's divergence from its mixed teacher, by peer j's part in the mixture."""
+    """The gradient of student o's divergence from its mixed teacher through peer j's part in it."""
     gap, t = mixed_teacher(o, Z, D, top, peer_weights, GATES, DIVISOR, MIX_LSE, inv_t,
                            K, EDGE, GATED, TARGET)  # fmt: skip
     if TARGET == "ensemble":
@@ -111,7 +111,8 @@ def coupled_pull(j: tl.constexpr, Z, D, Q, top, row_pairs, peer_weights, GATES, 
                  MIX_LSE, FORWARD, BACK, UP, inv_t,
                  K: tl.constexpr, BLOCK_C: tl.constexpr, EDGE: tl.constexpr, GATED: tl.constexpr,
                  TARGET: tl.constexpr, SYMMETRIC: tl.constexpr, DETACH: tl.constexpr):  # fmt: skip
-    """The sum over all students, each with its loss's own gradient UP."""
+    """The KL gradient for peer j: the sum of the terms above over all students, each multiplied by
+    its loss's upstream gradient UP."""
     HALF: tl.constexpr = 0.5 if SYMMETRIC else 1.0
     pull = tl.zeros((BLOCK_C,), tl.float32)
     if TARGET != "peers":
@@ -166,7 +167,7 @@ def coupled_rows(
     """Grid: any number of programs; program b takes samples b, b + programs, ..."""
     MIXED: tl.constexpr = TARGET != "peers"
     GATED: tl.constexpr = GATE != "none"
-    # whether the gradient holds the divergences; else it is of a mean of logits as a constant
+    # whether the gradient contains divergences; else the teacher is a constant mean of logits
     COUPLED: tl.constexpr = NEED_GRAD and (SYMMETRIC or not DETACH)
     SECOND: tl.constexpr = NEED_GRAD or STATS or MIXED  # whether there is a second pass
     ONLINE_PAIRS: tl.constexpr = (not MIXED) and (COUPLED or not SECOND)
@@ -174,8 +175,8 @@ def coupled_rows(
     TO_PEERS: tl.constexpr = TARGET == "ensemble" and not DETACH
     LAST_BLOCK: tl.constexpr = (C - 1) // BLOCK_C * BLOCK_C
 
-    # 1. Weights of the two terms, and what one row's gradient of each is multiplied by: for a mean,
-    #    over the number of labelled rows.
+    # 1. Weights of the two terms, and the factor of one row's gradient of each: for a mean, divided
+    #    by the number of labelled rows.
     ce_weight, kl_weight, inv_t, kl_scale = loss_weights(
         ce_weight, kl_weight, temperature, CE_POINTER, KL_POINTER, T_POINTER, TEMPERED
     )
@@ -217,7 +218,7 @@ def coupled_rows(
             ARGMAX=STATS or GATE == "correct", PAIRS=ONLINE_PAIRS, LAST=not SECOND,
         )  # fmt: skip
 
-        # 5. Cross-entropy, entropy, and who is right.
+        # 5. Cross-entropy, entropy, and which peers are right.
         LSE, LSE_T, NLL, CORRECT, correct, ce, entropy = row_losses(
             logits, n64, y, labelled, fits, misfit, w_y, w_total, label_smoothing, inv_t,
             M, SUM, SUM_T, energy, spread, first, peer,
@@ -227,7 +228,7 @@ def coupled_rows(
             store_early_sums(partials, peer, ce_sums, ce, entropy_sums, entropy, correct_sums,
                              correct, mimics, K, LAYOUT)  # fmt: skip
 
-        # 6. Who teaches on this row, and the mixed teachers' normalisers.
+        # 6. Which peers teach on this row, and the mixed teachers' normalisers.
         GATES = ()
         if GATED:
             GATES = open_gates(CORRECT, NLL, labelled, GATE, K)
@@ -242,7 +243,7 @@ def coupled_rows(
                 EDGE, GATED,
             )  # fmt: skip
 
-        # 7. Divergences, which the gradients hold: by way of memory, for registers are few.
+        # 7. Divergences that the gradients contain: kept in memory, since registers are few.
         pairs = tl.zeros((PEERS, PEERS), tl.float32)  # KL(q_l || q_k) at [l, k]
         KL = ()
         for k in tl.static_range(K):

@@ -1,10 +1,10 @@
 """The same loss on the CPU: the closed form, in torch.
 
-The common options go to `cpu_rows`, which is native code. Here is everything: each option, float64
-and float16, logits that are not finite, an installation without a C compiler. It takes one pass for
-each pair of peers, O(K**2 C), in which a class of probability 0 contributes 0. Rows are taken in
-blocks whose intermediates stay in cache, so that memory gives each logit and takes each gradient
-about once, as with the kernels.
+The common options go to `cpu_rows`, which is native code. This file handles every case: all
+options, float64 and float16, logits that are not finite, an installation without a C compiler. It
+takes one pass for each pair of peers, O(K**2 C), in which a class of probability 0 contributes 0.
+Rows are taken in blocks whose intermediates stay in cache, so that each logit is read from memory
+and each gradient written to it about once, as in the kernels.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ def _times(p: Tensor, gap: Tensor) -> Tensor:
 
 
 def _weighted(weight: float, term: Tensor) -> Tensor:
-    """weight * term; a weight of 0 leaves the term out, whatever it is."""
+    """weight * term; 0 where the weight is 0, even if the term is infinite or NaN."""
     return weight * term if weight else torch.zeros_like(term)
 
 
@@ -77,7 +77,7 @@ class _BlockResult(NamedTuple):
 
 @dataclass
 class _Problem:
-    """One call of the loss: tensors over all N rows, and what its blocks of rows have in common."""
+    """One call of the loss: tensors over all N rows, and values shared by all blocks of rows."""
 
     logits: Sequence[Tensor]  # K tensors (N, C)
     y: Tensor  # (N,) int64, 0 where there is no label
@@ -248,7 +248,7 @@ class _Problem:
             for s, teacher in zip(shares, teachers, strict=True):
                 mixed += _times(s[:, None], (log_q[teacher] - top).exp())
             return top + mixed.log()
-        # from differences to the first that teaches: identical peers mix to themselves, exactly
+        # differences to the first teacher make the mean of identical peers exactly themselves
         z_of = [self.logits[teacher][rows].to(log_q.dtype) for teacher in teachers]
         base = z_of[0]
         for s, z in zip(shares.flip(0), reversed(z_of), strict=True):

@@ -25,7 +25,7 @@ enum {
     FLUSH = 64,      /* vectors added up in fp32 before their sum goes to double */
     BLOCK = 32,      /* rows whose sums are kept together */
     THREADS = 64,    /* at most */
-    WORTH = 1 << 18, /* logits that make a thread worth starting */
+    WORTH = 1 << 18, /* logits for each thread that is started */
 };
 enum { FLOAT32, BFLOAT16 };
 
@@ -66,7 +66,7 @@ typedef struct {
     double cross[PEERS][PEERS]; /* q_l d_k */
 } Sums;
 
-/* Those of the sums to which whole vectors are added, lane by lane; `flush` adds the lanes up. */
+/* The sums that are accumulated as vectors; `flush` adds their lanes to the `Sums`. */
 typedef struct {
     vec energy, pull[PEERS], entropy[PEERS], towards_all[PEERS], cross[PEERS][PEERS];
     int vectors;
@@ -375,8 +375,8 @@ static void *work(void *argument) {
     return NULL;
 }
 
-/* Losses and packed statistics from the sums of all rows; 0 where logits so far apart that fp32 does
-   not hold the distance made one infinite. */
+/* Losses and packed statistics from the sums of all rows; 0 where a loss is infinite, because
+logits are so far apart that fp32 does not hold their difference. */
 static int conclude(const Problem *p, const Sums *sums, int64_t blocks_, double labelled) {
     const int K = (int)p->K;
     const double *parts = (const double *)sums;
@@ -406,7 +406,8 @@ static int conclude(const Problem *p, const Sums *sums, int64_t blocks_, double 
     return 1;
 }
 
-/* 0: done. 1: not for this function, and nothing that it wrote counts. 2: no memory.
+/* Returns 0: done; 1: a case that the caller must compute otherwise, outputs are undefined; 2: no
+   memory.
    whole: K, N, C, bytes of a label, ignore_index, averaged, threads; addresses of the labels, the
    losses and the statistics; then for each peer the addresses of its logits and gradients, the
    bytes from one row to the next of both, and its type. real: as named. */

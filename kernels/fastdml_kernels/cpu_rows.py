@@ -41,7 +41,7 @@ def stats_positions(K: int) -> array[int]:
 
 
 def takes(logits: Sequence[Tensor], options: Options) -> bool:
-    """Whether these logits and options are for `rows_loss`."""
+    """Whether `rows_loss` supports these logits and options."""
     return (
         options.target == "peers" and options.gate == "none" and not options.symmetric
         and options.detach_targets and options.reduction != "none" and not options.mimic_ignored

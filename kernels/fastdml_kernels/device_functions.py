@@ -34,8 +34,8 @@ def log_probability(z, inv_t, lse, TEMPERED: tl.constexpr):
 
 @triton.jit
 def put(packed, position: tl.constexpr, value, S: tl.constexpr):
-    """`packed` with `value` added at one position. A program keeps its S sums in one tensor (S,),
-    spread over its threads, for S scalars would take S registers in every thread."""
+    """`packed` with `value` added at one position. A program keeps its S sums in one tensor (S,)
+    spread over its threads, because S scalars would take S registers in every thread."""
     return packed + tl.where(tl.arange(0, S) == position, value, 0.0)
 
 
@@ -107,7 +107,7 @@ def open_gates(RIGHT, NLL, labelled, GATE: tl.constexpr, K: tl.constexpr):
     GATES = ()
     best = NLL[0]
     for k in tl.static_range(1, K):
-        best = tl.minimum(best, NLL[k])  # where one of the two is NaN, the other one
+        best = tl.minimum(best, NLL[k])  # of a NaN and a number, the number
     free = labelled
     for k in tl.static_range(K):
         teaches = RIGHT[k]
@@ -159,7 +159,7 @@ def reduce_programs(partials, losses, stats, ce_weight, kl_weight, kl_scale, N,
         value = mean
         if REDUCTION == "sum":
             value = tl.where(is_kl, total * kl_scale, total)
-        # a term left out is 0, whatever its sum is
+        # a term of weight 0 is 0, even if its sum is infinite or NaN
         value = tl.where(ce_weight == 0.0, tl.where(is_ce, 0.0, value), value)
         value = tl.where(kl_weight == 0.0, tl.where(is_kl, 0.0, value), value)
         for k in tl.static_range(K):
@@ -175,8 +175,8 @@ def reduce_programs(partials, losses, stats, ce_weight, kl_weight, kl_scale, N,
 def finish(partials, counter, losses, stats, ce_weight, kl_weight, kl_scale, N,
            K: tl.constexpr, LAYOUT: tl.constexpr, PROGRAMS_BLOCK: tl.constexpr,
            REDUCTION: tl.constexpr, MIMIC_IGNORED: tl.constexpr, STATS: tl.constexpr):  # fmt: skip
-    """Each program calls this once its sums are stored. An atomic counter shows which one finishes
-    last: that one adds up the sums of all, in a fixed order, and sets the counter back to 0."""
+    """Each program calls this once its sums are stored. By an atomic counter the last one to finish
+    knows that it is: it adds up the sums of all in a fixed order, and resets the counter to 0."""
     if REDUCTION != "none" or STATS:
         tl.debug_barrier()  # every thread's sums are written before this program counts as done
         done = tl.atomic_add(counter, 1, sem="acq_rel")

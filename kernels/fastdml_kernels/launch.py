@@ -33,7 +33,7 @@ WIDE_TILES = (
     (16, (256, 4), (128, 4)),
 )
 MOST_PEERS = WIDE_TILES[-1][0]  # more peers than this run on the last tile, with spills
-# Every program counts the labels itself up to here; beyond, one launch before counts them once.
+# Up to so many labels every program counts them itself; beyond, an earlier launch does it once.
 COUNT_IN_KERNEL = 4096
 PROGRAMS_PER_SM = 8
 CACHED_BYTES_PER_SM = 256 << 10  # of logits being walked a second time: a share of H100's 50 MB L2
@@ -69,7 +69,7 @@ def choose(
     K: int, C: int, options: Options, *, gradient: bool, stats: bool, upstream: Tensor | None,
     regime: Regime | None = None, tile: Tile | None = None,
 ) -> tuple[Regime, Tile]:  # fmt: skip
-    """The kernel for a shape and its tile, where they are not given.
+    """The kernel for a shape, and its tile; `regime` and `tile` are kept where they are given.
 
     Raises ValueError where the register kernel is asked for and does not have the options, or has
     no tile for rows so wide.

@@ -35,9 +35,9 @@ NAME = "linear_mutual_loss"
 
 
 def _per(count: Tensor, unit: Tensor, weight: Scalar) -> tuple[Scalar, Tensor]:
-    """What to weigh a term's sum by, weight * unit / count, so that the sum over `unit` is the
-    term's mean over `count`; and what to add to its losses, (): NaN where nothing was counted, as
-    that mean is, else 0. A weight of 0 leaves the term out."""
+    """A term's factor, weight * unit / count, with which its sum divided by `unit` is its mean over
+    `count`; and a number to add to its losses, (): NaN where the count is 0, as that mean is, else
+    0. Both are 0 for a weight of 0."""
     empty = count == 0
     unknown = torch.where(empty & (weight != 0), torch.nan, torch.zeros_like(unit))
     if not isinstance(weight, Tensor):
@@ -46,7 +46,7 @@ def _per(count: Tensor, unit: Tensor, weight: Scalar) -> tuple[Scalar, Tensor]:
 
 
 def _denominators(call: Call, N: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """What the means divide the cross-entropy and the KL sums by: 0-d, on the device."""
+    """The denominators of the cross-entropy's and the KL's means: 0-d, on the device."""
     labelled = call.labels != call.options.ignore_index
     rows = labelled.sum().to(dtype)
     weight = rows
@@ -67,7 +67,7 @@ def _new_grads(
     bias: Sequence[Tensor | None],
     needs: Sequence[int],
 ) -> list[Tensor | None]:
-    """Room for the gradients; float32 at least where chunks are added up."""
+    """Tensors for the gradients; at least float32 for those that are added up over chunks."""
     rows = [torch.empty_like(t) if need else None for t, need in zip(hidden, needs, strict=False)]
     sums = [
         torch.zeros_like(t, dtype=torch.promote_types(t.dtype, torch.float32))
@@ -164,15 +164,15 @@ class _EagerLinear(torch.autograd.Function):
 
 torch.library.define(
     f"fastdml::{NAME}",
-    # biased and needs are bools as ints: torch.jit.trace knows no lists of bools
+    # biased and needs are bools as ints: torch.jit.trace does not support lists of bools
     "(Tensor[] hidden, Tensor[] weight, Tensor[] bias, int[] biased, int? chunk_rows, "
     f"int[] needs, {CALL_SCHEMA}) -> (Tensor, Tensor, Tensor[])",
 )
 
 
 def _of_each(bias: Sequence[Tensor], biased: Sequence[int]) -> list[Tensor | None]:
-    """The biases of all K peers, None among them, of a list without: an operator that autograd
-    differentiates takes no list of optional tensors."""
+    """The biases of all K peers, with None for those without, from the list of those that exist: an
+    operator that autograd differentiates takes no list of optional tensors."""
     given = iter(bias)
     return [next(given) if has else None for has in biased]
 

@@ -1,9 +1,9 @@
 """`mutual_loss`: one call from logits to losses and gradients, for eager code and torch.compile.
 
 The forward computes losses and gradients together; the backward hands the gradients over, scaled
-in place where the losses' own gradient is not 1. Eager calls of plain tensors go straight to the
-launcher; whoever traces or watches operators, and tensors that are not plain memory, meet the
-operator `fastdml::mutual_loss`, which has a fake and its own autograd formula.
+in place where the losses' upstream gradient is not 1. Eager calls of plain tensors go straight to
+the launcher. Tracers, dispatch modes, and tensors that are not plain memory get the operator
+`fastdml::mutual_loss`, which has a fake implementation and its own autograd formula.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ NO_SECOND_DERIVATIVE = (
 
 
 class Call(NamedTuple):
-    """Everything of a call but the logits."""
+    """The arguments of a call of the loss, except the logits."""
 
     labels: Tensor  # (N,) int32 or int64
     options: Options
@@ -115,7 +115,7 @@ def losses_and_grads(
 
 
 def new_grads(logits: Sequence[Tensor], of_float16: torch.dtype = torch.float16) -> list[Tensor]:
-    """Room for the gradients, in the logits' shape and dtype."""
+    """Empty tensors for the gradients, in the logits' shape and dtype."""
     return [
         z.new_empty(z.shape, dtype=of_float16) if z.dtype == torch.float16 else z.new_empty(z.shape)
         for z in logits
@@ -207,7 +207,7 @@ def flatten(call: Call) -> tuple[Any, ...]:
 def unflatten(
     labels: Tensor, peer_weights: Tensor | None, class_weight: Tensor | None, *rest: Any
 ) -> Call:
-    """The way back from `flatten`."""
+    """The `Call` from the arguments that `flatten` made."""
     tensors, numbers, options, want_stats = rest[:3], rest[3:6], rest[6:-1], rest[-1]
     T, ce, kl = (n if t is None else t for t, n in zip(tensors, numbers, strict=True))
     return Call(labels, Options(*options), T, ce, kl, peer_weights, class_weight, want_stats)
@@ -246,7 +246,7 @@ def _fake(
     dtype = loss_dtype(logits)
     losses = z.new_empty((K, N) if reduction == "none" else (K,), dtype=dtype)
     grads = [torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in logits if need_grad]
-    # int: a compiler that took the number of peers for a variable settles on it here
+    # int: makes a compiler treat the number of peers as a constant, not as a symbol
     return losses, z.new_empty(stats_layout(int(K)).size, dtype=dtype), grads
 
 
@@ -293,8 +293,8 @@ def scaled(grads: Sequence[Tensor], upstream: Tensor) -> list[Tensor]:
 
 
 def keepable(logits: Sequence[Tensor], call: Call) -> tuple[Sequence[Tensor], Call]:
-    """The same, with copies of what was made under inference_mode: autograd keeps no such tensor,
-    as it could not notice a change."""
+    """The same arguments, with tensors made under inference_mode copied: autograd cannot save
+    those, since it could not notice a change in place."""
     if any(t.is_inference() for t in (*logits, *call.tensors())):
         copy = lambda v: v.clone() if isinstance(v, Tensor) and v.is_inference() else v  # noqa: E731
         return list(map(copy, logits)), Call._make(map(copy, call))

@@ -16,10 +16,10 @@ from .wide_functions import edge, load_peers, log_probabilities, mean_probabilit
 @triton.jit
 def mean_logits(k: tl.constexpr, Z, peer_weights, GATES, divisor, inv_t,
                 K: tl.constexpr, EDGE: tl.constexpr, GATED: tl.constexpr):  # fmt: skip
-    """Weighted mean of the other peers' logits over T, from differences to the first of them that
-    teaches: identical peers mix to themselves, exactly."""
+    """Weighted mean of the other peers' logits / T, from differences to the first teacher, so that
+    the mean of identical peers is exactly themselves."""
     base = Z[(0 if k else 1)]
-    for back in tl.static_range(K):  # those who do not teach count for nothing
+    for back in tl.static_range(K):  # peers that do not teach have weight 0
         if K - 1 - back != k:
             w = edge(k, K - 1 - back, peer_weights, GATES, K, EDGE, GATED)
             base = tl.where(w != 0.0, Z[K - 1 - back], base)
@@ -88,7 +88,7 @@ def mixed_divergences(logits, n64, LSE_T, teacher, student, peer_weights, GATES,
                       EDGE: tl.constexpr, GATED: tl.constexpr, TEMPERED: tl.constexpr,
                       TARGET: tl.constexpr, SYMMETRIC: tl.constexpr,
                       TO_PEERS: tl.constexpr):  # fmt: skip
-    """One pass over the row for the divergences that the gradients of mixed teachers t_k hold.
+    """One pass over the row for the divergences that the gradients of mixed teachers t_k contain.
 
     FORWARD: KL(t_k || q_k). BACK: KL(q_k || t_k). KL: the students' terms, weights included.
     toward, ratios (PEERS, PEERS): sum q_l (log t_k - log q_k) and sum q_l q_k / t_k at [l, k], for

@@ -1,8 +1,9 @@
 """The options of the mutual-learning loss, checked once and hashable.
 
-An `Options` holds what a kernel is specialised on; the tensors (logits, labels, weights) travel
-beside it. Everything numeric a schedule may change (ce_weight, kl_weight, temperature) is a float
-or a 0-d tensor, so that changing it never compiles or captures anything anew.
+An `Options` holds the values that a kernel is specialised on; the tensors (logits, labels, weights)
+are separate arguments. Numbers that a schedule may change (ce_weight, kl_weight, temperature) are
+not in it, but floats or 0-d tensors, so that changing them never compiles or captures anything
+anew.
 """
 
 from __future__ import annotations

@@ -50,7 +50,7 @@ def mutual_loss_reference(
     right = [(log_p[k].argmax(dim=1) == y) & labelled for k in range(K)]
     eps = options.label_smoothing
     ce_rows = (1 - eps) * weight[y] * torch.stack(nll)
-    if eps:  # or 0 * (-inf) of a class nobody smooths towards
+    if eps:  # without smoothing the product may be 0 * (-inf), a NaN
         ce_rows = ce_rows - eps / C * (weight * torch.stack(log_p)).sum(dim=2)
     ce_rows = torch.where(labelled, ce_rows, 0.0)
 
@@ -87,7 +87,7 @@ def mutual_loss_reference(
         elif teachers:
             w = torch.stack([edge(k, teacher) for teacher in teachers])  # (K-1, N)
             any_teacher = w.sum(dim=0) != 0
-            w_mix = torch.where(any_teacher, w, 1.0)  # of a row without a teacher nothing is kept
+            w_mix = torch.where(any_teacher, w, 1.0)  # rows without a teacher are masked later
             share = (w_mix / w_mix.sum(dim=0))[..., None]
             if options.target == "ensemble":
                 stacked = torch.stack([fixed(log_q[teacher]) for teacher in teachers])
@@ -109,7 +109,7 @@ def mutual_loss_reference(
         ce = ce_rows.sum(dim=1)  # a batch without any label teaches by the KL term alone
 
     def weighted(weight: float, term: Tensor) -> Tensor:
-        """0 where the weight is: the term is left out."""
+        """weight * term; 0 where the weight is 0, even if the term is infinite or NaN."""
         return torch.where(torch.full_like(term, weight) != 0, weight * term, 0.0)
 
     if options.reduction == "mean":

@@ -61,7 +61,7 @@ def register_rows(
     ce_weight, kl_weight, inv_t, kl_scale = loss_weights(
         ce_weight, kl_weight, temperature, CE_POINTER, KL_POINTER, T_POINTER, TEMPERED
     )
-    ce_factor = ce_weight  # what one row's gradient is multiplied by
+    ce_factor = ce_weight  # the factor of one row's gradient
     kl_factor = kl_weight * kl_scale * inv_t
     if NEED_GRAD and REDUCTION == "mean":
         ce_factor, kl_factor = averaged(
@@ -84,7 +84,7 @@ def register_rows(
         inside = n < N
         y = tl.load(labels + n64 * label_stride, mask=inside, other=ignore_index)
         labelled = inside & (y != ignore_index)
-        # A label outside 0..C-1 is never used as an index; its row turns NaN, to be seen.
+        # A label outside 0..C-1 is never used as an index; its row becomes NaN, so that it shows.
         misfit = labelled & ((y < 0) | (y >= C))
         mimics = labelled
         if MIMIC_IGNORED:
@@ -134,7 +134,7 @@ def register_rows(
                 ce = (1.0 - label_smoothing) * ce + label_smoothing / C * towards_all
             CE = CE + (tl.where(labelled, ce, 0.0),)
 
-        # ---- who teaches on these rows
+        # ---- which peers teach on these rows
         GATES = ()
         if GATE != "none":
             GATES = open_gates(RIGHT, NLL, labelled, GATE, K)

@@ -1,4 +1,4 @@
-"""The losses of K peers with an autograd node each: `losses[k].backward()` is about peer k alone.
+"""The losses of K peers with an autograd node each: `losses[k].backward()` reaches only peer k.
 
 One launch computes all of them and their gradients. Peer k's node holds peer k's gradient, scales
 it, and hands it to peer k's logits; the other peers' graphs are not touched, nor freed.
@@ -28,9 +28,9 @@ NAME = "mutual_losses"
 
 
 def _ones(logits: Sequence[Tensor], call: Call) -> Tensor | None:
-    """What to give as the losses' own gradient: ones for float16 logits, whose gradients
-    `mutual_loss` computes in its backward with a kernel that takes it. With ones the same kernel
-    runs here and makes the same bits. None for other dtypes, as in the forward of `mutual_loss`."""
+    """The upstream gradient to launch with: ones for float16 logits, whose gradients `mutual_loss`
+    computes in its backward by the kernel that takes an upstream gradient. With ones that kernel
+    runs here too and gives the same bits. None for other dtypes, as in `mutual_loss`'s forward."""
     if all(z.dtype != torch.float16 for z in logits):
         return None
     K, N = len(logits), logits[0].shape[0]

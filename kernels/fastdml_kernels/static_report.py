@@ -1,4 +1,5 @@
-"""What the compiler made of the kernels, read from the machine code: no GPU needed.
+"""Registers, spills and memory traffic of the compiled kernels, read from the machine code: no GPU
+needed.
 
 For a (kernel, K, C, dtype, architecture): launches, registers, stack and spills, widths of the
 loads and stores of logits and gradients, and how often each logit is read and each gradient
@@ -237,8 +238,8 @@ def augment_report(name: str, dtype: str = "bf16", arch: str = "sm_90") -> Kerne
     pixels = named["ROWS"] * what.width * stored[2]  # of a tile, whose other lanes are masked
 
     def passes(widths: Counter[int], each: int, expected: int) -> int:
-        """Over a tile's pixels, of `each` bytes. Of a masked lane a compiler may leave out the
-        instruction: what is expected is taken as found where as many bytes as that are moved."""
+        """How often the instructions move a tile's pixels, of `each` bytes. Masked lanes leave this
+        uncertain: `expected` is returned where the bytes moved allow it."""
         covered = sum(width * count for width, count in widths.items()) * 32 * warps // each
         fits = expected * pixels <= covered <= expected * tile
         return expected if fits else math.ceil(covered / pixels)

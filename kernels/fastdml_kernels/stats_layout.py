@@ -1,7 +1,7 @@
-"""Where each statistic stands in the one vector that holds them all: nobody else counts positions.
+"""The position of each statistic in the one vector that holds them all, known here alone.
 
-The kernels write this "packed" vector, the launchers allocate it, and whoever holds it reads a
-statistic through its layout.
+The kernels write this "packed" vector, the launchers allocate it, and a statistic is read from it
+through its layout.
 """
 
 from __future__ import annotations

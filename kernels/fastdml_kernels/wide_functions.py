@@ -26,7 +26,7 @@ def read_label(labels, label_stride, ignore_index, class_weight, n64,
     neither a class nor ignore_index (misfit), whether the KL term counts the row (mimics); and the
     weight of the label's class, 0 without a label.
 
-    A misfit is never used as an index; its row turns NaN, to be seen.
+    A misfit is never used as an index; its row becomes NaN, so that it shows.
     """
     y = tl.load(labels + n64 * label_stride)
     labelled = y != ignore_index
@@ -43,8 +43,8 @@ def read_label(labels, label_stride, ignore_index, class_weight, n64,
 
 @triton.jit
 def row_start(n64, stride, low):
-    """n64 * stride. `low` is negative and differs in every turn of the loop over classes, so that
-    the maximum is n64 * stride all the same, but the compiler cannot hoist it out of the loop and
+    """n64 * stride, as a maximum with `low`, which is negative and another number in each turn of
+    the loop over classes. So the compiler cannot hoist the product out of the loop, and does not
     hold each peer's row address in registers."""
     return tl.maximum(n64 * stride, tl.cast(low, tl.int64))
 
@@ -254,7 +254,7 @@ def row_losses(logits, n64, y, labelled, fits, misfit, w_y, w_total, label_smoot
     return LSE, LSE_T, NLL, CORRECT, correct, ce, entropy
 
 
-# ---- edges: who teaches whom, and how much
+# ---- edges: how much each peer learns from each other one
 
 
 @triton.jit
@@ -429,8 +429,8 @@ def store_early_sums(partials, peer, ce_sums, ce, entropy_sums, entropy, correct
                      mimics, K: tl.constexpr, LAYOUT: tl.constexpr):  # fmt: skip
     """Stores the sums that are known before the second pass, with this row.
 
-    `store_sums` stores them too. Storing them here makes the compiler compute them here: put off,
-    all that they are made of would stay in registers through the second pass."""
+    `store_sums` stores them too. Storing them here makes the compiler compute them here; later, the
+    values that they are computed from would stay in registers through the second pass."""
     sums = partials + tl.program_id(0) * LAYOUT.size
     tl.store(sums + LAYOUT.ce + peer, ce_sums + ce, mask=peer < K)
     tl.store(sums + LAYOUT.entropy + peer, entropy_sums + tl.where(mimics, entropy, 0.0),

@@ -8,8 +8,9 @@ cache still holds, and writes each gradient once: two reads, one write. target="
 statistics take the second read without a gradient too, since a mean of probabilities needs every
 peer's normaliser first.
 
-Without the second pass nothing is normalised yet, so that each ordered pair of peers needs its own
-running sum, O(K**2 C), as statistics, gates and edge weights do. All else is O(K C).
+Without a second pass the KL terms are summed before the normalisers are known, so that each ordered
+pair of peers needs its own running sum, O(K**2 C). Statistics, gates and edge weights cost as much.
+All else is O(K C).
 
 `coupled_rows` is the kernel for symmetric divergences, gradients into the teachers and a mean of
 logits. Both are made of the steps in `wide_functions`; notation as there.
@@ -130,8 +131,8 @@ def wide_rows(
     FROM_PAIRS: tl.constexpr = ONLINE_PAIRS or (MUTUAL and not MIXED and STATS)
     LAST_BLOCK: tl.constexpr = (C - 1) // BLOCK_C * BLOCK_C
 
-    # 1. Weights of the two terms, and what one row's gradient of each is multiplied by: for a mean,
-    #    over the number of labelled rows.
+    # 1. Weights of the two terms, and the factor of one row's gradient of each: for a mean, divided
+    #    by the number of labelled rows.
     ce_weight, kl_weight, inv_t, kl_scale = loss_weights(
         ce_weight, kl_weight, temperature, CE_POINTER, KL_POINTER, T_POINTER, TEMPERED
     )
@@ -173,7 +174,7 @@ def wide_rows(
             ARGMAX=STATS or GATE == "correct", PAIRS=ONLINE_PAIRS, LAST=not SECOND,
         )  # fmt: skip
 
-        # 5. Cross-entropy, entropy, and who is right.
+        # 5. Cross-entropy, entropy, and which peers are right.
         LSE, LSE_T, NLL, CORRECT, correct, ce, entropy = row_losses(
             logits, n64, y, labelled, fits, misfit, w_y, w_total, label_smoothing, inv_t,
             M, SUM, SUM_T, energy, spread, first, peer,
@@ -183,7 +184,7 @@ def wide_rows(
             store_early_sums(partials, peer, ce_sums, ce, entropy_sums, entropy, correct_sums,
                              correct, mimics, K, LAYOUT)  # fmt: skip
 
-        # 6. Who teaches on this row, and KL terms as far as the first pass gives them.
+        # 6. Which peers teach on this row, and the KL terms that the first pass gives.
         GATES = ()
         if GATED:
             GATES = open_gates(CORRECT, NLL, labelled, GATE, K)

@@ -1,4 +1,4 @@
-"""The real command, and what it needs of a run and of data."""
+"""Helpers for tests of the command: a saved run, and a run of an earlier version."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ C_LOCALE = {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}
 
 
 def saved(cohort: Cohort, run: Path, **settings) -> None:
-    """What `evaluate` and `export` need of a run."""
+    """Saves the parts of a run that `evaluate` and `export` read."""
     run.mkdir(exist_ok=True)
     cohort.save(run)
     TrainConfig(**settings).save(run / "config.yaml")

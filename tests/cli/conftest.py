@@ -12,7 +12,8 @@ from fastdml import cli
 
 
 def tree(folder: Path) -> dict[str, tuple[int, int]]:
-    """Everything under a folder, with what changes when something is written."""
+    """Every path under a folder with its size and time of change, to show that nothing was
+    written."""
     return {
         str(path.relative_to(folder)): (path.stat().st_size, path.stat().st_mtime_ns)
         for path in sorted(folder.rglob("*"))
@@ -53,7 +54,7 @@ def run(tmp_path_factory) -> Path:
 
 @pytest.fixture
 def unfinished(run, tmp_path) -> Path:
-    """A run that was killed when its last weights were to be written."""
+    """A run that was killed just before its last weights were written."""
     folder = tmp_path / "unfinished"
     shutil.copytree(run, folder)
     shutil.rmtree(folder / "peers")

@@ -1,4 +1,4 @@
-"""Sets of random images, and of images that say which they are."""
+"""Sets of random images, and of images whose pixels are their index in the set."""
 
 from __future__ import annotations
 

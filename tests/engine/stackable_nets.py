@@ -72,7 +72,7 @@ def stacked(cohort, **options):
 
 
 def memory(cohort):
-    """Of every tensor: where it lies, how, and in how much."""
+    """Address, strides and storage size of every tensor."""
     tensors = [*cohort.parameters(), *cohort.buffers()]
     return [(t.data_ptr(), t.stride(), t.untyped_storage().nbytes()) for t in tensors]
 
@@ -84,7 +84,8 @@ def saved_bytes(peer):
 
 
 def assert_refused(cohort, message, make=stacked):
-    """At once or at the first step, in one line, and without a trace."""
+    """Asserts that making the step or its first call refuses the peers, in one line, and leaves
+    them unchanged."""
     lies, values = memory(cohort), copy.deepcopy(cohort.state_dict())
     modes = [m.training for m in cohort.modules()]
     generators = torch.get_rng_state(), random.getstate(), np.random.get_state()[1].tolist()

@@ -1,4 +1,4 @@
-"""The files of data sets, nearly right. See `fuzzing`."""
+"""Fuzz targets: almost valid files of data sets. See `fuzzing`."""
 
 from __future__ import annotations
 

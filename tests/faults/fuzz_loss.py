@@ -1,4 +1,4 @@
-"""Arguments of the loss. See `fuzzing`."""
+"""Fuzz targets: arguments of the loss. See `fuzzing`."""
 
 from __future__ import annotations
 

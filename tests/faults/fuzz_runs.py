@@ -1,4 +1,4 @@
-"""Settings, commands, models, and the files of runs, nearly right. See `fuzzing`."""
+"""Fuzz targets: almost valid settings, commands, models and files of runs. See `fuzzing`."""
 
 from __future__ import annotations
 

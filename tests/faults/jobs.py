@@ -1,4 +1,5 @@
-"""What `warm` runs in a fork: commands in bad circumstances. Arguments come as JSON."""
+"""The jobs that `warm` runs in a fork: commands with closed streams, dead workers, signals, full
+disks. Arguments come as JSON."""
 
 from __future__ import annotations
 

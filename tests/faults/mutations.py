@@ -1,4 +1,4 @@
-"""Random inputs: bytes that are nearly right, values that are not, names that file systems hate."""
+"""Random inputs: almost valid bytes, JSON of any form, names that file systems refuse."""
 
 from __future__ import annotations
 

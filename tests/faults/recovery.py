@@ -1,4 +1,4 @@
-"""Runs that are broken and go on, and what must be the same in the end, bit for bit."""
+"""Runs that are broken and resumed, compared bit for bit with a run that nothing broke."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def compile_events(folder: Path) -> Path:
 
 
 def untimed(value: Any) -> Any:
-    """Without what differs between two runs that are the same."""
+    """Without the times and paths that differ between two equal runs."""
     if isinstance(value, dict):
         return {k: untimed(v) for k, v in value.items() if k not in (*TIMES, *PLACES)}
     if isinstance(value, (list, tuple)):
@@ -45,7 +45,7 @@ def untimed(value: Any) -> Any:
 
 
 def outcome(folder: Path) -> dict[str, Any]:
-    """What a finished run leaves, file by file; of pictures and events that they are there."""
+    """The content of each file of a finished run; of pictures and events only that they exist."""
     found: dict[str, Any] = {}
     for path in sorted(p for p in folder.rglob("*") if p.is_file()):
         name = str(path.relative_to(folder))

@@ -1,4 +1,4 @@
-"""What the loss is tested against, and how closely.
+"""The references that the loss is tested against, and the tolerances.
 
 A `Problem` is one call's input. `reference` answers it in float64 from the definitions; `pairwise`
 answers it as people write it today, torch's cross_entropy and kl_div for each pair, in any dtype.
@@ -147,7 +147,7 @@ def make(
 
 @contextlib.contextmanager
 def poisoned() -> Iterator[None]:
-    """`torch.empty` holds NaN, so that what nobody writes shows."""
+    """Within it `torch.empty` is filled with NaN, so that values that nobody writes show."""
     before = torch.are_deterministic_algorithms_enabled()
     torch.use_deterministic_algorithms(True, warn_only=True)
     try:

@@ -1,4 +1,4 @@
-"""What tests of runs share: runs that break, and what two runs have in common."""
+"""Shared by tests of runs: runs that break, and comparisons of two runs."""
 
 from __future__ import annotations
 

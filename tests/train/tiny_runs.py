@@ -1,4 +1,4 @@
-"""What tests of whole runs train, in a fraction of a second each: tiny peers and data."""
+"""Tiny peers and data for tests of whole runs, which take a fraction of a second each."""
 
 from __future__ import annotations
 
