@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from fastdml import cohort_export, cohort_files, image_record
+from fastdml.absent_tensors import lacks_values
 from fastdml.cohort_export import Format
 from fastdml.errors import InputError
 from fastdml.models import ReidHead
@@ -25,7 +26,6 @@ from fastdml.models.create import check_count, create_model
 from fastdml.models.own import is_own
 from fastdml.names import unique
 from fastdml.paths import expanded
-from fastdml.tensors import lacks_values
 
 REMEDY = "wrap it in a module that returns {it}"  # where a peer returns more than its logits
 

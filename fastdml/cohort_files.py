@@ -16,13 +16,13 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
+from fastdml.absent_tensors import absence
 from fastdml.errors import InputError, one_line, require
 from fastdml.files import Staged, safe_name, writing
 from fastdml.image_record import FIELDS, checked_record
 from fastdml.models import ReidHead
 from fastdml.models.create import check_count
 from fastdml.paths import expanded
-from fastdml.tensors import absence
 
 if TYPE_CHECKING:
     from fastdml.cohort import Cohort

@@ -8,8 +8,8 @@ from pathlib import Path
 from typing import NoReturn
 
 from fastdml.errors import InputError
+from fastdml.list_options import split_lists
 from fastdml.names import advice
-from fastdml.options import split_lists
 from fastdml.paths import expanded
 
 

@@ -8,7 +8,7 @@
 
 Each is a file that registers a small class (`execution.register_execution`). Of the other files
 here, `update`, `amp`, `optimizers`, `ema` and `accumulate` are shared by them, `auto` and
-`rehearsal` choose one, and `guards`, `stackable` and `proof` check that one is safe.
+`rehearsal` choose one, and `guards`, `stackable` and `stack_proof` check that one is safe.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
 """Peers of one architecture as one network (`stack`): K times the channels, the same launches.
 
 Peers are checked (`stackable`) when the step is made and again at its first call, which then
-compares a stack of copies with them (`proof`). Only peers that pass both are stacked; others are
-refused and left as they were.
+compares a stack of copies with them (`stack_proof`). Only peers that pass both are stacked;
+others are refused and left as they were.
 
 Each step looks for changes since. A layer's training flag and a weight's requires_grad are taken
 over, new modes after a new proof. After any other change (a setting, a weight replaced, moved or
@@ -28,8 +28,8 @@ from fastdml.engine.amp import Amp
 from fastdml.engine.eager import EagerStep, Outputs
 from fastdml.engine.execution import ExecutionName, StepOptions, StepOutput, register_execution
 from fastdml.engine.graph import GraphStep
-from fastdml.engine.proof import prove
 from fastdml.engine.stack import KNOWN, Stack
+from fastdml.engine.stack_proof import prove
 from fastdml.engine.stackable import (
     Unstackable,
     Watch,

@@ -15,8 +15,8 @@ from typing import TYPE_CHECKING, Any
 
 from torch import nn
 
+from fastdml.absent_tensors import absence
 from fastdml.errors import InputError
-from fastdml.tensors import absence
 from fastdml.torch_private import buffer_table, child_table, parameter_table
 
 if TYPE_CHECKING:

@@ -18,8 +18,8 @@ import torch
 from torch import Tensor, nn
 
 from fastdml.errors import InputError
+from fastdml.eval_mode import evaluating
 from fastdml.models.layers import Classifier
-from fastdml.modes import evaluating
 
 POOLINGS = ("avg", "gem")
 PROBES = ((64, 64), (256, 128), (224, 224))  # image sizes; some backbones accept few

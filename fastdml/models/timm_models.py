@@ -14,8 +14,8 @@ import torch
 from torch import nn
 
 from fastdml.errors import InputError, require
+from fastdml.eval_mode import evaluating
 from fastdml.models.resnet_cifar import IMAGENET_DEPTHS
-from fastdml.modes import evaluating
 from fastdml.names import nearest
 
 # With a re-identification head these names mean the ImageNet networks, which are timm's.

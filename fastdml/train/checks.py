@@ -17,7 +17,7 @@ from fastdml.cohort import REMEDY, Cohort, check_logits
 from fastdml.data import dataset_names
 from fastdml.engine.amp import Amp
 from fastdml.errors import InputError, one_line, require
-from fastdml.modes import evaluating
+from fastdml.eval_mode import evaluating
 from fastdml.torch_private import wraps_compiled
 from fastdml.train.batches import Batches, described, first_batch
 from fastdml.train.config.base import TrainConfig

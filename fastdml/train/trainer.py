@@ -34,7 +34,7 @@ from fastdml.engine.auto import Choice
 from fastdml.engine.execution import ExecutionName
 from fastdml.engine.profile import Profile
 from fastdml.errors import InputError, require
-from fastdml.modes import evaluating
+from fastdml.eval_mode import evaluating
 from fastdml.report.metrics_log import METRICS, MetricsLog
 from fastdml.train import checkpoint, learning_rate
 from fastdml.train.batches import Batches, assembler

@@ -11,8 +11,8 @@ from torch import nn
 
 from fastdml.cohort import Cohort
 from fastdml.engine import make_optimizer, make_step
-from fastdml.engine.proof import prove
 from fastdml.engine.stack import Stack
+from fastdml.engine.stack_proof import prove
 from fastdml.engine.stackable import Unstackable
 from fastdml.errors import InputError
 from fastdml.loss import MutualLoss

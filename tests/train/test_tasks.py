@@ -29,8 +29,8 @@ from fastdml.cohort import Cohort
 from fastdml.data import HINT, register_dataset, registry
 from fastdml.engine import Amp
 from fastdml.errors import InputError
+from fastdml.eval_mode import evaluating
 from fastdml.loss import MutualLoss
-from fastdml.modes import evaluating
 from fastdml.mutual_stats import MutualStats
 from fastdml.report.scoring import Headline, Scoring
 from fastdml.report.tables import fixed_columns

@@ -16,7 +16,7 @@ from typing import Any, get_origin
 
 from fastdml.data import dataset_names
 from fastdml.errors import InputError, require
-from fastdml.options import split_lists
+from fastdml.list_options import split_lists
 from fastdml.train.config.base import TrainConfig, with_length
 from fastdml.train.config.fields import check_names, field_types
 from fastdml.train.folder import records_a_run, resume_folder

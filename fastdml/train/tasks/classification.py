@@ -15,9 +15,9 @@ from fastdml.cohort import Cohort
 from fastdml.data import HINT, ImageSet, ResidentLoader, load, make_loader, record
 from fastdml.engine.amp import Amp, AmpName, resolve_amp
 from fastdml.errors import InputError
+from fastdml.eval_mode import evaluating
 from fastdml.metrics import Classification as Counts
 from fastdml.metrics import ClassificationScores
-from fastdml.modes import evaluating
 from fastdml.report.scoring import Headline, Scoring
 from fastdml.report.tables import fixed_columns
 from fastdml.train import checks

@@ -22,10 +22,10 @@ from fastdml.cohort import Cohort
 from fastdml.data import Market1501, ReidSplit, choose_loader, make_loader
 from fastdml.data.loaders.dali import checked
 from fastdml.engine.amp import Amp, AmpName, resolve_amp
+from fastdml.eval_mode import evaluating
 from fastdml.files import safe_name
 from fastdml.logs import held
 from fastdml.metrics import ReIDScores
-from fastdml.modes import evaluating
 from fastdml.names import unique
 from fastdml.report.tables import fixed_columns
 from fastdml.train.config.reid import ReidConfig

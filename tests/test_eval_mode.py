@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from fastdml.modes import evaluating
+from fastdml.eval_mode import evaluating
 
 
 @pytest.fixture
