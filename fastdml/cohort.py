@@ -50,9 +50,9 @@ class Cohort(nn.Module):
     Attributes: `peers`, the modules; `names`, unique names for display; `models`, the name each
     peer was built from (None for a module); `num_classes`; `in_channels`; `head`; `image_size`.
 
-    What the images were that the peers learnt from, each None until it is known. Training records
-    it at the first batch, as far as the batches say; set what they do not say before training.
-    `save`, `load` and `export` keep it:
+    Four more attributes describe the images that the peers were trained on; each is None until it
+    is known. Training records them at the first batch, if the batches tell; set the others before
+    training. `save`, `load` and `export` keep them:
     image_shape: (channels, height, width) of a batch's images, after any resizing and cropping.
     mean, std: a number a channel, that a pixel is normalised by, in units of the pixel as it is
         stored: 0 to 255 for bytes (digits: 0 to 16).
@@ -153,9 +153,9 @@ class Cohort(nn.Module):
         and nothing else); an interrupted save never leaves a file half written.
 
         Files are completed under temporary names first and renamed together; cohort.json comes
-        last and holds each file's SHA-256, so `load` notices a mix of two saves. What the files
-        cannot hold (see `check_savable`) is refused by InputError before any is written, as is a
-        folder that cannot be written to. Raises MissingExtra without safetensors.
+        last and holds each file's SHA-256, so `load` notices a mix of two saves. Raises InputError,
+        before any file is written, for peers that the files cannot hold (see `check_savable`) and
+        for a folder that cannot be written to; MissingExtra without safetensors.
         """
         cohort_files.save(self, folder)
 
@@ -164,8 +164,8 @@ class Cohort(nn.Module):
         return cohort_files.describe(self)
 
     def check_savable(self) -> None:
-        """Raises InputError for peers whose state is more than tensors that are all here:
-        safetensors holds nothing else, such as what a `get_extra_state` returns."""
+        """Raises InputError for peers whose state is more than whole tensors in this process:
+        safetensors holds nothing else, such as the result of a `get_extra_state`."""
         cohort_files.check_savable(self)
 
     @classmethod
@@ -198,8 +198,8 @@ class Cohort(nn.Module):
         *,
         peers: Sequence[str | nn.Module] | None = None,
     ) -> Cohort:
-        """As `load`, from what a cohort's `description` and `state_dict` were. path: of the file
-        that held them. Raises InputError."""
+        """As `load`, from a cohort's `description` and `state_dict`. path: of the file that held
+        them, for messages. Raises InputError."""
         description = cohort_files.checked_description(lambda: dict(description), path)
 
         def read(k: int, entry: dict[str, str]) -> tuple[dict[str, Tensor], Path]:
@@ -264,7 +264,7 @@ class Cohort(nn.Module):
         Output: "logits" (N, C), or of a peer with a re-identification head "features" (N, D), as
         `embed` gives them; its logits are those of the identities that it was trained on.
         example: images of the size to export for; by default that of `image_shape`.
-        What is known of `image_shape`, `mean`, `std` and `classes` goes into the file as JSON: in
+        The known ones of `image_shape`, `mean`, `std` and `classes` go into the file as JSON: in
         ONNX as metadata of these names, else as the extra file images.json. Needs memory for two
         copies of one peer. Raises InputError for a peer that cannot be exported, which it names,
         and MissingExtra without the packages of the extra `onnx`.
@@ -320,7 +320,8 @@ class Cohort(nn.Module):
 def check_logits(
     name: str, out: object, x: object, num_classes: int, remedy: str, when: str = ""
 ) -> None:
-    """Refuses what is not one tensor (N, C); by shapes only, known without waiting for the device.
+    """Raises InputError for an output that is not one tensor (N, C). Looks at shapes only, which
+    does not wait for the device.
 
     x: the images, whose number is compared where it is known. remedy: where `out` holds more than
     the logits; `{it}` in it becomes the expression that picks them. when: such as " in training".

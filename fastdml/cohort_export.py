@@ -77,7 +77,7 @@ def _example(cohort: Cohort, example: Tensor | None) -> Tensor:
 
 
 class _Embedding(nn.Module):
-    """What is exported of a peer with a re-identification head."""
+    """Exported in place of a peer with a re-identification head: its features."""
 
     def __init__(self, peer: nn.Module) -> None:
         super().__init__()

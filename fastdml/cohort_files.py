@@ -66,8 +66,7 @@ def describe(cohort: Cohort) -> dict[str, Any]:
 
 
 def check_savable(cohort: Cohort) -> None:
-    """Refuses peers whose state is more than tensors that are all here: see
-    `Cohort.check_savable`."""
+    """Raises InputError for peers that the files cannot hold: see `Cohort.check_savable`."""
     safetensors = require("safetensors.torch", "train")
     for name, peer in zip(cohort.names, cohort.peers, strict=True):
         for key, value in peer.state_dict().items():
@@ -90,7 +89,7 @@ def check_savable(cohort: Cohort) -> None:
 
 
 def read_description(path: Path) -> dict[str, Any]:
-    """What a cohort.json says, checked: see `checked_description`."""
+    """The content of a cohort.json, checked: see `checked_description`."""
     return checked_description(lambda: json.loads(_read(path)), path)
 
 
@@ -133,7 +132,7 @@ def read_record(folder: str | os.PathLike) -> dict[str, list | None]:
 
 
 def height_and_width(size: Sequence[int]) -> tuple[int, int]:
-    """An `image_size` that somebody gave, or wrote in a file, checked."""
+    """An `image_size` from a caller or a file, checked."""
     size = tuple(size)
     if len(size) != 2:
         raise InputError(f"image_size must be (height, width), not {size}")
@@ -159,7 +158,7 @@ def read_peer(folder: Path, k: int, entry: dict[str, str]) -> tuple[dict[str, Te
     safetensors = require("safetensors.torch", "train")
     try:
         return safetensors.load(data), path
-    except Exception as error:  # a header that somebody wrote can make it raise nearly anything
+    except Exception as error:  # a damaged or forged header can raise nearly anything
         reason = one_line(error)
         raise InputError(f"{path} holds no safetensors that can be read: {reason}") from None
 

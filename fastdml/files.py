@@ -2,8 +2,8 @@
 
 A file is written under another name, forced to disk and renamed, and its folder is forced to disk,
 so that a process or a machine that dies leaves the old file or the new one. The other name is
-always the same, `.NAME.partial`: what a kill has left there is gone with the next writing, and a
-link that somebody has put there is removed, not followed.
+always the same, `.NAME.partial`: a file that a killed process left there is replaced by the next
+writing, and a link put there is removed, not followed.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Checks of what the losses are given, before any kernel runs.
+"""Checks of the losses' arguments, before any kernel runs.
 
 They look at types, shapes, dtypes and devices, and at the values of Python's numbers: nothing that
 would wait for the device. Raise ValueError and TypeError.

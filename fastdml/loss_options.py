@@ -63,7 +63,7 @@ def call_with(
     mimic_ignored: bool = False,
     reduction: Reduction = "mean",
 ) -> Call:
-    """What the kernels are told of a call. Raises ValueError for an option that is not one of its
+    """The `Call` that the kernels get. Raises ValueError for an option that is not one of its
     choices, TypeError for a name that is no option."""
     options = Options(
         target, gate, symmetric, detach_targets, label_smoothing, ignore_index, mimic_ignored,

@@ -1,4 +1,4 @@
-"""`MutualStats`: what the peers did on one batch, kept as the one vector the kernel wrote."""
+"""`MutualStats`: statistics of the peers on one batch, kept as the one vector the kernel wrote."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from fastdml.torch_private import register_tree_node
 
 
 class MutualStats(Sequence[Tensor]):
-    """What the peers did on one batch: device tensors, without gradient; reading one waits.
+    """Statistics of the peers on one batch: device tensors without gradient; reading a value waits.
 
     `packed` is the vector that the loss's kernel wrote; each field is a view of it, made when
     somebody reads the field. Unpacks, iterates and indexes as a named tuple of the fields.

@@ -90,7 +90,7 @@ def step_unless(optimizer: Optimizer, overflow: Tensor) -> None:
 
 
 def step_pre_hooks(optimizer: Optimizer) -> list[Any]:
-    """The hooks given to `register_step_pre_hook`, to find one's own among them. Public: none."""
+    """The hooks given to `register_step_pre_hook`, to find our own among them. Public: none."""
     return list(optimizer._optimizer_step_pre_hooks.values())
 
 

@@ -18,7 +18,7 @@ LARGEST = 1 << 20  # bytes; a device named by mistake may have no end
 
 
 def read_settings(path: str | Path) -> dict[str, Any]:
-    """What the file holds, by name; the file is read once, so that it may be a pipe."""
+    """The settings in the file, by name. It is read once, so that it may be a pipe."""
     yaml = require("yaml", "train")
     place = expanded(path)
     try:

@@ -34,7 +34,7 @@ def export(args: list[str]) -> None:
 
     import torch
 
-    run_config(options.run)  # refuses what is no run
+    run_config(options.run)  # raises where there is no run
     cohort = run_cohort(options, "cpu")
     if cohort.image_shape is None and not options.size:
         raise InputError(

@@ -34,7 +34,7 @@ Outputs = tuple[Tensor, ...]  # of a peer: logits (N, C), and with a metric loss
 
 
 class WithFeatures(nn.Module):
-    """What a step with a metric loss runs of a peer: logits (N, C) and features (N, D)."""
+    """A peer as a step with a metric loss runs it: to logits (N, C) and features (N, D)."""
 
     def __init__(self, peer: nn.Module) -> None:
         super().__init__()
@@ -69,7 +69,7 @@ class EagerStep:
             self.forwards = [torch.compile(network) for network in self.forwards]
 
     def __reduce__(self) -> tuple[type[EagerStep], tuple[Any, ...]]:
-        """A copy or pickle holds what the step was made from, and makes a new step from that."""
+        """A copy or pickle holds the arguments that the step was made from, and makes it anew."""
         return type(self), (self.cohort, self.loss, self.optimizer, self.amp, self.options)
 
     def networks(self) -> list[nn.Module]:

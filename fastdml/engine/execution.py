@@ -1,4 +1,4 @@
-"""What an execution of the training step is, and which there are.
+"""The interface of an execution of the training step, and the registry of executions.
 
 A step computes the losses of a batch, the gradients of all peers and the update of their weights.
 How it does that on the device is its execution: one peer after the other, a stream a peer, one

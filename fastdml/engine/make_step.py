@@ -183,7 +183,7 @@ class Maker:
     def on_copies(self) -> Callable[[ExecutionName], Step]:
         """Builds steps that do the same work and touch nothing of the caller's, nor do they learn.
 
-        Raises Uncopyable where copies are not to be had."""
+        Raises Uncopyable where they cannot be copied."""
         own = self.cohort, self.optimizer, self.amp, self.options.metric
         held = _held(self.cohort, self.optimizer)
         try:
@@ -191,7 +191,7 @@ class Maker:
         except Exception as error:  # of the peers' own code, or out of memory
             reason = " ".join(str(error).split()) or type(error).__name__
             raise Uncopyable(f"peers or optimizer cannot be copied: {reason}") from None
-        if _held(cohort, optimizer) != held:  # by a __deepcopy__ of one's own
+        if _held(cohort, optimizer) != held:  # a peer's own __deepcopy__ may do this
             raise Uncopyable("a copy of the optimizer holds other weights than a copy of the peers")
         for group in optimizer.param_groups:
             if "lr" in group:

@@ -1,1 +1,1 @@
-"""What a run leaves to read: its log, its summary, tables and pictures."""
+"""The reports of a run: its log, summary, tables and pictures."""

@@ -42,9 +42,9 @@ INDEPENDENT = "independent"
 class MetricsLog:
     """Appends log points to a run folder's metrics.jsonl and TensorBoard events.
 
-    A new run needs a folder without metrics. `resume_step=n` keeps what was logged up to and
-    including step n and forgets the rest, in both places, so that a step done again is there once:
-    log a step before the checkpoint of that step is written.
+    A new run needs a folder without metrics. `resume_step=n` keeps the log points up to and
+    including step n and removes the others, in both places, so that a step that is done again is
+    there once. For this, log a step before its checkpoint is written.
     """
 
     def __init__(

@@ -247,7 +247,7 @@ def pairwise_spans(records: Records) -> list[tuple[str, list[list[float]]]]:
 
 
 def _runs(folder: Path) -> dict[str, Records]:
-    """The records of the run in `folder`, and of the independent one below it, by what they are."""
+    """The records of the run in `folder`, and of the independent one below it, by their label."""
     runs = {_label(folder): read_metrics(folder)}
     if (folder / INDEPENDENT / METRICS).exists():
         runs[INDEPENDENT] = read_metrics(folder / INDEPENDENT)

@@ -1,8 +1,8 @@
 """Training runs: `cifar100(...)`, `market1501(...)` and others, or `fit` with one's own data.
 
 Settings are those of `TrainConfig` or for re-identification `ReidConfig`, by name, and known to
-type checkers; `resume=True` goes on with a run, taking its settings. `root`, the folder of the data
-set's files, is "data" where none is named, or what the run to resume recorded.
+type checkers; `resume=True` goes on with a run, with its settings. `root`, the folder of the data
+set's files, is by default "data", or the folder that the resumed run recorded.
 
 Each returns a `TrainResult`, or None after a dry run. Each raises InputError, one line with the
 remedy, for a setting, a model, data or a folder that cannot be used; TrainingDiverged, also an

@@ -1,4 +1,4 @@
-"""`--dry-run`: one real step in memory, then what the run would be. Writes nothing."""
+"""`--dry-run`: one real step in memory, then a description of the run. Writes nothing."""
 
 from __future__ import annotations
 

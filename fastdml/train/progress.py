@@ -119,8 +119,8 @@ class Progress:
         }
 
     def load(self, state: dict[str, Any]) -> None:
-        """Raises ValueError and its like for what no training saves, InputError where the settings
-        are of a shorter one."""
+        """Takes over the saved progress. Raises ValueError, TypeError or KeyError for values that
+        no training saves, InputError where the settings are of a shorter training."""
         position, history = state["position"], state["history"]
         if type(position) is not int or position < 0:
             raise ValueError(f"position {position!r}")

@@ -79,10 +79,10 @@ def fit(
     """Trains `cohort` in place, on the device it is on, and leaves it with the last mutual weights.
 
     train: a `data.ResidentLoader`, or any sized iterable of (images, labels) such as a DataLoader;
-    `train.batches` says what resuming asks of it. test: the same for evaluation, or a function from
-    the cohort to its scores, or None. What the images are is recorded with the weights, see
-    `Cohort`. `config`'s device is not used, and of what describes a data set and peers, what runs
-    is recorded in place of what it says. Returns None after a dry run.
+    `train.batches` says when a run over it resumes exactly. test: the same for evaluation, or a
+    function from the cohort to its scores, or None. A description of the images is saved with the
+    weights, see `Cohort`. config: its device is not used; its settings of data and peers are
+    replaced in the run's record by those of `train` and `cohort`. Returns None after a dry run.
 
     Raises InputError, one line with the remedy, for peers, batches, settings or a folder that
     cannot be used; TrainingDiverged, also an InputError, where a loss is no longer finite;

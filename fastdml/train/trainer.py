@@ -303,7 +303,7 @@ class Trainer:
             if not good:  # the update of the last step; its loss was still finite
                 name = self.cohort.names[k]
                 raise self._diverged(f"a weight of peer {k} ({name})", self.progress.position)
-        self.log.sync()  # what is logged until here, a resumed run does not log again
+        self.log.sync()  # a run resumed from this checkpoint does not log these points again
         checkpoint.save(self.folder / LAST_CHECKPOINT, self._state())
         self.saved = time.monotonic()
 

@@ -257,7 +257,7 @@ def augment_report(name: str, dtype: str = "bf16", arch: str = "sm_90") -> Kerne
 
 
 def _number(pattern: str, text: str) -> int:
-    """What the pattern's group matches first."""
+    """The number that the pattern's group matches first."""
     return int(re.findall(pattern, text)[0])
 
 

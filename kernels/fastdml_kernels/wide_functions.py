@@ -399,7 +399,7 @@ def ensemble_argmax(Z, LSE, c, highest, best, K: tl.constexpr, C: tl.constexpr,
 
 @triton.jit
 def load_upstream(upstream, u_stride_k, u_stride_n, n64, K: tl.constexpr):
-    """K numbers: what the row's gradient of each loss is multiplied by; 1 without `upstream`."""
+    """The upstream gradients of the row's K losses, each 1 without `upstream`."""
     UP = ()
     for k in tl.static_range(K):
         up = tl.cast(1.0, tl.float32)

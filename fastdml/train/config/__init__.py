@@ -1,1 +1,1 @@
-"""The settings of a run: what they are, their limits, and where they come from."""
+"""The settings of a run: fields, defaults, limits, and the sources of their values."""

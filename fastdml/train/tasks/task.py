@@ -46,8 +46,8 @@ class Evaluation(NamedTuple):
 
 
 class Task:
-    """What peers learn. A subclass overrides what it does otherwise; `prepare`, `score` and
-    `evaluate` are its own."""
+    """A task. A subclass defines `prepare`, `score` and `evaluate`, and overrides what differs from
+    the defaults here."""
 
     name: ClassVar[str]  # which data sets are registered with
     title: ClassVar[str]  # before "runs", in headings
