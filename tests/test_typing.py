@@ -21,6 +21,7 @@ ROOT = CASES.parents[1]
 SETTINGS = """
 [mypy]
 ignore_missing_imports = True
+no_implicit_reexport = True
 [mypy-torch.*]
 follow_imports = skip
 """
@@ -34,7 +35,7 @@ def found(tmp_path_factory) -> dict[str, list[str]]:
     settings.write_text(SETTINGS)
     done = subprocess.run(
         [sys.executable, "-m", "mypy", "--config-file", settings, "--no-error-summary",
-         "--no-incremental", "right.py", "wrong.py"],
+         "--no-incremental", "--cache-dir", os.devnull, "right.py", "wrong.py"],
         cwd=CASES, capture_output=True, text=True, timeout=300,
         env={**os.environ, "MYPYPATH": f"{ROOT}{os.pathsep}{ROOT / 'kernels'}"},
     )  # fmt: skip

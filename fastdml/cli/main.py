@@ -86,7 +86,11 @@ def _dispatch(args: list[str]) -> int:
 
 
 def _help() -> str:
+    from fastdml.data import dataset_names
+
+    *names, last = dataset_names()
     commands = "\n".join(f"  {name:<9} {run.__doc__}" for name, run in COMMANDS.items())
+    commands = commands.replace("DATA", f"{', '.join(names)} or {last}")
     return (
         "usage: fastdml COMMAND ...\n\n"
         "Deep Mutual Learning: peers that learn from the labels and from each other.\n\n"

@@ -26,7 +26,7 @@ NO_NUMBER = re.compile(
 
 
 def train(args: list[str]) -> None:
-    """train peers together on digits, cifar10, cifar100 or market1501"""
+    """train peers together on DATA"""
     from fastdml.data import dataset_names
 
     known = dataset_names()

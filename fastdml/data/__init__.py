@@ -49,6 +49,7 @@ _HOMES = {
 }
 
 __all__ = [
+    "HINT",
     "DALILoader",
     "DataSet",
     "ImageFolderReID",

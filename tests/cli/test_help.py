@@ -8,6 +8,7 @@ import pytest
 
 from fastdml import cli
 from fastdml.cli.main import COMMANDS
+from fastdml.data import dataset_names
 
 
 def test_help(capfd):
@@ -17,7 +18,7 @@ def test_help(capfd):
         assert f"\n  {name} " in out
     assert cli.main([]) == 2
     assert cli.main(["train"]) == 0
-    assert "{digits,cifar10,cifar100,market1501}" in capfd.readouterr().out
+    assert f"{{{','.join(dataset_names())}}}" in capfd.readouterr().out
 
 
 def test_help_as_a_command(capfd):

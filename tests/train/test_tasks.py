@@ -36,8 +36,9 @@ from fastdml.report.scoring import Headline, Scoring
 from fastdml.report.tables import fixed_columns
 from fastdml.train import ReidConfig, TrainConfig, fit, load_config, run
 from fastdml.train.config.sources import preset
+from fastdml.train.tasks import Evaluation, Prepared, Task
 from fastdml.train.tasks import task as tasks
-from fastdml.train.tasks.task import Evaluation, Prepared, Task, scoring_of, task_of
+from fastdml.train.tasks.task import scoring_of, task_of
 
 pytestmark = pytest.mark.usefixtures("_no_pictures")
 logger = logging.getLogger("fastdml.labels")

@@ -1,5 +1,7 @@
 """Uses that a type checker must accept. Checked, never run."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
@@ -9,6 +11,11 @@ import fastdml
 import fastdml.engine
 import fastdml.train
 from fastdml import Cohort, MutualLoss, MutualStats, mutual_loss, mutual_losses
+from fastdml.data import HINT, ImageSet, register_dataset
+from fastdml.engine import register_execution
+from fastdml.engine.eager import EagerStep
+from fastdml.models import register_model
+from fastdml.train.tasks import Prepared, Task, register_task
 
 logits = [torch.zeros(4, 10), torch.zeros(4, 10)]
 labels = torch.zeros(4, dtype=torch.int64)
@@ -42,3 +49,36 @@ if result is not None:  # as after a dry run
 fastdml.train.cifar10(schedule="cosine", dry_run=True)
 fastdml.train.digits(("resnet8",), amp="off")
 fastdml.train.market1501(recipe="strong", standin=True, margin=None, epochs=1)
+
+
+@register_model("plain", purpose="a test")
+def plain(num_classes: int, in_channels: int = 3) -> nn.Module:
+    return nn.Sequential(nn.Flatten(), nn.Linear(in_channels, num_classes))
+
+
+@register_dataset(
+    "noise", task="mine", image_shape=(1, 8, 8), num_classes=2, mean=[1], std=[1], purpose="a test"
+)
+def noise(root: str | Path) -> tuple[ImageSet, ImageSet]:
+    return fastdml.data.load(str(root))
+
+
+@register_execution("mine", devices=("cpu",))
+class Mine(EagerStep):
+    pass
+
+
+class MySettings(fastdml.train.TrainConfig):
+    pass
+
+
+@register_task
+class MyTask(Task):
+    name = title = "mine"
+    settings = MySettings
+
+    @contextmanager
+    def prepare(
+        self, config: MySettings, device: torch.device, hint: str = HINT
+    ) -> Iterator[Prepared]:
+        yield Prepared(Cohort(config.peers, 2).to(device), [], None)
