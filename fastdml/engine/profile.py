@@ -19,7 +19,7 @@ import torch
 from torch.autograd import DeviceType
 from torch.profiler import ProfilerActivity, profile, schedule
 
-from fastdml.files import write_atomically
+from fastdml.files import partial, write_atomically
 from fastdml.torch_private import is_annotation, stream_of
 
 SKIPPED, WARM_UP, STEPS = 10, 2, 10
@@ -75,7 +75,9 @@ class Profile:
             self.recorder.stop()
 
     def _write(self, recorder: profile) -> None:
-        recorder.export_chrome_trace(str(self.folder / TRACE))
+        trace = self.folder / TRACE
+        recorder.export_chrome_trace(str(partial(trace)))
+        partial(trace).replace(trace)
         events = recorder.events()
         waits = sum(e.name in WAITS for e in events)
         text = page(spans(events, self.device), self.done - self.before, self.device, waits)
