@@ -9,7 +9,7 @@ from __future__ import annotations
 import io
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 from torch import Tensor
@@ -30,6 +30,12 @@ LINES = 4  # below an image
 BLACK, WHITE = (0, 0, 0), (255, 255, 255)
 KEY = 180  # pixels that the key to the marks takes
 RIGHT, WRONG = (0, 114, 178), (213, 94, 0)  # Okabe and Ito's blue and vermilion
+
+
+class _Labelled(NamedTuple):
+    path: str | Path
+    identity: int
+    camera: int
 
 
 def ranked_list(
@@ -79,51 +85,51 @@ def save_ranked_lists(
     path = expanded(path)
     if path.suffix.lower() != ".png":
         raise InputError(f"{path}: a picture of ranked lists is a PNG: give a name ending in .png")
-    pillow = require("PIL.Image", "train")
-    lists = [
-        ranked_list(
-            distances[q],
-            int(query_ids[q]),
-            gallery_ids,
-            int(query_cameras[q]),
-            gallery_cameras,
-            top,
+    rows = []
+    for q in range(Q):
+        query = _Labelled(query_paths[q], int(query_ids[q]), int(query_cameras[q]))
+        found = ranked_list(
+            distances[q], query.identity, gallery_ids, query.camera, gallery_cameras, top
         )
-        for q in range(Q)
-    ]
+        images = [
+            _Labelled(gallery_paths[g], int(gallery_ids[g]), int(gallery_cameras[g])) for g in found
+        ]
+        rows.append((query, images, [float(distances[q, g]) for g in found]))
+    content = io.BytesIO()
+    _picture(rows).save(content, "PNG")
+    with writing(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+    write_atomically(path, content.getvalue())
+
+
+def _picture(rows: Sequence[tuple[_Labelled, Sequence[_Labelled], Sequence[float]]]) -> Image:
+    """The picture: of each row the query, the gallery images, and their distances."""
+    pillow = require("PIL.Image", "train")
     height, width = SIZE[0] + 2 * FRAME + LINES * LINE + GAP, SIZE[1] + 2 * FRAME + GAP
-    columns = 1 + max(map(len, lists))
+    columns = 1 + max(len(images) for _, images, _ in rows)
     # the query stands apart from its list, and the key to the marks below them all
-    size = (GAP + width * columns + 2 * GAP, GAP + height * Q + 2 * LINE + GAP)
+    size = (GAP + width * columns + 2 * GAP, GAP + height * len(rows) + 2 * LINE + GAP)
     picture = pillow.new("RGB", (max(size[0], KEY), size[1]), WHITE)
     draw = require("PIL.ImageDraw", "train").Draw(picture)
     draw.font = require("PIL.ImageFont", "train").load_default(LINE - 1)
-    for q, found in enumerate(lists):
-        top_edge = GAP + height * q
-        picture.paste(_framed(query_paths[q], BLACK), (GAP, top_edge))
-        of_query = f"query\nid {int(query_ids[q])}\ncam {int(query_cameras[q])}"
-        _write(draw, (GAP, top_edge), of_query)
-        for place, g in enumerate(found, 1):
-            right = bool(gallery_ids[g] == query_ids[q])
+    for number, (query, images, distances) in enumerate(rows):
+        top_edge = GAP + height * number
+        picture.paste(_framed(query.path, BLACK), (GAP, top_edge))
+        _write(draw, (GAP, top_edge), f"query\nid {query.identity}\ncam {query.camera}")
+        for place, (image, distance) in enumerate(zip(images, distances, strict=True), 1):
+            right = image.identity == query.identity
             left = GAP + width * place + 2 * GAP
-            framed = _framed(gallery_paths[g], RIGHT if right else WRONG, dashed=not right)
+            framed = _framed(image.path, RIGHT if right else WRONG, dashed=not right)
             picture.paste(framed, (left, top_edge))
-            told = (
-                f"{place}\nid {int(gallery_ids[g])}\ncam {int(gallery_cameras[g])}\n"
-                f"{float(distances[q, g]):.3f}"
-            )
+            told = f"{place}\nid {image.identity}\ncam {image.camera}\n{distance:.3f}"
             _write(draw, (left, top_edge), told)
             mark_left = left + SIZE[1] + 2 * FRAME - LINE
             _mark(draw, (mark_left, top_edge + SIZE[0] + 2 * FRAME), right)
     for number, (right, told) in enumerate(((True, "same identity"), (False, "another"))):
-        at = (GAP, GAP + height * Q + LINE * number)
+        at = (GAP, GAP + height * len(rows) + LINE * number)
         _mark(draw, at, right)
         draw.text((at[0] + LINE + GAP, at[1]), told, BLACK)
-    content = io.BytesIO()
-    picture.save(content, "PNG")
-    with writing(path):
-        path.parent.mkdir(parents=True, exist_ok=True)
-    write_atomically(path, content.getvalue())
+    return picture
 
 
 def _write(draw: ImageDraw, corner: tuple[int, int], text: str) -> None:
