@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from fastdml.errors import InputError
 
-ABSENT = 1e30  # stands for infinity where infinity would make a gradient NaN
+ABSENT = 1e30  # in place of infinity, which would make a gradient NaN
 
 
 def triplet_loss(features: Tensor, labels: Tensor, *, margin: float | None = 0.3) -> Tensor:
@@ -129,7 +129,7 @@ class MetricLoss(nn.Module):
     """The weighted sum of these losses, for each of K peers on its own features.
 
     triplet, center, circle, distance_mutual: weights; a loss of weight 0 is not computed, and one
-        must be above 0. They are numbers and stay what they are in a captured step.
+        must be above 0. They are numbers, so a captured step keeps them as they were at capture.
     margin: of the triplet loss; None for the soft margin.
     num_classes: identities, for the centres.
     dims: D_k of every peer.
@@ -204,7 +204,7 @@ class MetricLoss(nn.Module):
         return losses.detach(), list(grads)
 
     def tensors(self) -> list[Tensor]:
-        """Those that a step changes."""
+        """The tensors that a step changes."""
         return list(self.buffers())
 
     def extra_repr(self) -> str:

@@ -6,7 +6,7 @@ import json
 
 from fastdml.cli.parsing import Parser
 
-# What `DataSet.files` means, in words.
+# The values of `DataSet.files` as the table shows them.
 FILES = {"none": "none", "download": "--download", "own": "your own"}
 
 

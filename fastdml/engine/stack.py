@@ -41,9 +41,10 @@ from fastdml.torch_private import buffer_table, child_table, parameter_table, se
 
 
 class Stack(nn.Module):
-    """x (N, channels, H, W) -> logits (K, N, C) of the peers, or all that they give in this way.
+    """x (N, channels, H, W) -> logits (K, N, C) of the peers; a tuple of such tensors for peers
+    that return several.
 
-    With `peers` it holds copies of their weights; after `adopt` theirs are views of its own.
+    Made from `peers` it holds copies of their weights; after `adopt` their weights are views of it.
     """
 
     def __init__(self, peers: Sequence[nn.Module] = ()) -> None:
@@ -72,14 +73,14 @@ class Stack(nn.Module):
         return (m for m in self.modules() if isinstance(m, Layer))
 
     def adopt(self) -> None:
-        """The peers' weights become views of the stack's, which have the same values."""
+        """Makes the peers' weights views of the stack's, which have the same values."""
         for layer in self.layers():
             for stacked, own in layer.shared.values():
                 for t, part in zip(own, stacked.detach().chunk(self.K), strict=True):
                     t.data = part.as_strided(t.shape, t.stride())
 
     def release(self) -> None:
-        """The peers' weights get memory of their own again."""
+        """Gives the peers' weights memory of their own again."""
         for layer in self.layers():
             for stacked, own in layer.shared.values():
                 memory = stacked.untyped_storage().data_ptr()
@@ -89,7 +90,7 @@ class Stack(nn.Module):
         self.network, self.pairs = nn.Identity(), []
 
     def follow(self) -> None:
-        """Takes the first peer's training flags and the peers' requires_grad."""
+        """Sets the stack's training flags as the first peer's, and requires_grad as the peers'."""
         for module, own in self.pairs:
             module.__dict__["training"] = own.training
             if isinstance(module, Layer):
@@ -99,7 +100,8 @@ class Stack(nn.Module):
                         stacked.requires_grad_(trained)
 
     def share_gradients(self) -> None:
-        """Adds to every peer's gradients its part, without a copy where there is none yet."""
+        """Adds to every peer's gradients its part of the stack's; a peer without gradients gets
+        views of it, not copies."""
         for layer in self.layers():
             for stacked, own in layer.trained():
                 if stacked.grad is None:

@@ -62,7 +62,7 @@ RATES = ("drop_prob", "p")
 GENERATORS = (torch.Generator, random.Random, np.random.Generator, np.random.RandomState)
 INTERNAL = base_attributes()
 ATOMS = (type(None), bool, int, float, complex, str, bytes)
-# Objects whose own attributes say nothing of what a network computes.
+# Objects whose attributes have no influence on the result of a network.
 NOT_LOOKED_INTO = (type, FunctionType, ModuleType, logging.Logger)
 MOST_TABLES = 1000  # each is compared at every step
 

@@ -9,11 +9,11 @@ over, new modes after a new proof. After any other change (a setting, a weight r
 cast) the peers are checked, proved and stacked anew. Where they are then refused, as for hooks,
 `release` has given them memory of their own again.
 
-On a CPU it is worth a little on small maps, and less than nothing on others, where K convolutions
-are faster than one in K groups. `torch.func`'s stack_module_state and vmap do the same without
-layers of their own, and slower (forward and backward in fp32, one thread, medians of interleaved
-rounds: 2 resnet8 at 64 x 8x8 eager 62.6, stacked 54.0, vmap 80.5 ms; 4 of them 121.0, 114.8, 157.4;
-2 resnet32 at 64 x 32x32 2367, 2189, 2706).
+On a CPU it gains a little on small maps, and loses on others, where K convolutions are faster than
+one in K groups. `torch.func`'s stack_module_state and vmap do the same without layers of their own,
+and slower (forward and backward in fp32, one thread, medians of interleaved rounds: 2 resnet8 at
+64 x 8x8 eager 62.6, stacked 54.0, vmap 80.5 ms; 4 of them 121.0, 114.8, 157.4; 2 resnet32 at
+64 x 32x32 2367, 2189, 2706).
 """
 
 from __future__ import annotations

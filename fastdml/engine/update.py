@@ -74,7 +74,7 @@ class Holdings:
         return len(groups) == len(self.groups) and all(map(same, groups, self.groups))
 
     def warn(self, k: int, name: str, weights: Sequence[Tensor]) -> None:
-        """Warns once a peer."""
+        """Warns, once for each peer, of weights that no group of the optimizer holds."""
         if weights and k not in self.warned:
             self.warned.add(k)
             warnings.warn(

@@ -95,8 +95,8 @@ class _Item(NamedTuple):
 
 
 class _Images(Dataset[np.ndarray | str]):
-    """Transformed images; instead of raising, a bad file becomes a message, since what a worker
-    raises arrives wrapped in its traceback."""
+    """Transformed images. For a bad file it returns a message instead of raising, since a worker's
+    exception arrives wrapped in its traceback."""
 
     def __init__(
         self, source: ReidSplit | ImageSet, what: Augment, stored: tuple[int, int]

@@ -56,7 +56,7 @@ def build_standin(
     what: StandIn = StandIn(),
     hint: str = HINT,
 ) -> Path:
-    """`root`, holding the stand-in; what is there already is kept if it is the same. `cifar_root`:
+    """Writes the stand-in and returns `root`; one that is there already is kept. `cifar_root`:
     the folder of CIFAR-100, or another set of 100 classes of RGB images; `hint`: as
     `load_cifar100` takes it. Raises InputError for numbers out of range, for another set in its
     place, and where it cannot be written."""

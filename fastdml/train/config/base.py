@@ -193,7 +193,7 @@ class TrainConfig:
         self._check_length()
 
     def _check_losses(self) -> None:
-        """There are peers, and something for each of them to learn from."""
+        """Raises InputError where there are no peers, or no loss for one of them."""
         if not self.peers:
             raise InputError("peers is empty: name at least one model, for instance resnet32")
         alone = self.independent or len(self.peers) == 1
@@ -247,7 +247,7 @@ class TrainConfig:
         return dataclasses.replace(self, **with_length(changes))
 
     def alone(self) -> Self:
-        """The settings of the same peers without what they learn from each other."""
+        """The settings of the independent run: the same peers without the losses between them."""
         return self.replace(**dict.fromkeys(self.mutual_weights, 0.0), independent=False)
 
     def save(self, path: Path) -> None:
