@@ -151,8 +151,8 @@ class TrainConfig:
     figures: tuple[Literal["png", "pdf", "svg"], ...] = ("png",)
     """Formats of the pictures, curves and pairwise_kl."""
 
-    # Of losses that a peer alone has not. Pictures, which read a run's settings alone, know them by
-    # kl_weight, or "mutual_weight" at the end of their names.
+    # Weights of the losses between peers, which a peer alone does not have. Pictures know only
+    # a run's settings, and know these by name: kl_weight, and names that end in "mutual_weight".
     mutual_weights: ClassVar[tuple[str, ...]] = ("kl_weight",)
     limits: ClassVar[dict[str, Limit]] = {
         "subset": NOT_NEGATIVE,
