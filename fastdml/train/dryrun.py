@@ -28,6 +28,7 @@ def plan(trainer: Trainer) -> str:
     seconds = time.perf_counter() - started
     peers = zip(cohort.names, trainer.parameters(), losses, strict=True)
     phases = 2 if config.independent else 1
+    epochs = f"{progress.epochs} epoch" + "s" * (progress.epochs != 1)
     folder = config.folder or f"runs/{run_name(config)}-NNN, the next free number"
     rows = [
         ("dry run", "nothing was written"),
@@ -43,7 +44,7 @@ def plan(trainer: Trainer) -> str:
         ("execution", trainer.step.name),
         (
             "steps",
-            f"{trainer.steps:,} an epoch of {len(batch[-1])} images, {progress.epochs} epochs, "
+            f"{trainer.steps:,} an epoch of {len(batch[-1])} images, {epochs}, "
             f"{progress.total * phases:,} in all" + (" (mutual and independent)" * (phases - 1)),
         ),
         ("first step", f"{seconds:.2f} s, start-up included"),

@@ -308,9 +308,10 @@ class TestRecord:
         again = fit(cohort(), loader(), None, result.config.replace(resume=True, epochs=2))
         assert again.config.data == result.config.data
 
-    def test_a_dry_run_too(self, settings, capsys):
-        assert fit(cohort(), loader(), None, settings(dry_run=True)) is None
-        assert "3 an epoch of 8 images" in capsys.readouterr().out
+    @pytest.mark.parametrize(("epochs", "said"), [(1, "1 epoch, 3 in all"), (2, "2 epochs, 6 in")])
+    def test_a_dry_run_too(self, settings, capsys, epochs, said):
+        assert fit(cohort(), loader(), None, settings(dry_run=True, epochs=epochs)) is None
+        assert f"3 an epoch of 8 images, {said}" in capsys.readouterr().out
 
     def test_of_our_loaders_everything_is_known(self, settings):
         images = torch.randint(256, (20, 3, 8, 8), dtype=torch.uint8)
