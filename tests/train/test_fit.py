@@ -472,7 +472,7 @@ class TestResume:
         assert cli.main(["train", data, "--resume", "--folder", folder]) == 2
         err = capfd.readouterr().err.splitlines()[-1]
         assert f"on own data: 3 batches of 8, images 3x12x10, not on {data}" in err
-        assert "go on in Python, by fit(..., resume=True)" in err
+        assert "go on in Python, by fit(..., config.replace(resume=True))" in err
 
 
 def test_evaluate_scores_batches_of_ones_own(settings):

@@ -82,7 +82,8 @@ def _base(data: str, given: Mapping[str, Any]) -> TrainConfig:
     folder = resume_folder(config)
     config = load_config(folder / CONFIG)
     if config.data != data:
-        how = "" if is_known(config.data) else ": go on in Python, by fit(..., resume=True)"
+        own = not is_known(config.data)
+        how = ": go on in Python, by fit(..., config.replace(resume=True))" if own else ""
         raise InputError(f"cannot resume: {folder} is a run on {config.data}, not on {data}{how}")
     return config.replace(folder=str(folder), resume=True)
 
