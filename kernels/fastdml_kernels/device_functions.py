@@ -26,9 +26,10 @@ def times(q, gap):
 
 @triton.jit
 def log_probability(z, inv_t, lse, TEMPERED: tl.constexpr):
-    """log softmax(z / T) from its normaliser."""
+    """log softmax(z / T) from its normaliser. Product and sum are fused by name: a compiler left
+    to choose may fuse them for one peer and not for another, and identical peers then differ."""
     if TEMPERED:
-        return z * inv_t - lse
+        return tl.fma(z, inv_t, -lse)
     return z - lse
 
 

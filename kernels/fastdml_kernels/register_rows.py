@@ -110,8 +110,9 @@ def register_rows(
             lse = m + tl.log(tl.sum(tl.exp(z - m[:, None]), axis=1))
             lse_t = lse
             if TEMPERED:
-                m_t = m * inv_t
-                lse_t = m_t + tl.log(tl.sum(tl.exp(z * inv_t - m_t[:, None]), axis=1))
+                m_t = m * inv_t  # products below are fused by name: see `log_probability`
+                sum_t = tl.sum(tl.exp(tl.fma(z, inv_t, -m_t[:, None])), axis=1)
+                lse_t = tl.fma(m, inv_t, tl.log(sum_t))
             nll = lse - tl.sum(tl.where(is_y, z, 0.0), axis=1)
             nll = tl.where(misfit, float("nan"), nll)
             right = labelled

@@ -230,7 +230,7 @@ def row_losses(logits, n64, y, labelled, fits, misfit, w_y, w_total, label_smoot
         lse = shift + tl.log(SUM[k])
         lse_t = lse
         if TEMPERED:
-            lse_t = shift * inv_t + tl.log(SUM_T[k])
+            lse_t = tl.fma(shift, inv_t, tl.log(SUM_T[k]))
         z_y = tl.load(logits[k] + n64 * STRIDES[k][0] + tl.cast(y, tl.int64) * STRIDES[k][1],
                       mask=fits, other=0.0).to(tl.float32)  # fmt: skip
         LSE = LSE + (lse,)
