@@ -17,6 +17,8 @@ from typing import Any
 
 import torch
 
+from fastdml.engine.graph import without_collector
+
 Timer = Callable[[int], float]  # calls -> seconds they took together
 SHORTEST = 0.002  # seconds a sample, so that the timer's own cost does not count
 REST = 0.005  # seconds before a sample: threads of the one before stop spinning and free the cores
@@ -83,7 +85,7 @@ def replay(calls: Sequence[Callable[[], Any]], pool: Any) -> Timer:
             torch.cuda.set_sync_debug_mode(before)
     torch.cuda.current_stream().wait_stream(stream)
     graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph, pool=pool):
+    with without_collector(), torch.cuda.graph(graph, pool=pool):
         for i in range(CALLS_A_GRAPH):
             calls[i % len(calls)]()
 

@@ -56,6 +56,20 @@ SCALARS = ("temperature", "ce_weight", "kl_weight")
 SUPERVISED = "Synchronization debug mode is a prototype"  # torch warns so when it is switched on
 
 
+@contextmanager
+def without_collector() -> Iterator[None]:
+    """Python's garbage collector runs before, not within: an older graph or an event that it frees
+    during a capture makes calls to CUDA that end the capture."""
+    enabled = gc.isenabled()
+    gc.collect()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if enabled:
+            gc.enable()
+
+
 class CudaCapture:
     """Warm-up, capture and replay on a CUDA device; tests without one put another class here."""
 
@@ -88,7 +102,6 @@ class CudaCapture:
 
     def capture(self, run: Callable[[], Tensor]) -> Tensor:
         torch.cuda.synchronize(self.device)
-        gc.collect()
         pool = torch.cuda.graph_pool_handle()
         try:
             return self._record(self.graph, pool, run)
@@ -101,6 +114,7 @@ class CudaCapture:
         # mode "thread_local" other threads, such as a loader that pins memory, may go on with calls
         # that a capture forbids.
         with (
+            without_collector(),
             torch.cuda.stream(torch.cuda.current_stream(self.device)),
             torch.cuda.graph(graph, pool, self.stream, "thread_local"),
         ):

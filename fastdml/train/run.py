@@ -177,12 +177,16 @@ def _reproducible(config: TrainConfig, device: torch.device) -> Iterator[None]:
         torch.backends.cudnn.deterministic,
         torch.backends.cudnn.benchmark,
     )
+    memory: Any = torch.utils.deterministic  # whose property type checkers do not see
+    fills = memory.fill_uninitialized_memory
     threads = torch.get_num_threads()
     torch.set_num_threads(config.threads or cpus.sensible())
     if config.deterministic:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # read when cuBLAS starts
         torch.use_deterministic_algorithms(True)
         torch.backends.cudnn.deterministic, torch.backends.cudnn.benchmark = True, False
+        # Filling what torch.empty gives is a launch each; ours is written before it is read.
+        memory.fill_uninitialized_memory = False
     try:
         with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
             yield
@@ -190,6 +194,7 @@ def _reproducible(config: TrainConfig, device: torch.device) -> Iterator[None]:
         torch.set_num_threads(threads)
         torch.use_deterministic_algorithms(was[0], warn_only=was[1])
         torch.backends.cudnn.deterministic, torch.backends.cudnn.benchmark = was[2:]
+        memory.fill_uninitialized_memory = fills
 
 
 def _independent(mutual: Trainer, stop: Stop) -> TrainResult:

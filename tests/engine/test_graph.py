@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import gc
 import warnings
 
 import pytest
@@ -234,14 +235,23 @@ def test_a_capture_that_breaks_off_is_cleared_away(monkeypatch):
     monkeypatch.setattr(torch._C, "_cuda_endAllocateToPool", end("end"))
     monkeypatch.setattr(torch._C, "_cuda_releasePool", end("release"))
     capture = CudaCapture(torch.device("cpu"))
-    assert capture.capture(lambda: 3) == 3
+    collects = []
+
+    def step():
+        collects.append(gc.isenabled())
+        return 3
+
+    assert capture.capture(step) == 3
     assert log == [("capture", (0, 7), "thread_local")]
 
     def looks():
+        collects.append(gc.isenabled())
         raise ZeroDivisionError
 
     with pytest.raises(RuntimeError, match="invalidated"):
         capture.capture(looks)
+    assert collects == [False, False]
+    assert gc.isenabled()
     assert now == ["main"]
     assert log[2:] == [
         ("end", 0, (0, 7)), ("release", 0, (0, 7)), ("capture", None, "thread_local"),

@@ -233,13 +233,15 @@ class TestReproducible:
         seen = []
 
         def evaluate(cohort):
-            seen.append(torch.are_deterministic_algorithms_enabled())
+            fills = torch.utils.deterministic.fill_uninitialized_memory
+            seen.append((torch.are_deterministic_algorithms_enabled(), fills))
             raise Crash
 
         with pytest.raises(Crash):
             fit(make_cohort(), make_loaders()[0], evaluate, settings(deterministic=True))
-        assert seen == [True]
+        assert seen == [(True, False)]
         assert not torch.are_deterministic_algorithms_enabled()
+        assert torch.utils.deterministic.fill_uninitialized_memory
 
 
 class TestIndependent:
