@@ -33,13 +33,6 @@ def close(found, expected, name, **tolerances) -> None:
     torch.testing.assert_close(found, expected, msg=lambda how: f"{name}: {how}", **tolerances)
 
 
-@pytest.fixture
-def _deterministic(monkeypatch):
-    """The same algorithms wherever they run, and rounding far below the tolerances."""
-    monkeypatch.setattr(torch.backends.cudnn, "deterministic", True)
-    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)
-
-
 @pytest.mark.gpu
 @pytest.mark.usefixtures("_deterministic")
 @pytest.mark.parametrize("options", CASES, ids=str)

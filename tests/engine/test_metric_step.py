@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import copy
 
 import pytest
@@ -23,27 +22,10 @@ from fastdml.loss import MutualLoss
 from fastdml.metric_losses import MetricLoss, circle_loss, distance_mutual_loss, triplet_loss
 from fastdml.models import ReidHead
 
+from .small_runs import DirectCapture
+
 C, RATE, CPU = 4, 0.03125, torch.device("cpu")
 WEIGHTS = {"triplet": 1.0, "margin": None, "circle": 0.1, "center": 0.05, "distance_mutual": 0.5}
-
-
-class DirectCapture:
-    """Stands in for a CUDA graph, as in test_executions."""
-
-    def __init__(self, device):
-        pass
-
-    def warm_up(self):
-        return contextlib.nullcontext()
-
-    supervised = warm_up
-
-    def capture(self, run):
-        self.run, self.packed = run, run()
-        return self.packed
-
-    def replay(self):
-        self.packed.copy_(self.run())
 
 
 class Peer(nn.Module):
@@ -321,13 +303,6 @@ def close(found, expected, name, tolerance) -> None:
     torch.testing.assert_close(
         found, expected, rtol=tolerance, atol=tolerance, msg=lambda how: f"{name}: {how}"
     )
-
-
-@pytest.fixture
-def _deterministic(monkeypatch):
-    """The same algorithms wherever they run, and rounding far below the tolerances."""
-    monkeypatch.setattr(torch.backends.cudnn, "deterministic", True)
-    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)
 
 
 @pytest.mark.gpu

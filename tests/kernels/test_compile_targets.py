@@ -5,12 +5,8 @@ The compiling processes run without the interpreter, under which kernels have no
 
 from __future__ import annotations
 
-import json
-import os
-import subprocess
-import sys
-
 import pytest
+from compiled import printed_by, run_code
 
 CODE = """
 import json, sys
@@ -35,12 +31,7 @@ ARCHS = ["sm_80", "sm_90", "sm_100"]
 
 def reports(*cases: tuple) -> list[dict]:
     """A report for each ((K, C), arch, settings of `report`)."""
-    done = subprocess.run(
-        [sys.executable, "-c", CODE, json.dumps(cases)], capture_output=True, text=True,
-        env={**os.environ, "TRITON_INTERPRET": "0", "PYTHONPATH": os.pathsep.join(sys.path)},
-    )  # fmt: skip
-    assert done.returncode == 0, done.stderr[-3000:]
-    found = [json.loads(line) for line in done.stdout.splitlines()]
+    found = printed_by(CODE, cases)
     for report in found:  # JSON has no whole numbers as keys
         for name in ("load_widths", "store_widths"):
             report[name] = {int(width): count for width, count in report[name].items()}
@@ -150,9 +141,5 @@ def test_the_kernels_compile_for_amd():
 
 
 def test_a_report_under_the_interpreter_says_what_is_wrong():
-    done = subprocess.run(
-        [sys.executable, "-c", CODE, json.dumps([((2, 100), "sm_90", {})])],
-        capture_output=True, text=True,
-        env={**os.environ, "TRITON_INTERPRET": "1", "PYTHONPATH": os.pathsep.join(sys.path)},
-    )  # fmt: skip
+    done = run_code(CODE, [((2, 100), "sm_90", {})], interpret=True)
     assert "imported under TRITON_INTERPRET=1" in done.stderr

@@ -8,13 +8,10 @@ sm_90, in a fraction of a second; machine code is for `test_compile_targets`.
 from __future__ import annotations
 
 import itertools
-import json
-import os
-import subprocess
-import sys
 
 import pytest
 import torch
+from compiled import printed_by
 from oracle import OPTIONS
 
 CODE = """
@@ -58,12 +55,7 @@ COUPLING = ("symmetric", "detach_targets", "target")  # they change what a gradi
 
 def through_the_front_end(cases: list[tuple]) -> set[str]:
     """The kernels that the cases (options, gradient, stats, K) take, none of which may raise."""
-    done = subprocess.run(
-        [sys.executable, "-c", CODE, json.dumps(cases)], capture_output=True, text=True,
-        env={**os.environ, "TRITON_INTERPRET": "0", "PYTHONPATH": os.pathsep.join(sys.path)},
-    )  # fmt: skip
-    assert done.returncode == 0, done.stderr[-3000:]
-    found = [json.loads(line) for line in done.stdout.splitlines()]
+    found = printed_by(CODE, cases)
     assert len(found) == len(cases)
     raised = [each for each in found if not isinstance(each, str)]
     assert not raised, raised

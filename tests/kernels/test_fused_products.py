@@ -8,14 +8,11 @@ with 1 / T goes into a sum.
 
 from __future__ import annotations
 
-import json
-import os
 import re
-import subprocess
-import sys
 
 import pytest
 import torch
+from compiled import printed_by
 
 CODE = """
 import json, sys
@@ -58,12 +55,7 @@ SAME_VALUE = ("tt.splat", "tt.broadcast", "tt.expand_dims", "tt.reshape", "arith
 @pytest.fixture(scope="module")
 def code() -> list[str]:
     """Triton's intermediate code of each case, made in one process."""
-    done = subprocess.run(
-        [sys.executable, "-c", CODE, json.dumps(CASES)], capture_output=True, text=True,
-        env={**os.environ, "TRITON_INTERPRET": "0", "PYTHONPATH": os.pathsep.join(sys.path)},
-    )  # fmt: skip
-    assert done.returncode == 0, done.stderr[-3000:]
-    return [json.loads(line) for line in done.stdout.splitlines()]
+    return printed_by(CODE, CASES)
 
 
 def products(text: str) -> tuple[int, list[str]]:

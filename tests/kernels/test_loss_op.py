@@ -6,13 +6,11 @@ operator; both must hand out the same losses and gradients for any gradient of t
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
 from functools import partial
 
 import pytest
 import torch
+from compiled import run_code
 from fastdml_kernels import Call, Options, loss_op, losses_and_grads, mutual_loss
 from fastdml_kernels.launch import _Counters, launch
 from fastdml_kernels.loss_op import flatten
@@ -526,10 +524,7 @@ for kernel in (register_rows, wide_rows, coupled_rows, count_labels, scale_rows)
     left = {p.name for p in kernel.params} - free - floats - pointers
     assert not left, (kernel, left)
 """
-    done = subprocess.run(
-        [sys.executable, "-c", code], capture_output=True, text=True, timeout=120,
-        env={**os.environ, "TRITON_INTERPRET": "0", "PYTHONPATH": os.pathsep.join(sys.path)},
-    )  # fmt: skip
+    done = run_code(code, timeout=120)
     assert done.returncode == 0, done.stderr
 
 
