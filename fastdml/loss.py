@@ -1,7 +1,8 @@
 """`mutual_loss`: the Deep Mutual Learning loss of K peers, its options checked.
 
-One kernel launch on CUDA (a handful of torch calls on the CPU) computes every peer's cross-entropy,
-the KL divergences between the peers, the statistics and the gradients; see `fastdml_kernels`.
+One kernel launch on CUDA, or one call into native code on the CPU, computes every peer's
+cross-entropy, the KL divergences between the peers, the statistics and the gradients; see
+`fastdml_kernels`.
 """
 
 from __future__ import annotations

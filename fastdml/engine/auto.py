@@ -133,10 +133,7 @@ class CudaAutoStep(AutoStep):
             try:
                 step = self.make(name)
                 seconds = self._seconds(step, batch)
-            except (
-                InputError,
-                RuntimeError,
-            ) as error:  # out of memory, a kernel that is missing
+            except (InputError, RuntimeError) as error:  # out of memory, a kernel that is missing
                 if name == "eager":
                     raise
                 if isinstance(error, Unstackable):

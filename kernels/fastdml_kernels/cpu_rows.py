@@ -82,8 +82,10 @@ def rows_loss(
     real = (temperature, options.label_smoothing, ce_weight, kl_weight)
     native = library()
     assert native is not None  # `takes` has seen it
-    arguments = (array("q", whole), array("d", real), stats_positions(K))
-    status = native.fastdml_rows(*(numbers.buffer_info()[0] for numbers in arguments))
+    wholes, reals = array("q", whole), array("d", real)
+    status = native.fastdml_rows(
+        wholes.buffer_info()[0], reals.buffer_info()[0], stats_positions(K).buffer_info()[0]
+    )
     if status == 2:
         raise MemoryError(f"mutual_loss: no memory for the sums of {N} rows")
     return None if status else (losses, stats)
