@@ -30,8 +30,9 @@ from triton.compiler import ASTSource
 
 from . import augment
 from .augment_options import Augment, bytes_moved
-from .launch import Regime, Tile, arguments, choose, compiler_options
+from .launch import arguments
 from .options import Options
+from .tiles import Regime, Tile, choose, compiler_options
 
 TARGETS = {
     "sm_80": GPUTarget("cuda", 80, 32),

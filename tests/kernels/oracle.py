@@ -24,9 +24,10 @@ import torch.nn.functional as F
 import triton
 from fastdml_kernels import Options
 from fastdml_kernels.cpu import mutual_loss_cpu
-from fastdml_kernels.launch import Tile, launch
+from fastdml_kernels.launch import launch
 from fastdml_kernels.reference import mutual_loss_reference
 from fastdml_kernels.stats_layout import stats_layout
+from fastdml_kernels.tiles import Tile
 from hypothesis import assume
 from hypothesis import strategies as st
 from torch import Tensor

@@ -18,7 +18,8 @@ CODE = """
 import json, sys
 import torch
 from fastdml_kernels import static_report
-from fastdml_kernels.launch import arguments, choose, compiler_options
+from fastdml_kernels.launch import arguments
+from fastdml_kernels.tiles import choose, compiler_options
 from oracle import make, upstream_of
 from triton.backends.nvidia.compiler import CUDABackend
 

@@ -17,7 +17,8 @@ from compiled import printed_by
 CODE = """
 import json, sys
 from fastdml_kernels import static_report
-from fastdml_kernels.launch import arguments, choose, compiler_options
+from fastdml_kernels.launch import arguments
+from fastdml_kernels.tiles import choose, compiler_options
 from oracle import make
 from triton.backends.nvidia.compiler import CUDABackend
 

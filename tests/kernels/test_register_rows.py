@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import pytest
 import torch
-from fastdml_kernels.launch import COUNT_IN_KERNEL, REGISTER_TILES, Tile, register_tile
+from fastdml_kernels.launch import COUNT_IN_KERNEL
+from fastdml_kernels.tiles import REGISTER_TILES, Tile, register_tile
 from hypothesis import assume, given, settings
 from oracle import DEVICE, REGISTER_OPTIONS, check, launched, make, problems, register
 

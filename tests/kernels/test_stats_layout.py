@@ -11,9 +11,10 @@ import torch
 from fastdml_kernels import cpu as cpu_module
 from fastdml_kernels.cpu import mutual_loss_cpu
 from fastdml_kernels.cpu_rows import library
-from fastdml_kernels.launch import Tile, launch
+from fastdml_kernels.launch import launch
 from fastdml_kernels.options import Options
 from fastdml_kernels.stats_layout import stats_layout
+from fastdml_kernels.tiles import Tile
 from oracle import DEVICE
 
 PACKAGE = Path(cpu_module.__file__).parent

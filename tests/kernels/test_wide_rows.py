@@ -6,7 +6,7 @@ import itertools
 
 import pytest
 import torch
-from fastdml_kernels.launch import Tile, fits_registers, wide_tile
+from fastdml_kernels.tiles import Tile, fits_registers, wide_tile
 from hypothesis import given, settings
 from oracle import OPTIONS, check, launched, make, problems, upstream_of, wide
 
