@@ -1,4 +1,4 @@
-"""Launches the kernel for a shape: arguments, grid, buffers, the counter of finished programs."""
+"""Launches the kernel for a shape: arguments, grid, buffers."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ import torch
 import triton
 from torch import Tensor
 
+from .counters import counters_of
 from .coupled_rows import coupled_rows
 from .label_counts import label_counts
 from .options import Options, Scalar, default_edge
@@ -39,40 +40,6 @@ def _is_coupled(K: int, options: Options, gradient: bool) -> bool:
 @cache
 def _multiprocessors(device: torch.device) -> int:
     return torch.cuda.get_device_properties(device).multi_processor_count
-
-
-class _Counters:
-    """Zeroed int32 counters of one device: one for each stream, and one for each captured launch,
-    which may replay at any time and so never shares."""
-
-    CAPTURED = 4096
-    # Triton specialises kernels on the 16-byte alignment of a pointer, and a counter that is not
-    # aligned like the warm-up's would compile another kernel, which inside a capture is an error.
-    APART = 4  # int32 from one counter to the next
-
-    def __init__(self, device: torch.device) -> None:
-        self.device = device
-        self.captured = torch.zeros(self.APART * self.CAPTURED, dtype=torch.int32, device=device)
-        self.used = 0
-        self.of_stream: dict[int, Tensor] = {}
-
-    def take(self) -> Tensor:
-        if self.device.type != "cuda":
-            return self.captured[:1]
-        if torch.cuda.is_current_stream_capturing():
-            if self.used == self.CAPTURED:  # the graph then zeroes its own, one more node
-                return torch.zeros(1, dtype=torch.int32, device=self.device)
-            self.used += 1
-            return self.captured[self.APART * (self.used - 1) :][:1]
-        stream = torch.cuda.current_stream(self.device).cuda_stream
-        if stream not in self.of_stream:
-            self.of_stream[stream] = torch.zeros(1, dtype=torch.int32, device=self.device)
-        return self.of_stream[stream]
-
-
-@cache
-def _counters(device: torch.device) -> _Counters:
-    return _Counters(device)
 
 
 def _readable(z: Tensor, multiple: int = 8) -> int:
@@ -122,7 +89,7 @@ def arguments(
         losses=torch.empty(shape, dtype=torch.float32, device=device),
         stats=torch.empty(layout.size, dtype=torch.float32, device=device),
         partials=torch.empty((programs, layout.size), dtype=torch.float32, device=device),
-        counter=_counters(device).take(),
+        counter=counters_of(device).take(),
         counts=label_counts(labels, class_weight, options.ignore_index, C) if counted else None,
         N=N, label_stride=labels.stride(0), ignore_index=options.ignore_index,
         ce_weight=ce_weight, kl_weight=kl_weight, temperature=temperature,

@@ -12,7 +12,8 @@ import pytest
 import torch
 from compiled import run_code
 from fastdml_kernels import Call, Options, loss_op, losses_and_grads, mutual_loss
-from fastdml_kernels.launch import _Counters, launch
+from fastdml_kernels.counters import Counters
+from fastdml_kernels.launch import launch
 from fastdml_kernels.loss_op import flatten
 from fastdml_kernels.scale_grads import launch_scale, scale_
 from oracle import DEVICE, DTYPES, OPTION_NAMES, make
@@ -642,7 +643,7 @@ def test_more_than_2_to_the_31_elements(N, C):
 
 def test_captured_launches_have_counters_as_aligned_as_any(monkeypatch):
     """Triton compiles another kernel for another alignment, which inside a capture is an error."""
-    counters = _Counters(torch.device("cpu"))
+    counters = Counters(torch.device("cpu"))
     monkeypatch.setattr(counters, "device", torch.device("cuda"))
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
     taken = [counters.take() for _ in range(5)]
