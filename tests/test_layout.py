@@ -111,3 +111,36 @@ def test_functions_are_short():
                 if node.end_lineno - node.lineno + 1 > (300 if kernel else 120):
                     long.append(f"{path.name}: {node.name}")
     assert not long
+
+
+CAPTURES = ("torch.cuda.graph", "torch.cuda.make_graphed_callables")
+
+
+def captures(tree: ast.AST) -> Iterator[tuple[int, bool]]:
+    """The line of each capture in the code, and whether Python's garbage collector is off in it."""
+    safe = set()
+    for node in ast.walk(tree):
+        if isinstance(node, ast.With):
+            items = [item.context_expr for item in node.items]
+            names = [ast.unparse(item).partition("(")[0] for item in items]
+            if "without_collector" in names:
+                safe |= {id(item) for item in items[names.index("without_collector") :]}
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Call):
+            name = ast.unparse(node.func)
+            if name in CAPTURES or name.endswith(".capture_begin"):
+                yield node.lineno, id(node) in safe
+
+
+def test_every_capture_is_without_the_collector():
+    """An object that it frees there may end the capture: see `engine.graph.without_collector`."""
+    found = {}
+    for folder in ("fastdml", "kernels", "bench", "tests", "examples"):
+        for path in (ROOT / folder).rglob("*.py"):
+            for line, safe in captures(ast.parse(path.read_text())):
+                found[f"{path.relative_to(ROOT)}:{line}"] = safe
+    assert {name.partition(":")[0] for name in found} >= {
+        "fastdml/engine/graph.py",
+        "bench/timing.py",
+    }
+    assert all(found.values()), [name for name, safe in found.items() if not safe]

@@ -30,6 +30,16 @@ def masked(p: Problem, peers: slice | list[int], value: float, at: tuple) -> Pro
     return Problem(logits, p.labels, p.options, p.weights)
 
 
+def same_but_for_compilation(path, one: torch.Tensor, two: torch.Tensor) -> None:
+    """The same bits; on a GPU, where a compiler fuses as it likes for each dtype and stride, the
+    same numbers but for the last roundings."""
+    if DEVICE == "cpu" or path is cpu:
+        assert torch.equal(one, two)
+    else:
+        rtol = max(4e-6, torch.finfo(one.dtype).eps)
+        torch.testing.assert_close(one, two, rtol=rtol, atol=1e-7)
+
+
 # ---- sizes
 
 
@@ -75,8 +85,9 @@ def test_rows_2_to_the_31_elements_apart(path):
         patch.setattr(torch.utils.deterministic, "fill_uninitialized_memory", False)
         own = path(Problem(far, p.labels.to(DEVICE)))
     near = path(p)
-    assert torch.equal(own.losses, near.losses)
-    assert all(torch.equal(a, b) for a, b in zip(own.grads, near.grads, strict=True))
+    same_but_for_compilation(path, own.losses, near.losses)
+    for a, b in zip(own.grads, near.grads, strict=True):
+        same_but_for_compilation(path, a, b)
 
 
 # ---- rows that take no part
@@ -142,10 +153,10 @@ def test_identical_peers_in_the_statistics_and_in_mixtures(path, target):
 
 @pytest.mark.parametrize("half", [torch.bfloat16, torch.float16])
 def test_half_precision_is_widened_before_anything_else(path, half):
-    """The same losses, bit for bit, as of the widened logits, and their gradients rounded once."""
+    """The same losses as of the widened logits, and their gradients rounded once."""
     p = make(3, 4, 10, dtype=half, spread=20.0)
     narrow, full = path(p), path(Problem([z.float() for z in p.logits], p.labels))
-    assert torch.equal(narrow.losses, full.losses)
+    same_but_for_compilation(path, narrow.losses, full.losses)
     for g, exact in zip(narrow.grads, full.grads, strict=True):
         within("grads", g, exact.cpu(), None, rounding(exact.cpu().double(), half))
 
