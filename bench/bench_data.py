@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Iterator
-from functools import lru_cache
 from importlib.util import find_spec
 from itertools import chain, count, product
 from pathlib import Path
@@ -26,6 +25,7 @@ import torch
 from bench import sets, timing
 from bench.baselines import airbench, data_loader
 from bench.conftest import chosen_device
+from bench.failures import once
 from fastdml.data import (
     DALILoader,
     ImageSet,
@@ -100,7 +100,7 @@ def _check(ours: dict[str, Any]) -> None:
         assert (x - images).abs().max() <= TOLERANCE, f"{name}: other pixels"
 
 
-@lru_cache(maxsize=1)
+@once(InputError)
 def measure(
     data: str, root: str, folder: Path, device: torch.device
 ) -> tuple[dict[str, list[float]], str]:
@@ -140,10 +140,7 @@ def folder(tmp_path_factory) -> Path:
 
 def test_data(data, name, folder, record, request):
     device = chosen_device(request.config)
-    try:
-        samples, what = measure(data, request.config.getoption("--data"), folder, device)
-    except InputError as error:  # a package is absent, or the files are bad
-        pytest.skip(str(error))
+    samples, what = measure(data, request.config.getoption("--data"), folder, device)
     if name not in samples:
         pytest.skip(f"{name} is not installed, or has no such pipeline")
     record(

@@ -12,17 +12,16 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
-from functools import lru_cache
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import NamedTuple
 
-import pytest
 import torch
 
 from bench import sets, timing
 from bench.baselines import data_loader, pairwise
 from bench.conftest import chosen_device
+from bench.failures import once
 from fastdml import Cohort, train
 from fastdml.data import ImageSet, ResidentLoader
 from fastdml.engine.profile import PAGE
@@ -86,7 +85,7 @@ class Measured(NamedTuple):
     profile: str  # a page about our steps, on CUDA
 
 
-@lru_cache(maxsize=1)
+@once(MissingExtra)
 def measure(root: str, full: bool, device: torch.device) -> Measured:
     """All contenders, taking turns, after a turn that is not counted."""
     count = (FULL_IMAGES if full else IMAGES)[device.type]
@@ -110,10 +109,7 @@ def pytest_generate_tests(metafunc):
 
 def test_epoch(name, device, record, request):
     option = request.config.getoption
-    try:
-        measured = measure(option("--data"), option("--full"), device)
-    except MissingExtra as missing:
-        pytest.skip(str(missing))
+    measured = measure(option("--data"), option("--full"), device)
     full = FULL_IMAGES if option("--full") else IMAGES
     ours = name == "fastdml.train"
     record(

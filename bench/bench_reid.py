@@ -18,7 +18,7 @@ import sys
 import time
 import warnings
 from collections.abc import Callable
-from functools import lru_cache, partial
+from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -37,6 +37,7 @@ from bench.baselines import (
     reid_losses,
     reid_torchreid,
 )
+from bench.failures import once
 from fastdml import Cohort, metrics, train
 from fastdml.data import Market1501
 from fastdml.data.sets.stand_in import build_standin
@@ -197,7 +198,7 @@ class Measured(NamedTuple):
     queries: dict[str, int]  # that were scored
 
 
-@lru_cache(maxsize=1)
+@once()
 def measure(case: Case, full: bool, device: torch.device) -> Measured:
     """Seconds for all queries of every contender, interleaved."""
     x = inputs(case, device)
@@ -263,7 +264,7 @@ def loss_functions(loss: str, N: int, D: int, device: torch.device) -> dict[str,
     return found
 
 
-@lru_cache(maxsize=1)
+@once()
 def measure_loss(loss: str, N: int, D: int, device: torch.device) -> dict[str, list[float]]:
     """Seconds of the loss and its gradient."""
     generator = torch.Generator().manual_seed(0)
@@ -323,7 +324,7 @@ def _usual_epoch(market: Market1501, config: train.ReidConfig, device: torch.dev
     return (time.perf_counter() - start) / images
 
 
-@lru_cache(maxsize=1)
+@once(InputError)
 def measure_training(
     root: str, folder: Path, full: bool, device: torch.device
 ) -> tuple[dict[str, list[float]], train.ReidConfig, str]:
@@ -412,10 +413,7 @@ def folder(tmp_path_factory) -> Path:
 
 def test_training(trainer, folder, device, record, request):
     option = request.config.getoption
-    try:
-        measured = measure_training(option("--data"), folder, option("--full"), device)
-    except InputError as error:  # a package is absent, or the files are bad
-        pytest.skip(str(error))
+    measured = measure_training(option("--data"), folder, option("--full"), device)
     samples, config, what = measured
     if trainer not in samples:
         pytest.skip("torchvision is not installed")

@@ -10,17 +10,16 @@ is shown with what it chose. Quick set on two CPU cores: half a minute.
 from __future__ import annotations
 
 from collections.abc import Callable
-from functools import lru_cache
 from itertools import product
 from typing import Any, NamedTuple
 
-import pytest
 import torch
 from torch import Tensor
 
 from bench import timing
 from bench.baselines import pairwise, summed
 from bench.conftest import chosen_device
+from bench.failures import Failure, in_words, once
 from fastdml import Cohort, MutualLoss
 from fastdml.engine import executions, make_optimizer, make_step
 from fastdml.engine.amp import resolve_amp
@@ -134,11 +133,21 @@ def pytest_generate_tests(metafunc):
 
 class Measured(NamedTuple):
     samples: dict[str, list[float]]  # seconds a step
-    errors: dict[str, Exception]
+    errors: dict[str, Failure]
     chosen: str  # by "auto"
 
 
-@lru_cache(maxsize=1)
+def _warm(
+    name: str, case: Case, device: torch.device, batches: Batches, expected: Tensor
+) -> tuple[timing.Timer, Any]:
+    """The timer of a contender that has trained on the batches once, and our step."""
+    epoch, step = _epoch(name, case, device)
+    _check(name, epoch(batches[:1]), expected)
+    epoch(batches)
+    return timing.wall(lambda: epoch(batches), device), step
+
+
+@once()
 def measure(case: Case, device: torch.device) -> Measured:
     """All contenders of one case, interleaved."""
     nchw, nhwc = _batches(case, device)
@@ -147,15 +156,12 @@ def measure(case: Case, device: torch.device) -> Measured:
     for name in _names(case, device):
         batches = nhwc if name.endswith("nhwc") else nchw
         try:
-            epoch, step = _epoch(name, case, device)
-            _check(name, epoch(batches[:1]), expected)
-            epoch(batches)
+            timers[name], step = _warm(name, case, device, batches, expected)
         except Exception as error:  # a contender that does not run fails alone
-            errors[name] = error
+            errors[name] = in_words(error)
             continue
         if "auto" in name:
             chosen = step.name
-        timers[name] = timing.wall(lambda epoch=epoch, batches=batches: epoch(batches), device)
     samples = timing.interleave(timers, SECONDS[device.type], fewest=3, most=30)
     samples = {n: [s / len(nchw) for s in each] for n, each in samples.items()}
     return Measured(samples, errors, chosen)
@@ -172,12 +178,9 @@ def _check(name: str, losses: list[float] | float, expected: Tensor) -> None:
 
 def test_step(case, name, device, record):
     measured = measure(case, device)
-    error = measured.errors.get(name)
-    # not installed, an execution that is not for this case, or a device too small
-    if isinstance(error, (ImportError, InputError, torch.OutOfMemoryError)):
-        pytest.skip(f"{name}: {error}".splitlines()[0])
-    if error:
-        raise error
+    if name in measured.errors:
+        # not installed, an execution that is not for this case, or a device too small
+        measured.errors[name].end_test(ImportError, InputError, torch.OutOfMemoryError)
     record(
         measured.samples[name],
         f"step {device.type} {case} batch {case.batch}",

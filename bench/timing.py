@@ -8,7 +8,6 @@ calls and returns the seconds they took: `wall` (what the host sees, ending with
 
 from __future__ import annotations
 
-import gc
 import math
 import random
 import time
@@ -30,23 +29,25 @@ def interleave(
 ) -> dict[str, list[float]]:
     """Seconds a call, one sample a round: rounds for about `seconds`, `fewest` to `most`. Each
     contender must have been called before: the first call compiles, allocates and so on."""
+    with without_collector():
+        return _rounds(timers, seconds, fewest, most)
+
+
+def _rounds(
+    timers: Mapping[str, Timer], seconds: float, fewest: int, most: int
+) -> dict[str, list[float]]:
     guess = {name: max(timer(1), 1e-7) for name, timer in timers.items()}
     calls = {name: max(1, math.ceil(SHORTEST / guess[name])) for name in timers}
     a_round = sum(REST + guess[name] * calls[name] for name in timers)
     rounds = min(max(int(seconds / max(a_round, 1e-9)), fewest), most)  # 0: no contender ran
     draw = random.Random(0)
     samples: dict[str, list[float]] = {name: [] for name in timers}
-    gc.collect()
-    gc.disable()
-    try:
-        for _ in range(rounds):
-            for name in draw.sample(list(timers), len(timers)):
-                time.sleep(REST)
-                if calls[name] > 1:
-                    timers[name](1)  # so that no timed call is the first after the rest
-                samples[name].append(timers[name](calls[name]) / calls[name])
-    finally:
-        gc.enable()
+    for _ in range(rounds):
+        for name in draw.sample(list(timers), len(timers)):
+            time.sleep(REST)
+            if calls[name] > 1:
+                timers[name](1)  # so that no timed call is the first after the rest
+            samples[name].append(timers[name](calls[name]) / calls[name])
     return samples
 
 
@@ -106,12 +107,12 @@ def replay(calls: Sequence[Callable[[], Any]], pool: Any) -> Timer:
 def extra_memory(call: Callable[[], Any], device: torch.device) -> int:
     """Bytes that a call needs at its peak beyond what was allocated before, results included."""
     wait(device)
-    gc.collect()
-    torch.cuda.reset_peak_memory_stats(device)
-    before = torch.cuda.memory_allocated(device)
-    call()
-    wait(device)
-    return torch.cuda.max_memory_allocated(device) - before
+    with without_collector():
+        torch.cuda.reset_peak_memory_stats(device)
+        before = torch.cuda.memory_allocated(device)
+        call()
+        wait(device)
+        return torch.cuda.max_memory_allocated(device) - before
 
 
 def copy_bandwidth(device: torch.device, size: int = 1 << 30) -> float:
