@@ -29,7 +29,6 @@ import torch
 
 SOURCE = Path(__file__).with_name("libcuda.c")
 KEPT, FUNCTIONS, ARGUMENTS = 1024, 4096, 128  # as in SOURCE
-MULTIPROCESSORS = 132
 BYTES = {"1": 1, "8": 1, "16": 2, "32": 4, "64": 8}  # by a type's bits
 
 
@@ -225,6 +224,19 @@ def _drive(stand_in: StandIn) -> None:
     triton.runtime.driver.set_active(Driver())
 
 
+class _Stream:
+    """What torch says of the current stream: an event on it has always happened."""
+
+    def __init__(self, handle: int) -> None:
+        self.cuda_stream = handle
+
+    def record_event(self) -> _Stream:
+        return self
+
+    def synchronize(self) -> None:
+        pass
+
+
 def _pretend(stand_in: StandIn) -> None:
     """Tensors in ordinary memory are on `cuda:0`, an H100, to whoever asks from Python."""
     tensor, cuda = torch.Tensor, torch.cuda
@@ -234,12 +246,12 @@ def _pretend(stand_in: StandIn) -> None:
     cuda.current_device = lambda: 0
     cuda._exchange_device = cuda._maybe_exchange_device = lambda index: 0
     cuda.is_current_stream_capturing = lambda: stand_in.is_capturing
-    cuda.current_stream = lambda device=None: SimpleNamespace(cuda_stream=stand_in.stream)
+    cuda.current_stream = lambda device=None: _Stream(stand_in.stream)
     torch._C._cuda_getCurrentRawStream = lambda index: stand_in.stream
     cuda.get_device_capability = lambda device=None: (9, 0)
     cuda.get_device_properties = lambda device=None: SimpleNamespace(
-        major=9, minor=0, multi_processor_count=MULTIPROCESSORS, warp_size=32,
-        regs_per_multiprocessor=65536, max_threads_per_multi_processor=2048,
+        major=9, minor=0, multi_processor_count=132, warp_size=32, regs_per_multiprocessor=65536,
+        shared_memory_per_multiprocessor=233472, max_threads_per_multi_processor=2048,
     )  # fmt: skip
 
 
