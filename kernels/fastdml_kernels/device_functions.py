@@ -34,6 +34,27 @@ def log_probability(z, inv_t, lse, TEMPERED: tl.constexpr):
 
 
 @triton.jit
+def joined(T, HALF: tl.constexpr):
+    """2 * HALF tensors, each of the first half beside one of the second."""
+    OUT = ()
+    for k in tl.static_range(HALF):
+        OUT = OUT + (tl.join(T[k], T[k + HALF]),)
+    return OUT
+
+
+@triton.jit
+def parted(T, HALF: tl.constexpr):
+    """What `joined` put together: the 2 * HALF tensors of HALF joined ones."""
+    FIRST = ()
+    SECOND = ()
+    for k in tl.static_range(HALF):
+        one, other = tl.split(T[k])
+        FIRST = FIRST + (one,)
+        SECOND = SECOND + (other,)
+    return FIRST + SECOND
+
+
+@triton.jit
 def put(packed, position: tl.constexpr, value, S: tl.constexpr):
     """`packed` with `value` added at one position. A program keeps its S sums in one tensor (S,)
     spread over its threads, because S scalars would take S registers in every thread."""

@@ -26,6 +26,7 @@ from .device_functions import (
     put,
     times,
 )
+from .register_functions import load_rows, reduced, store_row
 
 
 @triton.jit(do_not_specialize=["N", "ignore_index", "label_stride"])
@@ -96,34 +97,42 @@ def register_rows(
             w_y = w_y.to(tl.float32)
 
         # ---- read each row once; its normalisers
+        RAW = load_rows(logits, n64, inside, cols, K, STRIDES, READABLE)
         Z = ()
+        for k in tl.static_range(K):
+            Z = Z + (tl.where(is_class[None, :], RAW[k].to(tl.float32), float("-inf")),)
+        TOP = reduced(Z, K, "max")
+        SUMMED = ()
+        for k in tl.static_range(K):
+            SUMMED = SUMMED + (tl.exp(Z[k] - TOP[k][:, None]),)
+        for k in tl.static_range(K):
+            SUMMED = SUMMED + (tl.where(is_y, Z[k], 0.0),)
+        if TEMPERED:
+            for k in tl.static_range(K):  # products are fused by name: see `log_probability`
+                top_t = TOP[k] * inv_t
+                SUMMED = SUMMED + (tl.exp(tl.fma(Z[k], inv_t, -top_t[:, None])),)
+        SUMS = reduced(SUMMED, 3 * K if TEMPERED else 2 * K, "sum")
         LSE = ()
         LSE_T = ()
         NLL = ()
         RIGHT = ()
         for k in tl.static_range(K):
-            z = tl.load(logits[k] + n64[:, None] * STRIDES[k][0] + cols[None, :] * STRIDES[k][1],
-                        mask=inside[:, None] & (cols < READABLE[k])[None, :], other=0.0,
-                        eviction_policy="evict_first").to(tl.float32)  # fmt: skip
-            z = tl.where(is_class[None, :], z, float("-inf"))
-            m = tl.max(z, axis=1)
-            lse = m + tl.log(tl.sum(tl.exp(z - m[:, None]), axis=1))
+            lse = TOP[k] + tl.log(SUMS[k])
             lse_t = lse
             if TEMPERED:
-                m_t = m * inv_t  # products below are fused by name: see `log_probability`
-                sum_t = tl.sum(tl.exp(tl.fma(z, inv_t, -m_t[:, None])), axis=1)
-                lse_t = tl.fma(m, inv_t, tl.log(sum_t))
-            nll = lse - tl.sum(tl.where(is_y, z, 0.0), axis=1)
-            nll = tl.where(misfit, float("nan"), nll)
-            right = labelled
-            if STATS or GATE == "correct":
-                first = tl.min(tl.where(z == m[:, None], cols[None, :], C), axis=1)
-                right = labelled & (first == y) & (nll == nll)  # a peer that is NaN is never right
-            Z = Z + (z,)
+                lse_t = tl.fma(TOP[k], inv_t, tl.log(SUMS[2 * K + k]))
             LSE = LSE + (lse,)
             LSE_T = LSE_T + (lse_t,)
-            NLL = NLL + (nll,)
-            RIGHT = RIGHT + (right,)
+            NLL = NLL + (tl.where(misfit, float("nan"), lse - SUMS[K + k]),)
+        if STATS or GATE == "correct":
+            AT = ()
+            for k in tl.static_range(K):
+                AT = AT + (tl.where(Z[k] == TOP[k][:, None], cols[None, :], C),)
+            FIRST = reduced(AT, K, "min")
+            for k in tl.static_range(K):  # a peer that is NaN is never right
+                RIGHT = RIGHT + (labelled & (FIRST[k] == y) & (NLL[k] == NLL[k]),)
+        else:
+            RIGHT = (labelled,) * K
 
         # ---- cross-entropy
         CE = ()
@@ -161,9 +170,12 @@ def register_rows(
                 for k in tl.static_range(1, K):
                     mass += Q[k]
                     energy += times(Q[k], D[k])
+                PARTS = ()
                 for k in tl.static_range(K):
-                    kl = tl.sum(energy - times(mass, D[k]), axis=1) * EDGE
-                    KL = KL + (tl.where(mimics, kl, 0.0),)
+                    PARTS = PARTS + (energy - times(mass, D[k]),)
+                SUMS = reduced(PARTS, K, "sum")
+                for k in tl.static_range(K):
+                    KL = KL + (tl.where(mimics, SUMS[k] * EDGE, 0.0),)
             else:
                 for k in tl.static_range(K):
                     kl = tl.zeros((ROWS,), tl.float32)
@@ -273,10 +285,7 @@ def register_rows(
                                 pull += times(w[:, None] + 0.0 * pull, Q[k] - Q[l])
                     g += tl.where(has_kl, kl_row * pull, 0.0)
                 g += bad
-                tl.store(grads[k] + n64[:, None] * STRIDES[k][2] + cols[None, :],
-                         g.to(grads[k].dtype.element_ty),
-                         mask=inside[:, None] & is_class[None, :],
-                         eviction_policy="evict_first")  # fmt: skip
+                store_row(grads[k], g, n64, inside, cols, STRIDES[k][2], C)
 
     if REDUCTION != "none" or STATS:
         tl.store(partials + tl.program_id(0) * S + tl.arange(0, S), packed)

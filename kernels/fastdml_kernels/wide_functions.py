@@ -14,7 +14,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from .device_functions import log_probability, put, times
+from .device_functions import joined, log_probability, put, times
 
 # ---- reading a row
 
@@ -66,15 +66,6 @@ def load_peers(logits, n64, c, low, K: tl.constexpr, C: tl.constexpr, STRIDES: t
 
 
 # ---- sums of several peers at once
-
-
-@triton.jit
-def joined(T, HALF: tl.constexpr):
-    """2 * HALF tensors, each of the first half beside one of the second."""
-    OUT = ()
-    for k in tl.static_range(HALF):
-        OUT = OUT + (tl.join(T[k], T[k + HALF]),)
-    return OUT
 
 
 @triton.jit
