@@ -1,11 +1,10 @@
-"""Registers, spills and memory traffic of the compiled kernels, read from the machine code: no GPU
-needed.
+"""Registers, spills, memory traffic, instructions and barriers of the compiled kernels, read from
+the machine code: no GPU needed.
 
-For a (kernel, K, C, dtype, architecture): launches, registers, stack and spills, widths of the
-loads and stores of logits and gradients, and how often each logit is read and each gradient
-written. Logits and gradients are the only tensors accessed with an eviction policy, which the
-instructions carry (`LDG.E.EF.64`), so that they can be told from labels and sums. The same for the
-augmentation's images, which are all that it loads byte by byte, and all that it stores but a label.
+For a (kernel, K, C, dtype, architecture): launches, registers, stack and spills, shared memory,
+widths of the loads and stores of logits and gradients, how often each logit is read and each
+gradient written, what a row costs (`row_costs`), and an estimate of what bounds the kernel
+(`bounds`). The same for the augmentation and its images.
 
 The kernels must not have been imported under TRITON_INTERPRET=1.
 """
@@ -14,13 +13,10 @@ from __future__ import annotations
 
 import math
 import re
-import subprocess
-import tempfile
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
-from functools import cache, partial
-from pathlib import Path
+from functools import partial
 from typing import Any, TypedDict
 
 import torch
@@ -30,9 +26,27 @@ from triton.compiler import ASTSource
 
 from . import augment
 from .augment_options import Augment, bytes_moved
+from .bounds import ARCHITECTURES, Bound, estimate
 from .launch import arguments
+from .machine_code import (
+    Instruction,
+    cuobjdump,
+    parse_amdgcn,
+    parse_sass,
+    usual_path,
+    whole,
+)
+from .occupancy import LIMITS, resident_programs
 from .options import Options
-from .tiles import Regime, Tile, choose, compiler_options
+from .row_costs import RowCost, issued, logits_moved, pixels_moved, row_loop
+from .tiles import (
+    CACHED_BYTES_PER_SM,
+    PROGRAMS_PER_SM,
+    Regime,
+    Tile,
+    choose,
+    compiler_options,
+)
 
 TARGETS = {
     "sm_80": GPUTarget("cuda", 80, 32),
@@ -72,6 +86,11 @@ class KernelReport:
     registers: int
     stack_bytes: int
     spills: int  # instructions that move a register to or from local memory
+    shared_bytes: int
+    instructions: float  # that each warp runs for a row of every peer: see `machine_code`
+    barriers: float  # of which each joins all of the program's warps
+    waits: float  # for memory, one after another, for the rows that a program takes at a time
+    bound: Bound  # an estimate
     load_widths: dict[int, int] = field(default_factory=dict)
     store_widths: dict[int, int] = field(default_factory=dict)
     reads: int | None = None  # None where the machine code does not tell them apart
@@ -85,11 +104,21 @@ class KernelReport:
 
 
 class _Usage(TypedDict):
-    """The fields of a `KernelReport` that every architecture's machine code tells."""
+    """The fields of a `KernelReport` for what a program takes up."""
 
     registers: int
     stack_bytes: int
     spills: int
+    shared_bytes: int
+
+
+class _Cost(TypedDict):
+    """Those for what a row costs."""
+
+    instructions: float
+    barriers: float
+    waits: float
+    bound: Bound
 
 
 def compile_kernel(
@@ -121,35 +150,6 @@ def compile_kernel(
     return triton.compile(source, target=target, options=options)
 
 
-@cache
-def _cuobjdump() -> str | None:
-    found = sorted(Path(triton.__file__).parent.glob("backends/nvidia/bin/cuobjdump"))
-    return str(found[0]) if found else None
-
-
-def _cubin(compiled: Any, *flags: str) -> str:
-    tool = _cuobjdump()
-    if tool is None:
-        raise RuntimeError("triton's wheel holds no cuobjdump: the report needs a Linux CUDA build")
-    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
-        file.write(compiled.asm["cubin"])
-        file.flush()
-        return subprocess.run(
-            [tool, *flags, file.name], capture_output=True, text=True, check=True
-        ).stdout
-
-
-def _width(instruction: str) -> int:
-    """Bytes of LDG.E.EF.64 and the like."""
-    bits = re.search(r"\.(?:[US])?(8|16|64|128)\b", instruction)
-    return int(bits[1]) // 8 if bits else 4
-
-
-def _widths(sass: str, operation: str, policies: str) -> Counter[int]:
-    found = re.findall(rf"\b({operation}\.E\.(?:{policies})[.\w]*)", sass)
-    return Counter(_width(instruction) for instruction in found)
-
-
 def report(
     K: int, C: int, dtype: str = "bf16", arch: str = "sm_90", *, gradient: bool = True,
     stats: bool = False, options: Options = Options(),  # noqa: B008
@@ -179,34 +179,68 @@ def report(
         want_stats=stats, regime=regime, tile=tile, upstream=own,
         temperature=weight, ce_weight=weight, kl_weight=weight,
     )  # fmt: skip
-    built_with = compiler_options(warps, nvidia=not arch.startswith("gfx"))
-    compiled = compile_kernel(kernel, named, built_with, TARGETS[arch])
-    known = partial(
-        KernelReport, kernel=kernel.__name__, K=K, C=C, dtype=dtype, arch=arch, gradient=gradient,
-        rows=tile.rows, block_c=tile.block_c, warps=warps, launches=1,
-    )  # fmt: skip
-    if arch.startswith("gfx"):
-        return known(**_amdgcn_usage(compiled.asm["amdgcn"]))
-    sass = _cubin(compiled, "-sass")
-    loads = _widths(sass, "LDG", "EF|EL")
-    stores = _widths(sass, "STG", "EF|EL")
+    nvidia = not arch.startswith("gfx")
+    compiled = compile_kernel(kernel, named, compiler_options(warps, nvidia), TARGETS[arch])
+    code = _code(compiled)
     # Every access runs once for each row block (register rows) or class block (wide rows), in
     # which each of the program's threads moves `width` bytes an instruction. A pass over the rows
     # covers at most the block: the compiler leaves out what lies past the last class altogether.
     size = DTYPES[dtype].itemsize
-
-    def passes(widths: Counter[int]) -> int:
-        covered = sum(width * count for width, count in widths.items()) * 32 * warps
-        return math.ceil(covered / (K * tile.rows * tile.block_c * size))
-
-    reads, writes = passes(loads), passes(stores)
+    threads = TARGETS[arch].warp_size * warps
+    needed = K * tile.rows * min(C, tile.block_c) * size / threads  # bytes
+    per_thread = (needed, needed if gradient else 0)
+    row = RowCost(
+        usual_path(code, row_loop(code, logits_moved), logits_moved, per_thread),
+        logits_moved, threads, K * tile.rows * tile.block_c * size, math.ceil(C / tile.block_c),
+    )  # fmt: skip
     least = C * size * (2 if gradient else 1)
+    known = partial(
+        KernelReport, kernel=kernel.__name__, K=K, C=C, dtype=dtype, arch=arch, gradient=gradient,
+        rows=tile.rows, block_c=tile.block_c, warps=warps, launches=1, least_bytes=least,
+    )  # fmt: skip
+    usage = _usage(compiled, code)
+    programs = _programs_per_sm(regime, K * C * size)
+    ran = _cost(arch, row, usage, warps, K * least, programs, share=1 / tile.rows)
+    if not nvidia:
+        return known(**usage, **ran)
+    reads, writes = row.passes(0), row.passes(1)
     moved = (reads + writes) * C * size
     return known(
-        **_cubin_usage(compiled, sass),
-        load_widths=dict(sorted(loads.items())), store_widths=dict(sorted(stores.items())),
-        reads=reads, writes=writes, bytes_per_row=moved, least_bytes=least, ratio=moved / least,
+        **usage, **ran, load_widths=row.widths(0), store_widths=row.widths(1),
+        reads=reads, writes=writes, bytes_per_row=moved, ratio=moved / least,
     )  # fmt: skip
+
+
+def _programs_per_sm(regime: Regime, row_bytes: int) -> int:
+    """Programs on a multiprocessor that a launch has at most."""
+    if regime == "register":
+        return PROGRAMS_PER_SM
+    return max(1, min(PROGRAMS_PER_SM, CACHED_BYTES_PER_SM // row_bytes))
+
+
+def _cost(
+    arch: str,
+    rows: RowCost,
+    usage: _Usage,
+    warps: int,
+    row_bytes: int,
+    programs: int,
+    share: float,
+) -> _Cost:
+    """What runs for one row, which is `share` of what a program does on the path, and an estimate
+    of what bounds it. programs: on a multiprocessor at most."""
+    resident = resident_programs(usage["registers"], usage["shared_bytes"], warps, LIMITS[arch])
+    waits, cached = rows.waits()
+    return {
+        "instructions": rows.total(lambda step: 1) * share,
+        "barriers": rows.total(lambda step: step.is_barrier) * share,
+        "waits": waits + cached,
+        "bound": estimate(
+            arch, row_bytes=row_bytes, issued=rows.total(issued) * warps * share,
+            waits=waits * share, cached_waits=cached * share,
+            resident=min(resident, programs),
+        ),
+    }  # fmt: skip
 
 
 def augment_report(name: str, dtype: str = "bf16", arch: str = "sm_90") -> KernelReport:
@@ -223,22 +257,29 @@ def augment_report(name: str, dtype: str = "bf16", arch: str = "sm_90") -> Kerne
         dtype=DTYPES[dtype],
     )  # fmt: skip
     compiled = compile_kernel(kernel, named, built_with, TARGETS[arch])
+    code = _code(compiled)
     warps, tile = built_with["num_warps"], named["ROWS"] * named["COLUMNS"]
+    threads = TARGETS[arch].warp_size * warps
+    path = usual_path(code, whole(code), pixels_moved, (math.inf, math.inf))
+    rows = RowCost(path, pixels_moved, threads, block_bytes=tile)
+    least = bytes_moved(stored, what, DTYPES[dtype].itemsize)
     known = partial(
         KernelReport, kernel=f"augment {name}", K=None, C=None, dtype=dtype, arch=arch,
         gradient=False, rows=named["ROWS"], block_c=named["COLUMNS"], warps=warps, launches=1,
+        least_bytes=least,
     )  # fmt: skip
+    usage = _usage(compiled, code)
+    programs = math.ceil(what.height / named["ROWS"])  # of an image
+    ran = _cost(arch, rows, usage, warps, least, LIMITS[arch].programs, share=programs)
     if arch.startswith("gfx"):
-        return known(**_amdgcn_usage(compiled.asm["amdgcn"]))
-    sass = _cubin(compiled, "-sass")
-    loads = Counter({1: len(re.findall(r"\bLDG\.E\.U8\b", sass))})
-    stores = Counter(_width(found) for found in re.findall(r"\bSTG\.E[.\w]*", sass))
-    stores -= Counter({8: 1})  # the label
+        return known(**usage, **ran)
+    loads, stores = rows.widths(0), rows.widths(1)
+    stores = dict(Counter(stores) - Counter({8: 1}))  # the label
     size, image = DTYPES[dtype].itemsize, what.height * what.width * stored[2]
 
     pixels = named["ROWS"] * what.width * stored[2]  # of a tile, whose other lanes are masked
 
-    def passes(widths: Counter[int], each: int, expected: int) -> int:
+    def passes(widths: dict[int, int], each: int, expected: int) -> int:
         """How often the instructions move a tile's pixels, of `each` bytes. Masked lanes leave this
         uncertain: `expected` is returned where the bytes moved allow it."""
         covered = sum(width * count for width, count in widths.items()) * 32 * warps // each
@@ -248,38 +289,46 @@ def augment_report(name: str, dtype: str = "bf16", arch: str = "sm_90") -> Kerne
     resized = (what.height, what.width) != stored[:2]
     reads = passes(loads, 1, 4 if resized else 1) * image // math.prod(stored)
     writes = passes(stores, size, 1)
-    least = bytes_moved(stored, what, size)
     moved = reads * math.prod(stored) + writes * image * size
     return known(
-        **_cubin_usage(compiled, sass),
-        load_widths=dict(loads), store_widths=dict(sorted(stores.items())),
-        reads=reads, writes=writes, bytes_per_row=moved, least_bytes=least, ratio=moved / least,
+        **usage, **ran, load_widths=loads, store_widths=stores,
+        reads=reads, writes=writes, bytes_per_row=moved, ratio=moved / least,
     )  # fmt: skip
 
 
-def _number(pattern: str, text: str) -> int:
-    """The number that the pattern's group matches first."""
-    return int(re.findall(pattern, text)[0])
+def _code(compiled: Any) -> list[Instruction]:
+    if "amdgcn" in compiled.asm:
+        return parse_amdgcn(compiled.asm["amdgcn"])
+    return parse_sass(cuobjdump(compiled, "-sass"))
 
 
-def _cubin_usage(compiled: Any, sass: str) -> _Usage:
-    usage = _cubin(compiled, "-res-usage")
+def _usage(compiled: Any, code: Sequence[Instruction]) -> _Usage:
+    if "amdgcn" in compiled.asm:
+        return _amdgcn_usage(compiled)
+    printed = cuobjdump(compiled, "-res-usage")
     return {
-        "registers": _number(r"REG:(\d+)", usage),
-        "stack_bytes": _number(r"STACK:(\d+)", usage),
-        "spills": len(re.findall(r"\b(?:LDL|STL)\b", sass)),
+        "registers": _number(r"REG:(\d+)", printed),
+        "stack_bytes": _number(r"STACK:(\d+)", printed),
+        "spills": sum(step.name in ("LDL", "STL") for step in code),
+        "shared_bytes": compiled.metadata.shared,
     }
 
 
-def _amdgcn_usage(assembly: str) -> _Usage:
+def _amdgcn_usage(compiled: Any) -> _Usage:
     def number(key: str) -> int:
-        return _number(rf"\.{key}:\s*(\d+)", assembly)
+        return _number(rf"\.{key}:\s*(\d+)", compiled.asm["amdgcn"])
 
     return {
         "registers": number("vgpr_count"),
         "stack_bytes": number("private_segment_fixed_size"),
         "spills": number("vgpr_spill_count") + number("sgpr_spill_count"),
+        "shared_bytes": compiled.metadata.shared,
     }
+
+
+def _number(pattern: str, text: str) -> int:
+    """The number that the pattern's group matches first."""
+    return int(re.findall(pattern, text)[0])
 
 
 SHAPES = (
@@ -313,16 +362,27 @@ def table(rows: Sequence[KernelReport]) -> str:
         return "-" if value is None else f"{value:.3g}"
 
     lines = [
-        f"{'kernel':14}{'K':>3}{'C':>8} {'dtype':6}{'arch':8}{'tile':>12}{'warps':>6}{'launch':>7}"
-        f"{'regs':>6}{'stack':>6}{'spills':>7}  {'loads':14}{'stores':14}"
-        f"{'reads':>6}{'writes':>7}{'ratio':>6}"
+        f"{'kernel':14}{'K':>3}{'C':>8} {'dtype':6}{'arch':8}{'tile':>12}{'warps':>6}"
+        f"{'regs':>6}{'stack':>6}{'spills':>7}{'shared':>7}  {'loads':14}{'stores':14}"
+        f"{'reads':>6}{'writes':>7}{'ratio':>6}{'instr':>9}{'bars':>6}{'waits':>6}  bound"
     ]
     for r in rows:
         tile = f"{r.rows}x{r.block_c}"
         lines.append(
             f"{r.kernel:14}{known(r.K):>3}{r.C or '-':>8} {r.dtype:6}{r.arch:8}{tile:>12}"
-            f"{r.warps:>6}{r.launches:>7}{r.registers:>6}{r.stack_bytes:>6}{r.spills:>7}  "
+            f"{r.warps:>6}{r.registers:>6}{r.stack_bytes:>6}{r.spills:>7}{r.shared_bytes:>7}  "
             f"{widths(r.load_widths):14}{widths(r.store_widths):14}"
             f"{known(r.reads):>6}{known(r.writes):>7}{known(r.ratio):>6}"
+            f"{r.instructions:>9.0f}{r.barriers:>6.4g}{r.waits:>6.3g}  "
+            f"{r.bound.name} {r.bound.share:.0%}"
         )
-    return "\n".join(lines)
+    products = (f"{ARCHITECTURES[arch].product} for {arch}" for arch in {r.arch: 0 for r in rows})
+    return "\n".join([*lines, "", LEGEND.format(products=", ".join(products))])
+
+
+LEGEND = """\
+instr, bars: instructions that each warp runs for a row of every peer, and barriers among them
+waits: for memory, one after another, for the rows that a program takes at a time
+bound: an estimate, nothing is measured: what takes longest of bytes, instruction issue and memory
+latency by data sheets, and the share of the memory's bandwidth that it allows, on
+{products}"""
