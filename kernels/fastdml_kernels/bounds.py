@@ -15,6 +15,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from .occupancy import Multiprocessor
+
 
 @dataclass(frozen=True)
 class Architecture:
@@ -27,6 +29,7 @@ class Architecture:
     issued: float  # instructions that a multiprocessor's schedulers start in a clock
     latency: float | None  # clocks from a load to its data from device memory; None: not estimated
     cached_latency: float | None  # the same from the L2 cache
+    limits: Multiprocessor | None  # of programs at a time, where latency is estimated
 
 
 # Schedulers: four a multiprocessor, each starts one instruction a clock (CUDA C++ Programming
@@ -37,14 +40,14 @@ ARCHITECTURES = {
         "A100 SXM 80 GB",
         multiprocessors=108, clock=1.41e9,  # NVIDIA A100 Tensor Core GPU Architecture, table 4
         bandwidth=2.039e12,  # NVIDIA A100 data sheet
-        issued=4, latency=470, cached_latency=260,
+        issued=4, latency=470, cached_latency=260, limits=Multiprocessor(shared=164 << 10),
     ),
     "sm_90": Architecture(
         "H100 SXM 80 GB",
         multiprocessors=132,  # NVIDIA H100 Tensor Core GPU Architecture, table 3
         clock=1.98e9,  # NVIDIA H100 data sheet: 67 TFLOP/s in float32, 256 a multiprocessor's clock
         bandwidth=3.35e12,  # NVIDIA H100 data sheet
-        issued=4, latency=480, cached_latency=260,
+        issued=4, latency=480, cached_latency=260, limits=Multiprocessor(),
     ),
     "sm_100": Architecture(
         "B200",
@@ -52,14 +55,15 @@ ARCHITECTURES = {
         # clock, as H100 SXM's
         multiprocessors=148, clock=1.98e9,
         bandwidth=8e12,  # NVIDIA HGX B200 data sheet
-        issued=4, latency=480, cached_latency=260,  # H100's, for want of a source
+        issued=4, limits=Multiprocessor(),
+        latency=480, cached_latency=260,  # H100's, for want of a source
     ),
     "gfx942": Architecture(
         "MI300X",
         multiprocessors=304, clock=2.1e9, bandwidth=5.3e12,  # AMD Instinct MI300X data sheet
         # Four SIMDs of 16 lanes take four clocks for a wave's vector instruction (AMD CDNA 3 white
         # paper). Scalar instructions start beside them.
-        issued=1, latency=None, cached_latency=None,
+        issued=1, latency=None, cached_latency=None, limits=None,
     ),
 }  # fmt: skip
 
@@ -74,12 +78,13 @@ class Bound:
     issue_ns: float
     latency_ns: float | None
     share: float
-    resident: int  # programs on a multiprocessor at a time
+    resident: int | None  # programs on a multiprocessor at a time
 
 
 def estimate(
-    arch: str, *, row_bytes: float, issued: float, waits: float, cached_waits: float, resident: int
-) -> Bound:
+    arch: str, *, row_bytes: float, issued: float, waits: float, cached_waits: float,
+    resident: int | None,
+) -> Bound:  # fmt: skip
     """For a row of every peer: row_bytes to and from device memory, instructions issued by all
     warps together, and how often a program waits for device memory and for the L2 cache, where
     `resident` programs wait at a time on a multiprocessor."""
@@ -88,9 +93,9 @@ def estimate(
         "bytes": row_bytes / gpu.bandwidth,
         "issue": issued / (gpu.issued * gpu.multiprocessors * gpu.clock),
     }
-    if gpu.latency is not None and gpu.cached_latency is not None:
+    if gpu.latency is not None and gpu.cached_latency is not None and resident:
         clocks = waits * gpu.latency + cached_waits * gpu.cached_latency
-        times["latency"] = clocks / gpu.clock / (max(resident, 1) * gpu.multiprocessors)
+        times["latency"] = clocks / gpu.clock / (resident * gpu.multiprocessors)
     name = max(times, key=lambda kind: times[kind])
     latency = times.get("latency")
     return Bound(

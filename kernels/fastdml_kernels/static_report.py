@@ -36,7 +36,7 @@ from .machine_code import (
     usual_path,
     whole,
 )
-from .occupancy import LIMITS, resident_programs
+from .occupancy import resident_programs
 from .options import Options
 from .row_costs import RowCost, issued, logits_moved, pixels_moved, row_loop
 from .tiles import (
@@ -224,12 +224,15 @@ def _cost(
     usage: _Usage,
     warps: int,
     row_bytes: int,
-    programs: int,
+    programs: int | None,
     share: float,
 ) -> _Cost:
     """What runs for one row, which is `share` of what a program does on the path, and an estimate
-    of what bounds it. programs: on a multiprocessor at most."""
-    resident = resident_programs(usage["registers"], usage["shared_bytes"], warps, LIMITS[arch])
+    of what bounds it. programs: on a multiprocessor, at most."""
+    limits, resident = ARCHITECTURES[arch].limits, None
+    if limits is not None:
+        fitting = resident_programs(usage["registers"], usage["shared_bytes"], warps, limits)
+        resident = min(fitting, programs) if programs else fitting
     waits, cached = rows.waits()
     return {
         "instructions": rows.total(lambda step: 1) * share,
@@ -238,7 +241,7 @@ def _cost(
         "bound": estimate(
             arch, row_bytes=row_bytes, issued=rows.total(issued) * warps * share,
             waits=waits * share, cached_waits=cached * share,
-            resident=min(resident, programs),
+            resident=resident,
         ),
     }  # fmt: skip
 
@@ -270,7 +273,7 @@ def augment_report(name: str, dtype: str = "bf16", arch: str = "sm_90") -> Kerne
     )  # fmt: skip
     usage = _usage(compiled, code)
     programs = math.ceil(what.height / named["ROWS"])  # of an image
-    ran = _cost(arch, rows, usage, warps, least, LIMITS[arch].programs, share=programs)
+    ran = _cost(arch, rows, usage, warps, least, None, share=programs)
     if arch.startswith("gfx"):
         return known(**usage, **ran)
     loads, stores = rows.widths(0), rows.widths(1)
