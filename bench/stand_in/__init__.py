@@ -107,7 +107,10 @@ class StandIn:
         self._sources: dict[int, Any] = {}  # of each function
         self._cleared = 0
         self.stream = 0  # the current one
-        self.is_capturing = False
+        self._capturing = ctypes.c_uint64.in_dll(library, "stand_in_capturing")
+        self._end_graph = library.stand_in_end_graph
+        self._end_graph.argtypes, self._end_graph.restype = (ctypes.c_uint64,), None
+        self._graphs = 0
 
     @property
     def kernels(self) -> list[str]:
@@ -137,14 +140,24 @@ class StandIn:
         finally:
             self.stream = before
 
+    @property
+    def is_capturing(self) -> bool:
+        return self._capturing.value != 0
+
     @contextmanager
-    def capture(self) -> Iterator[None]:
-        """The current stream is captured into a CUDA graph, as far as torch says."""
-        self.is_capturing = True
+    def capture(self) -> Iterator[int]:
+        """The current stream is captured into a CUDA graph, as far as torch and the driver say.
+        The graph's number is for `end_graph`."""
+        self._graphs += 1
+        self._capturing.value = self._graphs
         try:
-            yield
+            yield self._graphs
         finally:
-            self.is_capturing = False
+            self._capturing.value = 0
+
+    def end_graph(self, graph: int) -> None:
+        """The graph is destroyed, and its launches have finished."""
+        self._end_graph(graph)
 
     def _launch(self, kept: _Kept) -> Launch:
         source = self._sources[kept.function]

@@ -5,7 +5,7 @@ and not run. The names that begin with stand_in_ are for the Python beside this 
 #include <stdint.h>
 #include <string.h>
 
-enum { KEPT = 1024, FUNCTIONS = 4096, ARGUMENTS = 128 };
+enum { KEPT = 1024, FUNCTIONS = 4096, ARGUMENTS = 128, OBJECTS = 16384 };
 
 typedef struct {
     uint64_t function, stream;
@@ -110,6 +110,56 @@ CUresult cuModuleLoadData(CUmodule *module, const void *image) {
     return CUDA_SUCCESS;
 }
 
+/* CUDA graphs are numbers from 1. A user object that a graph holds is told of the graph's end. */
+uint64_t stand_in_capturing; /* the graph that streams are captured into, 0 for none */
+static struct {
+    uint64_t graph; /* that holds it, 0 for none */
+    CUhostFn destroy;
+    void *pointer;
+} objects[OBJECTS + 1];
+static uint64_t object_count;
+
+CUresult cuStreamGetCaptureInfo_v2(
+    CUstream stream, CUstreamCaptureStatus *status, cuuint64_t *identity, CUgraph *graph,
+    const CUgraphNode **dependencies, size_t *count
+) {
+    *status = stand_in_capturing ? CU_STREAM_CAPTURE_STATUS_ACTIVE : CU_STREAM_CAPTURE_STATUS_NONE;
+    *identity = stand_in_capturing;
+    *graph = (CUgraph)stand_in_capturing;
+    *dependencies = NULL;
+    *count = 0;
+    return CUDA_SUCCESS;
+}
+
+CUresult cuUserObjectCreate(
+    CUuserObject *object, void *pointer, CUhostFn destroy, unsigned references, unsigned flags
+) {
+    if (object_count == OBJECTS || references != 1 || flags != CU_USER_OBJECT_NO_DESTRUCTOR_SYNC)
+        return CUDA_ERROR_INVALID_VALUE;
+    *object = (CUuserObject)++object_count;
+    objects[object_count].destroy = destroy;
+    objects[object_count].pointer = pointer;
+    return CUDA_SUCCESS;
+}
+
+CUresult cuGraphRetainUserObject(
+    CUgraph graph, CUuserObject object, unsigned references, unsigned flags
+) {
+    uint64_t which = (uint64_t)object;
+    if (!which || which > object_count || references != 1 || flags != CU_GRAPH_USER_OBJECT_MOVE)
+        return CUDA_ERROR_INVALID_VALUE;
+    objects[which].graph = (uint64_t)graph;
+    return CUDA_SUCCESS;
+}
+
+void stand_in_end_graph(uint64_t graph) {
+    for (uint64_t i = 1; i <= object_count; i++)
+        if (objects[i].graph == graph) {
+            objects[i].graph = 0;
+            objects[i].destroy(objects[i].pointer);
+        }
+}
+
 #define NOTHING_TO_DO(...)                                                                         \
     CUresult __VA_ARGS__ { return CUDA_SUCCESS; }
 NOTHING_TO_DO(cuInit(unsigned flags))
@@ -117,6 +167,7 @@ NOTHING_TO_DO(cuCtxSetCurrent(CUcontext context))
 NOTHING_TO_DO(cuModuleUnload(CUmodule module))
 NOTHING_TO_DO(cuFuncSetAttribute(CUfunction function, CUfunction_attribute which, int value))
 NOTHING_TO_DO(cuFuncSetCacheConfig(CUfunction function, CUfunc_cache config))
+NOTHING_TO_DO(cuUserObjectRelease(CUuserObject object, unsigned references))
 
 /* For what no kernel here uses; Triton's launcher is linked to them all the same. */
 #define REFUSED(...)                                                                               \

@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .counters import prepare
 from .loss_op import (
     CALL_SCHEMA,
     NO_SECOND_DERIVATIVE,
@@ -207,6 +208,7 @@ def _fake(
     *flat: Any,
 ) -> tuple[Tensor, Tensor, list[Tensor]]:
     dtype, z = loss_dtype(hidden), hidden[0]
+    prepare(z.device)
     grads = _new_grads(hidden, weight, _of_each(bias, biased), needs)
     kept = [g for g in grads if g is not None]
     return z.new_empty(len(hidden), dtype=dtype), z.new_empty((), dtype=dtype), kept

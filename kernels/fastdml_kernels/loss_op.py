@@ -15,6 +15,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from .counters import prepare
 from .cpu import mutual_loss_cpu
 from .launch import launch
 from .options import Options, Scalar
@@ -239,6 +240,7 @@ for _device in ("cpu", "cuda"):
 def _fake(
     logits: Sequence[Tensor], upstream: Tensor | None, need_grad: bool, *flat: Any
 ) -> tuple[Tensor, Tensor, list[Tensor]]:
+    prepare(logits[0].device)
     reduction = unflatten(*flat).options.reduction
     K = logits[0].shape[0] if logits[0].dim() == 3 else len(logits)
     N = logits[0].shape[-2]
