@@ -1,26 +1,37 @@
-"""Pairs of options pass Triton's front end, which refuses what its interpreter lets by: a name that
-is a tensor before a loop and a scalar within it, for example.
+"""Combinations of options pass Triton's front end, which refuses what its interpreter lets by: a
+name that is a tensor before a loop and a scalar within it, for example.
 
-A process without the interpreter takes each pair as far as Triton's own intermediate code for
-sm_90, in a fraction of a second; machine code is for `test_compile_targets`.
+A process without the interpreter takes each combination as far as Triton's own intermediate code,
+for NVIDIA and for AMD, in a fraction of a second; machine code is for `test_compile_targets`. The
+combinations are those of a covering array: any two values of any two settings meet, and any three
+of those settings that decide what a gradient is made of.
 """
 
 from __future__ import annotations
 
 import itertools
+import random
+from typing import Any
 
 import pytest
 import torch
 from compiled import printed_by
-from oracle import OPTIONS
+from covering import Covering
+
+pytestmark = pytest.mark.skipif(
+    torch.version.hip is not None, reason="compiles for NVIDIA's architectures too"
+)
 
 CODE = """
 import json, sys
+from itertools import cycle, islice
 import torch
-from fastdml_kernels import static_report
+from fastdml_kernels import augment, label_counts, scale_grads, static_report
+from fastdml_kernels.augment_options import Augment
 from fastdml_kernels.launch import arguments
 from fastdml_kernels.tiles import choose, compiler_options
-from oracle import make, upstream_of
+from oracle import DTYPES, make
+from triton.backends.amd.compiler import HIPBackend
 from triton.backends.nvidia.compiler import CUDABackend
 
 class Passed(Exception):
@@ -29,62 +40,140 @@ class Passed(Exception):
 def stop(*_, **__):
     raise Passed
 
-CUDABackend.make_ttgir = stop  # the stage after the front end
-for options, gradient, stats, K in json.loads(sys.argv[1]):
-    p = make(K, 4, 40, dtype=torch.bfloat16, **options)
-    grads = list(p.logits) if gradient else []
-    upstream = upstream_of(p) if gradient else None
-    regime, tile = choose(K, 40, p.options, gradient=gradient, stats=stats, upstream=upstream,
-                          regime="wide")
+CUDABackend.make_ttgir = HIPBackend.make_ttgir = stop  # the stage after the front end
+
+def dtypes(name, K):
+    return list(islice(cycle(DTYPES), K)) if name == "mixed" else [getattr(torch, name)] * K
+
+def scalar(value):
+    return torch.tensor(0.7) if value == "tensor" else value
+
+def loss(K, C, dtype, layout, label_dtype, gradient, stats, upstream, counted, regime, temperature,
+         ce_weight, kl_weight, **settings):
+    p = make(K, 4, C, dtype=dtypes(dtype, K), layout=layout,
+             label_dtype=getattr(torch, label_dtype), **settings)
+    own = torch.ones(K, 4) if upstream and p.options.reduction == "none" else None
+    own = torch.ones(K) if upstream and own is None else own
+    regime, tile = choose(K, C, p.options, gradient=gradient, stats=stats, upstream=own,
+                          regime=regime)
     kernel, named, warps = arguments(
-        p.logits, p.labels, p.options, grads=grads, want_stats=stats, regime=regime, tile=tile,
-        upstream=upstream, **p.weights,
+        p.logits, p.labels, p.options, grads=[torch.empty_like(z) for z in p.logits] * gradient,
+        want_stats=stats, upstream=own, regime=regime, tile=tile, temperature=scalar(temperature),
+        ce_weight=scalar(ce_weight), kl_weight=scalar(kl_weight), **p.weights,
     )
-    try:
-        static_report.compile_kernel(
-            kernel, named, compiler_options(warps, nvidia=True), static_report.TARGETS["sm_90"]
-        )
-    except Passed:
-        pass
-    except Exception as error:
-        print(json.dumps([options, gradient, stats, K, str(error)[-400:]]))
-        continue
-    print(json.dumps(kernel.__name__))
+    if counted:  # as where a batch is long
+        named["counts"] = torch.empty(2)
+    return kernel, named, lambda nvidia: compiler_options(warps, nvidia)
+
+def scale(K, dtype, gap, rows):
+    grads = [torch.empty(4, 10 + gap, dtype=d)[:, :10] for d in dtypes(dtype, K)]
+    named = dict(
+        grads=tuple(grads), upstream=torch.ones((K, 4) if rows else K), N=4, C=10, g_stride_k=1,
+        g_stride_n=int(rows), K=K, STRIDES=tuple(g.stride(0) for g in grads),
+        BLOCK_N=scale_grads.BLOCK_N, BLOCK_C=scale_grads.BLOCK_C,
+    )
+    return scale_grads.scale_rows, named, lambda nvidia: {}
+
+def count(C, label_dtype, class_weight):
+    named = dict(
+        labels=torch.zeros(4, dtype=getattr(torch, label_dtype)), counts=torch.empty(2), N=4,
+        class_weight=torch.ones(C) if class_weight else None, label_stride=1, ignore_index=-100,
+        C=C,
+    )
+    return label_counts.count_labels, named, lambda nvidia: {"num_warps": 8}
+
+def augmented(stored, channels, pad, reflect, flip, erase, cutout, dtype, epoch, repetitions):
+    images, index = torch.empty(4, *stored, channels, dtype=torch.uint8), torch.zeros(4).long()
+    kernel, named, options = augment.arguments(
+        images, index, index, torch.zeros(channels), torch.ones(channels),
+        Augment(32, 16, pad, reflect, flip, erase, cutout), seed=0,
+        epoch=index[:1] if epoch == "tensor" else epoch,
+        repetitions=index if repetitions else None, dtype=getattr(torch, dtype),
+    )
+    return kernel, named, lambda nvidia: options
+
+for name, settings in json.loads(sys.argv[1]):
+    kernel, named, options = globals()[name](**settings)
+    raised = {}
+    for arch in ("sm_90", "gfx942"):
+        target = static_report.TARGETS[arch]
+        try:
+            static_report.compile_kernel(kernel, named, options(arch == "sm_90"), target)
+        except Passed:
+            pass
+        except Exception as error:
+            raised[arch] = str(error)[-400:]
+    print(json.dumps([kernel.__name__, raised]))
 """
+
+LOSS = {
+    "gradient": (True, False), "stats": (False, True),
+    "target": ("peers", "ensemble", "ensemble_logits"), "gate": ("none", "correct", "best"),
+    "symmetric": (False, True), "detach_targets": (True, False), "label_smoothing": (0.0, 0.1),
+    "mimic_ignored": (False, True), "reduction": ("mean", "sum", "none"),
+    "temperature": (1.0, 2.5, "tensor"), "ce_weight": (0.7, "tensor"),
+    "kl_weight": (0.7, "tensor"), "class_weight": (False, True), "peer_weights": (False, True),
+    "upstream": (False, True), "counted": (False, True), "label_dtype": ("int64", "int32"),
+    "dtype": ("float32", "bfloat16", "float16", "mixed"), "K": (1, 2, 3, 5, 8),
+    "C": (1, 2, 100, 751, 1000, 3000, 32768),
+    "layout": ("contiguous", "padded", "transposed", "expanded"), "regime": (None, "wide"),
+}  # fmt: skip
+NEVER = (  # the losses' own gradient, and labels that are counted beforehand, are for gradients
+    (("upstream", True), ("gradient", False)), (("counted", True), ("gradient", False)),
+    (("counted", True), ("reduction", "sum")), (("counted", True), ("reduction", "none")),
+)  # fmt: skip
+CORE = ("gradient", "stats", "target", "gate", "symmetric", "detach_targets", "label_smoothing",
+        "mimic_ignored", "reduction")  # fmt: skip
 COUPLING = ("symmetric", "detach_targets", "target")  # they change what a gradient is made of
+SCALE = {
+    "K": (1, 2, 3, 5, 8), "dtype": LOSS["dtype"], "gap": (0, 6), "rows": (False, True),
+}  # fmt: skip
+COUNT = {"C": LOSS["C"], "label_dtype": LOSS["label_dtype"], "class_weight": (False, True)}
+AUGMENTED = {
+    "stored": ((32, 16), (16, 8)), "channels": (1, 3), "pad": (0, 4), "reflect": (True, False),
+    "flip": (False, True), "erase": (0.0, 0.5), "cutout": (0, 8),
+    "dtype": ("float32", "bfloat16", "float16"), "epoch": (0, "tensor"),
+    "repetitions": (False, True),
+}  # fmt: skip
 
 
-def through_the_front_end(cases: list[tuple]) -> set[str]:
-    """The kernels that the cases (options, gradient, stats, K) take, none of which may raise."""
-    found = printed_by(CODE, cases)
+def combinations_of_options(strength: int = 2) -> list[dict[str, Any]]:
+    """In which any so many values meet. One peer has nothing to couple, and so meets each value
+    once, in combinations that do not count for the others."""
+    alone, several = LOSS["K"][:1], LOSS["K"][1:]
+    rows = Covering(LOSS | {"K": several}, strength, core=CORE, never=NEVER).rows()
+    return rows + Covering(LOSS | {"K": alone}, strength - 1, never=NEVER).rows()
+
+
+def through_the_front_end(cases: list[dict[str, Any]], kind: str = "loss") -> list[str]:
+    """The kernels that the cases take, none of which may raise."""
+    found = printed_by(CODE, [(kind, case) for case in cases])
     assert len(found) == len(cases)
-    raised = [each for each in found if not isinstance(each, str)]
-    assert not raised, raised
-    return set(found)
+    raised = [(*each, case) for each, case in zip(found, cases, strict=True) if each[1]]
+    kinds = [set(case.items()) for *_, case in raised]
+    alike = set.intersection(*kinds) if kinds else ()
+    assert not raised, f"{len(raised)} of {len(cases)}, all of them with {alike}: {raised[:5]}"
+    return [kernel for kernel, _ in found]
 
 
-def pairs(names: tuple[str, ...], values_of: dict[str, tuple]) -> list[dict]:
-    """Every pair of options of which one is among `names`, away from their defaults."""
-    return [
-        dict(zip(pair, values, strict=True))
-        for pair in itertools.combinations(values_of, 2)
-        if not set(pair).isdisjoint(names)
-        for values in itertools.product(*(values_of[name] for name in pair))
-    ]
+@pytest.fixture(scope="module")
+def passed() -> list[tuple[dict[str, Any], str]]:
+    """Combinations of the loss's options, and the kernels that took them."""
+    cases = combinations_of_options()
+    return list(zip(cases, through_the_front_end(cases), strict=True))
 
 
-@pytest.mark.skipif(torch.version.hip is not None, reason="compiles for NVIDIA's architectures")
-def test_options_that_couple_the_peers_combine_with_every_other():
-    first = {name: values[:1] for name, values in OPTIONS.items()}
-    cases = [(options, True, False, 2) for options in pairs(COUPLING, first)]
-    assert through_the_front_end(cases) == {"wide_rows", "coupled_rows"}
+def test_any_two_options_combine(passed):
+    assert {kernel for _, kernel in passed} == {"register_rows", "wide_rows", "coupled_rows"}
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize(("gradient", "stats"), list(itertools.product([True, False], repeat=2)))
-def test_every_pair_of_options_passes(gradient, stats):
-    cases = [(options, gradient, stats, 3) for options in pairs(tuple(OPTIONS), OPTIONS)]
-    through_the_front_end(cases)
+def test_options_that_couple_the_peers_combine_with_every_other(passed):
+    """Where there is a gradient, which they make the kernel another one for."""
+    coupled = [case for case, kernel in passed if kernel == "coupled_rows" and case["gradient"]]
+    for name, other in itertools.product(COUPLING, {*CORE} - {"gradient"}):
+        if name != other:
+            met = {case[other] for case in coupled if case[name] == LOSS[name][-1]}
+            assert met == {*LOSS[other]}, (name, other)
 
 
 def test_smoothing_with_gradients_that_hold_divergences_compiles():
@@ -92,6 +181,74 @@ def test_smoothing_with_gradients_that_hold_divergences_compiles():
     all_of_it = {"symmetric": True, "detach_targets": False}
     settings = [{"symmetric": True}, {"detach_targets": False}, {**all_of_it, "target": "ensemble"},
                 {**all_of_it, "target": "ensemble_logits"}]  # fmt: skip
-    smoothed = {"label_smoothing": 0.1, "class_weight": True}
-    cases = [({**each, **smoothed}, True, True, 3) for each in settings]
-    assert through_the_front_end(cases) == {"coupled_rows"}
+    usual = {name: values[0] for name, values in LOSS.items()}
+    usual |= {"label_smoothing": 0.1, "class_weight": True, "stats": True, "K": 3, "C": 40}
+    cases = [usual | each | {"upstream": not each.get("detach_targets", True)} for each in settings]
+    assert set(through_the_front_end(cases)) == {"coupled_rows"}
+
+
+@pytest.mark.parametrize(
+    ("kind", "space"), [("scale", SCALE), ("count", COUNT), ("augmented", AUGMENTED)]
+)
+def test_any_two_options_of_the_other_kernels_combine(kind, space):
+    through_the_front_end(Covering(space).rows(), kind)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("gradient", "stats"), list(itertools.product([True, False], repeat=2)))
+def test_every_pair_of_options_passes(gradient, stats):
+    space = LOSS | {"gradient": (gradient,), "stats": (stats,)}
+    if not gradient:
+        space |= {"upstream": (False,), "counted": (False,)}
+    through_the_front_end(Covering(space, never=NEVER).rows())
+
+
+@pytest.mark.slow
+def test_any_three_options_combine():
+    through_the_front_end(combinations_of_options(3))
+
+
+@pytest.mark.slow
+def test_options_drawn_at_random_combine():
+    seed = random.randrange(2**32)
+    print(f"seed {seed}")
+    covering = Covering(LOSS, never=NEVER, seed=seed)
+    through_the_front_end([covering.random_row() for _ in range(100)])
+
+
+# ---- the array
+
+
+def together(rows: list[dict[str, Any]], names: tuple[str, ...]) -> set[tuple[Any, ...]]:
+    return {tuple(row[name] for name in names) for row in rows}
+
+
+@pytest.mark.parametrize("strength", [1, 2, 3])
+def test_values_that_can_occur_together_do(strength):
+    """Against all combinations there are."""
+    space = {"a": (1, 2, 3), "b": (1, 2), "c": ("x", "y"), "d": (False, True), "e": (0, 1, 2, 3)}
+    never = ((("b", 2), ("d", True)), (("a", 3), ("d", True)))
+    every = [dict(zip(space, each, strict=True)) for each in itertools.product(*space.values())]
+    able = [r for r in every if not (r["d"] and (r["b"] == 2 or r["a"] == 3))]
+    rows = Covering(space, strength, never=never).rows()
+    assert all(row in able for row in rows)
+    assert len(rows) < len(able)
+    for names in itertools.combinations(space, strength):
+        assert together(rows, names) == together(able, names)
+
+
+def test_any_two_options_and_any_three_of_the_core_meet():
+    rows = combinations_of_options()
+    for names in (*itertools.combinations(LOSS, 2), *itertools.combinations(CORE, 3)):
+        excluded = [dict(pair) for pair in NEVER if {n for n, _ in pair} <= {*names}]
+        possible = [dict(zip(names, v, strict=True))
+                    for v in itertools.product(*(LOSS[n] for n in names))]  # fmt: skip
+        possible = [r for r in possible if not any(e.items() <= r.items() for e in excluded)]
+        assert together(rows, names) == together(possible, names)
+
+
+def test_what_is_drawn_at_random_keeps_values_apart_that_exclude_each_other():
+    covering = Covering(LOSS, never=NEVER, seed=1)
+    rows = [covering.random_row() for _ in range(200)]
+    assert not any(dict(pair).items() <= row.items() for row in rows for pair in NEVER)
+    assert together(rows, ("upstream",)) == together(rows, ("counted",)) == {(True,), (False,)}
