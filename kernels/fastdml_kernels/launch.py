@@ -17,13 +17,13 @@ from .options import Options, Scalar, default_edge
 from .register_rows import register_rows
 from .stats_layout import stats_layout
 from .tiles import (
-    CACHED_BYTES_PER_SM,
     INTERPRETER_PROGRAMS,
-    PROGRAMS_PER_SM,
     Regime,
     Tile,
+    architecture,
     choose,
     compiler_options,
+    programs_per_sm,
 )
 from .wide_rows import wide_rows
 
@@ -112,6 +112,7 @@ def arguments(
         u_stride_k=0 if upstream is None else upstream.stride(0),
         u_stride_n=upstream.stride(1) if upstream is not None and upstream.dim() == 2 else 0,
         PEERS=triton.next_power_of_2(max(K, 2)),
+        STAGES=tile.stages, BACK_STAGES=tile.back_stages,
     )  # fmt: skip
     if not _is_coupled(K, options, bool(grads)):
         return wide_rows, named | wide, tile.warps
@@ -143,16 +144,13 @@ def launch(
     K, (N, C), device = len(logits), logits[0].shape, logits[0].device
     regime, tile = choose(
         K, C, options, gradient=bool(grads), stats=want_stats, upstream=upstream, regime=regime,
-        tile=tile,
+        tile=tile, size=logits[0].element_size(), arch=architecture(device),
     )  # fmt: skip
     if max_programs is None:
         max_programs = INTERPRETER_PROGRAMS
         if device.type == "cuda":
-            per_sm = PROGRAMS_PER_SM
-            if regime == "wide":
-                row_bytes = sum(z.element_size() for z in logits) * C
-                per_sm = max(1, min(per_sm, CACHED_BYTES_PER_SM // row_bytes))
-            max_programs = per_sm * _multiprocessors(device)
+            row_bytes = sum(z.element_size() for z in logits) * C
+            max_programs = programs_per_sm(regime, tile, row_bytes) * _multiprocessors(device)
     programs = max(1, min(triton.cdiv(N, tile.rows), max_programs))
     with torch.cuda.device_of(logits[0]):
         kernel, named, warps = arguments(

@@ -172,8 +172,9 @@ def report(
     own = one.new_ones(K) if upstream else None
     weight = one if tensor_weights else 1.0
     regime, tile = choose(
-        K, C, options, gradient=gradient, stats=stats, upstream=own, regime=regime, tile=tile
-    )
+        K, C, options, gradient=gradient, stats=stats, upstream=own, regime=regime, tile=tile,
+        size=DTYPES[dtype].itemsize, arch=arch,
+    )  # fmt: skip
     kernel, named, warps = arguments(
         logits, torch.zeros(N, dtype=torch.int64, device="cpu"), options, grads=grads,
         want_stats=stats, regime=regime, tile=tile, upstream=own,

@@ -124,7 +124,8 @@ def online_sums(logits, class_weight, n64, inv_t, peer, teacher,
                 K: tl.constexpr, C: tl.constexpr, STRIDES: tl.constexpr, READABLE: tl.constexpr,
                 BLOCK_C: tl.constexpr, PEERS: tl.constexpr,
                 TEMPERED: tl.constexpr, SMOOTHED: tl.constexpr, STATS: tl.constexpr,
-                ARGMAX: tl.constexpr, PAIRS: tl.constexpr, LAST: tl.constexpr):  # fmt: skip
+                ARGMAX: tl.constexpr, PAIRS: tl.constexpr, LAST: tl.constexpr,
+                STAGES: tl.constexpr):  # fmt: skip
     """Online softmax over one sample's K rows: the running maximum of each, and running sums that
     are rescaled whenever it grows. Sums are relative to the row's maximum m.
 
@@ -145,7 +146,7 @@ def online_sums(logits, class_weight, n64, inv_t, peer, teacher,
         SUM = SUM + (tl.cast(0.0, tl.float32),)
         SUM_T = SUM_T + (tl.cast(0.0, tl.float32),)
     cross = tl.zeros((PEERS, PEERS), tl.float32)
-    for start in range(0, C, BLOCK_C):
+    for start in tl.range(0, C, BLOCK_C, num_stages=STAGES):
         c = start + tl.arange(0, BLOCK_C)
         Z = load_peers(logits, n64, c, -BLOCK_C - start, K, C, STRIDES, READABLE, LAST)
         if SMOOTHED:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from fastdml_kernels.launch import COUNT_IN_KERNEL
-from fastdml_kernels.tiles import REGISTER_TILES, Tile, register_tile
+from fastdml_kernels.tiles import Tile, most_logits, register_tile, table
 from hypothesis import assume, given, settings
 from oracle import DEVICE, REGISTER_OPTIONS, check, launched, make, problems, register
 
@@ -42,7 +42,9 @@ def test_sizes_of_real_data(K, C):
     check(make(K, 4, C, dtype=torch.bfloat16, ignored=0.2), register)
 
 
-@pytest.mark.parametrize("limit", [limit for limit, _, _ in REGISTER_TILES])
+@pytest.mark.parametrize(
+    "limit", [e.logits[1] for e in table()["default"] if e.kernel == "register"]
+)
 @pytest.mark.parametrize("K", [1, 2])
 def test_each_tile_of_the_table(K, limit):
     """With its own number of rows, at the largest C that it takes, less one: a ragged row."""
@@ -52,7 +54,7 @@ def test_each_tile_of_the_table(K, limit):
 
 
 def test_rows_too_wide_for_registers_have_no_tile():
-    last = REGISTER_TILES[-1][0]
+    last = most_logits()
     assert register_tile(1, last) is not None
     assert register_tile(1, last + 1) is None
     assert register_tile(2, last) is None
