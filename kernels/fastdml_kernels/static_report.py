@@ -40,12 +40,11 @@ from .occupancy import resident_programs
 from .options import Options
 from .row_costs import RowCost, issued, logits_moved, pixels_moved, row_loop
 from .tiles import (
-    CACHED_BYTES_PER_SM,
-    PROGRAMS_PER_SM,
     Regime,
     Tile,
     choose,
     compiler_options,
+    programs_per_sm,
 )
 
 TARGETS = {
@@ -200,7 +199,7 @@ def report(
         rows=tile.rows, block_c=tile.block_c, warps=warps, launches=1, least_bytes=least,
     )  # fmt: skip
     usage = _usage(compiled, code)
-    programs = _programs_per_sm(regime, K * C * size)
+    programs = programs_per_sm(regime, tile, K * C * size)
     ran = _cost(arch, row, usage, warps, K * least, programs, share=1 / tile.rows)
     if not nvidia:
         return known(**usage, **ran)
@@ -210,13 +209,6 @@ def report(
         **usage, **ran, load_widths=row.widths(0), store_widths=row.widths(1),
         reads=reads, writes=writes, bytes_per_row=moved, ratio=moved / least,
     )  # fmt: skip
-
-
-def _programs_per_sm(regime: Regime, row_bytes: int) -> int:
-    """Programs on a multiprocessor that a launch has at most."""
-    if regime == "register":
-        return PROGRAMS_PER_SM
-    return max(1, min(PROGRAMS_PER_SM, CACHED_BYTES_PER_SM // row_bytes))
 
 
 def _cost(
