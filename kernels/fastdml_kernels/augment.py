@@ -68,7 +68,11 @@ def source(position, OUT: tl.constexpr, REFLECT: tl.constexpr):
     return tl.where(inside, position, 0), inside
 
 
-@triton.jit(do_not_specialize=["seed", "epoch"])
+# Batches of an odd size are slices of an order whose alignment alternates.
+@triton.jit(
+    do_not_specialize=["seed", "epoch"],
+    do_not_specialize_on_alignment=["labels", "samples", "repetitions", "out_labels"],
+)
 def augment_batch(
     images,  # (N, H, W, CH) uint8
     labels,  # (N,) int64

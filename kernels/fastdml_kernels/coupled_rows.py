@@ -23,7 +23,15 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from .device_functions import averaged, finish, loss_weights, open_gates, put, times
+from .device_functions import (
+    SINGLE_READS,
+    averaged,
+    finish,
+    loss_weights,
+    open_gates,
+    put,
+    times,
+)
 from .mixed_teachers import mean_logits_normalisers, mixed_divergences, mixed_kl, mixed_teacher
 from .wide_functions import (
     add_block_to_pairs,
@@ -137,7 +145,10 @@ def coupled_pull(j: tl.constexpr, Z, D, Q, top, row_pairs, peer_weights, GATES, 
     return pull
 
 
-@triton.jit(do_not_specialize=["N", "ignore_index", "label_stride", "u_stride_k", "u_stride_n"])
+@triton.jit(
+    do_not_specialize=["N", "ignore_index", "label_stride", "u_stride_k", "u_stride_n"],
+    do_not_specialize_on_alignment=SINGLE_READS,
+)
 def coupled_rows(
     logits,  # K pointers (N, C)
     grads,  # K pointers (N, C), or () without NEED_GRAD

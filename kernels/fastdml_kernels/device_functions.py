@@ -6,6 +6,12 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+# Pointers to numbers that are read one at a time. Whether they are aligned to 16 bytes changes
+# nothing in the code, but Triton would compile another kernel for it unless told not to.
+SINGLE_READS = [
+    "labels", "peer_weights", "upstream", "counts", "ce_weight", "kl_weight", "temperature",
+]  # fmt: skip
+
 
 @triton.jit
 def scalar(x, IS_POINTER: tl.constexpr):

@@ -10,7 +10,10 @@ from torch import Tensor
 from .device_functions import count_rows
 
 
-@triton.jit(do_not_specialize=["N", "label_stride", "ignore_index"])
+@triton.jit(
+    do_not_specialize=["N", "label_stride", "ignore_index"],
+    do_not_specialize_on_alignment=["labels", "class_weight"],
+)
 def count_labels(labels, class_weight, counts, N, label_stride, ignore_index,
                  C: tl.constexpr):  # fmt: skip
     """Grid: (1,). counts[0]: sum of the labelled rows' class weights, counts[1]: labelled rows."""

@@ -18,6 +18,7 @@ import triton
 import triton.language as tl
 
 from .device_functions import (
+    SINGLE_READS,
     averaged,
     finish,
     log_probability,
@@ -29,7 +30,10 @@ from .device_functions import (
 from .register_functions import load_rows, reduced, store_row
 
 
-@triton.jit(do_not_specialize=["N", "ignore_index", "label_stride"])
+@triton.jit(
+    do_not_specialize=["N", "ignore_index", "label_stride"],
+    do_not_specialize_on_alignment=SINGLE_READS,
+)
 def register_rows(
     logits,  # K pointers (N, C)
     grads,  # K pointers (N, C), or () without NEED_GRAD

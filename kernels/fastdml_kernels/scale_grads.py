@@ -16,7 +16,10 @@ from torch import Tensor
 BLOCK_N, BLOCK_C = 4, 1024
 
 
-@triton.jit(do_not_specialize=["N", "C", "g_stride_k", "g_stride_n"])
+@triton.jit(
+    do_not_specialize=["N", "C", "g_stride_k", "g_stride_n"],
+    do_not_specialize_on_alignment=["upstream"],
+)
 def scale_rows(
     grads,  # K pointers (N, C), rows STRIDES[k] apart
     upstream,  # (K,) or (K, N), any strides

@@ -142,7 +142,8 @@ def compile_kernel(
             attributes |= {(position, k): aligned for k in range(len(value))}
         elif isinstance(value, torch.Tensor):
             signature[name] = _POINTER[value.dtype]
-            attributes[(position,)] = aligned
+            if not parameter.do_not_specialize_on_alignment:
+                attributes[(position,)] = aligned
         else:
             signature[name] = "i32" if isinstance(value, int) else "fp32"
     source = ASTSource(fn=kernel, signature=signature, constexprs=constants, attrs=attributes)
