@@ -21,13 +21,30 @@ from .device_functions import (
     SINGLE_READS,
     averaged,
     finish,
-    log_probability,
     loss_weights,
     open_gates,
     put,
     times,
 )
-from .register_functions import load_rows, reduced, store_row
+from .register_functions import (
+    as_numbers,
+    cross_entropies,
+    ensemble_divergences,
+    entropies,
+    gradients,
+    load_block,
+    log_probabilities,
+    normalised,
+    pair_divergences,
+    probabilities,
+    right,
+    row_totals,
+    selected,
+    store_row,
+    uniform_divergences,
+    weighted_divergences,
+    widened,
+)
 
 
 @triton.jit(
@@ -61,8 +78,13 @@ def register_rows(
     WEIGHTED: tl.constexpr = peer_weights is not None
     UNIFORM: tl.constexpr = (not WEIGHTED) and GATE == "none"
     HAS_CLASS_WEIGHT: tl.constexpr = class_weight is not None
+    GATED: tl.constexpr = GATE != "none"
     S: tl.constexpr = LAYOUT.size
 
+    # ---- the first rows; what follows up to the loop happens while they are on their way
+    cols = tl.arange(0, BLOCK_C)
+    y, RAW = load_block(logits, labels, label_stride, ignore_index, tl.program_id(0), N, cols,
+                        ROWS, K, C, STRIDES, READABLE)  # fmt: skip
     ce_weight, kl_weight, inv_t, kl_scale = loss_weights(
         ce_weight, kl_weight, temperature, CE_POINTER, KL_POINTER, T_POINTER, TEMPERED
     )
@@ -73,13 +95,10 @@ def register_rows(
             ce_factor, kl_factor, counts, labels, label_stride, class_weight, N, ignore_index,
             HAS_CLASS_WEIGHT, MIMIC_IGNORED, C,
         )  # fmt: skip
-
-    cols = tl.arange(0, BLOCK_C)
-    is_class = cols < C
     if HAS_CLASS_WEIGHT:
-        w_c = tl.load(class_weight + cols, mask=is_class, other=0.0).to(tl.float32)
+        w_c = tl.load(class_weight + cols, mask=cols < C, other=0.0).to(tl.float32)
     else:
-        w_c = tl.where(is_class, 1.0, 0.0)
+        w_c = tl.where(cols < C, 1.0, 0.0)
     w_total = tl.sum(w_c, axis=0)
 
     packed = tl.zeros((S,), tl.float32)
@@ -87,163 +106,76 @@ def register_rows(
         n = block * ROWS + tl.arange(0, ROWS)
         n64 = n.to(tl.int64)
         inside = n < N
-        y = tl.load(labels + n64 * label_stride, mask=inside, other=ignore_index)
         labelled = inside & (y != ignore_index)
         # A label outside 0..C-1 is never used as an index; its row becomes NaN, so that it shows.
-        misfit = labelled & ((y < 0) | (y >= C))
+        fits = (y >= 0) & (y < C)
+        misfit = labelled & (fits == 0)
         mimics = labelled
         if MIMIC_IGNORED:
             mimics = inside
         is_y = cols[None, :] == y[:, None]
         w_y = tl.where(labelled, 1.0, 0.0)
         if HAS_CLASS_WEIGHT:
-            w_y = tl.load(class_weight + y, mask=labelled & (y >= 0) & (y < C), other=0.0)
-            w_y = w_y.to(tl.float32)
+            w_y = tl.load(class_weight + y, mask=labelled & fits, other=0.0).to(tl.float32)
+        Z = widened(RAW, cols, K, C, READABLE)
+        # The rows of the next turn are on their way through all of this one.
+        next_y, RAW = load_block(logits, labels, label_stride, ignore_index,
+                                 block + tl.num_programs(0), N, cols,
+                                 ROWS, K, C, STRIDES, READABLE)  # fmt: skip
 
-        # ---- read each row once; its normalisers
-        RAW = load_rows(logits, n64, inside, cols, K, STRIDES, READABLE)
-        Z = ()
-        for k in tl.static_range(K):
-            Z = Z + (tl.where(is_class[None, :], RAW[k].to(tl.float32), float("-inf")),)
-        TOP = reduced(Z, K, "max")
-        SUMMED = ()
-        for k in tl.static_range(K):
-            SUMMED = SUMMED + (tl.exp(Z[k] - TOP[k][:, None]),)
-        for k in tl.static_range(K):
-            SUMMED = SUMMED + (tl.where(is_y, Z[k], 0.0),)
-        if TEMPERED:
-            for k in tl.static_range(K):  # products are fused by name: see `log_probability`
-                top_t = TOP[k] * inv_t
-                SUMMED = SUMMED + (tl.exp(tl.fma(Z[k], inv_t, -top_t[:, None])),)
-        SUMS = reduced(SUMMED, 3 * K if TEMPERED else 2 * K, "sum")
-        LSE = ()
-        LSE_T = ()
+        # ---- normalisers and cross-entropy
+        TOP, LSE, LSE_T, Z_Y, Q = normalised(Z, is_y, inv_t, K, TEMPERED)
         NLL = ()
-        RIGHT = ()
         for k in tl.static_range(K):
-            lse = TOP[k] + tl.log(SUMS[k])
-            lse_t = lse
-            if TEMPERED:
-                lse_t = tl.fma(TOP[k], inv_t, tl.log(SUMS[2 * K + k]))
-            LSE = LSE + (lse,)
-            LSE_T = LSE_T + (lse_t,)
-            NLL = NLL + (tl.where(misfit, float("nan"), lse - SUMS[K + k]),)
+            NLL = NLL + (tl.where(misfit, float("nan"), LSE[k] - Z_Y[k]),)
+        CE = cross_entropies(Z, LSE, NLL, w_c, w_y, labelled, label_smoothing, K, C, SMOOTHED)
+        RIGHT = (labelled,) * K
         if STATS or GATE == "correct":
-            AT = ()
-            for k in tl.static_range(K):
-                AT = AT + (tl.where(Z[k] == TOP[k][:, None], cols[None, :], C),)
-            FIRST = reduced(AT, K, "min")
-            for k in tl.static_range(K):  # a peer that is NaN is never right
-                RIGHT = RIGHT + (labelled & (FIRST[k] == y) & (NLL[k] == NLL[k]),)
-        else:
-            RIGHT = (labelled,) * K
+            RIGHT = right(Z, TOP, NLL, labelled, y, cols, K, C)
 
-        # ---- cross-entropy
-        CE = ()
-        for k in tl.static_range(K):
-            ce = w_y * NLL[k]
-            if SMOOTHED:
-                below = times(w_c[None, :] + 0.0 * is_y, LSE[k][:, None] - Z[k])
-                towards_all = tl.sum(below, axis=1)
-                ce = (1.0 - label_smoothing) * ce + label_smoothing / C * towards_all
-            CE = CE + (tl.where(labelled, ce, 0.0),)
+        P = Q
+        if TEMPERED:
+            P = probabilities(Z, LSE, K)
 
-        # ---- which peers teach on these rows
+        # ---- divergences
         GATES = ()
-        if GATE != "none":
+        if GATED:
             GATES = open_gates(RIGHT, NLL, labelled, GATE, K)
+        LOG_Q = log_probabilities(Z, LSE_T, inv_t, K, TEMPERED)
+        PAIRS = ()
+        if K > 1 and (STATS or not (UNIFORM or TARGET == "ensemble")):
+            PAIRS = pair_divergences(LOG_Q, Q, K)
+        if K == 1:
+            KL = (tl.zeros((ROWS,), tl.float32),)
+        elif TARGET == "ensemble":
+            KL = ensemble_divergences(LOG_Q, Q, peer_weights, GATES, w_y, K, EDGE, GATED)
+        elif UNIFORM:
+            KL = uniform_divergences(Z, LSE_T, Q, mimics, cols, inv_t, K, C, EDGE, TEMPERED)
+        else:
+            KL = weighted_divergences(PAIRS, peer_weights, GATES, K, EDGE, GATED)
+        KL = selected(mimics, KL, K)
 
-        # ---- Kullback-Leibler terms. d_l = log q_l - max over peers: exactly 0 for identical
-        # peers, and -inf only where a peer rules a class out and another does not.
-        KL = ()
-        if K > 1:
-            top = log_probability(Z[0], inv_t, LSE_T[0][:, None], TEMPERED)
-            for k in tl.static_range(1, K):
-                log_q = log_probability(Z[k], inv_t, LSE_T[k][:, None], TEMPERED)
-                top = tl.maximum(top, log_q)
-            top = tl.where(top == float("-inf"), 0.0, top)
-            Q = ()
-            D = ()
-            for k in tl.static_range(K):
-                log_q = log_probability(Z[k], inv_t, LSE_T[k][:, None], TEMPERED)
-                Q = Q + (tl.exp(log_q),)
-                D = D + (log_q - top,)
-            if UNIFORM and TARGET == "peers":
-                mass = Q[0]
-                energy = times(Q[0], D[0])
-                for k in tl.static_range(1, K):
-                    mass += Q[k]
-                    energy += times(Q[k], D[k])
-                PARTS = ()
-                for k in tl.static_range(K):
-                    PARTS = PARTS + (energy - times(mass, D[k]),)
-                SUMS = reduced(PARTS, K, "sum")
-                for k in tl.static_range(K):
-                    KL = KL + (tl.where(mimics, SUMS[k] * EDGE, 0.0),)
-            else:
-                for k in tl.static_range(K):
-                    kl = tl.zeros((ROWS,), tl.float32)
-                    mass = tl.zeros((ROWS, BLOCK_C), tl.float32)
-                    mixed = tl.zeros((ROWS, BLOCK_C), tl.float32)
-                    w_sum = tl.zeros((ROWS,), tl.float32)
-                    for l in tl.static_range(K):  # noqa: E741
-                        if l != k:
-                            w = tl.full((ROWS,), EDGE, tl.float32)
-                            if WEIGHTED:
-                                w = tl.load(peer_weights + k * K + l).to(tl.float32) + 0.0 * w
-                            if GATE != "none":
-                                w *= GATES[l]
-                            if TARGET == "peers":
-                                pair = tl.sum(times(Q[l], D[l] - D[k]), axis=1)
-                                kl += times(w, pair)
-                            else:
-                                w_sum += w
-                                mass += times(w[:, None] + 0.0 * mass, Q[l])
-                                mixed += times(w[:, None] + 0.0 * mass, tl.exp(D[l]))
-                    if TARGET == "ensemble":
-                        scale = tl.where(w_sum > 0, w_sum, 1.0)
-                        log_mixed = tl.log(mixed / scale[:, None])
-                        kl = tl.sum(times(mass, log_mixed - D[k]), axis=1)
-                    KL = KL + (tl.where(mimics, kl, 0.0),)
-
-        # ---- the programs' sums
+        # ---- the program's sums
         if REDUCTION != "none" or STATS:
+            TOTALS = row_totals(CE + KL + (w_y, tl.where(labelled, 1.0, 0.0)), 2 * K + 2)
             for k in tl.static_range(K):
-                packed = put(packed, LAYOUT.ce + k, tl.sum(CE[k], axis=0), S)
-                if K > 1:
-                    packed = put(packed, LAYOUT.kl + k, tl.sum(KL[k], axis=0), S)
-            packed = put(packed, LAYOUT.label_weight,
-                         tl.sum(tl.where(labelled, w_y, 0.0), axis=0), S)  # fmt: skip
-            packed = put(packed, LAYOUT.labelled,
-                         tl.sum(tl.where(labelled, 1.0, 0.0), axis=0), S)  # fmt: skip
+                packed = put(packed, LAYOUT.ce + k, TOTALS[k], S)
+                packed = put(packed, LAYOUT.kl + k, TOTALS[K + k], S)
+            packed = put(packed, LAYOUT.label_weight, TOTALS[2 * K], S)
+            packed = put(packed, LAYOUT.labelled, TOTALS[2 * K + 1], S)
         if STATS:
-            p_sum = tl.zeros((ROWS, BLOCK_C), tl.float32)
+            ENTROPY, ensemble_first = entropies(Z, LSE, P, cols, K, C)
+            HIT = RIGHT + (labelled & (ensemble_first == y),)
+            TOTALS = row_totals(selected(mimics, ENTROPY, K) + as_numbers(HIT, K + 1), 2 * K + 1)
             for k in tl.static_range(K):
-                if K > 1 and not TEMPERED:
-                    p = Q[k]
-                    log_p = D[k] + top
-                else:
-                    log_p = Z[k] - LSE[k][:, None]
-                    p = tl.exp(log_p)
-                p_sum += p
-                entropy = -tl.sum(times(p, log_p), axis=1)
-                packed = put(packed, LAYOUT.entropy + k,
-                             tl.sum(tl.where(mimics, entropy, 0.0), axis=0), S)  # fmt: skip
-                packed = put(packed, LAYOUT.correct + k,
-                             tl.sum(tl.where(RIGHT[k], 1.0, 0.0), axis=0), S)  # fmt: skip
-            highest = tl.max(p_sum, axis=1)
-            first = tl.min(tl.where(p_sum == highest[:, None], cols[None, :], C), axis=1)
-            hit = labelled & (first == y)
-            packed = put(packed, LAYOUT.ensemble_correct,
-                         tl.sum(tl.where(hit, 1.0, 0.0), axis=0), S)  # fmt: skip
+                packed = put(packed, LAYOUT.entropy + k, TOTALS[k], S)
+                packed = put(packed, LAYOUT.correct + k, TOTALS[K + k], S)
+            packed = put(packed, LAYOUT.ensemble_correct, TOTALS[2 * K], S)
             if K > 1:
-                for l in tl.static_range(K):  # noqa: E741
-                    for k in tl.static_range(K):
-                        if l != k:
-                            pair = tl.sum(times(Q[l], D[l] - D[k]), axis=1)
-                            pair = tl.where(mimics, pair, 0.0)
-                            packed = put(packed, LAYOUT.pairwise_kl + l * K + k,
-                                         tl.sum(pair, axis=0), S)  # fmt: skip
+                TOTALS = row_totals(selected(mimics, PAIRS, K * (K - 1)), K * (K - 1))
+                for i in tl.static_range(K * (K - 1)):  # at [l, k], without the diagonal
+                    at = i + (i // K) + 1
+                    packed = put(packed, LAYOUT.pairwise_kl + at, TOTALS[i], S)
         if REDUCTION == "none":
             for k in tl.static_range(K):
                 loss = times(ce_weight, CE[k])
@@ -253,43 +185,22 @@ def register_rows(
 
         # ---- write each gradient row once
         if NEED_GRAD:
-            # Where a term has no part it is selected away, not multiplied by 0: its factor, or
-            # another peer in it, may be infinite or NaN.
-            has_kl = (mimics & (tl.where(kl_factor != 0.0, 1, 0) == 1))[:, None]
-            ce_row = tl.where(labelled, ce_factor, 0.0)[:, None]
-            kl_row = tl.where(mimics, kl_factor, 0.0)[:, None]
-            bad = tl.where(misfit, float("nan"), 0.0)[:, None]
-            if K > 1 and UNIFORM:
-                # q_k - mean of the others, from differences to the first peer
-                away = tl.zeros((ROWS, BLOCK_C), tl.float32)
-                for k in tl.static_range(1, K):
-                    away += Q[k] - Q[0]
+            ce_row = tl.where(labelled, ce_factor, 0.0)
+            y_row = ce_row * w_y
+            c_row = ce_row * 0.0
+            p_row = y_row
+            if SMOOTHED:
+                y_row *= 1.0 - label_smoothing
+                c_row = ce_row * label_smoothing / C
+                p_row = y_row + c_row * w_total
+            p_row = tl.where(misfit, float("nan"), p_row)
+            kl_row = tl.where(mimics, kl_factor, 0.0)
+            has_kl = mimics & (tl.where(kl_factor != 0.0, 1, 0) == 1)
+            G = gradients(P, Q, GATES, peer_weights, is_y, w_c, labelled, has_kl,
+                          p_row, y_row, c_row, kl_row, K, EDGE, GATED, SMOOTHED)  # fmt: skip
             for k in tl.static_range(K):
-                if K > 1 and not TEMPERED:
-                    p = Q[k]
-                else:
-                    p = tl.exp(Z[k] - LSE[k][:, None])
-                g = w_y[:, None] * (p - tl.where(is_y, 1.0, 0.0))
-                if SMOOTHED:
-                    g = ((1.0 - label_smoothing) * g
-                         + label_smoothing / C * (w_total * p - w_c[None, :]))  # fmt: skip
-                g = tl.where(labelled[:, None], ce_row * g, 0.0)
-                if K > 1:
-                    if UNIFORM:
-                        pull = (K * (Q[k] - Q[0]) - away) * EDGE
-                    else:
-                        pull = tl.zeros((ROWS, BLOCK_C), tl.float32)
-                        for l in tl.static_range(K):  # noqa: E741
-                            if l != k:
-                                w = tl.full((ROWS,), EDGE, tl.float32)
-                                if WEIGHTED:
-                                    w = tl.load(peer_weights + k * K + l).to(tl.float32) + 0.0 * w
-                                if GATE != "none":
-                                    w *= GATES[l]
-                                pull += times(w[:, None] + 0.0 * pull, Q[k] - Q[l])
-                    g += tl.where(has_kl, kl_row * pull, 0.0)
-                g += bad
-                store_row(grads[k], g, n64, inside, cols, STRIDES[k][2], C)
+                store_row(grads[k], G[k], n64, inside, cols, STRIDES[k][2], C)
+        y = next_y
 
     if REDUCTION != "none" or STATS:
         tl.store(partials + tl.program_id(0) * S + tl.arange(0, S), packed)

@@ -192,6 +192,11 @@ def register(p: Problem, **extra: Any) -> Answer:
     return run(launch, p.on(DEVICE), regime="register", **extra)
 
 
+def one_row(p: Problem, **extra: Any) -> Answer:
+    """The register kernel in blocks of one row, whose usual row takes shorter ways."""
+    return register(p, **{"tile": Tile(1, triton.next_power_of_2(max(p.shape[2], 2)), 4)} | extra)
+
+
 def wide(p: Problem, **extra: Any) -> Answer:
     """The block-wise kernel in blocks of classes so small that a row has several."""
     block_c = max(4, triton.next_power_of_2(p.shape[2]) // 4)
@@ -203,7 +208,8 @@ def launched(p: Problem, **extra: Any) -> Answer:
     return run(launch, p.on(DEVICE), **extra)
 
 
-PATHS = {"cpu": cpu, "register": register, "wide": wide}
+PATHS = {"cpu": cpu, "register": register, "one_row": one_row, "wide": wide}
+IN_REGISTERS = (register, one_row)
 
 
 def reference(p: Problem, upstream: Tensor | None = None, grad: bool = True) -> Answer:

@@ -9,7 +9,19 @@ from __future__ import annotations
 import pytest
 import torch
 from fastdml_kernels import Options
-from oracle import DEVICE, DTYPES, PATHS, Problem, check, cpu, make, reference, rounding, within
+from oracle import (
+    DEVICE,
+    DTYPES,
+    IN_REGISTERS,
+    PATHS,
+    Problem,
+    check,
+    cpu,
+    make,
+    reference,
+    rounding,
+    within,
+)
 
 
 @pytest.fixture(params=PATHS.values(), ids=PATHS.keys())
@@ -17,7 +29,7 @@ def path(request):
     return request.param
 
 
-@pytest.fixture(params=["register", "wide"])
+@pytest.fixture(params=["register", "one_row", "wide"])
 def kernel(request):
     return PATHS[request.param]
 
@@ -142,7 +154,7 @@ def test_identical_peers_have_no_kl_at_all(path, K, dtype, temperature):
 
 @pytest.mark.parametrize("target", ["peers", "ensemble", "ensemble_logits"])
 def test_identical_peers_in_the_statistics_and_in_mixtures(path, target):
-    if path is PATHS["register"] and target == "ensemble_logits":
+    if path in IN_REGISTERS and target == "ensemble_logits":
         pytest.skip("the wide kernel's option")
     for K in (2, 3, 4, 7, 8) if path is cpu else (2, 3):
         p = make(1, 2, 10, target=target, spread=5.0)
@@ -288,9 +300,7 @@ def all_finite(answer) -> bool:
 def test_without_the_kl_term_peers_are_independent(path, settings, as_tensor):
     settings = dict(settings)
     stats = settings.pop("stats", False)
-    if path is PATHS["register"] and not settings.keys().isdisjoint(
-        {"symmetric", "detach_targets"}
-    ):
+    if path in IN_REGISTERS and not settings.keys().isdisjoint({"symmetric", "detach_targets"}):
         pytest.skip("the wide kernel's option")
     zero = torch.tensor(0.0, device="cpu" if path is cpu else DEVICE) if as_tensor else 0.0
     p = make(3, 4, 5, ignored=0.2, seed=2, **settings, kl_weight=zero)
@@ -308,7 +318,7 @@ def test_without_the_kl_term_peers_are_independent(path, settings, as_tensor):
 ], ids=str)  # fmt: skip
 def test_edges_that_leave_a_peer_out_leave_its_values_out(path, settings):
     wide_alone = "symmetric" in settings or settings.get("target") == "ensemble_logits"
-    if path is PATHS["register"] and wide_alone:
+    if path in IN_REGISTERS and wide_alone:
         pytest.skip("the wide kernel's option")
     p = make(3, 4, 5, seed=2, **settings)
     own = [0, 0, 0] if "symmetric" in settings else [0.6, 0, 0]  # learns from nobody, or from one
