@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import shutil
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import pytest
@@ -50,3 +50,20 @@ def scenarios_of(module: str) -> Callable[[Callable], Any]:
         return result["seen"]
 
     return seen
+
+
+def launched(gpu: Any, call: Callable[[], Any]) -> list[str]:
+    """The kernels that a call launches, in order."""
+    gpu.clear()
+    call()
+    return [launch.kernel for launch in gpu.launches()]
+
+
+def loaded(gpu: Any, calls: Iterable[Callable[[], Any]]) -> list[list[str]]:
+    """The kernels that each call makes Triton compile."""
+    found = []
+    for call in calls:
+        before = len(gpu.kernels)
+        call()
+        found.append(gpu.kernels[before:])
+    return found
