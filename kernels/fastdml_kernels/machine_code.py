@@ -142,7 +142,8 @@ def parse_amdgcn(assembly: str) -> list[Instruction]:
 
 @dataclass(frozen=True)
 class Loop:
-    """Positions of a loop's instructions, those of the loops inside it included."""
+    """Positions of a loop's instructions, those of the loops inside it included. header: the one to
+    which branches lead back, -1 for none."""
 
     header: int
     body: frozenset[int]
@@ -210,7 +211,7 @@ def _nested(bodies: dict[int, frozenset[int]]) -> list[Loop]:
 
 def whole(code: Sequence[Instruction]) -> Loop:
     """All of a kernel as if it were the body of a loop."""
-    return Loop(0, frozenset(range(len(code))), tuple(loops(code)))
+    return Loop(-1, frozenset(range(len(code))), tuple(loops(code)))
 
 
 @dataclass(frozen=True)
@@ -255,6 +256,7 @@ def usual_path(
     `whole`) that have all `accesses`, and every inner loop with some. needed: bytes that a thread
     reads and writes in a turn, beyond which further accesses are no reason to take a way;
     `math.inf` where that is not known."""
+    start = max(loop.header, 0)
     inner = {i: child for child in loop.inner for i in child.body}
     inside = {child.header: usual_path(code, child, accesses, needed) for child in loop.inner}
     bytes_inside = {
@@ -275,7 +277,7 @@ def usual_path(
         return loop.header in followers or not followers
 
     best: dict[int, dict[_State, tuple[int, int | None, _State]]] = {}
-    for i in _last_first(place(loop.header), after):
+    for i in _last_first(place(start), after):
         ways: dict[_State, tuple[int, int | None, _State]] = {}
         if ends(i):
             ways[0, 0, 0] = (0, None, (0, 0, 0))
@@ -291,7 +293,7 @@ def usual_path(
             if new not in best[i] or count + 1 < best[i][new][0]:
                 best[i][new] = (count + 1, following, rest)
     return Path(tuple(
-        inside[i] if i in inside else code[i] for i in _walk(best, place(loop.header))
+        inside[i] if i in inside else code[i] for i in _walk(best, place(start))
     ))  # fmt: skip
 
 

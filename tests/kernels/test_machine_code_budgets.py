@@ -1,0 +1,66 @@
+"""Budgets of the compiled kernels: what a row costs, and the order of what must have an order.
+
+One process without the interpreter compiles them; everything is read from the machine code.
+"""
+
+from __future__ import annotations
+
+import itertools
+
+import pytest
+import torch
+from compiled import printed_by
+
+pytestmark = pytest.mark.skipif(torch.version.hip is not None, reason="reads NVIDIA's code")
+
+CODE = """
+import json, math, sys
+from fastdml_kernels import static_report
+from fastdml_kernels.machine_code import cuobjdump, parse_sass, usual_path
+from fastdml_kernels.options import Options
+from fastdml_kernels.row_costs import logits_moved, row_loop
+
+compile_kernel = static_report.compile_kernel
+def compile_and_keep(*arguments):
+    compiled.append(compile_kernel(*arguments))
+    return compiled[-1]
+static_report.compile_kernel = compile_and_keep
+
+def event(step):
+    read, written = logits_moved(step)
+    return "read" if read else "write" if written else step.name
+
+for K, C, arch in json.loads(sys.argv[1]):
+    compiled = []
+    report = static_report.report(K, C, arch=arch)
+    code = parse_sass(cuobjdump(compiled[-1], "-sass"))
+    rows = row_loop(code, logits_moved)
+    row = usual_path(code, rows, logits_moved, (math.inf, math.inf))
+    order = {"row": [event(step) for step in row.flat()],
+             "end": [step.name for step in code[max(rows.body) + 1:]]}
+    print(json.dumps(report.as_dict() | order))
+"""
+ARCHS = ("sm_80", "sm_90", "sm_100")
+LAST_PROGRAM = [(2, 100, arch) for arch in ARCHS] + [(2, 32_768, "sm_90")]
+CASES = [*LAST_PROGRAM]
+
+
+@pytest.fixture(scope="module")
+def compiled() -> dict[tuple, dict]:
+    """A report for each of CASES, with the order of what a row does, and of what comes after."""
+    return dict(zip(CASES, printed_by(CODE, CASES), strict=True))
+
+
+def order(names: list[str], of: set[str]) -> list[str]:
+    """Those of `names` that are in `of`, each run of the same one once."""
+    return [name for name, _ in itertools.groupby(n for n in names if n in of)]
+
+
+@pytest.mark.parametrize("case", LAST_PROGRAM, ids=lambda case: "-".join(map(str, case)))
+def test_the_last_program_reads_what_the_others_have_written(compiled, case):
+    """A program's sums are stored by all its threads (BAR), and seen by all programs (MEMBAR),
+    before it counts as done (ATOMG); that count comes before all threads (BAR) read the other
+    programs' sums, past what a nearer cache may hold of them (CCTL)."""
+    end = order(compiled[case]["end"], {"STG", "BAR", "MEMBAR", "ATOMG", "CCTL", "LDG"})
+    assert end[:7] == ["STG", "BAR", "MEMBAR", "ATOMG", "CCTL", "BAR", "LDG"]
+    assert end.count("ATOMG") == 1
