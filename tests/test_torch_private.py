@@ -341,6 +341,49 @@ def test_plain_tensors():
         assert not kernels_private.is_plain(t)
 
 
+def test_ordinary_tensors():
+    class Own(torch.Tensor):
+        pass
+
+    x = torch.ones(2)
+    for _ in range(2):  # looked at, and known
+        assert kernels_private.ordinary([x, nn.Parameter(x), torch.ones(2, 3).bfloat16(), x.int()])
+        assert kernels_private.ordinary([torch.ones(4, requires_grad=True)[::2] * 2])
+    with torch.inference_mode():
+        of_inference = torch.ones(2)
+    unusual = [
+        torch.ones(2).as_subclass(Own),
+        torch.view_as_complex(torch.ones(2, 2)).conj().imag,
+        torch._efficientzerotensor(2),
+        torch._to_functional_tensor(x),
+        torch.ones(2).to_sparse(),
+        torch.nested.nested_tensor([x, x]),
+        of_inference,
+    ]
+    seen = []
+    torch.vmap(lambda t: seen.append(kernels_private.ordinary([t])) or t)(torch.ones(2, 2))
+    torch.func.grad(lambda t: seen.append(kernels_private.ordinary([t])) or t.sum())(x)
+    for t in unusual:
+        seen.append(kernels_private.ordinary([x, t]))
+    assert not any(seen)
+
+
+def test_transforms_that_are_on_are_seen():
+    seen = [kernels_private.transforms_active()]
+    torch.vmap(lambda t: seen.append(kernels_private.transforms_active()) or t)(torch.ones(2, 2))
+    with forward_ad.dual_level():
+        seen.append(kernels_private.transforms_active())
+    assert seen == [False, True, True]
+
+
+@pytest.mark.gpu
+def test_the_current_stream():
+    stream = torch.cuda.Stream()
+    assert kernels_private.current_stream(0) == torch.cuda.current_stream(0).cuda_stream
+    with torch.cuda.stream(stream):
+        assert kernels_private.current_stream(0) == stream.cuda_stream
+
+
 def test_dispatch_modes_are_seen():
     seen = []
 

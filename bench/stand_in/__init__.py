@@ -42,6 +42,7 @@ class Launch(NamedTuple):
     # By the kernel's parameters: a pointer is its address, a tuple stays one, constants are what
     # the kernel was compiled with.
     arguments: dict[str, Any]
+    function: int  # the driver's handle: another one for each kernel compiled
 
 
 class _Kept(ctypes.Structure):
@@ -166,7 +167,14 @@ class StandIn:
             name: _value(type_, (i,), values, source.constants)
             for i, (name, type_) in enumerate(source.signature.items())
         }
-        return Launch(source.fn.__name__, tuple(kept.grid), kept.threads, kept.stream, arguments)
+        return Launch(
+            source.fn.__name__,
+            tuple(kept.grid),
+            kept.threads,
+            kept.stream,
+            arguments,
+            kept.function,
+        )
 
     def _loaded(self, function: int, source: Any) -> None:
         self._sources[function] = source

@@ -36,6 +36,7 @@ import triton.language as tl
 from torch import Tensor
 
 from .augment_options import CROP, ERASE, Augment, erasing_shapes
+from .launch_plan import Planned
 
 TILE, TILE_RESIZED = 4096, 2048  # elements a program computes; a resize holds four times as many
 WARPS = 4
@@ -178,32 +179,59 @@ def prepare(what: Augment, device: torch.device) -> None:
         _shape_table(what, torch.empty(0, device=device).device)  # "cuda" with its index
 
 
-def arguments(
+@lru_cache(maxsize=64)
+def _tile(what: Augment, H: int, W: int, ch: int) -> tuple[int, int]:
+    """Rows and columns (times channels) of the output that a program computes."""
+    columns = triton.next_power_of_2(max(what.width * ch, 2))
+    elements = TILE if (what.height, what.width) == (H, W) else TILE_RESIZED
+    rows = min(max(elements // columns, 1), triton.next_power_of_2(what.height))
+    return rows, columns
+
+
+def _values(
     images: Tensor, labels: Tensor, samples: Tensor, mean: Tensor, scale: Tensor, what: Augment,
     *, seed: int, epoch: int | Tensor, repetitions: Tensor | None = None,
     dtype: torch.dtype = torch.float32,
-) -> tuple[Any, dict[str, Any], dict[str, Any]]:  # fmt: skip
-    """The kernel, its arguments by name, outputs included, and the compiler's options."""
-    _, H, W, ch = images.shape
+) -> tuple[Any, ...]:  # fmt: skip
+    """The kernel's run-time arguments, outputs included."""
     B, device = len(samples), images.device
-    columns = triton.next_power_of_2(max(what.width * ch, 2))
-    tile = TILE if (what.height, what.width) == (H, W) else TILE_RESIZED
-    rows = min(max(tile // columns, 1), triton.next_power_of_2(what.height))
     shapes = _shape_table(what, device) if what.erase else None
-    named = dict(
-        images=images, labels=labels, samples=samples, repetitions=repetitions,
-        mean=mean, scale=scale, shapes=shapes,
-        out=torch.empty((B, what.height, what.width, ch), dtype=dtype, device=device),
-        out_labels=torch.empty(B, dtype=torch.int64, device=device),
-        seed=seed, epoch=epoch,
+    out = torch.empty((B, what.height, what.width, images.shape[3]), dtype=dtype, device=device)
+    out_labels = torch.empty(B, dtype=torch.int64, device=device)
+    return (
+        images, labels, samples, repetitions, mean, scale, shapes, out, out_labels, seed, epoch
+    )  # fmt: skip
+
+
+def _constants(values: tuple[Any, ...], what: Augment) -> dict[str, Any]:
+    named = dict(zip(_augment_batch.names, values, strict=True))
+    _, H, W, ch = named["images"].shape
+    rows, columns = _tile(what, H, W, ch)
+    shapes = named["shapes"]
+    return dict(
         H=H, W=W, CH=ch, OUT_H=what.height, OUT_W=what.width,
         PAD=what.pad, REFLECT=what.reflect, FLIP=what.flip,
         ERASE_BELOW=round(what.erase * 2**32), SHAPES=0 if shapes is None else len(shapes),
         CUTOUT=what.cutout > 0,
-        EPOCH_POINTER=isinstance(epoch, Tensor), FOR_CROP=CROP, FOR_ERASE=ERASE,
+        EPOCH_POINTER=isinstance(named["epoch"], Tensor), FOR_CROP=CROP, FOR_ERASE=ERASE,
         ROWS=rows, COLUMNS=columns,
     )  # fmt: skip
-    return augment_batch, named, {"num_warps": WARPS}
+
+
+_augment_batch = Planned(
+    augment_batch, "images", "labels", "samples", "repetitions", "mean", "scale", "shapes", "out",
+    "out_labels", "seed", "epoch",
+)  # fmt: skip
+
+
+def arguments(
+    images: Tensor, labels: Tensor, samples: Tensor, mean: Tensor, scale: Tensor, what: Augment,
+    **rest: Any,
+) -> tuple[Any, dict[str, Any], dict[str, Any]]:  # fmt: skip
+    """The kernel, its arguments by name, outputs included, and the compiler's options."""
+    values = _values(images, labels, samples, mean, scale, what, **rest)
+    named = dict(zip(_augment_batch.names, values, strict=True))
+    return augment_batch, named | _constants(values, what), {"num_warps": WARPS}
 
 
 def augment(
@@ -220,12 +248,14 @@ def augment(
     dtype: torch.dtype = torch.float32,
 ) -> tuple[Tensor, Tensor]:
     """Images (B, ch, height, width), channels_last in `dtype`, and labels (B,)."""
-    with torch.cuda.device_of(images):
-        kernel, named, options = arguments(
-            images, labels, samples, mean, scale, what, seed=seed, epoch=epoch,
-            repetitions=repetitions, dtype=dtype,
-        )  # fmt: skip
-        if len(samples):
-            grid = (len(samples), triton.cdiv(what.height, named["ROWS"]))
-            kernel[grid](**named, **options)
-    return named["out"].permute(0, 3, 1, 2), named["out_labels"]
+    values = _values(
+        images, labels, samples, mean, scale, what, seed=seed, epoch=epoch,
+        repetitions=repetitions, dtype=dtype,
+    )  # fmt: skip
+    B, shape = len(samples), images.shape[1:]
+    if B:
+        grid = (B, triton.cdiv(what.height, _tile(what, *shape)[0]), 1)
+        constants = lambda: _constants(values, what)  # noqa: E731
+        _augment_batch(grid, values, (what, shape), constants, num_warps=WARPS)
+    _, out, out_labels = values[6:9]
+    return out.permute(0, 3, 1, 2), out_labels

@@ -8,6 +8,7 @@ import triton.language as tl
 from torch import Tensor
 
 from .device_functions import count_rows
+from .launch_plan import Planned
 
 
 @triton.jit(
@@ -23,12 +24,15 @@ def count_labels(labels, class_weight, counts, N, label_stride, ignore_index,
     tl.store(counts + 1, rows)
 
 
+_count_labels = Planned(
+    count_labels, "labels", "class_weight", "counts", "N", "label_stride", "ignore_index"
+)
+
+
 def label_counts(labels: Tensor, class_weight: Tensor | None, ignore_index: int, C: int) -> Tensor:
     """(2,) float32 on the labels' device: the sum of the class weights of the labels that are not
     ignore_index, and the number of these labels."""
     counts = torch.empty(2, dtype=torch.float32, device=labels.device)
-    count_labels[(1,)](
-        labels, class_weight, counts, labels.numel(), labels.stride(0), ignore_index, C,
-        num_warps=8,
-    )  # fmt: skip
+    values = labels, class_weight, counts, labels.numel(), labels.stride(0), ignore_index
+    _count_labels((1, 1, 1), values, C, lambda: {"C": C}, num_warps=8)
     return counts

@@ -1,10 +1,9 @@
-"""Launches the kernel for a shape: arguments, grid, buffers."""
+"""Launches the loss kernel of a shape: buffers, arguments, grid."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from functools import cache
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import triton
@@ -13,6 +12,8 @@ from torch import Tensor
 from .counters import counters_of
 from .coupled_rows import coupled_rows
 from .label_counts import label_counts
+from .launch_plan import Plans, beyond_int32, not_current, unaligned
+from .occupancy import multiprocessor, resident_programs
 from .options import Options, Scalar, default_edge
 from .register_rows import register_rows
 from .stats_layout import stats_layout
@@ -25,10 +26,29 @@ from .tiles import (
     compiler_options,
     programs_per_sm,
 )
+from .torch_private import current_stream
+from .triton_private import (
+    Direct,
+    compiled_for,
+    direct_launch,
+    launches_alone,
+    registers_and_shared,
+)
 from .wide_rows import wide_rows
 
 # Up to so many labels every program counts them itself; beyond, an earlier launch does it once.
 COUNT_IN_KERNEL = 4096
+# Losses, statistics and partial sums share an allocation up to this size. A loss that is kept (in a
+# list, for a log) keeps it all.
+SHARED = 1024  # float32
+ALIGNED = 4  # float32 of 16 bytes
+VECTOR = 8  # classes that are read at once at the end of a row
+# The kernels' run-time arguments, of which each kernel has most.
+NAMES = (
+    "logits", "grads", "labels", "losses", "stats", "partials", "counter", "scratch",
+    "peer_weights", "class_weight", "upstream", "counts", "ce_weight", "kl_weight", "temperature",
+    "N", "label_stride", "u_stride_k", "u_stride_n", "ignore_index", "label_smoothing",
+)  # fmt: skip
 
 
 def _is_coupled(K: int, options: Options, gradient: bool) -> bool:
@@ -37,12 +57,7 @@ def _is_coupled(K: int, options: Options, gradient: bool) -> bool:
     return K > 1 and (mutual or (gradient and not options.detach_targets))
 
 
-@cache
-def _multiprocessors(device: torch.device) -> int:
-    return torch.cuda.get_device_properties(device).multi_processor_count
-
-
-def _readable(z: Tensor, multiple: int = 8) -> int:
+def _readable(z: Tensor, multiple: int = VECTOR) -> int:
     """Columns of each row that may be read: C rounded up where the storage holds the padding, so
     that the last vector of a row needs no narrower load."""
     N, C = z.shape
@@ -51,6 +66,16 @@ def _readable(z: Tensor, multiple: int = 8) -> int:
         return C
     end = z.storage_offset() + (N - 1) * z.stride(0) + padded
     return padded if end * z.element_size() <= z.untyped_storage().nbytes() else C
+
+
+def _all_readable(
+    logits: Sequence[Tensor], rows: Sequence[tuple[Any, tuple[int, int]]], C: int
+) -> tuple[int, ...] | None:
+    """`_readable` of each, or None where it is C by their strides alone."""
+    padded = -(-C // VECTOR) * VECTOR
+    if padded == C or all(strides[0] < padded for _, strides in rows):
+        return None
+    return tuple(map(_readable, logits))
 
 
 def _split(value: Scalar) -> tuple[Scalar, bool]:
@@ -71,6 +96,7 @@ def arguments(
     grads: Sequence[Tensor] = (),
     want_stats: bool = False,
     upstream: Tensor | None = None,
+    counts: Tensor | None = None,  # of the labels, where an earlier launch has counted them
     regime: Regime,
     tile: Tile,
     programs: int = 1,
@@ -82,7 +108,6 @@ def arguments(
     temperature, t_pointer = _split(temperature)
     ce_weight, ce_pointer = _split(ce_weight)
     kl_weight, kl_pointer = _split(kl_weight)
-    counted = N > COUNT_IN_KERNEL and bool(grads) and options.reduction == "mean"
     named = dict(
         logits=tuple(logits), grads=tuple(grads), labels=labels,
         peer_weights=peer_weights, class_weight=class_weight,
@@ -90,7 +115,7 @@ def arguments(
         stats=torch.empty(layout.size, dtype=torch.float32, device=device),
         partials=torch.empty((programs, layout.size), dtype=torch.float32, device=device),
         counter=counters_of(device).take(),
-        counts=label_counts(labels, class_weight, options.ignore_index, C) if counted else None,
+        counts=counts,
         N=N, label_stride=labels.stride(0), ignore_index=options.ignore_index,
         ce_weight=ce_weight, kl_weight=kl_weight, temperature=temperature,
         label_smoothing=float(options.label_smoothing),
@@ -123,39 +148,185 @@ def arguments(
     return coupled_rows, named | wide | coupled, tile.warps
 
 
+class _Plan(NamedTuple):
+    """What the launches of a signature have in common."""
+
+    direct: Direct | None
+    regime: Regime
+    tile: Tile
+    most: int  # programs
+    size: int  # of the packed statistics
+    scratch: int  # numbers a program
+
+    def programs(self, N: int) -> int:
+        return max(1, min(-(-N // self.tile.rows), self.most))
+
+
+_PLANS: Plans[_Plan] = Plans()
+
+
+def _most_programs(logits: Sequence[Tensor], regime: Regime, tile: Tile, compiled: Any) -> int:
+    """The programs that the device holds at once, or fewer (`programs_per_sm`)."""
+    device = logits[0].device
+    if device.type != "cuda":
+        return INTERPRETER_PROGRAMS
+    multiprocessors, limits = multiprocessor(device)
+    resident = None
+    if compiled is not None:
+        resident = resident_programs(*registers_and_shared(compiled), tile.warps, limits)
+    row_bytes = sum(z.element_size() for z in logits) * logits[0].shape[1]
+    return programs_per_sm(regime, tile, row_bytes, resident) * multiprocessors
+
+
+def _make_plan(
+    logits: Sequence[Tensor], labels: Tensor, options: Options, regime: Regime | None,
+    tile: Tile | None, max_programs: int | None, **rest: Any,
+) -> _Plan:  # fmt: skip
+    regime, tile = choose(
+        len(logits), logits[0].shape[1], options, gradient=bool(rest["grads"]),
+        stats=rest["want_stats"], upstream=rest["upstream"], regime=regime, tile=tile,
+        size=logits[0].element_size(), arch=architecture(logits[0].device),
+    )  # fmt: skip
+    kernel, named, warps = arguments(logits, labels, options, regime=regime, tile=tile, **rest)
+    compiled = compiled_for(kernel, named, compiler_options(warps, torch.version.hip is None))
+    most = max_programs or _most_programs(logits, regime, tile, compiled)
+    scratch = named["scratch"].shape[1] if "scratch" in named else 0
+    direct = direct_launch(kernel, compiled, NAMES, named)
+    return _Plan(direct, regime, tile, most, named["LAYOUT"].size, scratch)
+
+
+def _results(
+    shape: tuple[int, ...], size: int, programs: int, want_stats: bool, device: torch.device
+) -> tuple[Tensor, Tensor | None, tuple[int, int, int], Tensor]:
+    """Losses; statistics, if wanted; the addresses of both and of the programs' sums; and what
+    holds these."""
+    count = shape[0] if len(shape) == 1 else shape[0] * shape[1]
+    behind_losses = -(-count // ALIGNED) * ALIGNED
+    behind_stats = behind_losses + size
+    sums = programs * size
+    if behind_stats > SHARED:
+        losses = torch.empty(shape, dtype=torch.float32, device=device)
+        stats = torch.empty(size, dtype=torch.float32, device=device)
+        partials = torch.empty(sums, dtype=torch.float32, device=device)
+        at = losses.data_ptr(), stats.data_ptr(), partials.data_ptr()
+        return losses, stats if want_stats else None, at, partials
+    shared = behind_stats + sums <= SHARED
+    memory = torch.empty(behind_stats + sums * shared, dtype=torch.float32, device=device)
+    start = memory.data_ptr()
+    partials, at_sums = memory, start + 4 * behind_stats
+    if not shared:
+        partials = torch.empty(sums, dtype=torch.float32, device=device)
+        at_sums = partials.data_ptr()
+    # Neither is a view, which autograd would not let anyone change in place (`losses += penalty`).
+    stats = memory[behind_losses:behind_stats].data if want_stats else None
+    return memory.resize_(*shape), stats, (start, start + 4 * behind_losses, at_sums), partials
+
+
+def _optional(values: Sequence[Tensor | Scalar | None]) -> tuple[list[Any], list[Any], list[int]]:
+    """Arguments that may be tensors as a launcher takes them, what they are, and all pointers."""
+    bound: list[Any] = []
+    kinds: list[Any] = []
+    pointers = []
+    for value in values:
+        if value is None or type(value) is float:
+            bound.append(value)
+            kinds.append(type(value))
+        elif isinstance(value, Tensor):
+            pointers.append(value.data_ptr())
+            bound.append(pointers[-1])
+            kinds.append(value.dtype)
+        else:
+            bound.append(float(value))
+            kinds.append(float)
+    return bound, kinds, pointers
+
+
 def launch(
     logits: Sequence[Tensor],  # K tensors (N, C) on one device
     labels: Tensor,  # (N,)
     options: Options,
     *,
+    temperature: Scalar = 1.0,
+    ce_weight: Scalar = 1.0,
+    kl_weight: Scalar = 1.0,
+    peer_weights: Tensor | None = None,  # contiguous
+    class_weight: Tensor | None = None,  # contiguous
     grads: Sequence[Tensor] = (),  # K tensors (N, C) to be written, or () for no gradient
+    want_stats: bool = False,
     upstream: Tensor | None = None,  # the losses' own gradient, (K,) or (K, N); None is 1
     regime: Regime | None = None,
     tile: Tile | None = None,
     max_programs: int | None = None,
-    want_stats: bool = False,
-    **rest: Any,
-) -> tuple[Tensor, Tensor]:
-    """Losses, (K,) or (K, N), and packed statistics, both float32; fills `grads`.
+) -> tuple[Tensor, Tensor | None]:
+    """Losses, (K,) or (K, N), and packed statistics (None if not wanted), both float32; fills
+    `grads`.
 
-    `regime`, `tile` and `max_programs` are chosen by shape unless given; `rest` as in
+    `regime`, `tile` and `max_programs` are chosen by shape unless given; the rest as in
     `cpu.mutual_loss_cpu`. Raises ValueError as `choose` does.
     """
     K, (N, C), device = len(logits), logits[0].shape, logits[0].device
-    regime, tile = choose(
-        K, C, options, gradient=bool(grads), stats=want_stats, upstream=upstream, regime=regime,
-        tile=tile, size=logits[0].element_size(), arch=architecture(device),
+    if not_current(device):
+        with torch.cuda.device(device.index):
+            return launch(
+                logits, labels, options, temperature=temperature, ce_weight=ce_weight,
+                kl_weight=kl_weight, peer_weights=peer_weights, class_weight=class_weight,
+                grads=grads, want_stats=want_stats, upstream=upstream, regime=regime, tile=tile,
+                max_programs=max_programs,
+            )  # fmt: skip
+    counts, chosen = None, (regime, tile, max_programs)
+    if N > COUNT_IN_KERNEL and grads and options.reduction == "mean":
+        counts = label_counts(labels, class_weight, options.ignore_index, C)
+    given = (peer_weights, class_weight, upstream, counts, ce_weight, kl_weight, temperature)
+    optional, kinds, pointers = _optional(given)
+    of_logits = tuple([z.data_ptr() for z in logits])
+    of_grads = tuple([g.data_ptr() for g in grads])
+    of_labels = labels.data_ptr()
+    rows = [(t.dtype, t.stride()) for t in (*logits, *grads)]
+    label_stride, u_stride_k, u_stride_n = labels.stride(0), 0, 0
+    if upstream is not None:
+        u_stride_k, u_stride_n = (*upstream.stride(), 0)[:2]
+    signature = (
+        device, options, C, want_stats, chosen, K, tuple(rows), labels.dtype, tuple(kinds),
+        optional[6] == 1.0, counts is None, _all_readable(logits, rows, C),
+        unaligned((*of_logits, *of_grads, of_labels, *pointers)),
+        beyond_int32(N, label_stride, u_stride_k, u_stride_n), launches_alone(),
     )  # fmt: skip
-    if max_programs is None:
-        max_programs = INTERPRETER_PROGRAMS
-        if device.type == "cuda":
-            row_bytes = sum(z.element_size() for z in logits) * C
-            max_programs = programs_per_sm(regime, tile, row_bytes) * _multiprocessors(device)
-    programs = max(1, min(triton.cdiv(N, tile.rows), max_programs))
-    with torch.cuda.device_of(logits[0]):
-        kernel, named, warps = arguments(
-            logits, labels, options, grads=grads, upstream=upstream, regime=regime, tile=tile,
-            programs=programs, want_stats=want_stats, **rest,
+    plan = _PLANS.get(signature)
+    if plan is None or plan.direct is None:
+        named = dict(
+            grads=grads, want_stats=want_stats, upstream=upstream, counts=counts,
+            temperature=temperature, ce_weight=ce_weight, kl_weight=kl_weight,
+            peer_weights=peer_weights, class_weight=class_weight,
         )  # fmt: skip
-        kernel[(programs,)](**named, **compiler_options(warps, torch.version.hip is None))
-    return named["losses"], named["stats"]
+        if plan is None:
+            plan = _make_plan(logits, labels, options, *chosen, **named)
+            _PLANS.add(signature, plan)
+        if plan.direct is None:
+            return _launch_by_jit(plan, logits, labels, options, **named)
+    programs = plan.programs(N)
+    stream = current_stream(device.index)
+    shape = (K, N) if options.reduction == "none" else (K,)
+    losses, stats, results, _held = _results(shape, plan.size, programs, want_stats, device)
+    scratch = None
+    if plan.scratch:
+        scratch = torch.empty(programs * plan.scratch, dtype=torch.float32, device=device)
+    plan.direct(
+        (programs, 1, 1), stream,
+        (
+            of_logits, of_grads, of_labels, *results, counters_of(device).take(stream).data_ptr(),
+            None if scratch is None else scratch.data_ptr(), *optional,
+            N, label_stride, u_stride_k, u_stride_n, options.ignore_index, options.label_smoothing,
+        ),
+    )  # fmt: skip
+    return losses, stats
+
+
+def _launch_by_jit(
+    plan: _Plan, logits: Sequence[Tensor], labels: Tensor, options: Options, **rest: Any
+) -> tuple[Tensor, Tensor | None]:
+    programs = plan.programs(logits[0].shape[0])
+    kernel, named, warps = arguments(
+        logits, labels, options, regime=plan.regime, tile=plan.tile, programs=programs, **rest
+    )
+    kernel[(programs,)](**named, **compiler_options(warps, torch.version.hip is None))
+    return named["losses"], named["stats"] if rest["want_stats"] else None

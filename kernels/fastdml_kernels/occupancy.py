@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import cache
+from typing import Any
 
 import torch
 
@@ -40,7 +41,7 @@ def resident_programs(
 @cache
 def multiprocessor(device: torch.device) -> tuple[int, Multiprocessor]:
     """How many multiprocessors a CUDA device has, and what each has."""
-    has = torch.cuda.get_device_properties(device)
+    has: Any = torch.cuda.get_device_properties(device)
     return has.multi_processor_count, Multiprocessor(
         has.regs_per_multiprocessor,
         has.max_threads_per_multi_processor,

@@ -8,10 +8,11 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+
+from .launch_plan import Planned
 
 BLOCK_N, BLOCK_C = 4, 1024
 
@@ -56,14 +57,18 @@ def scale_(grads: Sequence[Tensor], upstream: Tensor) -> None:
     launch_scale(grads, upstream)
 
 
+_scale_rows = Planned(scale_rows, "grads", "upstream", "N", "C", "g_stride_k", "g_stride_n")
+
+
 def launch_scale(grads: Sequence[Tensor], upstream: Tensor) -> None:
     N, C = grads[0].shape
     if N == 0:
         return
-    with torch.cuda.device_of(grads[0]):
-        scale_rows[(triton.cdiv(N, BLOCK_N),)](
-            tuple(grads), upstream, N, C,
-            upstream.stride(0), upstream.stride(1) if upstream.dim() == 2 else 0,
-            K=len(grads), STRIDES=tuple(g.stride(0) for g in grads),
-            BLOCK_N=BLOCK_N, BLOCK_C=BLOCK_C,
-        )  # fmt: skip
+    strides = tuple([g.stride(0) for g in grads])
+    u_strides = upstream.stride()
+    _scale_rows(
+        (triton.cdiv(N, BLOCK_N), 1, 1),
+        (tuple(grads), upstream, N, C, u_strides[0], u_strides[1] if len(u_strides) == 2 else 0),
+        strides,
+        lambda: dict(K=len(grads), STRIDES=strides, BLOCK_N=BLOCK_N, BLOCK_C=BLOCK_C),
+    )

@@ -24,7 +24,7 @@ from .options import Options
 Regime = Literal["register", "wide"]  # whether a program holds whole rows in registers
 
 TABLE = Path(__file__).with_name("tile_table.json")
-PROGRAMS_PER_SM = 8  # at most
+PROGRAMS_PER_SM = 8  # of wide rows at most; and where nothing tells how many are resident
 CACHED_BYTES_PER_SM = 256 << 10  # of logits being walked a second time: a share of H100's 50 MB L2
 INTERPRETER_PROGRAMS = 6  # without a GPU: few, so that the walk over row blocks is exercised
 Span = tuple[int, float]  # from, up to and with
@@ -207,16 +207,19 @@ def wide_tile(
     )
 
 
-def programs_per_sm(regime: Regime, tile: Tile, row_bytes: int) -> int:
-    """Programs a multiprocessor at most; row_bytes: of all peers' logits of one sample.
+def programs_per_sm(regime: Regime, tile: Tile, row_bytes: int, resident: int | None = None) -> int:
+    """Programs a multiprocessor; row_bytes: of all peers' logits of one sample; resident: how many
+    it holds at once (`occupancy.resident_programs`), None where that is not known.
 
-    Wide rows are read twice: all that are walked at once should fit into the L2 cache.
+    No more than are resident, since those behind them would start with nothing left to overlap
+    with. Wide rows are read twice: all that are walked at once should fit into the L2 cache.
     """
+    programs = PROGRAMS_PER_SM if resident is None else resident
     if tile.programs is not None:
-        return tile.programs
-    if regime == "wide":
-        return max(1, min(PROGRAMS_PER_SM, CACHED_BYTES_PER_SM // row_bytes))
-    return PROGRAMS_PER_SM
+        programs = tile.programs if resident is None else min(tile.programs, resident)
+    elif regime == "wide":
+        programs = min(programs, PROGRAMS_PER_SM, CACHED_BYTES_PER_SM // row_bytes)
+    return max(1, programs)
 
 
 def choose(

@@ -7,7 +7,7 @@ newest torch by a test of its own. ("Public: none" is as of torch 2.14.)
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 import torch
 from torch import Tensor
@@ -41,7 +41,44 @@ def is_plain(t: Tensor) -> bool:
     )
 
 
+_ORDINARY: set[int] = set()  # keys of dispatch of tensors looked at before
+
+
+def ordinary(tensors: Iterable[Tensor]) -> bool:
+    """Whether all tensors are plain, dense, autograd's, and in no transform. A tensor's keys of
+    dispatch say all of that at once, where the questions asked singly take longer than the launch
+    of a kernel. Public: none."""
+    for t in tensors:
+        if type(t) not in PLAIN:
+            return False
+        keys = torch._C._dispatch_keys(t).raw_repr()
+        if keys not in _ORDINARY:
+            if (
+                t.is_nested
+                or t.layout != torch.strided
+                or t.is_inference()
+                or not is_plain(t)
+                or torch._C._functorch.is_functorch_wrapped_tensor(t)
+                or torch._C._functorch.is_legacy_batchedtensor(t)
+            ):
+                return False
+            _ORDINARY.add(keys)
+    return True
+
+
+def transforms_active() -> bool:
+    """Whether a transform of torch.func or forward-mode differentiation is on, whatever tensors it
+    is for. Public: none."""
+    return forward_ad._current_level >= 0 or torch._C._are_functorch_transforms_active()
+
+
 def dispatch_mode_active() -> bool:
     """Whether a TorchDispatchMode (FakeTensorMode, make_fx, counters of FLOPs) wants to see each
     operation. Public: none."""
     return torch._C._len_torch_dispatch_stack() > 0
+
+
+def current_stream(device: int) -> int:
+    """The handle of a CUDA device's current stream. Public: `torch.cuda.current_stream(device)`,
+    which makes a Stream object to read it from, most of a launch's host time."""
+    return torch._C._cuda_getCurrentRawStream(device)

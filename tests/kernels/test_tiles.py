@@ -76,7 +76,13 @@ def test_programs_of_a_tile_or_what_the_cache_allows():
     assert tiles.programs_per_sm("wide", plain, 2 * 2 * 32_768) == 2
     assert tiles.programs_per_sm("wide", plain, 2 * 2 * 128_256) == 1
     assert tiles.programs_per_sm("wide", plain, 2) == tiles.PROGRAMS_PER_SM
-    assert tiles.programs_per_sm("wide", Tile(1, 2048, 8, programs=3), 2 * 2 * 128_256) == 3
+    set_by_table = Tile(1, 2048, 8, programs=3)
+    assert tiles.programs_per_sm("wide", set_by_table, 2 * 2 * 128_256) == 3
+    assert tiles.programs_per_sm("wide", set_by_table, 2 * 2 * 128_256, resident=2) == 2
+    assert tiles.programs_per_sm("register", plain, 400, resident=12) == 12
+    assert tiles.programs_per_sm("wide", plain, 2, resident=5) == 5
+    assert tiles.programs_per_sm("wide", plain, 2, resident=16) == tiles.PROGRAMS_PER_SM
+    assert tiles.programs_per_sm("register", plain, 400, resident=0) == 1
 
 
 WIDE = {"kernel": "wide", "block_c": 2048, "warps": 8}
