@@ -70,8 +70,7 @@ class MutualLoss(nn.Module):
         loss scale give float16 logits as float32: here they are rounded before anyone scales them.
         """
         tensors, call = self._call(logits, labels, True)
-        with torch.no_grad():
-            losses, packed, grads = losses_and_grads(tensors, call, True)
+        losses, packed, grads = losses_and_grads(tensors, call, True)
         return losses, MutualStats.from_packed(cast(Tensor, packed), _count(tensors)), grads
 
     def _call(

@@ -26,8 +26,11 @@ from .torch_private import (
     function_transforms_active,
     has_tangents,
     is_plain,
+    ordinary,
+    transforms_active,
 )
 
+AS_IT_IS = nullcontext()
 NO_SECOND_DERIVATIVE = (
     "mutual_loss has no second derivative (create_graph=True, torch.func.grad): its gradient comes "
     "out of the forward kernel; use fastdml_kernels.reference for one"
@@ -47,9 +50,15 @@ class Call(NamedTuple):
     want_stats: bool
 
     def tensors(self) -> list[Tensor]:
-        # None is sorted out first: isinstance(v, Tensor) is slow for other types, and every call
-        # of the loss comes by here.
-        return [self.labels, *[v for v in self[2:7] if v is not None and isinstance(v, Tensor)]]
+        # isinstance(v, Tensor) is slow for what is none, and every call of the loss comes by here.
+        return [
+            self.labels,
+            *[
+                v
+                for v in self[2:7]
+                if v is not None and type(v) is not float and isinstance(v, Tensor)
+            ],
+        ]
 
 
 def refuse_transforms(name: str, tensors: Sequence[Tensor]) -> None:
@@ -79,6 +88,18 @@ def peers_of(logits: Sequence[Tensor]) -> list[Tensor]:
     return list(logits[0].unbind()) if logits[0].dim() == 3 else list(logits)
 
 
+def at_once(tensors: Iterable[Tensor]) -> bool:
+    """Whether a call is the usual one: eager, of plain tensors, with nothing on that looks at
+    operations or changes what a derivative is. Said in one pass; what is not usual is told apart by
+    `refuse_transforms`, `by_operator` and `keepable`."""
+    return not (
+        torch.compiler.is_compiling()
+        or dispatch_mode_active()
+        or torch.jit.is_tracing()
+        or transforms_active()
+    ) and ordinary(tensors)
+
+
 def by_operator(tensors: Iterable[Tensor]) -> bool:
     """Whether a call must go through the dispatcher: to the compiler, a tracer, a dispatch mode
     (FakeTensorMode, make_fx, counters of FLOPs), or since a tensor is not plain memory."""
@@ -91,10 +112,10 @@ def by_operator(tensors: Iterable[Tensor]) -> bool:
 
 
 def _without_autocast(device: str) -> AbstractContextManager:
-    """The loss computes in float32 whatever surrounds it."""
-    if torch.is_autocast_enabled(device):
+    """The loss computes in float32 whatever surrounds it. (Kernels do anyway.)"""
+    if device == "cpu" and torch.is_autocast_enabled(device):
         return torch.autocast(device, enabled=False)
-    return nullcontext()
+    return AS_IT_IS
 
 
 def losses_and_grads(
@@ -105,20 +126,30 @@ def losses_and_grads(
 ) -> tuple[Tensor, Tensor | None, list[Tensor]]:
     """Losses (K,) or (K, N), packed statistics (None if not wanted), and gradients shaped as
     `logits` ([] if not needed). No autograd."""
-    if by_operator((*logits, *call.tensors())):
+    tensors = [*logits, *call.tensors()]
+    if not at_once(tensors) and by_operator(tensors):
         with torch.no_grad():
             losses, stats, grads = torch.ops.fastdml.mutual_loss(
                 logits, upstream, need_grad, *flatten(call)
             )
         return losses, stats if call.want_stats else None, grads
     grads = new_grads(logits) if need_grad else []
-    return *compute(logits, call, grads, upstream), grads
+    if logits[0].device.type != "cpu":  # no operation of torch that autograd would see
+        return *compute(logits, call, grads, upstream), grads
+    with torch.no_grad():
+        return *compute(logits, call, grads, upstream), grads
 
 
 def new_grads(logits: Sequence[Tensor], of_float16: torch.dtype = torch.float16) -> list[Tensor]:
-    """Empty tensors for the gradients, in the logits' shape and dtype."""
+    """Empty tensors for the gradients, in the logits' shape and dtype, contiguous."""
     return [
-        z.new_empty(z.shape, dtype=of_float16) if z.dtype == torch.float16 else z.new_empty(z.shape)
+        torch.empty_like(z)
+        if z.is_contiguous() and z.dtype != torch.float16
+        else torch.empty_like(
+            z,
+            dtype=of_float16 if z.dtype == torch.float16 else None,
+            memory_format=torch.contiguous_format,
+        )
         for z in logits
     ]
 
@@ -130,11 +161,14 @@ def compute(
     upstream: Tensor | None = None,
 ) -> tuple[Tensor, Tensor | None]:
     """Losses (K,) or (K, N) and packed statistics (None if not wanted)."""
-    of_device = mutual_loss_cpu if logits[0].device.type == "cpu" else launch
-    peer_weights, class_weight = (  # the kernels assume contiguous weights
-        None if w is None else w.contiguous() for w in (call.peer_weights, call.class_weight)
-    )
-    with _without_autocast(logits[0].device.type):
+    device = logits[0].device.type
+    of_device = mutual_loss_cpu if device == "cpu" else launch
+    peer_weights, class_weight = call.peer_weights, call.class_weight
+    if peer_weights is not None:  # the kernels assume contiguous weights
+        peer_weights = peer_weights.contiguous()
+    if class_weight is not None:
+        class_weight = class_weight.contiguous()
+    with _without_autocast(device):
         losses, stats = of_device(
             peers_of(logits), call.labels, call.options,
             temperature=call.temperature, ce_weight=call.ce_weight, kl_weight=call.kl_weight,
@@ -146,14 +180,17 @@ def compute(
 
 class _EagerLoss(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, call: Call, *logits: Tensor) -> tuple[Tensor, Tensor | None]:
+    def forward(
+        ctx: Any, call: Call, saved: Sequence[Tensor], *logits: Tensor
+    ) -> tuple[Tensor, Tensor | None]:
+        """`saved`: the logits and the tensors of the call."""
         ctx.now = gradients_now(logits, call)
         ctx.grads = new_grads(logits) if ctx.now else None
         losses, stats = compute(logits, call, ctx.grads or ())
         ctx.call = call
         # Unpacked only by a backward that computes gradients (not `ctx.now`, or a second one), as
         # unpacking raises where one of them has been changed in place since.
-        ctx.save_for_backward(*logits, *call.tensors())
+        ctx.save_for_backward(*saved)
         if stats is not None:
             ctx.mark_non_differentiable(stats)
         ctx.set_materialize_grads(False)
@@ -166,7 +203,7 @@ class _EagerLoss(torch.autograd.Function):
         if upstream is None:
             return (None,) * len(ctx.needs_input_grad)
         refuse_transforms("mutual_loss", (upstream,))
-        wanted = ctx.needs_input_grad[1:]
+        wanted = ctx.needs_input_grad[2:]
         # The stored gradients are given away, as the next node may write into them; a second
         # backward through a retained graph computes them again.
         grads, ctx.grads = ctx.grads, None
@@ -177,7 +214,7 @@ class _EagerLoss(torch.autograd.Function):
             compute(logits, call, grads, None if ctx.now else upstream)
         if ctx.now:
             scale_(peers_of(grads), upstream)
-        return None, *(g if w else None for g, w in zip(grads, wanted, strict=True))
+        return None, None, *(g if w else None for g, w in zip(grads, wanted, strict=True))
 
 
 # ---- the operator that compiled code sees
@@ -309,15 +346,19 @@ def mutual_loss(logits: Sequence[Tensor], call: Call) -> tuple[Tensor, Tensor | 
 
     Raises RuntimeError under torch.func's transforms and in forward mode, and ValueError on the
     CPU for a label that is no class."""
-    needs_grad = torch.is_grad_enabled() and any(z.requires_grad for z in logits)
+    needs_grad = torch.is_grad_enabled() and any([z.requires_grad for z in logits])  # noqa: C419
+    tensors = [*logits, *call.tensors()]
+    if at_once(tensors):
+        return _EagerLoss.apply(call, tensors, *logits) if needs_grad else compute(logits, call)
     if not torch.compiler.is_compiling():
         refuse_transforms("mutual_loss", logits)
         if needs_grad:
             logits, call = keepable(logits, call)
-    if by_operator((*logits, *call.tensors())):
+            tensors = [*logits, *call.tensors()]
+    if by_operator(tensors):
         now = needs_grad and gradients_now(logits, call)
         losses, stats, _ = torch.ops.fastdml.mutual_loss(logits, None, now, *flatten(call))
         return losses, stats if call.want_stats else None
     if needs_grad:
-        return _EagerLoss.apply(call, *logits)
+        return _EagerLoss.apply(call, tensors, *logits)
     return compute(logits, call)
