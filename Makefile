@@ -27,7 +27,7 @@ help:
 	@echo "make demo         train two peers on real handwritten digits, mutually and independently"
 	@echo "make test         the default tests"
 	@echo "make test-slow    the tests of more than 20 seconds"
-	@echo "make test-gpu     the tests that need a CUDA device"
+	@echo "make test-gpu     the tests that need a CUDA device; what they give goes to gpu-results"
 	@echo "make test-oldest  the kernel, loss and engine tests on the oldest supported torch and triton"
 	@echo "make soak         kill runs and compare, for SECONDS=3600 from SEED (printed)"
 	@echo "make fuzz         feed every parser odd inputs, for SECONDS=3600 from SEED (printed)"
@@ -48,11 +48,11 @@ test-slow: $(DEV)
 	$(TESTS) -m slow
 
 test-gpu: $(DEV)
-	$(BIN)/python $(PYTEST) -m gpu
+	PYTHON=$(BIN)/python bash bench/gpu-tests.sh gpu-results
 
 test-oldest: $(OLDEST_STAMP)
 	PYTHONPATH=.:kernels OMP_NUM_THREADS=1 $(OLDEST)/python $(PYTEST) -n 2 --dist loadfile \
-	  tests/kernels tests/engine tests/test_torch_private.py tests/test_loss.py \
+	  tests/kernels tests/engine tests/bench tests/test_torch_private.py tests/test_loss.py \
 	  tests/test_linear_loss.py tests/test_loss_routes.py tests/test_mutual_losses.py
 
 soak: $(DEV)
@@ -78,7 +78,7 @@ docs: $(DEV)
 
 # The native code and the editable install's *.egg-info are the venvs': they go with them.
 clean:
-	rm -rf build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis .benchmarks
+	rm -rf build dist gpu-results .pytest_cache .mypy_cache .ruff_cache .hypothesis .benchmarks
 	find fastdml kernels tests bench docs examples -name __pycache__ -prune -exec rm -rf {} +
 
 distclean: clean
@@ -98,7 +98,7 @@ $(DEV): pyproject.toml setup.py $(NATIVE)
 $(OLDEST_STAMP): pyproject.toml Makefile
 	$(call venv,.venv-oldest)
 	$(OLDEST)/python -m pip install --quiet torch==2.11.0 triton==3.6.0 'numpy<2.4' \
-	  pytest pytest-xdist hypothesis safetensors
+	  pytest pytest-xdist pytest-benchmark hypothesis safetensors pyyaml
 	@touch $@
 
 # Makes the venv $(1) unless a working one is there; says what to do where Python cannot.

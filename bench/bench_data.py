@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from importlib.util import find_spec
 from itertools import chain, count, product
 from pathlib import Path
@@ -21,6 +22,7 @@ from typing import Any
 
 import pytest
 import torch
+from fastdml_kernels.augment_options import Augment, bytes_moved
 
 from bench import sets, timing
 from bench.baselines import airbench, data_loader
@@ -47,6 +49,8 @@ TOLERANCE = 1e-5
 KERNEL_SECONDS = 1.0
 SETS = {"cifar": 50_000, "market": 12_936}  # images in memory
 STANDIN = StandIn(train_images=100)  # 5,000 to train on: an epoch, whose start costs, is long
+# In a dry run: images of CIFAR-100 and their batch, and a stand-in.
+SMALLEST = 1_200, 4, StandIn(train_ids=2, test_ids=1, images=12, junk=0, distractors=0)
 
 Sets = tuple[ImageSet, "ReidSplit | None"]  # what is in memory, and its files
 
@@ -63,17 +67,17 @@ def _endless(loader: Any) -> Iterator:
     return chain.from_iterable(iter(loader) for _ in count())
 
 
-def _contenders(data: str, sets: Sets, device: torch.device) -> dict[str, Callable[[], Iterator]]:
+def _contenders(sets: Sets, batch: int, device: torch.device) -> dict[str, Callable[[], Iterator]]:
     """name -> a function that starts it."""
     images, files = sets
     options = {"train": True, "device": device, **(MARKET if files else {})}
     streamed = files or images
     ours = {
-        "resident": lambda: ResidentLoader(images, BATCH, **options),
-        "torch": lambda: TorchLoader(streamed, BATCH, **options),
+        "resident": lambda: ResidentLoader(images, batch, **options),
+        "torch": lambda: TorchLoader(streamed, batch, **options),
     }
     if has_dali():
-        ours["dali"] = lambda: DALILoader(streamed, BATCH, **options)
+        ours["dali"] = lambda: DALILoader(streamed, batch, **options)
     _check({name: make() for name, make in ours.items()})
     all_ = {name: lambda make=make: _endless(make()) for name, make in ours.items()}
 
@@ -82,12 +86,12 @@ def _contenders(data: str, sets: Sets, device: torch.device) -> dict[str, Callab
             yield x.to(device, memory_format=torch.channels_last), y.to(device)
 
     if not files:
-        all_["usual"] = lambda: moved(data_loader.loader(images, BATCH, device))
-        all_["airbench"] = lambda: airbench.batches(images, BATCH, device)
+        all_["usual"] = lambda: moved(data_loader.loader(images, batch, device))
+        all_["airbench"] = lambda: airbench.batches(images, batch, device)
     if find_spec("torchvision") is not None:
         from bench.baselines import vision
 
-        all_["torchvision"] = lambda: moved(vision.loader(streamed, BATCH, device))
+        all_["torchvision"] = lambda: moved(vision.loader(streamed, batch, device))
     return all_
 
 
@@ -102,19 +106,20 @@ def _check(ours: dict[str, Any]) -> None:
 
 @once(InputError)
 def measure(
-    data: str, root: str, folder: Path, device: torch.device
+    data: str, root: str, folder: Path, device: torch.device, dry: bool = False
 ) -> tuple[dict[str, list[float]], str]:
     """Seconds a batch of every contender, interleaved; and what the images are."""
-    images, what = sets.cifar100(root)
+    number, batch, standin = SMALLEST if dry else (50_000, BATCH, STANDIN)
+    images, what = sets.cifar100(root, number)
     given: Sets = images, None
     if data == "market1501":
-        build_standin(folder, images, STANDIN)
+        build_standin(folder, images, standin)
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # that it is a subset
             files = Market1501(folder, progress=False, cache=folder / "scans").train
         given = files.decode(), files
     timers = {}
-    for name, start in _contenders(data, given, device).items():
+    for name, start in _contenders(given, batch, device).items():
         batches = start()
         next(batches)
         timer = timing.wall(lambda batches=batches: next(batches), device)
@@ -138,28 +143,29 @@ def folder(tmp_path_factory) -> Path:
     return tmp_path_factory.mktemp("market")
 
 
-def test_data(data, name, folder, record, request):
-    device = chosen_device(request.config)
-    samples, what = measure(data, request.config.getoption("--data"), folder, device)
+def test_data(data, name, folder, device, dry, record, request):
+    wanted = chosen_device(request.config).type
+    samples, what = measure(data, request.config.getoption("--data"), folder, device, dry)
     if name not in samples:
         pytest.skip(f"{name} is not installed, or has no such pipeline")
     record(
         samples[name],
-        f"data {data} {device.type}",
+        f"data {data} {wanted}",
         bench="data",
         data=data if what == "CIFAR-100" else f"{data} ({what})",
-        device=device.type,
+        device=wanted,
         batch=BATCH,
         name=name,
     )
 
 
-def kernel_calls(data: str, batch: int, n: int, device: torch.device) -> list[Callable[[], Any]]:
-    """Launches that each augment a batch of their own out of `n` random images."""
+def kernel_calls(
+    stored: tuple[int, int, int], what: Augment, batch: int, n: int, device: torch.device
+) -> list[Callable[[], Any]]:
+    """Launches that each augment a batch of their own out of `n` random images (H, W, ch)."""
     from fastdml_kernels.augment import augment
-    from fastdml_kernels.static_report import AUGMENTED
 
-    (H, W, ch), what = AUGMENTED[data]
+    H, W, ch = stored
     images = torch.randint(256, (n, H, W, ch), dtype=torch.uint8, device=device)
     labels = torch.zeros(n, dtype=torch.int64, device=device)
     mean, scale = torch.full((ch,), 128.0, device=device), torch.full((ch,), 1 / 64, device=device)
@@ -174,21 +180,22 @@ def kernel_calls(data: str, batch: int, n: int, device: torch.device) -> list[Ca
     return [lambda samples=samples: call(samples) for samples in chosen]
 
 
-@pytest.fixture(scope="module")
-def copy_bandwidth(device) -> float | None:
-    return timing.copy_bandwidth(device) if device.type == "cuda" else None
-
-
 @pytest.mark.parametrize("batch", [64, 512, 16_384])  # the last beyond any L2 cache
 @pytest.mark.parametrize("data", list(SETS))
-def test_kernel(data, batch, device, copy_bandwidth, record):
-    if device.type != "cuda":
+def test_kernel(data, batch, device, dry, copy_bandwidth, record, request):
+    if chosen_device(request.config).type != "cuda":
         pytest.skip("the kernel needs a CUDA device")
-    from fastdml_kernels.augment_options import bytes_moved
     from fastdml_kernels.static_report import AUGMENTED
 
-    calls = kernel_calls(data, batch, SETS[data], device)
-    timer = timing.replay(calls, torch.cuda.graph_pool_handle())
+    stored, what = AUGMENTED[data]
+    if dry:
+        resized = stored[:2] != (what.height, what.width)
+        small = replace(what, height=8, width=4, pad=1)
+        calls = kernel_calls((4 if resized else 8, 4, 3), small, 2, 9, device)
+    else:
+        calls = kernel_calls(stored, what, batch, SETS[data], device)
+    pool = None if dry else torch.cuda.graph_pool_handle()
+    timer = timing.device_time(calls, pool, device)
     record(
         timing.interleave({"kernel": timer}, KERNEL_SECONDS)["kernel"],
         f"augment {data}",
@@ -196,6 +203,6 @@ def test_kernel(data, batch, device, copy_bandwidth, record):
         data=data,
         batch=batch,
         name="kernel",
-        least_bytes=batch * bytes_moved(*AUGMENTED[data], torch.bfloat16.itemsize),
+        least_bytes=batch * bytes_moved(stored, what, torch.bfloat16.itemsize),
         copy_bandwidth=copy_bandwidth,
     )

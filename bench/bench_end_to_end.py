@@ -34,14 +34,32 @@ IMAGES = {"cpu": 640, "cuda": 6_400}
 FULL_IMAGES = {"cpu": 10_000, "cuda": 50_000}
 
 
-def _usual_epoch(images: ImageSet, device: torch.device) -> tuple[float, None]:
+class Size(NamedTuple):
+    peers: tuple[str, ...]
+    batch: int
+    images: int
+    rounds: int
+    profile: bool
+
+
+SMALLEST = Size(("resnet8", "resnet8"), 4, 16, 1, True)  # a dry run's
+
+
+def _size(wanted: str, full: bool) -> Size:
+    """What is measured on this kind of device."""
+    on_cuda = wanted == "cuda"
+    images = (FULL_IMAGES if full else IMAGES)[wanted]
+    return Size(PEERS, BATCH, images, 1 if on_cuda and not full else ROUNDS, on_cuda)
+
+
+def _usual_epoch(images: ImageSet, size: Size, device: torch.device) -> tuple[float, None]:
     """Seconds, workers' start included."""
-    cohort = Cohort(PEERS, images.num_classes).to(device).train()
+    cohort = Cohort(size.peers, images.num_classes).to(device).train()
     loop = pairwise.Loop(
         cohort.peers,
         lambda w: torch.optim.SGD(w, 0.1, momentum=0.9, weight_decay=5e-4, nesterov=True),
     )
-    batches = data_loader.loader(images, BATCH, device)
+    batches = data_loader.loader(images, size.batch, device)
     timing.wait(device)
     start = time.perf_counter()
     for x, y in batches:
@@ -50,21 +68,23 @@ def _usual_epoch(images: ImageSet, device: torch.device) -> tuple[float, None]:
     return time.perf_counter() - start, None
 
 
-def _our_epoch(images: ImageSet, device: torch.device) -> tuple[float, float]:
+def _our_epoch(images: ImageSet, size: Size, device: torch.device) -> tuple[float, float]:
     """Seconds: the loader's layout of the images, the epoch, and all that a run writes in it; and
     images a second after the first steps."""
-    return _our_run(images, device)[:2]
+    return _our_run(images, size, device)[:2]
 
 
-def _our_run(images: ImageSet, device: torch.device, **options) -> tuple[float, float, str]:
+def _our_run(
+    images: ImageSet, size: Size, device: torch.device, **options
+) -> tuple[float, float, str]:
     """As `_our_epoch`, and the page that a profiled run writes."""
-    cohort = Cohort(PEERS, images.num_classes).to(device)
+    cohort = Cohort(size.peers, images.num_classes).to(device)
     with TemporaryDirectory() as folder:
         run = Path(folder, "run")
         config = train.TrainConfig(epochs=1, folder=str(run), tensorboard=False, **options)
         timing.wait(device)
         start = time.perf_counter()
-        batches = ResidentLoader(images, BATCH, train=True, device=device)
+        batches = ResidentLoader(images, size.batch, train=True, device=device)
         timing.wait(device)
         laid_out = time.perf_counter() - start
         result = train.fit(cohort, batches, None, config)
@@ -72,7 +92,7 @@ def _our_run(images: ImageSet, device: torch.device, **options) -> tuple[float, 
     return laid_out + result.seconds, result.images_per_second, page
 
 
-CONTENDERS: dict[str, Callable[[ImageSet, torch.device], tuple[float, float | None]]] = {
+CONTENDERS: dict[str, Callable[[ImageSet, Size, torch.device], tuple[float, float | None]]] = {
     "fastdml.train": _our_epoch,
     "usual loop": _usual_epoch,
 }
@@ -86,19 +106,18 @@ class Measured(NamedTuple):
 
 
 @once(MissingExtra)
-def measure(root: str, full: bool, device: torch.device) -> Measured:
+def measure(root: str, size: Size, device: torch.device) -> Measured:
     """All contenders, taking turns, after a turn that is not counted."""
-    count = (FULL_IMAGES if full else IMAGES)[device.type]
-    images, data = sets.cifar100(root, count)
+    images, data = sets.cifar100(root, size.images)
     steady = 0.0
     samples: dict[str, list[float]] = {name: [] for name in CONTENDERS}
-    for turn in range(1 + (1 if device.type == "cuda" and not full else ROUNDS)):
+    for turn in range(1 + size.rounds):
         for name, epoch in CONTENDERS.items():
-            few = images.subset(2 * BATCH) if turn == 0 else images
-            seconds, rate = epoch(few, device)
+            few = images.subset(2 * size.batch) if turn == 0 else images
+            seconds, rate = epoch(few, size, device)
             samples[name].append(seconds)
             steady = rate or steady
-    page = _our_run(images, device, profile=True)[2] if device.type == "cuda" else ""
+    page = _our_run(images, size, device, profile=True)[2] if size.profile else ""
     return Measured({name: each[1:] for name, each in samples.items()}, data, steady, page)
 
 
@@ -107,19 +126,19 @@ def pytest_generate_tests(metafunc):
     metafunc.parametrize("name", CONTENDERS, ids=[f"{device.type}-{n}" for n in CONTENDERS])
 
 
-def test_epoch(name, device, record, request):
-    option = request.config.getoption
-    measured = measure(option("--data"), option("--full"), device)
-    full = FULL_IMAGES if option("--full") else IMAGES
+def test_epoch(name, device, dry, record, request):
+    option, wanted = request.config.getoption, chosen_device(request.config).type
+    size = _size(wanted, option("--full"))
+    measured = measure(option("--data"), SMALLEST if dry else size, device)
     ours = name == "fastdml.train"
     record(
         measured.samples[name],
-        f"epoch {device.type}",
+        f"epoch {wanted}",
         bench="end_to_end",
         name=name,
-        device=device.type,
+        device=wanted,
         peers=" + ".join(PEERS),
-        images=full[device.type],
+        images=size.images,
         data=measured.data,
         steady=measured.steady if ours else None,
         profile=measured.profile if ours else "",

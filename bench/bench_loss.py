@@ -8,6 +8,7 @@ two minutes, most of it torch.compile.
 
 from __future__ import annotations
 
+import statistics
 from collections.abc import Callable, Sequence
 from functools import partial
 from itertools import product
@@ -40,6 +41,10 @@ class Case(NamedTuple):
         """The least bytes of forward and backward: logits read once, gradients written once."""
         return 2 * self.K * self.N * self.C * getattr(torch, self.dtype).itemsize
 
+    def smallest(self) -> Case:
+        """For a dry run."""
+        return Case(self.K, min(self.N, 4), min(self.C, 12), self.dtype)
+
 
 def _cases(dtype: str, *shapes: tuple[int, int, int]) -> list[Case]:
     return [Case(*shape, dtype) for shape in shapes]
@@ -69,10 +74,12 @@ FULL = {
 
 Losses = Callable[[Sequence[Tensor], Tensor], Any]
 Call = Callable[[Sequence[Tensor], Tensor], Any]
+Methods = dict[str, tuple[Losses, Callable]]  # name -> (losses, gradients)
 
 
-def _methods(device: torch.device) -> dict[str, tuple[Losses, Callable]]:
-    """name -> (losses, gradients); the optional ones where they are installed."""
+def _methods(device: torch.device) -> Methods:
+    """name -> (losses, gradients); the optional ones where they are installed, and can run on
+    `device`."""
     methods = {
         "ours": (mutual_loss, summed.gradients),
         "pairwise": (pairwise.losses, pairwise.gradients),
@@ -104,16 +111,17 @@ def _methods(device: torch.device) -> dict[str, tuple[Losses, Callable]]:
     return methods
 
 
-def _call(name: str, direction: str, methods: dict[str, tuple[Losses, Callable]]) -> Call:
-    """(logits, labels) -> (losses, gradients), or the losses alone."""
+def _call(name: str, direction: str, methods: Methods, backend: str = "inductor") -> Call:
+    """(logits, labels) -> (losses, gradients), or the losses alone. backend: of torch.compile."""
     if name == "direct":
         loss = MutualLoss()
         return lambda logits, labels: loss.value_and_grad(logits, labels)[::2]
     losses, gradients = methods[name]
     if name.endswith("-c"):
-        losses = torch.compile(losses, dynamic=False)
+        losses = torch.compile(losses, dynamic=False, backend=backend)
     elif name.endswith("-cg"):  # the compiler's own CUDA graphs: fewer launches for the host
-        losses = torch.compile(losses, dynamic=False, mode="reduce-overhead")
+        mode = "reduce-overhead" if backend == "inductor" else None
+        losses = torch.compile(losses, dynamic=False, backend=backend, mode=mode)
 
     def forward(logits: Sequence[Tensor], labels: Tensor) -> Any:
         with torch.no_grad():
@@ -135,8 +143,20 @@ def _names(case: Case, direction: str, device: torch.device, full: bool) -> list
         names.remove("pairwise-c")  # the compiler takes minutes over 8 peers' 56 pairs
     if direction == "forward":
         names.remove("summed")
-        return [name for name in names if full or not name.endswith(("-c", "-cg"))]
+        return [name for name in names if full or not _is_compiled(name)]
     return ["ours", "direct", *names[1:]]
+
+
+def _is_compiled(name: str) -> bool:
+    return name.endswith(("-c", "-cg"))
+
+
+def _groups(names: list[str]) -> list[tuple[str, ...]]:
+    """Contenders that take turns: those that torch.compile makes, which takes far longer than to
+    measure them, are apart, with ours among them."""
+    compiled = tuple(name for name in names if _is_compiled(name))
+    others = tuple(name for name in names if not _is_compiled(name))
+    return [others, ("ours", *compiled)] if compiled else [others]
 
 
 def pytest_generate_tests(metafunc):
@@ -146,11 +166,14 @@ def pytest_generate_tests(metafunc):
     clocks = ("wall", "kernel") if device.type == "cuda" else ("wall",)
     values, ids = [], []
     for case, direction in product(cases, ("forward", "forward_backward")):
-        for clock, name in product(clocks, _names(case, direction, device, full)):
-            values.append((case, direction, clock, name))
-            shape = "x".join(map(str, case[:3]))
-            ids.append(f"{device.type}-{case.dtype}-{shape}-{direction}-{clock}-{name}")
-    metafunc.parametrize(("case", "direction", "clock", "name"), values, ids=ids)
+        for group in _groups(_names(case, direction, device, full)):
+            for clock, name in product(clocks, group):
+                if name == "ours" and group[1:] and _is_compiled(group[-1]):
+                    continue  # measured among the others
+                values.append((case, direction, group, clock, name))
+                shape = "x".join(map(str, case[:3]))
+                ids.append(f"{device.type}-{case.dtype}-{shape}-{direction}-{clock}-{name}")
+    metafunc.parametrize(("case", "direction", "group", "clock", "name"), values, ids=ids)
 
 
 def _inputs(case: Case, device: torch.device, seed: int) -> tuple[list[Tensor], Tensor]:
@@ -197,33 +220,45 @@ def _warm(
     return timer
 
 
+class Row(NamedTuple):
+    """Contenders that are measured together, and how."""
+
+    case: Case
+    direction: str
+    names: tuple[str, ...]
+    wanted: str  # the kind of device whose contenders and clocks these are
+    dry: bool
+
+
 @once()
-def measure(case: Case, direction: str, device: torch.device, full: bool) -> Measured:
-    """All contenders of one table row, interleaved."""
+def measure(row: Row, device: torch.device) -> Measured:
+    """All contenders of a group, interleaved."""
     torch.compiler.reset()  # each shape is compiled for itself
-    methods = _methods(device)
+    case, direction = row.case.smallest() if row.dry else row.case, row.direction
+    methods = _methods(torch.device(row.wanted))
     logits, labels = _inputs(case, device, seed=0)
     ours = _call("ours", direction, methods)(logits, labels)
     timers, replays, extra, errors, not_captured = {}, {}, {}, {}, {}
-    if device.type == "cuda":
-        pool = torch.cuda.graph_pool_handle()
+    if row.wanted == "cuda":
+        pool = None if row.dry else torch.cuda.graph_pool_handle()
         copies = min(timing.CALLS_A_GRAPH, max(1, COLD_BYTES // case.least_bytes))
         inputs = [_inputs(case, device, seed) for seed in range(copies)]
-    for name in _names(case, direction, device, full):
-        call = _call(name, direction, methods)
+    for name in row.names:
+        call = _call(name, direction, methods, "eager" if row.dry else "inductor")
         try:
             timers[name] = _warm(call, (logits, labels), ours, case, direction, device)
         except Exception as error:  # a rival that does not run fails alone
             errors[name] = in_words(error)
             continue
-        if device.type != "cuda":
+        if row.wanted != "cuda":
             continue
         extra[name] = timing.extra_memory(partial(call, logits, labels), device)
         if name.endswith("-cg"):
             not_captured[name] = "a graph of its own"
             continue
         try:
-            replays[name] = timing.replay([partial(call, *each) for each in inputs], pool)
+            calls = [partial(call, *each) for each in inputs]
+            replays[name] = timing.device_time(calls, pool, device)
         except RuntimeError as error:
             not_captured[name] = in_words(error).line
     samples = {"wall": timing.interleave(timers, SECONDS)}
@@ -232,27 +267,26 @@ def measure(case: Case, direction: str, device: torch.device, full: bool) -> Mea
     return Measured(samples, extra, errors, not_captured)
 
 
-@pytest.fixture(scope="session")
-def copy_bandwidth(device) -> float | None:
-    return timing.copy_bandwidth(device) if device.type == "cuda" else None
-
-
-def test_loss(case, direction, clock, name, device, copy_bandwidth, record, request):
-    measured = measure(case, direction, device, request.config.getoption("--full"))
+def test_loss(case, direction, group, clock, name, device, dry, copy_bandwidth, record, request):
+    wanted = chosen_device(request.config).type
+    measured = measure(Row(case, direction, group, wanted, dry), device)
     if name in measured.errors:
         measured.errors[name].end_test()
     if clock == "kernel" and name in measured.not_captured:
         pytest.skip(f"not captured in a CUDA graph: {measured.not_captured[name]}")
+    samples = measured.samples[clock]
+    beside = statistics.median(samples["ours"]) if _is_compiled(name) else None
     record(
-        measured.samples[clock][name],
-        f"loss {device.type} {case.dtype} K{case.K} N{case.N} C{case.C} {direction} {clock}",
+        samples[name],
+        f"loss {wanted} {case.dtype} K{case.K} N{case.N} C{case.C} {direction} {clock}",
         bench="loss",
         **case._asdict(),
-        device=device.type,
+        device=wanted,
         direction=direction,
         clock=clock,
         name=name,
         least_bytes=case.least_bytes // (2 if direction == "forward" else 1),
         extra_bytes=measured.extra_bytes.get(name),
         copy_bandwidth=copy_bandwidth,
+        ours_beside=beside,
     )

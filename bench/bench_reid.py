@@ -37,10 +37,11 @@ from bench.baselines import (
     reid_losses,
     reid_torchreid,
 )
+from bench.conftest import chosen_device
 from bench.failures import once
 from fastdml import Cohort, metrics, train
 from fastdml.data import Market1501
-from fastdml.data.sets.stand_in import build_standin
+from fastdml.data.sets.stand_in import StandIn, build_standin
 from fastdml.errors import InputError
 from fastdml.models import ReidHead
 from fastdml.train.config.sources import preset
@@ -57,6 +58,10 @@ class Case(NamedTuple):
     queries: int
     gallery: int
     dims: int  # 0: distances are given
+
+    def smallest(self) -> Case:
+        """For a dry run."""
+        return self._replace(queries=70, gallery=200, dims=min(self.dims, 16))
 
     def __str__(self) -> str:
         return f"{self.kind}-{self.data}-{self.queries}x{self.gallery}x{self.dims}"
@@ -289,10 +294,24 @@ def measure_loss(loss: str, N: int, D: int, device: torch.device) -> dict[str, l
 # --- training ------------------------------------------------------------------------------------
 
 PEERS = ("resnet20", "resnet20")
-# Height and width of the images, and how many of the training images are used (0: all 1,200).
-TRAINING = {False: (64, 32, 320), True: (128, 64, 0)}
 TRAINERS = ("fastdml.train", "usual loop")
-ROUNDS = {False: 1, True: 3}
+
+
+class Size(NamedTuple):
+    peers: tuple[str, ...]
+    height: int
+    width: int
+    subset: int  # of the training images are used; 0: all 1,200
+    batch: int
+    rounds: int
+    standin: StandIn
+
+
+TRAINING = {
+    False: Size(PEERS, 64, 32, 320, 64, 1, StandIn()),
+    True: Size(PEERS, 128, 64, 0, 64, 3, StandIn()),
+}
+SMALLEST = Size(("resnet8", "resnet8"), 16, 8, 0, 8, 1, StandIn(2, 1, 12, 0, 0, 0))  # a dry run's
 
 
 def _our_epoch(market: Market1501, config: train.ReidConfig, device: torch.device) -> float:
@@ -301,7 +320,7 @@ def _our_epoch(market: Market1501, config: train.ReidConfig, device: torch.devic
         config = config.replace(folder=str(Path(folder, "run")))
         timing.wait(device)
         start = time.perf_counter()
-        cohort, batches, _ = prepare(market, config, device, lambda line: None)
+        cohort, batches, _ = prepare(market, config, device)
         timing.wait(device)
         prepared = time.perf_counter() - start
         seconds = prepared + train.fit(cohort, batches, None, config).seconds
@@ -326,21 +345,20 @@ def _usual_epoch(market: Market1501, config: train.ReidConfig, device: torch.dev
 
 @once(InputError)
 def measure_training(
-    root: str, folder: Path, full: bool, device: torch.device
+    root: str, folder: Path, size: Size, device: torch.device
 ) -> tuple[dict[str, list[float]], train.ReidConfig, str]:
     """Seconds an image of each trainer, taking turns; the settings; and what the images are."""
-    images, what = sets.cifar100(root)
-    build_standin(folder, images)
+    images, what = sets.cifar100(root, 100 * max(size.standin.images, size.standin.distractors))
+    build_standin(folder, images, size.standin)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # that it is a subset
         market = Market1501(folder, progress=False, cache=folder / "scans")
-    height, width, subset = TRAINING[full]
     config = preset("market1501", standin=True, recipe="strong").replace(
-        peers=PEERS, height=height, width=width, subset=subset, epochs=1, warmup_epochs=0.0,
-        tensorboard=False, progress=False,
+        peers=size.peers, height=size.height, width=size.width, subset=size.subset,
+        batch_size=size.batch, epochs=1, warmup_epochs=0.0, tensorboard=False, progress=False,
     )  # fmt: skip
     samples: dict[str, list[float]] = {}
-    for _ in range(ROUNDS[full]):
+    for _ in range(size.rounds):
         for name, epoch in zip(TRAINERS, (_our_epoch, _usual_epoch), strict=True):
             if name != "usual loop" or find_spec("torchvision"):
                 samples.setdefault(name, []).append(epoch(market, config, device))
@@ -369,11 +387,12 @@ def pytest_generate_tests(metafunc):
         metafunc.parametrize("trainer", TRAINERS)
 
 
-def test_retrieval(case, name, device, record, request):
+def test_retrieval(case, name, device, dry, record, request):
     full = request.config.getoption("--full")
-    measured = measure(case, full, device)
+    wanted = chosen_device(request.config).type
+    measured = measure(case.smallest() if dry else case, full, device)
     scored = measured.queries.get(name, case.queries)
-    whole = device.type == "cpu" and scored == case.queries and sys.platform == "linux"
+    whole = wanted == "cpu" and scored == case.queries and sys.platform == "linux"
     record(
         measured.samples[name],
         str(case),
@@ -383,15 +402,15 @@ def test_retrieval(case, name, device, record, request):
         queries=case.queries,
         gallery=case.gallery,
         dims=case.dims,
-        device=device.type,
+        device=wanted,
         name=name,
         scored=scored,
         peak_bytes=peak_memory(case, name) if whole else None,
     )
 
 
-def test_loss(loss, N, D, name, device, record):
-    samples = measure_loss(loss, N, D, device)
+def test_loss(loss, N, D, name, device, dry, record, request):
+    samples = measure_loss(loss, *((8, 16) if dry else (N, D)), device)
     if name not in samples:
         pytest.skip(f"{name} is not installed, or has no such loss")
     record(
@@ -401,7 +420,7 @@ def test_loss(loss, N, D, name, device, record):
         loss=loss,
         N=N,
         D=D,
-        device=device.type,
+        device=chosen_device(request.config).type,
         name=name,
     )
 
@@ -411,20 +430,21 @@ def folder(tmp_path_factory) -> Path:
     return tmp_path_factory.mktemp("market")
 
 
-def test_training(trainer, folder, device, record, request):
-    option = request.config.getoption
-    measured = measure_training(option("--data"), folder, option("--full"), device)
+def test_training(trainer, folder, device, dry, record, request):
+    option, wanted = request.config.getoption, chosen_device(request.config).type
+    size = SMALLEST if dry else TRAINING[option("--full")]
+    measured = measure_training(option("--data"), folder, size, device)
     samples, config, what = measured
     if trainer not in samples:
         pytest.skip("torchvision is not installed")
     record(
         samples[trainer],
-        f"re-identification training {device.type}",
+        f"re-identification training {wanted}",
         bench="reid_training",
         data=what,
         peers=" + ".join(PEERS),
         size=f"{config.height}x{config.width}",
         batch=config.batch_size,
-        device=device.type,
+        device=wanted,
         name=trainer,
     )

@@ -10,6 +10,7 @@ is shown with what it chose. Quick set on two CPU cores: half a minute.
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from itertools import product
 from typing import Any, NamedTuple
 
@@ -18,7 +19,7 @@ from torch import Tensor
 
 from bench import timing
 from bench.baselines import pairwise, summed
-from bench.conftest import chosen_device
+from bench.conftest import chosen_device, is_dry
 from bench.failures import Failure, in_words, once
 from fastdml import Cohort, MutualLoss
 from fastdml.engine import executions, make_optimizer, make_step
@@ -39,10 +40,15 @@ Epoch = Callable[[Batches], list[float]]  # trains on the batches; the peers' lo
 class Case(NamedTuple):
     peers: tuple[str, ...]
     batch: int
+    side: int = 32  # of the images
 
     def __str__(self) -> str:
         kinds = list(dict.fromkeys(self.peers))
         return " + ".join(f"{self.peers.count(kind)} {kind}" for kind in kinds)
+
+    def smallest(self) -> Case:
+        """For a dry run."""
+        return Case(("resnet8",) * len(self.peers), 2, 8)
 
 
 QUICK = {
@@ -66,9 +72,10 @@ def _sgd(parameters: list[Tensor]) -> torch.optim.SGD:
     return torch.optim.SGD(parameters, **SETTINGS)
 
 
-def _names(case: Case, device: torch.device) -> list[str]:
-    """Contenders; the eager step in both memory formats, the others in the one for speed."""
-    native = resolve_amp("auto", device).name
+def _names(case: Case, device: torch.device, dry: bool = False) -> list[str]:
+    """Contenders; the eager step in both memory formats, the others in the one for speed. Of a
+    device that is not there, in a dry run, those of one with bf16."""
+    native = "bf16" if dry and device.type == "cuda" else resolve_amp("auto", device).name
     precisions = ["fp32"] if native == "fp32" else ["fp32", native]
     names = ["pairwise", "summed"]
     if native == "bf16":
@@ -111,7 +118,7 @@ def _batches(case: Case, device: torch.device) -> tuple[Batches, Batches]:
     steps = STEPS[device.type]
     made = [
         (
-            torch.randn(case.batch, 3, 32, 32, generator=generator, device=device),
+            torch.randn(case.batch, 3, case.side, case.side, generator=generator, device=device),
             torch.randint(CLASSES, (case.batch,), generator=generator, device=device),
         )
         for _ in range(min(steps, 4))
@@ -123,7 +130,8 @@ def _batches(case: Case, device: torch.device) -> tuple[Batches, Batches]:
 def pytest_generate_tests(metafunc):
     device = chosen_device(metafunc.config)
     cases = FULL if metafunc.config.getoption("--full") else QUICK[device.type]
-    values = [(case, name) for case in cases for name in _names(case, device)]
+    names = partial(_names, device=device, dry=is_dry(metafunc.config))
+    values = [(case, name) for case in cases for name in names(case)]
     ids = [
         f"{device.type}-{case}-{case.batch}-{name}".replace(" + ", "+").replace(" ", "_")
         for case, name in values
@@ -148,12 +156,12 @@ def _warm(
 
 
 @once()
-def measure(case: Case, device: torch.device) -> Measured:
+def measure(case: Case, names: tuple[str, ...], device: torch.device) -> Measured:
     """All contenders of one case, interleaved."""
     nchw, nhwc = _batches(case, device)
     timers, errors, chosen = {}, {}, ""
     expected = torch.tensor(_epoch("pairwise", case, device)[0](nchw[:1]))
-    for name in _names(case, device):
+    for name in names:
         batches = nhwc if name.endswith("nhwc") else nchw
         try:
             timers[name], step = _warm(name, case, device, batches, expected)
@@ -176,17 +184,19 @@ def _check(name: str, losses: list[float] | float, expected: Tensor) -> None:
     assert error <= TOLERANCE[precision], f"the first losses differ by {error:.1e}: {losses}"
 
 
-def test_step(case, name, device, record):
-    measured = measure(case, device)
+def test_step(case, name, device, dry, record, request):
+    wanted = chosen_device(request.config)
+    names = tuple(_names(case, wanted, dry))
+    measured = measure(case.smallest() if dry else case, names, device)
     if name in measured.errors:
         # not installed, an execution that is not for this case, or a device too small
         measured.errors[name].end_test(ImportError, InputError, torch.OutOfMemoryError)
     record(
         measured.samples[name],
-        f"step {device.type} {case} batch {case.batch}",
+        f"step {wanted.type} {case} batch {case.batch}",
         bench="step",
         name=name.replace("auto", f"auto ({measured.chosen})"),
-        device=device.type,
+        device=wanted.type,
         peers=str(case),
         batch=case.batch,
     )

@@ -6,8 +6,11 @@ python -m bench.report [--plot roofline.png] FILE.json ...     what --benchmark-
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
+import os
 import platform
+import subprocess
 import sys
 from collections.abc import Iterable
 from importlib.metadata import PackageNotFoundError, version
@@ -51,6 +54,37 @@ def machine(device: torch.device) -> str:
     return ", ".join(parts)
 
 
+def versions(device: torch.device) -> dict[str, Any]:
+    """What `machine` says and more, for those who compare stored figures."""
+    found: dict[str, Any] = {
+        "python": platform.python_version(), "torch": torch.__version__,
+        "cuda": torch.version.cuda, "cudnn": torch.backends.cudnn.version(),
+    }  # fmt: skip
+    with contextlib.suppress(PackageNotFoundError):
+        found["triton"] = version("triton")
+    if device.type == "cuda":
+        has = torch.cuda.get_device_properties(device)
+        found["device"] = {
+            "name": has.name, "capability": f"{has.major}.{has.minor}", "bytes": has.total_memory,
+            "multiprocessors": has.multi_processor_count, "l2_bytes": has.L2_cache_size,
+        }  # fmt: skip
+        query = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
+        with contextlib.suppress(OSError, subprocess.SubprocessError):
+            done = subprocess.run(query, capture_output=True, text=True, timeout=20)
+            found["driver"] = done.stdout.strip().split("\n")[0]
+    return found
+
+
+def commit() -> str:
+    """The id of the sources that are measured: git's, or $COMMIT where they are a copy without it;
+    otherwise "unknown"."""
+    with contextlib.suppress(OSError, subprocess.SubprocessError):
+        call = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty"]
+        call += ["--abbrev=40", "--exclude=*"]
+        return subprocess.run(call, capture_output=True, text=True, check=True).stdout.strip()
+    return os.environ.get("COMMIT", "unknown")
+
+
 def tables(rows: list[Row], where: str) -> str:
     """Every table that the rows allow, under the line that says where they were measured."""
     parts = [where]
@@ -66,6 +100,11 @@ def _groups(rows: Iterable[Row], *keys: str) -> dict[tuple, dict[str, Row]]:
     for row in rows:
         groups.setdefault(tuple(row[key] for key in keys), {})[row["name"]] = row
     return groups
+
+
+def over_ours(rival: Row, ours: Row) -> float:
+    """A rival's time over ours in the same rounds."""
+    return rival["median"] / (rival.get("ours_beside") or ours["median"])
 
 
 def _loss(rows: list[Row]) -> list[str]:
@@ -84,7 +123,7 @@ def _loss(rows: list[Row]) -> list[str]:
                 continue
             line = f"{dtype:<9}{K:>3}{N:>6}{C:>8}"
             ratios = [
-                f"{group[name]['median'] / ours['median']:.2f}" if name in group else "-"
+                f"{over_ours(group[name], ours):.2f}" if name in group else "-"
                 for name in LOSS_NAMES
             ]
             lines.append(
@@ -281,18 +320,24 @@ def load(path: str) -> tuple[list[Row], str]:
     return rows, stored["machine_info"]["fastdml"]
 
 
+def by_machine(paths: Iterable[str]) -> dict[str, list[Row]]:
+    """The rows of several files, by where they were measured."""
+    found: dict[str, list[Row]] = {}
+    for path in paths:
+        rows, where = load(path)
+        found.setdefault(where, []).extend(rows)
+    return found
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m bench.report", description=__doc__)
     parser.add_argument("files", nargs="+", metavar="FILE.json")
     parser.add_argument("--plot", metavar="PNG", help="write the roofline plot here")
     arguments = parser.parse_args()
-    by_machine: dict[str, list[Row]] = {}
-    for path in arguments.files:
-        rows, where = load(path)
-        by_machine.setdefault(where, []).extend(rows)
-    print("\n\n".join(tables(rows, where) for where, rows in by_machine.items()))
+    machines = by_machine(arguments.files)
+    print("\n\n".join(tables(rows, where) for where, rows in machines.items()))
     if arguments.plot:
-        drawn = [roofline(rows, where, arguments.plot) for where, rows in by_machine.items()]
+        drawn = [roofline(rows, where, arguments.plot) for where, rows in machines.items()]
         if not any(drawn):
             print("no kernel times in these files: nothing to plot", file=sys.stderr)
             return 1

@@ -21,6 +21,7 @@ from fastdml.engine.graph import without_collector
 Timer = Callable[[int], float]  # calls -> seconds they took together
 SHORTEST = 0.002  # seconds a sample, so that the timer's own cost does not count
 REST = 0.005  # seconds before a sample: threads of the one before stop spinning and free the cores
+ROUNDS = 100  # at most, whatever a benchmark asks for: a dry run sets one
 CALLS_A_GRAPH = 8
 
 
@@ -39,7 +40,9 @@ def _rounds(
     guess = {name: max(timer(1), 1e-7) for name, timer in timers.items()}
     calls = {name: max(1, math.ceil(SHORTEST / guess[name])) for name in timers}
     a_round = sum(REST + guess[name] * calls[name] for name in timers)
-    rounds = min(max(int(seconds / max(a_round, 1e-9)), fewest), most)  # 0: no contender ran
+    rounds = min(
+        max(int(seconds / max(a_round, 1e-9)), fewest), most, ROUNDS
+    )  # 0: no contender ran
     draw = random.Random(0)
     samples: dict[str, list[float]] = {name: [] for name in timers}
     for _ in range(rounds):
@@ -104,8 +107,21 @@ def replay(calls: Sequence[Callable[[], Any]], pool: Any) -> Timer:
     return timer
 
 
+def device_time(calls: Sequence[Callable[[], Any]], pool: Any, device: torch.device) -> Timer:
+    """`replay`; in a dry run without a device, `wall` in its place."""
+    if device.type == "cuda":
+        return replay(calls, pool)
+    for call in calls:
+        call()
+    return wall(calls[0], device)
+
+
 def extra_memory(call: Callable[[], Any], device: torch.device) -> int:
-    """Bytes that a call needs at its peak beyond what was allocated before, results included."""
+    """Bytes that a call needs at its peak beyond what was allocated before, results included; in a
+    dry run without a device, 0."""
+    if device.type != "cuda":
+        call()
+        return 0
     wait(device)
     with without_collector():
         torch.cuda.reset_peak_memory_stats(device)

@@ -47,15 +47,18 @@ def part(name: str) -> str:
 def _loss_against_rivals() -> str:
     """The loss beside the loop that people write and careful torch, the short form of its table."""
     rows, _ = report.load(str(RESULTS / "loss-cpu-epyc.json"))
-    times: dict[tuple[int, int, int], dict[str, float]] = {}  # seconds, by K, N, C and contender
+    times: dict[tuple[int, int, int], dict[str, report.Row]] = {}  # by K, N, C and contender
     for row in rows:
         if row["direction"] == "forward_backward":
-            times.setdefault((row["K"], row["N"], row["C"]), {})[row["name"]] = row["median"]
+            times.setdefault((row["K"], row["N"], row["C"]), {})[row["name"]] = row
     cells = [
         [
             f"{K}, {N}, {C:,}",
-            f"{1e3 * found['ours']:.2f} ms",
-            *(f"{found[name] / found['ours']:.1f}x" for name in ("pairwise", "closed-c")),
+            f"{1e3 * found['ours']['median']:.2f} ms",
+            *(
+                f"{report.over_ours(found[name], found['ours']):.1f}x"
+                for name in ("pairwise", "closed-c")
+            ),
         ]
         for (K, N, C), found in times.items()
     ]

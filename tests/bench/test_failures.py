@@ -56,14 +56,17 @@ def test_words_are_kept_and_what_the_frames_held_is_freed(hungry):
     assert "ValueError: inner" in failure.text
 
 
+def row(direction: str, *names: str) -> bench_loss.Row:
+    case = bench_loss.Case(2, 3, 4, "float32")
+    return bench_loss.Row(case, direction, names, wanted="cpu", dry=False)
+
+
 @pytest.mark.parametrize("direction", ["forward", "forward_backward"])
 def test_a_failed_loss_frees_its_memory(monkeypatch, hungry, no_collector, direction):
     call, watched = hungry
     monkeypatch.setattr(bench_loss.pairwise, "losses", call)
-    monkeypatch.setattr(bench_loss, "_names", lambda *_: ["ours", "pairwise"])
     monkeypatch.setattr(bench_loss, "SECONDS", 0.0)
-    case = bench_loss.Case(2, 3, 4, "float32")
-    measured = bench_loss.measure.__wrapped__(case, direction, CPU, False)
+    measured = bench_loss.measure.__wrapped__(row(direction, "ours", "pairwise"), CPU)
     assert list(measured.samples["wall"]) == ["ours"]
     assert [ref() for ref in watched] == [None]
     with pytest.raises(pytest.fail.Exception, match="Tried to allocate"):
@@ -85,10 +88,10 @@ def test_a_failed_step_frees_its_memory(monkeypatch, hungry, no_collector, where
         return lambda batches: [2.0 + 0 * held[0].item()], None
 
     monkeypatch.setattr(bench_step, "_epoch", epoch)
-    monkeypatch.setattr(bench_step, "_names", lambda *_: ["pairwise", "ours eager fp32 nhwc"])
     monkeypatch.setattr(bench_step, "SECONDS", {"cpu": 0.0})
     case = bench_step.Case(("resnet8",), 2)
-    measured = bench_step.measure.__wrapped__(case, CPU)
+    names = ("pairwise", "ours eager fp32 nhwc")
+    measured = bench_step.measure.__wrapped__(case, names, CPU)
     assert list(measured.samples) == ["pairwise"]
     assert [ref() for ref in watched + made] == [None]
     failure = measured.errors["ours eager fp32 nhwc"]
@@ -131,11 +134,8 @@ def test_the_collector_is_off_wherever_a_contender_may_record_a_graph(monkeypatc
         return call
 
     monkeypatch.setattr(torch, "compile", seen)
-    monkeypatch.setattr(bench_loss, "_names", lambda *_: ["ours", "closed-c"])
     monkeypatch.setattr(bench_loss, "SECONDS", 0.0)
-    bench_loss.measure.__wrapped__(
-        bench_loss.Case(2, 3, 4, "float32"), "forward_backward", CPU, False
-    )
+    bench_loss.measure.__wrapped__(row("forward_backward", "ours", "closed-c"), CPU)
     assert len(on) > 5
     assert not any(on)
     assert gc.isenabled()

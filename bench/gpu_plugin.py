@@ -1,0 +1,123 @@
+"""The pytest plugin of the GPU scripts: an order, a time limit, and results stored as they come.
+
+Every line of --stored FILE is a JSON object: first what ran where (`machine`), then the tests that
+were collected (`collected`), and as each starts and ends `started` and `test`. A benchmark's
+samples follow in `benchmark`, as pytest-benchmark writes them. `bench.gpu_summary` reads it, whole
+or cut off.
+"""
+
+from __future__ import annotations
+
+import json
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from bench import gpu_order, gpu_summary, report
+
+OUT_OF_TIME = "not run: the time is over"
+NO_BODY = "dry run: set up, and not run"
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    group = parser.getgroup("GPU scripts")
+    group.addoption("--stored", metavar="FILE", help="append results to this file as they come")
+    group.addoption("--until", type=float, help="start no test after this time (Unix seconds)")
+    group.addoption("--again", metavar="FILE", help="only what did not pass in this --stored FILE")
+    group.addoption(
+        "--dry-run", action="store_true",
+        help="no device: tests are set up and not run, benchmarks run in their smallest form",
+    )  # fmt: skip
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    path = config.getoption("--stored")
+    if path and not hasattr(config, "workerinput"):  # a process of xdist's reports to its parent
+        config.pluginmanager.register(Store(Path(path), config), "gpu_store")
+
+
+@pytest.hookimpl(trylast=True)
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    by_id = {item.nodeid: item for item in items}
+    benchmarks = [test for test in by_id if test.startswith("bench/")]
+    tests = [test for test in by_id if not test.startswith("bench/")]
+    marked = {test for test in tests if by_id[test].get_closest_marker("gpu")}
+    chosen = gpu_order.chosen_tests(tests, marked) + gpu_order.chosen_benchmarks(benchmarks)
+    if again := config.getoption("--again"):
+        done = gpu_summary.read(again).passed
+        chosen = [test for test in chosen if test not in done]
+    config.hook.pytest_deselected(items=[by_id[test] for test in by_id.keys() - set(chosen)])
+    items[:] = [by_id[test] for test in chosen]
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    until = item.config.getoption("--until")
+    if until and time.time() > until:
+        pytest.skip(OUT_OF_TIME)
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_pyfunc_call(pyfuncitem: pytest.Function) -> None:
+    if pyfuncitem.config.getoption("--dry-run") and not pyfuncitem.nodeid.startswith("bench/"):
+        pytest.skip(NO_BODY)
+
+
+class Store:
+    def __init__(self, path: Path, config: pytest.Config) -> None:
+        self.path = path
+        self.config = config
+        self.has_info = False
+        path.write_text("")
+
+    def write(self, **what: Any) -> None:
+        with self.path.open("a") as file:
+            file.write(json.dumps(what, default=str) + "\n")
+
+    def pytest_sessionstart(self) -> None:
+        device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        self.write(machine=report.machine(device), commit=report.commit())
+
+    def pytest_collection_finish(self, session: pytest.Session) -> None:
+        if session.items:
+            self.write(collected=[item.nodeid for item in session.items])
+
+    @pytest.hookimpl(optionalhook=True)
+    def pytest_xdist_node_collection_finished(self, ids: list[str]) -> None:
+        self.write(collected=list(ids))
+
+    def pytest_collectreport(self, report: pytest.CollectReport) -> None:
+        if report.failed:
+            self.write(test=report.nodeid, outcome="failed", text=str(report.longrepr)[-3000:])
+
+    def pytest_runtest_logstart(self, nodeid: str) -> None:
+        self.write(started=nodeid)
+
+    def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
+        if report.when == "call" or not report.passed:
+            text = "" if report.passed else str(report.longrepr)
+            if report.skipped and isinstance(report.longrepr, tuple):
+                text = report.longrepr[2].removeprefix("Skipped: ")
+            outcome = "not run" if text == OUT_OF_TIME else report.outcome
+            self.write(
+                test=report.nodeid, outcome=outcome, seconds=round(report.duration, 3),
+                text=text[-3000:],
+            )  # fmt: skip
+
+    def benchmark(self, stats: Any) -> None:
+        """What a benchmark recorded, and before the first one what stands above them in a file of
+        pytest-benchmark's."""
+        if not self.has_info:
+            self.has_info = True
+            session, hook = self.config._benchmarksession, self.config.hook
+            commit_info = hook.pytest_benchmark_generate_commit_info(config=self.config)
+            hook.pytest_benchmark_update_commit_info(config=self.config, commit_info=commit_info)
+            whole = hook.pytest_benchmark_generate_json(
+                config=self.config, benchmarks=[], include_data=True,
+                machine_info=session.get_machine_info(), commit_info=commit_info,
+            )  # fmt: skip
+            self.write(**whole)
+        self.write(benchmark=stats.as_dict(include_data=True))
