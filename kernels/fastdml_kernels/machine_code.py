@@ -14,7 +14,7 @@ import re
 import subprocess
 import tempfile
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path as FilePath
 from typing import Any
@@ -22,6 +22,7 @@ from typing import Any
 import triton
 
 NO_RETURN = ("EXIT", "RET", "KILL", "s_endpgm", "s_setpc_b64")
+FEW = 8  # instructions
 BARRIERS = ("BAR", "s_barrier")
 
 
@@ -86,10 +87,20 @@ def parse_sass(listing: str) -> list[Instruction]:
     )
     found = line.findall(listing)
     position = {int(address, 16): i for i, (address, *_) in enumerate(found)}
-    return [
+    code = [
         _sass_instruction(guard, opcode, operands, position)
         for _, guard, opcode, operands in found
     ]  # fmt: skip
+    return [replace(step, rarely=_is_predicate(code, i)) for i, step in enumerate(code)]
+
+
+def _is_predicate(code: Sequence[Instruction], i: int) -> bool:
+    """Whether a branch jumps over a few instructions alone. It stands for a predicate on them: it
+    is for single lanes, such as those that store a warp's sum, and the warp runs them."""
+    step = code[i]
+    if step.target is None or not step.falls or not 1 < step.target - i <= FEW:
+        return False
+    return all(code[j].target is None and code[j].falls for j in range(i + 1, step.target))
 
 
 def _sass_instruction(

@@ -200,8 +200,9 @@ def report(
         rows=tile.rows, block_c=tile.block_c, warps=warps, launches=1, least_bytes=least,
     )  # fmt: skip
     usage = _usage(compiled, code)
-    programs = programs_per_sm(regime, tile, K * C * size)
-    ran = _cost(arch, row, usage, warps, K * least, programs, share=1 / tile.rows)
+    at_once = _resident(arch, usage, warps)
+    programs = at_once and programs_per_sm(regime, tile, K * C * size, at_once)
+    ran = _cost(arch, row, warps, K * least, programs, share=1 / tile.rows)
     if not nvidia:
         return known(**usage, **ran)
     reads, writes = row.passes(0), row.passes(1)
@@ -212,21 +213,19 @@ def report(
     )  # fmt: skip
 
 
+def _resident(arch: str, usage: _Usage, warps: int) -> int | None:
+    """Programs that a multiprocessor holds at once, where its limits are known."""
+    limits = ARCHITECTURES[arch].limits
+    if limits is None:
+        return None
+    return resident_programs(usage["registers"], usage["shared_bytes"], warps, limits)
+
+
 def _cost(
-    arch: str,
-    rows: RowCost,
-    usage: _Usage,
-    warps: int,
-    row_bytes: int,
-    programs: int | None,
-    share: float,
+    arch: str, rows: RowCost, warps: int, row_bytes: int, resident: int | None, share: float
 ) -> _Cost:
     """What runs for one row, which is `share` of what a program does on the path, and an estimate
-    of what bounds it. programs: on a multiprocessor, at most."""
-    limits, resident = ARCHITECTURES[arch].limits, None
-    if limits is not None:
-        fitting = resident_programs(usage["registers"], usage["shared_bytes"], warps, limits)
-        resident = min(fitting, programs) if programs else fitting
+    of what bounds it. resident: programs on a multiprocessor at a time."""
     waits, cached = rows.waits()
     return {
         "instructions": rows.total(lambda step: 1) * share,
@@ -234,8 +233,7 @@ def _cost(
         "waits": waits + cached,
         "bound": estimate(
             arch, row_bytes=row_bytes, issued=rows.total(issued) * warps * share,
-            waits=waits * share, cached_waits=cached * share,
-            resident=resident,
+            waits=waits * share, cached_waits=cached * share, resident=resident,
         ),
     }  # fmt: skip
 
@@ -267,7 +265,7 @@ def augment_report(name: str, dtype: str = "bf16", arch: str = "sm_90") -> Kerne
     )  # fmt: skip
     usage = _usage(compiled, code)
     programs = math.ceil(what.height / named["ROWS"])  # of an image
-    ran = _cost(arch, rows, usage, warps, least, None, share=programs)
+    ran = _cost(arch, rows, warps, least, _resident(arch, usage, warps), share=programs)
     if arch.startswith("gfx"):
         return known(**usage, **ran)
     loads, stores = rows.widths(0), rows.widths(1)
@@ -361,7 +359,7 @@ def table(rows: Sequence[KernelReport]) -> str:
     lines = [
         f"{'kernel':14}{'K':>3}{'C':>8} {'dtype':6}{'arch':8}{'tile':>12}{'warps':>6}"
         f"{'regs':>6}{'stack':>6}{'spills':>7}{'shared':>7}  {'loads':14}{'stores':14}"
-        f"{'reads':>6}{'writes':>7}{'ratio':>6}{'instr':>9}{'bars':>6}{'waits':>6}  bound"
+        f"{'reads':>6}{'writes':>7}{'ratio':>6}{'instr':>9}{'bars':>8}{'waits':>6}  bound"
     ]
     for r in rows:
         tile = f"{r.rows}x{r.block_c}"
@@ -370,7 +368,7 @@ def table(rows: Sequence[KernelReport]) -> str:
             f"{r.warps:>6}{r.registers:>6}{r.stack_bytes:>6}{r.spills:>7}{r.shared_bytes:>7}  "
             f"{widths(r.load_widths):14}{widths(r.store_widths):14}"
             f"{known(r.reads):>6}{known(r.writes):>7}{known(r.ratio):>6}"
-            f"{r.instructions:>9.0f}{r.barriers:>6.4g}{r.waits:>6.3g}  "
+            f"{r.instructions:>9.0f}{r.barriers:>8.4g}{r.waits:>6.3g}  "
             f"{r.bound.name} {r.bound.share:.0%}"
         )
     products = (f"{ARCHITECTURES[arch].product} for {arch}" for arch in {r.arch: 0 for r in rows})

@@ -8,6 +8,7 @@ import math
 import pytest
 from fastdml_kernels.bounds import ARCHITECTURES, estimate
 from fastdml_kernels.machine_code import (
+    FEW,
     Instruction,
     Path,
     loops,
@@ -148,19 +149,18 @@ def test_copies_ahead_are_counted_in_the_loop_alone():
 
 SLOW_WAYS = listing(
     "LDG.E.EF.64 R2, desc[UR4][R6.64]",  # 0: the rows
-    f"@P0 BRA {at(4)}",  # no lane inside the row: the second load is left out
+    f"@P0 BRA {at(12)}",  # no lane inside the row: the second load is left out
+    *["FADD R9, R9, R9"] * 9,
     "LDG.E.EF.64 R4, desc[UR4][R6.64+0x8]",
-    "FADD R9, R9, R4",
-    "FADD R2, R2, R4",
-    f"@!P1 BRA {at(8)}",  # usual: not to compute the row again
-    "MUFU.EX2 R2, R2",
-    "FMUL R2, R2, R2",
-    "STG.E.EF.64 desc[UR4][R6.64], R2",
-    f"@P2 BRA {at(12)}",  # rare: outlined behind the end
+    "FADD R2, R2, R4",  # 12
+    f"@!P1 BRA {at(24)}",  # usual: not to compute the row again
+    *["FMUL R2, R2, R2"] * 10,
+    "STG.E.EF.64 desc[UR4][R6.64], R2",  # 24
+    f"@P2 BRA {at(28)}",  # rare: outlined behind the end
     f"@!P3 BRA {at(0)}",
     "EXIT",
-    "STG.E.EF.64 desc[UR4][R6.64], R2",
-    f"BRA {at(10)}",
+    "STG.E.EF.64 desc[UR4][R6.64], R2",  # 28
+    f"BRA {at(26)}",
 )
 
 
@@ -168,13 +168,24 @@ def test_the_usual_path_makes_every_access_and_no_more():
     """Eight bytes more are written behind the end than a row has: no reason to go there."""
     code = parse_sass(SLOW_WAYS)
     (rows,) = loops(code)
-    assert rows.body == {*range(11), 12, 13}
+    assert rows.body == {*range(27), 28, 29}
     path = usual_path(code, rows, logits_moved, (16, 8))
-    assert names(path) == ["LDG", "BRA", "LDG", "FADD", "FADD", "BRA", "STG", "BRA", "BRA"]
+    assert names(path) == ["LDG", "BRA", *["FADD"] * 9, "LDG", "FADD", "BRA", "STG", "BRA", "BRA"]
     assert names(usual_path(code, rows, logits_moved, (8, 8))) == [
         "LDG", "BRA", "FADD", "BRA", "STG", "BRA", "BRA",
     ]  # fmt: skip
     assert names(usual_path(code, rows, logits_moved, ANY)).count("STG") == 2
+
+
+def test_a_branch_for_single_lanes_is_on_the_way():
+    """One lane of a warp stores its sum: the warp runs the store."""
+    code = parse_sass(listing(
+        "SHFL.BFLY R2, R1, 0x1, 0x1f", f"@P0 BRA {at(3)}", "STS [R4], R2",
+        "BAR.SYNC.DEFER_BLOCKING 0x0", f"@!P1 BRA {at(0)}", "EXIT",
+    ))  # fmt: skip
+    (rows,) = loops(code)
+    path = usual_path(code, rows, logits_moved, ANY)
+    assert names(path) == ["SHFL", "BRA", "STS", "BAR", "BRA"]
 
 
 def test_of_two_ways_with_the_same_accesses_the_shorter_is_usual():
@@ -265,9 +276,9 @@ def programs(draw, depth: int = 2):
         if usual:
             always.append(n)
         for _ in range(draw(st.integers(0, 2)) if depth else 0):
-            if draw(st.booleans()):  # code that a branch leaves out
+            if draw(st.booleans()):  # code that a branch leaves out, and not for single lanes
                 skip = len(lines)
-                lines.append("")
+                lines.extend(["", *["IADD3 R2, R2, 0x1, RZ"] * FEW])
                 block(depth - 1, False)
                 lines[skip] = f"@P0 BRA {at(len(lines))}"
                 always.append(1 if usual else 0)
