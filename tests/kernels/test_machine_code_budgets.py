@@ -16,7 +16,7 @@ pytestmark = pytest.mark.skipif(torch.version.hip is not None, reason="reads NVI
 CODE = """
 import json, math, sys
 from fastdml_kernels import static_report
-from fastdml_kernels.machine_code import cuobjdump, parse_sass, usual_path
+from fastdml_kernels.machine_code import cuobjdump, loops, parse_sass, usual_path
 from fastdml_kernels.options import Options
 from fastdml_kernels.row_costs import logits_moved, row_loop
 
@@ -36,13 +36,36 @@ for K, C, arch in json.loads(sys.argv[1]):
     code = parse_sass(cuobjdump(compiled[-1], "-sass"))
     rows = row_loop(code, logits_moved)
     row = usual_path(code, rows, logits_moved, (math.inf, math.inf))
-    order = {"row": [event(step) for step in row.flat()],
+    labels = min(loops(code)[0].body)  # the loop that counts them
+    order = {"begin": [event(step) for step in code[:labels]],
+             "row": [event(step) for step in row.flat()],
              "end": [step.name for step in code[max(rows.body) + 1:]]}
     print(json.dumps(report.as_dict() | order))
 """
 ARCHS = ("sm_80", "sm_90", "sm_100")
 LAST_PROGRAM = [(2, 100, arch) for arch in ARCHS] + [(2, 32_768, "sm_90")]
-CASES = [*LAST_PROGRAM]
+# (K, C): at most so many instructions and barriers a row, on each architecture. Kernels that reduce
+# one peer after another, load a peer's row after another's reductions, or select where they could
+# multiply, have more of both.
+REGISTER_ROWS = {
+    (2, 100): (145, 0.75),
+    (3, 100): (205, 0.75),
+    (4, 100): (265, 0.75),
+    (8, 100): (510, 1.5),
+    (2, 751): (850, 4.5),
+    (4, 751): (1400, 9),
+    (2, 1000): (860, 4.5),
+    (4, 1000): (1400, 9),
+    (8, 1000): (1950, 16),
+    (4, 2048): (1400, 9),
+}
+ON_SM_90 = [(*shape, "sm_90") for shape in REGISTER_ROWS]
+HELD = [*ON_SM_90, (4, 1000, "sm_80"), (4, 1000, "sm_100"), (2, 100, "sm_80"), (2, 100, "sm_100")]
+CASES = list(dict.fromkeys([*LAST_PROGRAM, *HELD]))
+
+
+def name(case: tuple) -> str:
+    return "-".join(map(str, case))
 
 
 @pytest.fixture(scope="module")
@@ -56,7 +79,27 @@ def order(names: list[str], of: set[str]) -> list[str]:
     return [name for name, _ in itertools.groupby(n for n in names if n in of)]
 
 
-@pytest.mark.parametrize("case", LAST_PROGRAM, ids=lambda case: "-".join(map(str, case)))
+@pytest.mark.parametrize("case", HELD, ids=name)
+def test_instructions_and_barriers_of_a_row_in_registers(compiled, case):
+    report = compiled[case]
+    instructions, barriers = REGISTER_ROWS[case[:2]]
+    assert report["kernel"] == "register_rows"
+    assert report["instructions"] <= instructions
+    assert report["barriers"] <= barriers
+    assert report["spills"] == report["stack_bytes"] == 0
+    assert report["ratio"] == 1
+
+
+@pytest.mark.parametrize("case", HELD, ids=name)
+def test_all_rows_are_on_their_way_before_the_first_barrier(compiled, case):
+    """And those of the first turn before the labels are counted; a turn waits for memory once."""
+    report = compiled[case]
+    assert report["begin"].count("read") == report["row"].count("read")
+    assert order(report["row"], {"read", "BAR"}) == ["read", "BAR"]
+    assert report["waits"] == 1
+
+
+@pytest.mark.parametrize("case", LAST_PROGRAM, ids=name)
 def test_the_last_program_reads_what_the_others_have_written(compiled, case):
     """A program's sums are stored by all its threads (BAR), and seen by all programs (MEMBAR),
     before it counts as done (ATOMG); that count comes before all threads (BAR) read the other
