@@ -9,13 +9,14 @@ A part that is generated stands between `<!-- generated: NAME -->` and `<!-- end
 from __future__ import annotations
 
 import dataclasses
+import json
 import re
 import sys
 from pathlib import Path
 from types import NoneType
 from typing import Any, Literal, get_args, get_origin, get_type_hints
 
-from bench import report
+from bench import host_time, report
 from fastdml.data.registry import dataset_names
 from fastdml.train import ReidConfig, TrainConfig
 from fastdml.train.checkpoint import FREE_ON_RESUME
@@ -40,6 +41,9 @@ def part(name: str) -> str:
         return SETTINGS[name]()
     if name == "loss against rivals":
         return _loss_against_rivals()
+    if name.startswith("host-time"):
+        found = json.loads((RESULTS / f"{name}.json").read_text())
+        return f"```text\n{host_time.table(**found)}\n```"
     rows, where = report.load(str(RESULTS / f"{name}.json"))
     return f"```text\n{report.tables(rows, where)}\n```"
 
