@@ -76,10 +76,10 @@ def store_row(grad, g, n64, inside, cols, stride: tl.constexpr, C: tl.constexpr)
 
 
 @triton.jit
-def reduce_group(T, FIRST: tl.constexpr, COUNT: tl.constexpr, OPERATION: tl.constexpr):
-    """`reduced` for COUNT tensors from the place FIRST on, by one reduction. They are padded to a
-    power of two by repetition; what becomes of the padding is not used."""
-    SIZE: tl.constexpr = 8 if COUNT > 4 else (4 if COUNT > 2 else COUNT)
+def reduce_group(T, FIRST: tl.constexpr, COUNT: tl.constexpr, SIZE: tl.constexpr,
+                 OPERATION: tl.constexpr):  # fmt: skip
+    """`reduced` for COUNT tensors from the place FIRST on, by one reduction. They are padded to
+    SIZE, a power of two, by repetition; what becomes of the padding is not used."""
     OF = ()
     for i in tl.static_range(SIZE):
         if i < COUNT:
@@ -116,10 +116,15 @@ def reduce_group(T, FIRST: tl.constexpr, COUNT: tl.constexpr, OPERATION: tl.cons
 @triton.jit
 def reduced(T, COUNT: tl.constexpr, OPERATION: tl.constexpr):
     """The "max", "min" or "sum" over the classes of each of COUNT tensors (ROWS, BLOCK_C), (ROWS,).
-    Up to 8 share one reduction."""
+
+    Up to 8 share one reduction. Where there are several, all have one size: so every tensor is
+    added up in the same order, and identical peers have identical sums."""
+    SIZE: tl.constexpr = 8 if COUNT > 4 else (4 if COUNT > 2 else COUNT)
     OUT = ()
     for first in tl.static_range(0, COUNT, 8):
-        OUT = OUT + reduce_group(T, first, 8 if COUNT - first > 8 else COUNT - first, OPERATION)
+        OUT = OUT + reduce_group(
+            T, first, 8 if COUNT - first > 8 else COUNT - first, SIZE, OPERATION
+        )
     return OUT
 
 
@@ -153,7 +158,9 @@ def normalised(Z, is_y, inv_t, K: tl.constexpr, TEMPERED: tl.constexpr):
         if TEMPERED:  # products are fused by name: see `log_probability`
             top_t = TOP[k] * inv_t
             COOLED = COOLED + (exponential(tl.fma(Z[k], inv_t, -top_t[:, None])),)
-    SUMS = reduced(E + AT_LABEL + COOLED, 3 * K if TEMPERED else 2 * K, "sum")
+    SUMS = reduced(E + AT_LABEL, 2 * K, "sum")
+    if TEMPERED:
+        SUMS_T = reduced(COOLED, K, "sum")
     LSE = ()
     LSE_T = ()
     Z_Y = ()
@@ -163,8 +170,8 @@ def normalised(Z, is_y, inv_t, K: tl.constexpr, TEMPERED: tl.constexpr):
         LSE = LSE + (lse,)
         Z_Y = Z_Y + (SUMS[K + k],)
         if TEMPERED:
-            LSE_T = LSE_T + (tl.fma(TOP[k], inv_t, tl.log(SUMS[2 * K + k])),)
-            Q = Q + (COOLED[k] * (1.0 / SUMS[2 * K + k])[:, None],)
+            LSE_T = LSE_T + (tl.fma(TOP[k], inv_t, tl.log(SUMS_T[k])),)
+            Q = Q + (COOLED[k] * (1.0 / SUMS_T[k])[:, None],)
         else:
             LSE_T = LSE_T + (lse,)
             Q = Q + (E[k] * (1.0 / SUMS[k])[:, None],)
@@ -332,12 +339,13 @@ def uniform_divergences(Z, LSE_T, Q, mimics, cols, inv_t, K: tl.constexpr, C: tl
 
 
 @triton.jit
-def pair_group(LOG_Q, Q, FIRST: tl.constexpr, COUNT: tl.constexpr, K: tl.constexpr):
+def pair_group(LOG_Q, Q, FIRST: tl.constexpr, COUNT: tl.constexpr, SIZE: tl.constexpr,
+               K: tl.constexpr):  # fmt: skip
     """COUNT of the `pair_divergences`, by one reduction."""
     PARTS = ()
     for i in tl.static_range(FIRST, FIRST + COUNT):
         PARTS = PARTS + (pair_terms(LOG_Q, Q, i // (K - 1), i % (K - 1)),)
-    return reduce_group(PARTS, 0, COUNT, "sum")
+    return reduce_group(PARTS, 0, COUNT, SIZE, "sum")
 
 
 @triton.jit
@@ -351,9 +359,10 @@ def pair_terms(LOG_Q, Q, l: tl.constexpr, other: tl.constexpr):  # noqa: E741
 def pair_divergences(LOG_Q, Q, K: tl.constexpr):
     """KL(q_l || q_k) of all ordered pairs, row by row of the matrix [l, k] without its diagonal."""
     PAIRS: tl.constexpr = K * (K - 1)
+    SIZE: tl.constexpr = 8 if PAIRS > 2 else 2
     OUT = ()
     for first in tl.static_range(0, PAIRS, 8):
-        OUT = OUT + pair_group(LOG_Q, Q, first, 8 if PAIRS - first > 8 else PAIRS - first, K)
+        OUT = OUT + pair_group(LOG_Q, Q, first, 8 if PAIRS - first > 8 else PAIRS - first, SIZE, K)
     return OUT
 
 

@@ -2,12 +2,25 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 from fastdml_kernels.launch import COUNT_IN_KERNEL
 from fastdml_kernels.tiles import Tile, most_logits, register_tile, table
 from hypothesis import assume, given, settings
-from oracle import DEVICE, REGISTER_OPTIONS, check, launched, make, problems, register
+from oracle import (
+    DEVICE,
+    IN_REGISTERS,
+    REGISTER_OPTIONS,
+    check,
+    launched,
+    make,
+    one_row,
+    problems,
+    reference,
+    register,
+)
 
 
 @given(problems(most_peers=4, most_rows=130, most_logits=4000, options=REGISTER_OPTIONS))
@@ -35,6 +48,74 @@ def test_any_shape_layout_dtype_and_three_options_at_length(drawn):
                                      {"mimic_ignored": True, "reduction": "sum"}])  # fmt: skip
 def test_options(options):
     check(make(3, 24, 10, ignored=0.3, **options), register)
+
+
+@pytest.mark.parametrize("path", IN_REGISTERS)
+@pytest.mark.parametrize("K", [3, 5, 6, 7, 9])
+def test_peers_of_any_number_share_their_reductions(K, path):
+    """Up to eight tensors a reduction: one and two reductions, full and padded."""
+    check(make(K, 3, 12, ignored=0.2), path)
+    check(make(K, 2, 12, temperature=2.0, gate="correct", label_smoothing=0.1), path)
+
+
+@pytest.mark.parametrize("path", IN_REGISTERS)
+@pytest.mark.parametrize("temperature", [1.0, 3.0])
+@pytest.mark.parametrize("K", [3, 5, 9])
+def test_identical_peers_have_no_divergence(K, temperature, path):
+    p = make(1, 2, 12, spread=5.0)
+    p = replace(p, logits=list(p.logits) * K, weights={"temperature": temperature})
+    answer = check(p, path)
+    assert (answer.stats["kl"] == 0).all()
+    assert (answer.stats["pairwise_kl"] == 0).all()
+    assert all(torch.equal(g, answer.grads[0]) for g in answer.grads)
+
+
+RULED_OUT = {"first": [0], "last": [-1], "all_but_first": slice(1, None), "all": slice(None)}
+
+
+@pytest.mark.parametrize("path", IN_REGISTERS)
+@pytest.mark.parametrize("temperature", [1.0, 3.0])
+@pytest.mark.parametrize("who", RULED_OUT)
+@pytest.mark.parametrize("K", [2, 3, 5])
+def test_a_class_that_some_peers_rule_out(K, who, temperature, path):
+    """Products that are 0 * inf: the row is computed again. All other rows are not."""
+    p = make(K, 4, 9, temperature=temperature, reduction="none")
+    p.labels[2] = 0
+    stacked = torch.stack(list(p.logits))
+    stacked[RULED_OUT[who], 2, 6] = -torch.inf
+    answer = check(replace(p, logits=list(stacked)), path)
+    assert not answer.losses.isnan().any()
+    assert answer.losses.isinf().any() == (who != "all")
+
+
+@pytest.mark.parametrize("path", IN_REGISTERS)
+@pytest.mark.parametrize("options", [{}, {"mimic_ignored": True}, {"kl_weight": 0.0}], ids=str)
+@pytest.mark.parametrize("value", [torch.nan, torch.inf, -torch.inf])
+@pytest.mark.parametrize("K", [2, 3])
+def test_rows_that_are_broken_unlabelled_or_both(K, value, options, path):
+    """One row breaks in one peer, one in the first, with and without a label."""
+    p = make(K, 6, 5, reduction="none", **options)
+    p.labels[2:4] = p.options.ignore_index
+    for peer, row in ((0, 1), (0, 2), (K - 1, 3), (K - 1, 4)):
+        p.logits[peer][row] = value
+    answer, exact = path(p), reference(p)
+    fine = [0, 5]
+    ignored = [2, 3]
+    assert answer.losses[:, fine].isfinite().all()
+    assert torch.equal(answer.losses.isnan(), exact.losses.isnan())
+    if not options.get("mimic_ignored"):
+        assert (answer.losses[:, ignored] == 0).all()
+        assert all((g[ignored] == 0).all() for g in answer.grads)
+    for g, want in zip(answer.grads, exact.grads, strict=True):
+        assert torch.equal(g[fine].isnan(), want[fine].isnan())
+
+
+def test_probabilities_that_are_zero_without_infinite_logits():
+    """0 * a finite number: no row is computed again, and none is NaN."""
+    p = make(3, 6, 9)
+    for k, z in enumerate(p.logits):
+        z[:, k] += 300.0
+    check(p, one_row)
 
 
 @pytest.mark.parametrize(("K", "C"), [(8, 100), (2, 751), (4, 1000), (2, 2048), (1, 2100)])
