@@ -1,9 +1,11 @@
 """A logit over the temperature is multiplied and added in one rounding, written out as such.
 
 A compiler may fuse a product and the sum that it goes into, and did so for one peer and not for
-another: identical peers then had divergences other than 0. Here Triton's intermediate code is read,
+another: identical peers then had divergences other than 0. Triton's intermediate code is read,
 before anything is fused: each peer has the same number of written-out fusions, and no other product
-with 1 / T goes into a sum.
+with 1 / T goes into a sum. So is what LLVM has made of it for each architecture, with common
+expressions shared and loops unrolled: there too nothing is left that its code generator, or ptxas
+behind it, could fuse for one peer alone.
 """
 
 from __future__ import annotations
@@ -20,6 +22,7 @@ from fastdml_kernels import static_report
 from fastdml_kernels.launch import arguments
 from fastdml_kernels.tiles import choose, compiler_options
 from oracle import make
+from triton.backends.amd.compiler import HIPBackend
 from triton.backends.nvidia.compiler import CUDABackend
 
 class Read(Exception):
@@ -28,8 +31,12 @@ class Read(Exception):
 def read(module, *_, **__):
     raise Read(str(module))
 
-CUDABackend.make_ttgir = staticmethod(read)  # the stage after Triton's own code
-for regime, K, C, options in json.loads(sys.argv[1]):
+stages = json.loads(sys.argv[1])  # those after the code that is wanted
+for backend, name in zip((CUDABackend, HIPBackend), stages):
+    made = vars(backend)[name]  # a method takes the backend first, a static one the code
+    setattr(backend, name, staticmethod(read) if isinstance(made, staticmethod)
+            else lambda self, *code: read(*code))
+for arch, regime, K, C, options in json.loads(sys.argv[2]):
     p = make(K, 8, C, temperature=2.0, **options)
     regime, tile = choose(K, C, p.options, gradient=True, stats=True, upstream=None,
                           regime=regime)
@@ -39,7 +46,8 @@ for regime, K, C, options in json.loads(sys.argv[1]):
     )
     try:
         static_report.compile_kernel(
-            kernel, named, compiler_options(warps, nvidia=True), static_report.TARGETS["sm_90"]
+            kernel, named, compiler_options(warps, nvidia=arch.startswith("sm")),
+            static_report.TARGETS[arch],
         )
     except Read as found:
         print(json.dumps(str(found)))
@@ -57,7 +65,7 @@ SAME_VALUE = ("tt.splat", "tt.broadcast", "tt.expand_dims", "tt.reshape", "arith
 @pytest.fixture(scope="module")
 def code() -> list[str]:
     """Triton's intermediate code of each case, made in one process."""
-    return printed_by(CODE, CASES)
+    return printed_by(CODE, ["make_ttgir"] * 2, [("sm_90", *case) for case in CASES])
 
 
 def products(text: str) -> tuple[int, list[str]]:
@@ -95,3 +103,54 @@ def test_every_peer_has_the_same_fused_products(code, case):
     regime, K, C, _ = CASES[case]
     each = {"register": 3, "wide": 2}[regime] * K
     assert products(code[case]) == (each + (K - 1 if C == 1000 else 0), [])
+
+
+OPTIMISED = [
+    *((arch, "register", 2, 751, {}) for arch in ("sm_90", "sm_100", "gfx942")),
+    *((arch, "register", 4, 100, {}) for arch in ("sm_90", "gfx942")),
+    *((arch, "wide", 2, 100, {}) for arch in ("sm_90", "gfx942")),
+]
+KEEPS = {"fneg", "insertelement", "shufflevector", "extractelement", "phi", "select", "freeze"}
+
+
+@pytest.fixture(scope="module")
+def optimised() -> list[str]:
+    """LLVM's code of each case, as its code generators get it."""
+    return printed_by(CODE, ["make_ptx", "make_amdgcn"], OPTIMISED)
+
+
+def llvm_products(text: str) -> tuple[int, list[str]]:
+    """As `products`."""
+    signature = next(line for line in text.splitlines() if line.startswith("define"))
+    temperature = re.findall(r"float (?:\w+ )*(%\w+)", signature)[2]  # after the terms' weights
+    instruction = re.compile(r"(%[\w.]+) = (?:tail )?(\w+) (.*)")
+    parsed = [m.groups() for m in map(instruction.search, text.splitlines()) if m]
+    quotient = re.compile(rf"1\.0+e\+00, (?:float )?{temperature}\b")
+    inverse = {name for name, _, operands in parsed if quotient.search(operands)}
+    assert len(inverse) == 1
+    unfused: set[str] = set()
+    fused, sums = 0, []
+    for name, op, operands in parsed:
+        taken = re.findall(r"%[\w.]+", operands)
+        negated = op == "fsub" and re.match(r"[^%]*\b(0\.0+e\+00|zeroinitializer),", operands)
+        if op in KEEPS or negated:
+            for known in (inverse, unfused):
+                if known.intersection(taken):
+                    known.add(name)
+        elif op == "fmul" and inverse.intersection(taken):
+            unfused.add(name)
+        elif op == "call" and "fma" in operands:
+            fused += bool(inverse.intersection(taken))
+        elif op in ("fadd", "fsub") and unfused.intersection(taken):
+            sums.append(f"{name} = {op} {operands}")
+    return fused, sums
+
+
+@pytest.mark.skipif(torch.version.hip is not None, reason="compiles for NVIDIA's architectures")
+@pytest.mark.parametrize(
+    "case", range(len(OPTIMISED)), ids=lambda i: "-".join(map(str, OPTIMISED[i][:4]))
+)
+def test_no_product_with_the_temperature_is_left_for_a_code_generator_to_fuse(optimised, case):
+    fused, sums = llvm_products(optimised[case])
+    assert sums == []
+    assert fused >= OPTIMISED[case][2]
