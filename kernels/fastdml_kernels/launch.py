@@ -12,10 +12,11 @@ from torch import Tensor
 from .counters import counters_of
 from .coupled_rows import coupled_rows
 from .label_counts import label_counts
-from .launch_plan import Plans, beyond_int32, not_current, unaligned
+from .launch_plan import Plans, beyond_int32, not_current
 from .occupancy import multiprocessor, resident_programs
 from .options import Options, Scalar, default_edge
 from .register_rows import register_rows
+from .row_alignment import misaligned
 from .stats_layout import stats_layout
 from .tiles import (
     INTERPRETER_PROGRAMS,
@@ -222,23 +223,21 @@ def _results(
     return memory.resize_(*shape), stats, (start, start + 4 * behind_losses, at_sums), partials
 
 
-def _optional(values: Sequence[Tensor | Scalar | None]) -> tuple[list[Any], list[Any], list[int]]:
-    """Arguments that may be tensors as a launcher takes them, what they are, and all pointers."""
+def _optional(values: Sequence[Tensor | Scalar | None]) -> tuple[list[Any], list[Any]]:
+    """Arguments that may be tensors as a launcher takes them, and what they are."""
     bound: list[Any] = []
     kinds: list[Any] = []
-    pointers = []
     for value in values:
         if value is None or type(value) is float:
             bound.append(value)
             kinds.append(type(value))
         elif isinstance(value, Tensor):
-            pointers.append(value.data_ptr())
-            bound.append(pointers[-1])
+            bound.append(value.data_ptr())
             kinds.append(value.dtype)
         else:
             bound.append(float(value))
             kinds.append(float)
-    return bound, kinds, pointers
+    return bound, kinds
 
 
 def launch(
@@ -277,7 +276,7 @@ def launch(
     if N > COUNT_IN_KERNEL and grads and options.reduction == "mean":
         counts = label_counts(labels, class_weight, options.ignore_index, C)
     given = (peer_weights, class_weight, upstream, counts, ce_weight, kl_weight, temperature)
-    optional, kinds, pointers = _optional(given)
+    optional, kinds = _optional(given)
     of_logits = tuple([z.data_ptr() for z in logits])
     of_grads = tuple([g.data_ptr() for g in grads])
     of_labels = labels.data_ptr()
@@ -288,7 +287,7 @@ def launch(
     signature = (
         device, options, C, want_stats, chosen, K, tuple(rows), labels.dtype, tuple(kinds),
         optional[6] == 1.0, counts is None, _all_readable(logits, rows, C),
-        unaligned((*of_logits, *of_grads, of_labels, *pointers)),
+        misaligned((*of_logits, *of_grads), rows), (optional[1] or 0) & 15 == 0,
         beyond_int32(N, label_stride, u_stride_k, u_stride_n), launches_alone(),
     )  # fmt: skip
     plan = _PLANS.get(signature)

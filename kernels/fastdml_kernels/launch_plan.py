@@ -9,7 +9,7 @@ Where a plan cannot promise the same launch (Triton's interpreter, profilers' ho
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Mapping
 from functools import reduce
 from operator import or_
 from threading import Lock
@@ -18,6 +18,7 @@ from typing import Any, Generic, TypeVar
 import torch
 from torch import Tensor
 
+from .row_alignment import misaligned
 from .torch_private import current_stream
 from .triton_private import Direct, compiled_for, direct_launch, launches_alone
 
@@ -41,11 +42,6 @@ class Plans(Generic[P]):
             self.known[signature] = plan
 
 
-def unaligned(addresses: Sequence[int]) -> Hashable:
-    """False, or which pointers are not aligned to 16 bytes: Triton compiles another kernel then."""
-    return reduce(or_, addresses, 0) & 15 and tuple([p & 15 == 0 for p in addresses])
-
-
 def beyond_int32(*numbers: int) -> Hashable:
     """Which of the numbers, none below 0, Triton passes as more than int32."""
     return reduce(or_, numbers) >> 31 and tuple([n >> 31 != 0 for n in numbers])
@@ -66,7 +62,7 @@ class Planned:
     def __call__(
         self,
         grid: tuple[int, int, int],
-        values: tuple[Any, ...],  # the run-time arguments
+        values: tuple[Any, ...],  # the run-time arguments; a tuple holds matrices (N, C)
         signature: Hashable,  # what the constants depend on
         constants: Callable[[], Mapping[str, Any]],
         **options: Any,  # the compiler's, the same at each call
@@ -103,7 +99,7 @@ def _bound(values: tuple[Any, ...]) -> tuple[tuple[Any, ...], Hashable, Any]:
             bound.append(address)
             kinds.append((value.dtype, address & 15 == 0))
         elif type(value) is tuple:
-            addresses, kind, of = _bound(value)
+            addresses, kind, of = _of_matrices(value)
             device = device or of
             bound.append(addresses)
             kinds.append(kind)
@@ -117,3 +113,9 @@ def _bound(values: tuple[Any, ...]) -> tuple[tuple[Any, ...], Hashable, Any]:
             else:  # a plan for this value alone
                 kinds.append((kind, value))
     return tuple(bound), tuple(kinds), device
+
+
+def _of_matrices(matrices: tuple[Tensor, ...]) -> tuple[tuple[int, ...], Hashable, Any]:
+    rows = [(t.dtype, t.stride()) for t in matrices]
+    addresses = tuple([t.data_ptr() for t in matrices])
+    return addresses, (*rows, misaligned(addresses, rows)), matrices[0].device

@@ -16,7 +16,9 @@ from torch import Tensor
 from triton import knobs
 from triton.compiler import CompiledKernel
 from triton.language import constexpr
-from triton.runtime.jit import JITFunction
+from triton.runtime.jit import JITFunction, MockTensor
+
+from .row_alignment import as_aligned
 
 # Newer than the oldest Triton: a hook that compiles kernels by other passes.
 INSPECTS_STAGES = hasattr(knobs.runtime, "add_stages_inspection_hook")
@@ -42,14 +44,28 @@ def compiled_for(
     kernel: Any, named: Mapping[str, Any], options: Mapping[str, Any]
 ) -> CompiledKernel | None:
     """The kernel that a launch on the current device with these arguments runs, loaded; compiled if
-    need be, not launched. None under the interpreter and for what is not known here."""
+    need be, not launched. Matrices for which the code for aligned ones does count as aligned: of
+    tuples of pointers Triton heeds no `do_not_specialize_on_alignment`. None under the interpreter
+    and for what is not known here."""
     if type(kernel) is not JITFunction:
         return None
-    compiled = kernel.warmup(**named, **options, grid=(1,))
+    placed = {name: _placed(value) for name, value in named.items()}
+    compiled = kernel.warmup(**placed, **options, grid=(1,))
     if type(compiled) is not CompiledKernel or compiled.metadata.target.backend != "cuda":
         return None
     _ = compiled.run  # loads it, so that its registers are known
     return compiled
+
+
+def _placed(value: Any) -> Any:
+    """An argument as Triton is to specialise on it."""
+    if type(value) is not tuple or not value or not isinstance(value[0], Tensor):
+        return value
+    return tuple(
+        # stands for a pointer to this dtype that is a multiple of 16
+        MockTensor(t.dtype) if as_aligned(t.data_ptr(), t.stride(), t.element_size()) else t
+        for t in value
+    )
 
 
 def registers_and_shared(compiled: CompiledKernel) -> tuple[int, int]:
