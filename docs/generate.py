@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import json
 import re
 import sys
 from pathlib import Path
@@ -24,7 +25,7 @@ from fastdml.train.config.fields import field_texts
 from fastdml.train.config.sources import preset
 
 ROOT = Path(__file__).resolve().parents[1]
-PAGES = ("README.md", "docs/settings.md", "docs/benchmarks.md")
+PAGES = ("README.md", "docs/settings.md", "docs/benchmarks.md", "kernels/README.md")
 RESULTS = ROOT / "bench" / "results"
 PART = re.compile(r"(<!-- generated: (.+?) -->\n).*?(<!-- end -->)", re.DOTALL)
 KINDS = {int: "whole number", float: "number", str: "text", bool: "yes or no"}
@@ -41,6 +42,10 @@ def part(name: str) -> str:
         return SETTINGS[name]()
     if name == "loss against rivals":
         return _loss_against_rivals()
+    if name == "kernels":
+        return _kernels("3.8")
+    if name == "kernels before and now":
+        return _kernels_before_and_now()
     if name.startswith("host-time"):
         found = json.loads((RESULTS / f"{name}.json").read_text())
         return f"```text\n{host_time.table(**found)}\n```"
@@ -68,6 +73,55 @@ def _loss_against_rivals() -> str:
     ]
     head = ["K, N, C", "fastdml", "a kl_div for each pair", "closed form, torch.compile"]
     return _table(head, cells)
+
+
+Report = dict[str, Any]  # one kernel's, as `fastdml kernels --json` prints it
+
+
+def _static_reports(version: str) -> list[Report]:
+    """For sm_90, by a version of triton, or by "VERSION-before"."""
+    return json.loads((RESULTS / f"kernels-triton-{version}.json").read_text())
+
+
+def _shape(r: Report) -> list[str]:
+    return [r["kernel"], str(r["K"] or "-"), f"{r['C']:,}" if r["C"] else "-"]
+
+
+def _kernels(version: str) -> str:
+    def widths(counts: dict[str, int]) -> str:
+        return ", ".join(f"{width}Bx{count}" for width, count in counts.items())
+
+    head = ["kernel", "K", "C", "samples x classes a program", "warps", "registers", "spills",
+            "shared bytes", "loads", "stores", "reads", "writes", "ratio", "instructions",
+            "barriers", "waits", "bound"]  # fmt: skip
+    return _table(head, [
+        [*_shape(r), f"{r['rows']}x{r['block_c']}", str(r["warps"]), str(r["registers"]),
+         str(r["spills"]), str(r["shared_bytes"]), widths(r["load_widths"]),
+         widths(r["store_widths"]), str(r["reads"]), str(r["writes"]), f"{r['ratio']:.3g}",
+         f"{r['instructions']:,.0f}", f"{r['barriers']:.4g}", f"{r['waits']:.3g}",
+         f"{r['bound']['name']} {r['bound']['share']:.0%}"]
+        for r in _static_reports(version)
+    ])  # fmt: skip
+
+
+def _kernels_before_and_now() -> str:
+    """Registers, spills, instructions and barriers of a row, by the oldest and newest triton."""
+
+    def cells(old: Report, new: Report) -> list[str]:
+        figures = [("registers", ".0f"), ("spills", ".0f"), ("instructions", ",.0f"),
+                   ("barriers", ".4g")]  # fmt: skip
+        return [f"{old[name]:{form}} → {new[name]:{form}}" for name, form in figures]
+
+    columns = ["registers", "spills", "instructions", "barriers"]
+    versions = ("3.6", "3.8")
+    both = [(_static_reports(f"{v}-before"), _static_reports(v)) for v in versions]
+    head = ["kernel", "K", "C", *(f"{name}, {v}" for v in versions for name in columns)]
+    rows = []
+    for reports in zip(*(reports for pair in both for reports in pair), strict=True):
+        assert len({tuple(_shape(r)) for r in reports}) == 1
+        old_36, new_36, old_38, new_38 = reports
+        rows.append([*_shape(old_36), *cells(old_36, new_36), *cells(old_38, new_38)])
+    return _table(head, rows)
 
 
 def _values(kind: type, name: str) -> str:

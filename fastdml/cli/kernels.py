@@ -1,4 +1,4 @@
-"""`fastdml kernels`: registers, spills and memory traffic of the compiled Triton kernels."""
+"""`fastdml kernels`: what the compiled Triton kernels are made of, and what bounds them."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from fastdml.names import advice
 
 
 def kernels(args: list[str]) -> None:
-    """what the compiler made of the kernels: registers, spills, bytes moved; no GPU needed"""
+    """what the compiler made of the kernels: registers, bytes moved, instructions; no GPU needed"""
     parser = Parser("kernels", kernels)
     parser.add_argument(
         "--shapes", nargs="+", metavar="KxC",
