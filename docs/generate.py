@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import json
 import re
 import sys
 from pathlib import Path
