@@ -91,8 +91,9 @@ def wide_and_coupled(gpu):
     for options in ({}, {"symmetric": True}):
 
         def run(start: int, options=options) -> None:
-            z = torch.randn(2, 2 * start + 1, 30_001).requires_grad_()
-            mutual_loss(z, torch.randint(9, (2 * start + 1,)), **options).sum().backward()
+            N = (4, 1, 3, 5)[start]
+            z = torch.randn(2, N, 30_001).requires_grad_()
+            mutual_loss(z, torch.randint(9, (N,)), **options).sum().backward()
 
         new += compiled(gpu, run)
     return new
@@ -120,12 +121,12 @@ def rows_anywhere(gpu):
 
 def captured(gpu):
     """The batch of a capture begins elsewhere than those before."""
-    z = torch.randn(3, 64, 10, dtype=torch.bfloat16).requires_grad_()
-    mutual_loss(z, torch.randint(10, (64,))).backward(torch.full((3,), 2.0))
+    z = torch.randn(3, 64, 14, dtype=torch.bfloat16).requires_grad_()
+    mutual_loss(z, torch.randint(14, (64,))).backward(torch.full((3,), 2.0))
     before = len(gpu.kernels)
     with gpu.capture():
-        z = torch.randn(3, 37, 10, dtype=torch.bfloat16).requires_grad_()
-        mutual_loss(z, torch.randint(10, (37,))).backward(torch.full((3,), 2.0))
+        z = torch.randn(3, 37, 14, dtype=torch.bfloat16).requires_grad_()
+        mutual_loss(z, torch.randint(14, (37,))).backward(torch.full((3,), 2.0))
     return gpu.kernels[before:], [z.data_ptr() for z in z.unbind()]
 
 
