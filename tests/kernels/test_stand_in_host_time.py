@@ -64,15 +64,18 @@ def test_calls_of_a_launch_and_of_what_surrounds_it(seen, name):
 
 
 def other_batch_sizes(gpu):
-    """Calls of the first forward of each of several sizes, after another size is known."""
-    sizes = {N: host_time.our_calls(2, N, 100)["forward"] for N in (64, 63, 1, 200)}
-    known = in_steady_state(sizes.pop(64))
-    return [known, *map(number_of_calls, sizes.values())]
+    """Calls of the first time for each of several sizes, after another size is known."""
+    sizes = {N: host_time.our_calls(2, N, 100) for N in (64, 63, 1, 200)}
+    known = sizes.pop(64)
+    return {
+        name: [in_steady_state(known[name]), *(number_of_calls(of[name]) for of in sizes.values())]
+        for name in ("value_and_grad", "forward + sum + backward")
+    }
 
 
 def test_a_batch_of_another_size_takes_no_more(seen):
-    known, *others = seen(other_batch_sizes)
-    assert max(others) <= known + 10, (known, others)
+    for name, (known, *others) in seen(other_batch_sizes).items():
+        assert max(others) <= known + 10, (name, known, others)
 
 
 SCENARIOS = [calls, other_batch_sizes]
