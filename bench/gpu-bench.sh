@@ -4,7 +4,8 @@
 #
 #   bash bench/gpu-bench.sh OUT                       all of them
 #   bash bench/gpu-bench.sh OUT bench/bench_step.py   what pytest's options choose
-#   bash bench/gpu-bench.sh OUT --again FILE.jsonl    what failed or was not run in an earlier OUT
+#   bash bench/gpu-bench.sh OUT --again FILE.jsonl    what failed or was not run in an earlier OUT;
+#                                                     on the same device its results join these
 #   bash bench/gpu-bench.sh OUT --dry-run             without a device: each in its smallest form
 #
 # OUT receives log.txt, benchmarks.jsonl, which has each result as soon as it is known, and at the

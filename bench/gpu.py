@@ -35,7 +35,7 @@ def command(what: str, arguments: argparse.Namespace, stored: Path, until: float
     if arguments.dry_run:
         pytest.append("--dry-run")
     if arguments.again:
-        pytest += ["--again", str(Path(arguments.again).resolve())]
+        pytest += ["--again", str(arguments.again.resolve())]
     if what == "tests":
         processes = 1 if arguments.dry_run else min(len(os.sched_getaffinity(0)), PROCESSES)
         # one at a time to whoever is free: in the order that they are in
@@ -79,6 +79,13 @@ def run(call: list[str], env: dict[str, str], log: Path, interrupt: float, kill:
             process.wait()
 
 
+def keep(again: Path, stored: Path) -> Path:
+    """Where the results of an earlier run are while `stored` is written: it may be the same."""
+    if again.resolve() != stored:
+        return again
+    return stored.rename(stored.with_name("earlier-" + stored.name))
+
+
 def tables(files: list[Path], out: Path) -> None:
     """Prints the benchmarks' tables and draws the roofline, where there is something to draw and
     something to draw with."""
@@ -105,6 +112,10 @@ def main() -> int:
     out.mkdir(parents=True, exist_ok=True)
     what = arguments.what
     stored = out / ("tests.jsonl" if what == "tests" else "benchmarks.jsonl")
+    earlier = gpu_summary.Stored()
+    if arguments.again:
+        earlier = gpu_summary.read(arguments.again)
+        arguments.again = keep(Path(arguments.again), stored)
     until, interrupt, kill = (start + limit for limit in LIMITS[what])
     run(
         command(what, arguments, stored, until), environment(what, arguments.dry_run),
@@ -114,6 +125,8 @@ def main() -> int:
         print((out / "log.txt").read_text()[-3000:])
         return 1
     found = gpu_summary.read(stored)
+    if earlier.machine == found.machine:
+        found.benchmarks[:0] = earlier.benchmarks
     if what == "bench" and (files := gpu_summary.write_results(found, out)):
         tables(files, out)
     print(gpu_summary.text(found))

@@ -83,7 +83,7 @@ class Store:
     def __init__(self, path: Path, config: pytest.Config) -> None:
         self.path = path
         self.config = config
-        self.has_info = False
+        self.has_info = self.has_collected = False
         path.write_text("")
 
     def write(self, **what: Any) -> None:
@@ -100,7 +100,9 @@ class Store:
 
     @pytest.hookimpl(optionalhook=True)
     def pytest_xdist_node_collection_finished(self, ids: list[str]) -> None:
-        self.write(collected=list(ids))
+        if not self.has_collected:  # each process finds the same
+            self.has_collected = True
+            self.write(collected=list(ids))
 
     def pytest_collectreport(self, report: pytest.CollectReport) -> None:
         if report.failed:

@@ -24,6 +24,7 @@ class Stored:
     seconds: dict[str, float] = field(default_factory=dict)
     benchmarks: list[dict[str, Any]] = field(default_factory=list)
     info: dict[str, Any] = field(default_factory=dict)  # what stands above the benchmarks
+    machine: str = ""
 
     @property
     def passed(self) -> set[str]:
@@ -68,6 +69,8 @@ def read(path: str | Path) -> Stored:
             found.benchmarks.append(line["benchmark"])
         elif "machine_info" in line:
             found.info = line
+        elif "machine" in line:
+            found.machine = line["machine"]
         elif "test" in line and found.outcomes.get(line["test"]) != "failed":
             found.outcomes[line["test"]] = line["outcome"]
             found.texts[line["test"]] = line.get("text", "")

@@ -91,12 +91,36 @@ def test_the_benchmarks_that_matter_most_run_stored_in_their_order(tmp_path):
     assert found.collected[-1].endswith("-closed-cg]")
     eager = [test for test in found.collected if not re.search(gpu_order.COMPILED, test)]
     assert found.collected[: len(eager)] == eager
+    lines = [json.loads(line) for line in results.read_text().splitlines()]
+    known = [next(k for k in ("benchmark", "test", "started", "machine_info", "machine",
+                              "collected") if k in line) for line in lines]  # fmt: skip
+    first = known.index("started")
+    assert known[first : first + 7] == [
+        "started", "machine_info", "benchmark", "test", "started", "benchmark", "test",
+    ]  # fmt: skip
+    goes_on(results, out)
     stored = json.loads(next(out.glob("loss-*.json")).read_text())
     assert stored["machine_info"]["versions"]["torch"]
     assert re.fullmatch(r"abc|unknown|[0-9a-f]{40}(-dirty)?", stored["commit_info"]["id"])
     one = stored["benchmarks"][0]
     assert len(one["stats"]["data"]) == one["stats"]["rounds"] == 1
     assert one["extra_info"]["bench"] == "loss"
+
+
+def goes_on(results: Path, out: Path) -> None:
+    """Where a run was cut off after two results, the rest joins them."""
+    before = gpu_summary.read(results)
+    ends = [i for i, line in enumerate(results.read_text().splitlines()) if '"outcome"' in line]
+    cut = results.read_text().splitlines()[: ends[-3] + 1]
+    results.write_text("\n".join([*cut, '{"test": "cut o']))
+    left = gpu_summary.read(results)
+    assert len(left.not_run) == 2
+    done, again = script("bench", out, "-k", KEY, "--again", str(results))
+    assert done.returncode == 0, done.stdout
+    found = gpu_summary.read(again)
+    assert found.collected == [t for t in before.collected if t not in left.passed]
+    rows = report.by_machine(map(str, out.glob("*-dry-run.json")))
+    assert sum(map(len, rows.values())) == len(before.benchmarks)
 
 
 @pytest.mark.slow
@@ -109,9 +133,6 @@ def test_every_benchmark_runs_in_its_smallest_form(tmp_path):
     places = {gpu_order.place(test, gpu_order.BENCHMARKS) for test in found.collected}
     assert places == set(range(len(gpu_order.BENCHMARKS)))
     assert not [test for test in found.collected if re.search(gpu_order.LEFT_OUT, test)]
-    done, again = script("bench", tmp_path / "again", "--again", str(results), "-k", "cifar-64")
-    assert done.returncode == 1  # every one of them passed: none is left
-    assert gpu_summary.read(again).collected == []
 
 
 def test_where_the_time_is_over_nothing_starts_and_the_rest_is_named(tmp_path):
