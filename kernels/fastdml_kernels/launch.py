@@ -73,10 +73,13 @@ def _all_readable(
     logits: Sequence[Tensor], rows: Sequence[tuple[Any, tuple[int, int]]], C: int
 ) -> tuple[int, ...] | None:
     """`_readable` of each, or None where it is C by their strides alone."""
-    padded = -(-C // VECTOR) * VECTOR
-    if padded == C or all(strides[0] < padded for _, strides in rows):
+    if C % VECTOR == 0:
         return None
-    return tuple(map(_readable, logits))
+    padded = C + -C % VECTOR
+    for _, strides in rows:
+        if strides[0] >= padded:
+            return tuple(map(_readable, logits))
+    return None
 
 
 def _split(value: Scalar) -> tuple[Scalar, bool]:

@@ -80,7 +80,7 @@ def gradients_now(logits: Sequence[Tensor], call: Call) -> bool:
     weighted by the losses' own gradients, which only the backward knows. Nor in float16, which
     rounds what is below 3e-8 to 0: a GradScaler's loss scale, which the backward brings, must
     multiply before that."""
-    return call.options.detach_targets and all(z.dtype != torch.float16 for z in logits)
+    return call.options.detach_targets and torch.float16 not in [z.dtype for z in logits]
 
 
 def peers_of(logits: Sequence[Tensor]) -> list[Tensor]:

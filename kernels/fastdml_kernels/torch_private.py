@@ -41,6 +41,7 @@ def is_plain(t: Tensor) -> bool:
     )
 
 
+_keys_of = torch._C._dispatch_keys
 _ORDINARY: set[int] = set()  # keys of dispatch of tensors looked at before
 
 
@@ -51,7 +52,7 @@ def ordinary(tensors: Iterable[Tensor]) -> bool:
     for t in tensors:
         if type(t) not in PLAIN:
             return False
-        keys = torch._C._dispatch_keys(t).raw_repr()
+        keys = _keys_of(t).raw_repr()
         if keys not in _ORDINARY:
             if (
                 t.is_nested

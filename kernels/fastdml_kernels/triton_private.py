@@ -103,11 +103,13 @@ def direct_launch(
         or kernel.pre_run_hooks
     ):
         return None
-    run, function, metadata = compiled.run, compiled.function, compiled.packed_metadata
     pick = itemgetter(*(names.index(p.name) for p in own))
     fixed = tuple(named[p.name] for p in constants)
+    run, metadata = compiled.run, compiled.packed_metadata
 
     def launch(grid: tuple[int, int, int], stream: int, values: tuple[Any, ...]) -> None:
+        # Of `compiled`, which unloads the function when nobody holds it any more.
+        function = compiled.function
         run(*grid, stream, function, metadata, None, None, None, *pick(values), *fixed)
 
     return launch

@@ -448,6 +448,23 @@ def test_what_a_plan_cannot_promise_is_refused(seen):
     assert not any(was.values()), was
 
 
+def forgotten(gpu):
+    """Triton unloads a kernel that nobody holds; its own cache is not the only one who does."""
+    from fastdml_kernels.register_rows import register_rows
+
+    call, caches = loss_call(rows(2, 12, 10), labels_of(12)), register_rows.device_caches
+    call()
+    kernels = [weakref.ref(kernel) for kernel in caches[0][0].values()]
+    caches.clear()
+    gc.collect()
+    call()
+    return [kernel() is not None for kernel in kernels]
+
+
+def test_a_plan_holds_its_kernel(seen):
+    assert any(seen(forgotten))
+
+
 # ---- results in one allocation
 
 
@@ -558,5 +575,5 @@ def test_a_captured_call_is_one_launch_and_compiles_nothing(seen):
 
 SCENARIOS = [
     losses, new_sizes, scales, batches, let_go, few_plans, streams, other_device, hooks, switches,
-    from_threads, refused, results, allocations, grids, captured,
+    from_threads, refused, forgotten, results, allocations, grids, captured,
 ]  # fmt: skip
