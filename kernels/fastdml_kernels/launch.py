@@ -289,7 +289,7 @@ def launch(
         u_stride_k, u_stride_n = (*upstream.stride(), 0)[:2]
     signature = (
         device, options, C, want_stats, chosen, K, tuple(rows), labels.dtype, tuple(kinds),
-        optional[6] == 1.0, counts is None, _all_readable(logits, rows, C),
+        optional[6] == 1.0, _all_readable(logits, rows, C),
         misaligned((*of_logits, *of_grads), rows), (optional[1] or 0) & 15 == 0,
         beyond_int32(N, label_stride, u_stride_k, u_stride_n), launches_alone(),
     )  # fmt: skip

@@ -40,6 +40,18 @@ def profiled():
         knobs.runtime.launch_enter_hook.remove(hook)
 
 
+@contextmanager
+def no_plans(plans: Any):
+    """As if nothing had been launched before."""
+    known = dict(plans.known)
+    plans.known.clear()
+    try:
+        yield
+    finally:
+        plans.known.clear()
+        plans.known.update(known)
+
+
 def shown(launch: Any, results: tuple[str, ...]) -> dict[str, Any]:
     """All there is to see of a launch, but for where its results are, which must be aligned."""
     arguments = dict(launch.arguments)
@@ -66,7 +78,7 @@ def both_ways(gpu: Any, calls: dict[str, Callable], *results: str) -> list[dict[
             call()
             by_plan = [shown(launch, results) for launch in gpu.launches()]
             gpu.clear()
-            with profiled():
+            with profiled(), no_plans(launch._PLANS):
                 call()
             by_jit = [shown(launch, results) for launch in gpu.launches()]
             cases.append({"case": f"{name}, {turn}", "plan": by_plan, "jit": by_jit})
@@ -153,12 +165,19 @@ def loss_calls() -> dict[str, Callable]:
     for width in (11, 16, 24):  # what may be read behind a row depends on the storage
         inside = rows(2, 14, 10, width=width)
         calls[f"rows {width} apart"] = loss_call(inside, labels_of(14))
+        calls[f"rows {width} apart, a class less"] = loss_call([z[:12, :9] for z in inside], y % 9)
         calls[f"rows {width} apart, fewer"] = loss_call([z[1:13] for z in inside], y)
         at_end = [torch.randn(13 * width)[: 11 * width + 10] for _ in range(2)]
         ends = [m.clone().as_strided((12, 10), (width, 1)) for m in at_end]
         calls[f"rows {width} apart to the end"] = loss_call(ends, y)
     for step in (2, 5):
         calls[f"every {step}th label"] = loss_call(z, labels_of(12 * step)[::step])
+    many = 2**31 + 5
+    endless = [torch.randn(1, 10).expand(many, 10) for _ in range(2)]
+    no_end = torch.zeros(1).long().expand(many)
+    calls["rows beyond int32"] = loss_call(endless, no_end, need_grad=False)
+    some = [z[:12] for z in endless], no_end[:12]
+    calls["the same rows, fewer"] = loss_call(*some, need_grad=False)
     calls["columns apart"] = loss_call([torch.randn(10, 12).t() for _ in range(2)], y)
     calls["one peer"] = loss_call(z[:1], y)
     calls["three peers"] = loss_call(rows(3, 12, 10), y)
