@@ -219,7 +219,9 @@ class Schedule:
     """Feeds the optimizer's learning rate from a table on the device; `advance` after each step.
 
     All groups share its tensor, so an optimizer follows either this or a scheduler of torch. What
-    `advance` changes on the device is in `tensors()`, so it can be part of a captured step.
+    `advance` changes on the device is in `tensors()`, so it can be part of a captured step. torch's
+    SGD reads a rate that is a tensor, and waits for the device, unless it is made with fused=True,
+    as `make_optimizer` makes it.
     """
 
     def __init__(self, optimizer: Optimizer, rates: Tensor) -> None:

@@ -46,6 +46,8 @@ class Watch(TorchDispatchMode):
     def __torch_dispatch__(
         self, func: Any, types: Sequence[type], args: tuple = (), kwargs: dict | None = None
     ) -> Any:
+        if not self.device.watching:
+            return func(*args, **(kwargs or {}))
         given = [t for t in tree_leaves((args, kwargs)) if isinstance(t, Tensor)]
         devices = {t.device for t in given}
         if len(devices) > 1:
@@ -69,6 +71,23 @@ class Stream:
 
     def wait_stream(self, other: Stream) -> None:
         assert isinstance(other, Stream)
+
+
+class Event:
+    """A time on the device, of which the host may learn when it is over."""
+
+    def __init__(self, enable_timing: bool = False) -> None:
+        pass
+
+    def record(self, stream: Stream) -> None:
+        assert isinstance(stream, Stream)
+
+    def synchronize(self) -> None:
+        FAKE[-1].wait("an event")
+
+    def elapsed_time(self, end: Event) -> float:
+        FAKE[-1].wait("the time between events")
+        return 1.0
 
 
 class Capture:
@@ -117,6 +136,18 @@ class Device:
         finally:
             self.watching = was
 
+    def meant(self, call: Any) -> Any:
+        """`call`, which may wait for the device."""
+
+        def unwatched(*arguments: Any, **options: Any) -> Any:
+            was, self.watching = self.watching, False
+            try:
+                return call(*arguments, **options)
+            finally:
+                self.watching = was
+
+        return unwatched
+
     @contextmanager
     def capturing(self) -> Iterator[None]:
         self.in_capture = True
@@ -131,9 +162,11 @@ class Device:
 
     @contextmanager
     def answering(self, value: bool) -> Iterator[None]:
-        """While something is made: whoever asks whether a tensor is true is told `value`."""
+        """While something is made: whoever asks whether a tensor is true is told `value`, and
+        whoever wants a list of its numbers gets zeros."""
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(Tensor, "__bool__", lambda t: value)
+            patch.setattr(FakeTensor, "tolist", lambda t: [0.0] * len(t))
             yield
 
     def wait(self, what: str) -> None:
@@ -232,7 +265,8 @@ def device() -> Iterator[Device]:
 
     found = Device()
     cuda = {
-        "Stream": Stream, "current_stream": lambda device=None: Stream(),
+        "Stream": Stream, "Event": Event, "get_device_name": lambda device: "a fake",
+        "current_stream": lambda device=None: Stream(),
         "stream": lambda stream: nullcontext(), "is_current_stream_capturing":
         lambda: found.in_capture, "get_rng_state": _state, "set_rng_state": lambda *_: None,
         "synchronize": lambda device=None: found.wait("torch.cuda.synchronize"),
