@@ -15,7 +15,7 @@ import triton
 import triton.language as tl
 from triton.language.extra import libdevice
 
-from .device_functions import joined, log_probability, parted, times
+from .device_functions import joined, log_probability, parted, put, times
 
 INTERPRETED: tl.constexpr = tl.constexpr(triton.knobs.runtime.interpret)
 
@@ -131,13 +131,22 @@ def reduced(T, COUNT: tl.constexpr, OPERATION: tl.constexpr):
 @triton.jit
 def row_totals(T, COUNT: tl.constexpr):
     """The sum of each of COUNT tensors (ROWS,), a scalar."""
-    ROWS = ()
-    for i in tl.static_range(COUNT):
-        ROWS = ROWS + (tl.reshape(T[i], (1, T[i].shape[0])),)
-    SUMS = reduced(ROWS, COUNT, "sum")
     OUT = ()
-    for i in tl.static_range(COUNT):
-        OUT = OUT + (tl.sum(SUMS[i], axis=0),)
+    if T[0].shape[0] == 1:
+        for i in tl.static_range(COUNT):
+            OUT = OUT + (tl.sum(T[i], axis=0),)
+    else:
+        TRANSPOSED = ()
+        for i in tl.static_range(COUNT):
+            TRANSPOSED = TRANSPOSED + (tl.reshape(T[i], (1, T[0].shape[0])),)
+        SUMS = ()
+        for first in tl.static_range(0, COUNT, 8):
+            SUMS = SUMS + reduce_group(
+                TRANSPOSED, first, 8 if COUNT - first > 8 else COUNT - first,
+                8 if COUNT - first > 4 else (4 if COUNT - first > 2 else COUNT - first), "sum",
+            )  # fmt: skip
+        for i in tl.static_range(COUNT):
+            OUT = OUT + (tl.sum(SUMS[i], axis=0),)
     return OUT
 
 
@@ -356,14 +365,17 @@ def pair_terms(LOG_Q, Q, l: tl.constexpr, other: tl.constexpr):  # noqa: E741
 
 
 @triton.jit
-def pair_divergences(LOG_Q, Q, K: tl.constexpr):
-    """KL(q_l || q_k) of all ordered pairs, row by row of the matrix [l, k] without its diagonal."""
+def put_pairs(packed, LOG_Q, Q, mimics, K: tl.constexpr, FIRST_PLACE: tl.constexpr,
+              S: tl.constexpr):  # fmt: skip
+    """`packed` with the sums of KL(q_l || q_k) added, whose matrix [l, k] begins at FIRST_PLACE."""
     PAIRS: tl.constexpr = K * (K - 1)
     SIZE: tl.constexpr = 8 if PAIRS > 2 else 2
-    OUT = ()
-    for first in tl.static_range(0, PAIRS, 8):
-        OUT = OUT + pair_group(LOG_Q, Q, first, 8 if PAIRS - first > 8 else PAIRS - first, SIZE, K)
-    return OUT
+    for first in tl.static_range(0, PAIRS, SIZE):
+        SUMS = pair_group(LOG_Q, Q, first, SIZE if PAIRS - first > SIZE else PAIRS - first, SIZE, K)
+        TOTALS = row_totals(selected(mimics, SUMS, len(SUMS)), len(SUMS))
+        for i in tl.static_range(len(SUMS)):  # the diagonal has no place among the pairs
+            packed = put(packed, FIRST_PLACE + first + i + (first + i) // K + 1, TOTALS[i], S)
+    return packed
 
 
 @triton.jit
@@ -379,16 +391,21 @@ def edge(k: tl.constexpr, l: tl.constexpr, peer_weights, GATES, like,  # noqa: E
 
 
 @triton.jit
-def weighted_divergences(PAIRS, peer_weights, GATES,
+def weighted_divergences(LOG_Q, Q, peer_weights, GATES, like,
                          K: tl.constexpr, EDGE: tl.constexpr, GATED: tl.constexpr):  # fmt: skip
-    """With any w, from the divergences of all pairs."""
+    """With any w. A student's pairs share a reduction: all pairs would need too many registers."""
     KL = ()
     for k in tl.static_range(K):
-        kl = tl.zeros_like(PAIRS[0])
+        PARTS = ()
         for l in tl.static_range(K):  # noqa: E741
             if l != k:
-                w = edge(k, l, peer_weights, GATES, kl, K, EDGE, GATED)
-                kl += times(w, PAIRS[l * (K - 1) + (k - 1 if k > l else k)])
+                PARTS = PARTS + (times(Q[l], LOG_Q[l] - LOG_Q[k]),)
+        SUMS = reduced(PARTS, K - 1, "sum")
+        kl = tl.zeros_like(like)
+        for l in tl.static_range(K):  # noqa: E741
+            if l != k:
+                kl += times(edge(k, l, peer_weights, GATES, kl, K, EDGE, GATED),
+                            SUMS[l - 1 if l > k else l])  # fmt: skip
         KL = KL + (kl,)
     return KL
 
@@ -411,8 +428,14 @@ def ensemble_divergences(LOG_Q, Q, peer_weights, GATES, like,
                 mixed += times(w[:, None] + 0.0 * mass, exponential(LOG_Q[l] - top))
         scale = tl.where(w_sum > 0, w_sum, 1.0)
         log_mixed = tl.log(mixed / scale[:, None])
-        PARTS = PARTS + (times(mass, log_mixed - (LOG_Q[k] - top)),)
-    return reduced(PARTS, K, "sum")
+        part = times(mass, log_mixed - (LOG_Q[k] - top))
+        if K > 4:  # together they would need too many registers
+            PARTS = PARTS + (tl.sum(part, axis=1),)
+        else:
+            PARTS = PARTS + (part,)
+    if K <= 4:
+        PARTS = reduced(PARTS, K, "sum")
+    return PARTS
 
 
 # ---- gradients

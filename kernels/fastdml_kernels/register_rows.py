@@ -35,8 +35,8 @@ from .register_functions import (
     load_block,
     log_probabilities,
     normalised,
-    pair_divergences,
     probabilities,
+    put_pairs,
     right,
     row_totals,
     selected,
@@ -81,10 +81,16 @@ def register_rows(
     GATED: tl.constexpr = GATE != "none"
     S: tl.constexpr = LAYOUT.size
 
+    # Whether there are registers for the next rows beside these.
+    AHEAD: tl.constexpr = K < 8 or (
+        UNIFORM and TARGET == "peers" and not (STATS or TEMPERED or SMOOTHED)
+    )
+
     # ---- the first rows; what follows up to the loop happens while they are on their way
     cols = tl.arange(0, BLOCK_C)
-    y, RAW = load_block(logits, labels, label_stride, ignore_index, tl.program_id(0), N, cols,
-                        ROWS, K, C, STRIDES, READABLE)  # fmt: skip
+    if AHEAD:
+        y, RAW = load_block(logits, labels, label_stride, ignore_index, tl.program_id(0), N, cols,
+                            ROWS, K, C, STRIDES, READABLE)  # fmt: skip
     ce_weight, kl_weight, inv_t, kl_scale = loss_weights(
         ce_weight, kl_weight, temperature, CE_POINTER, KL_POINTER, T_POINTER, TEMPERED
     )
@@ -103,6 +109,9 @@ def register_rows(
 
     packed = tl.zeros((S,), tl.float32)
     for block in range(tl.program_id(0), tl.cdiv(N, ROWS), tl.num_programs(0)):
+        if not AHEAD:
+            y, RAW = load_block(logits, labels, label_stride, ignore_index, block, N, cols,
+                                ROWS, K, C, STRIDES, READABLE)  # fmt: skip
         n = block * ROWS + tl.arange(0, ROWS)
         n64 = n.to(tl.int64)
         inside = n < N
@@ -118,10 +127,10 @@ def register_rows(
         if HAS_CLASS_WEIGHT:
             w_y = tl.load(class_weight + y, mask=labelled & fits, other=0.0).to(tl.float32)
         Z = widened(RAW, cols, K, C, READABLE)
-        # The rows of the next turn are on their way through all of this one.
-        next_y, RAW = load_block(logits, labels, label_stride, ignore_index,
-                                 block + tl.num_programs(0), N, cols,
-                                 ROWS, K, C, STRIDES, READABLE)  # fmt: skip
+        if AHEAD:  # the rows of the next turn are on their way through all of this one
+            next_y, RAW = load_block(logits, labels, label_stride, ignore_index,
+                                     block + tl.num_programs(0), N, cols,
+                                     ROWS, K, C, STRIDES, READABLE)  # fmt: skip
 
         # ---- normalisers and cross-entropy
         TOP, LSE, LSE_T, Z_Y, Q = normalised(Z, is_y, inv_t, K, TEMPERED)
@@ -142,9 +151,6 @@ def register_rows(
         if GATED:
             GATES = open_gates(RIGHT, NLL, labelled, GATE, K)
         LOG_Q = log_probabilities(Z, LSE_T, inv_t, K, TEMPERED)
-        PAIRS = ()
-        if K > 1 and (STATS or not (UNIFORM or TARGET == "ensemble")):
-            PAIRS = pair_divergences(LOG_Q, Q, K)
         if K == 1:
             KL = (tl.zeros((ROWS,), tl.float32),)
         elif TARGET == "ensemble":
@@ -152,7 +158,7 @@ def register_rows(
         elif UNIFORM:
             KL = uniform_divergences(Z, LSE_T, Q, mimics, cols, inv_t, K, C, EDGE, TEMPERED)
         else:
-            KL = weighted_divergences(PAIRS, peer_weights, GATES, K, EDGE, GATED)
+            KL = weighted_divergences(LOG_Q, Q, peer_weights, GATES, w_y, K, EDGE, GATED)
         KL = selected(mimics, KL, K)
 
         # ---- the program's sums
@@ -172,10 +178,7 @@ def register_rows(
                 packed = put(packed, LAYOUT.correct + k, TOTALS[K + k], S)
             packed = put(packed, LAYOUT.ensemble_correct, TOTALS[2 * K], S)
             if K > 1:
-                TOTALS = row_totals(selected(mimics, PAIRS, K * (K - 1)), K * (K - 1))
-                for i in tl.static_range(K * (K - 1)):  # at [l, k], without the diagonal
-                    at = i + (i // K) + 1
-                    packed = put(packed, LAYOUT.pairwise_kl + at, TOTALS[i], S)
+                packed = put_pairs(packed, LOG_Q, Q, mimics, K, LAYOUT.pairwise_kl, S)
         if REDUCTION == "none":
             for k in tl.static_range(K):
                 loss = times(ce_weight, CE[k])
@@ -200,7 +203,8 @@ def register_rows(
                           p_row, y_row, c_row, kl_row, K, EDGE, GATED, SMOOTHED)  # fmt: skip
             for k in tl.static_range(K):
                 store_row(grads[k], G[k], n64, inside, cols, STRIDES[k][2], C)
-        y = next_y
+        if AHEAD:
+            y = next_y
 
     if REDUCTION != "none" or STATS:
         tl.store(partials + tl.program_id(0) * S + tl.arange(0, S), packed)
