@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import json
 import math
 
 import pytest
@@ -19,6 +20,7 @@ from fastdml_kernels.machine_code import (
     whole,
 )
 from fastdml_kernels.row_costs import RowCost, logits_moved, row_loop
+from fastdml_kernels.static_report import KernelReport, table
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -352,3 +354,20 @@ def test_latency_is_not_estimated_without_a_source():
     found = estimate("gfx942", row_bytes=1, issued=1, waits=1e9, cached_waits=0, resident=None)
     assert found.latency_ns is None
     assert found.name in ("bytes", "issue")
+
+
+def test_the_report_shows_what_a_row_costs_and_that_the_bound_is_an_estimate():
+    found = estimate("sm_90", row_bytes=4e3, issued=4e3, waits=1, cached_waits=0, resident=2)
+    report = KernelReport(
+        "register_rows", 4, 1000, "bf16", "sm_90", True, rows=1, block_c=1024, warps=4, launches=1,
+        registers=100, stack_bytes=0, spills=0, shared_bytes=1024, instructions=1234, barriers=5.5,
+        waits=1, bound=found,
+    )  # fmt: skip
+    head, row, *legend = table([report]).splitlines()
+    shown = dict(zip(head.split()[-4:], row.split()[-5:-1], strict=True))
+    assert shown == {"instr": "1234", "bars": "5.5", "waits": "1", "bound": found.name}
+    assert f"{found.share:.0%}" == row.split()[-1]
+    assert "an estimate, nothing is measured" in " ".join(legend)
+    assert "H100 SXM 80 GB for sm_90" in " ".join(legend)
+    assert report.as_dict()["bound"]["share"] == found.share
+    assert json.loads(json.dumps(report.as_dict()))["instructions"] == 1234
