@@ -15,7 +15,7 @@ probabilities or of logits, needs extra passes between the first and the second:
   teach on the row;
 - any mixed target where the gradient contains divergences: one for these.
 
-All of it is O(K**2 C).
+All of it is O(K**2 C), and takes all the registers there are: no block is loaded ahead.
 """
 
 from __future__ import annotations
@@ -168,7 +168,6 @@ def coupled_rows(
     STRIDES: tl.constexpr,  # per peer: logits row, logits column, gradient row
     READABLE: tl.constexpr,  # per peer: columns that may be read, C or more
     BLOCK_C: tl.constexpr, PEERS: tl.constexpr, PROGRAMS_BLOCK: tl.constexpr,
-    STAGES: tl.constexpr, BACK_STAGES: tl.constexpr,  # blocks loaded at once in each of the passes
     LAYOUT: tl.constexpr,  # a StatsLayout: of the statistics, and of a program's sums
     NEED_GRAD: tl.constexpr, STATS: tl.constexpr, REDUCTION: tl.constexpr,
     TARGET: tl.constexpr, GATE: tl.constexpr, EDGE: tl.constexpr,
@@ -226,9 +225,9 @@ def coupled_rows(
         # 4. [online softmax] First pass: maxima and normalisers, divergences of single peers.
         M, SUM, SUM_T, energy, spread, first, cross = online_sums(
             logits, class_weight, n64, inv_t, peer, teacher,
-            K, C, STRIDES, READABLE, BLOCK_C, PEERS, TEMPERED, SMOOTHED, STATS,
+            K, C, STRIDES, READABLE, BLOCK_C, BLOCK_C, True, PEERS, TEMPERED, SMOOTHED, STATS,
             ARGMAX=STATS or GATE == "correct", PAIRS=ONLINE_PAIRS, LAST=not SECOND,
-            STAGES=STAGES,
+            STAGES=1,
         )  # fmt: skip
 
         # 5. Cross-entropy, entropy, and which peers are right.
@@ -293,7 +292,7 @@ def coupled_rows(
                 has_kl = mimics & (tl.where(kl_factor != 0.0, 1, 0) == 1)
                 bad = tl.where(misfit, float("nan"), 0.0)
                 UP = load_upstream(upstream, u_stride_k, u_stride_n, n64, K)
-            for back in tl.range(0, C, BLOCK_C, num_stages=BACK_STAGES):
+            for back in range(0, C, BLOCK_C):
                 c = LAST_BLOCK - back + tl.arange(0, BLOCK_C)
                 Z = load_peers(logits, n64, c, -BLOCK_C - back, K, C, STRIDES, READABLE, True)
                 top, D, Q = log_probabilities(Z, LSE_T, inv_t, K, TEMPERED)

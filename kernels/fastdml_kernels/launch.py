@@ -25,6 +25,7 @@ from .tiles import (
     architecture,
     choose,
     compiler_options,
+    lane,
     programs_per_sm,
 )
 from .torch_private import current_stream
@@ -80,6 +81,11 @@ def _all_readable(
         if strides[0] >= padded:
             return tuple(map(_readable, logits))
     return None
+
+
+def _loads_vectors(z: Tensor) -> bool:
+    """Whether every row begins where a load of 16 bytes may."""
+    return z.stride(1) == 1 and z.stride(0) * z.element_size() % 16 == 0
 
 
 def _split(value: Scalar) -> tuple[Scalar, bool]:
@@ -141,10 +147,13 @@ def arguments(
         u_stride_k=0 if upstream is None else upstream.stride(0),
         u_stride_n=upstream.stride(1) if upstream is not None and upstream.dim() == 2 else 0,
         PEERS=triton.next_power_of_2(max(K, 2)),
-        STAGES=tile.stages, BACK_STAGES=tile.back_stages,
     )  # fmt: skip
     if not _is_coupled(K, options, bool(grads)):
-        return wide_rows, named | wide, tile.warps
+        walk = dict(
+            STAGES=tile.stages, BACK_STAGES=tile.back_stages, LANE=lane(tile, logits),
+            ADJACENT=all(_loads_vectors(z) for z in logits),
+        )  # fmt: skip
+        return wide_rows, named | wide | walk, tile.warps
     coupled = dict(
         scratch=torch.empty((programs, 3 * K * K), dtype=torch.float32, device=device),
         SYMMETRIC=options.symmetric, DETACH=options.detach_targets,

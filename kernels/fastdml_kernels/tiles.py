@@ -207,6 +207,14 @@ def wide_tile(
     )
 
 
+def lane(tile: Tile, logits: Sequence[Tensor]) -> int:
+    """Classes of a block that one thread of `wide_rows` sums by itself: at most 16 bytes, which one
+    load brings; the whole block where a thread has but one class."""
+    size = max(z.element_size() for z in logits)
+    classes = min(16 // size, tile.block_c // (32 * tile.warps))
+    return classes if classes > 1 else tile.block_c
+
+
 def programs_per_sm(regime: Regime, tile: Tile, row_bytes: int, resident: int | None = None) -> int:
     """Programs a multiprocessor; row_bytes: of all peers' logits of one sample; resident: how many
     it holds at once (`occupancy.resident_programs`), None where that is not known.
@@ -249,14 +257,16 @@ def choose(
             )
     elif tile is None:
         tile = wide_tile(K, C, stats or not gradient, size, arch)
+        if options.target != "peers":  # whose second pass takes all the registers there are
+            tile = replace(tile, back_stages=1)
     return regime, tile
 
 
 def compiler_options(warps: int, nvidia: bool) -> dict[str, Any]:
     options = {"num_warps": warps, "enable_fp_fusion": True}
-    if nvidia and warps == 8:
+    if nvidia and warps >= 8:
         # Left to itself, ptxas aims at 64 or 128 registers and spills the few that do not fit.
-        options["maxnreg"] = 255
+        options["maxnreg"] = min(255, 65536 // (32 * warps))
     return options
 
 

@@ -124,6 +124,7 @@ def wide_rows(
     STRIDES: tl.constexpr,  # per peer: logits row, logits column, gradient row
     READABLE: tl.constexpr,  # per peer: columns that may be read, C or more
     BLOCK_C: tl.constexpr, PEERS: tl.constexpr, PROGRAMS_BLOCK: tl.constexpr,
+    LANE: tl.constexpr, ADJACENT: tl.constexpr,  # see online_sums
     STAGES: tl.constexpr, BACK_STAGES: tl.constexpr,  # blocks loaded at once in each of the passes
     LAYOUT: tl.constexpr,  # a StatsLayout: of the statistics, and of a program's sums
     NEED_GRAD: tl.constexpr, STATS: tl.constexpr, REDUCTION: tl.constexpr,
@@ -182,9 +183,9 @@ def wide_rows(
         # 4. [online softmax] First pass: maxima and normalisers.
         M, SUM, SUM_T, energy, spread, first, cross = online_sums(
             logits, class_weight, n64, inv_t, peer, teacher,
-            K, C, STRIDES, READABLE, BLOCK_C, PEERS, TEMPERED, SMOOTHED, STATS,
-            ARGMAX=STATS or GATE == "correct", PAIRS=ONLINE_PAIRS, LAST=not SECOND,
-            STAGES=STAGES,
+            K, C, STRIDES, READABLE, BLOCK_C, BLOCK_C if ONLINE_PAIRS else LANE, ADJACENT, PEERS,
+            TEMPERED, SMOOTHED, STATS, ARGMAX=STATS or GATE == "correct", PAIRS=ONLINE_PAIRS,
+            LAST=not SECOND, STAGES=STAGES,
         )  # fmt: skip
 
         # 5. Cross-entropy, entropy, and which peers are right.

@@ -6,7 +6,8 @@ import itertools
 
 import pytest
 import torch
-from fastdml_kernels.tiles import Tile, fits_registers, wide_tile
+from fastdml_kernels.launch import _loads_vectors
+from fastdml_kernels.tiles import Tile, fits_registers, lane, wide_tile
 from hypothesis import given, settings
 from oracle import OPTIONS, check, launched, make, problems, upstream_of, wide
 
@@ -82,6 +83,29 @@ def test_the_maximum_grows_from_block_to_block(grad):
     for z in p.logits:
         z -= torch.arange(16) * 40.0
     check(p, wide, tile=Tile(1, 4, 4), grad=grad, stats=grad)
+
+
+@pytest.mark.parametrize("layout", ["contiguous", "unaligned"])
+@pytest.mark.parametrize("options", [
+    {}, {"class_weight": True, "label_smoothing": 0.1, "temperature": 2.0}, {"gate": "correct"},
+    {"target": "ensemble", "gate": "best"},
+], ids=str)  # fmt: skip
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_threads_that_sum_several_classes_by_themselves(dtype, options, layout):
+    """Lanes of two and four classes, side by side where rows are aligned and apart where not; the
+    maximum is in another lane of another block for every peer, and ties are in several."""
+    C = 208 if layout == "contiguous" else 203
+    p = make(3, 4, C, dtype=dtype, ignored=0.2, **options)
+    assert all(_loads_vectors(z) == (layout == "contiguous") for z in p.logits)
+    for k, z in enumerate(p.logits):
+        z[0, [70 + k, 131, 190 - 61 * k]] = 25.0
+        z[1, ::3] = float("-inf")
+        z[2] = 0.5
+    for block_c in (64, 128):
+        tile = Tile(1, block_c, 1)
+        assert lane(tile, p.logits) < block_c
+        check(p, wide, tile=tile)
+        check(p, wide, tile=tile, stats=False)
 
 
 @pytest.mark.parametrize(("K", "C"), [(2, 9000), (1, 20_001)])
