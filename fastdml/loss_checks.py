@@ -26,7 +26,9 @@ def check_call(logits: Tensor | Sequence[Tensor], call: Call) -> list[Tensor]:
     """The logits as K tensors (N, C) or one (K, N, C), after every check that needs no value on
     the device."""
     tensors = [logits] if isinstance(logits, Tensor) else list(logits)
-    signature = None if torch.compiler.is_compiling() else _signature(logits, tensors, call)
+    signature = None
+    if not torch.compiler.is_compiling() and not torch.jit.is_tracing():  # sizes are no numbers
+        signature = _signature(logits, tensors, call)
     if signature is not None and signature in _passed:
         return tensors
     _refuse_unusual("logits", tensors)

@@ -113,6 +113,16 @@ def test_signatures_are_a_limited_number(monkeypatch):
         assert len(loss_checks._passed) <= 3
 
 
+def test_tracers_leave_no_signature():
+    """Their sizes may be tensors or symbols."""
+    loss_checks._passed.clear()
+    logits, labels = peers(), labels_of()
+    with pytest.warns(torch.jit.TracerWarning):
+        torch.jit.trace(lambda *z: mutual_loss(z, labels).sum(), tuple(logits), check_trace=False)
+    torch.compile(lambda *z: mutual_loss(z, labels).sum(), backend="eager")(*logits)
+    assert not loss_checks._passed
+
+
 def test_subclasses_are_looked_at_each_time():
     loss_checks._passed.clear()
     mutual_loss([z.as_subclass(Own) for z in peers()], labels_of())
