@@ -71,7 +71,7 @@ def _readable(z: Tensor, multiple: int = VECTOR) -> int:
 
 
 def _all_readable(
-    logits: Sequence[Tensor], rows: Sequence[tuple[Any, tuple[int, int]]], C: int
+    logits: Sequence[Tensor], rows: Sequence[tuple[Any, tuple[int, ...]]], C: int
 ) -> tuple[int, ...] | None:
     """`_readable` of each, or None where it is C by their strides alone."""
     if C % VECTOR == 0:
@@ -219,10 +219,10 @@ def _results(
     sums = programs * size
     if behind_stats > SHARED:
         losses = torch.empty(shape, dtype=torch.float32, device=device)
-        stats = torch.empty(size, dtype=torch.float32, device=device)
+        packed = torch.empty(size, dtype=torch.float32, device=device)
         partials = torch.empty(sums, dtype=torch.float32, device=device)
-        at = losses.data_ptr(), stats.data_ptr(), partials.data_ptr()
-        return losses, stats if want_stats else None, at, partials
+        at = losses.data_ptr(), packed.data_ptr(), partials.data_ptr()
+        return losses, packed if want_stats else None, at, partials
     shared = behind_stats + sums <= SHARED
     memory = torch.empty(behind_stats + sums * shared, dtype=torch.float32, device=device)
     start = memory.data_ptr()
@@ -304,7 +304,7 @@ def launch(
     )  # fmt: skip
     plan = _PLANS.get(signature)
     if plan is None or plan.direct is None:
-        named = dict(
+        named: dict[str, Any] = dict(
             grads=grads, want_stats=want_stats, upstream=upstream, counts=counts,
             temperature=temperature, ce_weight=ce_weight, kl_weight=kl_weight,
             peer_weights=peer_weights, class_weight=class_weight,

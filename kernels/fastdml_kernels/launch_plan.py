@@ -9,7 +9,7 @@ Where a plan cannot promise the same launch (Triton's interpreter, profilers' ho
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable, Mapping
+from collections.abc import Callable, Hashable
 from functools import reduce
 from operator import or_
 from threading import Lock
@@ -64,7 +64,7 @@ class Planned:
         grid: tuple[int, int, int],
         values: tuple[Any, ...],  # the run-time arguments; a tuple holds matrices (N, C)
         signature: Hashable,  # what the constants depend on
-        constants: Callable[[], Mapping[str, Any]],
+        constants: Callable[[], dict[str, Any]],
         **options: Any,  # the compiler's, the same at each call
     ) -> None:
         bound, kinds, device = _bound(values)
@@ -105,13 +105,12 @@ def _bound(values: tuple[Any, ...]) -> tuple[tuple[Any, ...], Hashable, Any]:
             kinds.append(kind)
         else:
             bound.append(value)
-            kind = type(value)
-            if kind is int:
+            if type(value) is int:
                 kinds.append(value in INT32 or value.bit_length())
-            elif kind is float or value is None:
-                kinds.append(kind)
+            elif type(value) is float or value is None:
+                kinds.append(type(value))
             else:  # a plan for this value alone
-                kinds.append((kind, value))
+                kinds.append((type(value), value))
     return tuple(bound), tuple(kinds), device
 
 
