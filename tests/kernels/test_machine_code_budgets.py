@@ -62,9 +62,13 @@ REGISTER_ROWS = {
 # How often a turn waits for memory, where it is not once: triton 3.6 asks for the next label before
 # the next rows, and moves some of these to other registers as soon as they are there.
 WAITS = {(2, 1000, "sm_90"): 3, (4, 1000, "sm_80"): 2}
+# Wide rows, of whole rows: barriers and waits. Kernels that reduce every block of classes, or that
+# wait for each before they ask for the next, have several times as many.
+WIDE_ROWS = {(2, 32_768): (155, 20), (8, 32_768): (950, 50), (2, 128_256): (560, 60)}
 ON_SM_90 = [(*shape, "sm_90") for shape in REGISTER_ROWS]
 HELD = [*ON_SM_90, (4, 1000, "sm_80"), (4, 1000, "sm_100"), (2, 100, "sm_80"), (2, 100, "sm_100")]
-CASES = list(dict.fromkeys([*LAST_PROGRAM, *HELD]))
+WIDE = [(*shape, "sm_90") for shape in WIDE_ROWS]
+CASES = list(dict.fromkeys([*LAST_PROGRAM, *HELD, *WIDE]))
 
 
 def name(case: tuple) -> str:
@@ -100,6 +104,17 @@ def test_all_rows_are_on_their_way_before_the_first_barrier(compiled, case):
     assert report["begin"].count("read") == report["row"].count("read")
     assert order(report["row"], {"read", "BAR"}) == ["read", "BAR"]
     assert report["waits"] <= WAITS.get(case, 1)
+
+
+@pytest.mark.parametrize("case", WIDE, ids=name)
+def test_barriers_and_waits_of_a_wide_row(compiled, case):
+    report = compiled[case]
+    barriers, waits = WIDE_ROWS[case[:2]]
+    assert report["kernel"] == "wide_rows"
+    assert report["barriers"] <= barriers
+    assert report["waits"] <= waits
+    assert report["spills"] == report["stack_bytes"] == 0
+    assert (report["reads"], report["writes"]) == (2, 1)
 
 
 @pytest.mark.parametrize("case", LAST_PROGRAM, ids=name)
