@@ -124,6 +124,10 @@ NEVER = (  # the losses' own gradient, and labels that are counted beforehand, a
 )  # fmt: skip
 CORE = ("gradient", "stats", "target", "gate", "symmetric", "detach_targets", "label_smoothing",
         "mimic_ignored", "reduction")  # fmt: skip
+REGISTER = {  # what rows that are held in registers have
+    "target": ("peers", "ensemble"), "symmetric": (False,), "detach_targets": (True,),
+    "upstream": (False,), "regime": (None,), "C": (1, 2, 100, 751),
+}  # fmt: skip
 COUPLING = ("symmetric", "detach_targets", "target")  # they change what a gradient is made of
 SCALE = {
     "K": (1, 2, 3, 5, 8), "dtype": LOSS["dtype"], "gap": (0, 6), "rows": (False, True),
@@ -138,11 +142,13 @@ AUGMENTED = {
 
 
 def combinations_of_options(strength: int = 2) -> list[dict[str, Any]]:
-    """In which any so many values meet. One peer has nothing to couple, and so meets each value
-    once, in combinations that do not count for the others."""
+    """In which any so many values meet, and any of those that rows in registers have meet there.
+    One peer has nothing to couple, and so meets each value once, in combinations that do not count
+    for the others."""
     alone, several = LOSS["K"][:1], LOSS["K"][1:]
     rows = Covering(LOSS | {"K": several}, strength, core=CORE, never=NEVER).rows()
-    return rows + Covering(LOSS | {"K": alone}, strength - 1, never=NEVER).rows()
+    rows += Covering(LOSS | {"K": alone}, strength - 1, never=NEVER).rows()
+    return rows + Covering(LOSS | REGISTER | {"K": several}, strength, never=NEVER).rows()
 
 
 def through_the_front_end(cases: list[dict[str, Any]], kind: str = "loss") -> list[str]:
@@ -165,6 +171,14 @@ def passed() -> list[tuple[dict[str, Any], str]]:
 
 def test_any_two_options_combine(passed):
     assert {kernel for _, kernel in passed} == {"register_rows", "wide_rows", "coupled_rows"}
+    held = [case for case, kernel in passed if kernel == "register_rows"]
+    space = LOSS | REGISTER
+    for names in itertools.combinations(space, 2):
+        excluded = [dict(pair) for pair in NEVER if {n for n, _ in pair} == {*names}]
+        for values in itertools.product(*(space[n] for n in names)):
+            pair = dict(zip(names, values, strict=True))
+            if pair.get("K") != 1 and pair not in excluded:
+                assert any(pair.items() <= case.items() for case in held), pair
 
 
 def test_options_that_couple_the_peers_combine_with_every_other(passed):
