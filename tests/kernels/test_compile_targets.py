@@ -116,6 +116,19 @@ def test_wide_rows_read_twice_and_write_once(shape, gradient):
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("arch", ARCHS)
+def test_wide_rows_are_loaded_ahead_where_they_are_aligned(arch):
+    """Blocks of 4 KB for each of two peers lie in shared memory; rows of 21,841 have none. The
+    first pass has no barrier for a reduction: with them a block took twelve or more."""
+    aligned, odd = reports(((2, 32_768), arch, {}), ((2, 21_841), arch, {}))
+    assert 16_384 <= aligned["shared_bytes"] < 3 * 8192
+    assert odd["shared_bytes"] < 4096
+    for report, C in ((aligned, 32_768), (odd, 21_841)):
+        hold_budget(report, ratio=1.5)
+        assert report["barriers"] <= 10 * -(-C // 2048)
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("settings", [{}, {"stats": True}, {"gradient": False},
                                       {"stats": True, "gradient": False}])  # fmt: skip
 @pytest.mark.parametrize("K", [4, 8, 16])
