@@ -33,6 +33,7 @@ from .device_functions import (
     times,
 )
 from .mixed_teachers import mean_logits_normalisers, mixed_divergences, mixed_kl, mixed_teacher
+from .online_softmax import online_sums
 from .wide_functions import (
     add_block_to_pairs,
     ce_gradient,
@@ -42,7 +43,6 @@ from .wide_functions import (
     load_peers,
     load_upstream,
     log_probabilities,
-    online_sums,
     pairs_of_sums,
     read_label,
     row_losses,

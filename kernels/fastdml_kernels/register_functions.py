@@ -1,8 +1,7 @@
 """Steps of `register_rows`, which holds the rows of all peers in registers.
 
 Tuples in capitals have one tensor a peer: (ROWS, BLOCK_C) with a number for each class, or (ROWS,)
-with one for each row. A reduction costs barriers wherever what it adds up is spread over several
-warps, so tensors that are known at the same time are reduced together.
+with one for each row. Their reductions are in `register_reductions`.
 
 The usual row has a label and no class that a peer rules out. What other rows need, selections in
 place of products with 0, costs more than the arithmetic itself, so tiles of one row have both and
@@ -15,7 +14,8 @@ import triton
 import triton.language as tl
 from triton.language.extra import libdevice
 
-from .device_functions import joined, log_probability, parted, put, times
+from .device_functions import log_probability, put, times
+from .register_reductions import reduce_group, reduced, row_totals
 
 INTERPRETED: tl.constexpr = tl.constexpr(triton.knobs.runtime.interpret)
 
@@ -70,84 +70,6 @@ def store_row(grad, g, n64, inside, cols, stride: tl.constexpr, C: tl.constexpr)
     """Writes one peer's gradient rows."""
     tl.store(grad + n64[:, None] * stride + cols[None, :], g.to(grad.dtype.element_ty),
              mask=inside[:, None] & (cols < C)[None, :], eviction_policy="evict_first")  # fmt: skip
-
-
-# ---- reductions over the classes
-
-
-@triton.jit
-def reduce_group(T, FIRST: tl.constexpr, COUNT: tl.constexpr, SIZE: tl.constexpr,
-                 OPERATION: tl.constexpr):  # fmt: skip
-    """`reduced` for COUNT tensors from the place FIRST on, by one reduction. They are padded to
-    SIZE, a power of two, by repetition; what becomes of the padding is not used."""
-    OF = ()
-    for i in tl.static_range(SIZE):
-        if i < COUNT:
-            OF = OF + (T[FIRST + i],)
-        else:
-            OF = OF + (T[FIRST],)
-    if SIZE == 8:
-        OF = joined(OF, 4)
-    if SIZE >= 4:
-        OF = joined(OF, 2)
-    if SIZE >= 2:
-        OF = joined(OF, 1)
-    one = tl.reshape(OF[0], (T[0].shape[0], T[0].shape[1], SIZE))
-    if OPERATION == "max":
-        one = tl.max(one, axis=1)
-    elif OPERATION == "min":
-        one = tl.min(one, axis=1)
-    else:
-        one = tl.sum(one, axis=1)
-    if SIZE == 8:
-        ALL = parted(parted(parted((tl.reshape(one, (T[0].shape[0], 2, 2, 2)),), 1), 2), 4)
-    elif SIZE == 4:
-        ALL = parted(parted((tl.reshape(one, (T[0].shape[0], 2, 2)),), 1), 2)
-    elif SIZE == 2:
-        ALL = parted((one,), 1)
-    else:
-        ALL = (tl.reshape(one, (T[0].shape[0],)),)
-    OUT = ()
-    for i in tl.static_range(COUNT):
-        OUT = OUT + (ALL[i],)
-    return OUT
-
-
-@triton.jit
-def reduced(T, COUNT: tl.constexpr, OPERATION: tl.constexpr):
-    """The "max", "min" or "sum" over the classes of each of COUNT tensors (ROWS, BLOCK_C), (ROWS,).
-
-    Up to 8 share one reduction. Where there are several, all have one size: so every tensor is
-    added up in the same order, and identical peers have identical sums."""
-    SIZE: tl.constexpr = 8 if COUNT > 4 else (4 if COUNT > 2 else COUNT)
-    OUT = ()
-    for first in tl.static_range(0, COUNT, 8):
-        OUT = OUT + reduce_group(
-            T, first, 8 if COUNT - first > 8 else COUNT - first, SIZE, OPERATION
-        )
-    return OUT
-
-
-@triton.jit
-def row_totals(T, COUNT: tl.constexpr):
-    """The sum of each of COUNT tensors (ROWS,), a scalar."""
-    OUT = ()
-    if T[0].shape[0] == 1:
-        for i in tl.static_range(COUNT):
-            OUT = OUT + (tl.sum(T[i], axis=0),)
-    else:
-        TRANSPOSED = ()
-        for i in tl.static_range(COUNT):
-            TRANSPOSED = TRANSPOSED + (tl.reshape(T[i], (1, T[0].shape[0])),)
-        SUMS = ()
-        for first in tl.static_range(0, COUNT, 8):
-            SUMS = SUMS + reduce_group(
-                TRANSPOSED, first, 8 if COUNT - first > 8 else COUNT - first,
-                8 if COUNT - first > 4 else (4 if COUNT - first > 2 else COUNT - first), "sum",
-            )  # fmt: skip
-        for i in tl.static_range(COUNT):
-            OUT = OUT + (tl.sum(SUMS[i], axis=0),)
-    return OUT
 
 
 # ---- what a row's losses are made of

@@ -38,13 +38,13 @@ from .register_functions import (
     probabilities,
     put_pairs,
     right,
-    row_totals,
     selected,
     store_row,
     uniform_divergences,
     weighted_divergences,
     widened,
 )
+from .register_reductions import row_totals
 
 
 @triton.jit(

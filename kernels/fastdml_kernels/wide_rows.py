@@ -13,7 +13,8 @@ pair of peers needs its own running sum, O(K**2 C). Statistics, gates and edge w
 All else is O(K C).
 
 `coupled_rows` is the kernel for symmetric divergences, gradients into the teachers and a mean of
-logits. Both are made of the steps in `wide_functions`; notation as there.
+logits. Both are made of the steps in `wide_functions` and `online_softmax`; notation as
+there.
 """
 
 from __future__ import annotations
@@ -30,6 +31,7 @@ from .device_functions import (
     put,
     times,
 )
+from .online_softmax import online_sums
 from .wide_functions import (
     add_block_to_pairs,
     ce_gradient,
@@ -40,7 +42,6 @@ from .wide_functions import (
     load_upstream,
     log_probabilities,
     mean_probability,
-    online_sums,
     pairs_of_sums,
     read_label,
     row_losses,
