@@ -6,7 +6,6 @@ would wait for the device. Raise ValueError and TypeError.
 
 from __future__ import annotations
 
-import math
 import sys
 from collections.abc import Hashable, Sequence
 
@@ -15,6 +14,8 @@ from fastdml_kernels import Call, Options
 from torch import Tensor
 
 FARTHEST = 1e18  # the largest temperature, and one over the smallest
+LARGEST = sys.float_info.max
+INT64 = -(2**63), 2**63 - 1
 NO_TENSORS = (float, bool, Options)  # isinstance is slow on what is no tensor
 PLAIN = frozenset({Tensor, torch.nn.Parameter})
 NUMBERS = frozenset({float, int, type(None)})  # of which a signature needs the type alone
@@ -73,15 +74,17 @@ def _signature(
             return None
         if t.layout is not torch.strided or t.device != device:
             return None
-    shape = tensors[0].shape
-    if labels.shape != shape[-2:-1]:
+    shape, ignore = tensors[0].shape, call.options.ignore_index
+    if len(shape) < 2 or labels.shape != shape[-2:-1]:
+        return None
+    if ignore.__class__ is not int or not INT64[0] <= ignore <= INT64[1]:
         return None
     for t in tensors:
         if t.shape != shape:
             return None
     return (
         device, tensors[0] is logits, len(tensors), shape[:-2], shape[-1:],
-        tuple([t.dtype for t in tensors]), labels.dtype, type(call.options.ignore_index),
+        tuple([t.dtype for t in tensors]), labels.dtype,
         tuple(map(type, given)), tuple([(t.shape, t.requires_grad) for t in others]),
     )  # fmt: skip
 
@@ -180,7 +183,7 @@ def _check_numbers(call: Call, device: torch.device) -> None:
                 f"temperature={value}: it divides the logits and must be above 0, and finite "
                 f"({1 / FARTHEST:g} to {FARTHEST:g}: its square is a float32)"
             )
-        if not 0 <= value < math.inf:
+        if not 0 <= value <= LARGEST:
             raise ValueError(
                 f"{name}={value}: below 0 the loss would be without a lower bound; give 0 or more, "
                 "and a finite number"
@@ -188,6 +191,8 @@ def _check_numbers(call: Call, device: torch.device) -> None:
     ignore = call.options.ignore_index
     if not isinstance(ignore, int) and not hasattr(ignore, "__index__"):
         raise TypeError(f"ignore_index={ignore!r}: give a whole number")
+    if not INT64[0] <= ignore <= INT64[1]:
+        raise ValueError(f"ignore_index={ignore}: give a number that an int64 label can have")
 
 
 def check_layers(

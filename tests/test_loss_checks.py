@@ -45,6 +45,7 @@ FAULTS = {
     "no classes": (peers(C=0), labels_of(), {}),
     "two dimensions": (torch.randn(N, C), labels_of(), {}),
     "one dimension each": ([torch.randn(N)], labels_of(), {}),
+    "one dimension each, and one label": ([torch.randn(C)] * 2, labels_of()[0], {}),
     "three dimensions each": ([torch.randn(2, N, C)], labels_of(), {}),
     "no tensor": ([torch.randn(N, C), "a"], labels_of(), {}),
     "a tensor and a list": ([torch.randn(N, C), [1.0]], labels_of(), {}),
@@ -70,6 +71,8 @@ FAULTS = {
     "peer weights of three": (peers(), labels_of(), {"peer_weights": torch.ones(3, 3)}),
     "a number for peer weights": (peers(), labels_of(), {"peer_weights": 1}),
     "ignore_index": (peers(), labels_of(), {"ignore_index": 2.0}),
+    "ignore_index of 64 bits": (peers(), labels_of(), {"ignore_index": 2**63}),
+    "a weight beyond floats": (peers(), labels_of(), {"ce_weight": 10**400}),
 }  # fmt: skip
 for _name in ("temperature", "ce_weight", "kl_weight"):
     for _value in (
