@@ -14,6 +14,7 @@ of the terms that are added up, and for a gradient the rounding to its own dtype
 from __future__ import annotations
 
 import contextlib
+import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, fields, replace
 from typing import Any
@@ -298,10 +299,12 @@ def pairwise(p: Problem, dtype: torch.dtype, upstream: Tensor | None = None) -> 
 
 
 def reach_of(p: Problem) -> float:
-    """The size of log-probabilities. What is rounded in one is a relative error of its exponential:
-    a probability, and whatever is added up of probabilities, is this many roundings off."""
+    """The size of log-probabilities: of the logits, or of log(C) where these are all alike. What is
+    rounded in one is a relative error of its exponential: a probability, and whatever is added up
+    of probabilities, is this many roundings off."""
     z = torch.cat([x.double().flatten().cpu() for x in p.logits])
-    return 1.0 + z[z.isfinite()].abs().max().item() if z.isfinite().any() else 1.0
+    largest = z[z.isfinite()].abs().max().item() if z.isfinite().any() else 0.0
+    return max(1.0 + largest, math.log(max(p.shape[2], 1)))
 
 
 def scale_of(p: Problem) -> tuple[float, float, float]:

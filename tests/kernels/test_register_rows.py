@@ -123,6 +123,12 @@ def test_sizes_of_real_data(K, C):
     check(make(K, 4, C, dtype=torch.bfloat16, ignored=0.2), register)
 
 
+def test_many_classes_that_are_alike():
+    """Log-probabilities are far larger than logits. The interpreter adds up one class after the
+    other where a GPU adds pairs, so that their roundings show."""
+    check(make(4, 2, 2000, dtype=torch.float16, spread=0.1, seed=10), register)
+
+
 @pytest.mark.parametrize(
     "limit", [e.logits[1] for e in table()["default"] if e.kernel == "register"]
 )
