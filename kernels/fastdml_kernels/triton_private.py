@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from operator import itemgetter
+from threading import RLock
 from typing import Any
 
 from torch import Tensor
@@ -22,6 +23,7 @@ from .row_alignment import as_aligned
 
 # Newer than the oldest Triton: a hook that compiles kernels by other passes.
 INSPECTS_STAGES = hasattr(knobs.runtime, "add_stages_inspection_hook")
+_LOADING = RLock()
 
 
 def launches_alone() -> bool:
@@ -50,10 +52,15 @@ def compiled_for(
     if type(kernel) is not JITFunction:
         return None
     placed = {name: _placed(value) for name, value in named.items()}
-    compiled = kernel.warmup(**placed, **options, grid=(1,))
-    if type(compiled) is not CompiledKernel or compiled.metadata.target.backend != "cuda":
-        return None
-    _ = compiled.run  # loads it, so that its registers are known
+    # A thread at a time: one that comes while another loads the kernel finds a launcher, and no
+    # function to launch.
+    with _LOADING:
+        compiled = kernel.warmup(**placed, **options, grid=(1,))
+        if type(compiled) is not CompiledKernel or compiled.metadata.target.backend != "cuda":
+            return None
+        # Loads it where it is not, so that its registers are known. (`compiled.run` loads once
+        # only: after a failure, for want of memory say, there is a launcher without a function.)
+        compiled._init_handles()
     return compiled
 
 
