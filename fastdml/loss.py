@@ -52,7 +52,7 @@ class MutualLoss(nn.Module):
         self.kl_weight = given.kl_weight
         self.register_buffer("peer_weights", given.peer_weights, persistent=False)
         self.register_buffer("class_weight", given.class_weight, persistent=False)
-        self.return_stats = return_stats
+        self.return_stats = given.want_stats
 
     def forward(
         self, logits: Tensor | Sequence[Tensor], labels: Tensor

@@ -6,6 +6,7 @@ Functions that take them as `**options: Unpack[LossOptions]` share this one list
 from __future__ import annotations
 
 import inspect
+import operator
 from collections.abc import Callable
 from typing import Any, Literal, TypedDict, TypeVar, get_type_hints
 
@@ -65,10 +66,16 @@ def call_with(
 ) -> Call:
     """The `Call` that the kernels get. Raises ValueError for an option that is not one of its
     choices, TypeError for a name that is no option."""
+    # The kernels are compiled for Python's own numbers: numpy's, say, are no constants to Triton.
+    if type(label_smoothing) is not float and hasattr(label_smoothing, "__float__"):
+        label_smoothing = float(label_smoothing)
+    if not isinstance(ignore_index, int) and hasattr(ignore_index, "__index__"):
+        ignore_index = operator.index(ignore_index)
     options = Options(
-        target, gate, symmetric, detach_targets, label_smoothing, ignore_index, mimic_ignored,
-        reduction,
+        target, gate, bool(symmetric), bool(detach_targets), label_smoothing, ignore_index,
+        bool(mimic_ignored), reduction,
     )  # fmt: skip
+    want_stats = bool(want_stats)
     return Call(
         labels, options, temperature, ce_weight, kl_weight, peer_weights, class_weight, want_stats
     )

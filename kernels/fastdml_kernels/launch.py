@@ -13,7 +13,7 @@ from .counters import counters_of
 from .coupled_rows import coupled_rows
 from .label_counts import label_counts
 from .launch_plan import Plans, beyond_int32, not_current
-from .occupancy import multiprocessor, resident_programs
+from .occupancy import limits_of, multiprocessors, resident_programs
 from .options import Options, Scalar, default_edge
 from .register_rows import register_rows
 from .row_alignment import misaligned
@@ -183,12 +183,12 @@ def _most_programs(logits: Sequence[Tensor], regime: Regime, tile: Tile, compile
     device = logits[0].device
     if device.type != "cuda":
         return INTERPRETER_PROGRAMS
-    multiprocessors, limits = multiprocessor(device)
     resident = None
     if compiled is not None:
-        resident = resident_programs(*registers_and_shared(compiled), tile.warps, limits)
+        used = registers_and_shared(compiled)
+        resident = resident_programs(*used, tile.warps, limits_of(device))
     row_bytes = sum(z.element_size() for z in logits) * logits[0].shape[1]
-    return programs_per_sm(regime, tile, row_bytes, resident) * multiprocessors
+    return programs_per_sm(regime, tile, row_bytes, resident) * multiprocessors(device)
 
 
 def _make_plan(
@@ -318,13 +318,14 @@ def launch(
     stream = current_stream(device.index)
     shape = (K, N) if options.reduction == "none" else (K,)
     losses, stats, results, _held = _results(shape, plan.size, programs, want_stats, device)
+    counter = counters_of(device).take(stream)  # held: it may be a tensor of a capture's own
     scratch = None
     if plan.scratch:
         scratch = torch.empty(programs * plan.scratch, dtype=torch.float32, device=device)
     plan.direct(
         (programs, 1, 1), stream,
         (
-            of_logits, of_grads, of_labels, *results, counters_of(device).take(stream).data_ptr(),
+            of_logits, of_grads, of_labels, *results, counter.data_ptr(),
             None if scratch is None else scratch.data_ptr(), *optional,
             N, label_stride, u_stride_k, u_stride_n, options.ignore_index, options.label_smoothing,
         ),

@@ -39,10 +39,16 @@ def resident_programs(
 
 
 @cache
-def multiprocessor(device: torch.device) -> tuple[int, Multiprocessor]:
-    """How many multiprocessors a CUDA device has, and what each has."""
+def multiprocessors(device: torch.device) -> int:
+    """How many multiprocessors a CUDA device has."""
+    return torch.cuda.get_device_properties(device).multi_processor_count
+
+
+@cache
+def limits_of(device: torch.device) -> Multiprocessor:
+    """What each has, of an NVIDIA device: torch does not tell it of every AMD device."""
     has: Any = torch.cuda.get_device_properties(device)
-    return has.multi_processor_count, Multiprocessor(
+    return Multiprocessor(
         has.regs_per_multiprocessor,
         has.max_threads_per_multi_processor,
         has.shared_memory_per_multiprocessor,

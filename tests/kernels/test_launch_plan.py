@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import gc
 import threading
-import time
 import weakref
 from collections.abc import Callable
 from contextlib import contextmanager
@@ -432,77 +431,6 @@ def test_threads_share_plans(seen):
     assert seen(from_threads) == [80, True]
 
 
-@contextmanager
-def loading(change: Callable):
-    """Kernels are loaded by change(load, *arguments)."""
-    from triton.runtime import driver
-
-    utils = driver.active.utils
-    load = utils.load_binary
-    utils.load_binary = lambda *arguments: change(load, *arguments)
-    try:
-        yield
-    finally:
-        utils.load_binary = load
-
-
-def first_calls_of_threads(gpu):
-    """Threads call while another thread's first call of the signature loads the kernel."""
-    y, found, under_way = labels_of(12), [], threading.Event()
-    calls = [loss_call(rows(2, 12, 21), y) for _ in range(5)]
-
-    def slow(load, *arguments):
-        under_way.set()
-        time.sleep(0.2)
-        return load(*arguments)
-
-    def run(call):
-        try:
-            call()
-        except Exception as error:
-            found.append(repr(error))
-
-    with loading(slow):
-        threads = [threading.Thread(target=run, args=(call,)) for call in calls]
-        threads[0].start()
-        under_way.wait(60)
-        for thread in threads[1:]:
-            thread.start()
-        for thread in threads:
-            thread.join()
-    return [found, len(gpu.launches())]
-
-
-def test_threads_that_call_while_the_kernel_is_loaded(seen):
-    assert seen(first_calls_of_threads) == [[], 5]
-
-
-def loaded_later(gpu):
-    """Kernels that the driver could not load at the first call: the device's memory was full."""
-    from fastdml_kernels.scale_grads import launch_scale
-
-    def full(load, *arguments):
-        raise RuntimeError("out of memory")
-
-    z, was = rows(2, 12, 22), []
-    for call in (loss_call(z, labels_of(12)), lambda: launch_scale(z, torch.ones(2).double())):
-        said = []
-        with loading(full):
-            for _ in range(2):
-                try:
-                    call()
-                except RuntimeError as error:
-                    said.append(str(error))
-        gpu.clear()
-        call()
-        was.append([said, len(gpu.launches())])
-    return was
-
-
-def test_a_kernel_that_could_not_be_loaded_is_loaded_by_a_later_call(seen):
-    assert seen(loaded_later) == [[["out of memory"] * 2, 1]] * 2
-
-
 def refused(gpu):
     """Kernels whose values ask for another kernel, or which need more than their launcher."""
     import triton
@@ -666,6 +594,5 @@ def test_a_captured_call_is_one_launch_and_compiles_nothing(seen):
 
 SCENARIOS = [
     losses, new_sizes, scales, batches, let_go, few_plans, streams, other_device, hooks, switches,
-    from_threads, first_calls_of_threads, loaded_later, refused, forgotten, results, allocations,
-    grids, captured,
+    from_threads, refused, forgotten, results, allocations, grids, captured,
 ]  # fmt: skip
