@@ -18,17 +18,18 @@ BLOCK_N, BLOCK_C = 4, 1024
 
 
 @triton.jit(
-    do_not_specialize=["N", "C", "g_stride_k", "g_stride_n"],
+    do_not_specialize=["N", "g_stride_k", "g_stride_n"],
     do_not_specialize_on_alignment=["upstream"],
 )
 def scale_rows(
     grads,  # K pointers (N, C), rows STRIDES[k] apart
     upstream,  # (K,) or (K, N), any strides
-    N, C, g_stride_k, g_stride_n,
-    K: tl.constexpr, STRIDES: tl.constexpr,
+    N, g_stride_k, g_stride_n,
+    K: tl.constexpr, C: tl.constexpr, STRIDES: tl.constexpr,
     BLOCK_N: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
-    """Grid: (row blocks,); each program scales its rows of every peer."""
+    """Grid: (row blocks,); each program scales its rows of every peer. C is constant, so that the
+    compiler knows where a row ends, and up to there moves 16 bytes a thread where rows allow it."""
     n = tl.program_id(0).to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)
     inside = n < N
     for k in tl.static_range(K):
@@ -57,7 +58,7 @@ def scale_(grads: Sequence[Tensor], upstream: Tensor) -> None:
     launch_scale(grads, upstream)
 
 
-_scale_rows = Planned(scale_rows, "grads", "upstream", "N", "C", "g_stride_k", "g_stride_n")
+_scale_rows = Planned(scale_rows, "grads", "upstream", "N", "g_stride_k", "g_stride_n")
 
 
 def launch_scale(grads: Sequence[Tensor], upstream: Tensor) -> None:
@@ -68,7 +69,7 @@ def launch_scale(grads: Sequence[Tensor], upstream: Tensor) -> None:
     u_strides = upstream.stride()
     _scale_rows(
         (triton.cdiv(N, BLOCK_N), 1, 1),
-        (tuple(grads), upstream, N, C, u_strides[0], u_strides[1] if len(u_strides) == 2 else 0),
-        strides,
-        lambda: dict(K=len(grads), STRIDES=strides, BLOCK_N=BLOCK_N, BLOCK_C=BLOCK_C),
+        (tuple(grads), upstream, N, u_strides[0], u_strides[1] if len(u_strides) == 2 else 0),
+        (C, strides),
+        lambda: dict(K=len(grads), C=C, STRIDES=strides, BLOCK_N=BLOCK_N, BLOCK_C=BLOCK_C),
     )

@@ -242,6 +242,7 @@ def scales(gpu):
             "by row": ones[:2, :N], "bfloat16": ones[0, :2].bfloat16(),
         }.items()
     }  # fmt: skip
+    calls["fewer classes"] = scale([g[:, :6] for g in rows(2, 300, 10)], ones[:2, 0])
     return both_ways(gpu, calls)
 
 
@@ -437,9 +438,9 @@ def refused(gpu):
     from fastdml_kernels.scale_grads import scale_rows
     from fastdml_kernels.triton_private import compiled_for, direct_launch
 
-    numbers = {"N": 4, "C": 10, "g_stride_k": 1, "g_stride_n": 0}
+    numbers = {"N": 4, "g_stride_k": 1, "g_stride_n": 0}
     values = {"grads": tuple(rows(1, 4, 10)), "upstream": torch.ones(1)} | numbers
-    named = values | {"K": 1, "STRIDES": (10,), "BLOCK_N": 4, "BLOCK_C": 1024}
+    named = values | {"K": 1, "C": 10, "STRIDES": (10,), "BLOCK_N": 4, "BLOCK_C": 1024}
     compiled = compiled_for(scale_rows, named, {})
     ask = lambda kernel, names=tuple(values): (  # noqa: E731
         direct_launch(kernel, compiled, names, named) is not None

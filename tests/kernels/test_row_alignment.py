@@ -13,16 +13,18 @@ WIDTHS = """
 import json, re, sys, torch
 from fastdml_kernels.options import Options
 from fastdml_kernels.scale_grads import scale_rows
-from fastdml_kernels.static_report import TARGETS, compile_kernel, report
+from fastdml_kernels.static_report import DTYPES, TARGETS, compile_kernel, report
 for K, C, dtype, symmetric in json.loads(sys.argv[1]):
     seen = report(K, C, dtype, options=Options(symmetric=symmetric))
     print(json.dumps([seen.kernel, *map(int, seen.load_widths), *map(int, seen.store_widths)]))
-for C in json.loads(sys.argv[2]):
-    named = dict(grads=(torch.empty(8, C),), upstream=torch.ones(1), N=8, C=C, g_stride_k=1,
-                 g_stride_n=0, K=1, STRIDES=(C,), BLOCK_N=4, BLOCK_C=1024)
+for C, dtype in json.loads(sys.argv[2]):
+    named = dict(grads=(torch.empty(8, C, dtype=DTYPES[dtype]),), upstream=torch.ones(1), N=8, C=C,
+                 g_stride_k=1, g_stride_n=0, K=1, STRIDES=(C,), BLOCK_N=4, BLOCK_C=1024)
     ptx = compile_kernel(scale_rows, named, {"num_warps": 4}, TARGETS["sm_90"]).asm["ptx"]
-    wide = re.findall(r"(?:ld|st)[.]global\\S*?(?:[.]v(\\d))?[.]b(\\d+)", ptx)
-    print(json.dumps(["scale_rows", *(int(n or 1) * int(bits) // 8 for n, bits in wide)]))
+    widths = {"ld": [], "st": []}
+    for what, n, bits in re.findall(r"(ld|st)[.]global\\S*?(?:[.]v(\\d))?[.]b(\\d+)", ptx):
+        widths[what].append(int(n or 1) * int(bits) // 8)
+    print(json.dumps(widths))
 """
 # K, C, dtype and bytes of an element, symmetric, kernel
 MATRICES = [
@@ -30,18 +32,21 @@ MATRICES = [
     (2, 9002, "bf16", 2, False, "wide_rows"),
     (2, 9002, "fp32", 4, True, "coupled_rows"),
 ]
-SCALED = [6]  # classes, in float32
+# classes, dtype and bytes of an element
+SCALED = [(6, "fp32", 4), (1000, "fp32", 4), (100, "bf16", 2), (1000, "bf16", 2), (751, "bf16", 2)]
 
 
 def test_no_access_is_wider_than_what_all_rows_are_aligned_to():
-    """On which `as_aligned` rests. Of logits and gradients the accesses are as wide as can be."""
+    """On which `as_aligned` rests. Nor is any access to logits and gradients narrower."""
     arguments = [(K, C, dtype, symmetric) for K, C, dtype, _, symmetric, _ in MATRICES]
-    widths = printed_by(WIDTHS, arguments, SCALED)
+    widths = printed_by(WIDTHS, arguments, [(C, dtype) for C, dtype, _ in SCALED])
     for (_, C, _, itemsize, _, kernel), (name, *seen) in zip(MATRICES, widths, strict=False):
         assert name == kernel
         assert max(seen) == gcd(16, C * itemsize), (kernel, C)
-    for C, (_, *seen) in zip(SCALED, widths[len(MATRICES) :], strict=True):
-        assert max(seen) <= gcd(16, C * 4), C
+    for (C, _, itemsize), seen in zip(SCALED, widths[len(MATRICES) :], strict=True):
+        widest = gcd(16, C * itemsize)
+        assert set(seen["st"]) == {widest}, C
+        assert set(seen["ld"]) <= {widest, 4}, C  # 4: the losses' own gradient
 
 
 @pytest.mark.parametrize("itemsize", [2, 4])
