@@ -25,6 +25,7 @@ class Stored:
     benchmarks: list[dict[str, Any]] = field(default_factory=list)
     info: dict[str, Any] = field(default_factory=dict)  # what stands above the benchmarks
     machine: str = ""
+    finished: bool = False  # the last run of pytest came to its end
 
     @property
     def passed(self) -> set[str]:
@@ -50,19 +51,22 @@ class Stored:
         return bool(self.collected) and not bad
 
 
-def _lines(path: str | Path) -> Iterator[dict[str, Any]]:
-    for line in Path(path).read_text().splitlines():
+def _lines(path: str | Path, first: int | None = None) -> Iterator[dict[str, Any]]:
+    for line in Path(path).read_text().splitlines()[:first]:
         try:
-            yield json.loads(line)
-        except json.JSONDecodeError:  # the last one, where the writer was stopped
-            return
+            found = json.loads(line)
+        except json.JSONDecodeError:  # cut off, where the writer was stopped
+            continue
+        if isinstance(found, dict):
+            yield found
 
 
-def read(path: str | Path) -> Stored:
+def read(path: str | Path, first: int | None = None) -> Stored:
+    """What the file holds, or its `first` lines do."""
     found = Stored()
-    for line in _lines(path):
+    for line in _lines(path, first):
         if "collected" in line:
-            found.collected = line["collected"]
+            found.collected = list(dict.fromkeys(found.collected + line["collected"]))
         elif "started" in line:
             found.started.append(line["started"])
         elif "benchmark" in line:
@@ -70,12 +74,38 @@ def read(path: str | Path) -> Stored:
         elif "machine_info" in line:
             found.info = line
         elif "machine" in line:
-            found.machine = line["machine"]
+            if line["machine"] != found.machine:  # what another device did is not in its files
+                found.benchmarks.clear()
+            found.machine, found.finished = line["machine"], False
+        elif "finished" in line:
+            found.finished = True
         elif "test" in line and found.outcomes.get(line["test"]) != "failed":
             found.outcomes[line["test"]] = line["outcome"]
             found.texts[line["test"]] = line.get("text", "")
             found.seconds[line["test"]] = line.get("seconds", 0.0)
     return found
+
+
+def passed_lines(path: str | Path) -> list[str]:
+    """The lines about the tests that passed, with which another run's file begins."""
+    passed = read(path).passed
+    kept: list[dict[str, Any]] = []
+    for line in _lines(path):
+        test = line.get("test", line.get("benchmark", {}).get("fullname"))
+        if "machine" in line or "machine_info" in line or test in passed:
+            kept.append(line)
+        elif "collected" in line:
+            kept.append({"collected": [test for test in line["collected"] if test in passed]})
+    return [json.dumps(line) for line in kept]
+
+
+def died(test: str, seconds: float = 0.0, longest: float | None = None) -> dict[str, Any]:
+    """The line for a test that took its process with it."""
+    why = "its process died"
+    if longest and seconds >= longest:
+        why = f"it took longer than {longest:.0f} s"
+    text = f"E   {why}: log.txt has what it wrote, and where each thread was"
+    return {"test": test, "outcome": "failed", "seconds": round(seconds, 3), "text": text}
 
 
 def text(stored: Stored) -> str:
