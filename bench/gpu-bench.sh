@@ -12,11 +12,12 @@
 # OUT receives log.txt, benchmarks.jsonl, which has each result as soon as it is known, and at the
 # end, also where the time ran out, a JSON file for bench/results from each file of benchmarks, named
 # after the device, and roofline.png. A benchmark that takes two and a half minutes, and one after
-# which the device reports an error, fails and ends its process; another runs those after it. The tables come last on stdout, with what failed, was skipped
-# or not run; the exit code is 0 only where nothing failed and nothing was left. Nothing is installed
-# or fetched: torch 2.11 or newer, triton, numpy, pytest and pytest-benchmark are enough; what needs
-# a package that is not there is skipped and named. Without CIFAR-100 (./data) random images take its
-# place. PYTHON: the interpreter (default: python3). COMMIT: the sources' id, where git cannot tell.
+# which the device reports an error, fails and ends its process; another process runs those after
+# it. The tables come last on stdout, also after Ctrl-C, with what failed, was skipped or not run; the
+# exit code is 0 only where nothing failed and nothing was left. Nothing is installed or fetched:
+# torch 2.11 or newer, triton, numpy, pytest and pytest-benchmark are enough; what needs a package
+# that is not there is skipped and named. Without CIFAR-100 (./data) random images take its place.
+# PYTHON: the interpreter (default: python3). COMMIT: the sources' id, where git cannot tell.
 top=$(cd "$(dirname "$0")/.." && pwd)
 export PYTHONPATH=$top:$top/kernels${PYTHONPATH:+:$PYTHONPATH}
 exec "${PYTHON:-python3}" -m bench.gpu bench "$@"

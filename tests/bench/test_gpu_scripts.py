@@ -93,7 +93,7 @@ def test_the_benchmarks_that_matter_most_run_stored_in_their_order(tmp_path):
     assert found.collected[: len(eager)] == eager
     lines = [json.loads(line) for line in results.read_text().splitlines()]
     known = [next(k for k in ("benchmark", "test", "started", "machine_info", "machine",
-                              "collected") if k in line) for line in lines]  # fmt: skip
+                              "collected", "finished") if k in line) for line in lines]  # fmt: skip
     first = known.index("started")
     assert known[first : first + 7] == [
         "started", "machine_info", "benchmark", "test", "started", "benchmark", "test",
