@@ -27,6 +27,7 @@ markers = ["gpu: needs a CUDA device"]
 # Errors as on a device: each later call fails as well, until the process ends.
 FAULTY = """
 import os, sys, time
+import torch
 from pytest import mark
 
 pytestmark = mark.gpu
