@@ -60,7 +60,10 @@ def environment(what: str, dry_run: bool) -> dict[str, str]:
         added["OMP_WAIT_POLICY"] = "PASSIVE"
     if dry_run:
         added |= {"CUDA_VISIBLE_DEVICES": "", "TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
-    return {**os.environ, **added}
+    # A worker of pytest-xdist may run this; in what runs here pytest-benchmark must not take itself
+    # for one, where it measures nothing.
+    own = {k: v for k, v in os.environ.items() if not k.startswith("PYTEST_XDIST")}
+    return own | added
 
 
 def run(call: list[str], env: dict[str, str], log: Path, interrupt: float, kill: float) -> bool:

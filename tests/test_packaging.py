@@ -58,7 +58,8 @@ def test_the_wheel_holds_both_import_names_and_nothing_else(tmp_path):
     expected |= {str(p.relative_to(ROOT / "kernels")) for p in (ROOT / "kernels").rglob("*.py")}
     assert {"fastdml/__init__.py", "fastdml_kernels/__init__.py"} <= expected
     info = next(n.split("/")[0] for n in names if ".dist-info/" in n)
-    expected |= {"fastdml_kernels/cpu_rows.c", "fastdml/py.typed", "fastdml_kernels/py.typed"}
+    expected |= {"fastdml_kernels/cpu_rows.c", "fastdml_kernels/tile_table.json"}
+    expected |= {"fastdml/py.typed", "fastdml_kernels/py.typed"}
     if shutil.which("gcc") or shutil.which("clang"):
         expected.add("fastdml_kernels/_cpu_rows.abi3.so")
     assert {n for n in names if not n.startswith(info)} == expected

@@ -163,20 +163,21 @@ def register_rows(
 
         # ---- the program's sums
         if REDUCTION != "none" or STATS:
-            TOTALS = row_totals(CE + KL + (w_y, tl.where(labelled, 1.0, 0.0)), 2 * K + 2)
+            OF_ROWS = (w_y, tl.where(labelled, 1.0, 0.0))
+            TOTALS = row_totals(OF_ROWS + CE + KL, 2 + 2 * K)
+            packed = put(packed, LAYOUT.label_weight, TOTALS[0], S)
+            packed = put(packed, LAYOUT.labelled, TOTALS[1], S)
             for k in tl.static_range(K):
-                packed = put(packed, LAYOUT.ce + k, TOTALS[k], S)
-                packed = put(packed, LAYOUT.kl + k, TOTALS[K + k], S)
-            packed = put(packed, LAYOUT.label_weight, TOTALS[2 * K], S)
-            packed = put(packed, LAYOUT.labelled, TOTALS[2 * K + 1], S)
+                packed = put(packed, LAYOUT.ce + k, TOTALS[2 + k], S)
+                packed = put(packed, LAYOUT.kl + k, TOTALS[2 + K + k], S)
         if STATS:
             ENTROPY, ensemble_first = entropies(Z, LSE, P, cols, K, C)
-            HIT = RIGHT + (labelled & (ensemble_first == y),)
-            TOTALS = row_totals(selected(mimics, ENTROPY, K) + as_numbers(HIT, K + 1), 2 * K + 1)
+            HIT = (labelled & (ensemble_first == y),) + RIGHT
+            TOTALS = row_totals(as_numbers(HIT, 1 + K) + selected(mimics, ENTROPY, K), 1 + 2 * K)
+            packed = put(packed, LAYOUT.ensemble_correct, TOTALS[0], S)
             for k in tl.static_range(K):
-                packed = put(packed, LAYOUT.entropy + k, TOTALS[k], S)
-                packed = put(packed, LAYOUT.correct + k, TOTALS[K + k], S)
-            packed = put(packed, LAYOUT.ensemble_correct, TOTALS[2 * K], S)
+                packed = put(packed, LAYOUT.correct + k, TOTALS[1 + k], S)
+                packed = put(packed, LAYOUT.entropy + k, TOTALS[1 + K + k], S)
             if K > 1:
                 packed = put_pairs(packed, LOG_Q, Q, mimics, K, LAYOUT.pairwise_kl, S)
         if REDUCTION == "none":
