@@ -6,9 +6,12 @@ One process without the interpreter compiles them; everything is read from the m
 from __future__ import annotations
 
 import itertools
+import json
+from pathlib import Path
 
 import pytest
 import torch
+import triton
 from compiled import printed_by
 
 pytestmark = pytest.mark.skipif(torch.version.hip is not None, reason="reads NVIDIA's code")
@@ -125,3 +128,38 @@ def test_the_last_program_reads_what_the_others_have_written(compiled, case):
     end = order(compiled[case]["end"], {"STG", "BAR", "MEMBAR", "ATOMG", "CCTL", "LDG"})
     assert end[:7] == ["STG", "BAR", "MEMBAR", "ATOMG", "CCTL", "BAR", "LDG"]
     assert end.count("ATOMG") == 1
+
+
+# ---- the tables of kernels/README.md
+
+VERSION = ".".join(triton.__version__.split(".")[:2])
+TABLE = Path(__file__).resolve().parents[2] / f"bench/results/kernels-triton-{VERSION}.json"
+TABLED = pytest.mark.skipif(not TABLE.exists(), reason="no table is kept for this triton")
+ALL = """
+import json
+from fastdml_kernels.static_report import reports
+for report in reports(archs=["sm_90"]):
+    print(json.dumps(report.as_dict()))
+"""
+
+
+def stored() -> dict[tuple, dict]:
+    return {(r["kernel"], r["K"], r["C"]): r for r in json.loads(TABLE.read_text())}
+
+
+@TABLED
+def test_the_tables_are_of_the_code_as_it_is(compiled):
+    """Else: `fastdml kernels --archs sm_90 --json`, as kernels/README.md says, and `make docs`."""
+    rows, seen = stored(), 0
+    for (K, C, arch), report in compiled.items():
+        if arch == "sm_90" and (report["kernel"], K, C) in rows:
+            kept = rows[report["kernel"], K, C]
+            assert {name: report[name] for name in kept} == kept
+            seen += 1
+    assert seen >= len(REGISTER_ROWS)
+
+
+@TABLED
+@pytest.mark.slow
+def test_every_row_of_the_tables_is_of_the_code_as_it_is():
+    assert printed_by(ALL) == list(stored().values())
