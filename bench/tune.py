@@ -415,6 +415,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
     )
     parser.add_argument("--again", action="store_true", help="measure what has an entry too")
     given = parser.parse_args(arguments)
+    try:
+        lists_of(given.table)
+    except ValueError as error:
+        parser.error(str(error))
     if given.dry_run:
         dry_run(given.shapes, given.dry_run)
         return

@@ -26,7 +26,7 @@ def kernels(args: list[str]) -> None:
     parser.add_argument("--json", action="store_true", help="print the report as a JSON list")
     options = parser.parse(args)
 
-    from fastdml_kernels import static_report
+    from fastdml_kernels import static_report, tiles
     from triton import knobs
 
     if knobs.runtime.interpret:
@@ -37,6 +37,10 @@ def kernels(args: list[str]) -> None:
         near = advice(unknown[0], static_report.TARGETS)
         raise InputError(f"no report for {unknown[0]!r}; {near}")
     shapes = [shape(text) for text in options.shapes or ()] or static_report.SHAPES
+    try:
+        tiles.table()
+    except ValueError as error:
+        raise InputError(str(error)) from None
     found = static_report.reports(shapes, options.dtypes, archs)
     if options.json:
         print(json.dumps([row.as_dict() for row in found], indent=1))

@@ -133,8 +133,8 @@ def read_table(path: Path = TABLE) -> Table:
         _check_default(table.get("default", []))
     except (OSError, ValueError) as wrong:
         raise ValueError(
-            f"tiles {path} cannot be used: {wrong}. Restore the file (it comes with the package), "
-            "or write it anew with bench/tune.py"
+            f"tiles {path} cannot be used: {wrong}. Restore the file: it comes with the package, "
+            "and in a clone `git checkout` brings it back"
         ) from None
     return table
 

@@ -183,6 +183,15 @@ def test_without_a_gpu_one_line_says_so(monkeypatch):
     assert stopped.value.code == tune.NO_GPU
 
 
+def test_a_broken_table_is_one_line(path, capsys):
+    path.write_text("{")
+    with pytest.raises(SystemExit):
+        tune.main(["--table", str(path), "--dry-run", "sm_90"])
+    error = capsys.readouterr().err
+    assert f"error: tiles {path} cannot be used" in error
+    assert "Traceback" not in error
+
+
 @pytest.mark.parametrize("text", ["2", "2x", "0x10", "2x3x4", "axb"])
 def test_a_shape_that_is_none_is_refused(capsys, text):
     with pytest.raises(SystemExit):

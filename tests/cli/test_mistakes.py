@@ -188,6 +188,15 @@ def test_kernels_that_are_interpreted_cannot_be_reported(refused, monkeypatch):
     refused(["kernels", "--shapes", "2x100"], "TRITON_INTERPRET is set", "unset it")
 
 
+def test_kernels_without_their_tiles_cannot_be_reported(refused, monkeypatch, tmp_path):
+    from fastdml_kernels import tiles
+    from triton import knobs
+
+    monkeypatch.setattr(knobs.runtime, "interpret", False)
+    monkeypatch.setattr(tiles, "table", lambda: tiles.read_table(tmp_path / "tiles.json"))
+    refused(["kernels", "--shapes", "2x100"], "tiles.json cannot be used", "Restore the file")
+
+
 def test_missing_extra(refused, monkeypatch):
     monkeypatch.setitem(sys.modules, "tyro", None)
     refused(["train", "digits"], r"tyro is not installed: pip install 'fastdml\[train\]'")

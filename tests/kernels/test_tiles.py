@@ -113,7 +113,7 @@ def test_a_broken_entry_is_named_in_one_line(tmp_path, entry):
     with pytest.raises(ValueError, match="sm_90, entry 1: ") as raised:
         read_table(file)
     assert str(file) in str(raised.value)
-    assert "bench/tune.py" in str(raised.value)
+    assert "Restore the file" in str(raised.value)
     assert "\n" not in str(raised.value)
 
 
