@@ -32,7 +32,13 @@ from .device_functions import (
     put,
     times,
 )
-from .mixed_teachers import mean_logits_normalisers, mixed_divergences, mixed_kl, mixed_teacher
+from .mixed_teachers import (
+    mean_logits_normalisers,
+    mixed_divergences,
+    mixed_kl,
+    mixed_teacher,
+    share_of_gap,
+)
 from .online_softmax import online_sums
 from .wide_functions import (
     add_block_to_pairs,
@@ -102,7 +108,7 @@ def teaching_mixture(j: tl.constexpr, o: tl.constexpr, Z, D, Q, top, row_pairs, 
                            K, EDGE, GATED, TARGET)  # fmt: skip
     if TARGET == "ensemble":
         toward = tl.load(row_pairs + K * K + j * K + o)
-        slope = times(Q[j], gap - D[o]) - times(Q[j], toward)
+        slope = share_of_gap(Q[j], gap, D[o]) - times(Q[j], toward)
         if SYMMETRIC:
             ratios = tl.load(row_pairs + 2 * K * K + j * K + o)
             ratio = tl.where(t == 0.0, 0.0, Q[j] * Q[o] / t)

@@ -81,6 +81,13 @@ def mixed_teacher(k: tl.constexpr, Z, D, top, peer_weights, GATES, DIVISOR, MIX_
 
 
 @triton.jit
+def share_of_gap(q, gap, d):
+    """q (gap - d) of a teacher's q and the mean of probabilities that it has a part in. Below
+    2**-126 GPUs take a logarithm's argument for 0: gap is -inf then, while q is not yet 0."""
+    return times(tl.where(gap == float("-inf"), 0.0, q), gap - d)
+
+
+@triton.jit
 def mixed_divergences(logits, n64, LSE_T, teacher, student, peer_weights, GATES, WEIGHT, DIVISOR,
                       MIX_LSE, inv_t,
                       K: tl.constexpr, C: tl.constexpr, STRIDES: tl.constexpr,
@@ -116,7 +123,7 @@ def mixed_divergences(logits, n64, LSE_T, teacher, student, peer_weights, GATES,
                 for l in tl.static_range(K):  # noqa: E741
                     if l != k:
                         at = (teacher == l) & (student == k)
-                        part = tl.sum(times(Q[l], gap - D[k]), axis=0)
+                        part = tl.sum(share_of_gap(Q[l], gap, D[k]), axis=0)
                         toward += tl.where(at, part, 0.0)
                         if SYMMETRIC:
                             ratio = tl.where(t == 0.0, 0.0, Q[l] * Q[k] / t)

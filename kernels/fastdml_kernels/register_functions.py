@@ -26,6 +26,7 @@ def exponential(x):
     `tl.exp` brackets that instruction with three more."""
     if INTERPRETED:  # Triton's interpreter has no device libraries
         y = tl.exp(x)
+        y = tl.where(y < 2.0**-126, 0.0, y)
     else:
         y = libdevice.fast_expf(x)
     return y
@@ -350,6 +351,8 @@ def ensemble_divergences(LOG_Q, Q, peer_weights, GATES, like,
                 mixed += times(w[:, None] + 0.0 * mass, exponential(LOG_Q[l] - top))
         scale = tl.where(w_sum > 0, w_sum, 1.0)
         log_mixed = tl.log(mixed / scale[:, None])
+        # Below 2**-126 GPUs take exponentials and arguments of logarithms for 0, but not mass.
+        mass = tl.where(log_mixed == float("-inf"), 0.0, mass)
         part = times(mass, log_mixed - (LOG_Q[k] - top))
         if K > 4:  # together they would need too many registers
             PARTS = PARTS + (tl.sum(part, axis=1),)

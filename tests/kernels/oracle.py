@@ -42,6 +42,10 @@ if not torch.cuda.is_available():
             interpreter.InterpreterBuilder, name,
             lambda self, lhs, rhs, function=function: self.binary_op(lhs, rhs, function),
         )  # fmt: skip
+    # A GPU takes a logarithm's argument for 0 where it is below the smallest normal number.
+    interpreter.InterpreterBuilder.create_log = lambda self, arg: self.unary_op(
+        arg, lambda x: np.log(np.where(np.abs(x) < np.finfo(x.dtype).tiny, x * 0, x))
+    )
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"  # where the kernels run
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -386,6 +390,22 @@ def check(p: Problem, compute: Callable[..., Answer] = cpu, *, upstream: Tensor 
             little = torch.tensor(float(close_calls(p)[1]))
         within(name, ours.stats[name], want, None, little)
     return ours
+
+
+def assert_finite_on_the_verge_of_zero(
+    compute: Callable[..., Answer], K: int, teacher: float, **options: Any
+) -> None:
+    """The first of K peers is sure of a class for which the others have this logit, and 0 for all
+    others; a mean of their probabilities teaches it."""
+    others = torch.zeros(1, 1024)
+    others[0, 0] = teacher
+    student = torch.full((1, 1024), -50.0)
+    student[0, 0] = 100.0
+    p = Problem([student] + [others] * (K - 1), torch.tensor([3]),
+                Options(target="ensemble", **options))  # fmt: skip
+    answer = check(p, compute, upstream=upstream_of(p), yardsticks=False)
+    assert answer.losses.isfinite().all()
+    assert all(g.isfinite().all() for g in answer.grads)
 
 
 def close_calls(p: Problem) -> tuple[int, int]:

@@ -13,6 +13,7 @@ from oracle import (
     DEVICE,
     IN_REGISTERS,
     REGISTER_OPTIONS,
+    assert_finite_on_the_verge_of_zero,
     check,
     launched,
     make,
@@ -116,6 +117,15 @@ def test_probabilities_that_are_zero_without_infinite_logits():
     for k, z in enumerate(p.logits):
         z[:, k] += 300.0
     check(p, one_row)
+
+
+@pytest.mark.parametrize("K", [2, 3, 5])
+@pytest.mark.parametrize("teacher", [-80.0, -86.9, -97.0])
+@pytest.mark.parametrize("path", IN_REGISTERS)
+def test_a_mixed_teacher_on_the_verge_of_zero(path, teacher, K):
+    """The first peer is sure of a class to which its teachers give exp(teacher) / 1023: about the
+    smallest normal float32, below which some numbers are 0 and others not."""
+    assert_finite_on_the_verge_of_zero(path, K, teacher)
 
 
 @pytest.mark.parametrize(("K", "C"), [(8, 100), (2, 751), (4, 1000), (2, 2048), (1, 2100)])

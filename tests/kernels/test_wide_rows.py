@@ -9,7 +9,16 @@ import torch
 from fastdml_kernels.launch import _loads_vectors
 from fastdml_kernels.tiles import Tile, fits_registers, lane, wide_tile
 from hypothesis import given, settings
-from oracle import OPTIONS, check, launched, make, problems, upstream_of, wide
+from oracle import (
+    OPTIONS,
+    assert_finite_on_the_verge_of_zero,
+    check,
+    launched,
+    make,
+    problems,
+    upstream_of,
+    wide,
+)
 
 OPTION_VALUES = [(name, value) for name, values in OPTIONS.items() for value in values]
 
@@ -41,6 +50,12 @@ def test_float16_gradients_are_scaled_before_they_are_rounded(options):
     p = make(3, 3, 10, ignored=0.2, dtype=torch.float16, **options)
     shape = (3, 3) if p.options.reduction == "none" else (3,)
     check(p, wide, upstream=torch.linspace(-1, 3, 3 ** len(shape)).view(shape))
+
+
+@pytest.mark.parametrize("detach", [True, False])
+@pytest.mark.parametrize("teacher", [-80.0, -86.9, -97.0])
+def test_a_mixed_teacher_on_the_verge_of_zero(teacher, detach):
+    assert_finite_on_the_verge_of_zero(wide, 3, teacher, detach_targets=detach)
 
 
 @given(problems(most_peers=3, most_rows=4, most_classes=40, most_logits=60))
