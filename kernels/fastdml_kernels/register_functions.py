@@ -18,6 +18,7 @@ from .device_functions import log_probability, put, times
 from .register_reductions import reduce_group, reduced, row_totals
 
 INTERPRETED: tl.constexpr = tl.constexpr(triton.knobs.runtime.interpret)
+MOST_SUBTRACTED: tl.constexpr = tl.constexpr(32.0)  # in `quick_divergences`: rounded to 2**-19
 
 
 @triton.jit
@@ -197,10 +198,12 @@ def as_numbers(T, COUNT: tl.constexpr):
 @triton.jit
 def quick_divergences(Z, LSE_T, Q, cols, inv_t, K: tl.constexpr, C: tl.constexpr,
                       TEMPERED: tl.constexpr):  # fmt: skip
-    """With w = 1 for all pairs. NaN where a peer gives a class no probability: 0 * inf.
+    """With w = 1 for all pairs. NaN where a peer gives a class no probability (0 * inf), and where
+    the differences are of sums so large that little would be left of a small one's digits.
 
     With g_l = log q_l - log q_0 it is sum_l q_l g_l - g_k sum_l q_l: totals of the peers serve all
-    students. Identical peers have g = 0, exactly."""
+    students. Identical peers have g = 0, exactly. The first sum is what all teach the first peer,
+    which may be far from peers that are near each other."""
     GAP = ()
     for l in tl.static_range(1, K):  # noqa: E741
         gap = log_probability(Z[l] - Z[0], inv_t, (LSE_T[l] - LSE_T[0])[:, None], TEMPERED)
@@ -219,9 +222,10 @@ def quick_divergences(Z, LSE_T, Q, cols, inv_t, K: tl.constexpr, C: tl.constexpr
         for k in tl.static_range(1, K):
             PARTS = PARTS + (mass * GAP[k - 1],)
         SUMS = reduced(PARTS, K, "sum")
-        KL = (SUMS[0],)
+        first = tl.where(SUMS[0] < MOST_SUBTRACTED, SUMS[0], float("nan"))
+        KL = (first,)
         for k in tl.static_range(1, K):
-            KL = KL + (SUMS[0] - SUMS[k],)
+            KL = KL + (first - SUMS[k],)
     return KL
 
 

@@ -90,6 +90,21 @@ def test_a_class_that_some_peers_rule_out(K, who, temperature, path):
 
 
 @pytest.mark.parametrize("path", IN_REGISTERS)
+@pytest.mark.parametrize("low", [-40.0, -1e4, -1e9])
+@pytest.mark.parametrize("far", [0, -1])
+@pytest.mark.parametrize("K", [3, 5])
+def test_peers_near_each_other_and_one_far_from_them(K, far, low, path):
+    """What one peer all but rules out costs it more than the others lose by it: the large
+    divergence leaves the digits of the small ones."""
+    near = make(1, 6, 9, spread=1.0).logits[0]
+    p = make(K, 6, 9, reduction="none", ce_weight=0.0)
+    p = replace(p, logits=[near + 0.1 * z for z in p.logits])
+    p.logits[far][:, 2] = low
+    exact = reference(p).losses
+    torch.testing.assert_close(path(p).losses.double(), exact, rtol=2e-5, atol=0)
+
+
+@pytest.mark.parametrize("path", IN_REGISTERS)
 @pytest.mark.parametrize("options", [{}, {"mimic_ignored": True}, {"kl_weight": 0.0}], ids=str)
 @pytest.mark.parametrize("value", [torch.nan, torch.inf, -torch.inf])
 @pytest.mark.parametrize("K", [2, 3])
