@@ -82,7 +82,8 @@ def register_rows(
     S: tl.constexpr = LAYOUT.size
 
     # Whether there are registers for the next rows beside these.
-    AHEAD: tl.constexpr = K < 8 or (
+    FEW: tl.constexpr = K < 8 and (TARGET == "peers" or K * BLOCK_C <= 4096)
+    AHEAD: tl.constexpr = FEW or (
         UNIFORM and TARGET == "peers" and not (STATS or TEMPERED or SMOOTHED)
     )
 

@@ -138,6 +138,16 @@ def test_wide_rows_of_many_peers_never_spill(K, settings):
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("settings", [{"options": {"target": "ensemble"}}, {"stats": True}],
+                         ids=str)  # fmt: skip
+@pytest.mark.parametrize("shape", [(2, 4096), (4, 2048), (8, 1000)], ids=str)
+def test_the_widest_rows_in_registers_never_spill(shape, settings):
+    (report,) = reports((shape, "sm_90", settings))
+    assert report["kernel"] == "register_rows"
+    assert report["spills"] == report["stack_bytes"] == 0, report
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("options", [
     {"symmetric": True}, {"detach_targets": False}, {"target": "ensemble_logits"},
     {"gate": "best"}, {"symmetric": True, "detach_targets": False, "target": "ensemble"},
