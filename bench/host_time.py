@@ -163,6 +163,15 @@ def main() -> None:
     parser.add_argument("--json", type=Path, help="file for the figures")
     parser.add_argument("--table", type=Path, help="file of figures to print, nothing is measured")
     chosen = parser.parse_args()
+    if chosen.before:
+        chosen.before = chosen.before.resolve()
+        if not (chosen.before / "kernels" / "fastdml_kernels").is_dir():
+            parser.error(f"--before {chosen.before} is no checkout of this repository")
+    try:  # before minutes of measuring
+        if chosen.json:
+            chosen.json.open("a").close()
+    except OSError as error:
+        parser.error(f"--json: cannot write to {chosen.json}: {error.strerror}")
     if chosen.table:
         found = json.loads(chosen.table.read_text())
     else:

@@ -419,6 +419,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
         lists_of(given.table)
     except ValueError as error:
         parser.error(str(error))
+    folder = given.table.resolve().parent
+    if not (given.dry_run or os.access(folder, os.W_OK)):
+        parser.error(f"--table: cannot write to {folder}; give a file elsewhere")
     if given.dry_run:
         dry_run(given.shapes, given.dry_run)
         return
