@@ -27,8 +27,8 @@ def _count(tensors: list[Tensor]) -> int:
     return tensors[0].shape[0] if tensors[0].dim() == 3 else len(tensors)
 
 
-def _losses(tensors: list[Tensor], call: Call) -> Tensor | tuple[Tensor, MutualStats]:
-    losses, packed = _mutual_loss(tensors, call)
+def _losses(tensors: list[Tensor], usual: bool, call: Call) -> Tensor | tuple[Tensor, MutualStats]:
+    losses, packed = _mutual_loss(tensors, call, usual)
     return losses if packed is None else (losses, MutualStats.from_packed(packed, _count(tensors)))
 
 
@@ -69,18 +69,19 @@ class MutualLoss(nn.Module):
         For `torch.autograd.backward(logits, gradients)`: no loss graph, no backward launch. With a
         loss scale give float16 logits as float32: here they are rounded before anyone scales them.
         """
-        tensors, call = self._call(logits, labels, True)
-        losses, packed, grads = losses_and_grads(tensors, call, True)
+        tensors, usual, call = self._call(logits, labels, True)
+        losses, packed, grads = losses_and_grads(tensors, call, True, usual=usual)
         return losses, MutualStats.from_packed(cast(Tensor, packed), _count(tensors)), grads
 
     def _call(
         self, logits: Tensor | Sequence[Tensor], labels: Tensor, want_stats: bool
-    ) -> tuple[list[Tensor], Call]:
+    ) -> tuple[list[Tensor], bool, Call]:
+        weights = self._buffers  # as attributes they take as long as a kernel's launch
         call = Call(
             labels, self.options, self.temperature, self.ce_weight, self.kl_weight,
-            self.peer_weights, self.class_weight, want_stats,
+            weights["peer_weights"], weights["class_weight"], want_stats,
         )  # fmt: skip
-        return check_call(logits, call), call
+        return *check_call(logits, call), call
 
     def extra_repr(self) -> str:
         return f"temperature={self.temperature}, kl_weight={self.kl_weight}, {self.options}"
@@ -163,7 +164,7 @@ def mutual_loss(
     RuntimeError for a second derivative and under torch.func transforms.
     """
     call = call_with(labels, return_stats, **options)
-    return _losses(check_call(logits, call), call)
+    return _losses(*check_call(logits, call), call)
 
 
 @overload
@@ -236,7 +237,7 @@ def mutual_losses(
             "mutual_losses keeps apart; use mutual_loss(...).sum().backward()"
         )
     call = call_with(labels, return_stats, **options)
-    tensors = check_call(logits, call)
+    tensors, _ = check_call(logits, call)
     losses, packed = _mutual_losses(tensors, call)
     return losses if packed is None else (losses, MutualStats.from_packed(packed, len(tensors)))
 

@@ -10,28 +10,26 @@ import sys
 from collections.abc import Hashable, Sequence
 
 import torch
-from fastdml_kernels import Call, Options
+from fastdml_kernels import Call, Options, at_once
 from torch import Tensor
 
 FARTHEST = 1e18  # the largest temperature, and one over the smallest
 LARGEST = sys.float_info.max
 INT64 = -(2**63), 2**63 - 1
 NO_TENSORS = (float, bool, Options)  # isinstance is slow on what is no tensor
-PLAIN = frozenset({Tensor, torch.nn.Parameter})
 NUMBERS = frozenset({float, int, type(None)})  # of which a signature needs the type alone
 MOST = 1024  # signatures kept
 LOGIT_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 
-def check_call(logits: Tensor | Sequence[Tensor], call: Call) -> list[Tensor]:
+def check_call(logits: Tensor | Sequence[Tensor], call: Call) -> tuple[list[Tensor], bool]:
     """The logits as K tensors (N, C) or one (K, N, C), after every check that needs no value on
-    the device."""
+    the device; and whether the call is the usual one (`fastdml_kernels.at_once`)."""
     tensors = [logits] if isinstance(logits, Tensor) else list(logits)
-    signature = None
-    if not torch.compiler.is_compiling() and not torch.jit.is_tracing():  # sizes are no numbers
-        signature = _signature(logits, tensors, call)
+    usual = at_once([*tensors, *call.tensors()])
+    signature = _signature(logits, tensors, call) if usual else None
     if signature is not None and signature in _passed:
-        return tensors
+        return tensors, usual
     _refuse_unusual("logits", tensors)
     for name, value in zip(Call._fields, call, strict=True):
         if value is not None and type(value) not in NO_TENSORS:
@@ -45,7 +43,7 @@ def check_call(logits: Tensor | Sequence[Tensor], call: Call) -> list[Tensor]:
         if len(_passed) >= MOST:
             _passed.clear()
         _passed.add(signature)
-    return tensors
+    return tensors, usual
 
 
 _passed: set[Hashable] = set()  # the signatures of calls that were in order
@@ -54,8 +52,9 @@ _passed: set[Hashable] = set()  # the signatures of calls that were in order
 def _signature(
     logits: Tensor | Sequence[Tensor], tensors: list[Tensor], call: Call
 ) -> Hashable | None:
-    """What the checks look at: a call like one that was in order is in order. Values of numbers and
-    the number of rows are looked at here, and are not of it. None where the checks have to look."""
+    """What the checks look at in a usual call: one like another that was in order is in order.
+    Values of numbers and the number of rows are looked at here, and are not of it. None where the
+    checks have to look."""
     given = call[2:7]  # temperature to class_weight
     others = []
     for value in given:
@@ -66,21 +65,19 @@ def _signature(
     temperature, labels = call.temperature, call.labels
     if temperature is None or (temperature.__class__ in NUMBERS and temperature < 1 / FARTHEST):
         return None
-    if not tensors or tensors[0].__class__ not in PLAIN:
+    if not tensors:
         return None
     device = tensors[0].device
-    for t in (*tensors, labels, *others):
-        if t.__class__ not in PLAIN or t.is_nested:
-            return None
-        if t.layout is not torch.strided or t.device != device:
+    for t in others:
+        if not isinstance(t, Tensor) or t.device != device:
             return None
     shape, ignore = tensors[0].shape, call.options.ignore_index
-    if len(shape) < 2 or labels.shape != shape[-2:-1]:
+    if len(shape) < 2 or labels.shape != shape[-2:-1] or labels.device != device:
         return None
     if ignore.__class__ is not int or not INT64[0] <= ignore <= INT64[1]:
         return None
     for t in tensors:
-        if t.shape != shape:
+        if t.shape != shape or t.device != device:
             return None
     return (
         device, tensors[0] is logits, len(tensors), shape[:-2], shape[-1:],

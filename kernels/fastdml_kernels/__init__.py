@@ -14,13 +14,14 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from .linear_loss import linear_mutual_loss
-    from .loss_op import Call, losses_and_grads, mutual_loss
+    from .loss_op import Call, at_once, losses_and_grads, mutual_loss
     from .options import Options
     from .separate_losses import mutual_losses
 
 __all__ = [
     "Call",
     "Options",
+    "at_once",
     "linear_mutual_loss",
     "losses_and_grads",
     "mutual_loss",
@@ -30,6 +31,7 @@ __all__ = [
 _MODULES = {
     "Call": "loss_op",
     "Options": "options",
+    "at_once": "loss_op",
     "linear_mutual_loss": "linear_loss",
     "losses_and_grads": "loss_op",
     "mutual_loss": "loss_op",

@@ -123,11 +123,11 @@ def losses_and_grads(
     call: Call,
     need_grad: bool,
     upstream: Tensor | None = None,  # the losses' own gradient, (K,) or (K, N); None is 1
+    usual: bool = False,  # whether the call is known to be `at_once`
 ) -> tuple[Tensor, Tensor | None, list[Tensor]]:
     """Losses (K,) or (K, N), packed statistics (None if not wanted), and gradients shaped as
     `logits` ([] if not needed). No autograd."""
-    tensors = [*logits, *call.tensors()]
-    if not at_once(tensors) and by_operator(tensors):
+    if not usual and by_operator((*logits, *call.tensors())):
         with torch.no_grad():
             losses, stats, grads = torch.ops.fastdml.mutual_loss(
                 logits, upstream, need_grad, *flatten(call)
@@ -340,15 +340,18 @@ def keepable(logits: Sequence[Tensor], call: Call) -> tuple[Sequence[Tensor], Ca
     return logits, call
 
 
-def mutual_loss(logits: Sequence[Tensor], call: Call) -> tuple[Tensor, Tensor | None]:
+def mutual_loss(
+    logits: Sequence[Tensor], call: Call, usual: bool = False
+) -> tuple[Tensor, Tensor | None]:
     """Losses and packed statistics (None if not wanted), differentiable in the logits: K tensors
-    (N, C) or one (K, N, C). Arguments are taken as checked.
+    (N, C) or one (K, N, C). Arguments are taken as checked. usual: whether the call is known to be
+    `at_once`.
 
     Raises RuntimeError under torch.func's transforms and in forward mode, and ValueError on the
     CPU for a label that is no class."""
     needs_grad = torch.is_grad_enabled() and any([z.requires_grad for z in logits])  # noqa: C419
     tensors = [*logits, *call.tensors()]
-    if at_once(tensors):
+    if usual:
         return _EagerLoss.apply(call, tensors, *logits) if needs_grad else compute(logits, call)
     if not torch.compiler.is_compiling():
         refuse_transforms("mutual_loss", logits)
