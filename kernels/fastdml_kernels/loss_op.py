@@ -266,6 +266,8 @@ def _losses_and_grads_flat(
     if stats is None:  # an operator's results have fixed types
         K = logits[0].shape[0] if logits[0].dim() == 3 else len(logits)
         stats = losses.new_zeros(stats_layout(K).size)
+    elif stats.untyped_storage().data_ptr() == losses.untyped_storage().data_ptr():
+        stats = stats.clone()  # nor may they share memory, which a compiler would not know
     return losses, stats, grads
 
 

@@ -44,7 +44,10 @@ def load_block(logits, labels, label_stride, ignore_index, block, N, cols, ROWS:
     past the readable classes. No load waits for another, so that all are on their way together."""
     n = block * ROWS + tl.arange(0, ROWS)
     n64 = n.to(tl.int64)
-    inside = n < N
+    if n.dtype == tl.int32:  # a block after the last may begin beyond int32
+        inside = n.to(tl.uint32, bitcast=True) < N
+    else:
+        inside = n < N
     RAW = ()
     for k in tl.static_range(K):
         row = tl.load(logits[k] + n64[:, None] * STRIDES[k][0] + cols[None, :] * STRIDES[k][1],

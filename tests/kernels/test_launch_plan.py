@@ -17,6 +17,7 @@ import pytest
 import torch
 from fastdml_kernels import Call, Options, losses_and_grads
 from fastdml_kernels.augment_options import Augment
+from fastdml_kernels.loss_op import flatten
 from on_stand_in import scenarios_of
 
 from fastdml import MutualLoss, mutual_loss
@@ -508,10 +509,13 @@ def results(gpu):
         kept, more = mutual_loss([z.detach() for z in logits], labels, return_stats=True)
         kept += more.kl
     long = mutual_loss(rows(2, 4000, 10), labels_of(4000))
+    call = Call(labels, Options(), 1.0, 1.0, 1.0, None, None, True)
+    operators = torch.ops.fastdml.mutual_loss(logits, None, True, *flatten(call))
     return {
         "views": views, "shapes": shapes, "versions apart": apart,
         "grads": [z.grad is not None for z in logits], "penalty": penalty.grad.item(),
         "kept": [t.untyped_storage().nbytes() for t in (losses, long)],
+        "operator's": len({t.untyped_storage().data_ptr() for t in operators[:2]}),
         "value_and_grad": [g.requires_grad for g in MutualLoss().value_and_grad(logits, labels)[2]],
     }  # fmt: skip
 
@@ -524,6 +528,7 @@ def test_losses_and_statistics_are_tensors_like_any(seen):
     assert was["grads"] == [True, True]
     assert was["penalty"] == 3.0
     assert max(was["kept"]) <= 4096
+    assert was["operator's"] == 2  # pieces of memory
     assert was["value_and_grad"] == [False, False]
 
 

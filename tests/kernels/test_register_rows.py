@@ -6,7 +6,10 @@ from dataclasses import replace
 
 import pytest
 import torch
+import triton
+import triton.language as tl
 from fastdml_kernels.launch import COUNT_IN_KERNEL
+from fastdml_kernels.register_functions import load_block
 from fastdml_kernels.tiles import Tile, most_logits, register_tile, table
 from hypothesis import assume, given, settings
 from oracle import (
@@ -203,3 +206,27 @@ def test_registers_asked_for_where_they_do_not_do_are_refused():
     with pytest.raises(ValueError, match="upstream"):
         register(make(2, 3, 10), upstream=torch.ones(2, device=DEVICE))
     assert launched(too_wide).losses.isfinite().all()
+
+
+@triton.jit
+def labels_of_a_block(logits, labels, out, block, N, ROWS: tl.constexpr, STRIDES: tl.constexpr,
+                      READABLE: tl.constexpr):  # fmt: skip
+    y, _ = load_block(logits, labels, 0, -100, block, N, tl.arange(0, 2), ROWS, 1, 2, STRIDES,
+                        READABLE)  # fmt: skip
+    tl.store(out + tl.arange(0, ROWS), y)
+
+
+@pytest.mark.parametrize("rows", [1, 4])
+def test_the_block_after_the_last_of_2_to_the_31_rows_is_not_read(rows):
+    """All rows are one in memory, so that one that is read all the same shows and harms nobody."""
+    logits = torch.zeros(1, 2, device=DEVICE)
+    labels, out = torch.ones(1, dtype=torch.int64, device=DEVICE), torch.empty(rows, device=DEVICE)
+    for block, expected in ((2**31 // rows - 2, 1.0), (2**31 // rows - 1 + 3, -100.0)):
+        # a tensor, since numbers are Python's, without an end, in the interpreter
+        at = torch.tensor(block % 2**32 - 2**32 * (block >= 2**31), dtype=torch.int32)
+        out.zero_()
+        labels_of_a_block[(1,)](
+            (logits,), labels, out, int(at), 2**31 - 1, ROWS=rows, STRIDES=((0, 1, 0),),
+            READABLE=(2,),
+        )  # fmt: skip
+        assert out.tolist() == [expected] * rows
