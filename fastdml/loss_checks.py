@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Hashable, Sequence
+from typing import Any
 
 import torch
 from fastdml_kernels import Call, Options, at_once
@@ -56,7 +57,7 @@ def _signature(
     Values of numbers and the number of rows are looked at here, and are not of it. None where the
     checks have to look."""
     given = call[2:7]  # temperature to class_weight
-    others = []
+    others: list[Any] = []
     for value in given:
         if value.__class__ not in NUMBERS:
             others.append(value)

@@ -7,6 +7,7 @@ no gradient is read or written, and the host never waits to find out.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import triton
 import triton.language as tl
@@ -14,7 +15,7 @@ from torch import Tensor
 
 from .launch_plan import Planned
 
-BLOCK_N, BLOCK_C = 4, 1024
+MOST_BLOCK_C = 1024  # classes at a time
 
 
 @triton.jit(
@@ -61,6 +62,17 @@ def scale_(grads: Sequence[Tensor], upstream: Tensor) -> None:
 _scale_rows = Planned(scale_rows, "grads", "upstream", "N", "g_stride_k", "g_stride_n")
 
 
+def _rows(C: int) -> int:
+    """Rows a program: as many as give each of its threads something to do."""
+    return max(4, MOST_BLOCK_C >> (C - 1).bit_length())
+
+
+def constants(C: int, strides: tuple[int, ...]) -> dict[str, Any]:
+    """The kernel's constants for gradients of C classes, whose rows are `strides` apart."""
+    block_c = min(MOST_BLOCK_C, triton.next_power_of_2(C))
+    return dict(K=len(strides), C=C, STRIDES=strides, BLOCK_N=_rows(C), BLOCK_C=block_c)
+
+
 def launch_scale(grads: Sequence[Tensor], upstream: Tensor) -> None:
     N, C = grads[0].shape
     if N == 0:
@@ -68,8 +80,8 @@ def launch_scale(grads: Sequence[Tensor], upstream: Tensor) -> None:
     strides = tuple([g.stride(0) for g in grads])
     u_strides = upstream.stride()
     _scale_rows(
-        (triton.cdiv(N, BLOCK_N), 1, 1),
+        (triton.cdiv(N, _rows(C)), 1, 1),
         (tuple(grads), upstream, N, u_strides[0], u_strides[1] if len(u_strides) == 2 else 0),
         (C, strides),
-        lambda: dict(K=len(grads), C=C, STRIDES=strides, BLOCK_N=BLOCK_N, BLOCK_C=BLOCK_C),
+        lambda: constants(C, strides),
     )

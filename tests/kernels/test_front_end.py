@@ -68,9 +68,8 @@ def loss(K, C, dtype, layout, label_dtype, gradient, stats, upstream, counted, r
 def scale(K, dtype, gap, rows):
     grads = [torch.empty(4, 10 + gap, dtype=d)[:, :10] for d in dtypes(dtype, K)]
     named = dict(
-        grads=tuple(grads), upstream=torch.ones((K, 4) if rows else K), N=4, C=10, g_stride_k=1,
-        g_stride_n=int(rows), K=K, STRIDES=tuple(g.stride(0) for g in grads),
-        BLOCK_N=scale_grads.BLOCK_N, BLOCK_C=scale_grads.BLOCK_C,
+        grads=tuple(grads), upstream=torch.ones((K, 4) if rows else K), N=4, g_stride_k=1,
+        g_stride_n=int(rows), **scale_grads.constants(10, tuple(g.stride(0) for g in grads)),
     )
     return scale_grads.scale_rows, named, lambda nvidia: {}
 

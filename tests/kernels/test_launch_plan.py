@@ -436,12 +436,12 @@ def test_threads_share_plans(seen):
 def refused(gpu):
     """Kernels whose values ask for another kernel, or which need more than their launcher."""
     import triton
-    from fastdml_kernels.scale_grads import scale_rows
+    from fastdml_kernels.scale_grads import constants, scale_rows
     from fastdml_kernels.triton_private import compiled_for, direct_launch
 
     numbers = {"N": 4, "g_stride_k": 1, "g_stride_n": 0}
     values = {"grads": tuple(rows(1, 4, 10)), "upstream": torch.ones(1)} | numbers
-    named = values | {"K": 1, "C": 10, "STRIDES": (10,), "BLOCK_N": 4, "BLOCK_C": 1024}
+    named = values | constants(10, (10,))
     compiled = compiled_for(scale_rows, named, {})
     ask = lambda kernel, names=tuple(values): (  # noqa: E731
         direct_launch(kernel, compiled, names, named) is not None

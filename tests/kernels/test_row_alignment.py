@@ -12,14 +12,14 @@ from torch import bfloat16, float32
 WIDTHS = """
 import json, re, sys, torch
 from fastdml_kernels.options import Options
-from fastdml_kernels.scale_grads import scale_rows
+from fastdml_kernels.scale_grads import constants, scale_rows
 from fastdml_kernels.static_report import DTYPES, TARGETS, compile_kernel, report
 for K, C, dtype, symmetric in json.loads(sys.argv[1]):
     seen = report(K, C, dtype, options=Options(symmetric=symmetric))
     print(json.dumps([seen.kernel, *map(int, seen.load_widths), *map(int, seen.store_widths)]))
 for C, dtype in json.loads(sys.argv[2]):
-    named = dict(grads=(torch.empty(8, C, dtype=DTYPES[dtype]),), upstream=torch.ones(1), N=8, C=C,
-                 g_stride_k=1, g_stride_n=0, K=1, STRIDES=(C,), BLOCK_N=4, BLOCK_C=1024)
+    named = dict(grads=(torch.empty(8, C, dtype=DTYPES[dtype]),), upstream=torch.ones(1), N=8,
+                 g_stride_k=1, g_stride_n=0, **constants(C, (C,)))
     ptx = compile_kernel(scale_rows, named, {"num_warps": 4}, TARGETS["sm_90"]).asm["ptx"]
     widths = {"ld": [], "st": []}
     for what, n, bits in re.findall(r"(ld|st)[.]global\\S*?(?:[.]v(\\d))?[.]b(\\d+)", ptx):
