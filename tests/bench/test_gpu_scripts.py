@@ -154,7 +154,9 @@ def test_where_the_time_is_over_nothing_starts_and_the_rest_is_named(tmp_path):
 
 def test_tests_that_run_the_kernels_on_a_device_are_among_them():
     """`DEVICE` is where the kernels run; these helpers launch one there, in the same process."""
-    launches = re.compile(r"\bDEVICE\b|^from oracle import .*\b(launched|register|wide)\b", re.M)
+    launches = re.compile(
+        r"\bDEVICE\b|^from oracle import (\([^)]*|.*)\b(launched|register|wide)\b", re.M
+    )
     found = [
         str(path.relative_to(ROOT))
         for path in (ROOT / "tests").rglob("test_*.py")
