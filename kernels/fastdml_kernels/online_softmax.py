@@ -11,15 +11,15 @@ from .wide_functions import load_peers, peer_sums
 
 
 @triton.jit
-def joined_lanes(M, SUM, SUM_T, ENERGY, SPREAD, FIRST, inv_t, peer,
-                 K: tl.constexpr, C: tl.constexpr, PEERS: tl.constexpr, TEMPERED: tl.constexpr,
-                 SMOOTHED: tl.constexpr, STATS: tl.constexpr,
+def joined_lanes(M, SUM, SUM_T, ENERGY, SPREAD, FIRST, energy, inv_t, peer,
+                 K: tl.constexpr, C: tl.constexpr, LANES: tl.constexpr, PEERS: tl.constexpr,
+                 TEMPERED: tl.constexpr, SMOOTHED: tl.constexpr, STATS: tl.constexpr,
                  ARGMAX: tl.constexpr):  # fmt: skip
-    """A row's maxima and sums, as `online_sums` returns them, from those of its lanes."""
+    """A row's maxima and sums, as `online_sums` returns them, from those of its lanes; `energy` is
+    ready where there is but one."""
     OF_M = ()
     OF_SUM = ()
     OF_SUM_T = ()
-    energy = tl.zeros((PEERS,), tl.float32)
     spread = tl.zeros((PEERS,), tl.float32)
     first = tl.zeros((PEERS,), tl.int32)
     for k in tl.static_range(K):
@@ -32,7 +32,7 @@ def joined_lanes(M, SUM, SUM_T, ENERGY, SPREAD, FIRST, inv_t, peer,
         if TEMPERED:
             sum_t = tl.sum(SUM_T[k] * tl.exp((M[k] - shift) * inv_t), axis=0)
         OF_SUM_T = OF_SUM_T + (sum_t,)
-        if STATS:
+        if STATS and LANES > 1:
             energy = put(energy, k, tl.sum(ENERGY[k] * shrink, axis=0), PEERS)
         if SMOOTHED:
             spread = put(spread, k, tl.sum(SPREAD[k], axis=0), PEERS)
@@ -78,6 +78,8 @@ def online_sums(logits, class_weight, n64, inv_t, peer, teacher,
         ENERGY = ENERGY + (tl.zeros((LANES,), tl.float32),)
         SPREAD = SPREAD + (tl.zeros((LANES,), tl.float32),)
         FIRST = FIRST + (tl.zeros((LANES,), tl.int32),)
+    # Of one lane energy is kept in one tensor for all peers, which takes fewer registers.
+    energy = tl.zeros((PEERS,), tl.float32)
     cross = tl.zeros((PEERS, PEERS), tl.float32)
     lane = tl.arange(0, LANES)[:, None]
     place = tl.arange(0, LANE)[None, :]
@@ -116,7 +118,10 @@ def online_sums(logits, class_weight, n64, inv_t, peer, teacher,
                 sum_t = sum_t * shrink_t + tl.sum(e_t, axis=1)
             NEW_SUM_T = NEW_SUM_T + (sum_t,)
             grown = ENERGY[k]
-            if STATS:
+            if STATS and LANES == 1:
+                more = energy * shrink + tl.sum(times(e, z), axis=1)
+                energy = tl.where(peer == k, more, energy)
+            elif STATS:
                 grown = grown * shrink + tl.sum(times(e, z), axis=1)
             NEW_ENERGY = NEW_ENERGY + (grown,)
             weighted = SPREAD[k]
@@ -144,5 +149,5 @@ def online_sums(logits, class_weight, n64, inv_t, peer, teacher,
         ENERGY = NEW_ENERGY
         SPREAD = NEW_SPREAD
         FIRST = NEW_FIRST
-    return joined_lanes(M, SUM, SUM_T, ENERGY, SPREAD, FIRST, inv_t, peer, K, C, PEERS, TEMPERED,
-                        SMOOTHED, STATS, ARGMAX) + (cross,)  # fmt: skip
+    return joined_lanes(M, SUM, SUM_T, ENERGY, SPREAD, FIRST, energy, inv_t, peer, K, C,
+                        LANES, PEERS, TEMPERED, SMOOTHED, STATS, ARGMAX) + (cross,)  # fmt: skip

@@ -150,9 +150,14 @@ def combinations_of_options(strength: int = 2) -> list[dict[str, Any]]:
     return rows + Covering(LOSS | REGISTER | {"K": several}, strength, never=NEVER).rows()
 
 
+AT_ONCE = 150  # combinations in one process, whose command line holds them
+
+
 def through_the_front_end(cases: list[dict[str, Any]], kind: str = "loss") -> list[str]:
     """The kernels that the cases take, none of which may raise."""
-    found = printed_by(CODE, [(kind, case) for case in cases])
+    found = []
+    for first in range(0, len(cases), AT_ONCE):
+        found += printed_by(CODE, [(kind, case) for case in cases[first : first + AT_ONCE]])
     assert len(found) == len(cases)
     raised = [(*each, case) for each, case in zip(found, cases, strict=True) if each[1]]
     kinds = [set(case.items()) for *_, case in raised]
