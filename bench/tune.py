@@ -40,7 +40,7 @@ from fastdml_kernels.tiles import (
     choose,
     programs_per_sm,
     read_table,
-)  # fmt: skip
+)
 
 from bench import timing
 
@@ -256,7 +256,7 @@ def tune(
     clock: Callable[[], float] = time.monotonic,
 ) -> Iterator[tuple[Shape, Tile | None, list[Row]]]:
     """Measures shape after shape, and writes each one's entry before the next begins; each has an
-    equal share of the time that is left."""  # fmt: skip
+    equal share of the time that is left."""
     end = clock() + seconds
     for place, shape in enumerate(shapes):
         now = clock()

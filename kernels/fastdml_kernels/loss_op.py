@@ -353,17 +353,16 @@ def mutual_loss(
     CPU for a label that is no class."""
     needs_grad = torch.is_grad_enabled() and any([z.requires_grad for z in logits])  # noqa: C419
     tensors = [*logits, *call.tensors()]
-    if usual:
-        return _EagerLoss.apply(call, tensors, *logits) if needs_grad else compute(logits, call)
-    if not torch.compiler.is_compiling():
-        refuse_transforms("mutual_loss", logits)
-        if needs_grad:
-            logits, call = keepable(logits, call)
-            tensors = [*logits, *call.tensors()]
-    if by_operator(tensors):
-        now = needs_grad and gradients_now(logits, call)
-        losses, stats, _ = torch.ops.fastdml.mutual_loss(logits, None, now, *flatten(call))
-        return losses, stats if call.want_stats else None
+    if not usual:
+        if not torch.compiler.is_compiling():
+            refuse_transforms("mutual_loss", logits)
+            if needs_grad:
+                logits, call = keepable(logits, call)
+                tensors = [*logits, *call.tensors()]
+        if by_operator(tensors):
+            now = needs_grad and gradients_now(logits, call)
+            losses, stats, _ = torch.ops.fastdml.mutual_loss(logits, None, now, *flatten(call))
+            return losses, stats if call.want_stats else None
     if needs_grad:
         return _EagerLoss.apply(call, tensors, *logits)
     return compute(logits, call)
