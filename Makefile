@@ -21,12 +21,14 @@ OLDEST_STAMP = .venv-oldest/installed.stamp
 NATIVE = kernels/fastdml_kernels/cpu_rows.c
 
 .NOTPARALLEL:
-.PHONY: help demo test test-slow test-gpu test-oldest soak fuzz sanitize lint bench docs clean distclean
+.PHONY: help demo test test-slow test-browser test-docs test-gpu test-oldest soak fuzz sanitize lint bench docs site clean distclean
 
 help:
 	@echo "make demo         train two peers on real handwritten digits, mutually and independently"
 	@echo "make test         the default tests"
 	@echo "make test-slow    the tests of more than 20 seconds"
+	@echo "make test-browser the tests that drive Chromium"
+	@echo "make test-docs    run what README and docs/ show, and build the site"
 	@echo "make test-gpu     the tests that need a CUDA device; what they give goes to gpu-results"
 	@echo "make test-oldest  the kernel, loss and engine tests on the oldest supported torch and triton"
 	@echo "make soak         kill runs and compare, for SECONDS=3600 from SEED (printed)"
@@ -35,6 +37,7 @@ help:
 	@echo "make lint         ruff: rules and formatting; mypy: types"
 	@echo "make bench        the benchmarks this machine can run"
 	@echo "make docs         write the generated parts of README and docs/"
+	@echo "make site         the documentation as a site, in build/site"
 	@echo "make clean        remove what was built and every cache; the venvs stay"
 	@echo "make distclean    remove both venvs too"
 
@@ -46,6 +49,12 @@ test: $(DEV)
 
 test-slow: $(DEV)
 	$(TESTS) -m slow
+
+test-browser: $(DEV)
+	$(TESTS) -m browser
+
+test-docs: $(DEV)
+	$(TESTS) -m docs
 
 test-gpu: $(DEV)
 	PYTHON=$(BIN)/python bash bench/gpu-tests.sh gpu-results
@@ -75,6 +84,9 @@ bench: $(DEV)
 
 docs: $(DEV)
 	$(BIN)/python -m docs.generate
+
+site: $(DEV)
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet --site-dir build/site
 
 # The native code and the editable install's *.egg-info are the venvs': they go with them.
 clean:
