@@ -25,8 +25,8 @@ MAY_IMPORT = {
     **dict.fromkeys(COHORT - {"models"}, COHORT),
 }
 BELOW_ALL = {
-    "absent_tensors", "devices", "errors", "eval_mode", "files", "list_options", "logs", "names",
-    "paths", "terminal", "torch_private", "units", "yaml_file", "fastdml",
+    "absent_tensors", "devices", "errors", "eval_mode", "files", "host", "list_options", "logs",
+    "names", "paths", "terminal", "torch_private", "units", "yaml_file", "fastdml",
 }  # fmt: skip
 
 
