@@ -50,13 +50,15 @@ class Cohort(nn.Module):
     Attributes: `peers`, the modules; `names`, unique names for display; `models`, the name each
     peer was built from (None for a module); `num_classes`; `in_channels`; `head`; `image_size`.
 
-    Four more attributes describe the images that the peers were trained on; each is None until it
+    Five more attributes describe the images that the peers were trained on; each is None until it
     is known. Training records them at the first batch, if the batches tell; set the others before
     training. `save`, `load` and `export` keep them:
     image_shape: (channels, height, width) of a batch's images, after any resizing and cropping.
     mean, std: a number a channel, that a pixel is normalised by, in units of the pixel as it is
         stored: 0 to 255 for bytes (digits: 0 to 16).
     classes: a name for each of the `num_classes` logits, in their order.
+    resize: how images of another size were brought to that shape: "crop" resizes them until they
+        cover it and cuts out the middle, "stretch" changes their proportions.
     """
 
     peers: nn.ModuleList
@@ -70,6 +72,7 @@ class Cohort(nn.Module):
     mean: Sequence[float] | None
     std: Sequence[float] | None
     classes: Sequence[str] | None
+    resize: str | None
 
     def __init__(
         self,
@@ -99,7 +102,7 @@ class Cohort(nn.Module):
         self.in_channels = in_channels
         self.head = head
         self.image_size = image_size
-        self.image_shape = self.mean = self.std = self.classes = None
+        self.image_shape = self.mean = self.std = self.classes = self.resize = None
         self.num_classes = int(self._common_class_count(peers, num_classes))
         self.peers = nn.ModuleList(
             _build(p, self.num_classes, in_channels, seed, k, head, pretrained, image_size)
@@ -142,9 +145,9 @@ class Cohort(nn.Module):
                 )
         return [peer.embed(x) for peer in peers]
 
-    def record(self) -> dict[str, list | None]:
-        """`image_shape`, `mean`, `std` and `classes` as plain lists; InputError where they are not
-        of their kind, or do not fit each other."""
+    def record(self) -> dict[str, Any]:
+        """`image_shape`, `mean`, `std` and `classes` as plain lists, and `resize`; InputError where
+        they are not of their kind, or do not fit each other."""
         values = {name: getattr(self, name) for name in image_record.FIELDS}
         return image_record.checked_record(values, self.num_classes)
 
@@ -264,10 +267,10 @@ class Cohort(nn.Module):
         Output: "logits" (N, C), or of a peer with a re-identification head "features" (N, D), as
         `embed` gives them; its logits are those of the identities that it was trained on.
         example: images of the size to export for; by default that of `image_shape`.
-        The known ones of `image_shape`, `mean`, `std` and `classes` go into the file as JSON: in
-        ONNX as metadata of these names, else as the extra file images.json. Needs memory for two
-        copies of one peer. Raises InputError for a peer that cannot be exported, which it names,
-        and MissingExtra without the packages of the extra `onnx`.
+        The known ones of `image_shape`, `mean`, `std`, `classes` and `resize` go into the file as
+        JSON: in ONNX as metadata of these names, else as the extra file images.json. Needs memory
+        for two copies of one peer. Raises InputError for a peer that cannot be exported, which it
+        names, and MissingExtra without the packages of the extra `onnx`.
         """
         return cohort_export.export(self, folder, example, format)
 

@@ -7,7 +7,7 @@ import io
 import json
 import os
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal, cast
+from typing import TYPE_CHECKING, Any, Literal, cast
 
 import torch
 from torch import Tensor, nn
@@ -92,7 +92,7 @@ def _has_head(peer: nn.Module) -> bool:
     return all(callable(getattr(peer, name, None)) for name in ("embed", "logits_and_features"))
 
 
-def _onnx(peer: nn.Module, images: Tensor, output: str, record: dict[str, list]) -> bytes:
+def _onnx(peer: nn.Module, images: Tensor, output: str, record: dict[str, Any]) -> bytes:
     program = torch.onnx.export(
         peer, (images,), input_names=["images"], output_names=[output],
         dynamic_shapes=({0: "batch"},), dynamo=True, verbose=False,
@@ -104,7 +104,7 @@ def _onnx(peer: nn.Module, images: Tensor, output: str, record: dict[str, list])
     return model.SerializeToString()
 
 
-def _torch_program(peer: nn.Module, images: Tensor, output: str, record: dict[str, list]) -> bytes:
+def _torch_program(peer: nn.Module, images: Tensor, output: str, record: dict[str, Any]) -> bytes:
     batch = torch.export.Dim("batch")
     program = torch.export.export(peer, (images,), dynamic_shapes=({0: batch},))
     buffer = io.BytesIO()

@@ -125,7 +125,7 @@ def checked_description(read: Callable[[], dict[str, Any]], path: Path) -> dict[
         raise InputError(f"{path} does not describe a cohort: {error}") from None
 
 
-def read_record(folder: str | os.PathLike) -> dict[str, list | None]:
+def read_record(folder: str | os.PathLike) -> dict[str, Any]:
     """`Cohort.record` of what `save` wrote, without the weights."""
     description = read_description(expanded(folder) / "cohort.json")
     return {name: description[name] for name in FIELDS}

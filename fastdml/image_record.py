@@ -1,25 +1,27 @@
-"""What peers know of the images they learnt from: their shape, normalisation and classes."""
+"""What peers know of the images they learnt from: their shape, normalisation and classes, and how
+images of another size were brought to that shape."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, Literal, get_args
 
 from fastdml.errors import InputError
 
-FIELDS = ("image_shape", "mean", "std", "classes")
+FIELDS = ("image_shape", "mean", "std", "classes", "resize")
+Resize = Literal["crop", "stretch"]  # how `data.files.decode.resized` brings them to their shape
 
 
-def checked_record(values: Mapping[str, Any], num_classes: int) -> dict[str, list | None]:
-    """The values of `FIELDS` as lists, None where unknown."""
+def checked_record(values: Mapping[str, Any], num_classes: int) -> dict[str, Any]:
+    """The values of `FIELDS` as lists, `resize` as it is, None where unknown."""
     channels = None
     if (shape := values["image_shape"]) is not None:
         shape = _plain(shape)
         if len(shape) != 3 or not all(type(n) is int and n > 0 for n in shape):
             raise InputError(f"image_shape must be (channels, height, width), not {shape!r}")
         channels = shape[0]
-    found: dict[str, list | None] = {"image_shape": shape}
+    found: dict[str, Any] = {"image_shape": shape}
     for name in ("mean", "std"):
         if (numbers := values[name]) is not None:
             numbers = _plain(numbers)
@@ -40,6 +42,9 @@ def checked_record(values: Mapping[str, Any], num_classes: int) -> dict[str, lis
                 f"classes must be {num_classes} names, one for each logit, not {str(classes)[:60]}"
             )
     found["classes"] = classes
+    if (resize := values["resize"]) is not None and resize not in get_args(Resize):
+        raise InputError(f"resize must be one of {', '.join(get_args(Resize))}, not {resize!r}")
+    found["resize"] = resize
     return found
 
 

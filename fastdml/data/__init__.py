@@ -92,12 +92,12 @@ def load(
     return known.load(root, download=download, hint=hint)
 
 
-def record(name: str) -> dict[str, list[Any]]:
+def record(name: str) -> dict[str, Any]:
     """What `Cohort.record` says after training on a classification set, known without its files.
     Raises InputError for an unknown name."""
     known = dataset(name, "classification")
     keys = ("image_shape", "mean", "std", "classes")
-    return {key: list(getattr(known, key)) for key in keys}
+    return {key: list(getattr(known, key)) for key in keys} | {"resize": None}
 
 
 if not TYPE_CHECKING:  # a type checker would take any name to be there

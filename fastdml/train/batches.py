@@ -25,8 +25,8 @@ class Batches(Protocol):
 
     A source may also offer `index(e, step)`, small tensors on the device, and `assemble(*index)`,
     which makes the batch from them and does nothing else: on CUDA the step then assembles its batch
-    itself, as part of its graph where it has one. `mean`, `std` and `class_names`, if it has them,
-    are recorded with the weights as `Cohort` describes them.
+    itself, as part of its graph where it has one. `mean`, `std`, `class_names` and `resize`, if it
+    has them, are recorded with the weights as `Cohort` describes them.
     """
 
     batch_size: int
@@ -221,8 +221,9 @@ def as_batches(
     return batches
 
 
-def described(source: Any, channels: int) -> dict[str, list]:
-    """Those of `mean`, `std` and `classes`, as `Cohort` has them, that the source of batches tells.
+def described(source: Any, channels: int) -> dict[str, Any]:
+    """Those of `mean`, `std`, `classes` and `resize`, as `Cohort` has them, that the source of
+    batches tells.
 
     Of a DataLoader the data set's `classes` are taken, as torchvision's sets have them, and mean
     and std of a Normalize after a ToTensor, or ToDtype(scale=True), among its transforms.
@@ -238,13 +239,15 @@ def described(source: Any, channels: int) -> dict[str, list]:
         found = {**_normalisation(getattr(data, "transform", None))}
         if getattr(data, "target_transform", None) is None:  # which may change their order
             found["classes"] = getattr(data, "classes", None)
-    lists = {}
+    plain: dict[str, Any] = {}
     for name, value in found.items():
         value = value.tolist() if hasattr(value, "tolist") else value
         if isinstance(value, (list, tuple)):
             one_for_all = name != "classes" and len(value) == 1
-            lists[name] = [*value] * (channels if one_for_all else 1)
-    return lists
+            plain[name] = [*value] * (channels if one_for_all else 1)
+    if isinstance(resize := getattr(source, "resize", None), str):
+        plain["resize"] = resize
+    return plain
 
 
 def _normalisation(transform: Any) -> dict[str, list[float]]:

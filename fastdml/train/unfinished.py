@@ -35,7 +35,7 @@ class Unfinished(NamedTuple):
         weights = {**self.state["cohort"], **(self.state["ema"] or {})}
         return Cohort.restore(self.state["description"], weights, self.path, device, peers=peers)
 
-    def record(self) -> dict[str, list | None]:
+    def record(self) -> dict[str, Any]:
         """As of `Cohort`."""
         return {name: self.state["description"].get(name) for name in FIELDS}
 

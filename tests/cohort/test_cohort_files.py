@@ -236,6 +236,7 @@ def test_a_head_is_kept_on_disk(head, tmp_path):
 def test_what_the_images_were_is_kept_on_disk(tmp_path):
     cohort = Cohort(["resnet8"], 3)
     cohort.image_shape = torch.zeros(3, 48, 64).shape
+    cohort.resize = "crop"
     cohort.mean, cohort.std = torch.tensor([1.5, 2, 3]), (0.1, 2, 3)
     cohort.classes = ["cat", "dog", "ant"]  # not in any order but their own
     cohort.save(tmp_path)
@@ -245,6 +246,7 @@ def test_what_the_images_were_is_kept_on_disk(tmp_path):
         "mean": [1.5, 2.0, 3.0],
         "std": [0.1, 2, 3],
         "classes": ["cat", "dog", "ant"],
+        "resize": "crop",
     }
     assert read_record(tmp_path) == loaded.record() == cohort.record()
 
@@ -265,6 +267,8 @@ def test_what_the_images_were_is_kept_on_disk(tmp_path):
         ("classes", ["a", "b"], "classes must be 3 names, one for each logit, not"),
         ("classes", "abc", "classes must be 3 names"),
         ("classes", [1, 2, 3], "classes must be 3 names"),
+        ("resize", "squash", "resize must be one of crop, stretch, not 'squash'"),
+        ("resize", ["crop"], "resize must be one of crop, stretch, not"),
     ],
 )
 @needs_safetensors

@@ -64,6 +64,7 @@ def test_a_data_set_is_one_file(added):
         "mean": [0.5],
         "std": [0.5],
         "classes": ["across", "along"],
+        "resize": None,
     }
     with pytest.raises(InputError, match="did you mean stripes"):
         data.load("stripe")

@@ -325,6 +325,7 @@ class TestRecord:
             "mean": [1, 2, 3],
             "std": [4, 5, 6],
             "classes": ["d", "b", "c", "a"],
+            "resize": None,
         }
         assert peers.record() == expected
         loaded = Cohort.load(result.folder, peers=[net(), net(5)])

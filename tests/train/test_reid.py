@@ -229,7 +229,7 @@ def test_export(run, tmp_path, capfd):
     facts = json.loads(files["images.json"])
     assert (facts["output"], facts["image_shape"]) == ("features", [3, 16, 8])
     assert facts["classes"] == [str(identity) for identity in range(1, 7)]
-    assert (facts["mean"], facts["std"]) == ([*MEAN], [*STD])
+    assert (facts["mean"], facts["std"], facts["resize"]) == ([*MEAN], [*STD], "stretch")
     assert program(torch.zeros(3, 3, 16, 8)).shape == (3, 64)  # features, not the 6 identities
 
 

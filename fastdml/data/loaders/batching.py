@@ -4,7 +4,7 @@ step."""
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -16,6 +16,9 @@ from fastdml.data.philox import check_seed
 from fastdml.data.reid_split import STORED, ReidSplit
 from fastdml.data.samplers import Order, RandomSampler, Sampler, check_rank, part
 from fastdml.errors import InputError
+
+if TYPE_CHECKING:
+    from fastdml.image_record import Resize
 
 
 class Batching:
@@ -57,7 +60,9 @@ class Batching:
         if train:
             self.sampler = sampler or RandomSampler(self.n)
             self._steps = self._count(self.sampler)
+        self.resize: Resize | None = "stretch"  # of files
         if isinstance(images, ImageSet):
+            self.resize = None
             _, height, width, _ = images.pixels.shape
             self.stored = height, width
         self.augment = augment.options(
