@@ -6,7 +6,7 @@ import argparse
 from typing import TYPE_CHECKING
 
 from fastdml.cli.parsing import Parser
-from fastdml.cli.runs import add_run_options, run_cohort, run_config, run_weights
+from fastdml.cli.runs import add_run_options, run_cohort, run_weights
 from fastdml.errors import InputError
 
 if TYPE_CHECKING:
@@ -22,6 +22,7 @@ def evaluate(args: list[str]) -> None:
     from fastdml.engine import cpus
     from fastdml.report.metrics_log import to_json
     from fastdml.train.run import choose_device
+    from fastdml.train.run_weights import run_config
     from fastdml.train.tasks.task import TASKS, task_of
 
     parser = Parser("evaluate", evaluate)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from fastdml.cli.parsing import Parser, as_folder
-from fastdml.cli.runs import add_run_options, run_cohort, run_config
+from fastdml.cli.runs import add_run_options, run_cohort
 from fastdml.errors import InputError
 
 
@@ -33,6 +33,8 @@ def export(args: list[str]) -> None:
         raise InputError(f"--size {options.size[0]} {options.size[1]}: give 1 or more")
 
     import torch
+
+    from fastdml.train.run_weights import run_config
 
     run_config(options.run)  # raises where there is no run
     cohort = run_cohort(options, "cpu")

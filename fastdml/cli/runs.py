@@ -3,22 +3,16 @@
 from __future__ import annotations
 
 import argparse
-import logging
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from fastdml.cli.parsing import Parser, as_folder
-from fastdml.errors import InputError
 
 if TYPE_CHECKING:
     from fastdml.cohort import Cohort
-    from fastdml.train import TrainConfig
     from fastdml.train.unfinished import Unfinished
-
-
-logger = logging.getLogger(__name__)
 
 
 def add_run_options(parser: Parser) -> None:
@@ -28,9 +22,8 @@ def add_run_options(parser: Parser) -> None:
     parser.add_argument(
         "--weights",
         choices=("last", "best"),
-        default="last",
-        help="last: after the last epoch; best: of the epoch with the best test accuracy or mAP, "
-        "which the test images chose and therefore flatter (default: last)",
+        help="last: after the last epoch; best: of the best evaluation, which flatters where the "
+        "test images chose it (default: best where validation images chose it, else last)",
     )
     parser.add_argument(
         "--peers",
@@ -41,49 +34,27 @@ def add_run_options(parser: Parser) -> None:
     )
 
 
-def run_config(run: Path) -> TrainConfig:
-    """The settings of the run in this folder. Raises InputError where there is no run in it."""
-    from fastdml.train.config.sources import load_config
-
-    if not (run / "config.yaml").is_file():
-        within = (run.parent / "config.yaml").is_file()
-        remedy = f": give the run's folder, {run.parent}" if within else ": it holds no config.yaml"
-        raise InputError(f"{run} is not the folder of a run{remedy}")
-    return load_config(run / "config.yaml")
-
-
 def run_weights(options: argparse.Namespace) -> tuple[Unfinished | None, Path]:
-    """The folder that a run's weights are in. The last weights of a run that has not ended are in
-    its checkpoint: then also what is known of that. Raises InputError where there are none yet."""
-    from fastdml.train.unfinished import prolonged, unfinished
+    """The folder that the run's weights are in, as `find_weights` says."""
+    from fastdml.train.run_weights import find_weights
 
-    last = options.weights == "last"
-    folder = options.run if last else options.run / "best"
-    there = (folder / "cohort.json").is_file()
-    if there and not (last and prolonged(options.run, run_config(options.run))):
-        return None, folder
-    found = unfinished(options.run) if last else None
-    if found is None and there:
-        return None, folder
-    if found is None:
-        raise InputError(
-            f"{options.run} holds no {options.weights} weights: they are written when "
-            f"{'training ends' if last else 'an epoch is evaluated'}"
-        )
-    return found, found.path
+    _choose_weights(options)
+    return find_weights(options.run, options.weights)
 
 
 def run_cohort(options: argparse.Namespace, device: Any) -> Cohort:
     """The peers of a run with the weights that were asked for, in evaluation mode."""
-    from fastdml.cohort import Cohort
+    from fastdml.train import run_weights
 
     find_own_models(options.peers or ())
-    found, folder = run_weights(options)
-    if found is None:
-        return Cohort.load(folder, device, peers=options.peers)
-    cohort = found.cohort(device, options.peers)
-    logger.info(found.describe())
-    return cohort
+    _choose_weights(options)
+    return run_weights.run_cohort(options.run, options.weights, device, options.peers)
+
+
+def _choose_weights(options: argparse.Namespace) -> None:
+    from fastdml.train.run_weights import default_weights
+
+    options.weights = options.weights or default_weights(options.run)
 
 
 def find_own_models(peers: Sequence[str]) -> None:

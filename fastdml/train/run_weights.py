@@ -1,0 +1,120 @@
+"""The weights that a run has saved: which there are, which are meant, and how they scored."""
+
+from __future__ import annotations
+
+import json
+import logging
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+
+from fastdml.cohort import Cohort
+from fastdml.errors import InputError
+from fastdml.report.metrics_log import read_metrics
+from fastdml.report.summary import SUMMARY
+from fastdml.train.config.base import TrainConfig
+from fastdml.train.config.sources import load_config
+from fastdml.train.folder import BEST
+from fastdml.train.tasks.task import scoring_of
+from fastdml.train.unfinished import Unfinished, prolonged, unfinished
+from fastdml.yaml_file import CONFIG
+
+logger = logging.getLogger(__name__)
+
+Weights = Literal["last", "best"]
+
+
+def is_run(folder: Path) -> bool:
+    return (folder / CONFIG).is_file()
+
+
+def run_config(run: Path) -> TrainConfig:
+    """The settings of the run in this folder. Raises InputError where there is no run in it."""
+    if not is_run(run):
+        remedy = (
+            f": give the run's folder, {run.parent}"
+            if is_run(run.parent)
+            else (f": it holds no {CONFIG}")
+        )
+        raise InputError(f"{run} is not the folder of a run{remedy}")
+    return load_config(run / CONFIG)
+
+
+def default_weights(run: Path) -> Weights:
+    """The weights to use where nobody says which: the best where a validation set chose them, else
+    the last, since test images that chose the best flatter them."""
+    chosen_on = summary(run).get("chosen_on")
+    if chosen_on is None and (run / BEST / "cohort.json").is_file():  # the run has not ended
+        kinds = {record["kind"] for record in _metrics(run)}
+        chosen_on = "validation" if "validation" in kinds else None
+    return "best" if chosen_on == "validation" else "last"
+
+
+def find_weights(run: Path, weights: Weights) -> tuple[Unfinished | None, Path]:
+    """The folder that a run's weights are in. The last weights of a run that has not ended are in
+    its checkpoint: then also what is known of that. Raises InputError where there are none yet."""
+    last = weights == "last"
+    folder = run if last else run / BEST
+    there = (folder / "cohort.json").is_file()
+    if there and not (last and prolonged(run, run_config(run))):
+        return None, folder
+    found = unfinished(run) if last else None
+    if found is None and there:
+        return None, folder
+    if found is None:
+        raise InputError(
+            f"{run} holds no {weights} weights: they are written when "
+            f"{'training ends' if last else 'an epoch is evaluated'}"
+        )
+    return found, found.path
+
+
+def run_cohort(
+    run: Path,
+    weights: Weights,
+    device: str | torch.device,
+    peers: Sequence[Any] | None = None,
+) -> Cohort:
+    """The peers of a run in evaluation mode; of a run that has not ended, from its checkpoint,
+    which is logged. peers: what to load into, as for `Cohort.load`."""
+    found, folder = find_weights(run, weights)
+    if found is None:
+        return Cohort.load(folder, device, peers=peers)
+    cohort = found.cohort(device, peers)
+    logger.info(found.describe())
+    return cohort
+
+
+def recorded_scores(run: Path, weights: Weights) -> dict[str, Any] | None:
+    """The scores of these weights that the run has recorded; None where nothing was evaluated."""
+    key = "scores" if weights == "last" else "best_scores"
+    ended = summary(run).get("mutual")
+    if isinstance(ended, dict) and isinstance(ended.get(key), dict):
+        return ended[key]
+    state = unfinished(run)
+    found = state.state.get(key) if state else None
+    return found if isinstance(found, dict) else None
+
+
+def leading_scores(scores: dict[str, Any]) -> tuple[str, list[float]]:
+    """Of recorded scores the one that a run is judged by: its name, and a value a peer."""
+    scoring = scoring_of(scores)
+    return scoring.headlines[0].label, list(scores[scoring.leading])
+
+
+def summary(run: Path) -> dict[str, Any]:
+    """What summary.json holds; nothing where there is none that can be read."""
+    try:
+        found = json.loads((run / SUMMARY).read_text())
+    except (OSError, ValueError):
+        return {}
+    return found if isinstance(found, dict) else {}
+
+
+def _metrics(run: Path) -> list[dict[str, Any]]:
+    try:
+        return read_metrics(run)
+    except InputError:
+        return []
