@@ -2,7 +2,8 @@
 
 Settings are those of `TrainConfig` or for re-identification `ReidConfig`, by name, and known to
 type checkers; `resume=True` goes on with a run, with its settings. `root`, the folder of the data
-set's files, is by default "data", or the folder that the resumed run recorded.
+set's files, is by default "data", or the folder that the resumed run recorded. `callbacks` are
+called at the end of each epoch and after each evaluation, see `Callback`.
 
 Each returns a `TrainResult`, or None after a dry run. Each raises InputError, one line with the
 remedy, for a setting, a model, data or a folder that cannot be used; TrainingDiverged, also an
@@ -17,6 +18,7 @@ from typing import Any
 
 from typing_extensions import Unpack
 
+from fastdml.train.callbacks import Callback, EndEvent, EpochEvent, EvaluationEvent
 from fastdml.train.config.base import TrainConfig
 from fastdml.train.config.reid import ReidConfig
 from fastdml.train.config.sources import from_command_line, load_config, resolve
@@ -29,6 +31,10 @@ from fastdml.train.tasks.retrieval import RetrievalScores, extract_features
 from fastdml.train.trainer import TrainingDiverged
 
 __all__ = [
+    "Callback",
+    "EndEvent",
+    "EpochEvent",
+    "EvaluationEvent",
     "ReidConfig",
     "RetrievalScores",
     "TrainConfig",
@@ -51,43 +57,53 @@ __all__ = [
 def cifar100(
     peers: Sequence[str] | None = None,
     root: str | os.PathLike | None = None,
+    *,
+    callbacks: Sequence[Callback] = (),
     **config: Unpack[TrainSettings],
 ) -> TrainResult | None:
     """Trains peers on CIFAR-100, by default two ResNet-32 with the paper's settings."""
-    return _train("cifar100", peers, root, config)
+    return _train("cifar100", peers, root, callbacks, config)
 
 
 def cifar10(
     peers: Sequence[str] | None = None,
     root: str | os.PathLike | None = None,
+    *,
+    callbacks: Sequence[Callback] = (),
     **config: Unpack[TrainSettings],
 ) -> TrainResult | None:
     """Trains peers on CIFAR-10, by default two ResNet-32 with the paper's settings."""
-    return _train("cifar10", peers, root, config)
+    return _train("cifar10", peers, root, callbacks, config)
 
 
 def market1501(
     peers: Sequence[str] | None = None,
     root: str | os.PathLike | None = None,
+    *,
+    callbacks: Sequence[Callback] = (),
     **config: Unpack[ReidSettings],
 ) -> TrainResult | None:
     """Trains peers on Market-1501, by default two MobileNets with the paper's settings;
     recipe="strong" for those of the strong baseline. standin=True trains on pictures of CIFAR-100
     in Market-1501's layout instead, on a CPU in minutes, with CIFAR-100 below `root`."""
-    return _train("market1501", peers, root, config)
+    return _train("market1501", peers, root, callbacks, config)
 
 
 def digits(
-    peers: Sequence[str] | None = None, **config: Unpack[TrainSettings]
+    peers: Sequence[str] | None = None,
+    *,
+    callbacks: Sequence[Callback] = (),
+    **config: Unpack[TrainSettings],
 ) -> TrainResult | None:
     """Trains peers on scikit-learn's handwritten digits: seconds, and nothing to download."""
-    return _train("digits", peers, None, config)
+    return _train("digits", peers, None, callbacks, config)
 
 
 def _train(
     data: str,
     peers: Sequence[str] | None,
     root: str | os.PathLike | None,
+    callbacks: Sequence[Callback],
     given: Mapping[str, Any],
 ) -> TrainResult | None:
     changes = {**given}
@@ -95,4 +111,4 @@ def _train(
         changes["peers"] = peers
     if root is not None:
         changes["root"] = root
-    return run(resolve(data, changes))
+    return run(resolve(data, changes), callbacks=callbacks)

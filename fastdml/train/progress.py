@@ -27,6 +27,7 @@ class Progress:
     best_epoch: float = 0
     best_scores: Any = None
     started: float = 0.0  # when this process began with it
+    stopped: str | None = None  # why training ended early
     first: int | None = None  # the position at this process's first step, which was at `begun`
     begun: float = 0.0
 
@@ -48,12 +49,20 @@ class Progress:
 
     @property
     def done(self) -> bool:
-        return self.position >= self.total
+        return self.position >= self.total or self.stopped is not None
 
     @property
     def left(self) -> int:
         """Steps left of the whole run."""
-        return self.total - self.position + self.after
+        return self.after if self.done else self.total - self.position + self.after
+
+    @property
+    def seconds_left(self) -> float | None:
+        """Of the whole run, by this process's steps so far, evaluations and checkpoints included;
+        None before the first of them."""
+        if self.first is None or self.position == self.first:
+            return None
+        return (time.monotonic() - self.begun) / (self.position - self.first) * self.left
 
     def start(self) -> None:
         self.started = time.monotonic()
@@ -101,9 +110,8 @@ class Progress:
                 f"{record['images_per_second']:,.0f} images/s, "
                 f"data wait {100 * record['data_wait']:.1f} %"
             )
-        if not self.done and self.first is not None and self.position > self.first:
-            a_step = (time.monotonic() - self.begun) / (self.position - self.first)
-            parts.append(f"{duration(a_step * self.left)} left")
+        if not self.done and (seconds := self.seconds_left) is not None:
+            parts.append(f"{duration(seconds)} left")
         return "  ".join(parts)
 
     # --- for the checkpoint ---
@@ -116,6 +124,7 @@ class Progress:
             "scores": self.scores and dataclasses.asdict(self.scores),
             "best_epoch": self.best_epoch,
             "best_scores": self.best_scores and dataclasses.asdict(self.best_scores),
+            "stopped": self.stopped,
         }
 
     def load(self, state: dict[str, Any]) -> None:
@@ -135,6 +144,9 @@ class Progress:
             )
         self.position, self.seconds = position, float(state["seconds"])
         self.history, self.best_epoch = history, int(state["best_epoch"])
+        self.stopped = state.get("stopped")  # not in checkpoints of earlier versions
+        if not isinstance(self.stopped, str | None):
+            raise ValueError(f"stopped {self.stopped!r}")
         self.scores, self.best_scores = (
             state[key] and scoring_of(state[key]).read(state[key])
             for key in ("scores", "best_scores")

@@ -40,6 +40,7 @@ class TrainResult:
     precision: str  # of the networks: "fp32", "bf16" or "fp16"
     execution: str | None  # of the steps, for instance "eager"
     threads: int | None  # of the steps, on a CPU
+    stopped: str | None = None  # why training ended before its last epoch
     independent: TrainResult | None = None  # the same peers trained without the KL term
 
     def __repr__(self) -> str:

@@ -13,7 +13,7 @@ from __future__ import annotations
 import dataclasses
 import logging
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
@@ -35,6 +35,7 @@ from fastdml.report.summary import write_summary
 from fastdml.terminal import lenient_stderr
 from fastdml.train import checkpoint, checks
 from fastdml.train.batches import Batches, as_batches
+from fastdml.train.callbacks import Callback, check_callbacks
 from fastdml.train.config.base import TrainConfig
 from fastdml.train.dryrun import plan
 from fastdml.train.folder import (
@@ -55,11 +56,16 @@ logger = logging.getLogger(__name__)
 
 
 def run(
-    config: TrainConfig, *, hint: str = HINT, command: str = "fastdml.train.run"
+    config: TrainConfig,
+    *,
+    callbacks: Sequence[Callback] = (),
+    hint: str = HINT,
+    command: str = "fastdml.train.run",
 ) -> TrainResult | None:
     """The run that `config` describes: data, peers, training. None after a dry run. hint: what
     messages say that a download is asked for by. command: what summary.json says was called.
-    Raises as `fit` does."""
+    callbacks: see `Callback`. Raises as `fit` does."""
+    callbacks = check_callbacks(callbacks)
     checks.one_process()
     checks.extras(config)
     task = task_of(config)
@@ -67,7 +73,7 @@ def run(
         held() as show,
         task.prepare(config, choose_device(config), hint) as (cohort, train, test),
     ):
-        return _fit(task, cohort, train, test, config, show, command)
+        return _fit(task, cohort, train, test, config, show, command, callbacks)
 
 
 def fit(
@@ -75,6 +81,8 @@ def fit(
     train: Any,
     test: Any | Evaluate | None,
     config: TrainConfig,
+    *,
+    callbacks: Sequence[Callback] = (),
 ) -> TrainResult | None:
     """Trains `cohort` in place, on the device it is on, and leaves it with the last mutual weights.
 
@@ -82,18 +90,21 @@ def fit(
     `train.batches` says when a run over it resumes exactly. test: the same for evaluation, or a
     function from the cohort to its scores, or None. A description of the images is saved with the
     weights, see `Cohort`. config: its device is not used; its settings of data and peers are
-    replaced in the run's record by those of `train` and `cohort`. Returns None after a dry run.
+    replaced in the run's record by those of `train` and `cohort`. callbacks: see `Callback`.
+    Returns None after a dry run.
 
     Raises InputError, one line with the remedy, for peers, batches, settings or a folder that
     cannot be used; TrainingDiverged, also an InputError, where a loss is no longer finite;
     TrainingStopped, a SystemExit, after a signal, when the checkpoint is written.
     """
+    callbacks = check_callbacks(callbacks)
     checks.one_process()
     checks.arguments(cohort, config)
     checks.extras(config)
     task = task_of(config)
     with held() as show:
-        return _fit(task, cohort, train, test, config, show, "fastdml.train.fit", own=True)
+        called = "fastdml.train.fit"
+        return _fit(task, cohort, train, test, config, show, called, callbacks, own=True)
 
 
 def _fit(
@@ -104,6 +115,7 @@ def _fit(
     config: TrainConfig,
     show: Callable[[], None],
     command: str,
+    callbacks: Sequence[Callback],
     *,
     own: bool = False,
 ) -> TrainResult | None:
@@ -124,7 +136,7 @@ def _fit(
             checks.test_look(cohort, test, config, amp)
         if own:
             config = checks.recorded(config, cohort, train, images)
-        new_trainer = partial(Trainer, cohort, train, evaluate, task)
+        new_trainer = partial(Trainer, cohort, train, evaluate, task, callbacks=callbacks)
         trainer = new_trainer(config, Path(), amp, label="mutual")
         resumed = _resumed_folder(config)
         if config.dry_run:
@@ -216,6 +228,7 @@ def _independent(mutual: Trainer, stop: Stop) -> TrainResult:
             *(cohort, mutual.train, mutual.evaluate, mutual.task, config, folder, amp),
             label="independent",
             choice=choice,
+            callbacks=mutual.calls.callbacks,
         )
         return trainer.run(stop)
     finally:
@@ -269,6 +282,7 @@ def _summary(result: TrainResult) -> dict[str, Any]:
         "weights": {name: str(folder) for name, folder in result.weights.items()},
         "best_epoch": result.best_epoch,
         "best_scores": dataclasses.asdict(result.best_scores),
+        "stopped": result.stopped,
     }
 
 

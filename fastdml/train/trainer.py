@@ -12,7 +12,7 @@ import dataclasses
 import logging
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
@@ -38,6 +38,7 @@ from fastdml.eval_mode import evaluating
 from fastdml.report.metrics_log import METRICS, MetricsLog
 from fastdml.train import checkpoint, learning_rate
 from fastdml.train.batches import Batches, assembler
+from fastdml.train.callbacks import Calls
 from fastdml.train.config.base import TrainConfig
 from fastdml.train.folder import BEST, LAST_CHECKPOINT
 from fastdml.train.meters import Clock, Record, Totals
@@ -75,6 +76,7 @@ class Trainer:
         *,
         label: str,  # "mutual" or "independent", for the user
         choice: Choice | None = None,  # what the steps run as; made at the first one by default
+        callbacks: Sequence[Any] = (),
     ) -> None:
         self.cohort, self.peers = cohort, list(cohort.peers)
         self.train, self.evaluate = train, evaluate
@@ -106,6 +108,7 @@ class Trainer:
         self.choice = choice
         self.step = self._make_step()
         self.clock = Clock(self.device)
+        self.calls = Calls(self, callbacks)
 
     def _make_step(self) -> Any:
         config = self.config
@@ -157,8 +160,10 @@ class Trainer:
         progress.start()
         self.saved = time.monotonic()
         last, metrics = self.folder / LAST_CHECKPOINT, self.folder / METRICS
+        ended = False
         if last.is_file():
             self._restore()
+            ended = progress.done and (self.folder / "cohort.json").is_file()
             self.config.save(self.folder / CONFIG)
         else:  # so that a folder with results always has a checkpoint too
             self.config.save(self.folder / CONFIG)
@@ -179,7 +184,10 @@ class Trainer:
                 self._end_epoch()
                 if not progress.done:
                     stop.leave_if_asked(self._where)
-        return self._finish()
+        result = self._finish()
+        if not ended:
+            self._call_end(result)
+        return result
 
     def _epoch(self, stop: Stop) -> None:
         """The steps of an epoch, from wherever the run stands."""
@@ -248,13 +256,33 @@ class Trainer:
         progress.history.append({"epoch": progress.trained, "step": progress.position, **record})
         self.totals.reset()
         due = progress.done or progress.epoch % self.config.eval_every == 0
-        if self.evaluate is not None and due:
-            self._evaluate(self.evaluate)
+        if due:
+            self._evaluate()
         self._save()
         logger.info(f"{self.label} {progress.epoch_line()}")
+        self._call_back(record)
 
-    def _evaluate(self, evaluate: Evaluate) -> None:
+    def _call_back(self, record: dict[str, Any]) -> None:
+        """Calls the callbacks for an epoch, which is saved. Where one stops the training there, it
+        is evaluated and saved as at its end."""
         progress = self.progress
+        evaluated = "test" in progress.history[-1]
+        reasons = [self.calls.evaluation("test", progress.scores)] if evaluated else []
+        reasons.append(self.calls.epoch(record))
+        reason = next((reason for reason in reasons if reason is not None), None)
+        if reason is None or progress.done:
+            return
+        progress.stopped = reason
+        logger.info(f"{self.label} training stops after epoch {progress.trained:g}: {reason}")
+        if not evaluated and self.evaluate is not None:
+            self._evaluate()
+            self.calls.evaluation("test", progress.scores)
+        self._save()
+
+    def _evaluate(self) -> None:
+        progress, evaluate = self.progress, self.evaluate
+        if evaluate is None:
+            return
         with self.ema.applied() if self.ema else nullcontext():
             with evaluating(self.cohort):
                 scores = evaluate(self.cohort)
@@ -453,4 +481,16 @@ class Trainer:
             precision=self.amp.name,
             execution=self.execution,
             threads=self.choice and self.choice.threads,
+            stopped=progress.stopped,
+        )
+
+    def _call_end(self, result: TrainResult) -> None:
+        scores, best = (s and dataclasses.asdict(s) for s in (result.scores, result.best_scores))
+        self.calls.end(
+            stopped=result.stopped,
+            chosen_on="test" if best else None,
+            scores=scores,
+            best_scores=best,
+            best_epoch=result.best_epoch,
+            weights=result.weights,
         )

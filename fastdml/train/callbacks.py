@@ -1,0 +1,183 @@
+"""Callbacks: what a training calls at the end of each epoch, after each evaluation, and at its end.
+
+The checkpoint is on disk before the methods of an epoch are called, so that a callback that raises
+loses nothing: its error ends the run with its own traceback, and `resume` goes on with the epoch
+after it. A resumed run does not call again for what it had called for before.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+from fastdml.errors import InputError
+from fastdml.train.tasks.task import scoring_of
+
+if TYPE_CHECKING:
+    from fastdml.train.trainer import Trainer
+
+logger = logging.getLogger(__name__)
+
+METHODS = ("on_epoch", "on_evaluation", "on_end")
+
+
+@dataclass(frozen=True)
+class Event:
+    """Where a training stands: plain values."""
+
+    run: Literal["mutual", "independent"]
+    folder: Path  # of this training; that of the independent one is within the mutual one's
+    peers: tuple[str, ...]  # display names, in the order of all lists
+    epoch: float  # epochs trained; after a last one cut short, a fraction
+    epochs: int  # of the whole training
+    step: int  # steps done
+    steps: int  # of the whole training
+    seconds: float  # since training began, over all resumptions
+    seconds_left: float | None  # of the run, an estimate; None where it cannot be told
+
+
+@dataclass(frozen=True)
+class EpochEvent(Event):
+    """The end of an epoch."""
+
+    losses: Mapping[str, list[float]]
+    """Means over the epoch, a value a peer, in nats: "loss" is their weighted sum, "ce" the
+    cross-entropy, "kl" the divergence from the other peers, "metric" the loss on features."""
+    lr: float
+    images_per_second: float  # of training alone; 0 if too short to tell
+    data_wait: float  # share of that time spent waiting for batches, 0 to 1
+    record: Mapping[str, Any]  # all that metrics.jsonl says of the epoch
+
+
+@dataclass(frozen=True)
+class EvaluationEvent(Event):
+    """The scores of an evaluation."""
+
+    data: Literal["validation", "test"]  # what the peers were evaluated on
+    scores: Mapping[str, Any]  # as in metrics.jsonl: a list of a value a peer, and ensemble_NAME
+    mean: float  # of the leading score (top-1 or mAP) over the peers, a fraction of 1
+    best: bool  # whether it is the highest mean so far
+    best_epoch: float
+
+
+@dataclass(frozen=True)
+class EndEvent(Event):
+    """The end of a training; its weights are saved."""
+
+    stopped: str | None  # why training ended early; None where it went to its end
+    chosen_on: Literal["validation", "test"] | None  # the images that chose the best weights
+    scores: Mapping[str, Any] | None  # of the last weights; None where nothing was evaluated
+    best_scores: Mapping[str, Any] | None
+    best_epoch: float
+    weights: Mapping[str, Path]  # "last" and "best": folders that Cohort.load reads
+
+
+class Callback:
+    """The base of callbacks, which override what they need; any object with these methods serves.
+
+    Each is called for the mutual training and, with `independent`, for the other one too:
+    `event.run` says which. To stop a training return a text, the reason: it is evaluated, saved and
+    summed up as at its end. The independent training still follows a mutual one that is stopped.
+    """
+
+    def on_epoch(self, event: EpochEvent) -> str | None:
+        """After each epoch and its checkpoint."""
+        return None
+
+    def on_evaluation(self, event: EvaluationEvent) -> str | None:
+        """After each evaluation during training, before `on_epoch` of the same epoch."""
+        return None
+
+    def on_end(self, event: EndEvent) -> None:
+        """Once, after the weights of a training are saved; not after a signal."""
+
+
+def check_callbacks(callbacks: Sequence[Any]) -> tuple[Any, ...]:
+    """`callbacks` as a tuple. Raises InputError for what is no sequence of callbacks."""
+    if not isinstance(callbacks, (list, tuple)):
+        raise InputError(f"callbacks must be a list, not a {type(callbacks).__name__}")
+    for one in callbacks:
+        missing = [name for name in METHODS if not callable(getattr(one, name, None))]
+        if missing or isinstance(one, type):
+            what = f"the class {one.__name__}" if isinstance(one, type) else repr(one)
+            raise InputError(
+                f"callbacks has {what}, which is no callback: give objects of subclasses of "
+                "fastdml.train.Callback"
+            )
+    return tuple(callbacks)
+
+
+class Calls:
+    """The callbacks of a training, called with its events."""
+
+    def __init__(self, trainer: Trainer, callbacks: Sequence[Any]) -> None:
+        self.trainer, self.callbacks = trainer, callbacks
+
+    def epoch(self, record: Mapping[str, Any]) -> str | None:
+        """The reason to stop that a callback gives, if one does; all are called."""
+        losses = {n: record[n] for n in ("loss", "ce", "kl", "metric") if n in record}
+        return self._call(
+            "on_epoch",
+            EpochEvent,
+            losses=losses,
+            **{n: record[n] for n in ("lr", "images_per_second", "data_wait")},
+            record=record,
+        )
+
+    def evaluation(self, data: str, scores: Any) -> str | None:
+        """As `epoch`."""
+        progress = self.trainer.progress
+        return self._call(
+            "on_evaluation",
+            EvaluationEvent,
+            data=data,
+            scores=dataclasses.asdict(scores),
+            mean=scoring_of(scores).mean(scores),
+            best=progress.best_epoch == progress.trained,
+            best_epoch=progress.best_epoch,
+        )
+
+    def end(self, **values: Any) -> None:
+        self._call("on_end", EndEvent, **values)
+
+    def _call(self, name: str, kind: type[Event], **values: Any) -> str | None:
+        if not self.callbacks:
+            return None
+        trainer, progress = self.trainer, self.trainer.progress
+        event = kind(
+            run=trainer.label,  # type: ignore[arg-type]
+            folder=trainer.folder,
+            peers=tuple(trainer.cohort.names),
+            epoch=progress.trained,
+            epochs=progress.epochs,
+            step=progress.position,
+            steps=progress.total,
+            seconds=progress.elapsed(),
+            seconds_left=progress.seconds_left,
+            **values,
+        )
+        reasons = [self._reason(callback, name, event) for callback in self.callbacks]
+        return next((reason for reason in reasons if reason is not None), None)
+
+    def _reason(self, callback: Any, name: str, event: Event) -> str | None:
+        what = f"{type(callback).__name__}.{name}"
+        try:
+            reason = getattr(callback, name)(event)
+        except Exception as error:  # whatever the user's code may raise; it keeps its traceback
+            logger.error(
+                "%s raised %s; all %d steps are saved: resume goes on after them",
+                what,
+                type(error).__name__,
+                event.step,
+            )
+            raise
+        if reason is not None and not isinstance(reason, str):
+            raise InputError(
+                f"{what} returned {reason!r}: return None to go on, or a text, the reason, to stop "
+                "the training"
+            )
+        return reason
