@@ -25,5 +25,6 @@ def models(args: list[str]) -> None:
     print(fixed_columns(rows, text=(0, 2, 3)))
     print(
         "parameters: for 100 classes and 3 channels\n"
-        "also other depths and widths; package.module:function, your own; timm:NAME, of timm"
+        "also other depths and widths; package.module:function, your own; timm:NAME, of timm;\n"
+        "NAME@SIZE, any of these on images that it resizes to SIZE x SIZE"
     )

@@ -6,6 +6,8 @@
     package.module:function   your own, called with num_classes= and in_channels=, as far as its
                               signature names them; num_classes= also goes to **arguments
     timm:NAME                 any model of timm, with pretrained weights if asked
+    NAME@SIZE                 any of these on images that it resizes to SIZE x SIZE itself, so that
+                              peers may see one image at different sizes
 
 All of the first three kinds take images of 8x8 and up with any number of channels, return logits
 (N, C), and offer `forward_features`, `num_features` and `num_classes`. A model is a file of this

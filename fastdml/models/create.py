@@ -10,6 +10,7 @@ from torch import nn
 
 from fastdml.errors import InputError, MissingExtra
 from fastdml.models import registry
+from fastdml.models.input_size import AtSize, split_size
 from fastdml.models.own import call_own, import_own, is_own, nearest_names, taken_by
 from fastdml.models.reid_head import ReidHead, ReidModel
 from fastdml.models.timm_models import (
@@ -69,7 +70,7 @@ def create_model(
     """The model called `name`, with fresh weights from torch's global generator: from images
     (N, in_channels, H, W) to logits (N, num_classes), or with a head as `ReidModel` says.
 
-    name: see `fastdml.models`.
+    name: see `fastdml.models`; NAME@SIZE is NAME on images that it resizes to SIZE x SIZE itself.
     head: what to put on the model's feature map, for re-identification.
     pretrained: begin with timm's weights; for its models alone. The classifier is fresh.
     image_size: (height, width) of the images, which timm's networks of one size are built for; one
@@ -86,6 +87,21 @@ def create_model(
     check_count("in_channels", in_channels)
     if not (head is None or isinstance(head, ReidHead)):
         raise InputError(f"head must be a ReidHead or None, not {head!r}")
+    model_name, size = split_size(name)
+    if size is not None:
+        if head is not None:
+            raise InputError(
+                f"model {name!r}: a size behind the name is for classification; re-identification "
+                f"resizes all images to height and width: give {model_name}"
+            )
+        model = create_model(
+            model_name,
+            num_classes,
+            in_channels=in_channels,
+            pretrained=pretrained,
+            image_size=(size, size),
+        )
+        return AtSize(model, size, num_classes)
     timm_name = _timm_name(name, head)
     if pretrained and timm_name is None:
         raise InputError(
