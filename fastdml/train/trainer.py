@@ -25,7 +25,6 @@ from fastdml.devices import device_name
 from fastdml.engine import (
     Ema,
     Schedule,
-    executions,
     make_optimizer,
     make_step,
 )
@@ -43,17 +42,16 @@ from fastdml.train.config.base import TrainConfig
 from fastdml.train.folder import BEST, LAST_CHECKPOINT
 from fastdml.train.meters import Clock, Record, Totals
 from fastdml.train.progress import Progress
-from fastdml.train.random_state import rng_state, seed_generators, set_rng_state
+from fastdml.train.random_state import seed_generators
 from fastdml.train.result import TrainResult
 from fastdml.train.stopping import Stop
 from fastdml.train.tasks.task import Evaluate, Task
+from fastdml.train.trainer_state import restore, state_of
 from fastdml.units import duration
 from fastdml.yaml_file import CONFIG
 
 logger = logging.getLogger(__name__)
 
-# Raised where a value in a checkpoint is of the wrong kind.
-DAMAGE = (ArithmeticError, AttributeError, IndexError, RuntimeError, TypeError, ValueError)
 LOSS_NAMES = {"ce": "cross-entropy", "kl": "KL divergence", "metric": "metric loss"}
 
 
@@ -133,6 +131,11 @@ class Trainer:
             threads=threads if self.device.type == "cpu" else None,
         )
 
+    def use(self, choice: Choice) -> None:
+        """Runs the steps as `choice` says."""
+        self.choice = choice
+        self.step = self._make_step()
+
     def choose(self, batch: tuple[Tensor, ...]) -> Choice:
         """Fixes execution and number of threads for the steps, and the number of threads for
         everything else."""
@@ -162,12 +165,12 @@ class Trainer:
         last, metrics = self.folder / LAST_CHECKPOINT, self.folder / METRICS
         ended = False
         if last.is_file():
-            self._restore()
+            restore(self)
             ended = progress.done and (self.folder / "cohort.json").is_file()
             self.config.save(self.folder / CONFIG)
         else:  # so that a folder with results always has a checkpoint too
             self.config.save(self.folder / CONFIG)
-            checkpoint.save(last, self._state())
+            checkpoint.save(last, state_of(self))
         with (
             MetricsLog(
                 self.folder,
@@ -332,111 +335,8 @@ class Trainer:
                 name = self.cohort.names[k]
                 raise self._diverged(f"a weight of peer {k} ({name})", self.progress.position)
         self.log.sync()  # a run resumed from this checkpoint does not log these points again
-        checkpoint.save(self.folder / LAST_CHECKPOINT, self._state())
+        checkpoint.save(self.folder / LAST_CHECKPOINT, state_of(self))
         self.saved = time.monotonic()
-
-    def _state(self) -> dict[str, Any]:
-        """Everything that a resumed run goes on from, as tensors and plain values."""
-        threads = self.choice and {"step": self.choice.threads, "elsewhere": self.choice.elsewhere}
-        return {
-            "config": self.config.to_dict(),
-            "precision": self.amp.name,
-            "peers": list(self.cohort.names),
-            "steps_per_epoch": self.steps,
-            "description": self.cohort.description(),
-            "cohort": self.cohort.state_dict(),
-            "optimizer": self.optimizer.state_dict(),
-            "scaler": self.amp.scaler.state_dict() if self.amp.scaler else None,
-            "execution": self.execution,
-            "threads": threads,
-            "ema": self.ema.state_dict() if self.ema else None,
-            "metric": self.metric.state_dict() if self.metric else None,
-            "updates": self.schedule.updates,
-            "overflows": self.record.overflows,
-            "rng": rng_state(self.device),
-            "totals": self.totals.state(),
-            "clock": self.clock.state(),
-            **self.progress.state(),
-        }
-
-    def _restore(self) -> None:
-        """Goes on from the checkpoint. Raises InputError where it is of another run, or damaged in
-        a way that its checksums do not show."""
-        path = self.folder / LAST_CHECKPOINT
-        state = checkpoint.load(path)
-        try:
-            checkpoint.check_resumable(state["config"], self.config)
-            self._check_fits(state, path)
-            self._take_record(state, path)
-            self._take(state, path)
-        except (InputError, torch.OutOfMemoryError):
-            raise
-        except KeyError as error:
-            raise InputError(f"{path} is not a checkpoint that a run saved: no {error}") from error
-        except DAMAGE as error:
-            reason = " ".join(str(error).split())[:200]
-            raise InputError(f"{path} is not a checkpoint that a run saved: {reason}") from error
-
-    def _check_fits(self, state: dict[str, Any], path: Path) -> None:
-        now = {
-            "peers": ("peers", list(self.cohort.names)),
-            "precision": ("the precision (set amp)", self.amp.name),
-            "steps_per_epoch": ("steps an epoch", self.steps),
-        }
-        for key, (what, value) in now.items():
-            if state[key] != value:
-                raise InputError(
-                    f"cannot resume {path}: {what} was {state[key]} and is now {value}"
-                )
-
-    def _take_record(self, state: dict[str, Any], path: Path) -> None:
-        """Restores what the cohort knew of its images, except what the data tell."""
-        saved = state.get("description", {})  # not in checkpoints of earlier versions
-        for key, now in self.cohort.record().items():
-            was = saved.get(key)
-            if now is None:
-                setattr(self.cohort, key, was)
-            elif was not in (None, now):
-                raise InputError(
-                    f"cannot resume {path}: the {key} of the images was {str(was)[:60]} and is now "
-                    f"{str(now)[:60]}"
-                )
-
-    def _take(self, state: dict[str, Any], path: Path) -> None:
-        self.progress.load(state)
-        checkpoint.load_weights(self.cohort, state["cohort"], path)
-        self.optimizer.load_state_dict(state["optimizer"])
-        if self.amp.scaler:
-            self.amp.scaler.load_state_dict(state["scaler"])
-        if self.ema:
-            self.ema.load_state_dict(state["ema"])
-        if self.metric:
-            self.metric.load_state_dict(state["metric"])
-        self.schedule.load(state["updates"])
-        self.record.overflows.copy_(state["overflows"])
-        self.totals.load(state["totals"])
-        self._restore_choice(state)
-        self.clock.load(state["clock"])
-        set_rng_state(state["rng"], self.device)
-
-    def _restore_choice(self, state: dict[str, Any]) -> None:
-        """Restores execution and threads where the settings leave them open, so that the run goes
-        on with the same bits."""
-        config, execution = self.config, state["execution"]
-        if config.execution != "auto":
-            execution = config.execution
-        if execution not in executions(self.device):
-            return  # no step yet, or another kind of device
-        threads = elsewhere = None
-        if self.device.type == "cpu":
-            # Checkpoints of earlier versions name no threads: those runs used torch's own number.
-            was = state.get("threads") or {}
-            if was.get("step", 0) is None:
-                return  # begun on CUDA
-            threads = config.threads or was.get("step") or torch.get_num_threads()
-            elsewhere = config.threads or was.get("elsewhere") or torch.get_num_threads()
-        self.choice = Choice(execution, threads, elsewhere)
-        self.step = self._make_step()
 
     def parameters(self) -> tuple[int, ...]:
         return tuple(sum(w.numel() for w in peer.parameters()) for peer in self.peers)

@@ -1,0 +1,130 @@
+"""What a checkpoint holds of a training, and how a training goes on from it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from fastdml.engine import executions
+from fastdml.engine.auto import Choice
+from fastdml.errors import InputError
+from fastdml.train import checkpoint
+from fastdml.train.folder import LAST_CHECKPOINT
+from fastdml.train.random_state import rng_state, set_rng_state
+
+if TYPE_CHECKING:
+    from fastdml.train.trainer import Trainer
+
+# Raised where a value in a checkpoint is of the wrong kind.
+DAMAGE = (ArithmeticError, AttributeError, IndexError, RuntimeError, TypeError, ValueError)
+
+
+def state_of(trainer: Trainer) -> dict[str, Any]:
+    """Everything that a resumed run goes on from, as tensors and plain values."""
+    threads = trainer.choice and {
+        "step": trainer.choice.threads,
+        "elsewhere": trainer.choice.elsewhere,
+    }
+    return {
+        "config": trainer.config.to_dict(),
+        "precision": trainer.amp.name,
+        "peers": list(trainer.cohort.names),
+        "steps_per_epoch": trainer.steps,
+        "description": trainer.cohort.description(),
+        "cohort": trainer.cohort.state_dict(),
+        "optimizer": trainer.optimizer.state_dict(),
+        "scaler": trainer.amp.scaler.state_dict() if trainer.amp.scaler else None,
+        "execution": trainer.execution,
+        "threads": threads,
+        "ema": trainer.ema.state_dict() if trainer.ema else None,
+        "metric": trainer.metric.state_dict() if trainer.metric else None,
+        "updates": trainer.schedule.updates,
+        "overflows": trainer.record.overflows,
+        "rng": rng_state(trainer.device),
+        "totals": trainer.totals.state(),
+        "clock": trainer.clock.state(),
+        **trainer.progress.state(),
+    }
+
+
+def restore(trainer: Trainer) -> None:
+    """Goes on from the checkpoint. Raises InputError where it is of another run, or damaged in
+    a way that its checksums do not show."""
+    path = trainer.folder / LAST_CHECKPOINT
+    state = checkpoint.load(path)
+    try:
+        checkpoint.check_resumable(state["config"], trainer.config)
+        _check_fits(trainer, state, path)
+        _take_record(trainer, state, path)
+        _take(trainer, state, path)
+    except (InputError, torch.OutOfMemoryError):
+        raise
+    except KeyError as error:
+        raise InputError(f"{path} is not a checkpoint that a run saved: no {error}") from error
+    except DAMAGE as error:
+        reason = " ".join(str(error).split())[:200]
+        raise InputError(f"{path} is not a checkpoint that a run saved: {reason}") from error
+
+
+def _check_fits(trainer: Trainer, state: dict[str, Any], path: Path) -> None:
+    now = {
+        "peers": ("peers", list(trainer.cohort.names)),
+        "precision": ("the precision (set amp)", trainer.amp.name),
+        "steps_per_epoch": ("steps an epoch", trainer.steps),
+    }
+    for key, (what, value) in now.items():
+        if state[key] != value:
+            raise InputError(f"cannot resume {path}: {what} was {state[key]} and is now {value}")
+
+
+def _take_record(trainer: Trainer, state: dict[str, Any], path: Path) -> None:
+    """Restores what the cohort knew of its images, except what the data tell."""
+    saved = state.get("description", {})  # not in checkpoints of earlier versions
+    for key, now in trainer.cohort.record().items():
+        was = saved.get(key)
+        if now is None:
+            setattr(trainer.cohort, key, was)
+        elif was not in (None, now):
+            raise InputError(
+                f"cannot resume {path}: the {key} of the images was {str(was)[:60]} and is now "
+                f"{str(now)[:60]}"
+            )
+
+
+def _take(trainer: Trainer, state: dict[str, Any], path: Path) -> None:
+    trainer.progress.load(state)
+    checkpoint.load_weights(trainer.cohort, state["cohort"], path)
+    trainer.optimizer.load_state_dict(state["optimizer"])
+    if trainer.amp.scaler:
+        trainer.amp.scaler.load_state_dict(state["scaler"])
+    if trainer.ema:
+        trainer.ema.load_state_dict(state["ema"])
+    if trainer.metric:
+        trainer.metric.load_state_dict(state["metric"])
+    trainer.schedule.load(state["updates"])
+    trainer.record.overflows.copy_(state["overflows"])
+    trainer.totals.load(state["totals"])
+    _restore_choice(trainer, state)
+    trainer.clock.load(state["clock"])
+    set_rng_state(state["rng"], trainer.device)
+
+
+def _restore_choice(trainer: Trainer, state: dict[str, Any]) -> None:
+    """Restores execution and threads where the settings leave them open, so that the run goes
+    on with the same bits."""
+    config, execution = trainer.config, state["execution"]
+    if config.execution != "auto":
+        execution = config.execution
+    if execution not in executions(trainer.device):
+        return  # no step yet, or another kind of device
+    threads = elsewhere = None
+    if trainer.device.type == "cpu":
+        # Checkpoints of earlier versions name no threads: those runs used torch's own number.
+        was = state.get("threads") or {}
+        if was.get("step", 0) is None:
+            return  # begun on CUDA
+        threads = config.threads or was.get("step") or torch.get_num_threads()
+        elsewhere = config.threads or was.get("elsewhere") or torch.get_num_threads()
+    trainer.use(Choice(execution, threads, elsewhere))
