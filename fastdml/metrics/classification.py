@@ -2,7 +2,8 @@
 
 Batches add to one float64 tensor on the device, (K + 1) rows of 21 sums; nothing returns to the
 host before `compute`, which is one transfer. A batch costs about four passes over each peer's
-(N, C) logits, and one (N, C) buffer of fp32 probabilities for the ensemble.
+(N, C) logits, and one (N, C) buffer of fp32 probabilities for the ensemble. With `keep` a fifth
+pass finds each row's class, and a few numbers a row stay on the device.
 
 Rules, the same for every peer and for the ensemble (the mean of the peers' probabilities):
 - Ties: of equal scores the lowest class index ranks first, as numpy's argmax has it.
@@ -20,6 +21,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -50,15 +52,32 @@ class ClassificationScores:
     ensemble_entropy: float
 
 
+class Rows(NamedTuple):
+    """What is kept of each row, in the order of the batches. On axis 0 the K peers, then the
+    ensemble."""
+
+    label: Tensor  # (N,) int64
+    top: Tensor  # (K + 1, N) int64: the class that ranks first; -1 where there are no probabilities
+    confidence: Tensor  # (K + 1, N) float32: its probability
+    label_log: Tensor  # (K + 1, N) float32: log-probability of the label, in nats
+    disagreement: Tensor
+    """(N,) float32, in nats: entropy of the mean of the peers' probabilities less the mean of their
+    entropies (the generalised Jensen-Shannon divergence), from 0, all alike, to log K."""
+
+
 class Classification:
     """Sums over a test set of C classes for K peers: `update` with each batch, then `compute`.
-    Raises InputError for K or C below 1."""
+    keep: also keeps what `rows` gives. Raises InputError for K or C below 1."""
 
-    def __init__(self, K: int, C: int, device: torch.device | str = "cpu") -> None:
+    def __init__(
+        self, K: int, C: int, device: torch.device | str = "cpu", *, keep: bool = False
+    ) -> None:
         if K < 1 or C < 1:
             raise InputError(f"scores need at least one peer and one class, not K={K} and C={C}")
         self.K, self.C = K, C
         self.rows = 0
+        self.keep = keep
+        self.kept: list[Rows] = []  # of each batch
         self.totals = torch.zeros(K + 1, 6 + BINS, dtype=torch.float64, device=device)
 
     @torch.no_grad()
@@ -76,7 +95,7 @@ class Classification:
         # (N,) within range, since an index out of range leaves a CUDA context unusable
         labels = labels.long().clamp(0, self.C - 1)
 
-        sums = []
+        found = []
         p_sum = torch.zeros(N, self.C, device=self.totals.device)
         log_p_true = []
         for z in logits:
@@ -85,13 +104,24 @@ class Classification:
             p = log_p.exp()
             p_sum += p
             log_p_true.append(log_p.gather(1, labels[:, None])[:, 0])
-            sums.append(_batch_sums(z, p, log_p_true[-1], labels, bad_label))
+            found.append(_of_batch(z, p, log_p_true[-1], labels, bad_label, self.keep))
         # log of the mean probability from the logs, so that an underflow does not make it -inf.
         log_mean = torch.stack(log_p_true).logsumexp(dim=0) - math.log(self.K)
         p_mean = p_sum / self.K
-        sums.append(_batch_sums(p_mean, p_mean, log_mean, labels, bad_label))
-        self.totals += torch.stack(sums)
+        found.append(_of_batch(p_mean, p_mean, log_mean, labels, bad_label, self.keep))
+        self.totals += torch.stack([batch.sums for batch in found])
         self.rows += N
+        if self.keep:
+            entropy = torch.stack([batch.entropy for batch in found])
+            self.kept.append(
+                Rows(
+                    label=labels,
+                    top=torch.stack([batch.top for batch in found if batch.top is not None]),
+                    confidence=torch.stack([batch.confidence for batch in found]),
+                    label_log=torch.stack([*log_p_true, log_mean]),
+                    disagreement=(entropy[-1] - entropy[:-1].mean(0)).clamp_min_(0),
+                )
+            )
 
     def compute(self) -> ClassificationScores:
         """The scores over everything added so far, as plain numbers. Raises InputError where
@@ -120,15 +150,32 @@ class Classification:
             ensemble_entropy=entropy[-1],
         )
 
+    def kept_rows(self) -> Rows:
+        """What `keep` kept of everything added so far, on the device. Raises InputError where that
+        is nothing."""
+        if not self.kept:
+            raise InputError("nothing was kept of the rows: make Classification with keep=True")
+        parts = zip(*self.kept, strict=True)
+        return Rows(*(torch.cat(tensors, dim=-1) for tensors in parts))
 
-def _batch_sums(
+
+class _OfBatch(NamedTuple):
+    """Of one peer, or of the ensemble."""
+
+    sums: Tensor  # one row of the totals, (21,), in float64
+    confidence: Tensor  # (N,)
+    entropy: Tensor  # (N,)
+    top: Tensor | None  # (N,), if asked for
+
+
+def _of_batch(
     ranked_by: Tensor,  # (N, C): logits, or the ensemble's probabilities
     p: Tensor,  # (N, C)
     log_p_true: Tensor,  # (N,): log-probability of the label
     labels: Tensor,  # (N,)
     bad_label: Tensor,  # (N,)
-) -> Tensor:
-    """One row of the totals, (21,), in float64."""
+    keep: bool,
+) -> _OfBatch:
     C = p.shape[1]
     true = ranked_by.gather(1, labels[:, None])
     before = torch.arange(C, device=p.device) < labels[:, None]
@@ -150,4 +197,6 @@ def _batch_sums(
     columns = torch.stack(
         [c.double().sum() for c in (top1, top5, -log_p_true, entropy, ~finite, bad_label)]
     )
-    return torch.cat([columns, gaps])
+    # torch's argmax gives the first of equal scores, as `rank` does.
+    top = torch.where(finite, ranked_by.argmax(dim=1), -1) if keep else None
+    return _OfBatch(torch.cat([columns, gaps]), confidence, entropy, top)

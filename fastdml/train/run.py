@@ -1,9 +1,10 @@
 """Whole runs, each into a folder: data, peers and one or two phases of training.
 
 A run folder holds config.yaml, from before the first step last.ckpt, metrics.jsonl, tensorboard/,
-and at the end cohort.json and peers/ (the last weights), curves.png, pairwise_kl.png and
-summary.json; best/ has the weights of the epoch with the highest mean test accuracy, or mAP, of the
-peers (chosen on the test images, so it flatters; the summary's table reports the last weights).
+and at the end cohort.json and peers/ (the last weights), curves.png, pairwise_kl.png, summary.json
+and, of classification, predictions.npz; best/ has the weights of the epoch with the highest mean
+test accuracy, or mAP, of the peers (chosen on the test images, so it flatters; the summary's table
+reports the last weights).
 With `independent` there is also initial.ckpt, the weights both phases start from, and independent/,
 a run folder of its own. The empty .lock keeps a second process out while one trains.
 """
@@ -46,6 +47,7 @@ from fastdml.train.folder import (
     new_folder,
     resume_folder,
 )
+from fastdml.train.predictions import save_predictions
 from fastdml.train.result import TrainResult
 from fastdml.train.stopping import Stop, listening
 from fastdml.train.tasks.task import Evaluate, Task, scoring_of, task_of
@@ -154,6 +156,8 @@ def _fit(
             # 2. Train the peers together.
             trainer = new_trainer(config, folder, amp, label="mutual")
             mutual = trainer.run(stop)
+            with _concluding():
+                save_predictions(folder, cohort, evaluate)
             # 3. Train them each by itself, from the same weights, on the same batches.
             independent = _independent(trainer, stop) if config.independent else None
             # 4. Conclude: pictures and summaries.
@@ -167,7 +171,7 @@ def _evaluation(
     if test is None or callable(test):
         return test, None
     batches = as_batches(test, amp.device, cohort.num_classes, "test", task.check_labels)
-    return partial(task.score, test=batches, amp=amp), batches
+    return task.scorer(batches, amp), batches
 
 
 def _resumed_folder(config: TrainConfig) -> Path | None:
@@ -230,20 +234,30 @@ def _independent(mutual: Trainer, stop: Stop) -> TrainResult:
             choice=choice,
             callbacks=mutual.calls.callbacks,
         )
-        return trainer.run(stop)
+        result = trainer.run(stop)
+        with _concluding():
+            save_predictions(folder, cohort, mutual.evaluate)
+        return result
     finally:
         cohort.load_state_dict(trained)
 
 
 def _conclude(mutual: TrainResult, independent: TrainResult | None, command: str) -> TrainResult:
     """Pictures and summaries, of the independent run too."""
-    try:
+    with _concluding():
         _report(mutual, independent, command)
+    return dataclasses.replace(mutual, independent=independent)
+
+
+@contextmanager
+def _concluding() -> Iterator[None]:
+    """Says with an error in what follows training that resuming does no training again."""
+    try:
+        yield
     except InputError as error:
         raise InputError(
             f"{error}; the peers are trained and saved, resume does the rest"
         ) from error
-    return dataclasses.replace(mutual, independent=independent)
 
 
 def _report(mutual: TrainResult, independent: TrainResult | None, command: str) -> None:

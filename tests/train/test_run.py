@@ -53,7 +53,8 @@ class TestRunFolder:
         names = {p.name for p in folder.iterdir()}
         assert names == {
             ".lock", "best", "cohort.json", "config.yaml", "curves.png", "last.ckpt",
-            "metrics.jsonl", "pairwise_kl.png", "peers", "summary.json", "tensorboard",
+            "metrics.jsonl", "pairwise_kl.png", "peers", "predictions.npz", "summary.json",
+            "tensorboard",
         }  # fmt: skip
         assert min(result.scores.top1) > 0.6
         assert result.parameters == tuple(

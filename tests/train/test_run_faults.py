@@ -135,6 +135,7 @@ class TestNoRoom:
             ("pairwise_kl.png", errno.EDQUOT),
             ("summary.json", errno.ENOSPC),
             ("summary.json", errno.EIO),
+            ("predictions.npz", errno.ENOSPC),
         ],
     )
     def test_at_the_end_is_one_line_and_the_rest_is_done_by_resuming(

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager
+from functools import partial
 from pathlib import Path
 from typing import Any, ClassVar, NamedTuple, TypeVar
 
@@ -120,6 +121,11 @@ class Task:
         """Scores on batches (images, labels), during training; the cohort is in evaluation mode.
         They need not be the task's own, if a registered task's."""
         raise NotImplementedError
+
+    def scorer(self, test: Batches, amp: Amp) -> Evaluate:
+        """What scores a cohort on these batches, time and again during a run. A task whose runs
+        shall keep predictions gives a `predictions.Scorer`."""
+        return partial(self.score, test=test, amp=amp)
 
     def evaluate(
         self,
