@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from fastdml.models import ReidHead, create_model
     from fastdml.mutual_stats import MutualStats
 
-__version__ = "0.2.0"
+__version__ = "0.3.0"
 
 _HOMES = {
     "CenterLoss": "fastdml.metric_losses",

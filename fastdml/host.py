@@ -38,12 +38,14 @@ def memory(proc: Path = PROC, meminfo: Path = MEMINFO) -> tuple[float, float]:
     try:
         lines = (line.split() for line in meminfo.read_text().splitlines())
         kilobytes = {words[0]: int(words[1]) for words in lines if len(words) > 1}
-        total, free = 1024 * kilobytes["MemTotal:"], 1024 * kilobytes["MemAvailable:"]
+        total = 1024.0 * kilobytes["MemTotal:"]
+        free = 1024.0 * kilobytes["MemAvailable:"]
     except (OSError, KeyError, ValueError):
         return math.nan, math.nan
     for folder in _groups("memory", proc):
         limit = _memory_limit(folder)
-        total, free = min(total, limit), min(free, max(0, limit - _memory_used(folder)))
+        total = min(total, limit)
+        free = min(free, max(0, limit - _memory_used(folder)))
     return total, free
 
 

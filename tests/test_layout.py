@@ -20,13 +20,14 @@ MAY_IMPORT = {
     "report": set(),
     "engine": {*LOSSES, *COHORT},
     "train": {*LOSSES, *COHORT, "engine", "data", "metrics", "report"},
-    "cli": {*COHORT, "fastdml_kernels", "engine", "data", "report", "train"},
+    "machine": {*LOSSES, *COHORT, "engine"},
+    "cli": {*COHORT, "fastdml_kernels", "engine", "data", "machine", "report", "train"},
     **dict.fromkeys(LOSSES - {"fastdml_kernels"}, LOSSES),
     **dict.fromkeys(COHORT - {"models"}, COHORT),
 }
 BELOW_ALL = {
     "absent_tensors", "devices", "errors", "eval_mode", "files", "host", "list_options", "logs",
-    "names", "paths", "terminal", "torch_private", "units", "yaml_file", "fastdml",
+    "names", "namesake", "paths", "terminal", "torch_private", "units", "yaml_file", "fastdml",
 }  # fmt: skip
 
 

@@ -15,6 +15,7 @@ from collections.abc import Callable, Sequence
 
 from fastdml import __version__
 from fastdml.cli.data import data
+from fastdml.cli.doctor import doctor
 from fastdml.cli.evaluate import evaluate
 from fastdml.cli.export import export
 from fastdml.cli.kernels import kernels
@@ -29,6 +30,7 @@ COMMANDS: dict[str, Callable[[list[str]], None]] = {
     "train": train,
     "evaluate": evaluate,
     "export": export,
+    "doctor": doctor,
     "kernels": kernels,
     "models": models,
     "data": data,

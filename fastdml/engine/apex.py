@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import importlib
 import importlib.util
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -19,6 +18,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from fastdml.errors import InputError
+from fastdml.namesake import other_apex
 
 NAMES = {"apex_sgd": "FusedSGD", "apex_adam": "FusedAdam", "apex_lamb": "FusedLAMB"}
 INSTALL = "build it from https://github.com/NVIDIA/apex, or use sgd, adam or adamw"
@@ -55,14 +55,13 @@ def takes_number(optimizer: Optimizer) -> bool:
 
 
 def _import(name: str) -> Any:
-    spec = importlib.util.find_spec("apex")
-    if spec is None:
+    if importlib.util.find_spec("apex") is None:
         raise InputError(f"optimizer {name!r} needs NVIDIA Apex: {INSTALL}")
-    folders = list(spec.submodule_search_locations or ())
-    if not any(Path(folder, "multi_tensor_apply").is_dir() for folder in folders):
+    namesake = other_apex()
+    if namesake is not None:
         raise InputError(
-            f"optimizer {name!r}: the installed package apex ({', '.join(folders) or spec.origin}) "
-            f"is not NVIDIA's but PyPI's of the same name; uninstall it and {INSTALL}"
+            f"optimizer {name!r}: the installed package apex ({namesake}) is not NVIDIA's but "
+            f"PyPI's of the same name; uninstall it and {INSTALL}"
         )
     try:
         optimizers = importlib.import_module("apex.optimizers")
