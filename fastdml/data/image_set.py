@@ -25,6 +25,7 @@ class ImageSet:
     class_names: tuple[str, ...]
     mean: tuple[float, ...]  # (ch,) in the units of the stored bytes
     std: tuple[float, ...]  # (ch,)
+    white: int = 255  # the value of full brightness among the stored bytes
 
     def __post_init__(self) -> None:
         images, labels = self.images, self.labels
@@ -64,9 +65,11 @@ class ImageSet:
         class_names: tuple[str, ...],
         mean: tuple[float, ...],  # (ch,)
         std: tuple[float, ...],  # (ch,)
+        white: int = 255,
     ) -> ImageSet:
         """A set of these pixels, in the order in which files hold them; they are not copied."""
-        return cls(pixels.permute(0, 3, 1, 2), labels, len(class_names), class_names, mean, std)
+        images = pixels.permute(0, 3, 1, 2)
+        return cls(images, labels, len(class_names), class_names, mean, std, white)
 
     @property
     def pixels(self) -> Tensor:

@@ -63,7 +63,7 @@ FREE_ON_RESUME = frozenset(
 )
 # Settings that `fit` records of its loader, beside those of the task. A loader wrapped in another
 # does not show them.
-SHOWN_BY_LOADER = frozenset(["pad", "flip"])
+SHOWN_BY_LOADER = frozenset(["pad", "flip", "augment"])
 # Earlier versions of `fit` recorded the data set's defaults here, whatever the run used.
 DEFAULTS_OF_FIT = frozenset(["data", "peers", "subset", "batch_size"])
 

@@ -56,6 +56,8 @@ def extras(config: TrainConfig) -> None:
     """Imports every optional package that a run will need, so that none is missing after hours."""
     for module in ("yaml", "tqdm", "safetensors.torch", "matplotlib.figure"):
         require(module, "train")
+    if config.policy:
+        require("torchvision.transforms.v2", "images")
     if config.tensorboard:
         require("tensorboard", "train")  # or torch's own error would be that of a torch module
         require("torch.utils.tensorboard", "train")
@@ -190,6 +192,7 @@ def recorded(config: TrainConfig, cohort: Cohort, train: Batches, images: Tensor
         "batch_size": len(images),
         "pad": getattr(augment, "pad", 0),
         "flip": bool(getattr(augment, "flip", False)),
+        "augment": getattr(train, "policy", None) or "standard",
         "peers": tuple(
             model or type(peer).__name__
             for model, peer in zip(cohort.models, cohort.peers, strict=True)

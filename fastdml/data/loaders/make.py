@@ -31,6 +31,7 @@ def make_loader(
     batch_size: int,
     *,
     bad_files: str = "error",
+    policy: str | None = None,
     device: torch.device | str = "cpu",
     **options: Any,
 ) -> Loader:
@@ -39,9 +40,9 @@ def make_loader(
 
     kind: "resident", "dali", "torch", or "auto": resident, or where the set would take more than
     half of the free memory, dali, or where DALI is not installed or cannot do what is asked for,
-    torch. bad_files: "error" or "skip", for files that DALI cannot decode. options:
-    `ResidentLoader`'s, of which train must be given. Logs what a resident set takes, or why a set
-    is streamed.
+    torch. bad_files: "error" or "skip", for files that DALI cannot decode. policy: `TorchLoader`'s,
+    which the others do not have. options: `ResidentLoader`'s, of which train must be given. Logs
+    what a resident set takes, or why a set is streamed.
 
     Raises InputError for an unknown kind or bad_files, for options that `ResidentLoader` refuses or
     DALI cannot do, and for files that cannot be decoded; MissingExtra where kind is "dali" and DALI
@@ -49,13 +50,13 @@ def make_loader(
     """
     check_bad_files(bad_files)
     device = torch.device(device)
-    kind = choose_loader(kind, source, device, **options)
+    kind = choose_loader(kind, source, device, policy=policy, **options)
     if kind == "resident":
         loader = ResidentLoader(source, batch_size, device=device, **options)
         logger.info(f"{len(source):,} images stay in {_where(device)}: {size(loader.nbytes)}")
         return loader
     if kind == "torch":
-        return TorchLoader(source, batch_size, device=device, **options)
+        return TorchLoader(source, batch_size, policy=policy, device=device, **options)
     if isinstance(source, ReidSplit):
         source = checked(source, bad_files)
     return DALILoader(source, batch_size, device=device, **options)
@@ -65,12 +66,23 @@ def choose_loader(
     kind: str,
     source: ImageSet | ReidSplit,
     device: torch.device,
+    *,
+    policy: str | None = None,
     **options: Any,
 ) -> str:
     """The kind of loader that `make_loader` chooses: "resident", "dali" or "torch". Raises
-    InputError for an unknown kind."""
+    InputError for an unknown kind, and one that does not have the policy."""
     if kind not in KINDS:
         raise InputError(f"loader {kind!r}: give one of {', '.join(KINDS)}")
+    if policy:
+        if kind in ("resident", "dali"):
+            raise InputError(
+                f"augment {policy} is done by torch's worker processes, not by the {kind} loader: "
+                "set loader to auto or torch, or augment to standard"
+            )
+        if kind == "auto":
+            logger.info(f"augment {policy} takes an image at a time: streamed by torch")
+        return "torch"
     if kind in ("dali", "torch"):
         return kind
     need, free = needed_bytes(source, device, **options), free_bytes(device)

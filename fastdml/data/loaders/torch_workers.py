@@ -24,6 +24,7 @@ from fastdml_kernels.augment_options import Augment
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
+from fastdml.data import policies
 from fastdml.data.files.decode import BadImage, decode
 from fastdml.data.image_set import ImageSet
 from fastdml.data.loaders.batching import Batching
@@ -92,6 +93,7 @@ class _Item(NamedTuple):
 
     sample: int
     choices: tuple[int, ...]
+    seed: int  # of the policy
 
 
 class _Images(Dataset[np.ndarray | str]):
@@ -99,9 +101,14 @@ class _Images(Dataset[np.ndarray | str]):
     exception arrives wrapped in its traceback."""
 
     def __init__(
-        self, source: ReidSplit | ImageSet, what: Augment, stored: tuple[int, int]
+        self,
+        source: ReidSplit | ImageSet,
+        what: Augment,
+        stored: tuple[int, int],
+        policy: str | None,
     ) -> None:
-        self.what, self.stored = what, stored
+        self.what, self.stored, self.policy = what, stored, policy
+        self.white = getattr(source, "white", 255)
         self.paths: tuple[str, ...] = ()
         self.images = np.empty((0, *stored, 3), np.uint8)  # (N, H, W, ch); files are decoded later
         if isinstance(source, ReidSplit):
@@ -119,6 +126,8 @@ class _Images(Dataset[np.ndarray | str]):
                 image = self.images[item.sample]
         except BadImage as bad:
             return str(bad)
+        if self.policy:
+            image = policies.apply(self.policy, image, item.seed, self.white)
         return transform(image, self.what, item.choices, self.mean, self.scale)
 
 
@@ -206,7 +215,9 @@ class TorchLoader(Batching):
     """`ResidentLoader`'s batches, to the last bit, from a `ReidSplit` or an `ImageSet`.
 
     stored: the (height, width) that files are decoded to before they are augmented, as when they
-    are kept in memory. workers: processes; 0: none but this one. options: `ResidentLoader`'s.
+    are kept in memory. workers: processes; 0: none but this one. policy: what changes an image in
+    training before it is resized, cropped and mirrored, one of `policies.POLICIES`; a function of
+    seed, epoch and sample as all else. options: `ResidentLoader`'s.
     """
 
     def __init__(
@@ -216,23 +227,29 @@ class TorchLoader(Batching):
         *,
         stored: tuple[int, int] = STORED,
         workers: int = 2,
+        policy: str | None = None,
         **options: Any,
     ) -> None:
-        self.stored, self.workers = stored, workers
+        self.stored, self.workers, self.policy = stored, workers, policy
         super().__init__(source, batch_size, **options)
 
     def _take_in(self, source: ReidSplit | ImageSet) -> None:
-        self._images = _Images(source, self.augment, self.stored)
+        if self.policy:
+            policies.check_policy(self.policy, len(self.mean))
+        policy = self.policy if self.train else None
+        self._images = _Images(source, self.augment, self.stored, policy)
 
     def epoch(self, epoch: int, start: int = 0) -> Iterator[tuple[Tensor, Tensor]]:
         """The batches of an epoch from step `start` on."""
         rows = torch.stack(self.choices(epoch), 1).tolist()
-        samples = self.order(epoch).sample.tolist()
+        order = self.order(epoch)
+        samples = order.sample.tolist()
+        seeds = [0] * len(samples)
+        if self._images.policy:
+            seeds = policies.seeds(self.seed, epoch, order.sample, order.repetition).tolist()
+        drawn = list(map(_Item, samples, map(tuple, rows), seeds))
         parts = [self.part(epoch, step) for step in range(start, len(self))]
-        asked = [
-            [_Item(s, tuple(c)) for s, c in zip(samples[part], rows[part], strict=True)]
-            for part in parts
-        ]
+        asked = [drawn[part] for part in parts]
         loader: Any = DataLoader(
             self._images,
             batch_sampler=asked,

@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from fastdml.data.image_set import ImageSet
 
 MEAN, STD = (4.8822,), (6.0185,)  # of the training images, in units of 0 to 16
+WHITE = 16
 CLASSES = tuple(str(c) for c in range(10))
 
 
@@ -46,7 +47,7 @@ def load_digits() -> tuple[ImageSet, ImageSet]:
     for c in range(10):
         test[(labels == c).nonzero()[4::5, 0]] = True
     train_set, test_set = (
-        ImageSet.from_pixels(pixels[part], labels[part], CLASSES, MEAN, STD)
+        ImageSet.from_pixels(pixels[part], labels[part], CLASSES, MEAN, STD, WHITE)
         for part in (~test, test)
     )
     return train_set, test_set

@@ -58,6 +58,9 @@ class TrainConfig:
     """Pixels of reflected border that the random crop moves in; 0 means no crop. Paper: 4."""
     flip: bool = True
     """Mirror half of the training images, at random. Paper: yes."""
+    augment: Literal["none", "standard", "trivial", "rand"] = "standard"
+    """standard: crop and mirror, as pad and flip say; none: neither; trivial, rand: torchvision's
+    TrivialAugmentWide or RandAugment before these, by worker processes. Paper: standard."""
     loader: Literal["auto", "resident", "dali", "torch"] = "auto"
     """Where batches come from. auto: from the device's memory if they fit, else streamed."""
 
@@ -188,9 +191,18 @@ class TrainConfig:
                 value = expand(value)
             object.__setattr__(self, name, value)
             check_limit(name, value, self.limits)
+        self._check_augment()
         self._check_losses()
         self._check_steps()
         self._check_length()
+
+    def _check_augment(self) -> None:
+        if self.augment == "none" and (self.pad or self.flip):
+            what = f"pad {self.pad}" if self.pad else "flip"
+            raise InputError(
+                f"augment none and {what} contradict each other: leave {what.split()[0]} out (in a "
+                "TrainConfig: pad=0, flip=False), or set augment to standard"
+            )
 
     def _check_losses(self) -> None:
         """Raises InputError where there are no peers, or no loss for one of them."""
@@ -236,6 +248,11 @@ class TrainConfig:
         if any(drop < 1 for drop in drops) or drops != sorted(set(drops)):
             raise InputError(f"lr_drops must be rising numbers of epochs, not {drops}")
 
+    @property
+    def policy(self) -> str | None:
+        """torchvision's part of the augmentation, as loaders take it."""
+        return self.augment if self.augment in ("trivial", "rand") else None
+
     def to_dict(self) -> dict[str, Any]:
         """Plain values, as YAML and checkpoints hold them."""
         values = dataclasses.asdict(self)
@@ -244,7 +261,7 @@ class TrainConfig:
     def replace(self, **changes: Any) -> Self:
         """A copy with some settings changed; unknown ones are refused by name."""
         check_names(changes, type(self))
-        return dataclasses.replace(self, **with_length(changes))
+        return dataclasses.replace(self, **completed(changes))
 
     def alone(self) -> Self:
         """The settings of the independent run: the same peers without the losses between them."""
@@ -254,9 +271,12 @@ class TrainConfig:
         write_settings(path, self.to_dict())
 
 
-def with_length(changes: Mapping[str, Any]) -> Mapping[str, Any]:
-    """`changes` that give epochs alone, or iterations alone, with the other at 0: what is given
-    wins over a default in the other unit."""
+def completed(changes: Mapping[str, Any]) -> Mapping[str, Any]:
+    """`changes` with what they imply for settings that they do not give. Of epochs alone, or
+    iterations alone, the other is 0: what is given wins over a default in the other unit. Augment
+    none turns off crop and flip."""
+    if changes.get("augment") == "none":
+        changes = {"pad": 0, "flip": False, **changes}
     for name, other in (("epochs", "iterations"), ("iterations", "epochs")):
         if name in changes and other not in changes and changes[name] not in (0, "0"):
             return {**changes, other: 0}

@@ -17,7 +17,7 @@ from typing import Any, get_origin
 from fastdml.data import dataset_names
 from fastdml.errors import InputError, require
 from fastdml.list_options import split_lists
-from fastdml.train.config.base import TrainConfig, with_length
+from fastdml.train.config.base import TrainConfig, completed
 from fastdml.train.config.fields import check_names, field_types
 from fastdml.train.folder import records_a_run, resume_folder
 from fastdml.train.tasks.task import Task, task_for
@@ -63,7 +63,7 @@ def preset(data: str, **changes: Any) -> TrainConfig:
 def _defaults(task: Task, data: str, changes: Mapping[str, Any]) -> TrainConfig:
     """The defaults of a data set; some settings in `changes`, such as a recipe, decide others."""
     defaults = task.preset(data, changes)
-    return task.settings(**{"data": data, **defaults, **with_length(changes)})
+    return task.settings(**{"data": data, **defaults, **completed(changes)})
 
 
 def resolve(data: str, changes: Mapping[str, Any]) -> TrainConfig:
@@ -111,12 +111,9 @@ def from_command_line(
     if path and records_a_run(path) and not {**given, **chosen}.get("resume"):
         given.pop("folder", None)
     base = _base(data, {**given, **chosen}).replace(**given)
-    length: dict[str, Any] = {
-        name: chosen[name] for name in ("epochs", "iterations") if name in chosen
-    }
-    for name, value in with_length(length).items():
-        if name not in length:
-            args += [f"--{name}", str(value)]
+    for name, value in completed(chosen).items():
+        if name not in chosen:
+            args += ["--no-flip"] if name == "flip" else [f"--{name}", str(value)]
     with _wide_enough():
         config = tyro.cli(type(base), default=base, args=args, prog=prog, description=description)
     if config.data != data:
@@ -144,8 +141,8 @@ def list_options(kind: type[TrainConfig]) -> list[str]:
 
 
 def _command_line_choices(data: str, args: Sequence[str]) -> dict[str, Any]:
-    """The few options that `_base` needs to find the defaults, read before the full parse, which
-    needs these defaults."""
+    """The few options that defaults of others depend on, read before the full parse, which needs
+    these defaults."""
     parser = argparse.ArgumentParser(
         add_help=False, allow_abbrev=False, exit_on_error=False, argument_default=argparse.SUPPRESS
     )
@@ -154,6 +151,9 @@ def _command_line_choices(data: str, args: Sequence[str]) -> dict[str, Any]:
     parser.add_argument("--peers", nargs="+")
     parser.add_argument("--epochs")
     parser.add_argument("--iterations")
+    parser.add_argument("--augment")
+    parser.add_argument("--pad")
+    parser.add_argument("--flip", action=argparse.BooleanOptionalAction)
     task = task_for(data)
     for name in task.choices:
         flag = field_types(task.settings)[name] is bool

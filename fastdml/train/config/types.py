@@ -18,6 +18,7 @@ class TrainSettings(TypedDict, total=False):
     batch_size: int
     pad: int
     flip: bool
+    augment: Literal["none", "standard", "trivial", "rand"]
     loader: Literal["auto", "resident", "dali", "torch"]
     temperature: float
     ce_weight: float

@@ -86,6 +86,7 @@ class Classification(Task):
             train=True,
             pad=config.pad,
             flip=config.flip,
+            policy=config.policy,
             device=device,
         )
         test = ResidentLoader(test_set, EVALUATION_BATCH, train=False, device=device)

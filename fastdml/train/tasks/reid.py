@@ -223,7 +223,7 @@ def prepare(market: Market1501, config: ReidConfig, device: torch.device) -> Pre
         "flip": config.flip,
         "erase": config.erasing,
     }
-    kind = choose_loader(config.loader, split, device, **options)
+    kind = choose_loader(config.loader, split, device, policy=config.policy, **options)
     if kind == "dali":  # what it cannot decode must not be sampled
         split = checked(split, config.bad_files)
     sampler = None
@@ -244,6 +244,7 @@ def prepare(market: Market1501, config: ReidConfig, device: torch.device) -> Pre
         config.batch_size,
         seed=config.seed,
         sampler=sampler,
+        policy=config.policy,
         device=device,
         **options,
     )
