@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     )
     from fastdml.models import ReidHead, create_model
     from fastdml.mutual_stats import MutualStats
+    from fastdml.predictor import Predictor, load
 
 __version__ = "0.3.0"
 
@@ -32,11 +33,13 @@ _HOMES = {
     "MetricLoss": "fastdml.metric_losses",
     "MutualLoss": "fastdml.loss",
     "MutualStats": "fastdml.mutual_stats",
+    "Predictor": "fastdml.predictor",
     "ReidHead": "fastdml.models",
     "circle_loss": "fastdml.metric_losses",
     "create_model": "fastdml.models",
     "distance_mutual_loss": "fastdml.metric_losses",
     "linear_mutual_loss": "fastdml.loss",
+    "load": "fastdml.predictor",
     "mutual_loss": "fastdml.loss",
     "mutual_losses": "fastdml.loss",
     "triplet_loss": "fastdml.metric_losses",
@@ -49,6 +52,7 @@ __all__ = [
     "MetricLoss",
     "MutualLoss",
     "MutualStats",
+    "Predictor",
     "ReidHead",
     "circle_loss",
     "create_model",
@@ -56,6 +60,7 @@ __all__ = [
     "distance_mutual_loss",
     "engine",
     "linear_mutual_loss",
+    "load",
     "metrics",
     "models",
     "mutual_loss",

@@ -259,20 +259,35 @@ class Cohort(nn.Module):
         return cohort.to(device).eval()
 
     def export(
-        self, folder: str | os.PathLike, example: Tensor | None = None, format: Format = "onnx"
+        self,
+        folder: str | os.PathLike,
+        example: Tensor | None = None,
+        format: Format = "onnx",
+        *,
+        peer: str | int = "all",
     ) -> list[Path]:
-        """Writes each peer, in evaluation mode, as NN-name.onnx or (format="torch") NN-name.pt2.
+        """Writes peers, in evaluation mode, for other programs, and returns the files' paths:
+        NN-name.onnx, NN-name.pt2 (format="torch-export") or NN-name.safetensors.
 
         Input "images": (N, in_channels, H, W), normalised; N, in ONNX called "batch", stays free.
         Output: "logits" (N, C), or of a peer with a re-identification head "features" (N, D), as
         `embed` gives them; its logits are those of the identities that it was trained on.
         example: images of the size to export for; by default that of `image_shape`.
+        peer: "all", each in a file; a name or number; or "ensemble", all in one file, ensemble.onnx
+        and so on, whose output are "probabilities" (N, C), or features concatenated.
+
         The known ones of `image_shape`, `mean`, `std`, `classes` and `resize` go into the file as
-        JSON: in ONNX as metadata of these names, else as the extra file images.json. Needs memory
-        for two copies of one peer. Raises InputError for a peer that cannot be exported, which it
-        names, and MissingExtra without the packages of the extra `onnx`.
+        JSON: in ONNX as metadata of these names, in torch's as the extra file images.json, in
+        safetensors with all that `fastdml.load` needs under "fastdml" in the header. Beside
+        safetensors model_NN.py makes the network without fastdml, of peers given by name.
+
+        Each file is run before it gets its name, ONNX by ONNX Runtime where that is installed:
+        outputs may differ by 1e-4 (of outputs above 10, by 1e-5 of the largest). The differences
+        are logged. A file of the same name is replaced. Needs memory for three copies of what is
+        exported. Raises InputError for a peer that cannot be exported, which it names, or a file
+        that computes something else, and MissingExtra without the packages of the extra `onnx`.
         """
-        return cohort_export.export(self, folder, example, format)
+        return cohort_export.export(self, folder, example, format, peer)
 
     def _common_class_count(self, peers: Sequence[str | nn.Module], num_classes: int | None) -> int:
         counts: dict[str, int] = {}

@@ -1,74 +1,165 @@
-"""Peers as files for other programs: ONNX, or a program of torch.export."""
+"""Peers as files for other programs: safetensors, ONNX, or a program of torch.export. What a file
+computes is compared with the peer before the file gets its name.
+"""
 
 from __future__ import annotations
 
 import copy
 import io
 import json
+import logging
 import os
+from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, cast
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple, get_args
 
 import torch
 from torch import Tensor, nn
 
+from fastdml import export_check
 from fastdml.cohort_files import peer_file
 from fastdml.errors import InputError, one_line, require
-from fastdml.files import write_atomically, writing
-from fastdml.models import ReidModel
+from fastdml.exported_weights import to_safetensors
+from fastdml.files import Staged, partial, writing
+from fastdml.models import standalone
+from fastdml.names import advice
 from fastdml.paths import expanded
+from fastdml.peer_outputs import (
+    Embedding,
+    Ensemble,
+    FeatureEnsemble,
+    full_precision,
+    has_head,
+    peer_numbers,
+)
 
 if TYPE_CHECKING:
     from fastdml.cohort import Cohort
 
-Format = Literal["onnx", "torch"]
+logger = logging.getLogger(__name__)
 
-SUFFIXES = {"onnx": ".onnx", "torch": ".pt2"}
+Format = Literal["safetensors", "onnx", "torch-export"]
+
+SUFFIXES: dict[str, str] = {"safetensors": ".safetensors", "onnx": ".onnx", "torch-export": ".pt2"}
+ENSEMBLE = "ensemble"
+
+
+class Exported(NamedTuple):
+    """What one file holds."""
+
+    stem: str  # of the file's name
+    name: str  # for messages
+    chosen: list[int]  # the peers within
+    ensemble: bool
+    output: str  # what a call gives: logits, features or probabilities
+    network: nn.Module  # in evaluation mode, on the CPU, from images to `output`
 
 
 def export(
-    cohort: Cohort, folder: str | os.PathLike, example: Tensor | None, format: Format
+    cohort: Cohort,
+    folder: str | os.PathLike,
+    example: Tensor | None,
+    format: Format,
+    peer: str | int,
 ) -> list[Path]:
-    """Writes each peer in evaluation mode: see `Cohort.export`."""
-    if format not in SUFFIXES:
-        raise InputError(f"format must be 'onnx' or 'torch', not {format!r}")
+    """Writes peers in evaluation mode: see `Cohort.export`."""
+    check_format(format)
     if format == "onnx":
         require("onnx", "onnx")
         require("onnxscript", "onnx")
-    images = _example(cohort, example)
+    if format == "safetensors":
+        cohort.check_savable()
     record = {name: value for name, value in cohort.record().items() if value is not None}
-    write = _onnx if format == "onnx" else _torch_program
-    paths = []
-    for k, (name, peer) in enumerate(zip(cohort.names, cohort.peers, strict=True)):
-        peer = copy.deepcopy(peer).to("cpu").to(memory_format=torch.contiguous_format).eval()
-        output = "logits"
-        if _has_head(peer):
-            peer, output = _Embedding(peer).eval(), "features"
-        try:
-            data = write(peer, images, output, record)
-        except Exception as error:  # anything that a peer's code may raise, and the compiler
-            raise InputError(
-                f"peer {name} cannot be exported for images (N, "
-                f"{', '.join(map(str, images.shape[1:]))}): {one_line(error)}"
-            ) from error
-        path = expanded(folder) / (Path(peer_file(k, name)).stem + SUFFIXES[format])
-        with writing(path):
-            path.parent.mkdir(parents=True, exist_ok=True)
-        write_atomically(path, data)
-        paths.append(path)
-    return paths
+    images = _example(cohort, example, needed=format != "safetensors")
+    each = [[k] for k in range(len(cohort))]
+    if peer != "all":
+        each = [peer_numbers(cohort.names, peer)]
+    return [
+        _write(cohort, _exported(cohort, chosen, peer == ENSEMBLE), folder, images, format, record)
+        for chosen in each
+    ]
 
 
-def _example(cohort: Cohort, example: Tensor | None) -> Tensor:
+def check_format(format: str) -> None:
+    """Raises InputError for a format that there is not, with the nearest."""
+    if format == "torch":
+        raise InputError("the format torch is now called torch-export: give torch-export")
+    if format not in SUFFIXES:
+        raise InputError(f"unknown format {format!r}; {advice(format, get_args(Format))}")
+
+
+def file_stem(k: int, name: str) -> str:
+    """Of the files of peer k, without their endings."""
+    return Path(peer_file(k, name)).stem
+
+
+def _exported(cohort: Cohort, chosen: Sequence[int], ensemble: bool) -> Exported:
+    peers = []
+    for k in chosen:
+        peer = copy.deepcopy(cohort.peers[k]).to("cpu").to(memory_format=torch.contiguous_format)
+        peers.append(full_precision(peer).eval())
+    features = all(map(has_head, peers))
+    network: nn.Module
+    if ensemble:
+        network = (FeatureEnsemble if features else Ensemble)(peers).eval()
+        output = "features" if features else "probabilities"
+        return Exported(ENSEMBLE, "the ensemble", list(chosen), True, output, network)
+    (k,), (peer,) = chosen, peers
+    network = Embedding(peer).eval() if features else peer
+    output = "features" if features else "logits"
+    name = cohort.names[k]
+    return Exported(file_stem(k, name), f"peer {name}", [k], False, output, network)
+
+
+def _write(
+    cohort: Cohort,
+    what: Exported,
+    folder: str | os.PathLike,
+    images: Tensor | None,
+    format: Format,
+    record: dict[str, Any],
+) -> Path:
+    path = expanded(folder) / (what.stem + SUFFIXES[format])
+    texts: dict[str, str] = {}  # files of Python beside the weights
+    try:
+        if format == "safetensors":
+            data = to_safetensors(cohort, what.chosen, what.ensemble, what.output)
+            texts = architecture_files(cohort, what)
+        else:
+            assert images is not None, "the example of these formats is needed"
+            write = _onnx if format == "onnx" else _torch_program
+            data = write(what.network, images, what.output, record)
+    except Exception as error:  # anything that a peer's code may raise, and the compiler
+        if isinstance(error, InputError):
+            raise
+        size = "" if images is None else f" for images (N, {_numbers(images.shape[1:])})"
+        raise InputError(f"{what.name} cannot be exported{size}: {one_line(error)}") from error
+    with writing(path), Staged() as staged:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        for name, text in texts.items():
+            staged.write(path.parent / name, text.encode())
+        staged.write(path, data)
+        del data
+        check = export_check.Check(what.network, what.name, path.name, images, record)
+        found = check.run(format, partial(path), cohort, what.chosen, texts)
+    logger.info(found)
+    return path
+
+
+def _numbers(values: Sequence[int]) -> str:
+    return ", ".join(map(str, values))
+
+
+def _example(cohort: Cohort, example: Tensor | None, needed: bool) -> Tensor | None:
     """Two images on the CPU: a batch of one row would be taken as fixed."""
     if example is None:
         shape = cohort.record()["image_shape"]
-        if shape is None:
+        if shape is None and needed:
             raise InputError(
                 "nothing says what images these peers take: give example=, a tensor "
                 f"(N, {cohort.in_channels}, H, W)"
             )
-        return torch.zeros(2, *shape)
+        return None if shape is None else torch.zeros(2, *shape)
     found = tuple(example.shape) if isinstance(example, Tensor) else (type(example).__name__,)
     own = not any(cohort.models)  # modules take as many channels as they like
     if len(found) != 4 or not found[0] or not (own or found[1] == cohort.in_channels):
@@ -76,25 +167,9 @@ def _example(cohort: Cohort, example: Tensor | None) -> Tensor:
     return example.detach().cpu()[:1].repeat(2, 1, 1, 1)
 
 
-class _Embedding(nn.Module):
-    """Exported in place of a peer with a re-identification head: its features."""
-
-    def __init__(self, peer: nn.Module) -> None:
-        super().__init__()
-        self.peer = peer
-
-    def forward(self, images: Tensor) -> Tensor:
-        return cast(ReidModel, self.peer).embed(images)
-
-
-def _has_head(peer: nn.Module) -> bool:
-    """Both methods: networks of all kinds have an `embed` that means something else."""
-    return all(callable(getattr(peer, name, None)) for name in ("embed", "logits_and_features"))
-
-
-def _onnx(peer: nn.Module, images: Tensor, output: str, record: dict[str, Any]) -> bytes:
+def _onnx(network: nn.Module, images: Tensor, output: str, record: dict[str, Any]) -> bytes:
     program = torch.onnx.export(
-        peer, (images,), input_names=["images"], output_names=[output],
+        network, (images,), input_names=["images"], output_names=[output],
         dynamic_shapes=({0: "batch"},), dynamo=True, verbose=False,
     )  # fmt: skip
     assert program is not None, "the exporter with dynamo=True returns a program"
@@ -104,11 +179,34 @@ def _onnx(peer: nn.Module, images: Tensor, output: str, record: dict[str, Any]) 
     return model.SerializeToString()
 
 
-def _torch_program(peer: nn.Module, images: Tensor, output: str, record: dict[str, Any]) -> bytes:
+def _torch_program(
+    network: nn.Module, images: Tensor, output: str, record: dict[str, Any]
+) -> bytes:
     batch = torch.export.Dim("batch")
-    program = torch.export.export(peer, (images,), dynamic_shapes=({0: batch},))
+    program = torch.export.export(network, (images,), dynamic_shapes=({0: batch},))
     buffer = io.BytesIO()
     torch.export.save(
         program, buffer, extra_files={"images.json": json.dumps({"output": output, **record})}
     )
     return buffer.getvalue()
+
+
+def architecture_files(cohort: Cohort, what: Exported) -> dict[str, str]:
+    """By name, the files of Python that make the networks which exported weights are loaded into:
+    see `models.standalone`. Without those of modules, which nothing here can make."""
+    texts = {}
+    for k in what.chosen:
+        model = cohort.models[k]
+        if model is not None:
+            size, head = cohort.image_size, cohort.head
+            spec = standalone.Spec(model, cohort.num_classes, cohort.in_channels, head, size)
+            texts[f"{module_name(k)}.py"] = standalone.module_source(spec, cohort.peers[k])
+    if what.ensemble and len(texts) == len(what.chosen):
+        modules = [module_name(k) for k in what.chosen]
+        texts[f"model_{ENSEMBLE}.py"] = standalone.ensemble_source(type(what.network), modules)
+    return texts
+
+
+def module_name(k: int) -> str:
+    """Of the file of Python that makes peer k."""
+    return f"model_{k:02d}"

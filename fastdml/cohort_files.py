@@ -90,7 +90,7 @@ def check_savable(cohort: Cohort) -> None:
 
 def read_description(path: Path) -> dict[str, Any]:
     """The content of a cohort.json, checked: see `checked_description`."""
-    return checked_description(lambda: json.loads(_read(path)), path)
+    return checked_description(lambda: json.loads(read_file(path)), path)
 
 
 def checked_description(read: Callable[[], dict[str, Any]], path: Path) -> dict[str, Any]:
@@ -149,7 +149,7 @@ def peer_file(k: int, name: str) -> str:
 def read_peer(folder: Path, k: int, entry: dict[str, str]) -> tuple[dict[str, Tensor], Path]:
     """The weights of a peer and their file, which is the one that cohort.json means."""
     path = folder / peer_file(k, entry["name"])
-    data = _read(path)
+    data = read_file(path)
     if hashlib.sha256(data).hexdigest() != entry["sha256"]:
         raise InputError(
             f"{path} is not the file that cohort.json was written with (truncated, changed, or "
@@ -178,7 +178,7 @@ def load_peer(peer: nn.Module, name: str, weights: dict[str, Tensor], path: Path
             raise InputError(f"{key} of peer {name} is {why}")
 
 
-def _read(path: Path) -> bytes:
+def read_file(path: Path) -> bytes:
     try:
         return path.read_bytes()
     except OSError as error:

@@ -11,7 +11,11 @@ ROOT = Path(__file__).resolve().parents[1]
 
 # What each part may import beside itself and what is `BELOW_ALL`, as docs/architecture.md draws it.
 LOSSES = {"loss", "loss_checks", "loss_options", "metric_losses", "mutual_stats", "fastdml_kernels"}
-COHORT = {"cohort", "cohort_export", "cohort_files", "image_record", "models"}
+COHORT = {
+    "cohort", "cohort_export", "cohort_files", "export_check", "exported_weights", "image_record",
+    "models", "peer_outputs",
+}  # fmt: skip
+BUILT_ON = {"preprocessing", "predictor"}  # the trainers
 MAY_IMPORT = {
     "fastdml_kernels": set(),
     "models": set(),
@@ -21,7 +25,9 @@ MAY_IMPORT = {
     "engine": {*LOSSES, *COHORT},
     "train": {*LOSSES, *COHORT, "engine", "data", "metrics", "report"},
     "machine": {*LOSSES, *COHORT, "engine"},
-    "cli": {*COHORT, "fastdml_kernels", "engine", "data", "machine", "report", "train"},
+    "preprocessing": {*COHORT, "data"},
+    "predictor": {*COHORT, "preprocessing", "train"},
+    "cli": {*COHORT, *BUILT_ON, "fastdml_kernels", "engine", "data", "machine", "report", "train"},
     **dict.fromkeys(LOSSES - {"fastdml_kernels"}, LOSSES),
     **dict.fromkeys(COHORT - {"models"}, COHORT),
 }

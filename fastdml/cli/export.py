@@ -8,14 +8,22 @@ from fastdml.errors import InputError
 
 
 def export(args: list[str]) -> None:
-    """write the peers of a run as ONNX or torch.export files"""
+    """write the peers of a run as safetensors, ONNX or torch.export files"""
     parser = Parser("export", export)
     add_run_options(parser)
     parser.add_argument(
+        "--peer",
+        default="all",
+        metavar="PEER",
+        help="all: each in a file; best: the one with the best score; its name or number; "
+        "ensemble: all as one (default: all)",
+    )
+    parser.add_argument(
         "--format",
-        choices=("onnx", "torch"),
         default="onnx",
-        help="onnx: NN-peer.onnx; torch: NN-peer.pt2, a torch.export program (default: onnx)",
+        metavar="FORMAT",
+        help="safetensors: weights that plain torch and fastdml.load read; onnx; torch-export: a "
+        "program, NN-peer.pt2 (default: onnx)",
     )
     parser.add_argument(
         "--to", type=as_folder, metavar="DIR", help="folder to write into (default: RUN/export)"
@@ -34,15 +42,20 @@ def export(args: list[str]) -> None:
 
     import torch
 
-    from fastdml.train.run_weights import run_config
+    from fastdml.cohort_export import check_format
+    from fastdml.train.run_weights import best_peer, run_config
 
+    check_format(options.format)
     run_config(options.run)  # raises where there is no run
     cohort = run_cohort(options, "cpu")
-    if cohort.image_shape is None and not options.size:
+    peer = options.peer
+    if peer == "best":
+        peer = best_peer(options.run, options.weights, cohort.names)
+    if cohort.image_shape is None and not options.size and options.format != "safetensors":
         raise InputError(
             f"the weights of {options.run} are of an earlier version and do not say what images "
             "they were trained on: give --size HEIGHT WIDTH"
         )
     example = torch.zeros(1, cohort.in_channels, *options.size) if options.size else None
-    for path in cohort.export(to, example, options.format):
+    for path in cohort.export(to, example, options.format, peer=peer):
         print(path)

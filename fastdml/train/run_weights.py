@@ -19,6 +19,7 @@ from fastdml.train.config.sources import load_config
 from fastdml.train.folder import BEST
 from fastdml.train.tasks.task import scoring_of
 from fastdml.train.unfinished import Unfinished, prolonged, unfinished
+from fastdml.units import percent
 from fastdml.yaml_file import CONFIG
 
 logger = logging.getLogger(__name__)
@@ -88,20 +89,32 @@ def run_cohort(
 
 
 def recorded_scores(run: Path, weights: Weights) -> dict[str, Any] | None:
-    """The scores of these weights that the run has recorded; None where nothing was evaluated."""
+    """The scores of these weights that chose between peers: of the validation images where there
+    are some, else of the test images. None where nothing was evaluated."""
     key = "scores" if weights == "last" else "best_scores"
     ended = summary(run).get("mutual")
-    if isinstance(ended, dict) and isinstance(ended.get(key), dict):
-        return ended[key]
-    state = unfinished(run)
-    found = state.state.get(key) if state else None
-    return found if isinstance(found, dict) else None
+    state = None if ended else unfinished(run)
+    places = [ended and ended.get("validation"), ended, state and state.state]
+    for place in places:
+        if isinstance(place, dict) and isinstance(place.get(key), dict):
+            return place[key]
+    return None
 
 
-def leading_scores(scores: dict[str, Any]) -> tuple[str, list[float]]:
-    """Of recorded scores the one that a run is judged by: its name, and a value a peer."""
-    scoring = scoring_of(scores)
-    return scoring.headlines[0].label, list(scores[scoring.leading])
+def best_peer(run: Path, weights: Weights | None, names: Sequence[str]) -> int:
+    """The number of the peer with the highest recorded score of these weights, which is logged: of
+    validation images where there are some. Raises InputError where no score is recorded."""
+    found = recorded_scores(run, weights) if weights else None
+    scoring = scoring_of(found)
+    values = found[scoring.leading] if found else []
+    if len(values) != len(names):
+        raise InputError(
+            f"{run} has no recorded scores to tell the best peer by: name one, {' or '.join(names)}"
+        )
+    k = max(range(len(values)), key=lambda k: values[k] or 0)
+    label = scoring.headlines[0].label
+    logger.info(f"best peer: {names[k]}, {label} {percent(values[k])} %")
+    return k
 
 
 def summary(run: Path) -> dict[str, Any]:

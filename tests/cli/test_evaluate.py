@@ -61,7 +61,7 @@ def test_what_has_not_ended_is_evaluated_and_exported_from_its_checkpoint(run, u
     )
     assert cli.main(["evaluate", str(unfinished), "--weights", "best", "--json"]) == 0
     assert capfd.readouterr().err == ""
-    assert cli.main(["export", str(unfinished), "--format", "torch"]) == 0
+    assert cli.main(["export", str(unfinished), "--format", "torch-export"]) == 0
     out, err = capfd.readouterr()
     assert "the run has not ended" in err
     assert all(Path(line).stat().st_size > 0 for line in out.splitlines())
@@ -159,7 +159,7 @@ def test_a_data_set_is_known_by_what_fit_records_of_it(name, tmp_path, refused, 
 
 
 def test_export(run, tmp_path, capfd):
-    assert cli.main(["export", str(run), "--format", "torch", "--to", str(tmp_path)]) == 0
+    assert cli.main(["export", str(run), "--format", "torch-export", "--to", str(tmp_path)]) == 0
     import torch
 
     paths = [Path(line) for line in capfd.readouterr().out.splitlines()]
@@ -180,7 +180,7 @@ def test_export_of_earlier_weights_asks_for_the_size(run, refused, tmp_path, cap
     forget_the_record(tmp_path / "old")
     refused(["export", "old"], "old are of an earlier version .* give --size HEIGHT WIDTH$")
     refused(["export", "old", "--size", "0", "8"], "--size 0 8: give 1 or more")
-    options = ["--format", "torch", "--size", "16", "8", "--to", "there"]
+    options = ["--format", "torch-export", "--size", "16", "8", "--to", "there"]
     assert cli.main(["export", "old", *options]) == 0
     program = torch.export.load(capfd.readouterr().out.split()[0]).module()
     assert program(torch.zeros(3, 1, 16, 8)).shape == (3, 10)

@@ -24,13 +24,13 @@ needs_onnx = pytest.mark.skipif(
 
 def test_exported_heads_give_the_features(tmp_path):
     cohort = Cohort(["resnet8"], 5, head=ReidHead("gem")).eval()
-    (path,) = cohort.export(tmp_path, torch.zeros(1, 3, 16, 8), format="torch")
+    (path,) = cohort.export(tmp_path, torch.zeros(1, 3, 16, 8), format="torch-export")
     x = torch.randn(3, 3, 16, 8)
     torch.testing.assert_close(torch.export.load(path).module()(x), cohort.embed(x)[0])
 
 
 def test_torch_export_reproduces_each_peer_at_any_batch_size(trained, tmp_path):
-    paths = trained.export(tmp_path, torch.randn(1, 1, 8, 8), format="torch")
+    paths = trained.export(tmp_path, torch.randn(1, 1, 8, 8), format="torch-export")
     assert [p.name for p in paths] == ["00-resnet8-1.pt2", "01-wrn_10_1.pt2", "02-resnet8-2.pt2"]
     assert trained.training, "exporting must not change the mode"
     trained.eval()
@@ -92,7 +92,7 @@ def test_onnx_export_computes_what_the_peer_computes(tmp_path):
 
 def test_a_module_is_exported_for_the_channels_it_takes(tmp_path):
     cohort = Cohort([nn.Sequential(nn.Flatten(), nn.Linear(2 * 64, 4))])
-    (path,) = cohort.export(tmp_path, torch.zeros(1, 2, 8, 8), format="torch")
+    (path,) = cohort.export(tmp_path, torch.zeros(1, 2, 8, 8), format="torch-export")
     assert path.stat().st_size > 0
 
 
@@ -115,7 +115,7 @@ def test_export_takes_the_size_that_was_trained_on(tmp_path, shape):
     fixed = nn.Sequential(nn.Flatten(), nn.Linear(shape[0] * shape[1] * shape[2], 6))
     cohort = Cohort(["resnet8", fixed, EmbedsPatches()], 6)
     cohort.image_shape = shape
-    paths = cohort.export(tmp_path, format="torch")
+    paths = cohort.export(tmp_path, format="torch-export")
     x = torch.randn(3, *shape)
     for path, peer in zip(paths, cohort.eval().peers, strict=True):
         files = {"images.json": ""}
@@ -141,10 +141,10 @@ def test_peers_that_cannot_be_exported_are_named(tmp_path):
     cohort = Cohort(["resnet8", linear_net()], 4)
     cohort.image_shape = (3, 16, 16)  # and linear_net takes 8x8
     with pytest.raises(InputError, match=r"peer Sequential cannot .* images \(N, 3, 16, 16\)") as e:
-        cohort.export(tmp_path, format="torch")
+        cohort.export(tmp_path, format="torch-export")
     assert isinstance(e.value.__cause__, RuntimeError)
     with pytest.raises(InputError, match="peer Unexportable cannot be exported") as e:
-        Cohort([Unexportable()]).export(tmp_path, torch.ones(1, 3, 8, 8), format="torch")
+        Cohort([Unexportable()]).export(tmp_path, torch.ones(1, 3, 8, 8), format="torch-export")
     assert "\n" not in str(e.value)
 
 
@@ -152,9 +152,11 @@ def test_export_without_onnx_or_with_another_format(trained, tmp_path, monkeypat
     monkeypatch.setitem(sys.modules, "onnx", None)
     with pytest.raises(MissingExtra, match=r"pip install 'fastdml\[onnx\]'"):
         trained.export(tmp_path, torch.zeros(1, 1, 8, 8))
-    with pytest.raises(InputError, match="format must be 'onnx' or 'torch', not 'tflite'"):
+    with pytest.raises(
+        InputError, match="unknown format 'tflite'; there is safetensors, onnx, torch-export"
+    ):
         trained.export(tmp_path, torch.zeros(1, 1, 8, 8), format="tflite")
     for example in (torch.zeros(1, 8, 8), torch.zeros(1, 3, 8, 8), torch.zeros(0, 1, 8, 8), "x"):
         with pytest.raises(InputError, match=r"example must be images \(N, 1, H, W\), not "):
-            trained.export(tmp_path, example, format="torch")
+            trained.export(tmp_path, example, format="torch-export")
     assert not any(tmp_path.iterdir())

@@ -222,7 +222,7 @@ def test_evaluate_of_a_run_on_other_data(run, tmp_path, capfd):
 
 
 def test_export(run, tmp_path, capfd):
-    assert cli.main(["export", str(run), "--format", "torch", "--to", str(tmp_path)]) == 0
+    assert cli.main(["export", str(run), "--format", "torch-export", "--to", str(tmp_path)]) == 0
     paths = capfd.readouterr().out.split()
     files = {"images.json": ""}
     program = torch.export.load(paths[0], extra_files=files).module()

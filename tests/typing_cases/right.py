@@ -35,7 +35,7 @@ linear: Tensor = fastdml.linear_mutual_loss(logits, logits, labels, reduction="s
 cohort = Cohort(["resnet8", nn.Flatten()], 10, seed=1)
 peer: nn.Module = cohort[0]
 shapes: list[torch.Size] = [z.shape for z in cohort(torch.zeros(2, 3, 8, 8))]
-paths: list[Path] = cohort.export("exported", format="torch")
+paths: list[Path] = cohort.export("exported", format="torch-export")
 optimizer = fastdml.engine.make_optimizer(cohort, "adamw", lr=0.001)
 step = fastdml.engine.make_step(
     cohort, MutualLoss(target="ensemble_logits"), optimizer, execution="graph", amp="bf16"
