@@ -14,6 +14,7 @@ import sys
 from collections.abc import Callable, Sequence
 
 from fastdml import __version__
+from fastdml.cli.config import config
 from fastdml.cli.data import data
 from fastdml.cli.doctor import doctor
 from fastdml.cli.evaluate import evaluate
@@ -34,6 +35,7 @@ COMMANDS: dict[str, Callable[[list[str]], None]] = {
     "kernels": kernels,
     "models": models,
     "data": data,
+    "config": config,
 }
 
 
@@ -91,7 +93,7 @@ def _help() -> str:
     from fastdml.data import dataset_names
 
     *names, last = dataset_names()
-    commands = "\n".join(f"  {name:<9} {run.__doc__}" for name, run in COMMANDS.items())
+    commands = "\n".join(f"  {name:<10} {run.__doc__}" for name, run in COMMANDS.items())
     commands = commands.replace("DATA", f"{', '.join(names)} or {last}")
     return (
         "usage: fastdml COMMAND ...\n\n"
