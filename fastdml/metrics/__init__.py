@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 from fastdml.metrics.classification import Classification, ClassificationScores
+from fastdml.metrics.distances import feature_distances, normalize_features
 from fastdml.metrics.ranked_lists import ranked_list, save_ranked_lists
 from fastdml.metrics.reid import (
     ReIDScores,
     ensemble_features,
-    feature_distances,
     multi_query_features,
-    normalize_features,
     reid_scores,
 )
 from fastdml.metrics.rerank import k_reciprocal_rerank

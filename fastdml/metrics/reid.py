@@ -24,13 +24,17 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from fastdml.errors import InputError
+from fastdml.metrics.distances import (
+    ComputedDistances,
+    GivenDistances,
+    in_full,
+    normalize_features,
+)
 
 JUNK = -1
-METRICS = ("cosine", "euclidean")
 BLOCK = 1 << 24  # distances held at once
 # Comparisons made at once: on a CPU what stays in the cache (2**19 and 2**22 are slower), on a GPU
 # enough to fill it.
@@ -84,9 +88,11 @@ def reid_scores(
     if max_rank < 1 or block < 1:
         raise InputError(f"max_rank={max_rank}, block={block}: both must be at least 1")
     if distances is None:
-        source: _Given | _Computed = _Computed(query_features, gallery_features, metric)
+        source: GivenDistances | ComputedDistances = ComputedDistances(
+            query_features, gallery_features, metric
+        )
     else:
-        source = _Given(distances)
+        source = GivenDistances(distances)
     if source.shape != (Q, G):
         raise InputError(
             f"distances or features of {source.shape[0]} x {source.shape[1]} images, but "
@@ -110,25 +116,6 @@ def reid_scores(
         mINP=inverse_penalty.mean().item(),
         queries=len(own.counted),
     )
-
-
-@torch.no_grad()
-def feature_distances(
-    query_features: Tensor, gallery_features: Tensor, metric: str = "cosine"
-) -> Tensor:
-    """Distances (Q, G) of features (Q, D) and (G, D): 1 - cosine, or Euclidean; in float64 where
-    the features are, else in float32. Raises InputError for an unknown metric or other shapes."""
-    source = _Computed(query_features, gallery_features, metric)
-    d = source.block(torch.arange(len(query_features)))
-    if metric == "cosine":
-        return d.add_(1)
-    return d.add_(source.query.square().sum(dim=1, keepdim=True)).clamp_(min=0).sqrt_()
-
-
-def normalize_features(features: Tensor) -> Tensor:
-    """Features (N, D) scaled to unit length, in float64 where they are float64, else in float32;
-    rows of zeros stay zeros."""
-    return F.normalize(_in_full(features), dim=1)
 
 
 def ensemble_features(features: Sequence[Tensor]) -> Tensor:
@@ -166,7 +153,7 @@ def multi_query_features(
             f"features {tuple(features.shape)} with {len(ids)} identities and {len(cameras)} "
             f"cameras, for {Q} query identities and {len(query_cameras)} cameras"
         )
-    features = _in_full(features)
+    features = in_full(features)
     keys = torch.stack([torch.cat([ids, query_ids]), torch.cat([cameras, query_cameras])], dim=1)
     groups, group = keys.unique(dim=0, return_inverse=True)
     group = group.to(features.device)
@@ -178,7 +165,7 @@ def multi_query_features(
     mean = (sums / size[:, None])[asked].to(features.dtype)
     missing = size[asked] == 0
     if query_features is not None:
-        return torch.where(missing[:, None], _in_full(query_features).to(mean.device), mean)
+        return torch.where(missing[:, None], in_full(query_features).to(mean.device), mean)
     if missing.any():
         first = int(missing.nonzero()[0])
         raise InputError(
@@ -187,55 +174,6 @@ def multi_query_features(
             "query_features"
         )
     return mean
-
-
-class _Given:
-    """Rows of a matrix of distances (Q, G)."""
-
-    def __init__(self, distances: Tensor) -> None:
-        if distances.ndim != 2 or not distances.is_floating_point():
-            raise InputError(
-                f"distances {tuple(distances.shape)} of {distances.dtype}: give (Q, G) of a "
-                "floating dtype"
-            )
-        self.distances, self.shape = distances, tuple(distances.shape)
-
-    def block(self, queries: Tensor) -> Tensor:
-        """A copy (B, G)."""
-        return _in_full(self.distances[queries.to(self.distances.device)])
-
-
-class _Computed:
-    """Rows of a function of the distance that orders a query's gallery as the distance does:
-    minus the cosine, or the squared Euclidean distance less the query's square. The gallery is
-    not copied to be normalised."""
-
-    def __init__(self, query: Tensor | None, gallery: Tensor | None, metric: str) -> None:
-        if metric not in METRICS:
-            raise InputError(f"unknown metric {metric!r}: give one of {', '.join(METRICS)}")
-        if query is None or gallery is None:
-            raise InputError("give the features of queries and gallery, or distances")
-        if query.ndim != 2 or gallery.ndim != 2 or query.shape[1] != gallery.shape[1]:
-            raise InputError(
-                f"features {tuple(query.shape)} and {tuple(gallery.shape)}: give (Q, D) and (G, D)"
-            )
-        self.shape = len(query), len(gallery)
-        self.metric = metric
-        query, gallery = _in_full(query), _in_full(gallery)
-        dtype = torch.promote_types(query.dtype, gallery.dtype)
-        self.query, self.gallery = query.to(dtype), gallery.to(dtype)
-        # (G,), a few rows at a time: no second gallery; of whole numbers it is exact
-        self.square = torch.cat([g.square().sum(dim=1) for g in self.gallery.split(4096)])
-        if metric == "cosine":
-            self.query = F.normalize(self.query, dim=1)
-            self.scale = self.square.sqrt().clamp(min=1e-12).reciprocal()
-
-    def block(self, queries: Tensor) -> Tensor:
-        query = self.query[queries.to(self.query.device)]
-        with torch.autocast(query.device.type, enabled=False):
-            if self.metric == "cosine":
-                return (query.neg() @ self.gallery.T).mul_(self.scale)
-            return torch.addmm(self.square, query, self.gallery.T, alpha=-2)
 
 
 class _OwnImages:
@@ -323,11 +261,6 @@ def _count_up_to(d: Tensor, limit: Tensor, matches: Tensor) -> Tensor:
             torch.le(piece, limit[start:stop, :m, None], out=below)
             counts[start:stop, :m] += below.sum(dim=2).long()
     return counts
-
-
-def _in_full(x: Tensor) -> Tensor:
-    """Half precisions as float32; float32 and float64 as they are."""
-    return x if x.dtype == torch.float64 else x.float()
 
 
 def _check_ids(*tensors: Tensor) -> tuple[int, int]:
