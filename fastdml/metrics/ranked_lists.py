@@ -16,7 +16,7 @@ from torch import Tensor
 
 from fastdml.errors import InputError, require
 from fastdml.files import write_atomically, writing
-from fastdml.metrics.reid import JUNK
+from fastdml.metrics.reid import JUNK, check_ties
 from fastdml.paths import expanded
 
 if TYPE_CHECKING:
@@ -45,14 +45,17 @@ def ranked_list(
     query_camera: int,
     gallery_cameras: Tensor,
     top: int = 10,
+    ties: str = "worst",
 ) -> list[int]:
     """The nearest gallery images of one query, best first, by its distances (G,) and the rules of
-    `reid_scores`: without junk and its own camera's images of it, ties against the query."""
+    `reid_scores`: without junk and its own camera's images of it, equal distances as `ties` says.
+    Raises InputError for an unknown rule of ties."""
+    check_ties(ties)
     d = distances.detach().double().cpu().numpy()
     d = np.where(np.isnan(d), np.inf, d)
     ids, cameras = gallery_ids.cpu().numpy(), gallery_cameras.cpu().numpy()
     right = ids == query_id
-    order = np.lexsort((right, d))
+    order = np.lexsort((right, d)) if ties == "worst" else np.argsort(d, kind="stable")
     left_out = (ids == JUNK) | (right & (cameras == query_camera))
     return order[~left_out[order]][:top].tolist()
 
@@ -68,6 +71,7 @@ def save_ranked_lists(
     distances: Tensor,
     *,
     top: int = 10,
+    ties: str = "worst",
 ) -> None:
     """Writes a PNG of Q rows: a query, then its `top` nearest gallery images, best from the left.
 
@@ -89,7 +93,7 @@ def save_ranked_lists(
     for q in range(Q):
         query = _Labelled(query_paths[q], int(query_ids[q]), int(query_cameras[q]))
         found = ranked_list(
-            distances[q], query.identity, gallery_ids, query.camera, gallery_cameras, top
+            distances[q], query.identity, gallery_ids, query.camera, gallery_cameras, top, ties
         )
         images = [
             _Labelled(gallery_paths[g], int(gallery_ids[g]), int(gallery_cameras[g])) for g in found

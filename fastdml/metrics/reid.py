@@ -13,9 +13,11 @@ Rules, those of Market-1501 (Zheng et al., "Scalable Person Re-identification: A
 - A query's matches are the gallery images of its identity from other cameras. Those from its own
   camera are left out for it, neither right nor wrong.
 - A query without a match is not counted.
-- Ties: of images at equal distance those of other identities rank first. So scores do not depend
-  on the order of the files, and features that are all alike score worst instead of by luck. A
-  distance that is NaN counts as infinitely far.
+- Ties, "worst" (the default): of images at equal distance those of other identities rank first. So
+  scores do not depend on the order of the files, and features that are all alike score worst
+  instead of by luck. "given": images at equal distance rank in the order of the gallery, as a
+  stable argsort leaves them. Where no distances are equal both give the same numbers. A distance
+  that is NaN counts as infinitely far.
 """
 
 from __future__ import annotations
@@ -35,6 +37,7 @@ from fastdml.metrics.distances import (
 )
 
 JUNK = -1
+TIES = ("worst", "given")
 BLOCK = 1 << 24  # distances held at once
 # Comparisons made at once: on a CPU what stays in the cache (2**19 and 2**22 are slower), on a GPU
 # enough to fill it.
@@ -69,6 +72,7 @@ def reid_scores(
     metric: str = "cosine",
     max_rank: int = 50,
     distances: Tensor | None = None,
+    ties: str = "worst",
     block: int = BLOCK,
 ) -> ReIDScores:
     """Scores of queries (Q, D) against a gallery (G, D), or of given distances (Q, G).
@@ -79,6 +83,8 @@ def reid_scores(
     - mAP: the mean over queries of the average precision, which is the mean, over a query's M
       matches, of the precision at the match's rank, as is usual since Market-1501 (whose first
       code took trapezia between the matches).
+    - ties: how equal distances rank, "worst" or "given"; features of few values (bits, hashes) have
+      many. Compare those by metric="euclidean", which is exact for whole numbers.
     - mINP: the mean of M over the rank of the last match (Ye et al., "Deep Learning for Person
       Re-identification: A Survey and Outlook", TPAMI 2021).
 
@@ -87,6 +93,7 @@ def reid_scores(
     Q, G = _check_ids(query_ids, gallery_ids, query_cameras, gallery_cameras)
     if max_rank < 1 or block < 1:
         raise InputError(f"max_rank={max_rank}, block={block}: both must be at least 1")
+    check_ties(ties)
     if distances is None:
         source: GivenDistances | ComputedDistances = ComputedDistances(
             query_features, gallery_features, metric
@@ -107,7 +114,7 @@ def reid_scores(
     found = []
     for queries in own.counted.split(max(1, block // G)):
         d = source.block(queries)  # (B, G)
-        found.append(_query_scores(d, *own.of(queries), own.junk))
+        found.append(_query_scores(d, *own.of(queries), own.junk, ties))
     precision, inverse_penalty, first = torch.cat(found, dim=1).cpu()
     cmc = (first[:, None] <= torch.arange(1, max_rank + 1)).double().mean(dim=0)
     return ReIDScores(
@@ -215,22 +222,30 @@ def _runs(in_order: Tensor, keys: Tensor) -> tuple[Tensor, Tensor]:
     return start, torch.searchsorted(in_order, keys.contiguous(), right=True) - start
 
 
-def _query_scores(d: Tensor, row: Tensor, image: Tensor, match: Tensor, junk: Tensor) -> Tensor:
+def _query_scores(
+    d: Tensor, row: Tensor, image: Tensor, match: Tensor, junk: Tensor, ties: str
+) -> Tensor:
     """(3, B) in float64: average precision, inverse negative penalty, rank of the first match.
     d (B, G), overwritten, has rows in increasing order of matches."""
-    B = len(d)
+    B, G = d.shape
     matches = torch.bincount(row[match], minlength=B)  # (B,)
-    place = torch.arange(int(match.sum())) - (matches.cumsum(0) - matches)[row[match]]
+    nth = torch.arange(int(match.sum())) - (matches.cumsum(0) - matches)[row[match]]
     at, found = row[match].to(d.device), image[match].to(d.device)
+    nth = nth.to(d.device)
 
     d.nan_to_num_(nan=torch.inf, posinf=torch.inf, neginf=-torch.inf)
     limit = d.new_full((B, int(matches.max())), torch.inf)  # (B, M), padded
-    limit[at, place.to(d.device)] = d[at, found]
-    limit = limit.sort(dim=1).values
+    limit[at, nth] = d[at, found]
+    limit, order = limit.sort(dim=1, stable=True)  # equal ones stay in the gallery's order
+    place = None
+    if ties == "given":
+        place = torch.full_like(order, G)
+        place[at, nth] = found
+        place = place.gather(1, order)
     # images of the query's identity and junk must not be counted: NaN compares false with all
     d[row.to(d.device), image.to(d.device)] = torch.nan
     d[:, junk.to(d.device)] = torch.nan
-    others = _count_up_to(d, limit, matches)
+    others = _count_before(d, limit, place, matches)
 
     M = matches.to(d.device)[:, None]
     nth = torch.arange(1, limit.shape[1] + 1, device=d.device)  # (M,): of the query's matches
@@ -240,8 +255,9 @@ def _query_scores(d: Tensor, row: Tensor, image: Tensor, match: Tensor, junk: Te
     return torch.stack([precision, (M / last)[:, 0], rank[:, 0]])
 
 
-def _count_up_to(d: Tensor, limit: Tensor, matches: Tensor) -> Tensor:
-    """How many of a row's distances (B, G) are at most each limit (B, M): (B, M) int64. Only the
+def _count_before(d: Tensor, limit: Tensor, place: Tensor | None, matches: Tensor) -> Tensor:
+    """How many of a row's distances (B, G) are at most each limit (B, M): (B, M) int64. With
+    `place` (B, M), the limits' columns, those that are equal count only to the left of it. Only the
     first `matches` limits of a row, increasing over the rows, are looked at.
 
     The comparisons are written as floats: their sum is vectorised, that of bytes is not (5 times
@@ -252,15 +268,29 @@ def _count_up_to(d: Tensor, limit: Tensor, matches: Tensor) -> Tensor:
     counts = torch.zeros_like(limit, dtype=torch.int64)
     buffer = torch.empty(most, device=d.device)
     width = min(G, most // M)
+    if place is not None:
+        less = limit.nextafter(limit.new_tensor(-torch.inf))  # d <= less: d < limit
+        less = torch.where(limit == -torch.inf, torch.nan, less)  # nothing is below that
+        columns = torch.arange(G, device=d.device)
     for rows in torch.arange(B).split(max(1, most // (M * width))):
         start, stop = int(rows[0]), int(rows[-1]) + 1
         m = int(matches[stop - 1])
         for at in range(0, G, width):
             piece = d[start:stop, None, at : at + width]
+            largest = limit[start:stop, :m, None]
+            if place is not None:
+                left = columns[at : at + width] < place[start:stop, :m, None]
+                largest = torch.where(left, largest, less[start:stop, :m, None])
             below = buffer[: (stop - start) * m * piece.shape[2]].view(stop - start, m, -1)
-            torch.le(piece, limit[start:stop, :m, None], out=below)
+            torch.le(piece, largest, out=below)
             counts[start:stop, :m] += below.sum(dim=2).long()
     return counts
+
+
+def check_ties(ties: str) -> None:
+    """Raises InputError where this is no rule for equal distances."""
+    if ties not in TIES:
+        raise InputError(f"unknown ties {ties!r}: give one of {', '.join(TIES)}")
 
 
 def _check_ids(*tensors: Tensor) -> tuple[int, int]:

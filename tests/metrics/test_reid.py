@@ -26,18 +26,23 @@ from fastdml.metrics import (
 )
 
 
-def reference(distances, query_ids, gallery_ids, query_cameras, gallery_cameras, max_rank):
+def reference(
+    distances, query_ids, gallery_ids, query_cameras, gallery_cameras, max_rank, ties="worst"
+):
     """mAP, CMC, mINP and the number of queries, from ranked lists. None where nothing counts."""
     precisions, penalties, firsts = [], [], []
     for q, (identity, camera) in enumerate(zip(query_ids, query_cameras, strict=True)):
-        ranked = []  # (distance, is a match): of equal distances False comes first
+        ranked = []  # (distance, what equal ones are sorted by, is a match)
         for g, (other, other_camera) in enumerate(zip(gallery_ids, gallery_cameras, strict=True)):
             if other == -1 or (other == identity and other_camera == camera):
                 continue
             d = float(distances[q][g])
-            ranked.append((math.inf if math.isnan(d) else d, bool(other == identity)))
+            match = bool(other == identity)
+            ranked.append(
+                (math.inf if math.isnan(d) else d, match if ties == "worst" else g, match)
+            )
         ranked.sort()
-        places = [place for place, (_, match) in enumerate(ranked, 1) if match]
+        places = [place for place, (*_, match) in enumerate(ranked, 1) if match]
         if not places:
             continue
         precisions.append(np.mean([n / place for n, place in enumerate(places, 1)]))
@@ -82,25 +87,27 @@ def random_set(rng, Q, G, ids, cameras):
     comparisons=st.sampled_from([1, 7, 64, 1 << 20]),
     dtype=st.sampled_from([torch.float32, torch.float64, torch.float16]),
     max_rank=st.integers(1, 40),
+    ties=st.sampled_from(["worst", "given"]),
     seed=st.integers(0, 2**32 - 1),
 )
-@example(1, 1, 1, 1, 1, 0.0, 1, 1, torch.float32, 1, 0)
+@example(1, 1, 1, 1, 1, 0.0, 1, 1, torch.float32, 1, "worst", 0)
 def test_scores_match_the_definitions(
-    Q, G, ids, cameras, levels, holes, block, comparisons, dtype, max_rank, seed
+    Q, G, ids, cameras, levels, holes, block, comparisons, dtype, max_rank, ties, seed
 ):
     rng = np.random.default_rng(seed)
     labels = random_set(rng, Q, G, ids, cameras)
     d = torch.from_numpy(rng.integers(-levels, levels, (Q, G)) / levels).to(dtype)
     for value in (math.nan, math.inf, -math.inf):
         d[torch.from_numpy(rng.random((Q, G)) < holes / 3)] = value
-    given_, expected = d.clone(), reference(d, *(x.tolist() for x in labels), max_rank)
+    given_, expected = d.clone(), reference(d, *(x.tolist() for x in labels), max_rank, ties)
+    options = {"distances": d, "max_rank": max_rank, "block": block, "ties": ties}
     with pytest.MonkeyPatch.context() as patch:
         patch.setitem(reid.COMPARISONS, "cpu", comparisons)
         if expected is None:
             with pytest.raises(InputError, match=f"none of the {Q} queries"):
-                reid_scores(None, None, *labels, distances=d, max_rank=max_rank, block=block)
+                reid_scores(None, None, *labels, **options)
             return
-        scores = reid_scores(None, None, *labels, distances=d, max_rank=max_rank, block=block)
+        scores = reid_scores(None, None, *labels, **options)
     assert_equal(scores, expected)
     assert torch.equal(
         d.view(torch.uint8), given_.view(torch.uint8)
@@ -174,6 +181,53 @@ def test_scores_do_not_depend_on_the_order_of_gallery_or_queries():
     assert other.cmc == scores.cmc
     assert other.mAP == pytest.approx(scores.mAP, abs=1e-12)
     assert other.mINP == pytest.approx(scores.mINP, abs=1e-12)
+
+
+def usual(distances, query_ids, gallery_ids, query_cameras, gallery_cameras):
+    """mAP and rank-1 by the usual loop over queries (torchreid and most since), its argsort made a
+    stable one."""
+    order = np.argsort(distances, axis=1, kind="stable")
+    precisions, firsts = [], []
+    for q, row in enumerate(order):
+        own = gallery_ids[row] == query_ids[q]
+        found = own[~(own & (gallery_cameras[row] == query_cameras[q]))]
+        if found.any():
+            precisions.append(((found.cumsum() / np.arange(1, len(found) + 1)) * found).sum())
+            precisions[-1] /= found.sum()
+            firsts.append(found[0])
+    return np.mean(precisions), np.mean(firsts)
+
+
+@pytest.mark.parametrize("shuffled", [False, True])
+def test_binary_features_under_both_rules_of_ties(shuffled):
+    """64 bits, with few values of the distance: the order of the gallery decides, or nothing."""
+    rng = np.random.default_rng(5)
+    q_ids, g_ids, q_cameras, g_cameras = random_set(rng, 40, 400, 8, 3)
+    g_ids = g_ids.clamp(min=0)
+    if not shuffled:
+        g_ids = g_ids.sort().values
+    bits = torch.from_numpy(rng.integers(0, 2, (9, 12)))
+    noise = [torch.from_numpy(rng.random((n, 12)) < 0.2) for n in (40, 400)]
+    q, g = ((bits[i] ^ n).float() for i, n in zip((q_ids, g_ids), noise, strict=True))
+    labels = q_ids, g_ids, q_cameras, g_cameras
+    hamming = (q[:, None] != g[None]).sum(dim=2).float()
+    given = reid_scores(q, g, *labels, metric="euclidean", ties="given")
+    assert (given.mAP, given.rank(1)) == pytest.approx(
+        usual(hamming.numpy(), *(x.numpy() for x in labels)), abs=1e-12
+    )
+    assert given == reid_scores(None, None, *labels, distances=hamming, ties="given")
+    worst = reid_scores(q, g, *labels, metric="euclidean")
+    assert worst.mAP < given.mAP - 0.01
+
+
+def test_both_rules_agree_without_ties():
+    rng = np.random.default_rng(6)
+    labels = random_set(rng, 30, 500, 20, 4)
+    d = torch.from_numpy(rng.permutation(15_000).reshape(30, 500) / 15_000)
+    worst, given = (
+        reid_scores(None, None, *labels, distances=d, ties=ties) for ties in ("worst", "given")
+    )
+    assert worst == given
 
 
 def test_the_scores_of_a_monotone_function_of_the_distance_are_the_same():
@@ -361,6 +415,11 @@ IDS, CAMERAS = torch.tensor([1, 2]), torch.tensor([1, 2])
         ),
         ((None, None, IDS, IDS, CAMERAS, CAMERAS), {"max_rank": 0}, "max_rank=0"),
         ((None, None, IDS, IDS, CAMERAS, CAMERAS), {"block": 0}, "block=0"),
+        (
+            (None, None, IDS, IDS, CAMERAS, CAMERAS),
+            {"ties": "best"},
+            "unknown ties 'best': give one of worst, given",
+        ),
         (
             (None, None, IDS, IDS, CAMERAS, CAMERAS),
             {"distances": torch.ones(2, 2, dtype=torch.int64)},
