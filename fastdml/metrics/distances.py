@@ -45,6 +45,9 @@ class GivenDistances:
         """A copy (B, G)."""
         return in_full(self.distances[queries.to(self.distances.device)])
 
+    def offset(self, queries: Tensor) -> None:
+        """What makes rows of different queries compare when it is added: nothing."""
+
 
 class ComputedDistances:
     """Rows of a function of the distance that orders a query's gallery as the distance does:
@@ -77,6 +80,13 @@ class ComputedDistances:
             if self.metric == "cosine":
                 return (query.neg() @ self.gallery.T).mul_(self.scale)
             return torch.addmm(self.square, query, self.gallery.T, alpha=-2)
+
+    def offset(self, queries: Tensor) -> Tensor | None:
+        """(B, 1): what makes rows of different queries compare when it is added; None: nothing."""
+        if self.metric == "cosine":
+            return None
+        query = self.query[queries.to(self.query.device)]
+        return query.square().sum(dim=1, keepdim=True)
 
 
 def in_full(x: Tensor) -> Tensor:

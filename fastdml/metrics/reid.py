@@ -23,7 +23,7 @@ Rules, those of Market-1501 (Zheng et al., "Scalable Person Re-identification: A
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
@@ -35,6 +35,7 @@ from fastdml.metrics.distances import (
     in_full,
     normalize_features,
 )
+from fastdml.metrics.verification import Verification
 
 JUNK = -1
 TIES = ("worst", "given")
@@ -52,6 +53,7 @@ class ReIDScores:
     cmc: list[float]  # (max_rank,)
     mINP: float
     queries: int  # that have a match, and so count
+    tpr: dict[float, float] = field(default_factory=dict)  # by false positive rate
 
     def rank(self, k: int) -> float:
         """The share of queries with a match among the first k: rank(1) is "rank-1"."""
@@ -73,6 +75,7 @@ def reid_scores(
     max_rank: int = 50,
     distances: Tensor | None = None,
     ties: str = "worst",
+    fprs: Sequence[float] = (),
     block: int = BLOCK,
 ) -> ReIDScores:
     """Scores of queries (Q, D) against a gallery (G, D), or of given distances (Q, G).
@@ -87,6 +90,12 @@ def reid_scores(
       many. Compare those by metric="euclidean", which is exact for whole numbers.
     - mINP: the mean of M over the rank of the last match (Ye et al., "Deep Learning for Person
       Re-identification: A Survey and Outlook", TPAMI 2021).
+    - fprs: false positive rates, such as 1e-3, to find the true positive rates `tpr` at
+      (verification: do two images show the same person?). A pair is a counted query and a gallery
+      image. It is genuine if they have one identity and two cameras, an impostor if they have two
+      identities, from whatever cameras, and neither if they have one identity and one camera. One
+      threshold holds for all queries: the largest that accepts no more than this share of the
+      impostors, equal distances together. Exact; the memory is bounded, see `verification`.
 
     Raises InputError on shapes that do not fit together, and where no query has a match.
     """
@@ -111,10 +120,20 @@ def reid_scores(
             f"none of the {Q} queries has a gallery image of its identity from another camera: "
             "nothing can be scored"
         )
+    pairs = Verification(fprs, own.impostors) if fprs else None
     found = []
     for queries in own.counted.split(max(1, block // G)):
         d = source.block(queries)  # (B, G)
-        found.append(_query_scores(d, *own.of(queries), own.junk, ties))
+        row, image, match = own.of(queries)
+        near = _take_matches(d, row, image, match, own.junk)
+        row, image = row[match], image[match]
+        if pairs:
+            offset = source.offset(queries)
+            if offset is None:
+                pairs.add(near, d)
+            else:
+                pairs.add(near + offset[row.to(d.device), 0], d + offset)
+        found.append(_query_scores(d, near, row, image, ties))
     precision, inverse_penalty, first = torch.cat(found, dim=1).cpu()
     cmc = (first[:, None] <= torch.arange(1, max_rank + 1)).double().mean(dim=0)
     return ReIDScores(
@@ -122,6 +141,7 @@ def reid_scores(
         cmc=cmc.tolist(),
         mINP=inverse_penalty.mean().item(),
         queries=len(own.counted),
+        tpr=pairs.rates() if pairs else {},
     )
 
 
@@ -205,6 +225,9 @@ class _OwnImages:
         # Queries are sorted by their number of matches, since a block is padded to its largest.
         matches, queries = (self.size - left_out).sort(stable=True)
         self.counted = queries[matches > 0]
+        # pairs of a counted query and an image of another identity
+        others = len(gallery_ids) - len(self.junk) - self.size[self.counted]
+        self.impostors = int(others.sum())
 
     def of(self, queries: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """(row of the block, gallery image, whether a match), all (P,), in the order of rows."""
@@ -222,29 +245,34 @@ def _runs(in_order: Tensor, keys: Tensor) -> tuple[Tensor, Tensor]:
     return start, torch.searchsorted(in_order, keys.contiguous(), right=True) - start
 
 
-def _query_scores(
-    d: Tensor, row: Tensor, image: Tensor, match: Tensor, junk: Tensor, ties: str
-) -> Tensor:
-    """(3, B) in float64: average precision, inverse negative penalty, rank of the first match.
-    d (B, G), overwritten, has rows in increasing order of matches."""
-    B, G = d.shape
-    matches = torch.bincount(row[match], minlength=B)  # (B,)
-    nth = torch.arange(int(match.sum())) - (matches.cumsum(0) - matches)[row[match]]
-    at, found = row[match].to(d.device), image[match].to(d.device)
-    nth = nth.to(d.device)
-
+def _take_matches(d: Tensor, row: Tensor, image: Tensor, match: Tensor, junk: Tensor) -> Tensor:
+    """The distances (P,) of the matches in d (B, G), where those to other identities are left, and
+    NaN, which compares false with all, in place of the queries' own identities and of junk."""
     d.nan_to_num_(nan=torch.inf, posinf=torch.inf, neginf=-torch.inf)
+    row, image, match = (x.to(d.device) for x in (row, image, match))
+    near = d[row[match], image[match]]
+    d[row, image] = torch.nan
+    d[:, junk.to(d.device)] = torch.nan
+    return near
+
+
+def _query_scores(d: Tensor, near: Tensor, row: Tensor, image: Tensor, ties: str) -> Tensor:
+    """(3, B) in float64: average precision, inverse negative penalty, rank of the first match.
+
+    d (B, G): the distances to other identities. near (P,): those to the matches, each with its row
+    of the block and its gallery image, in the order of rows, which have more and more of them."""
+    B, G = d.shape
+    matches = torch.bincount(row, minlength=B)  # (B,)
+    nth = (torch.arange(len(row)) - (matches.cumsum(0) - matches)[row]).to(d.device)
+    at = row.to(d.device)
     limit = d.new_full((B, int(matches.max())), torch.inf)  # (B, M), padded
-    limit[at, nth] = d[at, found]
+    limit[at, nth] = near
     limit, order = limit.sort(dim=1, stable=True)  # equal ones stay in the gallery's order
     place = None
     if ties == "given":
         place = torch.full_like(order, G)
-        place[at, nth] = found
+        place[at, nth] = image.to(d.device)
         place = place.gather(1, order)
-    # images of the query's identity and junk must not be counted: NaN compares false with all
-    d[row.to(d.device), image.to(d.device)] = torch.nan
-    d[:, junk.to(d.device)] = torch.nan
     others = _count_before(d, limit, place, matches)
 
     M = matches.to(d.device)[:, None]

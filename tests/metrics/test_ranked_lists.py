@@ -161,20 +161,20 @@ def test_a_query_with_a_shorter_list_leaves_the_rest_white(pictures, tmp_path):
     assert found == {OF[True], OF[False]}
 
 
-def test_lists_follow_the_rules_of_the_scores():
+@pytest.mark.parametrize("ties", ["worst", "given"])
+def test_lists_follow_the_rules_of_the_scores(ties):
     rng = np.random.default_rng(0)
     for _ in range(30):
         ids, cameras = (torch.from_numpy(rng.integers(*r, 40)) for r in ((-1, 4), (1, 3)))
         d = torch.from_numpy(rng.integers(0, 6, 40) / 6)
         d[torch.from_numpy(rng.random(40) < 0.1)] = torch.nan
-        found = ranked_list(d, 1, ids, 1, cameras, top=40)
+        found = ranked_list(d, 1, ids, 1, cameras, top=40, ties=ties)
         right = [bool(ids[g] == 1) for g in found]
-        scores = reid_scores(
-            None, None, torch.tensor([1]), ids, torch.tensor([1]), cameras, distances=d[None]
-        )
+        one = torch.tensor([1])
+        scores = reid_scores(None, None, one, ids, one, cameras, distances=d[None], ties=ties)
         assert scores.cmc.index(1.0) == right.index(True)
         assert scores.mINP == pytest.approx(sum(right) / (max(np.flatnonzero(right)) + 1))
-        assert ranked_list(d, 1, ids, 1, cameras, top=3) == found[:3]
+        assert ranked_list(d, 1, ids, 1, cameras, top=3, ties=ties) == found[:3]
 
 
 def test_wrong_arguments_are_named(pictures, tmp_path):
