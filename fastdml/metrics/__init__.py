@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from fastdml.metrics.classification import Classification, ClassificationScores
 from fastdml.metrics.distances import feature_distances, normalize_features
+from fastdml.metrics.query_expansion import average_query_expansion
 from fastdml.metrics.ranked_lists import ranked_list, save_ranked_lists
 from fastdml.metrics.reid import (
     ReIDScores,
@@ -17,6 +18,7 @@ __all__ = [
     "Classification",
     "ClassificationScores",
     "ReIDScores",
+    "average_query_expansion",
     "ensemble_features",
     "feature_distances",
     "k_reciprocal_rerank",
