@@ -27,7 +27,7 @@ from fastdml.report.metrics_log import INDEPENDENT, METRICS, read_metrics
 from fastdml.train.config.base import TrainConfig
 from fastdml.train.config.fields import check_names
 from fastdml.train.config.sources import is_known, load_config
-from fastdml.train.folder import INITIAL_CHECKPOINT, LAST_CHECKPOINT, STILLBORN
+from fastdml.train.run_folder import INITIAL_CHECKPOINT, LAST_CHECKPOINT, STILLBORN
 from fastdml.train.tasks.task import task_of
 from fastdml.yaml_file import CONFIG
 

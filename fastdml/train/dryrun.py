@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from fastdml.devices import device_name
-from fastdml.train.folder import run_name
+from fastdml.train.run_folder import run_name
 from fastdml.units import size
 
 if TYPE_CHECKING:

@@ -39,7 +39,9 @@ from fastdml.train.batches import Batches, as_batches
 from fastdml.train.callbacks import Callback, check_callbacks
 from fastdml.train.config.base import TrainConfig
 from fastdml.train.dryrun import plan
-from fastdml.train.folder import (
+from fastdml.train.predictions import save_predictions
+from fastdml.train.result import TrainResult
+from fastdml.train.run_folder import (
     INITIAL_CHECKPOINT,
     LAST_CHECKPOINT,
     alone_in,
@@ -47,8 +49,6 @@ from fastdml.train.folder import (
     new_folder,
     resume_folder,
 )
-from fastdml.train.predictions import save_predictions
-from fastdml.train.result import TrainResult
 from fastdml.train.stopping import Stop, listening
 from fastdml.train.tasks.task import Evaluate, Task, scoring_of, task_of
 from fastdml.train.trainer import Trainer

@@ -16,7 +16,7 @@ from fastdml.report.metrics_log import read_metrics
 from fastdml.report.summary import SUMMARY
 from fastdml.train.config.base import TrainConfig
 from fastdml.train.config.sources import load_config
-from fastdml.train.folder import BEST
+from fastdml.train.run_folder import BEST
 from fastdml.train.tasks.task import scoring_of
 from fastdml.train.unfinished import Unfinished, prolonged, unfinished
 from fastdml.units import percent

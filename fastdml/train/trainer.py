@@ -39,11 +39,11 @@ from fastdml.train import checkpoint, learning_rate
 from fastdml.train.batches import Batches, assembler
 from fastdml.train.callbacks import Calls
 from fastdml.train.config.base import TrainConfig
-from fastdml.train.folder import BEST, LAST_CHECKPOINT
 from fastdml.train.meters import Clock, Record, Totals
 from fastdml.train.progress import Progress
 from fastdml.train.random_state import seed_generators
 from fastdml.train.result import TrainResult
+from fastdml.train.run_folder import BEST, LAST_CHECKPOINT
 from fastdml.train.stopping import Stop
 from fastdml.train.tasks.task import Evaluate, Task
 from fastdml.train.trainer_state import restore, state_of

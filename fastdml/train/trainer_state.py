@@ -11,8 +11,8 @@ from fastdml.engine import executions
 from fastdml.engine.auto import Choice
 from fastdml.errors import InputError
 from fastdml.train import checkpoint
-from fastdml.train.folder import LAST_CHECKPOINT
 from fastdml.train.random_state import rng_state, set_rng_state
+from fastdml.train.run_folder import LAST_CHECKPOINT
 
 if TYPE_CHECKING:
     from fastdml.train.trainer import Trainer

@@ -15,7 +15,7 @@ from fastdml.image_record import FIELDS
 from fastdml.report.summary import SUMMARY
 from fastdml.train import checkpoint
 from fastdml.train.config.base import TrainConfig
-from fastdml.train.folder import LAST_CHECKPOINT
+from fastdml.train.run_folder import LAST_CHECKPOINT
 
 ENTRIES = {  # of a checkpoint that are used here
     "description": dict,

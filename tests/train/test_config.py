@@ -32,7 +32,7 @@ from fastdml.train.config.sources import (
     preset,
     resolve,
 )
-from fastdml.train.folder import numbered_folders, run_name
+from fastdml.train.run_folder import numbered_folders, run_name
 
 FIELDS = [field.name for field in dataclasses.fields(TrainConfig)]
 

@@ -19,7 +19,7 @@ from fastdml.errors import InputError, require
 from fastdml.list_options import split_lists
 from fastdml.train.config.base import TrainConfig, completed
 from fastdml.train.config.fields import check_names, field_types
-from fastdml.train.folder import records_a_run, resume_folder
+from fastdml.train.run_folder import records_a_run, resume_folder
 from fastdml.train.tasks.task import Task, task_for
 from fastdml.yaml_file import CONFIG, read_settings
 
