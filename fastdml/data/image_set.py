@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 
 import torch
@@ -75,6 +76,11 @@ class ImageSet:
     def pixels(self) -> Tensor:
         """The images as (N, H, W, ch) uint8, the same memory."""
         return self.images.permute(0, 2, 3, 1)
+
+    def normalised_by(self, mean: Sequence[float], std: Sequence[float]) -> ImageSet:
+        """The same images with this mean and std, (ch,) both, in units where white is 1."""
+        mean, std = (tuple(self.white * x for x in numbers) for numbers in (mean, std))
+        return replace(self, mean=mean, std=std)
 
     def __len__(self) -> int:
         return len(self.labels)

@@ -22,5 +22,14 @@ your own models and timm's those with a feature map (N, F, H, W) from `forward_f
 from fastdml.models.create import catalogue, create_model, model_names
 from fastdml.models.registry import register_model
 from fastdml.models.reid_head import ReidHead, ReidModel
+from fastdml.models.timm_models import pretrained_normalisation
 
-__all__ = ["ReidHead", "ReidModel", "catalogue", "create_model", "model_names", "register_model"]
+__all__ = [
+    "ReidHead",
+    "ReidModel",
+    "catalogue",
+    "create_model",
+    "model_names",
+    "pretrained_normalisation",
+    "register_model",
+]

@@ -6,6 +6,7 @@ downloaded into it. Whether the hub answers is asked once, before timm would ret
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Sequence
 from types import ModuleType
 from typing import Any
@@ -15,11 +16,16 @@ from torch import nn
 
 from fastdml.errors import InputError, require
 from fastdml.eval_mode import evaluating
+from fastdml.models.input_size import split_size
 from fastdml.models.resnet_cifar import IMAGENET_DEPTHS
 from fastdml.names import nearest
 
+logger = logging.getLogger(__name__)
+
 # With a re-identification head these names mean the ImageNet networks, which are timm's.
 IMAGENET_RESNETS = tuple(f"resnet{depth}" for depth in IMAGENET_DEPTHS)
+
+IMAGENET = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))  # mean and std, white being 1
 
 # Options of timm that let a network built for one image size take others; the first that fits.
 ANY_SIZE: tuple[dict[str, bool], ...] = ({"dynamic_img_size": True}, {"strict_img_size": False}, {})
@@ -34,8 +40,11 @@ def create_timm_model(
     image_size: tuple[int, int] | None,
 ) -> nn.Module:
     """num_classes: 0 for a backbone alone, which then takes images of any size if it can.
-    image_size: (height, width) that a network of one size is built for, where it can be. Raises
-    InputError for a name or weights that timm does not have, MissingExtra without timm."""
+    pretrained: begin with timm's weights, but for the classifier, which is always a new one: two
+    peers of one name would else be equal where the classes are as many as timm's, or timm begins
+    with zeros. image_size: (height, width) that a network of one size is built for, where it can
+    be. Raises InputError for a name or weights that timm does not have, MissingExtra without
+    timm."""
     timm = require("timm", "reid")
     config = _config(timm, name)
     options: dict[str, Any] = {"num_classes": num_classes, "in_chans": in_channels}
@@ -49,14 +58,43 @@ def create_timm_model(
             sizes = ({"img_size": image_size}, {})
     for size_options in sizes:
         try:
-            return timm.create_model(name, **options, **size_options)
+            model = timm.create_model(name, **options, **size_options)
         except TypeError:  # an option that this network does not have
             if not size_options:
                 raise
         except OSError as error:
             reason = str(error).strip().partition("\n")[0][:200]
             raise InputError(f"timm cannot load the weights of {name!r}: {reason}") from None
+        else:
+            if pretrained and num_classes:
+                model.reset_classifier(num_classes)
+            return model
     raise AssertionError("unreachable: the last options are none")
+
+
+def pretrained_normalisation(
+    names: Sequence[str], channels: int
+) -> tuple[tuple[float, ...], tuple[float, ...]]:
+    """(mean, std), a number a channel in units where white is 1, that the images of pretrained
+    peers are normalised by: those that the networks were trained with, or where these differ
+    ImageNet's. Of images that have not three channels, their average for each. Logs which.
+
+    names: of timm's networks, as `create_model` takes them. Raises InputError for one that timm
+    does not have.
+    """
+    timm = require("timm", "reid")
+    configs = [_config(timm, split_size(name)[0].removeprefix("timm:")) for name in names]
+    found = {(tuple(config.mean), tuple(config.std)) for config in configs if config}
+    mean, std = found.pop() if len(found) == 1 else IMAGENET
+    how = "as ImageNet is, since the peers' own ways differ" if found else "as the peers' were"
+    if channels != 3:
+        mean, std = ((sum(numbers) / len(numbers),) * channels for numbers in (mean, std))
+    logger.info(f"images are normalised {how}: mean {_short(mean)}, std {_short(std)}")
+    return mean, std
+
+
+def _short(numbers: Sequence[float]) -> str:
+    return " ".join(f"{number:.3g}" for number in numbers)
 
 
 def check_size(model: nn.Module, name: str, in_channels: int, image_size: tuple[int, int]) -> None:

@@ -7,7 +7,7 @@ import torch
 
 from fastdml.cohort import Cohort
 from fastdml.errors import InputError
-from fastdml.models import ReidHead, create_model
+from fastdml.models import ReidHead, create_model, pretrained_normalisation
 
 timm = pytest.importorskip("timm")
 hub = pytest.importorskip("huggingface_hub")
@@ -88,6 +88,41 @@ def test_a_cohort_of_pretrained_peers_and_no_download_when_it_is_loaded(cached, 
     assert offline == []
     for name, value in cohort.state_dict().items():
         assert torch.equal(loaded.state_dict()[name], value)
+
+
+def test_peers_of_one_name_differ_in_their_heads_alone(cached):
+    """Also with as many classes as timm's own classifier has."""
+    cohort = Cohort([f"timm:{NAME}", f"timm:{NAME}"], 1000, pretrained=True)
+    first, second = (peer.state_dict() for peer in cohort.peers)
+    differ = [key for key in first if not torch.equal(first[key], second[key])]
+    assert differ == ["fc.weight", "fc.bias"]
+    assert not torch.equal(first["fc.weight"], cached["fc.weight"])
+    again = Cohort([f"timm:{NAME}"], 1000, pretrained=True)[0].state_dict()
+    assert torch.equal(again["fc.weight"], first["fc.weight"])  # by the seed and the peer's number
+
+
+def test_a_size_behind_the_name_keeps_the_weights(cached):
+    model = create_model(f"timm:{NAME}@40", 5, pretrained=True).model.state_dict()
+    assert all(torch.equal(model[k], v) for k, v in cached.items() if not k.startswith("fc."))
+
+
+def test_images_are_normalised_as_the_networks_were(caplog):
+    caplog.set_level("INFO", "fastdml")
+    imagenet = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
+    halves = ((0.5,) * 3, (0.5,) * 3)
+    vit, resnet = "timm:vit_tiny_patch16_224@96", f"timm:{NAME}"
+    assert tuple(timm.get_pretrained_cfg("vit_tiny_patch16_224").mean) == halves[0]
+    assert pretrained_normalisation([resnet, f"{resnet}@64"], 3) == imagenet
+    assert pretrained_normalisation([vit, vit], 3) == halves
+    assert "normalised as the peers' were: mean 0.5 0.5 0.5" in caplog.text
+    assert "ImageNet" not in caplog.text
+    assert pretrained_normalisation([vit, resnet], 3) == imagenet
+    assert (
+        "as ImageNet is, since the peers' own ways differ: mean 0.485 0.456 0.406, std 0.229"
+        in caplog.text
+    )
+    mean, std = pretrained_normalisation([resnet], 1)
+    assert (mean, std) == (pytest.approx((0.449,)), pytest.approx((0.226,)))
 
 
 @pytest.mark.parametrize("name", ["mobilenet", "resnet20", "own.module:net", "resnet50"])

@@ -67,6 +67,8 @@ class TrainConfig:
     # --- peers and loss ---
     peers: tuple[str, ...] = ("resnet32", "resnet32")
     """Models to train together; a name given twice is two peers with different initial weights."""
+    pretrained: bool = False
+    """Begin with timm's weights, a new head on top; for peers called timm:NAME. Paper: no."""
     temperature: float = 1.0
     """The peers imitate softmax(z / T); the KL term is multiplied by T squared. Paper: 1."""
     ce_weight: float = 1.0

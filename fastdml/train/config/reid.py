@@ -47,6 +47,8 @@ class ReidConfig(TrainConfig):
     # --- peers and loss ---
     peers: tuple[str, ...] = ("mobilenet", "mobilenet")
     """Models to train together; a name given twice is two peers with different initial weights."""
+    pretrained: bool = False
+    """Begin with weights trained on ImageNet (resnet50 and timm: models). Strong: yes."""
     label_smoothing: float = 0.0
     """Share of the label's probability spread over all classes. Paper: 0; its code, strong: 0.1."""
 
@@ -100,8 +102,6 @@ class ReidConfig(TrainConfig):
     """Normalise pooled features (BNNeck) before classification and retrieval. Strong: yes."""
     last_stride: Literal[1, 2] = 2
     """Stride of a ResNet's last stage. Paper: 2; strong: 1."""
-    pretrained: bool = False
-    """Start from weights trained on ImageNet (resnet50 and timm: models). Strong: yes."""
     kl_sum: bool = False
     """Sum the KL terms over the other peers, as the authors' code does, in place of the mean."""
     triplet_weight: float = 0.0

@@ -20,6 +20,7 @@ class TrainSettings(TypedDict, total=False):
     flip: bool
     augment: Literal["none", "standard", "trivial", "rand"]
     loader: Literal["auto", "resident", "dali", "torch"]
+    pretrained: bool
     temperature: float
     ce_weight: float
     kl_weight: float
@@ -73,7 +74,6 @@ class ReidSettings(TrainSettings, total=False):
     pooling: Literal["avg", "gem"]
     neck: bool
     last_stride: Literal[1, 2]
-    pretrained: bool
     kl_sum: bool
     triplet_weight: float
     margin: float | None

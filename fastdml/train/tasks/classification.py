@@ -17,6 +17,7 @@ from fastdml.engine.amp import Amp, AmpName, resolve_amp
 from fastdml.errors import InputError
 from fastdml.eval_mode import evaluating
 from fastdml.metrics import ClassificationScores
+from fastdml.models import pretrained_normalisation
 from fastdml.report.scoring import Headline, Scoring
 from fastdml.report.tables import fixed_columns
 from fastdml.train import checks
@@ -76,8 +77,12 @@ class Classification(Task):
             train_set.num_classes,
             in_channels=train_set.images.shape[1],
             seed=config.seed,
+            pretrained=config.pretrained,
             image_size=train_set.images.shape[2:],
         ).to(device)
+        if config.pretrained:
+            normalisation = pretrained_normalisation(config.peers, cohort.in_channels)
+            train_set, test_set = (s.normalised_by(*normalisation) for s in (train_set, test_set))
         train = make_loader(
             config.loader,
             train_set,
@@ -110,7 +115,7 @@ class Classification(Task):
         run: Path,
         hint: str = HINT,
     ) -> Evaluation:
-        _check_trained_on(cohort, config.data, run)
+        _check_trained_on(cohort, config, run)
         _, test = load(config.data, config.root, download=config.download, hint=hint)
         scores = dataclasses.asdict(evaluate(cohort, test, config.amp))
         if cohort.image_shape is None:
@@ -168,9 +173,12 @@ def _as_trained(cohort: Cohort, test: ImageSet, device: torch.device) -> Residen
     return ResidentLoader(test, EVALUATION_BATCH, train=False, size=size, device=device)
 
 
-def _check_trained_on(cohort: Cohort, data: str, run: Path) -> None:
+def _check_trained_on(cohort: Cohort, config: TrainConfig, run: Path) -> None:
     """Refuses to score peers on images that are not of the kind that they were trained on."""
-    known, found = record(data), cohort.record()
+    data, found = config.data, cohort.record()
+    known = record(data)
+    if config.pretrained:  # then the normalisation is the networks'
+        known |= {name: found[name] for name in ("mean", "std")}
     wrong = [name for name, value in found.items() if value not in (None, known[name])]
     if len(known["classes"]) != cohort.num_classes:
         raise InputError(
