@@ -14,6 +14,7 @@ import sys
 from collections.abc import Callable, Sequence
 
 from fastdml import __version__
+from fastdml.cli.completion import print_completion
 from fastdml.cli.config import config
 from fastdml.cli.data import data
 from fastdml.cli.doctor import doctor
@@ -27,6 +28,12 @@ from fastdml.files import NO_ROOM
 from fastdml.names import advice
 from fastdml.terminal import complete_streams, discard, lenient_stderr, print_anything
 
+
+def completion(args: list[str]) -> None:
+    """print what makes bash, zsh or fish complete this command"""
+    print_completion(args, completion, COMMANDS)
+
+
 COMMANDS: dict[str, Callable[[list[str]], None]] = {
     "train": train,
     "evaluate": evaluate,
@@ -36,6 +43,7 @@ COMMANDS: dict[str, Callable[[list[str]], None]] = {
     "models": models,
     "data": data,
     "config": config,
+    "completion": completion,
 }
 
 

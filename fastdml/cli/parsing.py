@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Callable, Iterable
+from contextvars import ContextVar
 from pathlib import Path
 from typing import NoReturn
 
@@ -21,12 +22,37 @@ class Parser(argparse.ArgumentParser):
 
     def parse(self, args: list[str]) -> argparse.Namespace:
         """The options' values. `--peers a,b` is `--peers a b`."""
+        if _ASKED.get():
+            raise _Made(self)
         check_options(args, self._option_string_actions, self.prog)
         lists = [name for a in self._actions if a.nargs == "+" for name in a.option_strings]
         return self.parse_args(split_lists(args, lists))
 
     def error(self, message: str) -> NoReturn:
         raise InputError(f"{self.prog}: {message}")
+
+
+class _Made(Exception):
+    """A command has made its parser, which was all that it was asked for."""
+
+    def __init__(self, parser: Parser) -> None:
+        self.parser = parser
+
+
+# Whether a command is to make its parser and do nothing else.
+_ASKED: ContextVar[bool] = ContextVar("asked", default=False)
+
+
+def parser_of(command: Callable[[list[str]], None]) -> Parser:
+    """The parser of a command, which makes it and is then left."""
+    token = _ASKED.set(True)
+    try:
+        command([])
+    except _Made as made:
+        return made.parser
+    finally:
+        _ASKED.reset(token)
+    raise TypeError(f"{command} has no options of a Parser")
 
 
 def check_options(args: Iterable[str], known: Iterable[str], command: str) -> None:

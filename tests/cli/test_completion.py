@@ -1,0 +1,101 @@
+"""What a shell completes: the script is run by bash, as it does at the Tab key."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from dataclasses import fields
+
+import pytest
+
+from fastdml import cli
+from fastdml.cli.completion import SHELLS
+from fastdml.cli.main import COMMANDS
+from fastdml.data import dataset_names
+from fastdml.train import ReidConfig
+
+# What bash does at the Tab key: finds the function of the command and calls it with the words.
+TAB = """
+complete_line() {
+  COMP_WORDS=("$@"); COMP_CWORD=$((${#COMP_WORDS[@]} - 1)); COMPREPLY=()
+  local function; function=$(complete -p fastdml | sed 's/.* -F \\([^ ]*\\) .*/\\1/')
+  "$function" fastdml
+  printf '%s\\n' "${COMPREPLY[@]}"
+}
+"""
+
+
+@pytest.fixture(scope="module")
+def bash(tmp_path_factory):
+    """Completes a line, given as its words; the words that bash would offer."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sys, "argv", ["fastdml"])
+        folder = tmp_path_factory.mktemp("completion")
+        with open(folder / "script", "w") as file, patch.context() as inner:
+            inner.setattr(sys, "stdout", file)
+            assert cli.main(["completion", "bash"]) == 0
+    (folder / "python3").symlink_to(sys.executable)  # without the packages of this one
+    environment = {**os.environ, "PATH": f"{folder}{os.pathsep}{os.environ['PATH']}"}
+    environment.pop("PYTHONPATH", None)
+
+    def offered(*words: str) -> list[str]:
+        command = f'source script; {TAB} complete_line "$@"'
+        done = subprocess.run(
+            ["bash", "--norc", "-c", command, "bash", "fastdml", *words],
+            cwd=folder, env=environment, capture_output=True, text=True, timeout=60,
+        )  # fmt: skip
+        assert done.stderr == ""
+        return [line for line in done.stdout.splitlines() if line]
+
+    return offered
+
+
+def test_commands(bash):
+    assert set(COMMANDS) <= set(bash(""))
+    assert bash("tra") == ["train"]
+
+
+@pytest.mark.parametrize("command", ["train", "config"])
+def test_data_sets(bash, command):
+    assert set(dataset_names()) <= set(bash(command, ""))
+    assert bash(command, "mark") == ["market1501"]
+
+
+def test_settings_of_the_data_set(bash):
+    offered = set(bash("train", "market1501", "--"))
+    assert {f"--{field.name.replace('_', '-')}" for field in fields(ReidConfig)} <= offered
+    assert "--no-flip" in offered
+    assert "--recipe" not in bash("train", "cifar100", "--")
+    assert bash("train", "cifar100", "--lr", "0.1", "--label-s") == ["--label-smoothing"]
+    assert "--to" in bash("config", "cifar100", "--")
+
+
+def test_choices(bash):
+    assert bash("train", "cifar100", "--execution", "st") == ["streams", "stacked"]
+    assert set(bash("evaluate", "run", "--weights", "")) == {"last", "best"}
+
+
+def test_options_of_other_commands(bash):
+    offered = bash("evaluate", "--")
+    assert {"--weights", "--peers", "--download", "--json"} <= set(offered)
+    assert "--no-json" not in offered  # which the command does not have
+
+
+def test_names_of_files(bash):
+    """After an option that takes a path from the script; where it knows nothing, bash's own."""
+    assert "python3" in bash("train", "digits", "--folder", "pyth")
+    assert bash("evaluate", "pyth") == []
+
+
+@pytest.mark.parametrize("shell", [name for name in SHELLS if name != "bash"])
+def test_other_shells_get_the_same_names(shell, capfd):
+    assert cli.main(["completion", shell]) == 0
+    out = capfd.readouterr().out
+    assert all(name in out for name in [*COMMANDS, *dataset_names(), "label-smoothing"])
+
+
+def test_a_shell_that_there_is_no_script_for(capfd):
+    assert cli.main(["completion", "tcsh"]) == 2
+    assert capfd.readouterr().err.count("\n") == 1
+    assert cli.main(["completion"]) == 2
