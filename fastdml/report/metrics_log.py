@@ -1,4 +1,4 @@
-"""metrics.jsonl and TensorBoard's events, written while a run trains.
+"""metrics.jsonl, written while a run trains; `fastdml.report.loggers` get the same.
 
 Everything here takes plain numbers, lists and folders; the trainer fetches device tensors first, in
 one transfer a log point. One log point costs a flushed line and a queued TensorBoard event.
@@ -13,6 +13,7 @@ A run folder holds, from this module:
                                                (of re-identification "mAP", "rank1" and so on)
         `step` counts batches done, `time` is in seconds since 1970, null stands for NaN and inf.
     tensorboard/       the same scalars: KIND/NAME, with /PEER where there is one a peer
+    metrics.csv        of epochs and evaluations, where it is asked for
     independent/       the comparison without the KL term, a run folder of the same form
 """
 
@@ -22,29 +23,33 @@ import contextlib
 import json
 import logging
 import math
-import os
-import socket
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from fastdml.errors import InputError, require
-from fastdml.files import create, sync, write_atomically, writing
+from fastdml.errors import InputError
+from fastdml.files import sync, write_atomically, writing
 from fastdml.paths import expanded
+from fastdml.report.loggers import TABLE, Events, Logger, Table, WeightsAndBiases
 
 logger = logging.getLogger(__name__)
 
 METRICS = "metrics.jsonl"
 INDEPENDENT = "independent"
 
+Records = list[dict[str, Any]]
+
 
 class MetricsLog:
-    """Appends log points to a run folder's metrics.jsonl and TensorBoard events.
+    """Appends log points to a run folder's metrics.jsonl, and gives them to the loggers.
 
     A new run needs a folder without metrics. `resume_step=n` keeps the log points up to and
-    including step n and removes the others, in both places, so that a step that is done again is
+    including step n and removes the others, in all files, so that a step that is done again is
     there once. For this, log a step before its checkpoint is written.
+
+    tensorboard, csv: write events, and metrics.csv. wandb: the run's settings, to log it to Weights
+    & Biases; None: not.
     """
 
     def __init__(
@@ -54,6 +59,8 @@ class MetricsLog:
         *,
         resume_step: int | None = None,
         tensorboard: bool = True,
+        csv: bool = False,
+        wandb: Mapping[str, Any] | None = None,
     ) -> None:
         self.path = Path(folder) / METRICS
         self.names = list(names)
@@ -62,14 +69,31 @@ class MetricsLog:
                 raise InputError(f"{self.path} holds another run's metrics: choose a new folder")
             with writing(self.path):
                 self.path.parent.mkdir(parents=True, exist_ok=True)
-            kept = [{"kind": "peers", "step": 0, "names": self.names}]
+            before: Records = [{"kind": "peers", "step": 0, "names": self.names}]
         else:
-            kept = [r for r in read_metrics(folder) if r["step"] <= resume_step]
+            before = read_metrics(folder)
+        kept = [r for r in before if resume_step is None or r["step"] <= resume_step]
         write_atomically(self.path, "".join(f"{to_json(record)}\n" for record in kept))
         self.file = self.path.open("ab")
-        self.events = Events(self.path.parent / "tensorboard", self.names) if tensorboard else None
+        self.loggers: list[Logger] = []
+        if tensorboard:
+            self.loggers.append(Events(self.path.parent / "tensorboard", self.names))
+        if csv:
+            self.loggers.append(Table(self.path.parent / TABLE, self.names))
+        if wandb is not None:
+            self.loggers.append(self._weights_and_biases(wandb, before))
         for record in kept:
-            self._to_tensorboard(record)
+            self._to_loggers(record)
+
+    def _weights_and_biases(self, settings: Mapping[str, Any], before: Records) -> Logger:
+        folder = self.path.parent.resolve()
+        names = [folder.name]
+        if folder.name == INDEPENDENT:
+            names = [folder.parent.name, folder.name]
+        logged = {(record["kind"], record["step"]) for record in before}
+        return WeightsAndBiases(
+            self.path.parent, self.names, settings, logged, title="-".join(names), group=names[0]
+        )
 
     def log(self, kind: str, step: int, epoch: float, **values: Any) -> None:
         """Adds one log point: numbers, lists of one number a peer, or matrices (K, K)."""
@@ -77,91 +101,35 @@ class MetricsLog:
         with writing(self.path):
             self.file.write(f"{to_json(record)}\n".encode())
             self.file.flush()
-        self._to_tensorboard(record)
+        self._to_loggers(record)
 
     def sync(self) -> None:
         """Forces what was logged to disk."""
         with writing(self.path):
             sync(self.file)
 
-    def close(self) -> None:
+    def close(self, failed: bool = False) -> None:
         with contextlib.suppress(OSError):  # of what was not flushed, which `log` has raised
             self.file.close()
-        if self.events:
-            self.events.close()
+        for one in self.loggers:
+            one.close(failed)
 
     def __enter__(self) -> MetricsLog:
         return self
 
     def __exit__(self, *exception: object) -> None:
-        self.close()
+        self.close(failed=exception[0] is not None)
 
-    def _to_tensorboard(self, record: dict[str, Any]) -> None:
-        if self.events is None:
-            return
-        try:
-            self.events.add(record)
-        except OSError as error:
-            logger.warning(
-                "TensorBoard's events are no longer written (%s); %s goes on",
-                error.strerror,
-                METRICS,
-            )
-            self.events.close()
-            self.events = None
-
-
-class Events:
-    """A new file of TensorBoard's events in `folder`, in place of those there: a file of events
-    cannot be cut, so it is written anew from what is kept.
-
-    Written at once, not by the thread of TensorBoard's own writer, whose errors have no owner.
-    """
-
-    def __init__(self, folder: Path, names: Sequence[str]) -> None:
-        protos = "tensorboard.compat.proto"
-        self._event = require(f"{protos}.event_pb2", "train").Event
-        self._summary = require(f"{protos}.summary_pb2", "train").Summary
-        records = require("tensorboard.summary.writer.record_writer", "train")
-        self.names = names
-        with writing(folder):
-            folder.mkdir(exist_ok=True)
-            for old in folder.glob("events.out.tfevents.*"):
-                old.unlink()
-            now = time.time()
-            name = f"events.out.tfevents.{int(now):010d}.{socket.gethostname()}.{os.getpid()}.0"
-            self.file = create(folder / name)
-            self._writer = records.RecordWriter(self.file)
-            self._write(self._event(wall_time=now, file_version="brain.Event:2"))
-
-    def add(self, record: dict[str, Any]) -> None:
-        """The numbers of a log point: KIND/NAME, and KIND/NAME/PEER."""
-        values = {}
-        for key, value in record.items():
-            tag = f"{record['kind']}/{key}"
-            if key in ("kind", "step", "time", "names"):
-                continue
-            if isinstance(value, (int, float)):
-                values[tag] = value
-            elif isinstance(value, (list, tuple)):
-                for name, one in zip(self.names, value, strict=True):
-                    if isinstance(one, (int, float)):  # rows of a matrix are for pairwise_kl.png
-                        values[f"{tag}/{name}"] = one
-        if not values:
-            return
-        summary = self._summary(
-            value=[self._summary.Value(tag=tag, simple_value=v) for tag, v in values.items()]
-        )
-        when = record.get("time") or time.time()
-        self._write(self._event(wall_time=when, step=record["step"], summary=summary))
-
-    def close(self) -> None:
-        with contextlib.suppress(OSError):
-            self.file.close()
-
-    def _write(self, event: Any) -> None:
-        self._writer.write(event.SerializeToString())
-        self.file.flush()
+    def _to_loggers(self, record: dict[str, Any]) -> None:
+        for one in list(self.loggers):
+            try:
+                one.add(record)
+            except OSError as error:
+                logger.warning(
+                    "%s are no longer written (%s); %s goes on", one.title, error.strerror, METRICS
+                )
+                one.close(failed=True)
+                self.loggers.remove(one)
 
 
 def read_metrics(folder: str | Path) -> list[dict[str, Any]]:

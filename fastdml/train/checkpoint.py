@@ -58,6 +58,8 @@ FREE_ON_RESUME = frozenset(
         "save_every_minutes",
         "progress",
         "tensorboard",
+        "csv",
+        "wandb",
         "figures",
     ]
 )

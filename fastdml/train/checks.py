@@ -58,6 +58,8 @@ def extras(config: TrainConfig) -> None:
         require(module, "train")
     if config.policy:
         require("torchvision.transforms.v2", "images")
+    if config.wandb:
+        require("wandb", "wandb")
     if config.tensorboard:
         require("tensorboard", "train")  # or torch's own error would be that of a torch module
         require("torch.utils.tensorboard", "train")

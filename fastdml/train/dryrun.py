@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from fastdml.devices import device_name
+from fastdml.report.loggers import TABLE
 from fastdml.train.run_folder import run_name
 from fastdml.units import size
 
@@ -76,6 +77,8 @@ def _files(trainer: Trainer) -> list[str]:
     files += ["summary.json"]
     if config.tensorboard:
         files += ["tensorboard/"]
+    if config.csv:
+        files += [TABLE]
     if config.independent:
         files += ["initial.ckpt", "independent/"]
     return files

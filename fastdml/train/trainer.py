@@ -177,6 +177,8 @@ class Trainer:
                 self.cohort.names,
                 resume_step=progress.position if metrics.exists() else None,
                 tensorboard=self.config.tensorboard,
+                csv=self.config.csv,
+                wandb=self.config.to_dict() if self.config.wandb else None,
             ) as self.log,
             self._bar() as self.bar,
             Profile(self.folder, self.device, self.config.profile, self.steps) as self.profile,

@@ -23,7 +23,7 @@ from torch import nn
 from fastdml import files
 from fastdml.cohort import Cohort
 from fastdml.errors import InputError
-from fastdml.report import metrics_log
+from fastdml.report import loggers
 from fastdml.report.metrics_log import read_metrics
 from fastdml.train import (
     TrainingDiverged,
@@ -157,13 +157,13 @@ class TestNoRoom:
         assert (folder / name).stat().st_size > 0
 
     def test_for_the_first_of_tensorboards_files_is_one_line(self, settings, monkeypatch):
-        monkeypatch.setattr(metrics_log, "create", Failing("tfevents", errno.ENOSPC))
+        monkeypatch.setattr(loggers, "create", Failing("tfevents", errno.ENOSPC))
         with pytest.raises(InputError, match=r"cannot write .*tensorboard: No space left"):
             fit(make_cohort(), *make_loaders(), settings(tensorboard=True))
 
     @pytest.mark.parametrize("at", [1, 5, 100])
     def test_for_tensorboard_costs_its_events_alone(self, settings, monkeypatch, capfd, at):
-        write, count = metrics_log.Events._write, iter(range(1000))
+        write, count = loggers.Events._write, iter(range(1000))
 
         def fail(events, event):
             if next(count) == at:
@@ -171,7 +171,7 @@ class TestNoRoom:
             write(events, event)
 
         with monkeypatch.context() as patch:
-            patch.setattr(metrics_log.Events, "_write", fail)
+            patch.setattr(loggers.Events, "_write", fail)
             result = fit(make_cohort(), *make_loaders(), settings(tensorboard=True))
         lines = [x for x in capfd.readouterr().err.splitlines() if "TensorBoard" in x]
         told = "TensorBoard's events are no longer written (No space left on device)"

@@ -153,6 +153,10 @@ class TrainConfig:
     """Show the progress bar even where the output is not a terminal."""
     tensorboard: bool = True
     """Write TensorBoard events beside metrics.jsonl."""
+    csv: bool = False
+    """Write metrics.csv, a row an epoch, beside metrics.jsonl."""
+    wandb: bool = False
+    """Log to Weights & Biases too, by its own client; WANDB_MODE=offline keeps it on the disk."""
     figures: tuple[Literal["png", "pdf", "svg"], ...] = ("png",)
     """Formats of the pictures, curves and pairwise_kl."""
 

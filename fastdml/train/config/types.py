@@ -59,6 +59,8 @@ class TrainSettings(TypedDict, total=False):
     save_every_minutes: float
     progress: bool
     tensorboard: bool
+    csv: bool
+    wandb: bool
     figures: Sequence[Literal["png", "pdf", "svg"]]
 
 
