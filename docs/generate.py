@@ -9,6 +9,8 @@ A part that is generated stands between `<!-- generated: NAME -->` and `<!-- end
 from __future__ import annotations
 
 import dataclasses
+import importlib
+import inspect
 import json
 import re
 import sys
@@ -24,7 +26,10 @@ from fastdml.train.config.fields import field_texts
 from fastdml.train.config.sources import preset
 
 ROOT = Path(__file__).resolve().parents[1]
-PAGES = ("README.md", "docs/settings.md", "docs/benchmarks.md", "kernels/README.md")
+PAGES = (
+    "README.md", "docs/settings.md", "docs/performance.md", "docs/benchmarks.md",
+    "docs/api.md", "kernels/README.md",
+)  # fmt: skip
 RESULTS = ROOT / "bench" / "results"
 PART = re.compile(r"(<!-- generated: (.+?) -->\n).*?(<!-- end -->)", re.DOTALL)
 KINDS = {int: "whole number", float: "number", str: "text", bool: "yes or no"}
@@ -39,6 +44,8 @@ def part(name: str) -> str:
     """One generated part: `settings ...`, or a file of bench/results and the titles of tables."""
     if name.startswith("settings"):
         return SETTINGS[name]()
+    if name.startswith("api "):
+        return _names_of(name.removeprefix("api "))
     if name == "loss against rivals":
         return _loss_against_rivals()
     if name == "kernels":
@@ -147,6 +154,19 @@ def _value(value: Any) -> str:
     if value is None:
         return "none"
     return f"`{value:g}`" if isinstance(value, float) else f"`{value}`"
+
+
+def _names_of(module: str) -> str:
+    """The public names of a module, with the first sentence of what each says of itself."""
+    home = importlib.import_module(module)
+    rows = []
+    for name in home.__all__:
+        value = getattr(home, name)
+        if callable(value):
+            text = " ".join((inspect.getdoc(value) or "").split("\n\n")[0].split())
+            sentence = re.split(r"\. (?=[A-Z]|\w+: )|: see ", text)[0].rstrip(".:")
+            rows.append([f"`{name}`", "" if text.startswith(f"{name}(") else f"{sentence}."])
+    return _table(["name", "what it is"], rows)
 
 
 def _table(head: list[str], rows: list[list[str]]) -> str:

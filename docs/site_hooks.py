@@ -22,6 +22,7 @@ ELSEWHERE = {  # pages of the site by their path in the repository
     "CONTRIBUTING.md": "contributing.md",
     "CHANGELOG.md": "changelog.md",
 }
+NAMED = re.compile(r"^\| `(\w+)` \|", re.MULTILINE)  # a row of a table of names in api.md
 LINK = re.compile(r"(?<!!)\[((?:[^][]|\[[^]]*\])*)\]\(([^)\s]+)\)")
 BLOCK = re.compile(r"(^```.*?^```)", re.MULTILINE | re.DOTALL)
 
@@ -40,7 +41,8 @@ def on_page_markdown(markdown: str, *, page: Any, files: Files, **_: Any) -> str
     source = written.get(page.file.src_uri, f"docs/{page.file.src_uri}")
     parts = BLOCK.split(markdown)  # every second part is a block of code
     parts[::2] = [LINK.sub(lambda m: _link(m[1], m[2], source, page, files), p) for p in parts[::2]]
-    return "".join(parts)
+    text = "".join(parts)
+    return _reference(text) if page.file.src_uri == "api.md" else text
 
 
 def _link(text: str, link: str, source: str, page: Any, files: Files) -> str:
@@ -56,3 +58,15 @@ def _link(text: str, link: str, source: str, page: Any, files: Files) -> str:
         return text
     here = posixpath.dirname(page.file.src_uri)
     return f"[{text}]({os.path.relpath(place, here or '.')}{mark}{anchor})"
+
+
+def _reference(markdown: str) -> str:
+    """api.md with the documentation of each name below the tables, and links from there to it."""
+    parts = re.split(r"^## (fastdml\S*)$", markdown, flags=re.MULTILINE)
+    out = [parts[0]]
+    for module, text in zip(parts[1::2], parts[2::2], strict=True):
+        names = NAMED.findall(text)
+        linked = NAMED.sub(rf"| [`\1`][{module}.\1] |", text)
+        blocks = "\n\n".join(f"::: {module}.{name}" for name in names)
+        out += [f"## {module}", linked, f"{blocks}\n\n"]
+    return "".join(out)
