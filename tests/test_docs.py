@@ -167,12 +167,13 @@ def test_training_commands_as_shown(tmp_path, monkeypatch):
     """Every `fastdml train` line is one that the command takes."""
     pytest.importorskip("tyro")
     monkeypatch.chdir(tmp_path)
-    Path("settings.yaml").write_text("lr: 0.05\n")
     seen = 0
     for page in PAGES:
         text = "\n".join(text for _, text in BLOCK.findall(page.read_text()))
         for line in re.findall(r"^(?:\$ )?(?:\w+=\S+ )?fastdml train (.+)$", text, re.MULTILINE):
             data, *options = shlex.split(line, comments=True)
+            if "--config" in options:
+                Path(options[options.index("--config") + 1]).write_text("lr: 0.05\n")
             # there is no run to go on with
             assert from_command_line(data, [o for o in options if o != "--resume"]).data == data
             seen += 1
