@@ -22,6 +22,7 @@ from fastdml.cli.evaluate import evaluate
 from fastdml.cli.export import export
 from fastdml.cli.kernels import kernels
 from fastdml.cli.models import models
+from fastdml.cli.predict import predict
 from fastdml.cli.train import train
 from fastdml.errors import InputError
 from fastdml.files import NO_ROOM
@@ -37,6 +38,7 @@ def completion(args: list[str]) -> None:
 COMMANDS: dict[str, Callable[[list[str]], None]] = {
     "train": train,
     "evaluate": evaluate,
+    "predict": predict,
     "export": export,
     "doctor": doctor,
     "kernels": kernels,
