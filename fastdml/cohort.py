@@ -279,7 +279,7 @@ class Cohort(nn.Module):
         The known ones of `image_shape`, `mean`, `std`, `classes` and `resize` go into the file as
         JSON: in ONNX as metadata of these names, in torch's as the extra file images.json, in
         safetensors with all that `fastdml.load` needs under "fastdml" in the header. Beside
-        safetensors model_NN.py makes the network without fastdml, of peers given by name.
+        safetensors model_NN_name.py makes the network without fastdml, of peers given by name.
 
         Each file is run before it gets its name, ONNX by ONNX Runtime where that is installed:
         outputs may differ by 1e-4 (of outputs above 10, by 1e-5 of the largest). The differences

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from fastdml import export_check
 from fastdml.cohort_files import peer_file
 from fastdml.errors import InputError, one_line, require
-from fastdml.exported_weights import to_safetensors
+from fastdml.exported_weights import module_name, to_safetensors
 from fastdml.files import Staged, partial, writing
 from fastdml.models import standalone
 from fastdml.names import advice
@@ -52,7 +52,6 @@ class Exported(NamedTuple):
     chosen: list[int]  # the peers within
     ensemble: bool
     output: str  # what a call gives: logits, features or probabilities
-    network: nn.Module  # in evaluation mode, on the CPU, from images to `output`
 
 
 def export(
@@ -71,13 +70,25 @@ def export(
         cohort.check_savable()
     record = {name: value for name, value in cohort.record().items() if value is not None}
     images = _example(cohort, example, needed=format != "safetensors")
-    each = [[k] for k in range(len(cohort))]
-    if peer != "all":
-        each = [peer_numbers(cohort.names, peer)]
-    return [
-        _write(cohort, _exported(cohort, chosen, peer == ENSEMBLE), folder, images, format, record)
-        for chosen in each
-    ]
+    whats = exported(cohort, peer)
+    return [_write(cohort, what, folder, images, format, record) for what in whats]
+
+
+def exported(cohort: Cohort, peer: str | int) -> list[Exported]:
+    """What files `peer`, as for `Cohort.export`, means. Raises InputError where it means none."""
+    if peer == "all":
+        return [_one_peer(cohort, k) for k in range(len(cohort))]
+    chosen = peer_numbers(cohort.names, peer)
+    if peer != ENSEMBLE:
+        return [_one_peer(cohort, chosen[0])]
+    output = "features" if all(map(has_head, cohort.peers)) else "probabilities"
+    return [Exported(ENSEMBLE, "the ensemble", chosen, True, output)]
+
+
+def _one_peer(cohort: Cohort, k: int) -> Exported:
+    name = cohort.names[k]
+    output = "features" if has_head(cohort.peers[k]) else "logits"
+    return Exported(Path(peer_file(k, name)).stem, f"peer {name}", [k], False, output)
 
 
 def check_format(format: str) -> None:
@@ -88,27 +99,16 @@ def check_format(format: str) -> None:
         raise InputError(f"unknown format {format!r}; {advice(format, get_args(Format))}")
 
 
-def file_stem(k: int, name: str) -> str:
-    """Of the files of peer k, without their endings."""
-    return Path(peer_file(k, name)).stem
-
-
-def _exported(cohort: Cohort, chosen: Sequence[int], ensemble: bool) -> Exported:
+def _network(cohort: Cohort, what: Exported) -> nn.Module:
+    """From images to `what.output`: copies of the peers on the CPU, in evaluation mode."""
     peers = []
-    for k in chosen:
+    for k in what.chosen:
         peer = copy.deepcopy(cohort.peers[k]).to("cpu").to(memory_format=torch.contiguous_format)
         peers.append(full_precision(peer).eval())
-    features = all(map(has_head, peers))
-    network: nn.Module
-    if ensemble:
-        network = (FeatureEnsemble if features else Ensemble)(peers).eval()
-        output = "features" if features else "probabilities"
-        return Exported(ENSEMBLE, "the ensemble", list(chosen), True, output, network)
-    (k,), (peer,) = chosen, peers
-    network = Embedding(peer).eval() if features else peer
-    output = "features" if features else "logits"
-    name = cohort.names[k]
-    return Exported(file_stem(k, name), f"peer {name}", [k], False, output, network)
+    features = what.output == "features"
+    if what.ensemble:
+        return (FeatureEnsemble if features else Ensemble)(peers).eval()
+    return Embedding(peers[0]).eval() if features else peers[0]
 
 
 def _write(
@@ -121,14 +121,15 @@ def _write(
 ) -> Path:
     path = expanded(folder) / (what.stem + SUFFIXES[format])
     texts: dict[str, str] = {}  # files of Python beside the weights
+    network = _network(cohort, what)
     try:
         if format == "safetensors":
             data = to_safetensors(cohort, what.chosen, what.ensemble, what.output)
-            texts = architecture_files(cohort, what)
+            texts = _architectures(cohort, what, network)
         else:
             assert images is not None, "the example of these formats is needed"
             write = _onnx if format == "onnx" else _torch_program
-            data = write(what.network, images, what.output, record)
+            data = write(network, images, what.output, record)
     except Exception as error:  # anything that a peer's code may raise, and the compiler
         if isinstance(error, InputError):
             raise
@@ -140,7 +141,7 @@ def _write(
             staged.write(path.parent / name, text.encode())
         staged.write(path, data)
         del data
-        check = export_check.Check(what.network, what.name, path.name, images, record)
+        check = export_check.Check(network, what.name, path.name, images, record)
         found = check.run(format, partial(path), cohort, what.chosen, texts)
     logger.info(found)
     return path
@@ -191,22 +192,18 @@ def _torch_program(
     return buffer.getvalue()
 
 
-def architecture_files(cohort: Cohort, what: Exported) -> dict[str, str]:
+def _architectures(cohort: Cohort, what: Exported, network: nn.Module) -> dict[str, str]:
     """By name, the files of Python that make the networks which exported weights are loaded into:
     see `models.standalone`. Without those of modules, which nothing here can make."""
     texts = {}
     for k in what.chosen:
-        model = cohort.models[k]
+        model, name = cohort.models[k], cohort.names[k]
         if model is not None:
             size, head = cohort.image_size, cohort.head
             spec = standalone.Spec(model, cohort.num_classes, cohort.in_channels, head, size)
-            texts[f"{module_name(k)}.py"] = standalone.module_source(spec, cohort.peers[k])
+            text = standalone.module_source(spec, cohort.peers[k])
+            texts[f"{module_name(k, name)}.py"] = text
     if what.ensemble and len(texts) == len(what.chosen):
-        modules = [module_name(k) for k in what.chosen]
-        texts[f"model_{ENSEMBLE}.py"] = standalone.ensemble_source(type(what.network), modules)
+        modules = [module_name(k, cohort.names[k]) for k in what.chosen]
+        texts[f"model_{ENSEMBLE}.py"] = standalone.ensemble_source(type(network), modules)
     return texts
-
-
-def module_name(k: int) -> str:
-    """Of the file of Python that makes peer k."""
-    return f"model_{k:02d}"

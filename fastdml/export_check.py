@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from fastdml.cohort_files import load_peer
 from fastdml.errors import InputError, MissingExtra, one_line, require
-from fastdml.exported_weights import read_safetensors
+from fastdml.exported_weights import module_name, read_safetensors
 from fastdml.peer_outputs import Embedding, Ensemble, FeatureEnsemble
 
 if TYPE_CHECKING:
@@ -95,7 +95,7 @@ class Check:
             for key, value in cohort.peers[k].state_dict().items():
                 if not _same(found[key], value.cpu()):
                     raise InputError(f"{self.file}: {key} was not written as it is; not kept")
-        made = [f"model_{k:02d}.py" for k in chosen]
+        made = [f"{module_name(k, cohort.names[k])}.py" for k in chosen]
         if not self.batches or not all(name in texts for name in made):
             return f"{self.file}: read again, weights bit for bit the same"
         peers = []

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -80,3 +81,8 @@ def _digest(data: bytes) -> str:
     """SHA-256 of the tensors' bytes, which follow the header."""
     start = 8 + int.from_bytes(data[:8], "little")
     return hashlib.sha256(memoryview(data)[start:]).hexdigest()
+
+
+def module_name(k: int, name: str) -> str:
+    """Of the file of Python, beside the weights of peer k, that makes its network."""
+    return f"model_{k:02d}_{re.sub('[^A-Za-z0-9]', '_', name)[:100]}"

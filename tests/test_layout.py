@@ -15,7 +15,7 @@ COHORT = {
     "cohort", "cohort_export", "cohort_files", "export_check", "exported_weights", "image_record",
     "models", "peer_outputs",
 }  # fmt: skip
-BUILT_ON = {"preprocessing", "predictor"}  # the trainers
+BUILT_ON = {"model_card", "preprocessing", "predictor"}  # the trainers
 MAY_IMPORT = {
     "fastdml_kernels": set(),
     "models": set(),
@@ -26,6 +26,7 @@ MAY_IMPORT = {
     "train": {*LOSSES, *COHORT, "engine", "data", "metrics", "report"},
     "machine": {*LOSSES, *COHORT, "engine"},
     "preprocessing": {*COHORT, "data"},
+    "model_card": {*COHORT, "report", "train"},
     "predictor": {*COHORT, "preprocessing", "train"},
     "cli": {*COHORT, *BUILT_ON, "fastdml_kernels", "engine", "data", "machine", "report", "train"},
     **dict.fromkeys(LOSSES - {"fastdml_kernels"}, LOSSES),

@@ -43,6 +43,7 @@ def export(args: list[str]) -> None:
     import torch
 
     from fastdml.cohort_export import check_format
+    from fastdml.model_card import write_card
     from fastdml.train.run_weights import best_peer, run_config
 
     check_format(options.format)
@@ -57,5 +58,8 @@ def export(args: list[str]) -> None:
             "they were trained on: give --size HEIGHT WIDTH"
         )
     example = torch.zeros(1, cohort.in_channels, *options.size) if options.size else None
-    for path in cohort.export(to, example, options.format, peer=peer):
+    paths = cohort.export(to, example, options.format, peer=peer)
+    each = range(len(cohort)) if peer == "all" else [peer]
+    for path, one in zip(paths, each, strict=True):
         print(path)
+        write_card(path, cohort, one, options.run, options.weights)

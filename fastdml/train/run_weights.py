@@ -48,8 +48,7 @@ def default_weights(run: Path) -> Weights:
     the last, since test images that chose the best flatter them."""
     chosen_on = summary(run).get("chosen_on")
     if chosen_on is None and (run / BEST / "cohort.json").is_file():  # the run has not ended
-        kinds = {record["kind"] for record in _metrics(run)}
-        chosen_on = "validation" if "validation" in kinds else None
+        chosen_on = "validation" if _validated(run) else None
     return "best" if chosen_on == "validation" else "last"
 
 
@@ -101,6 +100,22 @@ def recorded_scores(run: Path, weights: Weights) -> dict[str, Any] | None:
     return None
 
 
+def reported_scores(run: Path, weights: Weights) -> tuple[dict[str, Any], str, str] | None:
+    """The scores of these weights that a run reports, which images chose its best weights, and
+    which the scores are of: "test" or "validation". None where nothing was evaluated."""
+    key = "scores" if weights == "last" else "best_scores"
+    ended = summary(run)
+    scores = (ended.get("mutual") or {}).get(key)
+    if isinstance(scores, dict):
+        return scores, ended.get("chosen_on") or "test", ended.get("scored_on") or "test"
+    state = unfinished(run)
+    scores = state.state.get(key) if state else None
+    if not isinstance(scores, dict):
+        return None
+    kind = "validation" if _validated(run) else "test"
+    return scores, kind, kind
+
+
 def best_peer(run: Path, weights: Weights | None, names: Sequence[str]) -> int:
     """The number of the peer with the highest recorded score of these weights, which is logged: of
     validation images where there are some. Raises InputError where no score is recorded."""
@@ -126,8 +141,9 @@ def summary(run: Path) -> dict[str, Any]:
     return found if isinstance(found, dict) else {}
 
 
-def _metrics(run: Path) -> list[dict[str, Any]]:
+def _validated(run: Path) -> bool:
+    """Whether evaluations during training read validation images, by the run's log."""
     try:
-        return read_metrics(run)
+        return any(record["kind"] == "validation" for record in read_metrics(run))
     except InputError:
-        return []
+        return False
