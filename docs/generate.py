@@ -20,7 +20,7 @@ from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 from bench import host_time, report
 from fastdml.data.registry import dataset_names
-from fastdml.train import ReidConfig, TrainConfig
+from fastdml.train import FolderConfig, ReidConfig, TrainConfig
 from fastdml.train.checkpoint import FREE_ON_RESUME
 from fastdml.train.config.fields import field_texts
 from fastdml.train.config.sources import preset
@@ -188,7 +188,8 @@ def _settings() -> str:
 def _settings_of_data() -> str:
     """What the data sets of classification change in the defaults."""
     plain = preset("cifar100")
-    columns = {data: preset(data) for data in dataset_names("classification") if data != plain.data}
+    names = [*dataset_names("classification"), *dataset_names("own_images")]
+    columns = {data: preset(data) for data in names if data != plain.data}
     rows = [
         [f"`{name}`", *(_value(getattr(c, name)) for c in (plain, *columns.values()))]
         for name in (field.name for field in dataclasses.fields(TrainConfig))
@@ -196,6 +197,16 @@ def _settings_of_data() -> str:
         and any(getattr(c, name) != getattr(plain, name) for c in columns.values())
     ]
     return _table(["setting", "cifar100", *columns], rows)
+
+
+def _settings_of_own_images() -> str:
+    """What images of one's own add or see otherwise."""
+    rows = [
+        [f"`{name}`", _values(FolderConfig, name), _value(getattr(preset("folder"), name)), text]
+        for _, name, text in field_texts(FolderConfig)
+        if name not in ("data", "download")
+    ]
+    return _table(["setting", "values", "default", "meaning"], rows)
 
 
 def _settings_of_reid() -> str:
@@ -230,6 +241,7 @@ def _settings_on_resume() -> str:
 SETTINGS = {
     "settings": _settings,
     "settings of data sets": _settings_of_data,
+    "settings of own images": _settings_of_own_images,
     "settings of re-identification": _settings_of_reid,
     "settings on resume": _settings_on_resume,
 }

@@ -26,7 +26,14 @@ def data(args: list[str]) -> None:
         return
     rows = [("data", "task", "classes", "images", "files", "what for")]
     rows += [
-        (row.name, row.task, f"{row.num_classes:,}", row.input, FILES[row.files], row.purpose)
+        (
+            row.name,
+            row.task,
+            f"{row.num_classes:,}" if row.num_classes else "any",
+            row.input,
+            FILES[row.files],
+            row.purpose,
+        )
         for row in known
     ]
     print(fixed_columns(rows, text=(0, 1, 3, 4, 5)))

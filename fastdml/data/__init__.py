@@ -19,6 +19,7 @@ from fastdml.data.registry import (
 )
 
 if TYPE_CHECKING:
+    from fastdml.data.image_files import ImageFiles
     from fastdml.data.image_set import ImageSet
     from fastdml.data.loaders.dali import DALILoader
     from fastdml.data.loaders.make import choose_loader, make_loader
@@ -28,11 +29,13 @@ if TYPE_CHECKING:
     from fastdml.data.samplers import PKSampler, RandomSampler, RepeatedSampler
     from fastdml.data.sets.cifar import load_cifar10, load_cifar100
     from fastdml.data.sets.digits import load_digits
+    from fastdml.data.sets.folder import load_folder
     from fastdml.data.sets.market1501 import ImageFolderReID, Market1501
 
 _HOMES = {
     "DALILoader": "loaders.dali",
     "ImageFolderReID": "sets.market1501",
+    "ImageFiles": "image_files",
     "ImageSet": "image_set",
     "Market1501": "sets.market1501",
     "PKSampler": "samplers",
@@ -45,6 +48,7 @@ _HOMES = {
     "load_cifar10": "sets.cifar",
     "load_cifar100": "sets.cifar",
     "load_digits": "sets.digits",
+    "load_folder": "sets.folder",
     "make_loader": "loaders.make",
 }
 
@@ -52,6 +56,7 @@ __all__ = [
     "HINT",
     "DALILoader",
     "DataSet",
+    "ImageFiles",
     "ImageFolderReID",
     "ImageSet",
     "Market1501",
@@ -69,6 +74,7 @@ __all__ = [
     "load_cifar10",
     "load_cifar100",
     "load_digits",
+    "load_folder",
     "make_loader",
     "record",
     "register_dataset",

@@ -77,6 +77,12 @@ class ImageSet:
         """The images as (N, H, W, ch) uint8, the same memory."""
         return self.images.permute(0, 2, 3, 1)
 
+    @property
+    def image_shape(self) -> tuple[int, int, int]:
+        """(channels, height, width) of each image."""
+        _, channels, height, width = self.images.shape
+        return channels, height, width
+
     def normalised_by(self, mean: Sequence[float], std: Sequence[float]) -> ImageSet:
         """The same images with this mean and std, (ch,) both, in units where white is 1."""
         mean, std = (tuple(self.white * x for x in numbers) for numbers in (mean, std))
@@ -85,6 +91,11 @@ class ImageSet:
     def __len__(self) -> int:
         return len(self.labels)
 
+    def at(self, places: Tensor) -> ImageSet:
+        """The samples at `places` (M,) int64 alone."""
+        images = self.pixels[places].permute(0, 3, 1, 2)
+        return replace(self, images=images, labels=self.labels[places])
+
     def subset(self, n: int, seed: int = 0) -> ImageSet:
         """`n` samples, as many of each class as there are, in the order of the set. Raises
         InputError where the set has fewer.
@@ -92,9 +103,7 @@ class ImageSet:
         Classes differ by one sample at most until one runs out, and a smaller subset of the same
         seed lies within a larger one.
         """
-        chosen = evenly(self.labels.cpu(), n, seed).to(self.labels.device)
-        images = self.pixels[chosen].permute(0, 3, 1, 2)
-        return replace(self, images=images, labels=self.labels[chosen])
+        return self.at(evenly(self.labels.cpu(), n, seed).to(self.labels.device))
 
 
 def evenly(labels: Tensor, n: int, seed: int) -> Tensor:

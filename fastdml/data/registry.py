@@ -28,10 +28,11 @@ class DataSet:
     name: str
     task: str  # the name of the task that trains on it: "classification", "reid"
     load: Callable[..., Any]
-    image_shape: tuple[int, int, int]  # (channels, height, width) as it is kept in memory
-    num_classes: int  # identities, in re-identification
+    # (channels, height, width) as it is kept in memory; None where only the files tell
+    image_shape: tuple[int, int, int] | None
+    num_classes: int  # identities, in re-identification; 0 where only the files tell
     classes: tuple[str, ...]  # their names by label; empty where only the files tell
-    mean: tuple[float, ...]  # of each channel, in the units of the stored bytes
+    mean: tuple[float, ...]  # of each channel, in the units of the stored bytes; empty likewise
     std: tuple[float, ...]
     purpose: str  # what it is good for, a few words
     # none: comes with a package; download: fetched when asked for; own: the user brings it
@@ -39,8 +40,9 @@ class DataSet:
 
     @property
     def input(self) -> str:
-        """The images' shape as people write it, such as 3x32x32."""
-        return "x".join(map(str, self.image_shape))
+        """The images' shape as people write it, such as 3x32x32; "any" where only the files
+        tell."""
+        return "x".join(map(str, self.image_shape)) if self.image_shape else "any"
 
 
 _KNOWN: dict[str, DataSet] = {}
@@ -50,10 +52,10 @@ def register_dataset(
     name: str,
     *,
     task: str,
-    image_shape: tuple[int, int, int],
-    mean: Sequence[float],
-    std: Sequence[float],
     purpose: str,
+    image_shape: tuple[int, int, int] | None = None,
+    mean: Sequence[float] = (),
+    std: Sequence[float] = (),
     classes: Sequence[str] = (),
     num_classes: int | None = None,
     files: Literal["none", "download", "own"] = "own",
@@ -96,10 +98,14 @@ def register_dataset(
 
 
 def catalogue() -> tuple[DataSet, ...]:
-    """All data sets: first those that need no files, then from few classes to many."""
+    """All data sets: first those that need no files, then from few classes to many, last those
+    whose classes only the files tell."""
     _import_sets()
-    order = sorted(_KNOWN.values(), key=lambda known: (known.files != "none", known.num_classes))
-    return tuple(order)
+
+    def place(known: DataSet) -> tuple[bool, bool, int]:
+        return known.files != "none", not known.num_classes, known.num_classes
+
+    return tuple(sorted(_KNOWN.values(), key=place))
 
 
 def dataset_names(task: str | None = None) -> tuple[str, ...]:

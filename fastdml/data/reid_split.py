@@ -4,12 +4,13 @@ re-identification."""
 from __future__ import annotations
 
 from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, ClassVar
 
 if TYPE_CHECKING:  # torch and numpy are imported where they are used: see `registry`
     from torch import Tensor
 
     from fastdml.data.image_set import ImageSet
+    from fastdml.image_record import Resize
 
 # ImageNet's, in bytes: what peers trained on it expect, and usual in re-identification
 MEAN, STD = (123.675, 116.28, 103.53), (58.395, 57.12, 57.375)
@@ -27,6 +28,8 @@ class ReidSplit:
     std: tuple[float, ...] = STD
     labels: Tensor = field(init=False, repr=False)  # (N,) int64
     num_classes: int = field(init=False)
+    size: ClassVar[tuple[int, int]] = STORED  # (height, width) that they are decoded to
+    resize: ClassVar[Resize] = "stretch"
 
     def __post_init__(self) -> None:
         known, labels = self.ids.unique(return_inverse=True)

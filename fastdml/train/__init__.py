@@ -1,9 +1,10 @@
 """Training runs: `cifar100(...)`, `market1501(...)` and others, or `fit` with one's own data.
 
-Settings are those of `TrainConfig` or for re-identification `ReidConfig`, by name, and known to
-type checkers; `resume=True` goes on with a run, with its settings. `root`, the folder of the data
-set's files, is by default "data", or the folder that the resumed run recorded. `callbacks` are
-called at the end of each epoch and after each evaluation, see `Callback`.
+Settings are those of `TrainConfig`, for images of your own `FolderConfig` or for re-identification
+`ReidConfig`, by name, and known to type checkers; `resume=True` goes on with a run, with its
+settings. `root`, the folder of the data set's files, is by default "data", or the folder that the
+resumed run recorded. `callbacks` are called at the end of each epoch and after each evaluation, see
+`Callback`.
 
 Each returns a `TrainResult`, or None after a dry run. Each raises InputError, one line with the
 remedy, for a setting, a model, data or a folder that cannot be used; TrainingDiverged, also an
@@ -20,9 +21,10 @@ from typing_extensions import Unpack
 
 from fastdml.train.callbacks import Callback, EndEvent, EpochEvent, EvaluationEvent
 from fastdml.train.config.base import TrainConfig
+from fastdml.train.config.own_images import FolderConfig
 from fastdml.train.config.reid import ReidConfig
 from fastdml.train.config.sources import from_command_line, load_config, resolve
-from fastdml.train.config.types import ReidSettings, TrainSettings
+from fastdml.train.config.types import FolderSettings, ReidSettings, TrainSettings
 from fastdml.train.result import TrainResult
 from fastdml.train.run import fit, run
 from fastdml.train.stopping import TrainingStopped
@@ -35,6 +37,7 @@ __all__ = [
     "EndEvent",
     "EpochEvent",
     "EvaluationEvent",
+    "FolderConfig",
     "ReidConfig",
     "RetrievalScores",
     "TrainConfig",
@@ -47,6 +50,7 @@ __all__ = [
     "evaluate",
     "extract_features",
     "fit",
+    "folder",
     "from_command_line",
     "load_config",
     "market1501",
@@ -87,6 +91,18 @@ def market1501(
     recipe="strong" for those of the strong baseline. standin=True trains on pictures of CIFAR-100
     in Market-1501's layout instead, on a CPU in minutes, with CIFAR-100 below `root`."""
     return _train("market1501", peers, root, callbacks, config)
+
+
+def folder(
+    peers: Sequence[str] | None = None,
+    root: str | os.PathLike | None = None,
+    *,
+    callbacks: Sequence[Callback] = (),
+    **config: Unpack[FolderSettings],
+) -> TrainResult | None:
+    """Trains peers on images of your own: below `root` class folders in train/ and val/ or test/,
+    or class folders alone, or CSV files of path,label."""
+    return _train("folder", peers, root, callbacks, config)
 
 
 def digits(

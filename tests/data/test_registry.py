@@ -14,7 +14,7 @@ from fastdml.cli import main
 from fastdml.data import registry
 from fastdml.errors import InputError
 
-BUILT_IN = ("digits", "cifar10", "cifar100", "market1501")
+BUILT_IN = ("digits", "cifar10", "cifar100", "market1501", "folder")
 ADDED = """
 from fastdml.data.registry import register_dataset
 
@@ -80,7 +80,7 @@ def test_the_command_trains_on_a_data_set_of_one_file(added, tmp_path, monkeypat
     assert "stripes" in capfd.readouterr().out
     assert main(["--help"]) == 0
     *names, last = ["stripes", *BUILT_IN]
-    listed = f"train     train peers together on {', '.join(names)} or {last}\n"
+    listed = f"train peers together on {', '.join(names)} or {last}\n"
     assert listed in capfd.readouterr().out
     assert main(["train", "stripe"]) == 2
     assert "did you mean stripes" in capfd.readouterr().err
@@ -99,6 +99,7 @@ def test_names_come_by_task():
     assert data.dataset_names() == BUILT_IN
     assert data.dataset_names("classification")[:3] == ("digits", "cifar10", "cifar100")
     assert data.dataset_names("reid") == ("market1501",)
+    assert data.dataset_names("own_images") == ("folder",)
     assert data.dataset("market1501").load is data.Market1501
     with pytest.raises(InputError, match="unknown data set 'market1501': give one of digits"):
         data.load("market1501")
@@ -106,11 +107,14 @@ def test_names_come_by_task():
 
 @pytest.mark.parametrize("known", data.catalogue(), ids=lambda known: known.name)
 def test_the_facts_of_a_data_set(known):
+    assert known.purpose
+    if known.image_shape is None:  # only the files tell
+        assert (known.input, known.num_classes, known.classes) == ("any", 0, ())
+        return
     channels, height, width = known.image_shape
     assert known.input == f"{channels}x{height}x{width}"
     assert len(known.mean) == len(known.std) == channels
     assert min(known.std) > 0
-    assert known.purpose
     assert known.num_classes == len(known.classes) or not known.classes
 
 

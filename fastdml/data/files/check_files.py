@@ -46,10 +46,13 @@ class Scan:
     decoded: int = 0  # files that the cache did not know
     files: int = 0
 
-    def describe(self) -> str:
-        """One line that names all bad files."""
-        listed = "; ".join(f"{path}: {why}" for path, why in self.bad.items())
-        return f"{len(self.bad)} of {self.files} files are bad: {listed}"
+    def describe(self, at_most: int | None = None) -> str:
+        """One line that names all bad files, or the first `at_most`."""
+        named = list(self.bad.items())[:at_most]
+        listed = "; ".join(f"{path}: {why}" for path, why in named)
+        more = len(self.bad) - len(named)
+        rest = f"; and {more:,} more" if more else ""
+        return f"{len(self.bad)} of {self.files} files are bad: {listed}{rest}"
 
 
 def scan(
@@ -72,7 +75,7 @@ def scan(
     marks = {path: _mark(path) for path in paths}
     new = [p for p in paths if marks[p] is None or known.get(p, [None])[0] != marks[p]]
     found: dict[str, str | None] = {}
-    bar = _bar(len(new), progress)
+    bar = progress_bar(len(new), "checking images", progress)
     for path, why in _decode_all(new, decoder, workers or os.cpu_count() or 1):
         found[path] = why
         bar.update(1)
@@ -237,7 +240,7 @@ def _save(file: Path | None, content: dict[str, list[Any]]) -> None:
         logger.warning("the scan of the images is not remembered: %s", error)
 
 
-class _Bar(Protocol):
+class Bar(Protocol):
     """As tqdm has it."""
 
     def update(self, n: int) -> object: ...
@@ -251,11 +254,12 @@ class _NoBar:
     def close(self) -> None: ...
 
 
-def _bar(total: int, progress: bool | None) -> _Bar:
+def progress_bar(total: int, what: str, progress: bool | None = None) -> Bar:
+    """A bar on stderr. progress: whether it is shown (default: where stderr is a terminal)."""
     if progress is False or (progress is None and not sys.stderr.isatty()) or not total:
         return _NoBar()
     try:
         from tqdm import tqdm
     except ImportError:  # a bar is a courtesy, not a reason to fail
         return _NoBar()
-    return tqdm(total=total, desc="checking images", unit=" files", leave=False)
+    return tqdm(total=total, desc=what, unit=" files", leave=False)

@@ -11,9 +11,10 @@ from torch import Tensor
 
 from fastdml.data import augment
 from fastdml.data.augment import Choices
+from fastdml.data.image_files import ImageFiles
 from fastdml.data.image_set import ImageSet
 from fastdml.data.philox import check_seed
-from fastdml.data.reid_split import STORED, ReidSplit
+from fastdml.data.reid_split import ReidSplit
 from fastdml.data.samplers import Order, RandomSampler, Sampler, check_rank, part
 from fastdml.errors import InputError
 
@@ -21,19 +22,24 @@ if TYPE_CHECKING:
     from fastdml.image_record import Resize
 
 
+Files = ReidSplit | ImageFiles
+
+
 class Batching:
     """In training the order is the sampler's and a last batch too short for all ranks is dropped.
     In evaluation the order is the set's and the last batch may be short; every rank sees all of it.
-    `ResidentLoader` says what the arguments mean.
+    `ResidentLoader` says what the arguments mean. `paths` are the files in the order of `labels`,
+    None for an `ImageSet`.
     """
 
-    stored: tuple[int, int] = STORED  # (height, width) that files are decoded to
+    stored: tuple[int, int]  # (height, width) that files are decoded to, or that images have
 
     def __init__(
         self,
-        images: ImageSet | ReidSplit,
+        images: ImageSet | Files,
         batch_size: int,
         *,
+        stored: tuple[int, int] | None = None,
         seed: int = 0,
         train: bool,
         size: tuple[int, int] | None = None,
@@ -60,11 +66,14 @@ class Batching:
         if train:
             self.sampler = sampler or RandomSampler(self.n)
             self._steps = self._count(self.sampler)
-        self.resize: Resize | None = "stretch"  # of files
+        self.paths: tuple[str, ...] | None = None
+        self.resize: Resize | None = None
         if isinstance(images, ImageSet):
-            self.resize = None
             _, height, width, _ = images.pixels.shape
             self.stored = height, width
+        else:
+            self.paths, self.resize = images.paths, images.resize
+            self.stored = stored or images.size
         self.augment = augment.options(
             self.stored, train, size=size, pad=pad, padding=padding, flip=flip, erase=erase,
             cutout=cutout,

@@ -32,8 +32,9 @@ from fastdml.data.augment import Choices
 from fastdml.data.files.check_files import scan
 from fastdml.data.files.check_worker import decoded
 from fastdml.data.files.decode import BadImage, check_file, decode
+from fastdml.data.image_files import ImageFiles
 from fastdml.data.image_set import ImageSet
-from fastdml.data.loaders.batching import Batching
+from fastdml.data.loaders.batching import Batching, Files
 from fastdml.data.reid_split import ReidSplit
 from fastdml.errors import InputError, require
 
@@ -43,31 +44,36 @@ DTYPES = {torch.float32: "FLOAT", torch.float16: "FLOAT16", torch.bfloat16: "FLO
 
 
 class DALILoader(Batching):
-    """`ResidentLoader`'s batches, from a `ReidSplit` (files) or an `ImageSet`.
+    """`ResidentLoader`'s batches, from a `ReidSplit` (files) or an `ImageSet`. Of `ImageFiles` it
+    would make other pictures: Pillow reads forms that DALI does not, and resizes otherwise.
 
     Padding by reflection needs an `ImageSet` without a resize: DALI has no such border, so the set
     is padded once, in memory. Files are taken to be decodable: `checked` makes sure. threads: of
     the CPU, for decoding. options: `ResidentLoader`'s.
 
-    Raises MissingExtra where DALI is not installed, InputError for padding by reflection of files
-    or with a resize, and what `ResidentLoader` raises.
+    Raises MissingExtra where DALI is not installed, InputError for `ImageFiles`, for padding by
+    reflection of files or with a resize, and what `ResidentLoader` raises.
     """
 
     def __init__(
         self,
-        source: ReidSplit | ImageSet,
+        source: ImageSet | Files,
         batch_size: int,
         *,
         threads: int = 2,
         **options: Any,
     ) -> None:
         require("nvidia.dali", "dali")
+        if isinstance(source, ImageFiles):
+            raise InputError(
+                "DALI would make other pictures of these files than Pillow does: set loader to "
+                "auto, resident or torch"
+            )
         self.threads = threads
         super().__init__(source, batch_size, **options)
 
-    def _take_in(self, source: ReidSplit | ImageSet) -> None:
+    def _take_in(self, source: ImageSet | Files) -> None:
         what = self.augment
-        self.paths = source.paths if isinstance(source, ReidSplit) else None
         self._resized = self.stored != (what.height, what.width)
         bordered = what.pad and what.reflect
         if bordered and (self._resized or self.paths):
@@ -77,14 +83,14 @@ class DALILoader(Batching):
         self._mean, self._std = list(source.mean), list(source.std)
         # What the pipeline is fed with: the files' names as bytes, or pixels (H, W, ch)
         self._sources: Sequence[np.ndarray] | np.ndarray
-        if isinstance(source, ReidSplit):
-            self._sources = [np.frombuffer(os.fsencode(path), np.uint8) for path in source.paths]
-        else:
+        if isinstance(source, ImageSet):
             images = source.pixels.cpu().numpy()
             if bordered:
                 border = ((0, 0), (what.pad,) * 2, (what.pad,) * 2, (0, 0))
                 images = np.pad(images, border, mode="reflect")
             self._sources = np.ascontiguousarray(images)
+        else:
+            self._sources = [np.frombuffer(os.fsencode(path), np.uint8) for path in source.paths]
         self._pipe: Any = None
         self._ahead: tuple[int, int] | None = None  # the (epoch, step) that the pipeline makes
 

@@ -10,11 +10,13 @@ from typing import Any
 import torch
 
 from fastdml.data.files.check_files import check_bad_files
+from fastdml.data.image_files import ImageFiles
 from fastdml.data.image_set import ImageSet
+from fastdml.data.loaders.batching import Files
 from fastdml.data.loaders.dali import DALILoader, checked
 from fastdml.data.loaders.resident import ResidentLoader, has_kernel
 from fastdml.data.loaders.torch_workers import TorchLoader
-from fastdml.data.reid_split import STORED, ReidSplit
+from fastdml.data.reid_split import ReidSplit
 from fastdml.errors import InputError
 from fastdml.units import size
 
@@ -27,7 +29,7 @@ SHARE = 0.5  # of the free memory that a set may take
 
 def make_loader(
     kind: str,
-    source: ImageSet | ReidSplit,
+    source: ImageSet | Files,
     batch_size: int,
     *,
     bad_files: str = "error",
@@ -64,7 +66,7 @@ def make_loader(
 
 def choose_loader(
     kind: str,
-    source: ImageSet | ReidSplit,
+    source: ImageSet | Files,
     device: torch.device,
     *,
     policy: str | None = None,
@@ -88,7 +90,7 @@ def choose_loader(
     need, free = needed_bytes(source, device, **options), free_bytes(device)
     if need <= SHARE * free:
         return "resident"
-    kind = "dali" if has_dali() else "torch"
+    kind = "dali" if has_dali() and not isinstance(source, ImageFiles) else "torch"
     if kind == "dali" and options.get("padding", "reflect") == "reflect":
         kind = "torch" if isinstance(source, ReidSplit) or options.get("size") else "dali"
     logger.info(
@@ -107,7 +109,7 @@ def has_dali() -> bool:
 
 
 def needed_bytes(
-    source: ImageSet | ReidSplit,
+    source: ImageSet | Files,
     device: torch.device,
     *,
     train: bool,
@@ -116,16 +118,18 @@ def needed_bytes(
     flip: bool = True,
     **others: Any,
 ) -> int:
-    """The bytes that a `ResidentLoader` would keep its images in. others: options without effect on
-    that."""
-    if isinstance(source, ReidSplit):
-        height, width, channels = *STORED, 3
-    else:
+    """The bytes that a `ResidentLoader` would keep its images in, or take in while it makes them.
+    others: options without effect on that."""
+    if isinstance(source, ImageSet):
         _, height, width, channels = source.pixels.shape
+    else:
+        (height, width), channels = source.size, 3
     pixels = channels * height * width
     if has_kernel(device) or (size or (height, width)) != (height, width):
         return len(source) * pixels
-    table = (1 + 2 * pad / width) * (1 + flip) if train else 1
+    table = (1 + 2 * pad / width) * (1 + flip) if train else 1.0
+    if isinstance(source, ImageFiles):  # decoded pixels, which the table is made of
+        table += 1
     return int(len(source) * pixels * table)
 
 

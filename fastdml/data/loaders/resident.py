@@ -25,8 +25,7 @@ from torch import Tensor
 from fastdml.data import augment
 from fastdml.data.augment import Choices
 from fastdml.data.image_set import ImageSet
-from fastdml.data.loaders.batching import Batching
-from fastdml.data.reid_split import ReidSplit
+from fastdml.data.loaders.batching import Batching, Files
 
 AT_ONCE = 64  # images to lay out, so that their mirrored copy stays in the cache
 
@@ -44,14 +43,15 @@ class ResidentLoader(Batching):
     rectangle of random size to the mean colour, or a square of `cutout` pixels. Rank `rank` of
     `world` shows `batch_size` images of each step that the others do not; a last batch too short
     for all ranks is dropped. In evaluation the order is the set's, images are resized only, the
-    last batch may be short, and every rank sees all of it. Files are decoded at once.
+    last batch may be short, and every rank sees all of it. Files are decoded at once, to `stored`
+    (height, width; default: the size that they say).
 
     Raises InputError for a batch size, rank, seed or augmentation out of range, for a batch larger
     than an epoch has images, and (BadImage) for a file that cannot be decoded.
     """
 
-    def _take_in(self, images: ImageSet | ReidSplit) -> None:
-        if isinstance(images, ReidSplit):
+    def _take_in(self, images: ImageSet | Files) -> None:
+        if not isinstance(images, ImageSet):
             images = images.decode(self.stored)
         pixels = images.pixels.to(self.device)  # (N, H, W, ch)
         what, self._table = self.augment, None

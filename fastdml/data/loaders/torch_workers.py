@@ -16,7 +16,7 @@ import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import cache
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 import torch
@@ -27,10 +27,12 @@ from torch.utils.data import DataLoader, Dataset
 from fastdml.data import policies
 from fastdml.data.files.decode import BadImage, decode
 from fastdml.data.image_set import ImageSet
-from fastdml.data.loaders.batching import Batching
-from fastdml.data.reid_split import STORED, ReidSplit
+from fastdml.data.loaders.batching import Batching, Files
 from fastdml.errors import InputError
 from fastdml.torch_private import fetches_from_worker
+
+if TYPE_CHECKING:
+    from fastdml.image_record import Resize
 
 TERM = {signal.SIGTERM}
 DEAD = ("DataLoader worker (pid", "Pin memory thread exited")  # torch's messages begin so
@@ -102,7 +104,7 @@ class _Images(Dataset[np.ndarray | str]):
 
     def __init__(
         self,
-        source: ReidSplit | ImageSet,
+        source: ImageSet | Files,
         what: Augment,
         stored: tuple[int, int],
         policy: str | None,
@@ -111,17 +113,18 @@ class _Images(Dataset[np.ndarray | str]):
         self.white = getattr(source, "white", 255)
         self.paths: tuple[str, ...] = ()
         self.images = np.empty((0, *stored, 3), np.uint8)  # (N, H, W, ch); files are decoded later
-        if isinstance(source, ReidSplit):
-            self.paths = source.paths
-        else:
+        self.how: Resize = "stretch"
+        if isinstance(source, ImageSet):
             self.images = source.pixels.cpu().numpy()
+        else:
+            self.paths, self.how = source.paths, source.resize
         self.mean = np.array(source.mean, np.float32)
         self.scale = 1 / np.array(source.std, np.float32)
 
     def __getitem__(self, item: _Item) -> np.ndarray | str:
         try:
             if self.paths:
-                image = decode(self.paths[item.sample], self.stored)
+                image = decode(self.paths[item.sample], self.stored, self.how)
             else:
                 image = self.images[item.sample]
         except BadImage as bad:
@@ -212,28 +215,26 @@ def _of_dead_worker(error: Exception) -> bool:
 
 
 class TorchLoader(Batching):
-    """`ResidentLoader`'s batches, to the last bit, from a `ReidSplit` or an `ImageSet`.
+    """`ResidentLoader`'s batches, to the last bit, from files or an `ImageSet`.
 
-    stored: the (height, width) that files are decoded to before they are augmented, as when they
-    are kept in memory. workers: processes; 0: none but this one. policy: what changes an image in
-    training before it is resized, cropped and mirrored, one of `policies.POLICIES`; a function of
-    seed, epoch and sample as all else. options: `ResidentLoader`'s.
+    workers: processes; 0: none but this one. policy: what changes an image in training before it is
+    resized, cropped and mirrored, one of `policies.POLICIES`; a function of seed, epoch and sample
+    as all else. options: `ResidentLoader`'s.
     """
 
     def __init__(
         self,
-        source: ReidSplit | ImageSet,
+        source: ImageSet | Files,
         batch_size: int,
         *,
-        stored: tuple[int, int] = STORED,
         workers: int = 2,
         policy: str | None = None,
         **options: Any,
     ) -> None:
-        self.stored, self.workers, self.policy = stored, workers, policy
+        self.workers, self.policy = workers, policy
         super().__init__(source, batch_size, **options)
 
-    def _take_in(self, source: ReidSplit | ImageSet) -> None:
+    def _take_in(self, source: ImageSet | Files) -> None:
         if self.policy:
             policies.check_policy(self.policy, len(self.mean))
         policy = self.policy if self.train else None

@@ -1,8 +1,9 @@
 """The settings of `cifar100(...)` and the others, for type checkers: a name that is no setting, or
 a value of another kind, is an error before anything runs.
 
-They are the fields of `TrainConfig` and `ReidConfig`, where what each means and its default stand;
-without `peers` and `root`, which are parameters, and `data`, which the function's name says.
+They are the fields of `TrainConfig`, `FolderConfig` and `ReidConfig`, where what each means and its
+default stand; without `peers` and `root`, which are parameters, and `data`, which the function's
+name says.
 """
 
 from __future__ import annotations
@@ -62,6 +63,12 @@ class TrainSettings(TypedDict, total=False):
     csv: bool
     wandb: bool
     figures: Sequence[Literal["png", "pdf", "svg"]]
+
+
+class FolderSettings(TrainSettings, total=False):
+    size: int
+    normalise: Literal["auto", "set", "imagenet"]
+    bad_files: Literal["error", "skip"]
 
 
 class ReidSettings(TrainSettings, total=False):

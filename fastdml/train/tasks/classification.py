@@ -12,7 +12,15 @@ from typing import Any
 import torch
 
 from fastdml.cohort import Cohort
-from fastdml.data import HINT, ImageSet, ResidentLoader, load, make_loader, record
+from fastdml.data import (
+    HINT,
+    ImageSet,
+    ResidentLoader,
+    load,
+    make_loader,
+    record,
+)
+from fastdml.data.image_files import Splits
 from fastdml.engine.amp import Amp, AmpName, resolve_amp
 from fastdml.errors import InputError
 from fastdml.eval_mode import evaluating
@@ -68,24 +76,22 @@ class Classification(Task):
     def prepare(
         self, config: TrainConfig, device: torch.device, hint: str = HINT
     ) -> Iterator[Prepared]:
-        download = config.download and not config.dry_run
-        train_set, test_set = load(config.data, config.root, download=download, hint=hint)
+        sets = self.splits(config, hint)
         if config.subset:
-            train_set = train_set.subset(config.subset, config.seed)
+            sets = sets._replace(train=sets.train.subset(config.subset, config.seed))
+        channels, *size = sets.train.image_shape
         cohort = Cohort(
             config.peers,
-            train_set.num_classes,
-            in_channels=train_set.images.shape[1],
+            sets.train.num_classes,
+            in_channels=channels,
             seed=config.seed,
             pretrained=config.pretrained,
-            image_size=train_set.images.shape[2:],
+            image_size=size,
         ).to(device)
-        if config.pretrained:
-            normalisation = pretrained_normalisation(config.peers, cohort.in_channels)
-            train_set, test_set = (s.normalised_by(*normalisation) for s in (train_set, test_set))
+        sets = self.normalised(sets, config)
         train = make_loader(
             config.loader,
-            train_set,
+            sets.train,
             config.batch_size,
             seed=config.seed,
             train=True,
@@ -94,8 +100,28 @@ class Classification(Task):
             policy=config.policy,
             device=device,
         )
-        test = ResidentLoader(test_set, EVALUATION_BATCH, train=False, device=device)
-        yield Prepared(cohort, train, test)
+        test = sets.validation if sets.test is None else sets.test
+        yield Prepared(cohort, train, self.evaluation_batches(test, config, device))
+
+    def splits(self, config: Any, hint: str = HINT) -> Splits:
+        """The images of the set that `config` names."""
+        download = config.download and not config.dry_run
+        train, test = load(config.data, config.root, download=download, hint=hint)
+        return Splits(train, None, test)
+
+    def normalised(self, sets: Splits, config: Any) -> Splits:
+        """The same images, by the mean and std that peers with these settings get."""
+        if not config.pretrained:
+            return sets
+        usual = pretrained_normalisation(config.peers, sets.train.image_shape[0])
+        return sets.each(lambda images: images.normalised_by(*usual))
+
+    def evaluation_batches(self, images: Any, config: Any, device: torch.device) -> Batches:
+        """Batches of an `ImageSet` or `ImageFiles` to be scored on, in their order."""
+        if isinstance(images, ImageSet):
+            return ResidentLoader(images, EVALUATION_BATCH, train=False, device=device)
+        # of any size: batches that peers can be trained on fit into memory
+        return make_loader(config.loader, images, config.batch_size, train=False, device=device)
 
     def score(self, cohort: Cohort, test: Batches, amp: Amp) -> ClassificationScores:
         return score(cohort, test, amp)
