@@ -31,6 +31,7 @@ if TYPE_CHECKING:
     from fastdml.data.sets.digits import load_digits
     from fastdml.data.sets.folder import load_folder
     from fastdml.data.sets.market1501 import ImageFolderReID, Market1501
+    from fastdml.data.validation import split_validation
 
 _HOMES = {
     "DALILoader": "loaders.dali",
@@ -50,6 +51,7 @@ _HOMES = {
     "load_digits": "sets.digits",
     "load_folder": "sets.folder",
     "make_loader": "loaders.make",
+    "split_validation": "validation",
 }
 
 __all__ = [
@@ -78,6 +80,7 @@ __all__ = [
     "make_loader",
     "record",
     "register_dataset",
+    "split_validation",
 ]
 
 

@@ -16,6 +16,7 @@ Layout, as in `fastdml_kernels.augment`, `tl.philox(seed, epoch, sample, purpose
              ERASE   word 0: whether   word 1: which shape   word 2: top row   word 3: left column
              GROUP   word 0: place within its identity   word 1: when the identity's groups come
              POLICY  word 0: seed of torchvision's policy
+             VALIDATION   word 0: place within its class (epoch is 0)
 
 A 32-bit word w becomes an integer in [0, n) as (w * n) >> 32, that is `tl.umulhi(w, n)`; no
 value's probability is off by more than 2**-32. The words live in int64 tensors, since torch does
@@ -31,7 +32,8 @@ from torch import Tensor
 
 from fastdml.errors import InputError
 
-EPOCH, SUBSET, ERASE, GROUP, POLICY = 0, 1, 2, 3, 4  # purposes; each opens an independent stream
+# Purposes; each opens an independent stream.
+EPOCH, SUBSET, ERASE, GROUP, POLICY, VALIDATION = 0, 1, 2, 3, 4, 5
 
 MASK = 0xFFFFFFFF
 MULTIPLIERS = (0xD2511F53, 0xCD9E8D57)
