@@ -320,7 +320,7 @@ def _our_epoch(market: Market1501, config: train.ReidConfig, device: torch.devic
         config = config.replace(folder=str(Path(folder, "run")))
         timing.wait(device)
         start = time.perf_counter()
-        cohort, batches, _ = prepare(market, config, device)
+        cohort, batches, *_ = prepare(market, config, device)
         timing.wait(device)
         prepared = time.perf_counter() - start
         seconds = prepared + train.fit(cohort, batches, None, config).seconds

@@ -71,9 +71,20 @@ def evaluate(args: list[str]) -> None:
         print(to_json({**found, "device": device_name(device), "scores": scores}))
     else:
         print(table)
-        print(f"{options.weights} weights of {options.run}, on {device_name(device)}")
+        print(f"{_described(options)} of {options.run}, on {device_name(device)}")
         for path in pictures:
             print(path)
+
+
+def _described(options: argparse.Namespace) -> str:
+    """Which weights were scored, and for the best ones what chose them."""
+    from fastdml.train.run_weights import chosen_on
+
+    images = chosen_on(options.run) if options.weights == "best" else None
+    flatter = ", which flatter them," if images == "test" else ","
+    return f"{options.weights} weights" + (
+        f", chosen on {images} images{flatter}" if images else ""
+    )
 
 
 def _refuse_options_of_others(

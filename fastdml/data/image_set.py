@@ -103,7 +103,7 @@ class ImageSet:
         Classes differ by one sample at most until one runs out, and a smaller subset of the same
         seed lies within a larger one.
         """
-        return self.at(evenly(self.labels.cpu(), n, seed))
+        return self.at(evenly(self.labels.cpu(), n, seed).to(self.labels.device))
 
 
 def evenly(labels: Tensor, n: int, seed: int) -> Tensor:

@@ -33,7 +33,8 @@ def split_validation(data: Set, validation: float, seed: int = 0) -> tuple[Set, 
         names = ", ".join(str(data.class_names[c]) for c in sorted(lacking)[:3])
         more = ", ..." if len(lacking) > 3 else ""
         logger.warning("no validation images of classes with a single image: %s%s", names, more)
-    return data.at(kept.nonzero()[:, 0]), data.at(chosen)
+    device = data.labels.device
+    return data.at(kept.nonzero()[:, 0].to(device)), data.at(chosen.to(device))
 
 
 def validation_places(labels: Tensor, validation: float, seed: int) -> Tensor:

@@ -11,6 +11,9 @@ A run folder holds, from this module:
         {"kind": "epoch", ...}                 the same, means over a whole epoch
         {"kind": "test", "step": 156, "epoch": 1.0, "time": ..., "top1": [K], "ensemble_top1": ..}
                                                (of re-identification "mAP", "rank1" and so on)
+        {"kind": "validation", ...}            the same of validation images. Where they choose the
+                                               best weights, "test" is there at the end alone, once
+                                               with "weights": "last" and once with "best"
         `step` counts batches done, `time` is in seconds since 1970, null stands for NaN and inf.
     tensorboard/       the same scalars: KIND/NAME, with /PEER where there is one a peer
     metrics.csv        of epochs and evaluations, where it is asked for

@@ -62,7 +62,7 @@ def draw(
 def plot_curves(
     folder: Path, headlines: Sequence[Headline], formats: Sequence[str] = ("png",)
 ) -> list[Path]:
-    """curves: training losses and test scores by epoch, with those of independent/ where it is."""
+    """curves: training losses and scores by epoch, with those of independent/ where it is."""
     with _style():
         return _save(_curves(_runs(folder), headlines), folder / "curves", formats)
 
@@ -119,7 +119,8 @@ def _panels(
         panels.append(("train", "kl", "training KL from the other peers (nats)", 1.0))
     if any("metric" in r for r in records):
         panels.append(("train", "metric", "training loss on features", 1.0))
-    panels += [("test", score.name, f"test {score.title} (%)", 100.0) for score in headlines]
+    images = "validation" if any(r["kind"] == "validation" for r in records) else "test"
+    panels += [(images, score.name, f"{images} {score.title} (%)", 100.0) for score in headlines]
     return panels
 
 
@@ -155,7 +156,7 @@ def _draw_run(
         ):
             values = [_scaled(r[key][k], unit) for r in points]
             axis.plot([r["epoch"] for r in points], values, color=colour, **look)
-    if kind == "test" and len(names) > 1:
+    if kind in ("test", "validation") and len(names) > 1:
         values = [_scaled(r[f"ensemble_{key}"], unit) for r in line]
         axis.plot([r["epoch"] for r in line], values, color="black", **style)
 

@@ -18,7 +18,7 @@ class Headline:
     name: str  # of the scores' field, which metrics.jsonl has too
     label: str  # of a table's column and of what training says after an epoch
     entry: str  # in summary.json, before _mutual and _independent
-    title: str  # above its curve, between "test" and "(%)"
+    title: str  # above its curve, between "test" or "validation" and "(%)"
 
 
 @dataclass(frozen=True)

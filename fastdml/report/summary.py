@@ -30,6 +30,8 @@ def write_summary(
     execution: str | None,
     threads: int | None,
     command: str,
+    chosen_on: str | None = "test",
+    scored_on: str | None = "test",
     mutual: dict[str, Any],
     independent: dict[str, Any] | None = None,
 ) -> dict[str, Any]:
@@ -37,9 +39,12 @@ def write_summary(
 
     `mutual` and `independent` are each {"scores": those of `scoring` as a dict, or None where
     nothing was evaluated, "images_per_second": float, "wall_seconds": float}
-    and whatever else is worth keeping.
+    and whatever else is worth keeping. chosen_on: the images that chose the best weights; where
+    they are validation images, "best_scores" are what the peers' entries show. scored_on: the
+    images that these scores are of.
     """
     runs = {"mutual": mutual, "independent": independent}
+    key = "best_scores" if chosen_on == "validation" else "scores"
     summary = {
         "config": config,
         "versions": versions(),
@@ -48,19 +53,21 @@ def write_summary(
         "threads": threads,
         "command": command,
         "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+        "chosen_on": chosen_on,
+        "scored_on": scored_on,
         "peers": [
             {
                 "name": name,
                 "parameters": count,
                 **{
-                    f"{score.entry}_{run}": _score(values, score.name, k)
+                    f"{score.entry}_{run}": _score(values, key, score.name, k)
                     for score in scoring.headlines
                     for run, values in runs.items()
                 },
             }
             for k, (name, count) in enumerate(zip(peers, parameters, strict=True))
         ],
-        **{f"ensemble_{r}": _score(v, f"ensemble_{scoring.leading}") for r, v in runs.items()},
+        **{f"ensemble_{r}": _score(v, key, f"ensemble_{scoring.leading}") for r, v in runs.items()},
         "mutual": mutual,
         "independent": independent,
     }
@@ -80,7 +87,9 @@ def versions() -> dict[str, str]:
     return found
 
 
-def _score(run: dict[str, Any] | None, name: str, peer: int | None = None) -> float | None:
-    if run is None or run["scores"] is None:
+def _score(
+    run: dict[str, Any] | None, key: str, name: str, peer: int | None = None
+) -> float | None:
+    if run is None or run[key] is None:
         return None
-    return run["scores"][name] if peer is None else run["scores"][name][peer]
+    return run[key][name] if peer is None else run[key][name][peer]

@@ -45,7 +45,28 @@ def summary_table(summary: dict[str, Any], scoring: Scoring) -> str:
         )
     else:
         note += "; images/s: all peers together"
-    return f"{fixed_columns(rows)}\n{note}"
+    return "\n".join([fixed_columns(rows), *_chosen(summary), *_stopped(summary), note])
+
+
+def _chosen(summary: dict[str, Any]) -> list[str]:
+    """Which weights the table is of, where it is not of the last."""
+    if summary.get("chosen_on") != "validation":
+        return []
+    runs = {run: summary[run] for run in ("mutual", "independent") if summary[run]}
+    epochs = ", ".join(
+        f"{values['best_epoch']:g}" + (f" ({run})" if len(runs) > 1 else "")
+        for run, values in runs.items()
+    )
+    scores = "test scores" if summary["scored_on"] == "test" else "validation scores (no test set)"
+    return [f"{scores} of the weights that the validation images chose: of epoch {epochs}"]
+
+
+def _stopped(summary: dict[str, Any]) -> list[str]:
+    return [
+        f"{run} training stopped early, after epoch {summary[run]['epochs']:g}: {reason}"
+        for run in ("mutual", "independent")
+        if summary[run] and (reason := summary[run].get("stopped"))
+    ]
 
 
 def fixed_columns(rows: Sequence[Sequence[str]], text: Collection[int] = (0,)) -> str:

@@ -11,6 +11,7 @@ beginning over them, so it is refused.
 
 from __future__ import annotations
 
+import dataclasses
 import os
 import zipfile
 from collections.abc import Mapping
@@ -170,7 +171,10 @@ def check_resumable(saved: Mapping[str, Any], config: TrainConfig) -> None:
         free |= SHOWN_BY_LOADER | task.shown_by_loader
         if is_known(str(saved.get("data"))):
             free |= DEFAULTS_OF_FIT | task.defaults_of_fit
-    for name, value in saved.items():
+    absent = {  # a setting that is younger than the run
+        field.name: field.default for field in dataclasses.fields(config) if field.name not in saved
+    }
+    for name, value in {**saved, **absent}.items():
         if name in free or wanted[name] == value:
             continue
         why = ""

@@ -103,16 +103,16 @@ def first_look(cohort: Cohort, train: Batches, config: TrainConfig, amp: Amp) ->
     return images
 
 
-def test_look(cohort: Cohort, test: Batches, config: TrainConfig, amp: Amp) -> None:
-    """Checks that every peer can be evaluated on the first test batch, before an epoch is trained,
-    and that its labels mean what they do in training."""
-    same_images(cohort, test)
-    images, _ = first_batch(test, cohort.num_classes, "test", task_of(config).check_labels)
+def test_look(cohort: Cohort, test: Batches, config: TrainConfig, amp: Amp, what: str) -> None:
+    """Checks that every peer can be evaluated on the first batch, before an epoch is trained, and
+    that its labels mean what they do in training. what: "test" or "validation", for messages."""
+    same_images(cohort, test, what)
+    images, _ = first_batch(test, cohort.num_classes, what, task_of(config).check_labels)
     for name, peer in zip(cohort.names, cohort.peers, strict=True):
         _try_evaluation(name, peer, images, cohort.num_classes, amp)
 
 
-def same_images(cohort: Cohort, test: Batches) -> None:
+def same_images(cohort: Cohort, test: Batches, what: str = "test") -> None:
     """Refuses test batches whose classes, or their order, differ from those that `cohort` has
     recorded; another normalisation is logged."""
     found, known = described(test, cohort.in_channels), cohort.record()
@@ -121,13 +121,13 @@ def same_images(cohort: Cohort, test: Batches) -> None:
         pairs = enumerate(zip_longest(known["classes"], names))
         k, (ours, theirs) = next((k, pair) for k, pair in pairs if pair[0] != pair[1])
         raise InputError(
-            f"the test data have other classes than the training data, or another order: label {k} "
-            f"is {ours!r} in training and {theirs!r} in the test"
+            f"the {what} data have other classes than the training data, or another order: label "
+            f"{k} is {ours!r} in training and {theirs!r} in the {what}"
         )
     for name in ("mean", "std"):
         if known[name] and found.get(name, known[name]) != known[name]:
             logger.warning(
-                "the test images are normalised by another %s than the training images", name
+                "the %s images are normalised by another %s than the training images", what, name
             )
 
 
@@ -181,14 +181,22 @@ def _copied(peer: nn.Module) -> nn.Module | None:
         return None
 
 
-def recorded(config: TrainConfig, cohort: Cohort, train: Batches, images: Tensor) -> TrainConfig:
+def recorded(
+    config: TrainConfig, cohort: Cohort, train: Batches, images: Tensor, validation: Any = None
+) -> TrainConfig:
     """`config` for the caller's own data: the settings of data and augmentation replaced by those
-    that the loader has."""
+    that the loader has. validation: what the best weights are chosen on, as `fit` takes it."""
+    if config.validation:
+        raise InputError(
+            f"validation={config.validation:g} divides the data sets that fastdml knows by name: "
+            "of your own, give the images to validate on as validation=, and leave the setting out"
+        )
     label = "own data" if config.data in dataset_names() else config.data.partition(":")[0]
     shape = "x".join(map(str, images.shape[1:]))
+    validated = "" if validation is None else ", with validation"
     augment = getattr(train, "augment", None)  # of fastdml's loaders
     changes: dict[str, Any] = {
-        "data": f"{label}: {len(train)} batches of {len(images)}, images {shape}",
+        "data": f"{label}: {len(train)} batches of {len(images)}, images {shape}{validated}",
         "download": False,
         "subset": 0,
         "batch_size": len(images),

@@ -6,11 +6,13 @@ import dataclasses
 import time
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from fastdml.errors import InputError
 from fastdml.train.tasks.task import scoring_of
 from fastdml.units import duration, percent
+
+Images = Literal["validation", "test"]
 
 
 @dataclass
@@ -19,6 +21,7 @@ class Progress:
 
     steps: int  # an epoch
     total: int  # steps of the training
+    images: Images = "test"  # that evaluations read
     after: int = 0  # steps of the run that follow this training
     position: int = 0  # steps done
     seconds: float = 0.0  # that it took before this process
@@ -26,6 +29,7 @@ class Progress:
     scores: Any = None  # of the last evaluation
     best_epoch: float = 0
     best_scores: Any = None
+    tested: dict[str, Any] | None = None  # test scores at the end, by weights: "last" and "best"
     started: float = 0.0  # when this process began with it
     stopped: str | None = None  # why training ended early
     first: int | None = None  # the position at this process's first step, which was at `begun`
@@ -78,12 +82,23 @@ class Progress:
     def evaluated(self, scores: Any) -> bool:
         """Notes the scores of the last epoch; whether they are the best so far."""
         self.scores = scores
-        self.history[-1]["test"] = dataclasses.asdict(scores)
+        self.history[-1][self.images] = dataclasses.asdict(scores)
         mean = scoring_of(scores).mean
         best = self.best_scores is None or mean(scores) > mean(self.best_scores)
         if best:
             self.best_epoch, self.best_scores = self.trained, scores
         return best
+
+    @property
+    def evaluated_now(self) -> bool:
+        """Whether the last epoch was evaluated."""
+        return self.images in self.history[-1]
+
+    @property
+    def stale(self) -> int:
+        """Evaluations since the best one."""
+        later = (r for r in self.history if r["epoch"] > self.best_epoch)
+        return sum(self.images in record for record in later)
 
     # --- for the user ---
 
@@ -101,10 +116,11 @@ class Progress:
             f"epoch {self.epoch}/{self.epochs}",
             "loss " + " ".join(f"{x:.3f}" for x in record["loss"]),
         ]
-        if test := record.get("test"):
-            lead = scoring_of(test).headlines[0]
-            parts.append(f"test {lead.label} % " + " ".join(map(percent, test[lead.name])))
-            parts.append(f"ensemble {percent(test[f'ensemble_{lead.name}'])}")
+        if scores := record.get(self.images):
+            lead = scoring_of(scores).headlines[0]
+            values = " ".join(map(percent, scores[lead.name]))
+            parts.append(f"{self.images} {lead.label} % {values}")
+            parts.append(f"ensemble {percent(scores[f'ensemble_{lead.name}'])}")
         if record["images_per_second"]:
             parts.append(
                 f"{record['images_per_second']:,.0f} images/s, "
@@ -125,6 +141,7 @@ class Progress:
             "best_epoch": self.best_epoch,
             "best_scores": self.best_scores and dataclasses.asdict(self.best_scores),
             "stopped": self.stopped,
+            "tested": self.tested and {k: dataclasses.asdict(v) for k, v in self.tested.items()},
         }
 
     def load(self, state: dict[str, Any]) -> None:
@@ -147,7 +164,11 @@ class Progress:
         self.stopped = state.get("stopped")  # not in checkpoints of earlier versions
         if not isinstance(self.stopped, str | None):
             raise ValueError(f"stopped {self.stopped!r}")
-        self.scores, self.best_scores = (
-            state[key] and scoring_of(state[key]).read(state[key])
-            for key in ("scores", "best_scores")
-        )
+        self.scores, self.best_scores = map(_read, (state["scores"], state["best_scores"]))
+        if self.done and (tested := state.get("tested")):  # as `stopped`
+            self.tested = {weights: _read(tested[weights]) for weights in ("last", "best")}
+
+
+def _read(scores: dict[str, Any] | None) -> Any:
+    """The scores that a checkpoint holds as a dict."""
+    return scores and scoring_of(scores).read(scores)

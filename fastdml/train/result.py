@@ -5,7 +5,7 @@ from __future__ import annotations
 import html
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 from fastdml.errors import MissingExtra
 from fastdml.report.tables import fixed_columns
@@ -16,6 +16,7 @@ from fastdml.units import percent
 if TYPE_CHECKING:
     import pandas
 
+IMAGES = ("validation", "test")  # that scores are of
 LOSSES = {"ce": "cross-entropy", "kl": "KL", "metric": "loss on features"}
 
 
@@ -30,7 +31,7 @@ class TrainResult:
     history: list[dict[str, Any]]  # the epoch records of metrics.jsonl, in order
     scores: Any  # of the last weights, for instance ClassificationScores; None without evaluation
     best_epoch: float  # epochs trained when the peers' mean score was best; 0: not evaluated
-    best_scores: Any
+    best_scores: Any  # of the best weights, on the same images
     weights: dict[str, Path]  # "last" and "best": folders that Cohort.load reads
     images_per_second: float  # of training alone, first steps left out; 0 if too short to tell
     data_wait: float  # share of that time spent waiting for batches, 0 to 1
@@ -41,7 +42,24 @@ class TrainResult:
     execution: str | None  # of the steps, for instance "eager"
     threads: int | None  # of the steps, on a CPU
     stopped: str | None = None  # why training ended before its last epoch
+    chosen_on: Literal["validation", "test"] | None = None
+    """The images that chose the best weights. With validation `scores` and `best_scores` are of the
+    test set, read at the end, or without a test set of the validation images."""
+    validation_scores: Any = None  # of the last weights
+    best_validation_scores: Any = None  # that the best weights were chosen by
     independent: TrainResult | None = None  # the same peers trained without the KL term
+
+    @property
+    def scored_on(self) -> Literal["validation", "test"] | None:
+        """The images that `scores` and `best_scores` are of."""
+        tested = self.scores is not self.validation_scores
+        return ("test" if tested else "validation") if self.scores else None
+
+    @property
+    def headline(self) -> Any:
+        """The scores that the run is judged by: of the best weights where validation images chose
+        them, else of the last."""
+        return self.best_scores if self.chosen_on == "validation" else self.scores
 
     def __repr__(self) -> str:
         return f"<TrainResult of {len(self.peers)} peers in {self.folder}: print shows a table>"
@@ -58,8 +76,9 @@ class TrainResult:
 
     def to_frame(self) -> pandas.DataFrame:
         """A row an epoch and peer, of both runs where there are two (column `run`): losses in nats,
-        scores as fractions under test_NAME, what holds for all peers alike in each of their rows.
-        Matrices of pairs stay in `history`. Raises MissingExtra without pandas."""
+        scores as fractions under test_NAME or validation_NAME, what holds for all peers alike in
+        each of their rows. Matrices of pairs stay in `history`. Raises MissingExtra without
+        pandas."""
         try:
             import pandas
         except ModuleNotFoundError:
@@ -70,10 +89,10 @@ class TrainResult:
             runs["independent"] = self.independent
         for run, result in runs.items():
             for record in result.history:
-                test = {f"test_{key}": value for key, value in record.get("test", {}).items()}
-                values = {**record, **test}
-                values.pop("test", None)
-                values.pop("pairwise_kl", None)
+                values = {n: v for n, v in record.items() if n not in (*IMAGES, "pairwise_kl")}
+                for images in IMAGES:
+                    scores = record.get(images, {}).items()
+                    values |= {f"{images}_{name}": value for name, value in scores}
                 for k, peer in enumerate(result.peers):
                     own = {n: v[k] if isinstance(v, list) else v for n, v in values.items()}
                     rows.append({"run": run, "peer": peer, **own})
@@ -87,9 +106,9 @@ class TrainResult:
             ("parameters", [f"{count:,}" for count in self.parameters]),
         ]
         ensemble = ["ensemble", ""]
-        runs = {"mutual": self.scores}
+        runs = {"mutual": self.headline}
         if self.independent:
-            runs = {"independent": self.independent.scores, **runs}
+            runs = {"independent": self.independent.headline, **runs}
         if self.scores is None:
             last = self.history[-1]
             columns += [
@@ -110,6 +129,10 @@ class TrainResult:
 
     def _note(self) -> str:
         best = f", best epoch {self.best_epoch:.4g}" if self.best_epoch else ""
+        if self.chosen_on == "validation":
+            best += f" by validation, whose {self.scored_on} scores these are"
+        if self.stopped:
+            best += f", stopped early: {self.stopped}"
         rate = f", {self.images_per_second:,.0f} images/s" if self.images_per_second else ""
         return (
             f"{self.history[-1]['epoch']:.4g} epochs{best}, {self.seconds:,.0f} s{rate}, "

@@ -3,8 +3,8 @@
 A run folder holds config.yaml, from before the first step last.ckpt, metrics.jsonl, tensorboard/,
 and at the end cohort.json and peers/ (the last weights), curves.png, pairwise_kl.png, summary.json
 and, of classification, predictions.npz; best/ has the weights of the epoch with the highest mean
-test accuracy, or mAP, of the peers (chosen on the test images, so it flatters; the summary's table
-reports the last weights).
+accuracy, or mAP, of the peers. Where validation images chose them, the summary's table reports the
+best weights; where the test images did, which flatters, the last ones.
 With `independent` there is also initial.ckpt, the weights both phases start from, and independent/,
 a run folder of its own. The empty .lock keeps a second process out while one trains.
 """
@@ -26,7 +26,7 @@ from fastdml.cohort import Cohort
 from fastdml.data import HINT
 from fastdml.data.loaders.torch_workers import naming_dead_workers
 from fastdml.engine import cpus
-from fastdml.engine.amp import Amp, resolve_amp
+from fastdml.engine.amp import resolve_amp
 from fastdml.errors import InputError
 from fastdml.files import writing
 from fastdml.logs import held
@@ -35,11 +35,11 @@ from fastdml.report.metrics_log import INDEPENDENT
 from fastdml.report.summary import write_summary
 from fastdml.terminal import lenient_stderr
 from fastdml.train import checkpoint, checks
-from fastdml.train.batches import Batches, as_batches
+from fastdml.train.batches import as_batches
 from fastdml.train.callbacks import Callback, check_callbacks
 from fastdml.train.config.base import TrainConfig
 from fastdml.train.dryrun import plan
-from fastdml.train.predictions import save_predictions
+from fastdml.train.evaluations import evaluations, keep_predictions
 from fastdml.train.result import TrainResult
 from fastdml.train.run_folder import (
     INITIAL_CHECKPOINT,
@@ -50,7 +50,7 @@ from fastdml.train.run_folder import (
     resume_folder,
 )
 from fastdml.train.stopping import Stop, listening
-from fastdml.train.tasks.task import Evaluate, Task, scoring_of, task_of
+from fastdml.train.tasks.task import Evaluate, Prepared, Task, scoring_of, task_of
 from fastdml.train.trainer import Trainer
 from fastdml.yaml_file import CONFIG
 
@@ -73,9 +73,14 @@ def run(
     task = task_of(config)
     with (
         held() as show,
-        task.prepare(config, choose_device(config), hint) as (cohort, train, test),
+        task.prepare(config, choose_device(config), hint) as prepared,
     ):
-        return _fit(task, cohort, train, test, config, show, command, callbacks)
+        if config.validation and prepared.validation is None:
+            raise InputError(
+                f"validation={config.validation:g}: {config.data} keeps no validation images; set "
+                "validation to 0"
+            )
+        return _fit(task, prepared, config, show, command, callbacks)
 
 
 def fit(
@@ -84,16 +89,18 @@ def fit(
     test: Any | Evaluate | None,
     config: TrainConfig,
     *,
+    validation: Any | Evaluate | None = None,
     callbacks: Sequence[Callback] = (),
 ) -> TrainResult | None:
     """Trains `cohort` in place, on the device it is on, and leaves it with the last mutual weights.
 
     train: a `data.ResidentLoader`, or any sized iterable of (images, labels) such as a DataLoader;
     `train.batches` says when a run over it resumes exactly. test: the same for evaluation, or a
-    function from the cohort to its scores, or None. A description of the images is saved with the
-    weights, see `Cohort`. config: its device is not used; its settings of data and peers are
-    replaced in the run's record by those of `train` and `cohort`. callbacks: see `Callback`.
-    Returns None after a dry run.
+    function from the cohort to its scores, or None. validation: the same again; it chooses the best
+    weights and when to stop (`patience`), and `test` is then read at the end alone. A description
+    of the images is saved with the weights, see `Cohort`. config: its device is not used; its
+    settings of data and peers are replaced in the run's record by those of `train` and `cohort`.
+    callbacks: see `Callback`. Returns None after a dry run.
 
     Raises InputError, one line with the remedy, for peers, batches, settings or a folder that
     cannot be used; TrainingDiverged, also an InputError, where a loss is no longer finite;
@@ -105,15 +112,13 @@ def fit(
     checks.extras(config)
     task = task_of(config)
     with held() as show:
-        called = "fastdml.train.fit"
-        return _fit(task, cohort, train, test, config, show, called, callbacks, own=True)
+        prepared = Prepared(cohort, train, test, validation)
+        return _fit(task, prepared, config, show, "fastdml.train.fit", callbacks, own=True)
 
 
 def _fit(
     task: Task,
-    cohort: Cohort,
-    train: Any,
-    test: Any | Evaluate | None,
+    prepared: Prepared,
     config: TrainConfig,
     show: Callable[[], None],
     command: str,
@@ -124,21 +129,20 @@ def _fit(
     """show: shows the log lines that were held back, once nothing can be refused any more. command:
     recorded in summary.json. own: data and peers are the caller's, not those that `config`
     names."""
+    cohort, train, test, validation = prepared
     device = next(cohort.parameters()).device
     cohort.to(memory_format=torch.channels_last)
     train = as_batches(train, device, cohort.num_classes, check=task.check_labels)
     amp = resolve_amp(config.amp, device)
-    evaluate, test = _evaluation(task, cohort, test, amp)
     if len(cohort) == 1:
         logger.info("one peer learns from the labels alone: nothing is mutual below two")
     with lenient_stderr(), naming_dead_workers(), _reproducible(config, device):
         # 1. Prepare: refuse what cannot run before anything is written.
         images = checks.first_look(cohort, train, config, amp)
-        if test is not None:
-            checks.test_look(cohort, test, config, amp)
+        scored = evaluations(task, cohort, validation, test, config, amp)
         if own:
-            config = checks.recorded(config, cohort, train, images)
-        new_trainer = partial(Trainer, cohort, train, evaluate, task, callbacks=callbacks)
+            config = checks.recorded(config, cohort, train, images, validation)
+        new_trainer = partial(Trainer, cohort, train, scored, task, callbacks=callbacks)
         trainer = new_trainer(config, Path(), amp, label="mutual")
         resumed = _resumed_folder(config)
         if config.dry_run:
@@ -157,21 +161,11 @@ def _fit(
             trainer = new_trainer(config, folder, amp, label="mutual")
             mutual = trainer.run(stop)
             with _concluding():
-                save_predictions(folder, cohort, evaluate)
+                keep_predictions(trainer)
             # 3. Train them each by itself, from the same weights, on the same batches.
             independent = _independent(trainer, stop) if config.independent else None
             # 4. Conclude: pictures and summaries.
             return _conclude(mutual, independent, command)
-
-
-def _evaluation(
-    task: Task, cohort: Cohort, test: Any | Evaluate | None, amp: Amp
-) -> tuple[Evaluate | None, Batches | None]:
-    """A function from a cohort to its scores, and the batches that it reads if they are known."""
-    if test is None or callable(test):
-        return test, None
-    batches = as_batches(test, amp.device, cohort.num_classes, "test", task.check_labels)
-    return task.scorer(batches, amp), batches
 
 
 def _resumed_folder(config: TrainConfig) -> Path | None:
@@ -229,14 +223,14 @@ def _independent(mutual: Trainer, stop: Stop) -> TrainResult:
         if choice is not None and mutual.execution is not None:  # may have fallen back to eager
             choice = choice._replace(execution=mutual.execution)
         trainer = Trainer(
-            *(cohort, mutual.train, mutual.evaluate, mutual.task, config, folder, amp),
+            *(cohort, mutual.train, mutual.evaluations, mutual.task, config, folder, amp),
             label="independent",
             choice=choice,
             callbacks=mutual.calls.callbacks,
         )
         result = trainer.run(stop)
         with _concluding():
-            save_predictions(folder, cohort, mutual.evaluate)
+            keep_predictions(trainer)
         return result
     finally:
         cohort.load_state_dict(trained)
@@ -279,6 +273,8 @@ def _report(mutual: TrainResult, independent: TrainResult | None, command: str) 
             execution=result.execution,
             threads=result.threads,
             command=command,
+            chosen_on=result.chosen_on,
+            scored_on=result.scored_on,
             mutual=_summary(result),
             independent=None if beside is None else _summary(beside),
         )
@@ -297,6 +293,17 @@ def _summary(result: TrainResult) -> dict[str, Any]:
         "best_epoch": result.best_epoch,
         "best_scores": dataclasses.asdict(result.best_scores),
         "stopped": result.stopped,
+        "validation": _validation(result),
+    }
+
+
+def _validation(result: TrainResult) -> dict[str, Any] | None:
+    """What the best weights were chosen by, where validation images did it."""
+    if result.best_validation_scores is None:
+        return None
+    return {
+        "scores": dataclasses.asdict(result.validation_scores),
+        "best_scores": dataclasses.asdict(result.best_validation_scores),
     }
 
 

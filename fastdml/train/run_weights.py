@@ -46,10 +46,17 @@ def run_config(run: Path) -> TrainConfig:
 def default_weights(run: Path) -> Weights:
     """The weights to use where nobody says which: the best where a validation set chose them, else
     the last, since test images that chose the best flatter them."""
-    chosen_on = summary(run).get("chosen_on")
-    if chosen_on is None and (run / BEST / "cohort.json").is_file():  # the run has not ended
-        chosen_on = "validation" if _validated(run) else None
-    return "best" if chosen_on == "validation" else "last"
+    return "best" if chosen_on(run) == "validation" else "last"
+
+
+def chosen_on(run: Path) -> str | None:
+    """The images that chose a run's best weights, "validation" or "test", also of a run that has
+    not ended; None where there are no best weights."""
+    if not (run / BEST / "cohort.json").is_file():
+        return None
+    if images := summary(run).get("chosen_on"):
+        return images
+    return "validation" if _validated(run) else "test"
 
 
 def find_weights(run: Path, weights: Weights) -> tuple[Unfinished | None, Path]:

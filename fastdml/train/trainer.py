@@ -39,13 +39,14 @@ from fastdml.train import checkpoint, learning_rate
 from fastdml.train.batches import Batches, assembler
 from fastdml.train.callbacks import Calls
 from fastdml.train.config.base import TrainConfig
+from fastdml.train.evaluations import Evaluations, read_test_set
 from fastdml.train.meters import Clock, Record, Totals
 from fastdml.train.progress import Progress
 from fastdml.train.random_state import seed_generators
 from fastdml.train.result import TrainResult
 from fastdml.train.run_folder import BEST, LAST_CHECKPOINT
 from fastdml.train.stopping import Stop
-from fastdml.train.tasks.task import Evaluate, Task
+from fastdml.train.tasks.task import Task, scoring_of
 from fastdml.train.trainer_state import restore, state_of
 from fastdml.units import duration
 from fastdml.yaml_file import CONFIG
@@ -66,7 +67,7 @@ class Trainer:
         self,
         cohort: Cohort,
         train: Batches,
-        evaluate: Evaluate | None,
+        evaluations: Evaluations,
         task: Task,
         config: TrainConfig,
         folder: Path,
@@ -77,13 +78,14 @@ class Trainer:
         callbacks: Sequence[Any] = (),
     ) -> None:
         self.cohort, self.peers = cohort, list(cohort.peers)
-        self.train, self.evaluate = train, evaluate
+        self.train, self.evaluations = train, evaluations
         self.task, self.config, self.folder, self.amp = task, config, folder, amp
         self.label = label
         self.device = amp.device
         self.steps = len(train)  # an epoch
         total = learning_rate.total_steps(config, self.steps)
-        self.progress = Progress(self.steps, total, after=total * config.independent)
+        after = total * config.independent
+        self.progress = Progress(self.steps, total, evaluations.images, after)
         self.optimizer = make_optimizer(
             cohort,
             config.optimizer,
@@ -189,6 +191,7 @@ class Trainer:
                 self._end_epoch()
                 if not progress.done:
                     stop.leave_if_asked(self._where)
+            read_test_set(self)
         result = self._finish()
         if not ended:
             self._call_end(result)
@@ -221,7 +224,7 @@ class Trainer:
                 self._read()
             if stop.signal or self._save_due():
                 clock.stop()
-                self._save()
+                self.save()
                 stop.leave_if_asked(self._where)
                 clock.start()
         clock.stop()
@@ -263,36 +266,57 @@ class Trainer:
         due = progress.done or progress.epoch % self.config.eval_every == 0
         if due:
             self._evaluate()
-        self._save()
+            self._stop_if_stale()
+        self.save()
         logger.info(f"{self.label} {progress.epoch_line()}")
+        if progress.stopped is not None:
+            self._say_stopped()
         self._call_back(record)
+
+    def _stop_if_stale(self) -> None:
+        """Ends the training where `patience` evaluations have not been better."""
+        progress, patience = self.progress, self.config.patience
+        if patience and progress.stale >= patience and not progress.done:
+            lead = scoring_of(progress.scores).headlines[0].label
+            progress.stopped = (
+                f"no better {progress.images} {lead} in {patience} "
+                f"evaluation{'s' * (patience > 1)} after epoch {progress.best_epoch:g}"
+            )
+
+    def _say_stopped(self) -> None:
+        progress = self.progress
+        logger.info(
+            f"{self.label} training stops after epoch {progress.trained:g} of {progress.epochs}: "
+            f"{progress.stopped}"
+        )
 
     def _call_back(self, record: dict[str, Any]) -> None:
         """Calls the callbacks for an epoch, which is saved. Where one stops the training there, it
         is evaluated and saved as at its end."""
         progress = self.progress
-        evaluated = "test" in progress.history[-1]
-        reasons = [self.calls.evaluation("test", progress.scores)] if evaluated else []
+        evaluated = progress.evaluated_now
+        reasons = [self.calls.evaluation(progress.scores)] if evaluated else []
         reasons.append(self.calls.epoch(record))
         reason = next((reason for reason in reasons if reason is not None), None)
         if reason is None or progress.done:
             return
         progress.stopped = reason
-        logger.info(f"{self.label} training stops after epoch {progress.trained:g}: {reason}")
-        if not evaluated and self.evaluate is not None:
+        self._say_stopped()
+        if not evaluated and self.evaluations.during is not None:
             self._evaluate()
-            self.calls.evaluation("test", progress.scores)
-        self._save()
+            self.calls.evaluation(progress.scores)
+        self.save()
 
     def _evaluate(self) -> None:
-        progress, evaluate = self.progress, self.evaluate
+        progress, evaluate = self.progress, self.evaluations.during
         if evaluate is None:
             return
         with self.ema.applied() if self.ema else nullcontext():
             with evaluating(self.cohort):
                 scores = evaluate(self.cohort)
             best = progress.evaluated(scores)
-            self.log.log("test", progress.position, progress.trained, **dataclasses.asdict(scores))
+            values = dataclasses.asdict(scores)
+            self.log.log(progress.images, progress.position, progress.trained, **values)
             if best:
                 self.cohort.save(self.folder / BEST)
 
@@ -328,7 +352,7 @@ class Trainer:
     def _where(self) -> str:
         return self.progress.where(self.folder / LAST_CHECKPOINT)
 
-    def _save(self) -> None:
+    def save(self) -> None:
         """Replaces the checkpoint, unless a loss or a weight has gone bad."""
         self._check_losses()
         fine = [torch.stack([w.isfinite().all() for w in p.parameters()]).all() for p in self.peers]
@@ -359,6 +383,7 @@ class Trainer:
     def _finish(self) -> TrainResult:
         """Writes the last weights, where Cohort.load finds them; with `ema` their averages."""
         progress = self.progress
+        tested, validated = progress.tested or {}, progress.images == "validation"
         if self.ema:
             self.ema.copy_to_cohort()
         self.cohort.save(self.folder)
@@ -371,9 +396,12 @@ class Trainer:
             peers=tuple(self.cohort.names),
             parameters=self.parameters(),
             history=progress.history,
-            scores=progress.scores,
+            scores=tested.get("last", progress.scores),
             best_epoch=progress.best_epoch,
-            best_scores=progress.best_scores,
+            best_scores=tested.get("best", progress.best_scores),
+            chosen_on=progress.images if progress.best_scores else None,
+            validation_scores=progress.scores if validated else None,
+            best_validation_scores=progress.best_scores if validated else None,
             weights=weights,
             images_per_second=self.clock.images_per_second,
             data_wait=self.clock.data_wait,
@@ -390,7 +418,7 @@ class Trainer:
         scores, best = (s and dataclasses.asdict(s) for s in (result.scores, result.best_scores))
         self.calls.end(
             stopped=result.stopped,
-            chosen_on="test" if best else None,
+            chosen_on=result.chosen_on,
             scores=scores,
             best_scores=best,
             best_epoch=result.best_epoch,

@@ -14,6 +14,7 @@ import torch
 from fastdml.cohort import Cohort
 from fastdml.engine.amp import resolve_amp
 from fastdml.models import ReidHead
+from fastdml.train.evaluations import Evaluations
 from fastdml.train.stopping import Stop
 from fastdml.train.tasks.task import task_for
 from fastdml.train.trainer import Trainer
@@ -57,8 +58,8 @@ def trainer_of(tmp_path):
         cohort = moved(cohort).train()
         with cuda.answering(config.optimizer != "sgd"):
             trainer = Trainer(
-                cohort, loader, None, task, config, tmp_path, resolve_amp(config.amp, CUDA),
-                label="mutual",
+                cohort, loader, Evaluations(None), task, config, tmp_path,
+                resolve_amp(config.amp, CUDA), label="mutual",
             )  # fmt: skip
         trainer.ema.infinite = [False] * len(trainer.ema.infinite)
         trainer.bar = SimpleNamespace(update=lambda rows: None)

@@ -250,7 +250,7 @@ def test_a_crash_leaves_no_trace(settings, market, tmp_path, changes):
     config = settings(**{"epochs": 3, **changes}, save_every_steps=1)
 
     def prepared():
-        return reid.prepare(market, config, CPU)
+        return reid.prepare(market, config, CPU)[:3]
 
     whole, train, test = prepared()
     unbroken = training.fit(whole, train, test, config)
@@ -424,7 +424,7 @@ def test_loaders_train_alike(settings, market, monkeypatch):
     found = {}
     for loader in ("resident", "torch", "dali")[: 3 if make.has_dali() else 2]:
         config = settings(loader=loader)
-        _, train, test = reid.prepare(market, config, CPU)
+        _, train, test, _ = reid.prepare(market, config, CPU)
         assert type(train).__name__.lower().startswith(loader)
         assert type(test.query.loader) is type(train)
         batch = next(iter(train.epoch(1)))
@@ -452,7 +452,7 @@ def test_bad_files(settings, market_root, tmp_path, capfd):
 
 
 def test_a_subset_is_even(settings, market):
-    _, train, _ = reid.prepare(market, settings(subset=24), CPU)
+    train = reid.prepare(market, settings(subset=24), CPU).train
     assert train.n == 24
     assert torch.equal(torch.bincount(train.labels), torch.full((6,), 4))
 

@@ -153,7 +153,7 @@ def test_the_step_loop_never_asks_for_a_value(settings, monkeypatch):
     with_running(Trainer, "_epoch", True)
     with_running(Trainer, "_begin", False)
     with_running(Trainer, "_read", False)
-    with_running(Trainer, "_save", False)
+    with_running(Trainer, "save", False)
     # On a CPU the loss looks at the labels, which are at hand there; the GPU test watches CUDA.
     with_running(MutualLoss, "value_and_grad", False)
     for amp, update in (("off", "simultaneous"), ("fp16", "sequential")):

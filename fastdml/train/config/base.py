@@ -52,6 +52,8 @@ class TrainConfig:
     """Fetch the data set into `root` where it is missing, checked by its MD5."""
     subset: int = 0
     """Train on this many images, evenly of each class; 0 means all. Paper: all."""
+    validation: float = 0.0
+    """Training images kept to choose the best weights: below 1 a share, else a number; 0: none."""
     batch_size: int = 64
     """Images a step; the last short batch of an epoch is left out. Paper: 64."""
     pad: int = 4
@@ -142,7 +144,9 @@ class TrainConfig:
     dry_run: bool = False
     """Build everything, run one step, print what would happen, write nothing."""
     eval_every: int = 1
-    """Epochs between two evaluations on the test images; the last epoch always has one."""
+    """Epochs between two evaluations, on validation images if any, else on the test images."""
+    patience: int = 0
+    """End after so many evaluations without a better one (needs validation images); 0: never."""
     log_every: int = 50
     """Steps between two readings of the losses (each waits for the device); 0: once an epoch."""
     save_every_steps: int = 0
@@ -165,6 +169,10 @@ class TrainConfig:
     mutual_weights: ClassVar[tuple[str, ...]] = ("kl_weight",)
     limits: ClassVar[dict[str, Limit]] = {
         "subset": NOT_NEGATIVE,
+        "validation": (
+            lambda x: 0 <= x < 1 or x == int(x) >= 1,
+            "a share below 1, a whole number of images, or 0",
+        ),
         "batch_size": COUNT,
         "pad": NOT_NEGATIVE,
         "temperature": POSITIVE,
@@ -185,6 +193,7 @@ class TrainConfig:
         "seed": (lambda x: 0 <= x < 2**63, "within 0..2**63-1"),
         "threads": (lambda x: 0 <= x <= 1024, "within 0..1024"),
         "eval_every": COUNT,
+        "patience": NOT_NEGATIVE,
         "log_every": NOT_NEGATIVE,
         "save_every_steps": NOT_NEGATIVE,
         "save_every_minutes": NOT_NEGATIVE,

@@ -16,6 +16,7 @@ from typing import Literal, TypedDict
 class TrainSettings(TypedDict, total=False):
     download: bool
     subset: int
+    validation: float
     batch_size: int
     pad: int
     flip: bool
@@ -55,6 +56,7 @@ class TrainSettings(TypedDict, total=False):
     resume: bool
     dry_run: bool
     eval_every: int
+    patience: int
     log_every: int
     save_every_steps: int
     save_every_minutes: float

@@ -19,6 +19,7 @@ from fastdml.data import (
     load,
     make_loader,
     record,
+    split_validation,
 )
 from fastdml.data.image_files import Splits
 from fastdml.engine.amp import Amp, AmpName, resolve_amp
@@ -77,6 +78,9 @@ class Classification(Task):
         self, config: TrainConfig, device: torch.device, hint: str = HINT
     ) -> Iterator[Prepared]:
         sets = self.splits(config, hint)
+        if config.validation:
+            train, validation = split_validation(sets.train, config.validation, config.seed)
+            sets = Splits(train, validation, sets.test)
         if config.subset:
             sets = sets._replace(train=sets.train.subset(config.subset, config.seed))
         channels, *size = sets.train.image_shape
@@ -100,8 +104,11 @@ class Classification(Task):
             policy=config.policy,
             device=device,
         )
-        test = sets.validation if sets.test is None else sets.test
-        yield Prepared(cohort, train, self.evaluation_batches(test, config, device))
+        validation, test = (
+            None if images is None else self.evaluation_batches(images, config, device)
+            for images in (sets.validation, sets.test)
+        )
+        yield Prepared(cohort, train, test, validation)
 
     def splits(self, config: Any, hint: str = HINT) -> Splits:
         """The images of the set that `config` names."""

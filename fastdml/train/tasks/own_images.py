@@ -90,7 +90,7 @@ def _usual_size(peers: tuple[str, ...]) -> int:
 
 def _check_validation(splits: Splits, config: FolderConfig) -> None:
     """Raises InputError where there is nothing to evaluate on, or two things."""
-    asked = getattr(config, "validation", 0)
+    asked = config.validation
     if splits.validation is not None and asked:
         raise InputError(
             f"{config.root} holds validation images, and validation {asked:g} would take others "

@@ -35,7 +35,8 @@ class Prepared(NamedTuple):
 
     cohort: Cohort  # on the device
     train: Any  # batches, as `fastdml.train.fit` takes them
-    test: Any | Evaluate  # batches, or what gives a cohort's scores
+    test: Any | Evaluate | None  # batches, or what gives a cohort's scores
+    validation: Any | Evaluate | None = None  # the same, of images that choose the best weights
 
 
 class Evaluation(NamedTuple):
@@ -79,7 +80,8 @@ class Task:
     def prepare(
         self, config: Any, device: torch.device, hint: str = HINT
     ) -> AbstractContextManager[Prepared]:
-        """Peers and data of the run that `config` describes; files and memory that they use are
+        """Peers and data of the run that `config` describes, with `config.validation` also of those
+        that the best weights are chosen on; files and memory that they use are
         released when the context ends. Downloads nothing in a dry run. hint: how to ask for a
         download, for messages."""
         raise NotImplementedError

@@ -1,0 +1,110 @@
+"""What a training evaluates its peers on: during it, and at its end.
+
+With validation images these choose the best weights and end a training that no longer gets better;
+the test set is read once, at the end, for the last and for the best weights. Without them the test
+images do both, and the best scores are flattered by it.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from contextlib import nullcontext
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+from fastdml.cohort import Cohort
+from fastdml.engine.amp import Amp
+from fastdml.errors import InputError
+from fastdml.eval_mode import evaluating
+from fastdml.report.metrics_log import read_metrics
+from fastdml.train import checks
+from fastdml.train.batches import Batches, as_batches
+from fastdml.train.config.base import TrainConfig
+from fastdml.train.predictions import Scorer, save_predictions
+from fastdml.train.progress import Images
+from fastdml.train.run_folder import BEST
+from fastdml.train.tasks.task import Evaluate, Task
+
+if TYPE_CHECKING:
+    from fastdml.train.trainer import Trainer
+
+
+class Evaluations(NamedTuple):
+    during: Evaluate | None  # each `eval_every` epochs; chooses the best weights
+    images: Images = "test"  # that `during` reads
+    at_end: Evaluate | None = None  # reads the test images, where `during` reads others
+
+
+def evaluations(
+    task: Task, cohort: Cohort, validation: Any, test: Any, config: TrainConfig, amp: Amp
+) -> Evaluations:
+    """validation, test: batches, or what gives a cohort's scores, or None. Batches are looked at
+    first. Raises InputError for such as the peers cannot be evaluated on."""
+    on_test = _evaluate(task, cohort, test, "test", config, amp)
+    if validation is None:
+        if config.patience:
+            raise InputError(
+                f"patience={config.patience} needs validation images, which say when to stop: set "
+                "validation, or patience to 0"
+            )
+        return Evaluations(on_test)
+    during = _evaluate(task, cohort, validation, "validation", config, amp)
+    return Evaluations(during, "validation", on_test)
+
+
+def _evaluate(
+    task: Task, cohort: Cohort, source: Any, what: Images, config: TrainConfig, amp: Amp
+) -> Evaluate | None:
+    """A function from a cohort to its scores."""
+    if source is None or callable(source):
+        return source
+    batches: Batches = as_batches(source, amp.device, cohort.num_classes, what, task.check_labels)
+    checks.test_look(cohort, batches, config, amp, what)
+    return task.scorer(batches, amp)
+
+
+def read_test_set(trainer: Trainer) -> None:
+    """Scores the last and the best weights on the test images, where validation images chose the
+    best, and saves the scores, unless that was done before."""
+    progress, evaluate = trainer.progress, trainer.evaluations.at_end
+    if evaluate is None:
+        return
+    if progress.tested is None:
+        progress.tested = _last_and_best(trainer, evaluate)
+        trainer.save()
+    # After the checkpoint: a run that is killed between the two logs them when it is resumed.
+    if not any(_of_the_end(record, progress.position) for record in read_metrics(trainer.folder)):
+        for weights, scores in progress.tested.items():
+            trainer.log.log(
+                *("test", progress.position, progress.trained),
+                weights=weights,
+                **dataclasses.asdict(scores),
+            )
+
+
+def _of_the_end(record: dict[str, Any], position: int) -> bool:
+    return record["kind"] == "test" and record["step"] == position
+
+
+def _last_and_best(trainer: Trainer, evaluate: Evaluate) -> dict[str, Any]:
+    """The test scores of the last weights and, scored last, of the best ones."""
+    cohort, progress = trainer.cohort, trainer.progress
+    with evaluating(cohort):
+        with trainer.ema.applied() if trainer.ema else nullcontext():
+            last = evaluate(cohort)
+        if progress.best_epoch == progress.trained:
+            return {"last": last, "best": last}
+        trained = {key: value.clone() for key, value in cohort.state_dict().items()}
+        try:
+            Cohort.load(trainer.folder / BEST, trainer.device, peers=list(cohort.peers))
+            return {"last": last, "best": evaluate(cohort)}
+        finally:
+            cohort.load_state_dict(trained)
+
+
+def keep_predictions(trainer: Trainer) -> None:
+    """Saves what was said of each image that the run's reported scores are of."""
+    evaluate = trainer.evaluations.at_end
+    if evaluate is None:
+        save_predictions(trainer.folder, trainer.cohort, trainer.evaluations.during)
+    elif isinstance(evaluate, Scorer) and evaluate.rows is not None:  # read by this process
+        save_predictions(trainer.folder, trainer.cohort, evaluate, weights="best")
