@@ -30,7 +30,7 @@ logger = logging.getLogger(__name__)
 TABLE_TOP, CSV_TOP = 5, 1  # classes shown, where --top does not say
 MOST_AT_ONCE = 64  # images of a batch, and at most as many as fit into
 BATCH_BYTES = 1 << 27
-SUFFIXES = {False: (".csv",), True: (".json", ".jsonl")}  # of --to, by --json
+ENDINGS = {False: (".csv",), True: (".json", ".jsonl")}  # of --to, by --json
 
 
 class Found(NamedTuple):
@@ -138,13 +138,20 @@ def _options(args: list[str]) -> argparse.Namespace:
     options = parser.parse(args)
     if options.top is not None and options.top < 1:
         raise InputError(f"--top {options.top}: give 1 or more")
-    endings = SUFFIXES[options.json]
+    endings = ENDINGS[options.json]
     if options.to and options.to.suffix.lower() not in endings:
         raise InputError(f"--to {options.to}: give a name that ends in {' or '.join(endings)}")
-    for path in options.images:
-        if os.path.isdir(path) and next(_images_below(path), None) is None:
-            raise InputError(f"{path}: holds no images ({' '.join(_suffixes())})")
+    _check_folders(options.images)
     return options
+
+
+def _check_folders(paths: Sequence[str]) -> None:
+    """Raises InputError for a folder without one image."""
+    from fastdml.data.files.class_folders import SUFFIXES
+
+    for path in paths:
+        if os.path.isdir(path) and next(_images_below(path), None) is None:
+            raise InputError(f"{path}: holds no images ({' '.join(SUFFIXES)})")
 
 
 def _as_text(text: str) -> str:
@@ -312,6 +319,8 @@ def _paths(given: Sequence[str]) -> Iterator[str]:
 def _images_below(folder: str) -> Iterator[str]:
     """The images in a folder and deeper, in the order of names. Links are followed; a folder that
     two lead to is read once. Hidden files are left out."""
+    from fastdml.data.files.class_folders import is_image
+
     seen = set()
     for here, folders, names in os.walk(folder, followlinks=True, onerror=_refuse):
         status = os.stat(here)
@@ -322,18 +331,12 @@ def _images_below(folder: str) -> Iterator[str]:
         seen.add(mark)
         folders[:] = sorted(name for name in folders if not name.startswith("."))
         for name in sorted(names):
-            if not name.startswith(".") and name.lower().endswith(_suffixes()):
+            if not name.startswith(".") and is_image(name):
                 yield os.path.join(here, name)
 
 
 def _refuse(error: OSError) -> None:
     raise InputError(f"{error.filename}: cannot be read ({error.strerror})") from None
-
-
-def _suffixes() -> tuple[str, ...]:
-    from fastdml.data.sets.market1501 import SUFFIXES
-
-    return (*SUFFIXES, ".gif", ".tif", ".tiff")
 
 
 def _ahead(prepare: Any, paths: Iterator[str] | Sequence[str], window: int) -> Iterator[tuple]:
