@@ -19,13 +19,14 @@ from typing import NamedTuple
 import torch
 
 from bench import sets, timing
-from bench.baselines import data_loader, pairwise
+from bench.baselines import data_loader
 from bench.conftest import chosen_device
 from bench.failures import once
 from fastdml import Cohort, train
 from fastdml.data import ImageSet, ResidentLoader
 from fastdml.engine.profile import PAGE
 from fastdml.errors import MissingExtra
+from fastdml.machine import pairwise
 
 PEERS = ("resnet32", "resnet32")
 BATCH = 64

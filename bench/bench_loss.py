@@ -20,11 +20,12 @@ import torch
 from torch import Tensor
 
 from bench import timing
-from bench.baselines import closed_form, pairwise, summed
+from bench.baselines import closed_form, summed
 from bench.conftest import chosen_device
 from bench.failures import Failure, in_words, once
 from fastdml import MutualLoss, mutual_loss
 from fastdml.engine.graph import without_collector
+from fastdml.machine import pairwise
 
 SECONDS = 2.0  # of timing for each (shape, direction, clock), all contenders together
 COLD_BYTES = 256 << 20  # of inputs that replay walks through: five times an H100's L2

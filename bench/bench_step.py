@@ -18,13 +18,14 @@ import torch
 from torch import Tensor
 
 from bench import timing
-from bench.baselines import pairwise, summed
+from bench.baselines import summed
 from bench.conftest import chosen_device, is_dry
 from bench.failures import Failure, in_words, once
 from fastdml import Cohort, MutualLoss
 from fastdml.engine import executions, make_optimizer, make_step
 from fastdml.engine.amp import resolve_amp
 from fastdml.errors import InputError
+from fastdml.machine import pairwise
 
 SECONDS = {"cpu": 10.0, "cuda": 6.0}  # of timing a case, all contenders together
 STEPS = {"cpu": 2, "cuda": 10}  # a sample

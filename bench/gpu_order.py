@@ -26,7 +26,7 @@ TESTS = (
     r"^tests/kernels/test_(register_rows|wide_rows|loss_op|augment)\.py",
     r"^tests/test_(loss|metric_losses)\.py",
     r"^tests/engine/",
-    r"^tests/(bench|cohort|data|metrics|train)/",
+    r"^tests/(bench|cohort|data|machine|metrics|train)/",
     r"^tests/kernels/",
 )
 

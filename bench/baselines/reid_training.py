@@ -16,9 +16,10 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, Sampler
 from torchvision import transforms
 
-from bench.baselines import pairwise, reid_losses
+from bench.baselines import reid_losses
 from bench.baselines.vision import Pictures
 from fastdml.data import ReidSplit
+from fastdml.machine import pairwise
 
 SMOOTHING, CENTER_WEIGHT = 0.1, 5e-4
 

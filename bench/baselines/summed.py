@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from bench.baselines import pairwise
+from fastdml.machine import pairwise
 
 
 def gradients(losses: Tensor | Sequence[Tensor], logits: Sequence[Tensor]) -> list[Tensor]:

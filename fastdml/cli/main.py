@@ -14,6 +14,7 @@ import sys
 from collections.abc import Callable, Sequence
 
 from fastdml import __version__
+from fastdml.cli.bench import bench
 from fastdml.cli.completion import print_completion
 from fastdml.cli.config import config
 from fastdml.cli.data import data
@@ -41,6 +42,7 @@ COMMANDS: dict[str, Callable[[list[str]], None]] = {
     "predict": predict,
     "export": export,
     "doctor": doctor,
+    "bench": bench,
     "kernels": kernels,
     "models": models,
     "data": data,

@@ -21,7 +21,7 @@ from fastdml.machine.packages import Package
 ROOT = Path(__file__).resolve().parents[2]
 CPU_BUILD = {"cuda": None, "hip": None, "threads": 2, "devices": [], "error": None}
 CUDA_BUILD = {**CPU_BUILD, "cuda": "13.0"}
-DEVICE = {"name": "NVIDIA H100", "capability": "9.0", "free": 8e9, "memory": 8e10}
+H100 = {"name": "NVIDIA H100", "capability": "9.0", "free": 8e9, "memory": 8e10}
 
 
 def on_path(folder: Path, files: dict[str, str], requires: tuple[str, ...] = ()) -> dict[str, str]:
@@ -118,7 +118,7 @@ def test_the_text_has_a_line_a_check_and_the_remedy_below(monkeypatch, capfd):
     [
         (None, CPU_BUILD, "ok", "none: everything runs on the CPU"),
         (None, {**CUDA_BUILD, "error": "no driver"}, "ok", "none"),
-        (Gpus(["H100"], "580.1", ""), {**CUDA_BUILD, "devices": [DEVICE]}, "ok",
+        (Gpus(["H100"], "580.1", ""), {**CUDA_BUILD, "devices": [H100]}, "ok",
          "NVIDIA H100 (capability 9.0, 8.0 GB of 80.0 GB free), driver 580.1"),
         (Gpus(["H100"], "580.1", ""), CPU_BUILD, "broken", "torch is a build for CPUs"),
         (Gpus(["H100"], "450.2", ""), {**CUDA_BUILD, "error": "driver too old"}, "broken",

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 
+import pytest
 import torch
 from fastdml_kernels import cpu, cpu_rows
 
@@ -44,3 +45,10 @@ def test_native_code_that_does_not_load(monkeypatch, tmp_path):
     assert "_cpu_rows.abi3.so" in self_test.native_code()
     (tmp_path / "_cpu_rows.abi3.so").unlink()
     assert self_test.native_code() == "absent"
+
+
+@pytest.mark.gpu
+def test_the_kernels_of_this_device_are_right():
+    rows = {row.get("route"): row for row in self_test.rows()}
+    assert rows["Triton"]["right"], rows["Triton"]
+    assert set(rows["Triton"]["errors"]) == {"float32", "bfloat16"}

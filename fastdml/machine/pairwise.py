@@ -19,7 +19,7 @@ def losses(logits: Sequence[Tensor], labels: Tensor) -> list[Tensor]:
     """L_k = CE_k + mean over l != k of KL(p_l || p_k); the teachers are constants."""
     result = []
     for k, student in enumerate(logits):
-        kl = 0.0
+        kl: float | Tensor = 0.0
         for teacher, other in enumerate(logits):
             if teacher != k:
                 kl = kl + F.kl_div(
