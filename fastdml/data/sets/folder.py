@@ -24,7 +24,6 @@ from fastdml.data.files.class_folders import (
     Listing,
     by_split,
     class_folders,
-    counted,
     lies_deeper,
     read_class_folders,
     split_folders,
@@ -239,11 +238,11 @@ def warn_of_copies(splits: Splits) -> None:
             example.setdefault("classes", parts[first].paths[place])
     for name, count in shared.items():
         logger.warning(
-            f"{counted(count, f'{names[name]} image')} of {len(parts[name]):,} are training images "
-            f"too, byte for byte, which flatters the scores: {example[name]} for one"
+            f"{count:,} of {len(parts[name]):,} {names[name]} images are training images too, byte "
+            f"for byte, which flatters the scores: {example[name]} for one"
         )
     if contradictory:
         logger.warning(
-            f"{counted(contradictory, 'image')} are there under two classes, byte for byte: "
+            f"the same image is there under two classes, byte for byte, {contradictory:,} times: "
             f"{example['classes']} for one"
         )
