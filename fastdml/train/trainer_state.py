@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from itertools import zip_longest
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -56,8 +57,8 @@ def restore(trainer: Trainer) -> None:
     state = checkpoint.load(path)
     try:
         checkpoint.check_resumable(state["config"], trainer.config)
-        _check_fits(trainer, state, path)
         _take_record(trainer, state, path)
+        _check_fits(trainer, state, path)
         _take(trainer, state, path)
     except (InputError, torch.OutOfMemoryError):
         raise
@@ -82,15 +83,26 @@ def _check_fits(trainer: Trainer, state: dict[str, Any], path: Path) -> None:
 def _take_record(trainer: Trainer, state: dict[str, Any], path: Path) -> None:
     """Restores what the cohort knew of its images, except what the data tell."""
     saved = state.get("description", {})  # not in checkpoints of earlier versions
-    for key, now in trainer.cohort.record().items():
-        was = saved.get(key)
+    found = trainer.cohort.record()
+    for key in ("classes", *found):  # which decide on mean and std
+        was, now = saved.get(key), found[key]
         if now is None:
             setattr(trainer.cohort, key, was)
         elif was not in (None, now):
             raise InputError(
-                f"cannot resume {path}: the {key} of the images was {str(was)[:60]} and is now "
-                f"{str(now)[:60]}"
+                f"cannot resume {path}: {_changed(key, was, now)}; restore the data, or start a "
+                "new run in another folder"
             )
+
+
+def _changed(key: str, was: Any, now: Any) -> str:
+    """What differs between two values of a cohort's record, in a few words."""
+    first = ""
+    if key == "classes" and isinstance(was, list):
+        pairs = enumerate(zip_longest(was, now))
+        k, (before, after) = next((k, pair) for k, pair in pairs if pair[0] != pair[1])
+        first = f" (class {k}: {before!r}, now {after!r})"
+    return f"the {key} of the images was {str(was)[:60]} and is now {str(now)[:60]}{first}"
 
 
 def _take(trainer: Trainer, state: dict[str, Any], path: Path) -> None:

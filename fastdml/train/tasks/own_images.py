@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from fastdml.cohort import Cohort
-from fastdml.data import HINT
+from fastdml.data import HINT, split_validation
 from fastdml.data.image_files import Splits
 from fastdml.data.reid_split import MEAN, STD
 from fastdml.data.sets.folder import load_folder, warn_of_copies
@@ -61,7 +61,7 @@ class OwnImages(Classification):
         run: Path,
         hint: str = HINT,
     ) -> Evaluation:
-        """On the test images, or where there are none on those for validation."""
+        """On the test images, or where there are none on those for validation, which is logged."""
         known = cohort.record()
         size = (*known["image_shape"][1:],) if known["image_shape"] else config.size or None
         splits = load_folder(config.root, size=size, bad_files=config.bad_files)
@@ -70,12 +70,16 @@ class OwnImages(Classification):
                 f"{config.root} does not hold the classes that the peers of {run} were trained on: "
                 f"{_difference(known['classes'] or [], splits.train.class_names)}"
             )
-        test = splits.test or splits.validation
-        if test is None:
-            raise InputError(f"{config.root} holds no images to evaluate on: add a folder test")
-        mean, std = (tuple(known[name] or getattr(test, name)) for name in ("mean", "std"))
-        test = dataclasses.replace(test, mean=mean, std=std)
-        batches = self.evaluation_batches(test, config, device)
+        _check_validation(splits, config)
+        images = splits.test
+        if images is None:
+            images = splits.validation
+            if images is None:
+                _, images = split_validation(splits.train, config.validation, config.seed)
+            logger.info("no test images: the scores are of those for validation")
+        mean, std = (tuple(known[name] or getattr(images, name)) for name in ("mean", "std"))
+        images = dataclasses.replace(images, mean=mean, std=std)
+        batches = self.evaluation_batches(images, config, device)
         scores = dataclasses.asdict(evaluate(cohort, batches, config.amp))
         return Evaluation(scores, table(cohort.names, scores))
 
