@@ -34,7 +34,8 @@ MAY_IMPORT = {
 }
 BELOW_ALL = {
     "absent_tensors", "devices", "errors", "eval_mode", "files", "host", "list_options", "logs",
-    "names", "namesake", "paths", "terminal", "torch_private", "units", "yaml_file", "fastdml",
+    "names", "namesake", "notebook", "paths", "terminal", "torch_private", "units", "yaml_file",
+    "fastdml",
 }  # fmt: skip
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import html
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,7 +23,7 @@ LOSSES = {"ce": "cross-entropy", "kl": "KL", "metric": "loss on features"}
 
 @dataclass(frozen=True)
 class TrainResult:
-    """`print` shows a table of the peers, a notebook the same; `to_frame` has the epochs."""
+    """`print` shows a table of the peers, a notebook also the curves; `to_frame` has the epochs."""
 
     folder: Path
     config: TrainConfig
@@ -72,7 +73,16 @@ class TrainResult:
         lines = ["".join(f"<th>{cell}</th>" for cell in head)]
         lines += ["".join(f"<td>{cell}</td>" for cell in row) for row in body]
         rows = "".join(f"<tr>{line}</tr>" for line in lines)
-        return f"<table>{rows}</table><p>{html.escape(self._note())}</p>"
+        return f"<table>{rows}</table><p>{html.escape(self._note())}</p>{self._curves()}"
+
+    def _curves(self) -> str:
+        """The picture of the curves as HTML; nothing where the run drew none, or it is gone."""
+        try:
+            picture = base64.b64encode((self.folder / "curves.png").read_bytes()).decode()
+        except OSError:
+            return ""
+        what = html.escape(f"Losses and scores by epoch of {', '.join(self.peers)}")
+        return f'<img width="510" alt="{what}" src="data:image/png;base64,{picture}">'
 
     def to_frame(self) -> pandas.DataFrame:
         """A row an epoch and peer, of both runs where there are two (column `run`): losses in nats,

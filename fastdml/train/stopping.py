@@ -12,6 +12,8 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from types import FrameType
 
+from fastdml.notebook import without_advice_to_exit
+
 STOPPING = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
 
@@ -37,6 +39,7 @@ class Stop:
         saved, for the message of TrainingStopped."""
         if self.signal is not None:
             name = signal.Signals(self.signal).name
+            without_advice_to_exit()
             raise TrainingStopped(self.signal, f"stopped by {name} {where()}")
 
 

@@ -32,8 +32,9 @@ from fastdml.engine.amp import Amp
 from fastdml.engine.auto import Choice
 from fastdml.engine.execution import ExecutionName
 from fastdml.engine.profile import Profile
-from fastdml.errors import InputError, require
+from fastdml.errors import InputError
 from fastdml.eval_mode import evaluating
+from fastdml.notebook import progress_bar
 from fastdml.report.metrics_log import METRICS, MetricsLog
 from fastdml.train import checkpoint, learning_rate
 from fastdml.train.batches import Batches, assembler
@@ -368,16 +369,14 @@ class Trainer:
         return tuple(sum(w.numel() for w in peer.parameters()) for peer in self.peers)
 
     def _bar(self) -> Any:
-        tqdm = require("tqdm", "train").tqdm
         size = self.train.batch_size
-        return tqdm(
+        return progress_bar(
             total=self.progress.total * size,
             initial=self.progress.position * size,
             unit=" images",
             unit_scale=True,
             desc=self.label,
-            dynamic_ncols=True,
-            disable=not (self.config.progress or sys.stderr.isatty()),
+            show=self.config.progress or sys.stderr.isatty(),
         )
 
     def _finish(self) -> TrainResult:

@@ -93,6 +93,15 @@ def test_representations_are_short_and_safe():
     assert page.count("<tr>") == page.count("</tr>") == 4
 
 
+def test_a_notebook_shows_the_curves_where_they_are_drawn(tmp_path):
+    found = replace(result(scores(ClassificationScores, 0.5, 0.25, 0.6)), folder=tmp_path)
+    assert "<img" not in found._repr_html_()
+    (tmp_path / "curves.png").write_bytes(b"picture")
+    page = found._repr_html_()
+    (picture,) = re.findall(r'<img [^>]*alt="([^"]*)" src="data:image/png;base64,([^"]*)">', page)
+    assert picture == ("Losses and scores by epoch of net-1, &lt;i&gt;", "cGljdHVyZQ==")
+
+
 def frame(found: TrainResult, monkeypatch) -> list[dict]:
     """The rows that pandas is given, which need not be installed here."""
     monkeypatch.setitem(sys.modules, "pandas", SimpleNamespace(DataFrame=list))
