@@ -21,7 +21,7 @@ OLDEST_STAMP = .venv-oldest/installed.stamp
 NATIVE = kernels/fastdml_kernels/cpu_rows.c
 
 .NOTPARALLEL:
-.PHONY: help demo test test-slow test-browser test-docs test-gpu test-oldest soak fuzz sanitize lint bench docs site clean distclean
+.PHONY: help demo test test-slow test-browser test-docs test-gpu test-oldest soak fuzz sanitize smoke lint bench docs site clean distclean
 
 help:
 	@echo "make demo         train two peers on real handwritten digits, mutually and independently"
@@ -34,6 +34,7 @@ help:
 	@echo "make soak         kill runs and compare, for SECONDS=3600 from SEED (printed)"
 	@echo "make fuzz         feed every parser odd inputs, for SECONDS=3600 from SEED (printed)"
 	@echo "make sanitize     the CPU's native code under sanitizers, for SECONDS=120 from SEED (printed)"
+	@echo "make smoke        install wheel and sdist into empty environments of PYTHONS and try them there"
 	@echo "make lint         ruff: rules and formatting; mypy: types"
 	@echo "make bench        the benchmarks this machine can run"
 	@echo "make docs         write the generated parts of README and docs/"
@@ -73,6 +74,11 @@ fuzz: $(DEV)
 sanitize: SECONDS = 120
 sanitize: $(DEV)
 	$(FAULTS)/sanitize.py --seconds $(SECONDS) --seed $(SEED)
+
+smoke: PYTHONS = 3.10 3.11 3.12 3.13
+smoke: $(DEV)
+	$(BIN)/python -m pip install --quiet uv
+	PATH=$(BIN):$$PATH $(BIN)/python tests/package_smoke.py --pythons $(PYTHONS)
 
 lint: $(DEV)
 	$(BIN)/ruff check .

@@ -13,6 +13,7 @@ EXTRAS = {
     "images": "torchvision: augmentation by its transforms",
     "timm": "timm's networks and pretrained weights",
     "onnx": "export to ONNX, checked with ONNX Runtime",
+    "wandb": "logging to Weights & Biases",
     "dali": "NVIDIA's loader for images that do not fit in memory",
 }
 # Where the name to import is not the distribution's.

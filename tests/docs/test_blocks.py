@@ -23,6 +23,7 @@ SMALLER_COMMANDS = {
     "fastdml train market1501 --root data --recipe strong": (
         "--no-pretrained --height 32 --width 16"
     ),
+    "fastdml bench": "--seconds 1",
     "fastdml kernels": "--shapes 2x100 --archs sm_90",
 }
 # What is replaced in a page's code: page, as shown, as run.
@@ -37,6 +38,8 @@ NOT_RUN = {
     "make test": "these are the tests",
     "make help": "needs no environment; a test compares it with the targets",
     "pip install": "installs",
+    "source completion.bash": "of the shell that the reader types in",
+    "make smoke": "makes environments of other Pythons",
     "fastdml train cifar100 --root data --seed 0 --device cuda:0": "needs a GPU",
     "fastdml train cifar100 --root data --seed 1 --device cuda:1": "needs two GPUs",
     "pre-commit install": "changes the clone",

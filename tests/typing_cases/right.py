@@ -49,6 +49,25 @@ if result is not None:  # as after a dry run
 fastdml.train.cifar10(schedule="cosine", dry_run=True)
 fastdml.train.digits(("resnet8",), amp="off")
 fastdml.train.market1501(recipe="strong", standin=True, margin=None, epochs=1)
+own = fastdml.train.folder(["resnet8"], root="images", size=64, validation=0.1, patience=2)
+
+predictor: fastdml.Predictor = fastdml.load(Path("run"), peer="best", weights="best", device="cpu")
+probabilities: Tensor = predictor(predictor.preprocess("one.png")[None])
+likely: list[list[tuple[str, float]]] = predictor.predict([Path("one.png")], top=3)
+
+
+class StopsEarly(fastdml.train.Callback):
+    def on_epoch(self, event: fastdml.train.EpochEvent) -> str | None:
+        return "near enough" if event.losses["ce"][0] < 0.1 else None
+
+    def on_end(self, event: fastdml.train.EndEvent) -> None:
+        print(event.stopped, event.best_epoch)
+
+
+fitted: fastdml.train.TrainResult | None = fastdml.train.fit(
+    cohort, [], None, fastdml.train.TrainConfig(epochs=1), validation=[], callbacks=[StopsEarly()]
+)
+fastdml.train.digits(callbacks=[StopsEarly()])
 
 
 @register_model("plain", purpose="a test")
