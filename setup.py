@@ -15,7 +15,11 @@ CPU_ROWS = Extension(
 setup(
     packages=[*find_packages(include=["fastdml", "fastdml.*"]), *find_packages("kernels")],
     package_dir={"fastdml_kernels": "kernels/fastdml_kernels"},
-    package_data={"fastdml": ["py.typed"], "fastdml_kernels": ["py.typed", "tile_table.json"]},
+    package_data={
+        "fastdml": ["py.typed"],
+        "fastdml.report.html": ["templates/*"],
+        "fastdml_kernels": ["py.typed", "tile_table.json"],
+    },
     ext_modules=[CPU_ROWS],
     options={"bdist_wheel": {"py_limited_api": "cp310"}},  # one wheel for every Python
 )

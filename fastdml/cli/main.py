@@ -24,6 +24,7 @@ from fastdml.cli.export import export
 from fastdml.cli.kernels import kernels
 from fastdml.cli.models import models
 from fastdml.cli.predict import predict
+from fastdml.cli.report import report
 from fastdml.cli.train import train
 from fastdml.errors import InputError
 from fastdml.files import NO_ROOM
@@ -41,6 +42,7 @@ COMMANDS: dict[str, Callable[[list[str]], None]] = {
     "evaluate": evaluate,
     "predict": predict,
     "export": export,
+    "report": report,
     "doctor": doctor,
     "bench": bench,
     "kernels": kernels,

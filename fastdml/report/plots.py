@@ -261,13 +261,17 @@ def _label(folder: Path) -> str:
         settings = read_settings(folder / CONFIG)
     except InputError:  # a folder that has none, or none that can be read
         return INDEPENDENT if folder.resolve().name == INDEPENDENT else "mutual"
+    return "mutual" if is_mutual(settings) else INDEPENDENT
+
+
+def is_mutual(settings: dict[str, Any]) -> bool:
+    """Whether a loss between the peers has a weight in these settings of a run."""
     weights = {"kl_weight": 1.0, **settings}  # the default where a file leaves it out
-    mutual = any(
+    return any(
         value
         for name, value in weights.items()
         if name == "kl_weight" or name.endswith("mutual_weight")
     )
-    return "mutual" if mutual else INDEPENDENT
 
 
 def _names(records: Records) -> list[str]:

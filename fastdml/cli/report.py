@@ -1,0 +1,114 @@
+"""`fastdml report`: one HTML page of a run, or of several side by side."""
+
+from __future__ import annotations
+
+import shlex
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from fastdml.cli.parsing import Parser, as_folder
+from fastdml.errors import InputError
+from fastdml.units import size
+
+if TYPE_CHECKING:
+    from fastdml.report.run_files import RunFiles
+    from fastdml.report.scoring import Scoring
+
+PAGE = "report.html"
+
+
+def report(args: list[str]) -> None:
+    """write the results of a run, or of several side by side, as one HTML page"""
+    from fastdml.files import write_atomically
+    from fastdml.report.html.comparison_page import comparison_page
+    from fastdml.report.html.run_page import run_page
+    from fastdml.report.run_files import read_run
+
+    parser = Parser("report", report)
+    parser.usage = f"{parser.prog} RUN [RUN ...] [OPTIONS]"
+    parser.add_argument(
+        "runs", nargs="+", type=as_folder, metavar="RUN", help="folder of a training run"
+    )
+    parser.add_argument(
+        "--to",
+        type=as_folder,
+        metavar="FILE",
+        help=f"the page to write (default: RUN/{PAGE}; of several runs {PAGE} in this folder)",
+    )
+    parser.add_argument(
+        "--weights",
+        choices=("last", "best"),
+        help="whose scores are shown; best: of the epoch with the best score, which flatters where "
+        "test images chose it (default: best where a validation set chose them, else last)",
+    )
+    options = parser.parse(args)
+
+    path = options.to or (Path(PAGE) if len(options.runs) > 1 else options.runs[0] / PAGE)
+    _check_page(path)
+    runs = [read_run(folder) for folder in options.runs]
+    if len(runs) == 1:
+        run = runs[0]
+        page = run_page(
+            run,
+            _scoring(run),
+            defaults=_defaults(run),
+            weights=options.weights,
+            remedy=_remedy(run),
+        )
+    else:
+        page = comparison_page(runs, [_scoring(run) for run in runs], weights=options.weights)
+    write_atomically(path, page)
+    print(f"{path}: {size(len(page.encode()))}, opens in any browser, offline")
+
+
+def _check_page(path: Path) -> None:
+    """Refuses what is not a page, before anything is read."""
+    if path.is_dir():
+        raise InputError(f"--to {path} is a folder: give a file, for instance {path / PAGE}")
+    if path.suffix.lower() not in (".html", ".htm"):
+        raise InputError(f"--to {path}: the page is HTML, give a name that ends in .html")
+    if path.exists() and not path.is_file():
+        raise InputError(f"--to {path} is not a file")
+
+
+def _scoring(run: RunFiles) -> Scoring:
+    """That of the run's scores; where it has none, of its task."""
+    from fastdml.train.tasks.task import scoring_of, task_for
+
+    scores = run.scores("last")
+    return scoring_of(scores) if scores else task_for(_data(run), run.settings).scoring
+
+
+def _defaults(run: RunFiles) -> dict[str, Any] | None:
+    """The settings as the data set has them without any choice; None where that cannot be told."""
+    from fastdml.train.config.sources import preset
+    from fastdml.train.tasks.task import task_for
+
+    task = task_for(_data(run), run.settings)
+    try:
+        chosen = {n: run.settings[n] for n in task.choices if n in run.settings}
+        return preset(_data(run), **chosen).to_dict()
+    except InputError:
+        return None
+
+
+def _remedy(run: RunFiles) -> str:
+    """How a run gets the predictions that it lacks."""
+    from fastdml.train.config.sources import is_known
+
+    if not run.ended:
+        return "It comes when the run ends."
+    if run.chosen_on == "validation" and run.scored_on == "test":
+        return ""  # the test set has been read, and is read once
+    if is_known(_data(run)):
+        folder = shlex.quote(str(run.folder))
+        return (
+            f"fastdml train {_data(run)} --resume --folder {folder} writes it, without training "
+            "again, if the test images are where they were."
+        )
+    return "fit with the same peers and data and config.replace(resume=True) writes it."
+
+
+def _data(run: RunFiles) -> str:
+    data = run.settings.get("data", "cifar100")
+    return data if isinstance(data, str) else "?"

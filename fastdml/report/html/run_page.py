@@ -1,0 +1,195 @@
+"""The page of one run: everything the template shows, as plain values and finished charts."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from typing import Any
+
+from fastdml import __version__
+from fastdml.report.html import curves, from_predictions, headline
+from fastdml.report.html.curves import Panel
+from fastdml.report.html.headline import Shown
+from fastdml.report.html.render import render
+from fastdml.report.plots import pairwise_spans
+from fastdml.report.run_files import RunFiles, number, numbers, table
+from fastdml.report.scoring import Scoring
+from fastdml.report.summary import versions
+from fastdml.units import duration
+
+RANKS = (1, 5, 10, 20, 50)
+PLACES = {"folder", "root", "resume", "dry_run", "download", "progress"}  # no settings of training
+
+
+def run_page(
+    run: RunFiles,
+    scoring: Scoring,
+    *,
+    defaults: Mapping[str, Any] | None = None,
+    weights: str | None = None,
+    remedy: str = "",
+) -> str:
+    """The HTML of a run. defaults: the settings of its data set as they are without any choice,
+    None where nobody knows. weights: "last" or "best", by default the best if a validation set
+    chose them. remedy: how a run without predictions gets them."""
+    shown = Shown(run, headline.shown_weights(run, weights), scoring.headlines, scoring.ensemble)
+    found = run.predictions
+    values = {
+        "title": f"{run.name} – fastdml report",
+        "run": run,
+        "shown": shown,
+        "state": _state(run),
+        "table": headline.table_of(shown),
+        "sentences": headline.sentences(shown),
+        "curves": curves.training(run, scoring.headlines),
+        "cmc": _cmc(shown),
+        "legend": curves.legend(run),
+        "spans": _spans(run),
+        "throughput": curves.throughput(run),
+        "by_class": from_predictions.by_class(shown),
+        "ends": from_predictions.ends,
+        "settings": settings(run, defaults),
+        "environment": _environment(run),
+        "remedy": remedy,
+        "images": run.scored_on,
+        "classifies": not _retrieves(shown),
+        "of_weights": f"of the {found.weights} weights" if found else "",
+        "made": f"fastdml {__version__}",
+    }
+    if found is not None:
+        values |= {
+            "confusion": from_predictions.confusion_table(found),
+            "diagrams": from_predictions.diagrams(found),
+            "pictures": from_predictions.disputed(found),
+            "true_colours": found.true_colours,
+        }
+    return render("run.html", **values)
+
+
+def settings(
+    run: RunFiles, defaults: Mapping[str, Any] | None
+) -> list[tuple[str, str, str | None]]:
+    """(name, value, the default where it is another): what was changed first."""
+    rows = []
+    for name, value in run.settings.items():
+        default = None
+        if defaults is not None and name in defaults and name not in PLACES:
+            default = value_text(defaults[name])
+        text = value_text(value)
+        rows.append((name, text, default if default != text else None))
+    return sorted(rows, key=lambda row: row[2] is None)
+
+
+def value_text(value: Any) -> str:
+    """A setting as people write it."""
+    if isinstance(value, (list, tuple)):
+        return ", ".join(map(value_text, value)) or "none"
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    return "none" if value is None else f"{value:g}" if isinstance(value, float) else str(value)
+
+
+def _state(run: RunFiles) -> str:
+    """What to know of a run that has not ended; empty for one that has."""
+    if run.ended:
+        return ""
+    planned = number(run.settings.get("epochs"))
+    of = f" of {planned:g}" if planned else ""
+    if not run.records[1:]:
+        return "This run has not ended: it has logged nothing yet."
+    return (
+        f"This run has not ended: it stands at epoch {run.epochs:.4g}{of}. It may still be "
+        "training; one that was interrupted goes on with resume. Make the page again then."
+    )
+
+
+def _spans(run: RunFiles) -> list[dict[str, Any]]:
+    """The pairwise KL divergences over spans of training, and at its last reading."""
+    if len(run.peers) < 2:
+        return []
+    found = []
+    for label, part in curves.phases(run).items():
+        spans = pairwise_spans(part.records)
+        readings = [r for r in part.records if len(r.get("pairwise_kl") or ()) > 1]
+        if readings and len(spans) > 1:
+            matrix = [
+                [math.nan if i == j or v is None else v for j, v in enumerate(row)]
+                for i, row in enumerate(readings[-1]["pairwise_kl"])
+            ]
+            spans.append((f"last reading, epoch {readings[-1]['epoch']:.4g}", matrix))
+        found += [(label, *span) for span in spans]
+    values = [v for *_, m in found for row in m for v in row if math.isfinite(v)]
+    top = max(values, default=0.0) or 1.0
+    several = run.independent is not None
+    return [
+        {
+            "phase": label,
+            "title": f"{label}, {span}" if several else span,
+            "rows": [
+                (
+                    name,
+                    [(_kl_text(v), round(v / top, 3) if math.isfinite(v) else None) for v in row],
+                )
+                for name, row in zip(run.peers, matrix, strict=True)
+            ],
+        }
+        for label, span, matrix in found
+    ]
+
+
+def _kl_text(value: float) -> str:
+    return f"{value:.3f}" if math.isfinite(value) else "–"
+
+
+def _retrieves(shown: Shown) -> bool:
+    return "mAP" in shown.scores or any(score.name == "mAP" for score in shown.headlines)
+
+
+def _cmc(shown: Shown) -> Panel | None:
+    """The cumulative match curve: how often a match is among the first ranks."""
+    scores, peers = shown.scores, shown.run.peers
+    ranks = [k for k in RANKS if f"rank{k}" in scores]
+    if len(ranks) < 2:
+        return None
+    lines = [
+        curves.Line(
+            name,
+            curves.peer_look(k),
+            [(float(r), _share(numbers(scores[f"rank{r}"], len(peers))[k])) for r in ranks],
+        )
+        for k, name in enumerate(peers)
+    ]
+    if len(peers) > 1:
+        values = [(float(r), _share(number(scores.get(f"ensemble_rank{r}")))) for r in ranks]
+        lines.append(curves.Line(curves.ENSEMBLE, curves.ENSEMBLE, values))
+    title = "Queries with a match among the first ranks (%)"
+    return curves.panel("curve-cmc", title, lines, "rank")
+
+
+def _share(value: float | None) -> float | None:
+    return None if value is None else 100 * value
+
+
+def _environment(run: RunFiles) -> list[tuple[str, str]]:
+    """What the run ran on, as far as its summary tells."""
+    summary, phase = run.summary, run.phase
+    seconds, rate = number(phase.get("wall_seconds")), number(phase.get("images_per_second"))
+    skipped = number(phase.get("skipped_steps"))
+    wait = number(phase.get("data_wait"))
+    rows = [
+        ("folder", str(run.folder)),
+        ("command", summary.get("command")),
+        ("ended", summary.get("date")),
+        ("stopped early", phase.get("stopped")),
+        ("device", summary.get("device")),
+        ("precision", phase.get("precision")),
+        ("execution of the steps", summary.get("execution")),
+        ("threads of the steps", summary.get("threads")),
+        ("training and evaluation", duration(seconds) if seconds else None),
+        ("speed", f"{rate:,.0f} images/s, all peers together" if rate else None),
+        ("waiting for data", f"{100 * wait:.1f} % of the time" if wait is not None else None),
+        ("steps skipped, fp16 overflow", f"{skipped:,.0f}" if skipped else None),
+        *((f"version of {n}", v) for n, v in table(summary.get("versions")).items()),
+        ("this page", f"by fastdml {__version__}, Python {versions()['python']}"),
+    ]
+    return [(name, str(value)) for name, value in rows if value not in (None, "")]

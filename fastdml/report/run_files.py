@@ -1,0 +1,163 @@
+"""A run as its folder tells it, ended or not, of this version or an earlier one."""
+
+from __future__ import annotations
+
+import json
+import math
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from fastdml.errors import InputError
+from fastdml.paths import expanded
+from fastdml.report.metrics_log import INDEPENDENT, METRICS, read_metrics
+from fastdml.report.plots import is_mutual
+from fastdml.report.predictions import Predictions, read_predictions
+from fastdml.report.summary import SUMMARY
+from fastdml.yaml_file import CONFIG, read_settings
+
+LARGEST = 1 << 26  # bytes of a summary
+
+
+@dataclass(frozen=True)
+class RunFiles:
+    """What a run folder holds. Values of its files are only as good as the files: `number`,
+    `numbers` and `text` read them without trusting their kind."""
+
+    folder: Path
+    settings: dict[str, Any]
+    records: list[dict[str, Any]]  # of metrics.jsonl
+    peers: list[str]
+    summary: dict[str, Any]  # empty where there is none
+    predictions: Predictions | None
+    independent: RunFiles | None
+    ended: bool  # whether the last weights are there, of the length that the settings say
+    problems: list[str] = field(default_factory=list)  # a line each: files that cannot be read
+
+    @property
+    def name(self) -> str:
+        return self.folder.resolve().name or str(self.folder)
+
+    @property
+    def label(self) -> str:
+        """Whether the peers learnt from each other: "mutual" or "independent"."""
+        return "mutual" if len(self.peers) == 1 or is_mutual(self.settings) else INDEPENDENT
+
+    def of_kind(self, kind: str) -> list[dict[str, Any]]:
+        return [record for record in self.records if record["kind"] == kind]
+
+    @property
+    def epochs(self) -> float:
+        """Epochs trained."""
+        return max((r["epoch"] for r in self.records[1:] if _finite(r["epoch"])), default=0)
+
+    @property
+    def chosen_on(self) -> str:
+        """The set that chose the best weights, "validation" or "test"."""
+        said = self.summary.get("chosen_on")
+        if said is None and not self.summary and self.of_kind("validation"):
+            said = "validation"
+        return "validation" if said == "validation" else "test"
+
+    @property
+    def scored_on(self) -> str:
+        """The set that the scores are of."""
+        if self.summary:
+            return "validation" if self.summary.get("scored_on") == "validation" else "test"
+        return "test" if self.of_kind("test") else "validation"
+
+    @property
+    def phase(self) -> dict[str, Any]:
+        """The run's own entry in its summary, empty where there is none."""
+        return table(self.summary.get("mutual"))
+
+    def scores(self, weights: str) -> dict[str, Any]:
+        """The scores of the "last" or the "best" weights, empty where nothing was evaluated. Of a
+        run that has not ended, the last evaluation's."""
+        name = "scores" if weights == "last" else "best_scores"
+        if found := table(self.phase.get(name)):
+            return found
+        records = self.of_kind("test") or self.of_kind("validation")
+        chosen = [r for r in records if r.get("weights", "last") == weights] or records
+        return dict(chosen[-1]) if chosen else {}
+
+
+def read_run(folder: str | Path) -> RunFiles:
+    """The run in a folder. Raises InputError where the folder is none of a run; what else cannot be
+    read is among its `problems`."""
+    folder = expanded(folder)
+    records = read_metrics(folder)
+    problems: list[str] = []
+    settings = _or_none(lambda: read_settings(folder / CONFIG), problems) or {}
+    summary = _or_none(lambda: _summary(folder / SUMMARY), problems) or {}
+    found = _or_none(lambda: read_predictions(folder), problems)
+    peers = records[0]["names"]
+    if found is not None and list(found.peers) != peers:
+        problems.append(f"{folder / 'predictions.npz'} is of other peers: left out")
+        found = None
+    independent = None
+    if (folder / INDEPENDENT / METRICS).exists():
+        independent = _or_none(lambda: read_run(folder / INDEPENDENT), problems)
+        if independent is not None and independent.peers != peers:
+            problems.append(f"{folder / INDEPENDENT} is of other peers: left out")
+            independent = None
+    return RunFiles(
+        folder=folder,
+        settings=settings,
+        records=records,
+        peers=peers,
+        summary=summary,
+        predictions=found,
+        independent=independent,
+        ended=(folder / "cohort.json").is_file() and not _prolonged(settings, summary),
+        problems=[*problems, *(independent.problems if independent else ())],
+    )
+
+
+def number(value: Any) -> float | None:
+    """`value` if it is a finite number, else None."""
+    return value if _finite(value) else None
+
+
+def numbers(value: Any, count: int) -> list[float | None]:
+    """`count` numbers, each None where `value` holds no finite one."""
+    found = [number(v) for v in value] if isinstance(value, list) else []
+    return (found + [None] * count)[:count]
+
+
+def table(value: Any) -> dict[str, Any]:
+    return value if isinstance(value, dict) else {}
+
+
+def _finite(value: Any) -> bool:
+    return isinstance(value, (int, float)) and type(value) is not bool and math.isfinite(value)
+
+
+def _prolonged(settings: dict[str, Any], summary: dict[str, Any]) -> bool:
+    """Whether the run had ended and goes on with another length."""
+    before = table(summary.get("config"))
+    return any(n in before and before[n] != settings.get(n) for n in ("epochs", "iterations"))
+
+
+def _summary(path: Path) -> dict[str, Any]:
+    try:
+        if not path.exists():
+            return {}
+        if not path.is_file() or path.stat().st_size > LARGEST:
+            raise InputError(f"{path} is no summary of a run")
+        found = json.loads(path.read_text())
+    except OSError as error:
+        raise InputError(f"cannot read {path}: {error.strerror}") from None
+    except (ValueError, RecursionError):
+        raise InputError(f"{path} is not JSON") from None
+    if not isinstance(found, dict):
+        raise InputError(f"{path} is not a JSON object")
+    return found
+
+
+def _or_none(read: Any, problems: list[str]) -> Any:
+    try:
+        return read()
+    except InputError as error:
+        problems.append(str(error))
+        return None

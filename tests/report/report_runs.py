@@ -1,0 +1,175 @@
+"""Run folders made by hand, and a parser of the pages made from them."""
+
+from __future__ import annotations
+
+from html.parser import HTMLParser
+from pathlib import Path
+
+import numpy as np
+
+from fastdml.report.metrics_log import MetricsLog
+from fastdml.report.predictions import Predictions, write_predictions
+from fastdml.report.summary import write_summary
+from fastdml.train.config.sources import preset
+from fastdml.train.tasks import classification
+
+# Elements that HTML closes by itself.
+VOID = {"meta", "link", "img", "br", "input", "hr", "area", "base", "col", "embed", "source", "wbr"}
+
+
+def predictions(K=2, N=40, C=3, *, seed=0, weights="last", peers=None, classes=None, pictures=4):
+    random = np.random.default_rng(seed)
+    label = random.integers(0, C, N).astype(np.int32)
+    top = random.integers(0, C, (K + 1, N))
+    top = np.where(random.random((K + 1, N)) < 0.6, label, top).astype(np.int32)
+    confidence = random.uniform(1 / C, 1, (K + 1, N)).astype(np.float32)
+    right = top == label
+    label_log = np.log(np.where(right, confidence, (1 - confidence) / max(C - 1, 1)))
+    return Predictions(
+        peers=tuple(peers or [f"resnet8-{k + 1}" for k in range(K)]),
+        classes=tuple(classes if classes is not None else [f"class {c}" for c in range(C)]),
+        num_classes=C,
+        weights=weights,
+        label=label,
+        top=top,
+        confidence=confidence,
+        label_log=label_log.astype(np.float32),
+        disagreement=random.uniform(0, 0.6, N).astype(np.float32),
+        pictured=np.arange(pictures, dtype=np.int64),
+        pictures=random.integers(0, 256, (pictures, 8, 8, 3)).astype(np.uint8),
+        true_colours=True,
+    )
+
+
+def scores(found: Predictions) -> dict:
+    """Of the classification kind, from predictions; those that need more are made up."""
+    hits = (found.top == found.label).mean(axis=1).tolist()
+    nll = (-found.label_log.astype(np.float64)).mean(axis=1).tolist()
+    values: dict = {"rows": len(found.label)}
+    for name, value in (("top1", hits), ("top5", hits), ("ece", [0.1] * len(hits)), ("nll", nll)):
+        values |= {name: value[:-1], f"ensemble_{name}": value[-1]}
+    return values
+
+
+def make_run(
+    folder: Path,
+    found: Predictions | None = None,
+    *,
+    epochs: int = 3,
+    peers=None,
+    evaluated: str = "test",
+    ended: bool = True,
+    summary: dict | None = None,
+    keep: bool = True,
+    **settings,
+) -> Path:
+    """A run on digits that logged `epochs` epochs. evaluated: the kind of its evaluations, or
+    empty. summary: more of its summary's entries. keep: whether it has predictions.npz."""
+    found = found or predictions()
+    names = list(peers or found.peers)
+    K = len(names)
+    folder.mkdir(parents=True)
+    config = preset("digits", epochs=max(epochs, 1), peers=("resnet8",) * K, **settings)
+    config.replace(folder=str(folder)).save(folder / "config.yaml")
+    last = scores(found)
+    with MetricsLog(folder, names, tensorboard=False) as log:
+        for epoch in range(1, epochs + 1):
+            losses = [1.0 / (epoch + k) for k in range(K)]
+            pairs = [[0.0 if i == j else 0.1 * (i + 1) / epoch for j in range(K)] for i in range(K)]
+            values = {"ce": losses, "kl": losses, "loss": losses, "pairwise_kl": pairs}
+            log.log("train", 10 * epoch, epoch, **values)
+            log.log("epoch", 10 * epoch, epoch, **values, images_per_second=1000.0 + epoch,
+                    data_wait=0.01 * epoch)  # fmt: skip
+            if evaluated:
+                log.log(evaluated, 10 * epoch, epoch, **last)
+    if ended:
+        (folder / "cohort.json").write_text("{}")
+        if evaluated:
+            phase = {
+                "scores": last,
+                "best_scores": last,
+                "best_epoch": 2,
+                "images_per_second": 1234.0,
+                "wall_seconds": 60.0,
+                "data_wait": 0.02,
+                "precision": "fp32",
+            }
+            write_summary(
+                folder,
+                config=config.to_dict(),
+                scoring=classification.SCORING,
+                peers=names,
+                parameters=[1000] * K,
+                device="CPU of a test",
+                execution="eager",
+                threads=1,
+                command="fastdml train digits",
+                mutual=phase,
+            )
+            if summary:
+                import json
+
+                path = folder / "summary.json"
+                path.write_text(json.dumps(json.loads(path.read_text()) | summary))
+        if keep:
+            write_predictions(folder, found)
+    return folder
+
+
+class Page(HTMLParser):
+    """A page as elements and text. Raises AssertionError where elements are not closed in order."""
+
+    def __init__(self, text: str) -> None:
+        super().__init__(convert_charrefs=True)
+        self.source = text
+        self.tags: list[tuple[str, dict]] = []
+        self.open: list[str] = []
+        self.texts: list[str] = []
+        self.tables: dict[str, list[list[str]]] = {}
+        self.headings: list[tuple[int, str]] = []
+        self._table: list[list[str]] = []
+        self._caption = ""
+        self.feed(text)
+        self.close()
+        assert not self.open, self.open
+
+    def handle_starttag(self, tag, attributes):
+        self.tags.append((tag, dict(attributes)))
+        if tag not in VOID:
+            self.open.append(tag)
+        if tag == "table":
+            self._table, self._caption = [], ""
+        elif tag == "tr":
+            self._table.append([])
+        elif tag in ("th", "td") and self._table:
+            self._table[-1].append("")
+        elif tag in ("h1", "h2", "h3"):
+            self.headings.append((int(tag[1]), ""))
+        elif tag == "small" and self._table:
+            self._table[-1][-1] += " | "
+
+    def handle_endtag(self, tag):
+        assert self.open, tag
+        assert self.open.pop() == tag, (tag, self.open)
+        if tag == "table":
+            self.tables.setdefault(self._caption.strip(), self._table)
+
+    def handle_data(self, data):
+        if "style" in self.open:
+            return
+        self.texts.append(data)
+        if "caption" in self.open:
+            self._caption += data
+        elif self._table and {"td", "th"} & set(self.open):
+            self._table[-1][-1] += data.strip()
+        if self.open and self.headings and {"h1", "h2", "h3"} & set(self.open):
+            level, text = self.headings[-1]
+            self.headings[-1] = level, text + data
+
+    @property
+    def text(self) -> str:
+        return " ".join(" ".join(self.texts).split())
+
+    def table(self, start: str) -> list[list[str]]:
+        """The first table whose caption begins so."""
+        return next(rows for caption, rows in self.tables.items() if caption.startswith(start))
