@@ -46,3 +46,18 @@ def test_lightning_module():
 def test_hf_trainer():
     accuracies = example("hf_trainer", "transformers", "accelerate").main()
     assert min(accuracies) > 0.75  # chance is 0.5
+
+
+def test_tabular(tmp_path):
+    result = example("tabular", "sklearn").main(str(tmp_path / "run"), epochs=8)
+    assert result.chosen_on == "validation"
+    assert min(result.headline.top1) > 0.9  # always the same answer is right for 0.63
+
+
+def test_text_classification(tmp_path):
+    module = example("text_classification")
+    _, (_, labels), _ = parts = module.corpus()
+    most = max((labels == k).mean() for k in range(len(module.LIBRARIES)))
+    result = module.main(str(tmp_path / "run"), epochs=4)
+    assert result.scores.rows == len(parts[2][1])
+    assert min(result.headline.top1) > most + 0.1

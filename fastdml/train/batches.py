@@ -1,4 +1,8 @@
-"""The interface of a source of batches, and the adapter for iterables such as a DataLoader."""
+"""The interface of a source of batches, and the adapter for iterables such as a DataLoader.
+
+Batches are pairs of tensors on one device: inputs (N, ...), which may be images (N, channels, H, W)
+of floats, rows (N, F) of floats, or integers such as token ids (N, L); and labels.
+"""
 
 from __future__ import annotations
 
@@ -9,6 +13,13 @@ import torch
 from torch import Tensor
 
 from fastdml.errors import InputError
+from fastdml.train.own_batches import (
+    ArrayBatches,
+    as_tensor,
+    dataset_loader,
+    is_arrays,
+    is_dataset,
+)
 
 IGNORED = -100  # the label of rows without one, as in torch's cross-entropy
 
@@ -37,7 +48,7 @@ class Batches(Protocol):
 
 
 class IterableBatches:
-    """Batches from any sized iterable of (images, labels), checked and moved to the device.
+    """Batches from any sized iterable of (inputs, labels), checked and moved to the device.
 
     Resuming within an epoch reads and drops the batches already done; that is exact where the order
     depends on the epoch alone (a sampler with `set_epoch`, or no shuffling). Checking labels that
@@ -73,9 +84,10 @@ class IterableBatches:
             torch.set_rng_state(drawn)
         step = start - 1
         for step, batch in enumerate(batches, start):
-            images, labels = self._checked(batch, step)
-            images = images.to(self.device, non_blocking=True, memory_format=torch.channels_last)
-            yield images, labels.to(self.device, non_blocking=True)
+            inputs, labels = self._checked(batch, step)
+            layout = torch.channels_last if inputs.dim() == 4 else torch.preserve_format
+            inputs = inputs.to(self.device, non_blocking=True, memory_format=layout)
+            yield inputs, labels.to(self.device, non_blocking=True)
         if step + 1 < len(self):
             raise InputError(
                 f"the {self.what} batches ended after {step + 1} of the {len(self)} that their "
@@ -84,24 +96,26 @@ class IterableBatches:
 
     def _checked(self, batch: Any, step: int) -> tuple[Tensor, Tensor]:
         where = f"{self.what} batch {step}"
-        images, labels = check_batch(batch, where)
+        inputs, labels = check_batch(batch, where)
         first = self.shape is None
-        shape = self.shape or tuple(images.shape[1:])
-        if images.shape[1:] != shape:
+        shape = self.shape or tuple(inputs.shape[1:])
+        if inputs.shape[1:] != shape and inputs.is_floating_point():  # sequences vary in length
+            what = noun(inputs)
+            remedy = "resize all images to one size" if what == "image" else "give all one shape"
             raise InputError(
-                f"{where} holds images of {_sizes(images.shape[1:])}, the first one of "
-                f"{_sizes(shape)}: resize all images to one size"
+                f"{where} holds {what}s of {sizes(inputs.shape[1:])}, the first one of "
+                f"{sizes(shape)}: {remedy}"
             )
-        self.shape, self.batch_size = shape, self.batch_size or len(images)
+        self.shape, self.batch_size = shape, self.batch_size or len(inputs)
         values = first or labels.device.type == "cpu"
-        self.check(labels, images, self.num_classes, where, values)
-        if first or self.device.type == "cpu" == images.device.type:
-            check_finite(images, where)
-        return images, labels
+        self.check(labels, inputs, self.num_classes, where, values)
+        if first or self.device.type == "cpu" == inputs.device.type:
+            check_finite(inputs, where)
+        return inputs, labels
 
 
 def check_batch(batch: Any, where: str) -> tuple[Tensor, Tensor]:
-    """Images (N, channels, H, W), floating, and labels; reads no value."""
+    """Inputs (N, ...) and labels; reads no value."""
     if not isinstance(batch, (tuple, list)) or len(batch) != 2:
         found = f"a {type(batch).__name__}"
         if isinstance(batch, Mapping):
@@ -109,26 +123,37 @@ def check_batch(batch: Any, where: str) -> tuple[Tensor, Tensor]:
         elif isinstance(batch, (tuple, list)):
             found = f"{len(batch)} things"
         raise InputError(
-            f"{where} is {found}: batches must be pairs (images, labels) of two tensors; "
+            f"{where} is {found}: batches must be pairs (inputs, labels) of two tensors; "
             "choose these in the data set or the loader's collate_fn"
         )
-    images, labels = batch
-    for name, value in (("images", images), ("labels", labels)):
+    inputs, labels = batch
+    for name, value in (("inputs", inputs), ("labels", labels)):
         if not isinstance(value, Tensor):
             raise InputError(
                 f"{where}: {name} are a {type(value).__name__}, not a tensor: convert them, for "
                 "instance by the loader's collate_fn"
             )
-    if images.dim() != 4 or not len(images):
+    check_inputs(inputs, where)
+    return inputs, labels
+
+
+def check_inputs(inputs: Tensor, where: str) -> None:
+    """Refuses inputs that are not (N, ...), and images that are not floats."""
+    if inputs.dim() < 2 or not len(inputs):
         raise InputError(
-            f"{where}: images are of shape {tuple(images.shape)}: give (N, channels, H, W)"
+            f"{where}: inputs are of shape {tuple(inputs.shape)}: give (N, channels, H, W), (N, "
+            "features) or another with N, the number of samples, first"
         )
-    if not images.is_floating_point():
+    if inputs.dim() == 4 and not inputs.is_floating_point():
         raise InputError(
-            f"{where}: images are {_dtype(images)}: normalise them to floats, at the least by "
+            f"{where}: images are {_dtype(inputs)}: normalise them to floats, at the least by "
             "images.float() / 255"
         )
-    return images, labels
+
+
+def noun(inputs: Tensor) -> str:
+    """What messages call one of these inputs."""
+    return "image" if inputs.dim() == 4 else "input"
 
 
 def check_labels(
@@ -141,7 +166,7 @@ def check_labels(
         remedy = "labels.argmax(1) makes them of one-hot rows" if one_hot else "labels.long()"
         raise InputError(
             f"{where}: labels are {_dtype(labels)} of shape {tuple(labels.shape)} for "
-            f"{len(images)} images: give class indices ({len(images)},), int64 ({remedy})"
+            f"{len(images)} {noun(images)}s: give class indices ({len(images)},), int64 ({remedy})"
         )
     if not values:
         return
@@ -158,13 +183,16 @@ def check_labels(
 
 def check_finite(images: Tensor, where: str) -> None:
     """Refuses NaN and infinities; waits for the device where the images are on one."""
+    if not images.is_floating_point():
+        return
     if images.sum(dtype=torch.float32).isfinite():  # a NaN or an infinity makes the sum one
         return
     bad = (~images.isfinite()).flatten(1).any(1).nonzero()[:, 0]
     if len(bad):
         raise InputError(
-            f"{where}: image {int(bad[0])} ({len(bad)} of {len(images)} images) has values that "
-            "are NaN or infinite: look at the data and its normalisation (a std of 0?)"
+            f"{where}: {noun(images)} {int(bad[0])} ({len(bad)} of {len(images)} {noun(images)}s) "
+            "has values that are NaN or infinite: look at the data and its normalisation (a std of "
+            "0?)"
         )
 
 
@@ -195,18 +223,32 @@ def as_batches(
     num_classes: int,
     what: str = "training",
     check: CheckLabels | None = None,
+    *,
+    batch_size: int = 500,
+    seed: int | None = None,
 ) -> Batches:
-    """`source` as `Batches`. what: "training" or "test", for messages. check: of the labels, by
-    default that they are class indices. Raises InputError for no source of batches, or an empty
+    """`source` as `Batches`. what: "training", "validation" or "test", for messages. check: of the
+    labels, by default that they are class indices. batch_size, seed: of arrays and data sets, which
+    are no batches yet, see `own_batches`. Raises InputError for no source of batches, or an empty
     one."""
+    batches: Batches
     if callable(getattr(source, "epoch", None)):
         batches = source
+    elif is_arrays(source):
+        inputs, labels = _checked_arrays(source, num_classes, what, check or check_labels)
+        _check_size(len(labels), batch_size, seed, what)
+        batches = ArrayBatches(inputs.to(device), labels.to(device), batch_size, seed)
+    elif is_dataset(source):
+        _check_size(len(source), batch_size, seed, what)
+        loader = dataset_loader(source, batch_size, seed)
+        batches = IterableBatches(loader, device, num_classes, what, check)
     elif hasattr(source, "__iter__") and _length(source) is not None:
         batches = IterableBatches(source, device, num_classes, what, check)
     else:
         raise InputError(
-            f"{what} batches must have a length and be iterable, as a DataLoader; "
-            f"a {type(source).__name__} is not (a data set of images: put it into one)"
+            f"{what} data: a {type(source).__name__} is not batches with a length, such as a "
+            "DataLoader of a data set with one, nor a data set of torch, nor a pair of arrays "
+            "(inputs, labels)"
         )
     classes = getattr(source, "num_classes", None)
     if isinstance(classes, int) and classes > num_classes:
@@ -219,6 +261,26 @@ def as_batches(
             f"there is not one {what} batch: fewer images than the batch size, or no images?"
         )
     return batches
+
+
+def _checked_arrays(
+    source: Any, num_classes: int, what: str, check: CheckLabels
+) -> tuple[Tensor, Tensor]:
+    """A pair of arrays as tensors, looked at in full."""
+    where = f"{what} data"
+    inputs, labels = (as_tensor(values, where) for values in source)
+    check_inputs(inputs, where)
+    check(labels, inputs, num_classes, where, True)
+    check_finite(inputs, where)
+    return inputs, labels
+
+
+def _check_size(n: int, batch_size: int, seed: int | None, what: str) -> None:
+    """Refuses data that make no batch."""
+    if n == 0 or (seed is not None and n < batch_size):
+        raise InputError(
+            f"there is not one {what} batch: batch_size is {batch_size} and there are {n} samples"
+        )
 
 
 def described(source: Any, channels: int) -> dict[str, Any]:
@@ -278,7 +340,7 @@ def _length(source: Any) -> int | None:
         return None
 
 
-def _sizes(shape: Sequence[int]) -> str:
+def sizes(shape: Sequence[int]) -> str:
     return "x".join(map(str, shape))
 
 

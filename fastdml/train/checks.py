@@ -19,7 +19,7 @@ from fastdml.engine.amp import Amp
 from fastdml.errors import InputError, one_line, require
 from fastdml.eval_mode import evaluating
 from fastdml.torch_private import wraps_compiled
-from fastdml.train.batches import Batches, described, first_batch
+from fastdml.train.batches import Batches, described, first_batch, noun, sizes
 from fastdml.train.config.base import TrainConfig
 from fastdml.train.tasks.task import task_of
 
@@ -81,16 +81,18 @@ def arguments(cohort: Any, config: Any) -> None:
 
 
 def first_look(cohort: Cohort, train: Batches, config: TrainConfig, amp: Amp) -> Tensor:
-    """The images of the first batch, after checking that every peer can be trained on them; the
-    cohort then records their shape, normalisation and classes."""
+    """The inputs of the first batch, after checking that every peer can be trained on them; the
+    cohort then records the shape and normalisation of images, and the classes."""
     check = task_of(config).check_labels
     images, _ = first_batch(train, cohort.num_classes, check=check)
     part = images[: max(1, len(images) // config.accumulate)]
     for name, peer in zip(cohort.names, cohort.peers, strict=True):
         _try_evaluation(name, peer, part, cohort.num_classes, amp)
         _try_training(name, peer, part, cohort.num_classes, amp)
-    cohort.image_shape = tuple(images.shape[1:])
-    cohort.in_channels = images.shape[1]
+    cohort.image_shape = None
+    if images.dim() == 4:  # else the inputs are no images
+        cohort.image_shape = tuple(images.shape[1:])
+        cohort.in_channels = images.shape[1]
     cohort.check_savable()
     cohort.record()  # refuses values that the caller set and that do not fit
     for name, value in described(train, cohort.in_channels).items():
@@ -137,7 +139,7 @@ def _try_evaluation(name: str, peer: nn.Module, images: Tensor, num_classes: int
             logits = peer(images)
     except Exception as error:  # whatever a peer's code may raise
         raise InputError(
-            f"peer {name} fails on images {tuple(images.shape)}: {one_line(error)}"
+            f"peer {name} fails on {noun(images)}s {tuple(images.shape)}: {one_line(error)}"
             f"{_of_another_type(peer, images)}"
         ) from error
     check_logits(name, logits, images, num_classes, REMEDY)
@@ -149,8 +151,9 @@ def _of_another_type(peer: nn.Module, images: Tensor) -> str:
     if images.dtype == weights:
         return ""
     have, want = (str(dtype).removeprefix("torch.") for dtype in (images.dtype, weights))
-    convert = "images.float()" if weights == torch.float32 else f"images.to(torch.{want})"
-    return f"; the images are {have} and its weights {want}: {convert} in the data set mends that"
+    what = f"{noun(images)}s"
+    convert = f"{what}.float()" if weights == torch.float32 else f"{what}.to(torch.{want})"
+    return f"; the {what} are {have} and its weights {want}: {convert} in the data set mends that"
 
 
 def _try_training(name: str, peer: nn.Module, images: Tensor, num_classes: int, amp: Amp) -> None:
@@ -165,7 +168,8 @@ def _try_training(name: str, peer: nn.Module, images: Tensor, num_classes: int, 
             logits.float().sum().backward()
     except Exception as error:
         raise InputError(
-            f"peer {name} fails on images {tuple(images.shape)} in training: {one_line(error)}"
+            f"peer {name} fails on {noun(images)}s {tuple(images.shape)} in training: "
+            f"{one_line(error)}"
         ) from error
     check_logits(name, logits, images, num_classes, REMEDY, " in training")
 
@@ -192,11 +196,13 @@ def recorded(
             "of your own, give the images to validate on as validation=, and leave the setting out"
         )
     label = "own data" if config.data in dataset_names() else config.data.partition(":")[0]
-    shape = "x".join(map(str, images.shape[1:]))
+    kind = f"{noun(images)}s {sizes(images.shape[1:])}"
+    if not images.is_floating_point():  # sequences may be of any length
+        kind = f"{noun(images)}s of {str(images.dtype).removeprefix('torch.')}"
     validated = "" if validation is None else ", with validation"
     augment = getattr(train, "augment", None)  # of fastdml's loaders
     changes: dict[str, Any] = {
-        "data": f"{label}: {len(train)} batches of {len(images)}, images {shape}{validated}",
+        "data": f"{label}: {len(train)} batches of {len(images)}, {kind}{validated}",
         "download": False,
         "subset": 0,
         "batch_size": len(images),

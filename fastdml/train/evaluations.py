@@ -57,7 +57,10 @@ def _evaluate(
     """A function from a cohort to its scores."""
     if source is None or callable(source):
         return source
-    batches: Batches = as_batches(source, amp.device, cohort.num_classes, what, task.check_labels)
+    batches: Batches = as_batches(
+        *(source, amp.device, cohort.num_classes, what, task.check_labels),
+        batch_size=config.batch_size,
+    )
     checks.test_look(cohort, batches, config, amp, what)
     return task.scorer(batches, amp)
 

@@ -140,7 +140,9 @@ class TrainResult:
     def _note(self) -> str:
         best = f", best epoch {self.best_epoch:.4g}" if self.best_epoch else ""
         if self.chosen_on == "validation":
-            best += f" by validation, whose {self.scored_on} scores these are"
+            best = (
+                f", {self.scored_on} scores of epoch {self.best_epoch:.4g}, which validation chose"
+            )
         if self.stopped:
             best += f", stopped early: {self.stopped}"
         rate = f", {self.images_per_second:,.0f} images/s" if self.images_per_second else ""

@@ -94,8 +94,11 @@ def fit(
 ) -> TrainResult | None:
     """Trains `cohort` in place, on the device it is on, and leaves it with the last mutual weights.
 
-    train: a `data.ResidentLoader`, or any sized iterable of (images, labels) such as a DataLoader;
-    `train.batches` says when a run over it resumes exactly. test: the same for evaluation, or a
+    train: a pair of arrays or tensors (inputs, labels); a data set of torch; any sized iterable of
+    batches (inputs, labels), such as a DataLoader; or a loader of `fastdml.data`. Inputs are images
+    (N, channels, H, W), rows (N, F), token ids (N, L) or whatever the peers take; labels are class
+    indices (N,). Of arrays and data sets `config` gives batch size and seed, and such a run resumes
+    exactly; of a DataLoader `train.batches` says when it does. test: the same for evaluation, or a
     function from the cohort to its scores, or None. validation: the same again; it chooses the best
     weights and when to stop (`patience`), and `test` is then read at the end alone. A description
     of the images is saved with the weights, see `Cohort`. config: its device is not used; its
@@ -132,7 +135,12 @@ def _fit(
     cohort, train, test, validation = prepared
     device = next(cohort.parameters()).device
     cohort.to(memory_format=torch.channels_last)
-    train = as_batches(train, device, cohort.num_classes, check=task.check_labels)
+    train = as_batches(
+        *(train, device, cohort.num_classes),
+        check=task.check_labels,
+        batch_size=config.batch_size,
+        seed=config.seed,
+    )
     amp = resolve_amp(config.amp, device)
     if len(cohort) == 1:
         logger.info("one peer learns from the labels alone: nothing is mutual below two")

@@ -106,11 +106,12 @@ class TestMistakes:
         ("batch", "pattern"),
         [
             ({"image": 1, "label": 2}, r"batch 0 is a dict of 'image', 'label': batches must be"),
-            (pairs(8)[0], r"batch 0 is a Tensor: batches must be pairs \(images, labels\)"),
+            (pairs(8)[0], r"batch 0 is a Tensor: batches must be pairs \(inputs, labels\)"),
             ((*pairs(8), 3), "batch 0 is 3 things"),
-            ((pairs(8)[0].numpy(), pairs(8)[1]), "batch 0: images are a ndarray, not a tensor"),
+            ((pairs(8)[0].numpy(), pairs(8)[1]), "batch 0: inputs are a ndarray, not a tensor"),
             ((pairs(8)[0], [0] * 8), "batch 0: labels are a list, not a tensor"),
-            ((pairs(8)[0].flatten(1), pairs(8)[1]), r"of shape \(8, 360\): give \(N, channels, H"),
+            ((pairs(8)[0][:, 0, 0, 0], pairs(8)[1]), r"of shape \(8,\): give \(N, channels, "),
+            ((pairs(8)[0].flatten(1), pairs(8)[1]), r"Sequential-1 fails on inputs \(8, 360\)"),
             ((pairs(8)[0][:0], pairs(8)[1][:0]), r"of shape \(0, 3, 12, 10\)"),
             ((pairs(8)[0].byte(), pairs(8)[1]), r"images are uint8: normalise .*float\(\) / 255"),
             ((pairs(8)[0].long(), pairs(8)[1]), "images are int64: normalise them to floats"),
@@ -143,10 +144,12 @@ class TestMistakes:
     @pytest.mark.parametrize(
         ("source", "pattern"),
         [
-            (pairs(8), "batch 0 is a Tensor"),
-            (TensorDataset(*pairs()), "a TensorDataset is not .a data set of images: put it into"),
-            (5, "a int is not"),
-            (DataLoader(Stream()), "a DataLoader is not"),
+            ([*pairs(8)], "batch 0 is a Tensor"),
+            (pairs(8), "not one training batch: batch_size is 64 and there are 8 samples"),
+            (TensorDataset(*pairs()), "not one training batch: batch_size is 64 and there are 24"),
+            (5, "a int is not batches with a length, such as .* nor a pair of arrays"),
+            (DataLoader(Stream()), "a DataLoader is not batches with a length"),
+            (Stream(), "a Stream is not batches with a length"),
             ([], "not one training batch"),
         ],
     )

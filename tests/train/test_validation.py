@@ -182,7 +182,7 @@ class TestWhatIsSaid:
         chosen = "test scores of the weights that the validation images chose: of epoch"
         assert f"{chosen} {result.best_epoch}" in summary_table(summary, SCORING).splitlines()
         assert f"{100 * result.best_scores.top1[0]:.2f}" in str(result).splitlines()[2]
-        assert "by validation, whose test scores these are" in str(result)
+        assert f"test scores of epoch {result.best_epoch}, which validation chose" in str(result)
         kinds = [r["kind"] for r in read_metrics(result.folder) if r["kind"] != "train"]
         assert kinds == ["peers", *["epoch", "validation"] * 4, "test", "test"]
         assert [r["validation"] for r in result.history][-1] == plain(result.validation_scores)

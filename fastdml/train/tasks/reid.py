@@ -102,6 +102,11 @@ class Reidentification(Task):
 
     def recorded(self, cohort: Cohort, train: Batches, images: Tensor) -> dict[str, Any]:
         """Sizes, sampling and augmentation of what ran, and the peers' head."""
+        if images.dim() != 4:
+            raise InputError(
+                "re-identification learns from images (N, channels, H, W), not from inputs "
+                f"{tuple(images.shape)}: give a TrainConfig for classification"
+            )
         sampler, augment = getattr(train, "sampler", None), getattr(train, "augment", None)
         found = {
             "standin": False,

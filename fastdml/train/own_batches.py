@@ -1,0 +1,106 @@
+"""Batches of data that the user gives as arrays or as a data set of torch.
+
+In training their order is a function of (seed, epoch), as that of fastdml's own loaders, so that a
+run resumes exactly; a last short batch is left out. Arrays are kept on the device.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset, IterableDataset
+from torch.utils.data import Sampler as TorchSampler
+
+from fastdml.data.samplers import RandomSampler
+from fastdml.errors import InputError, one_line
+
+
+def is_arrays(source: Any) -> bool:
+    """Whether it is a pair (inputs, labels) of arrays or tensors."""
+    return isinstance(source, tuple) and len(source) == 2 and all(map(_is_array, source))
+
+
+def is_dataset(source: Any) -> bool:
+    """Whether it is a data set of torch that knows its length."""
+    known = isinstance(source, Dataset) and not isinstance(source, IterableDataset)
+    return known and hasattr(source, "__len__")
+
+
+def _is_array(value: Any) -> bool:
+    return isinstance(value, Tensor) or hasattr(value, "__array__")
+
+
+class ArrayBatches:
+    """Batches of inputs (N, ...) and labels (N, ...), tensors on the device. seed: of the random
+    order of training; None: in the given order, whose last batch may be short."""
+
+    def __init__(
+        self, inputs: Tensor, labels: Tensor, batch_size: int, seed: int | None = None
+    ) -> None:
+        self.images = inputs.dim() == 4
+        # Of images a batch is in the memory format channels_last without another copy.
+        self.inputs = inputs.permute(0, 2, 3, 1).contiguous() if self.images else inputs
+        self.labels, self.batch_size, self.seed = labels, batch_size, seed
+        self.sampler = RandomSampler(len(inputs))
+        self._order: tuple[int, Tensor] | None = None  # an epoch and its order
+
+    def __len__(self) -> int:
+        whole, rest = divmod(len(self.inputs), self.batch_size)
+        return whole if self.seed is not None else whole + (rest > 0)
+
+    def epoch(self, epoch: int, start: int = 0) -> Iterator[tuple[Tensor, Tensor]]:
+        for step in range(start, len(self)):
+            chosen: Any = slice(step * self.batch_size, (step + 1) * self.batch_size)
+            if self.seed is not None:
+                chosen = self.order(epoch, self.seed)[chosen]
+            inputs = self.inputs[chosen]
+            yield (inputs.permute(0, 3, 1, 2) if self.images else inputs), self.labels[chosen]
+
+    def order(self, epoch: int, seed: int) -> Tensor:
+        if self._order is None or self._order[0] != epoch:
+            order = self.sampler.order(seed, epoch, self.inputs.device)
+            self._order = epoch, order.sample
+        return self._order[1]
+
+
+def as_tensor(values: Any, what: str) -> Tensor:
+    """An array as a tensor; numpy's float64, which it makes of every Python float, as float32.
+    what: for messages. Raises InputError for an array of other things than numbers."""
+    if isinstance(values, Tensor):
+        return values
+    try:
+        array = np.ascontiguousarray(values)
+        if array.dtype == np.float64:
+            array = array.astype(np.float32)
+        return torch.from_numpy(array if array.flags.writeable else array.copy())
+    except (TypeError, ValueError) as error:
+        raise InputError(f"{what}: no array of numbers: {one_line(error)}") from None
+
+
+class EpochOrder(TorchSampler):
+    """The samples of an epoch in random order, for a DataLoader."""
+
+    def __init__(self, n: int, seed: int) -> None:
+        self.sampler, self.seed, self.epoch = RandomSampler(n), seed, 0
+
+    def set_epoch(self, epoch: int) -> None:
+        self.epoch = epoch
+
+    def __len__(self) -> int:
+        return self.sampler.n
+
+    def __iter__(self) -> Iterator[int]:
+        return iter(self.sampler.order(self.seed, self.epoch).sample.tolist())
+
+
+def dataset_loader(dataset: Any, batch_size: int, seed: int | None = None) -> DataLoader:
+    """Batches of a data set, read in this process. seed: as of `ArrayBatches`."""
+    # Beginning an epoch draws a number; not from the generator that the peers draw from.
+    options: dict[str, Any] = {"batch_size": batch_size, "generator": torch.Generator()}
+    if seed is not None:
+        options |= {"sampler": EpochOrder(len(dataset), seed), "drop_last": True}
+    return DataLoader(dataset, **options)
