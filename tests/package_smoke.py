@@ -134,7 +134,8 @@ class Smoke:
         shutil.copy(CLIENT, work)
         (work / "mypy.ini").write_text(SETTINGS)
         out = self.run([interpreter, "-m", "mypy", CLIENT.name], cwd=work)
-        out += self.run([interpreter, "-m", "pyright", CLIENT.name], cwd=work)
+        pyright = [interpreter, "-m", "pyright", "--pythonpath", interpreter]
+        out += self.run([*pyright, CLIENT.name], cwd=work)
         print(f"types, {time.perf_counter() - start:.0f} s\n{indented(out)}", flush=True)
 
 

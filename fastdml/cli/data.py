@@ -11,7 +11,7 @@ FILES = {"none": "none", "download": "--download", "own": "your own"}
 
 
 def data(args: list[str]) -> None:
-    """list the data sets: names, classes, images, where files come from, what for"""
+    """list the data sets: names, classes, images, where files come from and belong, what for"""
     parser = Parser("data", data)
     parser.add_argument("--json", action="store_true", help="print a JSON list")
     options = parser.parse(args)
@@ -21,10 +21,10 @@ def data(args: list[str]) -> None:
 
     known = catalogue()
     if options.json:
-        keys = ("name", "task", "num_classes", "image_shape", "files", "purpose")
+        keys = ("name", "task", "num_classes", "image_shape", "files", "place", "purpose")
         print(json.dumps([{key: getattr(row, key) for key in keys} for row in known], indent=1))
         return
-    rows = [("data", "task", "classes", "images", "files", "what for")]
+    rows = [("data", "task", "classes", "images", "files", "below --root", "what for")]
     rows += [
         (
             row.name,
@@ -32,8 +32,9 @@ def data(args: list[str]) -> None:
             f"{row.num_classes:,}" if row.num_classes else "any",
             row.input,
             FILES[row.files],
+            row.place or "-",
             row.purpose,
         )
         for row in known
     ]
-    print(fixed_columns(rows, text=(0, 1, 3, 4, 5)))
+    print(fixed_columns(rows, text=(0, 1, 3, 4, 5, 6)))

@@ -37,6 +37,7 @@ class DataSet:
     purpose: str  # what it is good for, a few words
     # none: comes with a package; download: fetched when asked for; own: the user brings it
     files: Literal["none", "download", "own"]
+    place: str  # where below the root folder its files are looked for, a few words
 
     @property
     def input(self) -> str:
@@ -59,6 +60,7 @@ def register_dataset(
     classes: Sequence[str] = (),
     num_classes: int | None = None,
     files: Literal["none", "download", "own"] = "own",
+    place: str = "",
 ) -> Callable[[Load], Load]:
     """Decorates a function that loads a data set: registers it under `name`.
 
@@ -91,6 +93,7 @@ def register_dataset(
             tuple(std),
             purpose,
             files,
+            place,
         )
         return load
 

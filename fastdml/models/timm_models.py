@@ -9,7 +9,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Sequence
 from types import ModuleType
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import nn
@@ -133,6 +133,29 @@ def _near(name: str, names: Sequence[str]) -> str:
     longer = sorted((n for n in names if n.startswith(wanted)), key=len) if wanted else []
     near = dict.fromkeys([*longer[:3], *nearest(name, names, similarity=0.75)])
     return f"nearest: {', '.join(list(near)[:3])}" if near else "timm.list_models() lists them"
+
+
+class TimmModel(NamedTuple):
+    """What timm says of a network without building it."""
+
+    name: str
+    input: str  # the images that it is made for, such as 3x224x224
+    any_size: bool
+    pretrained: bool
+
+
+def timm_models(pattern: str) -> list[TimmModel]:
+    """timm's networks whose name has `pattern` in it, or fits it where it has a * or ?. Raises
+    MissingExtra without timm."""
+    timm = require("timm", "reid")
+    wanted = pattern.lower() if set("*?") & set(pattern) else f"*{pattern.lower()}*"
+    found = []
+    for name in timm.list_models(wanted):
+        config = timm.get_pretrained_cfg(name)
+        size = "x".join(map(str, config.input_size)) if config else "?"
+        fixed = config is not None and bool(config.fixed_input_size)
+        found.append(TimmModel(name, size, not fixed, timm.is_model_pretrained(name)))
+    return found
 
 
 def keep_last_stage(model: nn.Module) -> None:

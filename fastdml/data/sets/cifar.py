@@ -64,6 +64,11 @@ class Source:
     def files(self) -> tuple[str, ...]:
         return (*self.train, self.test)
 
+    @property
+    def place(self) -> str:
+        """Where the files are, for people."""
+        return f"{self.python_folder}/ or {self.binary_folder}/"
+
 
 CIFAR10 = Source(
     name="CIFAR-10",
@@ -116,6 +121,7 @@ CIFAR100 = Source(
     std=STD,
     purpose="small photographs of 10 classes; quick comparisons",
     files="download",
+    place=CIFAR10.place,
 )
 def load_cifar10(
     root: str | Path, *, download: bool = False, hint: str = HINT
@@ -134,6 +140,7 @@ def load_cifar10(
     std=STD,
     purpose="small photographs of 100 classes; the paper's experiments",
     files="download",
+    place=CIFAR100.place,
 )
 def load_cifar100(
     root: str | Path, *, download: bool = False, hint: str = HINT

@@ -49,6 +49,7 @@ NAMED = 5  # bad files that a message names
     task="own_images",
     purpose="images of your own, in class folders or listed in CSV files",
     files="own",
+    place="train/, val/ or test/ of class folders; class folders; a CSV file",
 )
 def load_folder(
     root: str | Path,

@@ -47,6 +47,12 @@ class Layout:
     identities: int  # official, in training
     form: str = "that its layout has"  # the pattern, for people
 
+    @property
+    def place(self) -> str:
+        """Where the files are, for people."""
+        splits = (*self.train, *self.query, *self.gallery)
+        return f"{self.folders[0]}/: {', '.join(dict.fromkeys(folder for folder, _ in splits))}"
+
 
 MARKET = Layout(
     "Market-1501",
@@ -182,6 +188,7 @@ class ImageFolderReID:
     std=STD,
     purpose="people seen by six cameras; the paper's re-identification",
     files="own",
+    place=MARKET.place,
 )
 class Market1501(ImageFolderReID):
     """Market-1501 below `root`, in a folder Market-1501-v15.09.15 or not.
