@@ -21,6 +21,7 @@ from torch import nn
 
 from fastdml.errors import require
 from fastdml.models import registry
+from fastdml.models.input_size import split_size
 from fastdml.models.own import is_own, taken_by
 from fastdml.models.reid_head import ReidHead, ReidModel
 from fastdml.models.timm_models import IMAGENET_RESNETS, create_timm_model, keep_last_stage
@@ -91,10 +92,11 @@ def _import_lines(imports: Iterable[str]) -> str:
 
 def _building(spec: Spec, network: Any, roots: dict, imports: dict) -> list[str]:
     """The lines of `build`, which end by returning the network."""
-    name, _, size = spec.name.partition("@")
-    if size:
+    name, size = split_size(spec.name)
+    if size is not None:
         roots[type(network)] = None
-        inner = _building(spec._replace(name=name), network.model, roots, imports)
+        within = spec._replace(name=name, image_size=(size, size))
+        inner = _building(within, network.model, roots, imports)
         made = f"{type(network).__name__}(model, {size}, {spec.num_classes})"
         return [*_assigned(inner), f"return {made}"]
     if spec.head is not None:
