@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import errno
 import importlib.util
 import json
+import os
 import sys
 
 import pytest
@@ -160,3 +162,136 @@ def test_export_without_onnx_or_with_another_format(trained, tmp_path, monkeypat
         with pytest.raises(InputError, match=r"example must be images \(N, 1, H, W\), not "):
             trained.export(tmp_path, example, format="torch-export")
     assert not any(tmp_path.iterdir())
+
+
+# --- what is exported is run before it is kept ---
+
+
+@needs_onnx
+def test_the_ensemble_is_one_graph_of_probabilities(tmp_path, caplog):
+    runtime = pytest.importorskip("onnxruntime", reason="onnxruntime is not installed")
+    cohort = Cohort(["resnet8", "resnet8@12"], 5, in_channels=1)
+    cohort.image_shape, cohort.resize = (1, 8, 8), "crop"
+    cohort(torch.randn(4, 1, 8, 8))
+    (path,) = cohort.export(tmp_path, peer="ensemble")
+    assert path.name == "ensemble.onnx"
+    session = runtime.InferenceSession(path)
+    assert [out.name for out in session.get_outputs()] == ["probabilities"]
+    assert session.get_modelmeta().custom_metadata_map["resize"] == '"crop"'
+    for n in (1, 3):
+        x = torch.randn(n, 1, 8, 8)
+        (found,) = session.run(None, {"images": x.numpy()})
+        with torch.no_grad():
+            expected = cohort.eval().ensemble(x)
+        torch.testing.assert_close(torch.from_numpy(found), expected, rtol=0, atol=1e-4)
+    (line,) = [r.getMessage() for r in caplog.records if r.name == "fastdml.cohort_export"]
+    found = "ensemble.onnx run by ONNX Runtime at batches of 1, 2 and 5: outputs differ by at most "
+    assert float(line.removeprefix(found)) <= 1e-4
+
+
+@needs_onnx
+def test_without_onnxruntime_nothing_is_claimed(tmp_path, monkeypatch, caplog):
+    monkeypatch.setitem(sys.modules, "onnxruntime", None)
+    cohort = Cohort([linear_net()])
+    (path,) = cohort.export(tmp_path, torch.zeros(1, 3, 8, 8))
+    assert path.is_file()
+    assert "00-Sequential.onnx is not verified: onnxruntime is not installed" in caplog.text
+    assert "pip install 'fastdml[onnx]'" in caplog.text
+
+
+class Unlike(nn.Module):
+    """Computes something else when it is traced than when it is called."""
+
+    num_classes = 4
+
+    def __init__(self, by: float) -> None:
+        super().__init__()
+        self.linear, self.by = nn.Linear(3, 4), by
+
+    def forward(self, x):
+        z = self.linear(x.mean((2, 3)))
+        return z + self.by if torch.compiler.is_compiling() else z
+
+
+@pytest.mark.parametrize("format", ["torch-export", "onnx"])
+def test_what_computes_something_else_is_not_kept(tmp_path, format):
+    if format == "onnx":
+        pytest.importorskip("onnxruntime", reason="onnxruntime is not installed")
+    x = torch.zeros(1, 3, 8, 8)
+    suffix = {"torch-export": "pt2", "onnx": "onnx"}[format]
+    path = tmp_path / f"00-Unlike.{suffix}"
+    path.write_text("an older one")
+    with pytest.raises(InputError, match=r"differs from peer Unlike by 0.001 .* is not kept") as e:
+        Cohort([Unlike(1e-3)]).export(tmp_path, x, format=format)
+    assert "\n" not in str(e.value)
+    assert [*tmp_path.iterdir()] == [path]
+    assert path.read_text() == "an older one"
+    Cohort([Unlike(1e-6)]).export(tmp_path, x, format=format)
+    assert path.stat().st_size > 20
+
+
+class Counts(nn.Module):
+    """Has a class more for batches of five."""
+
+    num_classes = 4
+
+    def forward(self, x):
+        return x.mean((1, 2, 3))[:, None].expand(-1, 4 + (x.shape[0] == 5))
+
+
+def test_a_program_of_one_batch_size_is_refused(tmp_path):
+    with pytest.raises(InputError, match=r"peer Counts cannot be exported|it is not kept"):
+        Cohort([Counts()]).export(tmp_path, torch.zeros(1, 3, 8, 8), format="torch-export")
+    assert not any(tmp_path.iterdir())
+
+
+def test_outputs_that_are_large_or_not_finite(tmp_path, caplog):
+    """Rounding grows with the outputs; NaN where the peer has NaN is no difference."""
+    nets = [linear_net(), linear_net()]
+    with torch.no_grad():
+        nets[0][1].weight.mul_(1e6)
+        nets[1][1].bias.fill_(torch.nan)
+    paths = Cohort(nets, 4).export(tmp_path, torch.zeros(1, 3, 8, 8), format="torch-export")
+    assert len(paths) == 2
+
+
+@pytest.mark.parametrize("format", ["torch-export", "onnx"])
+def test_half_precision_is_exported_as_float32(tmp_path, format):
+    if format == "onnx":
+        pytest.importorskip("onnxruntime", reason="onnxruntime is not installed")
+    cohort = Cohort([linear_net().bfloat16()])
+    (path,) = cohort.export(tmp_path, torch.zeros(1, 3, 8, 8), format=format)
+    assert path.is_file()
+    assert cohort[0][1].weight.dtype == torch.bfloat16, "exporting must not change the peer"
+
+
+def test_a_full_disk_leaves_nothing(trained, tmp_path, monkeypatch):
+    def full(*_):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(os, "fsync", full)
+    with pytest.raises(InputError, match=r"cannot write .*: No space left on device: make room"):
+        trained.export(tmp_path, format="safetensors")
+    assert not any(tmp_path.iterdir())
+
+
+def test_what_cannot_be_held_by_safetensors_is_named(tmp_path):
+    class WithExtra(nn.Linear):
+        def get_extra_state(self):
+            return {"more": 1}
+
+        def set_extra_state(self, state):
+            pass
+
+    with pytest.raises(InputError, match="peer WithExtra is a dict, and the files"):
+        Cohort([WithExtra(4, 3)]).export(tmp_path, format="safetensors")
+    assert not any(tmp_path.iterdir())
+
+
+def test_names_of_formats(trained, tmp_path):
+    with pytest.raises(InputError, match="the format torch is now called torch-export"):
+        trained.export(tmp_path, format="torch")
+    with pytest.raises(InputError, match="unknown format 'safetensor'; did you mean safetensors"):
+        trained.export(tmp_path, format="safetensor")
+    with pytest.raises(InputError, match="there is no peer 'resnet8'; did you mean resnet8-"):
+        trained.export(tmp_path, format="safetensors", peer="resnet8")
