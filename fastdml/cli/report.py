@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from fastdml.report.scoring import Scoring
 
 PAGE = "report.html"
+MADE_HERE = b'<meta name="generator" content="fastdml '
 
 
 def report(args: list[str]) -> None:
@@ -67,8 +68,15 @@ def _check_page(path: Path) -> None:
         raise InputError(f"--to {path} is a folder: give a file, for instance {path / PAGE}")
     if path.suffix.lower() not in (".html", ".htm"):
         raise InputError(f"--to {path}: the page is HTML, give a name that ends in .html")
-    if path.exists() and not path.is_file():
+    if not path.exists():
+        return
+    if not path.is_file():
         raise InputError(f"--to {path} is not a file")
+    with path.open("rb") as file:
+        if MADE_HERE not in file.read(1000):
+            raise InputError(
+                f"{path} is there already and is no report: give another name with --to"
+            )
 
 
 def _scoring(run: RunFiles) -> Scoring:

@@ -19,8 +19,8 @@ from fastdml.train.tasks import classification
 pytestmark = [
     pytest.mark.browser,
     pytest.mark.skipif(
-        importlib.util.find_spec("selenium") is None or not (CHROMIUM.exists() and DRIVER.exists()),
-        reason=f"needs selenium, {CHROMIUM} and {DRIVER}",
+        not (importlib.util.find_spec("selenium") and CHROMIUM and DRIVER),
+        reason="needs selenium, Chromium and chromedriver",
     ),
 ]
 SCORING = classification.SCORING

@@ -97,6 +97,8 @@ def test_mistakes(refused, run, tmp_path):
     refused(["report", str(run), "--to", "no/such/x.html"], "cannot write no/such/x.html")
     refused(["report", str(run), "--weights", "first"], "invalid choice")
     refused(["report", str(run), "--open"], "unknown option --open")
+    (tmp_path / "own.html").write_text("<p>mine</p>")
+    refused(["report", str(run), "--to", "own.html"], "own.html is there already and is no report")
     os.mkfifo(tmp_path / "pipe.html")
     refused(["report", str(run), "--to", "pipe.html"], "is not a file")
 

@@ -23,6 +23,7 @@ from fastdml.metric_losses import MetricLoss
 from fastdml.metrics.classification import Classification
 from fastdml.models import ReidHead
 from fastdml.train.meters import Record, Totals
+from fastdml.train.predictions import Pictures
 
 from .fake_cuda import CUDA, Device, Offence, device, moved
 from .small_runs import SIDE, C, peer
@@ -260,10 +261,14 @@ def totals_of(cuda: Device) -> Totals:
     return totals
 
 
-def scores_of(cuda: Device) -> Classification:
-    scores = Classification(2, C, CUDA)
+def scores_of(cuda: Device, keep: bool = False) -> Classification:
+    """keep: also each row's predictions, and the images of most interest."""
+    scores, pictures = Classification(2, C, CUDA, keep=keep), Pictures(3)
     with cuda.watched():
-        scores.update([torch.empty(N, C, device=CUDA) for _ in range(2)], cuda.labels(N))
+        for _ in range(2):
+            scores.update([torch.empty(N, C, device=CUDA) for _ in range(2)], cuda.labels(N))
+            if keep:
+                pictures.add(cuda.images(N, 3, SIDE, SIDE), scores.kept[-1])
     return scores
 
 
@@ -278,6 +283,7 @@ READS = {  # by whoever calls it: between steps, at the end of an epoch, of an e
     "means of the epoch": lambda cuda: totals_of(cuda).epoch,
     "whether a loss is not finite": lambda cuda: totals_of(cuda).bad,
     "scores": lambda cuda: scores_of(cuda).compute,
+    "scores beside kept predictions": lambda cuda: scores_of(cuda, keep=True).compute,
     "whether new weights hold infinities": lambda cuda: Run(cuda, ema=True).ema._collect,
     "a rate, by torch's SGD that is not fused": lambda cuda: scheduled(cuda).train,
 }

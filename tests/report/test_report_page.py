@@ -168,7 +168,10 @@ def test_words_say_which_weights_and_what_one_seed_cannot_tell(run):
     assert "the weights after the last epoch, which no score has chosen" in text
     assert "one run from one seed (0)" in text
     assert "not how far another seed would" in text
-    text = page_of(run, weights="best").text
+    page = page_of(run, weights="best")
+    assert "independent (%)" in page.table("Largest gain first")[0]
+    assert "to" not in page.table("Scores on")[1][3]  # no interval: those are of the last weights
+    text = page.text
     assert "the best of 3 evaluations on these same test images: they flatter" in text
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -60,12 +61,18 @@ class Shown:
 
     @property
     def both(self) -> tuple[Predictions, Predictions] | None:
-        """Predictions of these weights, mutual and independent, of the same images."""
+        """Predictions of the same images, mutual and independent."""
         other = self.run.independent
         a, b = self.run.predictions, other.predictions if other else None
-        if a is None or b is None or not a.weights == b.weights == self.weights:
+        if a is None or b is None or a.weights != b.weights:
             return None
         return (a, b) if np.array_equal(a.label, b.label) else None
+
+    @property
+    def pairs(self) -> tuple[Predictions, Predictions] | None:
+        """The same, where they are of the weights whose scores are shown."""
+        both = self.both
+        return both if both is not None and both[0].weights == self.weights else None
 
     def cases(self, name: str) -> int:
         """The number of images or queries that a score is the share of; 0: it is no share."""
@@ -162,7 +169,7 @@ def _result(shown: Shown) -> str:
     label = score_title(lead.name).removesuffix(" (%)")
     mutual = _values_text(numbers(shown.scores.get(lead.name), len(run.peers)))
     where = f"{label} on {_cases_text(shown)}"
-    data = run.settings.get("data", "its data")
+    data = _data_text(run)
     if len(run.peers) == 1:
         return f"One peer, trained from the labels alone on {data}, reaches {mutual} {where}."
     if run.label != "mutual":
@@ -183,9 +190,9 @@ def _comparison(shown: Shown) -> str:
     if not gaps:
         return ""
     text = f"Learning from each other changed that by {_points(sum(gaps) / len(gaps))} on average"
-    if shown.both is None or lead.name != "top1":
+    if shown.pairs is None or lead.name != "top1":
         return f"{text}."
-    a, b = (right(found)[:-1].mean(axis=0) for found in shown.both)
+    a, b = (right(found)[:-1].mean(axis=0) for found in shown.pairs)
     interval = paired_interval(a, b)
     text += f" (95 % interval {_points(interval.low, '')} to {_points(interval.high, '')})"
     if interval.low <= 0 <= interval.high:
@@ -269,8 +276,8 @@ def _gains(shown: Shown, name: str, rows: Sequence[str]) -> list[Cell]:
             cells.append(Cell("–"))
             continue
         below = ""
-        if name == "top1" and shown.both is not None:
-            hits = [right(found)[k] for found in shown.both]
+        if name == "top1" and shown.pairs is not None:
+            hits = [right(found)[k] for found in shown.pairs]
             low, high = paired_interval(*hits)
             below = f"{_points(low, '')} to {_points(high, '')}"
         cells.append(Cell(_points(a - b, ""), below))
@@ -283,6 +290,13 @@ def _parameters(run: RunFiles) -> list[str]:
         return []
     counts = [number(table(peer).get("parameters")) for peer in peers]
     return ["–" if count is None else f"{count:,.0f}" for count in counts[: len(run.peers)]]
+
+
+def _data_text(run: RunFiles) -> str:
+    data, root = run.settings.get("data", "its data"), run.settings.get("root")
+    if data == "folder" and isinstance(root, str):
+        return f"the images of {Path(root).name or root}"
+    return str(data)
 
 
 def _cases_text(shown: Shown) -> str:
