@@ -12,7 +12,7 @@ from fastdml.metrics.reid import (
     multi_query_features,
     reid_scores,
 )
-from fastdml.metrics.rerank import k_reciprocal_rerank
+from fastdml.metrics.rerank import k_reciprocal_rerank, rerank_distances
 
 __all__ = [
     "Classification",
@@ -26,5 +26,6 @@ __all__ = [
     "normalize_features",
     "ranked_list",
     "reid_scores",
+    "rerank_distances",
     "save_ranked_lists",
 ]

@@ -55,8 +55,7 @@ class ComputedDistances:
     not copied to be normalised."""
 
     def __init__(self, query: Tensor | None, gallery: Tensor | None, metric: str) -> None:
-        if metric not in METRICS:
-            raise InputError(f"unknown metric {metric!r}: give one of {', '.join(METRICS)}")
+        check_metric(metric)
         if query is None or gallery is None:
             raise InputError("give the features of queries and gallery, or distances")
         if query.ndim != 2 or gallery.ndim != 2 or query.shape[1] != gallery.shape[1]:
@@ -87,6 +86,12 @@ class ComputedDistances:
             return None
         query = self.query[queries.to(self.query.device)]
         return query.square().sum(dim=1, keepdim=True)
+
+
+def check_metric(metric: str) -> None:
+    """Raises InputError where there is no such distance."""
+    if metric not in METRICS:
+        raise InputError(f"unknown metric {metric!r}: give one of {', '.join(METRICS)}")
 
 
 def in_full(x: Tensor) -> Tensor:

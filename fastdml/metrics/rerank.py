@@ -16,12 +16,17 @@ import math
 import warnings
 from collections.abc import Iterator
 from itertools import combinations_with_replacement
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from fastdml.errors import InputError
+from fastdml.metrics.distances import check_metric
+
+if TYPE_CHECKING:
+    import numpy as np
 
 BLOCK = 1 << 22  # numbers held at once, of each of a handful of tensors
 LEAST = 1e-30  # instead of a division by zero where all images are alike
@@ -35,6 +40,7 @@ def k_reciprocal_rerank(
     k2: int = 6,
     lambda_value: float = 0.3,
     *,
+    metric: str = "euclidean",
     block: int = BLOCK,
 ) -> Tensor:
     """Distances (Q, G) in float32, within [0, 1], of features (Q, D) and (G, D).
@@ -47,17 +53,52 @@ def k_reciprocal_rerank(
     The result is (1 - lambda_value) Jaccard(V_q, V_g) + lambda_value d(q, g), where the Jaccard
     distance is 1 - sum min / sum max.
 
-    Features are compared as they come, in float32: normalise them first where their cosine counts.
+    Features are compared as they come, in float32. With metric "cosine" 1 - cosine takes the place
+    of the Euclidean distance, and is squared as that is: what the authors' code makes of matrices
+    of cosine distances. The Euclidean distance of normalised features, squared, is 2 (1 - cosine).
     An image's nearest is itself; of others at equal distance any may be taken for nearer.
     Raises InputError on wrong shapes and settings, and where a feature is not finite.
     """
-    _check(query_features, gallery_features, k1, k2, lambda_value, block)
-    Q, G = len(query_features), len(gallery_features)
+    _check_settings(k1, k2, lambda_value, block)
+    _check_features(query_features, gallery_features)
+    check_metric(metric)
     x = torch.cat([query_features.float(), gallery_features.float()])  # (N, D): queries first
-    k1, k2 = min(k1, Q + G - 1), min(k2, Q + G)
+    Q, G = len(query_features), len(gallery_features)
     with torch.autocast(x.device.type, enabled=False):
-        near, farthest, result = _neighbours(x, Q, max(k1 + 1, k2), block)
-        encoding = _encode(x, near[:, : k1 + 1], farthest, k1, block)
+        return _rerank(_OfFeatures(x, metric), Q, G, k1, k2, lambda_value, block)
+
+
+@torch.no_grad()
+def rerank_distances(
+    q_g_dist: Tensor | np.ndarray,
+    q_q_dist: Tensor | np.ndarray,
+    g_g_dist: Tensor | np.ndarray,
+    k1: int = 20,
+    k2: int = 6,
+    lambda_value: float = 0.3,
+    *,
+    block: int = BLOCK,
+) -> Tensor:
+    """As `k_reciprocal_rerank`, from distances between queries and gallery (Q, G), between queries
+    (Q, Q) and within the gallery (G, G), which are squared first: the arguments and the result of
+    the function `re_ranking` of the authors' code, torchreid and fast-reid. In float64 where one of
+    them is, else in float32.
+
+    Of matrices that are not symmetric the columns count, as there. Raises InputError on wrong
+    shapes and settings, and where a distance is not finite.
+    """
+    _check_settings(k1, k2, lambda_value, block)
+    given = _Given(*(torch.as_tensor(x) for x in (q_g_dist, q_q_dist, g_g_dist)))
+    Q, G = given.between.shape
+    return _rerank(given, Q, G, k1, k2, lambda_value, block)
+
+
+def _rerank(
+    source: _OfFeatures | _Given, Q: int, G: int, k1: int, k2: int, lambda_value: float, block: int
+) -> Tensor:
+    k1, k2 = min(k1, Q + G - 1), min(k2, Q + G)
+    near, farthest, result = _neighbours(source, Q, G, max(k1 + 1, k2), block)
+    encoding = _encode(source, near[:, : k1 + 1], farthest, k1, block)
     if k2 > 1:
         encoding = _average(encoding, near[:, :k2], block)
     result.mul_(lambda_value / farthest[:Q, None]).add_(1 - lambda_value)
@@ -74,36 +115,131 @@ class Encoding(NamedTuple):
     value: Tensor  # (E,) float32
 
 
-def _check(query: Tensor, gallery: Tensor, k1: int, k2: int, weight: float, block: int) -> None:
+def _check_settings(k1: int, k2: int, weight: float, block: int) -> None:
+    if min(k1, k2, block) < 1 or not 0 <= weight <= 1:
+        raise InputError(
+            f"k1={k1}, k2={k2}, block={block}, lambda_value={weight}: the first three must be at "
+            "least 1, and lambda_value within 0 and 1"
+        )
+
+
+def _check_features(query: Tensor, gallery: Tensor) -> None:
     if query.ndim != 2 or gallery.ndim != 2 or query.shape[1] != gallery.shape[1]:
         raise InputError(
             f"features {tuple(query.shape)} and {tuple(gallery.shape)}: give (Q, D) and (G, D)"
         )
     if not len(query) or not len(gallery):
         raise InputError(f"{len(query)} queries against {len(gallery)} gallery images")
-    if min(k1, k2, block) < 1 or not 0 <= weight <= 1:
-        raise InputError(
-            f"k1={k1}, k2={k2}, block={block}, lambda_value={weight}: the first three must be at "
-            "least 1, and lambda_value within 0 and 1"
-        )
     for name, x in (("query", query), ("gallery", gallery)):
         if bad := int((~x.sum(dim=1, dtype=torch.float64).isfinite()).sum()):
             raise InputError(f"{bad} of {len(x)} {name} features are not finite: nothing to rank")
 
 
-def _neighbours(x: Tensor, Q: int, k: int, block: int) -> tuple[Tensor, Tensor, Tensor]:
+class _OfFeatures:
+    """Squared distances between features (N, D), queries first."""
+
+    def __init__(self, x: Tensor, metric: str) -> None:
+        self.cosine = metric == "cosine"
+        self.x = F.normalize(x, dim=1) if self.cosine else x
+        self.like = x  # of the dtype and on the device of the distances
+        # (N,), a few rows at a time: no second copy of the features
+        self.square = torch.cat([part.square().sum(dim=1) for part in self.x.split(4096)])
+
+    def tiles(self, rows: slice, columns: slice) -> tuple[Tensor, Tensor]:
+        """Distances (R, C) of some images to others, and (C, R) back, which may be a view."""
+        if self.cosine:
+            d = (self.x[rows] @ self.x[columns].T).sub_(1).square_()
+        else:
+            d = torch.addmm(self.square[columns], self.x[rows], self.x[columns].T, alpha=-2)
+            d.add_(self.square[rows, None]).clamp_(min=0)
+        return d, d.T
+
+    def pairs(self, row: Tensor, column: Tensor) -> Tensor:
+        """(E,): distances of pairs in the order of rows."""
+        x, N = self.x, len(self.x)
+        start = torch.searchsorted(row, torch.arange(N + 1, device=x.device))
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "Sparse")  # beta, and unchecked unless told otherwise
+            pairs = torch.sparse_csr_tensor(
+                start, column, x.new_zeros(len(row)), (N, N), check_invariants=False
+            )
+            # ten times faster than gathering both features of each pair
+            product = torch.sparse.sampled_addmm(pairs, x, x.T, beta=0).values()
+        if self.cosine:
+            return (1 - product).square_()
+        return (self.square[row] + self.square[column] - 2 * product).clamp_(min=0)
+
+
+class _Given:
+    """Squared distances from given matrices. Of image i to j it is that in row j and column i of
+    the whole matrix, which none but the authors' code makes."""
+
+    def __init__(self, between: Tensor, queries: Tensor, gallery: Tensor) -> None:
+        shapes = [tuple(x.shape) for x in (between, queries, gallery)]
+        Q, G = shapes[0] if between.ndim == 2 else (0, 0)
+        if not Q or not G or shapes[1:] != [(Q, Q), (G, G)]:
+            raise InputError(
+                f"distances {shapes[0]}, {shapes[1]} and {shapes[2]}: give (Q, G) between queries "
+                "and gallery, (Q, Q) between queries and (G, G) within the gallery"
+            )
+        for name, x in (("Q, G", between), ("Q, Q", queries), ("G, G", gallery)):
+            if bad := sum(int((~part.isfinite()).sum()) for part in x.split(max(1, BLOCK // G))):
+                raise InputError(f"{bad} of the distances ({name}) are not finite")
+        self.between, self.queries, self.gallery, self.Q = between, queries, gallery, Q
+        exact = torch.float64 in (between.dtype, queries.dtype, gallery.dtype)
+        self.like = between.new_empty(0, dtype=torch.float64 if exact else torch.float32)
+
+    def tiles(self, rows: slice, columns: slice) -> tuple[Tensor, Tensor]:
+        """Distances (R, C) of some images to others, and (C, R) back."""
+        return self._tile(rows, columns), self._tile(columns, rows)
+
+    def _tile(self, rows: slice, columns: slice) -> Tensor:
+        (asked, found), (asked_too, found_too) = self._parts(rows), self._parts(columns)
+        nearer = torch.cat(
+            [self.queries[asked_too, asked].T, self.between[asked, found_too]], dim=1
+        )
+        farther = torch.cat(
+            [self.between[asked_too, found].T, self.gallery[found_too, found].T], dim=1
+        )
+        return torch.cat([nearer, farther]).to(self.like).square_()
+
+    def _parts(self, images: slice) -> tuple[slice, slice]:
+        """The queries and the gallery images among them."""
+        first, last = images.start, images.stop
+        return (
+            slice(min(first, self.Q), min(last, self.Q)),
+            slice(max(first - self.Q, 0), max(last - self.Q, 0)),
+        )
+
+    def pairs(self, row: Tensor, column: Tensor) -> Tensor:
+        """(E,): distances of pairs in the order of rows."""
+        found = self.like.new_empty(len(row))
+        i, j = row - self.Q, column - self.Q
+        for own, other, matrix, at in (
+            (i < 0, j < 0, self.queries, (column, row)),
+            (i < 0, j >= 0, self.between, (row, j)),
+            (i >= 0, j < 0, self.between, (column, i)),
+            (i >= 0, j >= 0, self.gallery, (j, i)),
+        ):
+            these = own & other
+            found[these] = matrix[at[0][these], at[1][these]].to(found)
+        return found.square_()
+
+
+def _neighbours(
+    source: _OfFeatures | _Given, Q: int, G: int, k: int, block: int
+) -> tuple[Tensor, Tensor, Tensor]:
     """The k nearest images of each, itself first (N, k); the distance of its farthest (N,); and
     the distances of queries and gallery (Q, G). All distances are squared.
 
     Only square tiles from the diagonal on are computed: a tile tells its rows about its columns
     and, transposed, its columns about its rows.
     """
-    N = len(x)
-    square = _squares(x)
-    nearest = x.new_full((N, k), torch.inf)  # the smallest distances so far
-    near = torch.zeros(N, k, dtype=torch.int64, device=x.device)
-    farthest = x.new_full((N,), LEAST)
-    result = x.new_empty(Q, N - Q)
+    N, like = Q + G, source.like
+    nearest = like.new_full((N, k), torch.inf)  # the smallest distances so far
+    near = torch.zeros(N, k, dtype=torch.int64, device=like.device)
+    farthest = like.new_full((N,), LEAST)
+    result = like.new_empty(Q, G)
 
     def learn(images: slice, d: Tensor, first: int) -> None:
         """Merges the distances d of `images` to the images from `first` on into `nearest`, `near`
@@ -118,22 +254,16 @@ def _neighbours(x: Tensor, Q: int, k: int, block: int) -> tuple[Tensor, Tensor, 
     side = math.isqrt(block)
     tiles = [slice(at, min(at + side, N)) for at in range(0, N, side)]
     for rows, columns in combinations_with_replacement(tiles, 2):
-        d = torch.addmm(square[columns], x[rows], x[columns].T, alpha=-2)
-        d.add_(square[rows, None]).clamp_(min=0)
+        d, back = source.tiles(rows, columns)
         if rows.start < Q < columns.stop:
             asked = d[: min(rows.stop, Q) - rows.start, max(Q - columns.start, 0) :]
             result[rows, max(columns.start - Q, 0) : columns.stop - Q] = asked
         if rows == columns:
             d.fill_diagonal_(-1)  # an image is its own nearest, whatever rounding makes of it
         else:
-            learn(columns, d.T.contiguous(), rows.start)
+            learn(columns, back.contiguous(), rows.start)
         learn(rows, d, columns.start)
     return near, farthest, result
-
-
-def _squares(x: Tensor) -> Tensor:
-    """(N,), a few rows at a time: no second copy of the features."""
-    return torch.cat([part.square().sum(dim=1) for part in x.split(4096)])
 
 
 def _reciprocal(near: Tensor, block: int) -> Tensor:
@@ -143,7 +273,9 @@ def _reciprocal(near: Tensor, block: int) -> Tensor:
     return torch.cat([(near[near[i]] == i[:, None, None]).any(dim=2) for i in parts])
 
 
-def _encode(x: Tensor, near: Tensor, farthest: Tensor, k1: int, block: int) -> Encoding:
+def _encode(
+    source: _OfFeatures | _Given, near: Tensor, farthest: Tensor, k1: int, block: int
+) -> Encoding:
     """V, before it is averaged."""
     N, k = near.shape
     half = near[:, : round(k1 / 2) + 1]
@@ -162,24 +294,9 @@ def _encode(x: Tensor, near: Tensor, farthest: Tensor, k1: int, block: int) -> E
         rows.append(i[row])
         columns.append(members[row, place])
     row, column = torch.cat(rows), torch.cat(columns)
-    value = torch.exp(-_pair_distances(x, row, column) / farthest[row])
+    value = torch.exp(-source.pairs(row, column) / farthest[row])
     total = value.new_zeros(N).index_add_(0, row, value)
     return Encoding(row, column, value / total[row])
-
-
-def _pair_distances(x: Tensor, row: Tensor, column: Tensor) -> Tensor:
-    """(E,): squared distances of pairs in the order of rows."""
-    N = len(x)
-    start = torch.searchsorted(row, torch.arange(N + 1, device=x.device))
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", "Sparse")  # beta, and unchecked unless told otherwise
-        pairs = torch.sparse_csr_tensor(
-            start, column, x.new_zeros(len(row)), (N, N), check_invariants=False
-        )
-        # ten times faster than gathering both features of each pair
-        product = torch.sparse.sampled_addmm(pairs, x, x.T, beta=0).values()
-    square = _squares(x)
-    return (square[row] + square[column] - 2 * product).clamp_(min=0)
 
 
 def _average(encoding: Encoding, near: Tensor, block: int) -> Encoding:

@@ -11,14 +11,24 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 from fastdml.errors import InputError
-from fastdml.metrics import k_reciprocal_rerank, normalize_features, reid_scores
+from fastdml.metrics import (
+    feature_distances,
+    k_reciprocal_rerank,
+    normalize_features,
+    reid_scores,
+    rerank_distances,
+)
 
 
 def reference(query, gallery, k1, k2, weight) -> np.ndarray:
-    """(Q, G), with sets of neighbours and full matrices."""
+    """(Q, G), of features."""
     x = np.concatenate([query, gallery]).astype(np.float64)
-    N, Q = len(x), len(query)
-    d = ((x[:, None] - x[None]) ** 2).sum(axis=2)
+    return of_distances(((x[:, None] - x[None]) ** 2).sum(axis=2), len(query), k1, k2, weight)
+
+
+def of_distances(d, Q, k1, k2, weight) -> np.ndarray:
+    """(Q, G), of squared distances (N, N), with sets of neighbours and full matrices."""
+    N = len(d)
     order = [sorted(range(N), key=lambda j: (j != i, d[i, j])) for i in range(N)]
     d = d / d.max(axis=1, keepdims=True)
 
@@ -73,6 +83,67 @@ def test_equal_to_the_dense_reference(Q, G, D, k1, k2, weight, people, block, se
     found = k_reciprocal_rerank(query, gallery, k1, k2, weight, block=block)
     assert found.dtype == torch.float32
     assert found.numpy() == pytest.approx(reference(x[:Q], x[Q:], k1, k2, weight), abs=1e-5)
+
+
+def matrices(d, Q):
+    """Between queries and gallery, between queries, within the gallery."""
+    return d[:Q, Q:], d[:Q, :Q], d[Q:, Q:]
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    Q=st.integers(1, 8),
+    G=st.integers(1, 30),
+    k1=st.integers(1, 12),
+    k2=st.integers(1, 8),
+    weight=st.sampled_from([0.0, 0.3, 1.0]),
+    block=st.sampled_from([1, 50, 300, 1 << 22]),
+    symmetric=st.booleans(),
+    as_arrays=st.booleans(),
+    seed=st.integers(0, 2**32 - 1),
+)
+def test_given_distances_are_the_authors_formula_in_float64(
+    Q, G, k1, k2, weight, block, symmetric, as_arrays, seed
+):
+    """Of distances that come from no features, with columns that differ from the rows."""
+    rng = np.random.default_rng(seed)
+    x = clusters(rng, Q + G, 3, 4).astype(np.float64)
+    d = np.linalg.norm(x[:, None] - x[None], axis=2)
+    if not symmetric:
+        apart = d * rng.uniform(1, 1.3, d.shape)
+        d[:Q, :Q], d[Q:, Q:] = apart[:Q, :Q], apart[Q:, Q:]
+    given_ = [np.ascontiguousarray(part) for part in matrices(d, Q)]
+    kept = [part.copy() for part in given_]
+    arguments = given_ if as_arrays else [torch.from_numpy(part) for part in given_]
+    found = rerank_distances(*arguments, k1, k2, weight, block=block)
+    assert found.dtype == torch.float64
+    assert found.numpy() == pytest.approx(of_distances(d.T**2, Q, k1, k2, weight), abs=1e-12)
+    assert all(np.array_equal(*pair) for pair in zip(given_, kept, strict=True))
+
+
+@pytest.mark.parametrize("metric", ["cosine", "euclidean"])
+def test_features_and_their_distances_give_the_same(metric):
+    x = torch.from_numpy(clusters(np.random.default_rng(5), 120, 16, 9))
+    q, g = x[:20], x[20:]
+    pairs = [(q, g), (q, q), (g, g)]
+    exact = [feature_distances(a.double(), b.double(), metric) for a, b in pairs]
+    expected = rerank_distances(*exact, 10, 4)
+    found = k_reciprocal_rerank(q, g, 10, 4, metric=metric)
+    assert found.dtype == torch.float32
+    assert torch.allclose(found.double(), expected, rtol=0, atol=1e-5)
+    d = feature_distances(x.double(), x.double(), metric).fill_diagonal_(0).numpy()
+    assert expected.numpy() == pytest.approx(of_distances(d**2, 20, 10, 4, 0.3), abs=1e-7)
+    single = rerank_distances(*(part.float() for part in exact), 10, 4)
+    assert single.dtype == torch.float32
+    assert torch.allclose(single.double(), expected, rtol=0, atol=1e-5)
+
+
+def test_the_cosine_leaves_lengths_out():
+    x = torch.from_numpy(clusters(np.random.default_rng(6), 60, 8, 6))
+    scaled = x * torch.linspace(0.1, 10, 60)[:, None]
+    found, other = (k_reciprocal_rerank(y[:9], y[9:], 6, 3, metric="cosine") for y in (x, scaled))
+    assert torch.allclose(found, other, rtol=0, atol=1e-5)
+    assert not torch.allclose(found, k_reciprocal_rerank(x[:9], x[9:], 6, 3), atol=1e-3)
 
 
 @pytest.mark.filterwarnings("error")
@@ -135,11 +206,30 @@ ONES = torch.ones(3, 2)
         ((ONES, ONES), {"lambda_value": 1.5}, r"lambda_value=1\.5"),
         ((ONES, ONES / 0), {}, "3 of 3 gallery features are not finite"),
         ((ONES * math.nan, ONES), {}, "3 of 3 query features are not finite"),
+        ((ONES, ONES), {"metric": "hamming"}, "unknown metric 'hamming'"),
     ],
 )
 def test_wrong_arguments_are_named(arguments, options, message):
     with pytest.raises(InputError, match=message):
         k_reciprocal_rerank(*arguments, **options)
+
+
+BETWEEN, SQUARE = torch.ones(2, 3), torch.ones(3, 3)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ((BETWEEN, SQUARE, SQUARE), r"distances \(2, 3\), \(3, 3\) and \(3, 3\): give \(Q, G\)"),
+        ((BETWEEN[0], SQUARE, SQUARE), r"distances \(3,\), "),
+        ((BETWEEN, SQUARE[:2, :2], SQUARE / 0), r"9 of the distances \(G, G\) are not finite"),
+        ((BETWEEN * math.nan, SQUARE[:2, :2], SQUARE), r"6 of the distances \(Q, G\) are"),
+        ((BETWEEN, SQUARE[:2, :2], SQUARE, 0), "k1=0"),
+    ],
+)
+def test_wrong_distances_are_named(arguments, message):
+    with pytest.raises(InputError, match=message):
+        rerank_distances(*arguments)
 
 
 @pytest.mark.gpu
