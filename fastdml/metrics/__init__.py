@@ -7,6 +7,7 @@ from fastdml.metrics.distances import feature_distances, normalize_features
 from fastdml.metrics.query_expansion import average_query_expansion
 from fastdml.metrics.ranked_lists import ranked_list, save_ranked_lists
 from fastdml.metrics.reid import (
+    TIES,
     ReIDScores,
     ensemble_features,
     multi_query_features,
@@ -15,6 +16,7 @@ from fastdml.metrics.reid import (
 from fastdml.metrics.rerank import k_reciprocal_rerank, rerank_distances
 
 __all__ = [
+    "TIES",
     "Classification",
     "ClassificationScores",
     "ReIDScores",

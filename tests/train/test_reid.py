@@ -198,7 +198,8 @@ def test_evaluate_prints_a_table_and_draws(run, market_root, capfd):
     out, err = capfd.readouterr()
     lines = out.splitlines()
     assert re.split(r"  +", lines[0]) == [
-        "peer", "query", "re-ranked", "rank-1 %", "rank-5 %", "rank-10 %", "mAP %", "mINP %",
+        "peer", "query", "re-ranked", "rank-1 %", "rank-5 %", "rank-10 %", "rank-20 %", "mAP %",
+        "mINP %", "TPR@1e-4 %", "TPR@1e-3 %", "TPR@1e-2 %",
     ]  # fmt: skip
     rows = [line.split()[:3] for line in lines[2:8]]
     names = ("resnet8-1", "resnet8-2", "ensemble")
@@ -211,6 +212,44 @@ def test_evaluate_prints_a_table_and_draws(run, market_root, capfd):
     sizes = {Image.open(p).size for p in pictures}
     assert len(sizes) == 1
     assert "has 12,936/3,368/15,913/751" in err  # a subset is told
+
+
+def test_evaluate_with_expanded_queries_and_ties_in_the_order_given(run, market, settings, capfd):
+    options = ["--query-expansion", "3", "--ties", "given", "--no-rerank"]
+    assert cli.main(["evaluate", str(run), *options, "--json"]) == 0
+    found = json.loads(capfd.readouterr().out)["scores"]
+    assert list(found) == ["single", "single_expanded", "multi", "multi_expanded"]
+    cohort = Cohort.load(run)
+    evaluation = retrieval.Retrieval(market, settings(), CPU)
+    _, query, gallery = evaluation.all_scores(cohort, rerank=False)
+    marks = (market.query.ids, market.gallery.ids, market.query.cameras, market.gallery.cameras)
+    for k in (0, 1):
+        expanded = metrics.average_query_expansion(query[k], gallery[k], 3)
+        for protocol, features in (("single", query[k]), ("single_expanded", expanded)):
+            expected = metrics.reid_scores(
+                features, gallery[k], *marks, ties="given", fprs=(1e-4, 1e-2)
+            )
+            assert found[protocol]["mAP"][k] == pytest.approx(expected.mAP)
+            assert found[protocol]["rank20"][k] == expected.rank(20)
+            assert found[protocol]["tpr_1e2"][k] == pytest.approx(expected.tpr[1e-2])
+            assert found[protocol]["tpr_1e4"][k] == pytest.approx(expected.tpr[1e-4])
+    assert found["single"]["mAP"] != found["single_expanded"]["mAP"]
+    assert cli.main(["evaluate", str(run), *options]) == 0
+    out = capfd.readouterr().out
+    assert re.search(r"^resnet8-2  +single, expanded  +no  +\d", out, re.M)
+    assert cli.main(["evaluate", str(run), "--query-expansion", "-1"]) == 2
+    assert "--query-expansion -1: give 0 or more" in capfd.readouterr().err
+
+
+def test_features_that_are_not_finite_are_one_line(run, tmp_path, capfd):
+    shutil.copytree(run, tmp_path / "run")
+    cohort = Cohort.load(tmp_path / "run")
+    with torch.no_grad():
+        next(cohort.peers[1].parameters()).fill_(torch.nan)
+    cohort.save(tmp_path / "run")
+    assert cli.main(["evaluate", str(tmp_path / "run")]) == 2
+    (line,) = [x for x in capfd.readouterr().err.splitlines() if "error" in x]
+    assert re.search(r"resnet8-2: the features of (\d+) of \1 images are not finite", line)
 
 
 def test_evaluate_of_a_run_on_other_data(run, tmp_path, capfd):
@@ -606,7 +645,7 @@ def test_wrong_settings(refused, market_root, options, pattern):
 
 def test_pictures_of_peers_whose_file_names_would_be_equal(monkeypatch, tmp_path):
     drawn = []
-    monkeypatch.setattr(metrics, "save_ranked_lists", lambda path, *rest: drawn.append(path.name))
+    monkeypatch.setattr(metrics, "save_ranked_lists", lambda path, *rest, ties: drawn.append(path.name))
     one = torch.zeros(1, dtype=torch.int64)
     split = ReidSplit([Path("0001_c1.jpg")], one, one)
     images = SimpleNamespace(source=split)

@@ -32,7 +32,7 @@ from fastdml.errors import InputError
 from fastdml.logs import held
 from fastdml.loss import MutualLoss
 from fastdml.metric_losses import MetricLoss
-from fastdml.metrics import ClassificationScores
+from fastdml.metrics import TIES, ClassificationScores
 from fastdml.models import ReidHead
 from fastdml.report.scoring import Headline, Scoring
 from fastdml.train.batches import Batches
@@ -85,6 +85,18 @@ class Reidentification(Task):
                 "default": 0,
                 "metavar": "N",
                 "help": "draw N queries and what each peer finds for them, into RUN/ranked_lists",
+            },
+            "--query-expansion": {
+                "type": int,
+                "default": 0,
+                "metavar": "N",
+                "help": "score also queries that are averaged with their N nearest gallery images",
+            },
+            "--ties": {
+                "choices": TIES,
+                "default": "worst",
+                "help": "how images at equal distance rank: worst, against the peer, whatever "
+                "their order; given, in the gallery's order (default: worst)",
             },
         }
     )
@@ -153,8 +165,10 @@ class Reidentification(Task):
         hint: str = HINT,
     ) -> Evaluation:
         count, distractors = options["ranked_lists"], options["distractors"]
-        if count < 0:
-            raise InputError(f"--ranked-lists {count}: give 0 or more")
+        expansion, ties = options["query_expansion"], options["ties"]
+        for name, number in (("--ranked-lists", count), ("--query-expansion", expansion)):
+            if number < 0:
+                raise InputError(f"{name} {number}: give 0 or more")
         with (
             naming_dead_workers(),
             held() as show,
@@ -162,10 +176,13 @@ class Reidentification(Task):
         ):
             retrieval = Retrieval(market, config, device)
             show()
-            found, query, gallery = retrieval.all_scores(cohort.eval(), not options["no_rerank"])
+            found, query, gallery = retrieval.all_scores(
+                cohort.eval(), not options["no_rerank"], expansion=expansion, ties=ties
+            )
             pictures = []
             if count:
-                pictures = retrieval.draw(cohort, query, gallery, count, run / "ranked_lists")
+                folder = run / "ranked_lists"
+                pictures = retrieval.draw(cohort, query, gallery, count, folder, ties)
         scores = {name: dataclasses.asdict(s) if s else None for name, s in found.items()}
         return Evaluation(scores, table(cohort.names, scores), pictures)
 

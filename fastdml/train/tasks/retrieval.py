@@ -8,8 +8,9 @@ process extracts its share and all get all.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +23,7 @@ from fastdml.cohort import Cohort
 from fastdml.data import Market1501, ReidSplit, choose_loader, make_loader
 from fastdml.data.loaders.dali import checked
 from fastdml.engine.amp import Amp, AmpName, resolve_amp
+from fastdml.errors import InputError
 from fastdml.eval_mode import evaluating
 from fastdml.files import safe_name
 from fastdml.logs import held
@@ -32,13 +34,22 @@ from fastdml.train.config.reid import ReidConfig
 from fastdml.units import percent
 
 EVALUATION_BATCH = 128  # images
-RANKS = (1, 5, 10)
-COLUMNS = ("rank1", "rank5", "rank10", "mAP", "mINP")  # of the table of an evaluation
+RANKS = (1, 5, 10, 20)
+FPRS = {"1e4": 1e-4, "1e3": 1e-3, "1e2": 1e-2}  # false positive rates, by the scores' names
+# of the table of an evaluation
+COLUMNS = {
+    **{f"rank{k}": f"rank-{k} %" for k in RANKS},
+    "mAP": "mAP %",
+    "mINP": "mINP %",
+    **{f"tpr_{name}": f"TPR@{name[:2]}-{name[2:]} %" for name in FPRS},
+}
 
 
 @dataclass(frozen=True)
 class RetrievalScores:
-    """Fractions of 1 over the queries that have a match; a value a peer, in order."""
+    """Fractions of 1 over the queries that have a match; a value a peer, in order. `tpr_1e4` is the
+    true positive rate at a false positive rate of 1e-4, over pairs: see `metrics.reid_scores`.
+    What earlier versions did not write is empty or NaN."""
 
     queries: int
     mAP: list[float]
@@ -51,6 +62,14 @@ class RetrievalScores:
     ensemble_rank1: float
     ensemble_rank5: float
     ensemble_rank10: float
+    rank20: list[float] = field(default_factory=list)
+    tpr_1e4: list[float] = field(default_factory=list)
+    tpr_1e3: list[float] = field(default_factory=list)
+    tpr_1e2: list[float] = field(default_factory=list)
+    ensemble_rank20: float = math.nan
+    ensemble_tpr_1e4: float = math.nan
+    ensemble_tpr_1e3: float = math.nan
+    ensemble_tpr_1e2: float = math.nan
 
     @classmethod
     def of(cls, peers: Sequence[ReIDScores], ensemble: ReIDScores) -> RetrievalScores:
@@ -62,6 +81,9 @@ class RetrievalScores:
         for k in RANKS:
             values[f"rank{k}"] = [scores.rank(k) for scores in peers]
             values[f"ensemble_rank{k}"] = ensemble.rank(k)
+        for name, fpr in FPRS.items():
+            values[f"tpr_{name}"] = [scores.tpr[fpr] for scores in peers]
+            values[f"ensemble_tpr_{name}"] = ensemble.tpr[fpr]
         return cls(**values)
 
 
@@ -150,24 +172,42 @@ class Retrieval:
         return self._scores(self._read(self.query, cohort), self._read(self.gallery, cohort))
 
     def all_scores(
-        self, cohort: Cohort, rerank: bool = True
+        self, cohort: Cohort, rerank: bool = True, *, expansion: int = 0, ties: str = "worst"
     ) -> tuple[dict[str, RetrievalScores | None], list[Tensor], list[Tensor]]:
-        """Scores by protocol, "single" and "multi", with `rerank` also "single_reranked" and
-        "multi_reranked"; those of multiple queries are None without gt_bbox. Beside them the K
-        features of queries and gallery."""
+        """Scores by protocol, "single" and "multi", those of multiple queries None without gt_bbox.
+        With `rerank` each has another, "single_reranked" and "multi_reranked"; and with `expansion`
+        both have those of queries that are expanded by so many images of the gallery,
+        "single_expanded", "single_expanded_reranked" and so on. Beside them the K features of
+        queries and gallery.
+
+        ties: as `metrics.reid_scores` takes it. Raises InputError where features are not finite.
+        """
         query, gallery = self._read(self.query, cohort), self._read(self.gallery, cohort)
-        scores: dict[str, RetrievalScores | None] = {"single": self._scores(query, gallery)}
-        if rerank:
-            scores["single_reranked"] = self._scores(query, gallery, rerank=True)
-        several = self._several(query, cohort)
-        scores["multi"] = self._scores(several, gallery) if several else None
-        if rerank:
-            reranked = self._scores(several, gallery, rerank=True) if several else None
-            scores["multi_reranked"] = reranked
+        _check_finite(cohort.names, query, gallery)
+        kinds: dict[str, list[Tensor] | None] = {}
+        for kind, asked in (("single", query), ("multi", self._several(query, cohort))):
+            kinds[kind] = asked
+            if expansion:
+                kinds[f"{kind}_expanded"] = asked and [
+                    metrics.average_query_expansion(q, g, expansion)
+                    for q, g in zip(asked, gallery, strict=True)
+                ]
+        scores: dict[str, RetrievalScores | None] = {}
+        for kind, asked in kinds.items():
+            scores[kind] = self._scores(asked, gallery, ties=ties) if asked else None
+            if rerank:
+                again = self._scores(asked, gallery, rerank=True, ties=ties) if asked else None
+                scores[f"{kind}_reranked"] = again
         return scores, query, gallery
 
     def draw(
-        self, cohort: Cohort, query: list[Tensor], gallery: list[Tensor], count: int, folder: Path
+        self,
+        cohort: Cohort,
+        query: list[Tensor],
+        gallery: list[Tensor],
+        count: int,
+        folder: Path,
+        ties: str = "worst",
     ) -> list[Path]:
         """A picture a peer, NAME.png, and ensemble.png, of what `count` queries find: spread
         evenly over all queries, the same in each picture."""
@@ -193,6 +233,7 @@ class Retrieval:
                 shown.cameras,
                 among.cameras,
                 metrics.feature_distances(q[places.to(q.device)], g),
+                ties=ties,
             )
         return paths
 
@@ -225,17 +266,21 @@ class Retrieval:
         return several
 
     def _scores(
-        self, query: Sequence[Tensor], gallery: Sequence[Tensor], rerank: bool = False
+        self,
+        query: Sequence[Tensor],
+        gallery: Sequence[Tensor],
+        rerank: bool = False,
+        ties: str = "worst",
     ) -> RetrievalScores:
-        peers = [self._score(q, g, rerank) for q, g in zip(query, gallery, strict=True)]
+        peers = [self._score(q, g, rerank, ties) for q, g in zip(query, gallery, strict=True)]
         if len(peers) == 1:
             return RetrievalScores.of(peers, peers[0])
         together = self._score(
-            metrics.ensemble_features(query), metrics.ensemble_features(gallery), rerank
+            metrics.ensemble_features(query), metrics.ensemble_features(gallery), rerank, ties
         )
         return RetrievalScores.of(peers, together)
 
-    def _score(self, query: Tensor, gallery: Tensor, rerank: bool) -> metrics.ReIDScores:
+    def _score(self, query: Tensor, gallery: Tensor, rerank: bool, ties: str) -> metrics.ReIDScores:
         asked, among = self.query.source, self.gallery.source
         return metrics.reid_scores(
             query,
@@ -245,26 +290,36 @@ class Retrieval:
             asked.cameras,
             among.cameras,
             distances=metrics.k_reciprocal_rerank(query, gallery) if rerank else None,
+            ties=ties,
+            fprs=tuple(FPRS.values()),
         )
+
+
+def _check_finite(names: Sequence[str], query: list[Tensor], gallery: list[Tensor]) -> None:
+    for name, *features in zip(names, query, gallery, strict=True):
+        if bad := sum(int((~f.isfinite()).any(dim=1).sum()) for f in features):
+            raise InputError(
+                f"{name}: the features of {bad} of {sum(map(len, features))} images are not "
+                "finite, so there is nothing to rank: its weights are broken"
+            )
 
 
 def table(names: Sequence[str], scores: Mapping[str, dict[str, Any] | None]) -> str:
     """Every score of each peer and of the ensemble, a block of rows a protocol, from
     `Retrieval.all_scores` with RetrievalScores as dicts."""
-    rows: list[tuple[str, ...]] = [
-        ("peer", "query", "re-ranked", "rank-1 %", "rank-5 %", "rank-10 %", "mAP %", "mINP %")
-    ]
+    rows: list[tuple[str, ...]] = [("peer", "query", "re-ranked", *COLUMNS.values())]
     for protocol, values in scores.items():
-        query, _, reranked = protocol.partition("_")
         if values is None:
             continue
-        kind = (query, "yes" if reranked else "no")
+        query = protocol.removesuffix("_reranked")
+        kind = (query.replace("_", ", "), "no" if query == protocol else "yes")
         for k, name in enumerate(names):
             rows.append((name, *kind, *(percent(values[c][k]) for c in COLUMNS)))
         ensemble = (percent(values[f"ensemble_{c}"]) for c in COLUMNS)
         rows.append(("ensemble", *kind, *ensemble))
     queries = next(values["queries"] for values in scores.values() if values)
     note = f"{queries:,} queries; ensemble: the peers' features, concatenated"
+    note += "; TPR: true positive rate at that false positive rate, over pairs"
     if scores["multi"] is None:
         note += "; no multiple queries: the folder gt_bbox is not there"
     return f"{fixed_columns(rows)}\n{note}"
