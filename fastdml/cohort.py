@@ -59,6 +59,7 @@ class Cohort(nn.Module):
     classes: a name for each of the `num_classes` logits, in their order.
     resize: how images of another size were brought to that shape: "crop" resizes them until they
         cover it and cuts out the middle, "stretch" changes their proportions.
+    stored: (height, width) that files were decoded to before that, where it is not their shape.
     """
 
     peers: nn.ModuleList
@@ -73,6 +74,7 @@ class Cohort(nn.Module):
     std: Sequence[float] | None
     classes: Sequence[str] | None
     resize: str | None
+    stored: Sequence[int] | None
 
     def __init__(
         self,
@@ -102,7 +104,7 @@ class Cohort(nn.Module):
         self.in_channels = in_channels
         self.head = head
         self.image_size = image_size
-        self.image_shape = self.mean = self.std = self.classes = self.resize = None
+        self.image_shape = self.mean = self.std = self.classes = self.resize = self.stored = None
         self.num_classes = int(self._common_class_count(peers, num_classes))
         self.peers = nn.ModuleList(
             _build(p, self.num_classes, in_channels, seed, k, head, pretrained, image_size)

@@ -9,7 +9,7 @@ from typing import Any, Literal, get_args
 
 from fastdml.errors import InputError
 
-FIELDS = ("image_shape", "mean", "std", "classes", "resize")
+FIELDS = ("image_shape", "mean", "std", "classes", "resize", "stored")
 Resize = Literal["crop", "stretch"]  # how `data.files.decode.resized` brings them to their shape
 
 
@@ -45,6 +45,11 @@ def checked_record(values: Mapping[str, Any], num_classes: int) -> dict[str, Any
     if (resize := values["resize"]) is not None and resize not in get_args(Resize):
         raise InputError(f"resize must be one of {', '.join(get_args(Resize))}, not {resize!r}")
     found["resize"] = resize
+    if (stored := values["stored"]) is not None:
+        stored = _plain(stored)
+        if len(stored) != 2 or not all(type(n) is int and n > 0 for n in stored):
+            raise InputError(f"stored must be (height, width), not {stored!r}")
+    found["stored"] = stored
     return found
 
 

@@ -59,7 +59,10 @@ class Preprocessing:
         self.mean = torch.tensor(record["mean"], dtype=torch.float32)
         self.scale = 1 / torch.tensor(record["std"], dtype=torch.float32)
         # Files of re-identification are kept at one size, from which a batch is interpolated.
-        self.stored = STORED if self.resize == "stretch" else self.size
+        self.stored = self.size
+        if self.resize == "stretch":
+            height, width = record.get("stored") or STORED
+            self.stored = (height, width)
         self._warned = False
 
     def __call__(self, image: Picture) -> Tensor:

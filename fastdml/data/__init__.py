@@ -25,17 +25,18 @@ if TYPE_CHECKING:
     from fastdml.data.loaders.make import choose_loader, make_loader
     from fastdml.data.loaders.resident import ResidentLoader
     from fastdml.data.loaders.torch_workers import TorchLoader
+    from fastdml.data.reid_folders import ImageFolderReID
     from fastdml.data.reid_split import ReidSplit
     from fastdml.data.samplers import PKSampler, RandomSampler, RepeatedSampler
     from fastdml.data.sets.cifar import load_cifar10, load_cifar100
     from fastdml.data.sets.digits import load_digits
     from fastdml.data.sets.folder import load_folder
-    from fastdml.data.sets.market1501 import ImageFolderReID, Market1501
+    from fastdml.data.sets.market1501 import Market1501
     from fastdml.data.validation import split_validation
 
 _HOMES = {
     "DALILoader": "loaders.dali",
-    "ImageFolderReID": "sets.market1501",
+    "ImageFolderReID": "reid_folders",
     "ImageFiles": "image_files",
     "ImageSet": "image_set",
     "Market1501": "sets.market1501",
@@ -106,7 +107,7 @@ def record(name: str) -> dict[str, Any]:
     Raises InputError for an unknown name."""
     known = dataset(name, "classification")
     keys = ("image_shape", "mean", "std", "classes")
-    return {key: list(getattr(known, key)) for key in keys} | {"resize": None}
+    return {key: list(getattr(known, key)) for key in keys} | {"resize": None, "stored": None}
 
 
 if not TYPE_CHECKING:  # a type checker would take any name to be there

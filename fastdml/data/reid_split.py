@@ -26,9 +26,9 @@ class ReidSplit:
     cameras: Tensor = field(repr=False)  # (N,) int64, as in the file names
     mean: tuple[float, ...] = MEAN
     std: tuple[float, ...] = STD
+    size: tuple[int, int] = STORED  # (height, width) that loaders decode files to
     labels: Tensor = field(init=False, repr=False)  # (N,) int64
     num_classes: int = field(init=False)
-    size: ClassVar[tuple[int, int]] = STORED  # (height, width) that they are decoded to
     resize: ClassVar[Resize] = "stretch"
 
     def __post_init__(self) -> None:
@@ -63,15 +63,16 @@ class ReidSplit:
 
         return self.at(evenly(self.labels, n, seed))
 
-    def decode(self, size: tuple[int, int] = STORED) -> ImageSet:
-        """All images in memory, (N, 3, height, width) uint8: 25 kB each at 128x64. Raises BadImage,
-        an InputError, for a file that cannot be decoded."""
+    def decode(self, size: tuple[int, int] | None = None) -> ImageSet:
+        """All images in memory, (N, 3, height, width) uint8, of `size` (default: the set's): 25 kB
+        each at 128x64. Raises BadImage, an InputError, for a file that cannot be decoded."""
         import numpy as np
         import torch
 
         from fastdml.data.files.decode import decode
         from fastdml.data.image_set import ImageSet
 
+        size = size or self.size
         pixels = np.empty((len(self), *size, 3), np.uint8)
         for place, path in zip(pixels, self.paths, strict=True):
             place[...] = decode(path, size)

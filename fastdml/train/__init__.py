@@ -47,6 +47,7 @@ __all__ = [
     "cifar10",
     "cifar100",
     "digits",
+    "dukemtmc",
     "evaluate",
     "extract_features",
     "fit",
@@ -54,7 +55,10 @@ __all__ = [
     "from_command_line",
     "load_config",
     "market1501",
+    "msmt17",
+    "reid_folder",
     "run",
+    "veri",
 ]
 
 
@@ -91,6 +95,52 @@ def market1501(
     recipe="strong" for those of the strong baseline. standin=True trains on pictures of CIFAR-100
     in Market-1501's layout instead, on a CPU in minutes, with CIFAR-100 below `root`."""
     return _train("market1501", peers, root, callbacks, config)
+
+
+def dukemtmc(
+    peers: Sequence[str] | None = None,
+    root: str | os.PathLike | None = None,
+    *,
+    callbacks: Sequence[Callback] = (),
+    **config: Unpack[ReidSettings],
+) -> TrainResult | None:
+    """Trains peers on DukeMTMC-reID, with the settings of Market-1501."""
+    return _train("dukemtmc", peers, root, callbacks, config)
+
+
+def msmt17(
+    peers: Sequence[str] | None = None,
+    root: str | os.PathLike | None = None,
+    *,
+    callbacks: Sequence[Callback] = (),
+    **config: Unpack[ReidSettings],
+) -> TrainResult | None:
+    """Trains peers on MSMT17, with the settings of Market-1501."""
+    return _train("msmt17", peers, root, callbacks, config)
+
+
+def veri(
+    peers: Sequence[str] | None = None,
+    root: str | os.PathLike | None = None,
+    *,
+    callbacks: Sequence[Callback] = (),
+    **config: Unpack[ReidSettings],
+) -> TrainResult | None:
+    """Trains peers on the vehicles of VeRi-776, with the settings of Market-1501; with
+    recipe="strong" at 256x256."""
+    return _train("veri", peers, root, callbacks, config)
+
+
+def reid_folder(
+    peers: Sequence[str] | None = None,
+    root: str | os.PathLike | None = None,
+    *,
+    callbacks: Sequence[Callback] = (),
+    **config: Unpack[ReidSettings],
+) -> TrainResult | None:
+    """Trains peers on a re-identification set of your own: folders train, query and gallery below
+    `root`, and `pattern` to tell identity and camera from the files' names."""
+    return _train("reid_folder", peers, root, callbacks, config)
 
 
 def folder(

@@ -284,8 +284,8 @@ def _check_size(n: int, batch_size: int, seed: int | None, what: str) -> None:
 
 
 def described(source: Any, channels: int) -> dict[str, Any]:
-    """Those of `mean`, `std`, `classes` and `resize`, as `Cohort` has them, that the source of
-    batches tells.
+    """Those of `mean`, `std`, `classes`, `resize` and `stored`, as `Cohort` has them, that the
+    source of batches tells.
 
     Of a DataLoader the data set's `classes` are taken, as torchvision's sets have them, and mean
     and std of a Normalize after a ToTensor, or ToDtype(scale=True), among its transforms.
@@ -309,6 +309,8 @@ def described(source: Any, channels: int) -> dict[str, Any]:
             plain[name] = [*value] * (channels if one_for_all else 1)
     if isinstance(resize := getattr(source, "resize", None), str):
         plain["resize"] = resize
+    if resize == "stretch":
+        plain["stored"] = list(source.stored)
     return plain
 
 

@@ -236,7 +236,7 @@ def test_a_head_is_kept_on_disk(head, tmp_path):
 def test_what_the_images_were_is_kept_on_disk(tmp_path):
     cohort = Cohort(["resnet8"], 3)
     cohort.image_shape = torch.zeros(3, 48, 64).shape
-    cohort.resize = "crop"
+    cohort.resize, cohort.stored = "crop", (128, 64)
     cohort.mean, cohort.std = torch.tensor([1.5, 2, 3]), (0.1, 2, 3)
     cohort.classes = ["cat", "dog", "ant"]  # not in any order but their own
     cohort.save(tmp_path)
@@ -247,6 +247,7 @@ def test_what_the_images_were_is_kept_on_disk(tmp_path):
         "std": [0.1, 2, 3],
         "classes": ["cat", "dog", "ant"],
         "resize": "crop",
+        "stored": [128, 64],
     }
     assert read_record(tmp_path) == loaded.record() == cohort.record()
 
@@ -269,6 +270,8 @@ def test_what_the_images_were_is_kept_on_disk(tmp_path):
         ("classes", [1, 2, 3], "classes must be 3 names"),
         ("resize", "squash", "resize must be one of crop, stretch, not 'squash'"),
         ("resize", ["crop"], "resize must be one of crop, stretch, not"),
+        ("stored", (128,), r"stored must be \(height, width\), not \[128\]"),
+        ("stored", (128, 0), r"stored must be \(height, width\), not \[128, 0\]"),
     ],
 )
 @needs_safetensors

@@ -14,7 +14,10 @@ from fastdml.cli import main
 from fastdml.data import registry
 from fastdml.errors import InputError
 
-BUILT_IN = ("digits", "cifar10", "cifar100", "market1501", "folder")
+BUILT_IN = (
+    "digits", "cifar10", "cifar100", "veri", "dukemtmc", "market1501", "msmt17", "folder",
+    "reid_folder",
+)  # fmt: skip
 ADDED = """
 from fastdml.data.registry import register_dataset
 
@@ -65,6 +68,7 @@ def test_a_data_set_is_one_file(added):
         "std": [0.5],
         "classes": ["across", "along"],
         "resize": None,
+        "stored": None,
     }
     with pytest.raises(InputError, match="did you mean stripes"):
         data.load("stripe")
@@ -98,7 +102,9 @@ def test_a_name_is_registered_once(added):
 def test_names_come_by_task():
     assert data.dataset_names() == BUILT_IN
     assert data.dataset_names("classification")[:3] == ("digits", "cifar10", "cifar100")
-    assert data.dataset_names("reid") == ("market1501",)
+    assert data.dataset_names("reid") == (
+        "veri", "dukemtmc", "market1501", "msmt17", "reid_folder",
+    )  # fmt: skip
     assert data.dataset_names("own_images") == ("folder",)
     assert data.dataset("market1501").load is data.Market1501
     with pytest.raises(InputError, match="unknown data set 'market1501': give one of digits"):
@@ -109,7 +115,8 @@ def test_names_come_by_task():
 def test_the_facts_of_a_data_set(known):
     assert known.purpose
     if known.image_shape is None:  # only the files tell
-        assert (known.input, known.num_classes, known.classes) == ("any", 0, ())
+        assert (known.input, known.classes) == ("any", ())
+        assert (known.num_classes == 0) == (known.name in ("folder", "reid_folder"))
         return
     channels, height, width = known.image_shape
     assert known.input == f"{channels}x{height}x{width}"

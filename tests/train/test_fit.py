@@ -329,6 +329,7 @@ class TestRecord:
             "std": [4, 5, 6],
             "classes": ["d", "b", "c", "a"],
             "resize": None,
+            "stored": None,
         }
         assert peers.record() == expected
         loaded = Cohort.load(result.folder, peers=[net(), net(5)])

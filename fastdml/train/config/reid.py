@@ -13,6 +13,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
+from fastdml.data.reid_layouts import checked_pattern
 from fastdml.errors import InputError
 from fastdml.train.config.base import TrainConfig
 from fastdml.train.config.fields import COUNT, FRACTION, NOT_NEGATIVE, Limit, documented
@@ -32,9 +33,9 @@ class ReidConfig(TrainConfig):
 
     # --- data ---
     data: str = "market1501"
-    """Data set: market1501."""
+    """Data set: market1501, dukemtmc, msmt17, veri or, for your own, reid_folder."""
     root: str = "data"
-    """Folder that holds Market-1501; with `standin` the one that holds CIFAR-100."""
+    """Folder that holds the data set; with `standin` the one that holds CIFAR-100."""
     download: bool = False
     """Fetch CIFAR-100 for the stand-in; Market-1501 itself is not free to be passed on."""
     batch_size: int = 16
@@ -84,6 +85,9 @@ class ReidConfig(TrainConfig):
     """Defaults of all other settings: the paper's, or the strong baseline's (Luo et al. 2019)."""
     standin: bool = False
     """Train on pictures of CIFAR-100 in Market-1501's layout, made below `root`; small, strong."""
+    pattern: str = ""
+    """How files of reid_folder are named: a regular expression with groups id and camera, searched
+    for in the path below train, query or gallery. Empty: as in Market-1501, 0002_c1..."""
     bad_files: Literal["error", "skip"] = "error"
     """Images that cannot be decoded: end the run with their names, or go on without them."""
     height: int = 224
@@ -147,9 +151,25 @@ class ReidConfig(TrainConfig):
                 "triplet_weight needs two images of an identity in a batch: set images_per_id "
                 "to 2 or more, or to 0 for random batches"
             )
-        if self.download and not self.standin:
+        self._check_set()
+
+    def _check_set(self) -> None:
+        """Raises InputError for settings that the data set does not have."""
+        if self.pattern and self.data != "reid_folder":
             raise InputError(
-                "Market-1501 cannot be downloaded: ask its authors for it, unpack it and name "
+                f"pattern is for files named your own way: {self.data} has names of its own; "
+                "leave pattern out, or train on reid_folder"
+            )
+        if self.pattern:
+            checked_pattern(self.pattern)
+        if self.standin and self.data in OTHERS:
+            raise InputError(
+                f"standin is in Market-1501's layout, not {self.data}'s: train on market1501"
+            )
+        if self.download and not self.standin:
+            name = self.data if self.data in OTHERS else "Market-1501"
+            raise InputError(
+                f"{name} cannot be downloaded: ask its authors for it, unpack it and name "
                 "the folder with root (or try standin)"
             )
 
@@ -157,6 +177,8 @@ class ReidConfig(TrainConfig):
     def size(self) -> tuple[int, int]:
         return self.height, self.width
 
+
+OTHERS = ("dukemtmc", "msmt17", "veri", "reid_folder")  # sets beside market1501
 
 METRIC_WEIGHTS = ("triplet_weight", "center_weight", "circle_weight", "distance_mutual_weight")
 
@@ -209,11 +231,16 @@ STANDIN: dict[str, Any] = {
 STANDIN_STRONG = {"triplet_weight": 0.2, "margin": None}
 
 
-def reid_preset(chosen: Mapping[str, Any]) -> dict[str, Any]:
+# What a set changes in a recipe: vehicles are about as wide as high.
+OF_SETS: dict[tuple[str, str], dict[str, Any]] = {("veri", "strong"): {"height": 256, "width": 256}}
+
+
+def reid_preset(data: str, chosen: Mapping[str, Any]) -> dict[str, Any]:
     """The defaults that `chosen` settings (recipe, standin) leave to the others."""
     standin = chosen.get("standin") is True
     recipe = chosen.get("recipe", "strong" if standin else "paper")
     values = RECIPES.get(recipe, {}) if isinstance(recipe, str) else {}
+    values = {**values, **OF_SETS.get((data, str(recipe)), {})}
     if standin:
         values = {**values, **STANDIN, **(STANDIN_STRONG if recipe == "strong" else {})}
     return {"recipe": recipe, **values}

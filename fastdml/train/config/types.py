@@ -76,6 +76,7 @@ class FolderSettings(TrainSettings, total=False):
 class ReidSettings(TrainSettings, total=False):
     recipe: Literal["paper", "strong"]
     standin: bool
+    pattern: str
     bad_files: Literal["error", "skip"]
     height: int
     width: int

@@ -18,9 +18,11 @@ from torch import Tensor
 from fastdml.cohort import Cohort
 from fastdml.data import (
     HINT,
+    ImageFolderReID,
     Market1501,
     PKSampler,
     choose_loader,
+    dataset,
     load_cifar100,
     make_loader,
 )
@@ -103,7 +105,7 @@ class Reidentification(Task):
     in_python = "fastdml.train.extract_features and fastdml.metrics.reid_scores score it"
 
     def preset(self, data: str, chosen: Mapping[str, Any]) -> dict[str, Any]:
-        return reid_preset(chosen)
+        return reid_preset(data, chosen)
 
     @contextmanager
     def prepare(
@@ -184,13 +186,16 @@ class Reidentification(Task):
                 folder = run / "ranked_lists"
                 pictures = retrieval.draw(cohort, query, gallery, count, folder, ties)
         scores = {name: dataclasses.asdict(s) if s else None for name, s in found.items()}
-        return Evaluation(scores, table(cohort.names, scores), pictures)
+        remark = ""
+        if isinstance(market, Market1501) and market.multi_query is None:
+            remark = "; no multiple queries: the folder gt_bbox is not there"
+        return Evaluation(scores, table(cohort.names, scores, remark), pictures)
 
 
 @contextmanager
 def opened(
     config: ReidConfig, *, distractors: bool = False, hint: str = HINT
-) -> Iterator[Market1501]:
+) -> Iterator[ImageFolderReID]:
     """The data set of a run, checked; oddities are logged. With `standin` it is built where it is
     missing, for a dry run in a temporary folder."""
     with tempfile.TemporaryDirectory(prefix="fastdml-") as temporary:
@@ -203,12 +208,7 @@ def opened(
             root = build_standin(build, config.root, STANDIN, hint)
         with warnings.catch_warnings(record=True) as caught:
             warnings.simplefilter("always")
-            market = Market1501(
-                root,
-                distractors=distractors,
-                bad_files=config.bad_files,
-                progress=config.progress or None,
-            )
+            market = _loaded(config, root, distractors)
         for warning in caught:
             if warning.category is UserWarning and not config.standin:
                 logger.warning(str(warning.message))
@@ -216,7 +216,24 @@ def opened(
         yield market
 
 
-def _check_queries(market: Market1501) -> None:
+def _loaded(config: ReidConfig, root: Path, distractors: bool) -> ImageFolderReID:
+    load = dataset(config.data, "reid").load
+    options: dict[str, Any] = {
+        "bad_files": config.bad_files,
+        "progress": config.progress or None,
+    }
+    if load is Market1501:
+        options["distractors"] = distractors
+    elif distractors:
+        raise InputError(f"--distractors: {config.data} has none, market1501 does: leave it out")
+    else:  # files of many sizes: decoded to what the peers take
+        options["size"] = config.size
+    if config.pattern:
+        options["pattern"] = config.pattern
+    return load(root, **options)
+
+
+def _check_queries(market: ImageFolderReID) -> None:
     """Raises InputError where no query has a match in the gallery, which evaluation would find only
     after epochs of training."""
     gallery, query = market.gallery, market.query
@@ -232,7 +249,7 @@ def _check_queries(market: Market1501) -> None:
         )
 
 
-def prepare(market: Market1501, config: ReidConfig, device: torch.device) -> Prepared:
+def prepare(market: ImageFolderReID, config: ReidConfig, device: torch.device) -> Prepared:
     """The peers, training batches and evaluation of a run."""
     split = market.train
     if config.subset:

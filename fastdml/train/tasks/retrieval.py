@@ -20,7 +20,7 @@ from torch import Tensor
 
 from fastdml import metrics
 from fastdml.cohort import Cohort
-from fastdml.data import Market1501, ReidSplit, choose_loader, make_loader
+from fastdml.data import ImageFolderReID, ReidSplit, choose_loader, make_loader
 from fastdml.data.loaders.dali import checked
 from fastdml.engine.amp import Amp, AmpName, resolve_amp
 from fastdml.errors import InputError
@@ -163,7 +163,7 @@ class Retrieval:
     """The evaluation of a run on its query and gallery images. Called, it gives the scores that
     training is judged by: single query, without re-ranking."""
 
-    def __init__(self, market: Market1501, config: ReidConfig, device: torch.device) -> None:
+    def __init__(self, market: ImageFolderReID, config: ReidConfig, device: torch.device) -> None:
         self.market, self.config = market, config
         self.amp = resolve_amp(config.amp, device)
         self.query, self.gallery = self._features(market.query), self._features(market.gallery)
@@ -304,9 +304,11 @@ def _check_finite(names: Sequence[str], query: list[Tensor], gallery: list[Tenso
             )
 
 
-def table(names: Sequence[str], scores: Mapping[str, dict[str, Any] | None]) -> str:
+def table(
+    names: Sequence[str], scores: Mapping[str, dict[str, Any] | None], remark: str = ""
+) -> str:
     """Every score of each peer and of the ensemble, a block of rows a protocol, from
-    `Retrieval.all_scores` with RetrievalScores as dicts."""
+    `Retrieval.all_scores` with RetrievalScores as dicts. remark: at the end of the last line."""
     rows: list[tuple[str, ...]] = [("peer", "query", "re-ranked", *COLUMNS.values())]
     for protocol, values in scores.items():
         if values is None:
@@ -320,9 +322,7 @@ def table(names: Sequence[str], scores: Mapping[str, dict[str, Any] | None]) -> 
     queries = next(values["queries"] for values in scores.values() if values)
     note = f"{queries:,} queries; ensemble: the peers' features, concatenated"
     note += "; TPR: true positive rate at that false positive rate, over pairs"
-    if scores["multi"] is None:
-        note += "; no multiple queries: the folder gt_bbox is not there"
-    return f"{fixed_columns(rows)}\n{note}"
+    return f"{fixed_columns(rows)}\n{note}{remark}"
 
 
 def _world() -> int:

@@ -1,0 +1,86 @@
+"""Runs on re-identification sets other than Market-1501: by their names, or one's own."""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+from pathlib import Path
+
+import pytest
+import yaml
+from reid_runs import SMALL
+
+from fastdml import cli
+from fastdml import train as training
+from fastdml.errors import InputError
+from fastdml.train import ReidConfig
+from fastdml.train.config.sources import preset
+
+
+@pytest.fixture(scope="module")
+def own_set(market_root, tmp_path_factory) -> Path:
+    """The stand-in's pictures under names of another form, in a folder for each identity."""
+    root = tmp_path_factory.mktemp("own")
+    (market,) = [path.parent for path in market_root.rglob("query")]
+    for split, name in {"bounding_box_train": "train", "query": "query",
+                        "bounding_box_test": "gallery"}.items():  # fmt: skip
+        for path in sorted((market / split).glob("0*_c*")):
+            identity, camera = re.match(r"(\d+)_c(\d+)", path.name).groups()
+            target = root / name / identity / f"cam{camera}-{path.name[-7:]}"
+            target.parent.mkdir(parents=True, exist_ok=True)
+            shutil.copy(path, target)
+    return root
+
+
+PATTERN = r"(?P<id>\d+)/cam(?P<camera>\d+)"
+
+
+def test_a_set_of_ones_own_is_trained_on_and_evaluated(own_set, tmp_path, capfd):
+    config = tmp_path / "small.yaml"
+    config.write_text(yaml.safe_dump({**SMALL, "peers": list(SMALL["peers"])}))
+    options = ["--config", str(config), "--root", str(own_set), "--pattern", PATTERN]
+    run = tmp_path / "run"
+    assert cli.main(["train", "reid_folder", *options, "--folder", str(run)]) == 0
+    capfd.readouterr()
+    assert cli.main(["evaluate", str(run), "--json", "--no-rerank"]) == 0
+    found = json.loads(capfd.readouterr().out)["scores"]
+    assert found["single"] == json.loads((run / "summary.json").read_text())["mutual"]["scores"]
+    assert found["multi"] is None
+    assert cli.main(["evaluate", str(run), "--no-rerank"]) == 0
+    assert "multiple queries" not in capfd.readouterr().out
+    record = json.loads((run / "cohort.json").read_text())
+    assert (record["resize"], record["stored"]) == ("stretch", [16, 8])
+    assert cli.main(["evaluate", str(run), "--distractors"]) == 2
+    assert "--distractors: reid_folder has none, market1501 does" in capfd.readouterr().err
+
+
+def test_recipes_of_other_sets():
+    for data in ("dukemtmc", "msmt17", "veri", "reid_folder"):
+        paper, strong = (preset(data, recipe=r) for r in ("paper", "strong"))
+        market = preset("market1501", recipe="strong")
+        assert (paper.data, paper.size, paper.iterations) == (data, (224, 224), 100_000)
+        assert strong.size == ((256, 256) if data == "veri" else (256, 128))
+        assert strong.replace(data="market1501", height=256, width=128) == market
+
+
+@pytest.mark.parametrize(
+    ("data", "options", "message"),
+    [
+        ("veri", {"pattern": PATTERN}, "pattern is for files named your own way: veri has names"),
+        ("reid_folder", {"pattern": "c"}, "pattern 'c' has no group camera and no group id"),
+        ("msmt17", {"standin": True}, "standin is in Market-1501's layout, not msmt17's"),
+        ("dukemtmc", {"download": True}, "dukemtmc cannot be downloaded: ask its authors"),
+    ],
+)
+def test_settings_that_a_set_does_not_have(data, options, message):
+    with pytest.raises(InputError, match=message):
+        ReidConfig(data=data, **options)
+
+
+def test_functions_by_the_names_of_sets(own_set, tmp_path):
+    for name in ("dukemtmc", "msmt17", "veri"):
+        with pytest.raises(InputError, match=f"{own_set}: "):
+            getattr(training, name)(root=own_set, device="cpu", folder=str(tmp_path / "run"))
+    options = {**SMALL, "epochs": 1, "folder": str(tmp_path / "run"), "dry_run": True}
+    assert training.reid_folder(root=own_set, pattern=PATTERN, **options) is None
