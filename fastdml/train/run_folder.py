@@ -90,6 +90,15 @@ def resume_folder(config: TrainConfig) -> Path:
     )
 
 
+def needs_pretrained(config: TrainConfig) -> bool:
+    """Whether peers have to begin with pretrained weights: those of a run that goes on are in its
+    checkpoint, so that it needs neither a cache nor the network."""
+    if not config.pretrained or not config.resume:
+        return config.pretrained
+    folder = resume_folder(config)
+    return not any((folder / name).exists() for name in (LAST_CHECKPOINT, INITIAL_CHECKPOINT))
+
+
 def records_a_run(path: str | Path) -> bool:
     """Whether a file of settings was written by a run, not by a person."""
     file = expanded(path)

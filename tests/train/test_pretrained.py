@@ -6,8 +6,10 @@ import json
 import socket
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 from fastdml import cli
 from fastdml.cohort import Cohort
@@ -30,7 +32,12 @@ def offline(tmp_path, monkeypatch):
         raise OSError("no network")
 
     monkeypatch.setattr(socket, "getaddrinfo", refuse)
-    monkeypatch.setattr(socket.socket, "connect", lambda self, address: refuse(address))
+    connect = socket.socket.connect
+
+    def within_the_machine(one, address):  # worker processes talk by such sockets
+        return connect(one, address) if one.family == socket.AF_UNIX else refuse(address)
+
+    monkeypatch.setattr(socket.socket, "connect", within_the_machine)
     monkeypatch.setattr(hub.constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
     monkeypatch.chdir(tmp_path)
     return asked
@@ -74,6 +81,53 @@ def test_two_pretrained_peers_from_the_cache(cached, offline, capsys):
     found = json.loads(capsys.readouterr().out)
     trained = json.loads(Path("run/summary.json").read_text())
     assert found["scores"]["top1"] == pytest.approx(trained["mutual"]["scores"]["top1"])
+
+
+def test_a_run_that_goes_on_needs_no_weights_but_its_own(cached, offline, tmp_path, capsys):
+    """Without the cache, and to the same bits as a run that is not interrupted."""
+    options = ["--peers", f"timm:{NAME}@32", "--pretrained", "--schedule", "step"]
+    assert train(*options, "--epochs", "2", "--folder", "whole") == 0, capsys.readouterr().err
+    assert train(*options, "--folder", "parts") == 0
+    for file in (tmp_path / "hub").rglob("*.safetensors"):
+        file.unlink()
+    argv = ["train", "digits", "--resume", "--folder", "parts", "--epochs", "2"]
+    assert cli.main(argv) == 0, capsys.readouterr().err
+    assert offline == []
+    whole, parts = (Cohort.load(folder).state_dict() for folder in ("whole", "parts"))
+    assert all(torch.equal(whole[key], parts[key]) for key in whole)
+    # one that was killed before its first checkpoint does need them
+    (tmp_path / "parts" / "last.ckpt").unlink()
+    assert cli.main(argv) == 2
+    assert "are not in" in capsys.readouterr().err
+
+
+def test_on_a_folder_of_ones_own(cached, offline, tmp_path, capsys):
+    """With sizes of their own, a policy by worker processes, and images for validation."""
+    pytest.importorskip("torchvision")
+    random = np.random.default_rng(0)
+    for name in ("cat", "dog"):
+        (tmp_path / "photos" / name).mkdir(parents=True)
+        for number in range(12):
+            pixels = random.integers(0, 256, (50, 44, 3), dtype=np.uint8)
+            Image.fromarray(pixels).save(tmp_path / "photos" / name / f"{number}.png")
+    peers = ["--peers", f"timm:{NAME}@32", f"timm:{NAME}@48"]
+    options = "--root photos --validation 0.25 --augment rand --size 40 --epochs 1 --batch-size 8"
+    some = "--no-tensorboard --threads 1 --execution eager --pretrained --folder run --csv"
+    argv = ["train", "folder", *options.split(), *some.split(), *peers]
+    assert cli.main(argv) == 0, capsys.readouterr().err
+    assert offline == []
+    told = capsys.readouterr().err
+    assert "augment rand takes an image at a time: streamed by torch" in told
+    assert "images are normalised as the peers' were: mean 0.5 0.5 0.5" in told
+    cohort = Cohort.load("run/best")
+    assert cohort.record() == {
+        "image_shape": [3, 40, 40], "mean": [127.5] * 3, "std": [127.5] * 3,
+        "classes": ["cat", "dog"], "resize": "crop",
+    }  # fmt: skip
+    assert [peer.size for peer in cohort.peers] == [32, 48]
+    assert cli.main(["evaluate", "run"]) == 0
+    assert cli.main(["predict", "run", "photos/cat/0.png"]) == 0
+    assert "validation/ensemble_top1" in (tmp_path / "run" / "metrics.csv").read_text()
 
 
 @pytest.mark.parametrize("offline_mode", [False, True])

@@ -33,6 +33,7 @@ from fastdml.train import checks
 from fastdml.train.batches import Batches, as_batches
 from fastdml.train.config.base import TrainConfig
 from fastdml.train.predictions import Scorer
+from fastdml.train.run_folder import needs_pretrained
 from fastdml.train.tasks.task import (
     Evaluate,
     Evaluation,
@@ -89,7 +90,7 @@ class Classification(Task):
             sets.train.num_classes,
             in_channels=channels,
             seed=config.seed,
-            pretrained=config.pretrained,
+            pretrained=needs_pretrained(config),
             image_size=size,
         ).to(device)
         sets = self.normalised(sets, config)

@@ -39,6 +39,7 @@ from fastdml.models import ReidHead
 from fastdml.report.scoring import Headline, Scoring
 from fastdml.train.batches import Batches
 from fastdml.train.config.reid import METRIC_WEIGHTS, ReidConfig, reid_preset
+from fastdml.train.run_folder import needs_pretrained
 from fastdml.train.tasks import classification
 from fastdml.train.tasks.retrieval import Retrieval, RetrievalScores, table
 from fastdml.train.tasks.task import (
@@ -274,7 +275,7 @@ def prepare(market: ImageFolderReID, config: ReidConfig, device: torch.device) -
         split.num_classes,
         seed=config.seed,
         head=ReidHead(config.pooling, config.neck, config.last_stride),
-        pretrained=config.pretrained,
+        pretrained=needs_pretrained(config),
         image_size=config.size,
     ).to(device)
     train = make_loader(
