@@ -7,6 +7,7 @@ python -I package_checks.py first-hour   with train, onnx and images
 from __future__ import annotations
 
 import importlib.util
+import re
 import shutil
 import subprocess
 import sys
@@ -96,28 +97,57 @@ def one_line_for_each_missing_extra() -> None:
 
 
 def first_hour() -> None:
-    """From a folder of images to a network in plain torch, by commands alone."""
+    """A folder of images is trained on, reported, exported, predicted and loaded in plain torch, in
+    ten commands."""
+    own_images(Path("my images"))
+    settings = "--size 16 --peers resnet8 resnet8 --epochs 3 --batch-size 8 --validation 0.2"
+    image = "my images/red/1.png"
+    assert "nothing is broken" in command("doctor")
+    command("config", "folder", "--root", "my images", "--to", "mine.yaml")
+    command("train", "folder", "--config", "mine.yaml", *settings.split(), "--folder", "run")
+    scores = command("evaluate", "run")
+    page = command("report", "run").partition(": ")[0]
+    assert "<html" in Path(page).read_text()
+    top = command("predict", "run", image)
+    command("predict", "run", "my images", "--to", "classes.csv")
+    assert len(Path("classes.csv").read_text().splitlines()) == 61
+    command("export", "run", "--format", "safetensors", "--to", "weights")
+    command("export", "run", "--format", "onnx", "--to", "onnx")
+    digits = command("train", "digits", "--epochs", "1", "--subset", "320")
+    print(scores, top, digits, sep="\n")
+    by_fastdml_alone(image)
+    by_plain_torch(image)
+
+
+def by_fastdml_alone(image: str) -> None:
     import torch
 
-    own_images(Path("my images"))
-    config = command("config", "folder", "--root", "my images", "--to", "mine.yaml")
-    assert config.split() == ["mine.yaml"]
-    settings = "--size 16 --peers resnet8 resnet8 --epochs 2 --batch-size 8 --validation 0.2"
-    command("train", "folder", "--config", "mine.yaml", *settings.split(), "--folder", "run")
-    print(command("evaluate", "run").splitlines()[-1])
-    command("report", "run")
-    reports = list(Path("run").glob("*.html"))
-    assert reports, "no report"
-    command("export", "run", "--format", "onnx", "--to", "onnx")
-    command("export", "run", "--format", "safetensors", "--to", "weights")
-    image = next(Path("my images").rglob("*.png"))
-    print(command("predict", "run", str(image)))
     import fastdml
 
-    found = fastdml.load("run")
-    probabilities = found(found.preprocess(image)[None])
-    torch.testing.assert_close(probabilities.sum(1), torch.ones(1), rtol=0, atol=1e-5)
-    print(command("train", "digits", "--epochs", "1", "--subset", "320").splitlines()[-1])
+    for path in ("run", "weights/00-resnet8-1.safetensors"):
+        predictor = fastdml.load(path)
+        probabilities = predictor(predictor.preprocess(image)[None])
+        torch.testing.assert_close(probabilities.sum(1), torch.ones(1), rtol=0, atol=1e-5)
+        assert predictor.predict([image])[0][0][0] in ("red", "green things", "blau-ü")
+
+
+def by_plain_torch(image: str) -> None:
+    """The code of the model card, where fastdml cannot be imported, gives what fastdml does."""
+    import fastdml
+
+    card = Path("weights/00-resnet8-1.md").read_text()
+    code = card.split("```python\n")[2].split("```")[0].replace("image.png", f"../{image}")
+    hidden = "import sys\nsys.modules['fastdml'] = sys.modules['fastdml_kernels'] = None\n"
+    done = subprocess.run(
+        [sys.executable, "-c", f"{hidden}sys.path.insert(0, '')\n{code}"],
+        cwd="weights", capture_output=True, text=True,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    (likely,) = fastdml.load("weights/00-resnet8-1.safetensors").predict([image], top=3)
+    shown = [float(number) for number in re.findall(r"\d\.\d+(?:e-\d+)?", done.stdout)]
+    for (_, probability), number in zip(likely, shown, strict=True):
+        assert abs(probability - number) < 1e-4, (likely, done.stdout)
+    print(f"plain torch: {' '.join(done.stdout.split())}")
 
 
 def own_images(root: Path) -> None:
