@@ -129,7 +129,7 @@ def test_exported_it_resizes_by_itself(tmp_path):
 def test_a_program_of_torch_export_resizes_by_itself(tmp_path):
     cohort = Cohort(["resnet8@12"], 5).eval()
     images = torch.randn(3, 3, 16, 16)
-    (path,) = cohort.export(tmp_path, images, format="torch")
+    (path,) = cohort.export(tmp_path, images, format="torch-export")
     program = torch.export.load(io.BytesIO(path.read_bytes())).module()
     with torch.no_grad():
         torch.testing.assert_close(program(images), cohort(images)[0])
