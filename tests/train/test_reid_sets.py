@@ -84,3 +84,45 @@ def test_functions_by_the_names_of_sets(own_set, tmp_path):
             getattr(training, name)(root=own_set, device="cpu", folder=str(tmp_path / "run"))
     options = {**SMALL, "epochs": 1, "folder": str(tmp_path / "run"), "dry_run": True}
     assert training.reid_folder(root=own_set, pattern=PATTERN, **options) is None
+
+
+# --- validation ---
+
+
+def test_held_out_identities_choose_the_best_weights(own_set, tmp_path, capfd):
+    """An interrupted run goes on with the same ones, and is evaluated on the test images."""
+    run = tmp_path / "run"
+    options = {**SMALL, "root": str(own_set), "pattern": PATTERN, "validation": 2, "epochs": 3}
+    straight = training.reid_folder(**options, folder=str(tmp_path / "straight"))
+
+    class Interrupt(training.Callback):
+        def on_epoch(self, event):
+            if event.epoch == 2:
+                raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        training.reid_folder(**options, folder=str(run), callbacks=[Interrupt()])
+    assert not (run / "cohort.json").exists()
+    assert cli.main(["evaluate", str(run), "--weights", "last", "--json", "--no-rerank"]) == 0
+    captured = capfd.readouterr()
+    queries = json.loads(captured.out)["scores"]["single"]["queries"]
+    resumed = training.reid_folder(resume=True, folder=str(run))
+    for result in (straight, resumed):
+        assert (result.chosen_on, result.scored_on) == ("validation", "test")
+        summary = json.loads((result.folder / "summary.json").read_text())
+        validation = summary["mutual"]["validation"]["scores"]
+        assert validation["queries"] != queries == summary["mutual"]["scores"]["queries"]
+        assert json.loads((result.folder / "cohort.json").read_text())["num_classes"] == 4  # of 6
+    assert resumed.validation_scores == straight.validation_scores
+    assert resumed.scores == straight.scores
+    assert cli.main(["evaluate", str(run), "--json", "--no-rerank"]) == 0
+    found = json.loads(capfd.readouterr().out)
+    assert found["weights"] == "best"
+    best = json.loads((run / "summary.json").read_text())["mutual"]["best_scores"]
+    assert found["scores"]["single"] == best
+
+
+def test_too_few_identities_to_hold_out(own_set, tmp_path, capfd):
+    options = ["--root", str(own_set), "--pattern", PATTERN, "--folder", str(tmp_path / "run")]
+    assert cli.main(["train", "reid_folder", *options, "--validation", "5"]) == 2
+    assert "validation=5 is 5 of 6 training identities" in capfd.readouterr().err

@@ -38,6 +38,8 @@ class ReidConfig(TrainConfig):
     """Folder that holds the data set; with `standin` the one that holds CIFAR-100."""
     download: bool = False
     """Fetch CIFAR-100 for the stand-in; Market-1501 itself is not free to be passed on."""
+    validation: float = 0.0
+    """Training identities held out to choose the best weights: a share, or from 1 on a number."""
     batch_size: int = 16
     """Images a step. Paper: 16; strong: 64, 16 identities with 4 images each."""
     pad: int = 0

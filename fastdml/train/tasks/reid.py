@@ -28,6 +28,7 @@ from fastdml.data import (
 )
 from fastdml.data.loaders.dali import checked
 from fastdml.data.loaders.torch_workers import naming_dead_workers
+from fastdml.data.reid_validation import hold_out_identities
 from fastdml.data.sets.stand_in import StandIn, build_standin
 from fastdml.engine.amp import Amp
 from fastdml.errors import InputError
@@ -252,7 +253,10 @@ def _check_queries(market: ImageFolderReID) -> None:
 
 def prepare(market: ImageFolderReID, config: ReidConfig, device: torch.device) -> Prepared:
     """The peers, training batches and evaluation of a run."""
-    split = market.train
+    split, validation = market.train, None
+    if config.validation:
+        split, held_out = hold_out_identities(split, config.validation, config.seed)
+        validation = Retrieval(held_out, config, device)
     if config.subset:
         split = split.subset(config.subset, config.seed)
     options: dict[str, Any] = {
@@ -288,4 +292,4 @@ def prepare(market: ImageFolderReID, config: ReidConfig, device: torch.device) -
         device=device,
         **options,
     )
-    return Prepared(cohort, train, Retrieval(market, config, device))
+    return Prepared(cohort, train, Retrieval(market, config, device), validation)

@@ -22,6 +22,7 @@ from fastdml import metrics
 from fastdml.cohort import Cohort
 from fastdml.data import ImageFolderReID, ReidSplit, choose_loader, make_loader
 from fastdml.data.loaders.dali import checked
+from fastdml.data.reid_validation import HeldOut
 from fastdml.engine.amp import Amp, AmpName, resolve_amp
 from fastdml.errors import InputError
 from fastdml.eval_mode import evaluating
@@ -163,7 +164,9 @@ class Retrieval:
     """The evaluation of a run on its query and gallery images. Called, it gives the scores that
     training is judged by: single query, without re-ranking."""
 
-    def __init__(self, market: ImageFolderReID, config: ReidConfig, device: torch.device) -> None:
+    def __init__(
+        self, market: ImageFolderReID | HeldOut, config: ReidConfig, device: torch.device
+    ) -> None:
         self.market, self.config = market, config
         self.amp = resolve_amp(config.amp, device)
         self.query, self.gallery = self._features(market.query), self._features(market.gallery)
