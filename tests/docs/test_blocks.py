@@ -23,6 +23,7 @@ SMALLER_COMMANDS = {
     "fastdml train market1501 --root data --recipe strong": (
         "--no-pretrained --height 32 --width 16"
     ),
+    "fastdml train folder": "--epochs 1 --batch-size 8 --size 16 --no-tensorboard",
     "fastdml bench": "--seconds 1",
     "fastdml kernels": "--shapes 2x100 --archs sm_90",
 }
@@ -30,6 +31,7 @@ SMALLER_COMMANDS = {
 SMALLER_CODE: list[tuple[str, str, str]] = [
     ("docs/settings.md", "nesterov=False", "nesterov=False, epochs=1, subset=256"),
     ("docs/training.md", 'root="data", epochs=200', 'root="data", epochs=1, subset=64'),
+    ("docs/own_images.md", "validation=0.1", "validation=0.1, epochs=1, batch_size=8, size=16"),
     ("docs/faq.md", "epochs=3", "epochs=1, subset=128"),
 ]
 # Commands that are not run, by the beginning of a line, and why.
@@ -42,6 +44,7 @@ NOT_RUN = {
     "make smoke": "makes environments of other Pythons",
     "fastdml train cifar100 --root data --seed 0 --device cuda:0": "needs a GPU",
     "fastdml train cifar100 --root data --seed 1 --device cuda:1": "needs two GPUs",
+    "fastdml train folder --root photos --validation 0.1 --peers timm:": "fetches weights",
     "pre-commit install": "changes the clone",
     "bash bench/gpu-tests.sh": "needs a GPU; tests/bench runs it with --dry-run",
     "bash bench/gpu-bench.sh": "needs a GPU; tests/bench runs it with --dry-run",
@@ -52,6 +55,7 @@ NOT_RUN = {
 NOT_CODE = {
     ("docs/architecture.md", "fastdml/ "): "drawing of the folders",
     ("docs/architecture.md", "cli  ->"): "drawing of the imports",
+    ("docs/own_images.md", "photos/"): "drawing of the folders",
 }
 CHEAP = ("docs/loss.md",)  # in the default run
 

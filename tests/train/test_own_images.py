@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 import shutil
@@ -12,8 +13,10 @@ import pytest
 import torch
 from runs import logged, same_weights
 
+import fastdml
 from fastdml import cli, train
 from fastdml.cohort import Cohort
+from fastdml.data import TorchLoader, load_folder
 from fastdml.data.reid_split import MEAN, STD
 from fastdml.errors import InputError
 from fastdml.train import FolderConfig
@@ -119,6 +122,20 @@ def test_without_test_images_the_validation_images_score(photos, on, capfd):
     out, err = capfd.readouterr()
     assert json.loads(out)["scores"]["nll"] == result.scores.nll
     assert "no test images: the scores are of those for validation" in err
+    assert cli.main(["evaluate", str(result.folder)]) == 0
+    assert "12 validation images" in capfd.readouterr().out
+
+
+def test_what_predicts_sees_what_was_evaluated(photos, on):
+    """To the last bit, from the record that is saved with the weights."""
+    root = photos("train", "test")
+    predictor = fastdml.load(on(root).folder)
+    files = load_folder(root, size=12)
+    mean, std = files.train.statistics()
+    files = files.each(lambda images: dataclasses.replace(images, mean=mean, std=std))
+    ((images, _),) = TorchLoader(files.test, 12, train=False, workers=0).epoch(0)
+    for image, path in zip(images, files.test.paths, strict=True):
+        assert torch.equal(predictor.preprocess(path), image)
 
 
 @pytest.mark.parametrize("listed", [False, True])
@@ -150,15 +167,11 @@ def test_normalisation(photos, on, normalise, expected):
     root = photos("train", "test")
     record = Cohort.load(on(root, normalise=normalise).folder).record()
     if expected is None:
-        from fastdml.data import load_folder
-
         expected = load_folder(root, size=12).train.statistics()
     assert (record["mean"], record["std"]) == tuple(map(list, expected))
 
 
 def test_pretrained_peers_get_what_they_were_trained_with(photos, monkeypatch):
-    from fastdml.data import load_folder
-
     sets, task = load_folder(photos("train", "test"), size=12), task_of(FolderConfig())
     config = FolderConfig(pretrained=True, peers=("timm:a", "timm:a"))
     usual = (0.5,) * 3, (0.25,) * 3

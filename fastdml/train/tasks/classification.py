@@ -232,8 +232,9 @@ def _check_trained_on(cohort: Cohort, config: TrainConfig, run: Path) -> None:
         )
 
 
-def table(names: Sequence[str], scores: Mapping[str, Any]) -> str:
-    """Every score of each peer and of the ensemble, from a ClassificationScores as a dict."""
+def table(names: Sequence[str], scores: Mapping[str, Any], images: str = "test") -> str:
+    """Every score of each peer and of the ensemble, from a ClassificationScores as a dict, on
+    `images`, "test" or "validation"."""
     columns = ("top1", "top5", "ece", "nll", "entropy")
     rows: list[tuple[str, ...]] = [
         ("peer", "top-1 %", "top-5 %", "ECE %", "NLL nats", "entropy nats")
@@ -243,6 +244,6 @@ def table(names: Sequence[str], scores: Mapping[str, Any]) -> str:
     for name, (top1, top5, ece, nll, entropy) in zip([*names, "ensemble"], per_peer, strict=True):
         shares = (percent(share) for share in (top1, top5, ece))
         rows.append((name, *shares, f"{nll:.4f}", f"{entropy:.4f}"))
-    text = f"{fixed_columns(rows)}\n{scores['rows']:,} test images"
+    text = f"{fixed_columns(rows)}\n{scores['rows']:,} {images} images"
     broken = [f"{n}: {bad}" for n, bad in zip(names, scores["nonfinite"], strict=True) if bad]
     return text + (f"; outputs that are not finite: {', '.join(broken)}" if broken else "")

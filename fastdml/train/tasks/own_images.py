@@ -71,8 +71,9 @@ class OwnImages(Classification):
                 f"{_difference(known['classes'] or [], splits.train.class_names)}"
             )
         _check_validation(splits, config)
-        images = splits.test
+        images, which = splits.test, "test"
         if images is None:
+            which = "validation"
             images = splits.validation
             if images is None:
                 _, images = split_validation(splits.train, config.validation, config.seed)
@@ -81,7 +82,7 @@ class OwnImages(Classification):
         images = dataclasses.replace(images, mean=mean, std=std)
         batches = self.evaluation_batches(images, config, device)
         scores = dataclasses.asdict(evaluate(cohort, batches, config.amp))
-        return Evaluation(scores, table(cohort.names, scores))
+        return Evaluation(scores, table(cohort.names, scores, which))
 
     def known_set(self, found: Mapping[str, Any]) -> str | None:
         return None
