@@ -19,7 +19,6 @@ from workplace import SOURCES, write_cifar, write_market, write_photos
 SMALLER_COMMANDS = {
     "fastdml train digits": "--epochs 1 --subset 128",
     "fastdml train cifar100": "--epochs 1 --subset 64 --batch-size 16 --no-tensorboard",
-    "fastdml train folder": "--epochs 1 --batch-size 8 --no-tensorboard",
     "fastdml train market1501": "--iterations 2 --batch-size 8 --no-tensorboard --execution eager",
     "fastdml train market1501 --root data --recipe strong": (
         "--no-pretrained --height 32 --width 16"
