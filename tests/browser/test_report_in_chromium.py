@@ -8,13 +8,13 @@ import json
 
 import pytest
 from chromium import CHROMIUM, DRIVER, browser, look, requests
-from report_runs import make_run, predictions
+from report_runs import make_retrieval_run, make_run, predictions
 
 from fastdml import cli
 from fastdml.report.html.comparison_page import comparison_page
 from fastdml.report.html.run_page import run_page
 from fastdml.report.run_files import read_run
-from fastdml.train.tasks import classification
+from fastdml.train.tasks import classification, reid
 
 pytestmark = [
     pytest.mark.browser,
@@ -118,13 +118,15 @@ def pages(tmp_path_factory):
     many = predictions(K=2, N=4000, C=200)
     single(make_run(folder / "many", many), "many")
     single(make_run(folder / "unfinished", ended=False, keep=False), "unfinished")
+    reid_run = read_run(make_retrieval_run(folder / "reid"))
+    write("reid", run_page(reid_run, reid.SCORING))
     runs = [make_run(folder / f"seed{k}", predictions(seed=k), seed=k) for k in range(3)]
     runs.append(make_run(folder / ("long" * 20), predictions(), lr=0.5))
     write("several", comparison_page([read_run(run) for run in runs], [SCORING] * 4))
     return found
 
 
-PAGES = ("digits", "odd", "many", "unfinished", "several")
+PAGES = ("digits", "odd", "many", "unfinished", "reid", "several")
 
 
 @pytest.fixture(params=PAGES)

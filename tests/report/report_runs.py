@@ -116,6 +116,45 @@ def make_run(
     return folder
 
 
+def make_retrieval_run(folder: Path) -> Path:
+    """A run on Market-1501 of two peers, with an independent run."""
+    from fastdml.train.tasks import reid
+
+    names = ["resnet50-1", "resnet50-2"]
+    for place, shift in ((folder, 0.02), (folder / "independent", 0.0)):
+        place.mkdir(parents=True)
+        preset("market1501").replace(
+            peers=("resnet50",) * 2, kl_weight=float(shift > 0), folder=str(place)
+        ).save(place / "config.yaml")
+        found: dict = {"queries": 3368}
+        for name, low in (("mAP", 0.6), ("mINP", 0.3), ("rank1", 0.8), ("rank5", 0.9)):
+            values = [low + shift, low + shift + 0.01]
+            found |= {name: values, f"ensemble_{name}": low + 0.05}
+        found |= {"tpr_1e4": [0.5, 0.6], "ensemble_tpr_1e4": 0.7}
+        with MetricsLog(place, names, tensorboard=False) as log:
+            for epoch in (1, 2):
+                values = {"ce": [2.0 / epoch] * 2, "kl": [0.2] * 2, "metric": [0.5] * 2}
+                log.log("epoch", epoch, epoch, **values, images_per_second=100.0, data_wait=0.0)
+                log.log("test", epoch, epoch, **found)
+        (place / "cohort.json").write_text("{}")
+        if shift:
+            found |= {"rank20": [], "ensemble_rank20": None}  # as an earlier version's is read
+            phase = {"scores": found, "best_scores": found, "best_epoch": 2, "wall_seconds": 9.0}
+            write_summary(
+                place,
+                config={},
+                scoring=reid.SCORING,
+                peers=names,
+                parameters=[25_000_000] * 2,
+                device="CPU of a test",
+                execution="eager",
+                threads=1,
+                command="fastdml train market1501",
+                mutual=phase,
+            )
+    return folder
+
+
 class Page(HTMLParser):
     """A page as elements and text. Raises AssertionError where elements are not closed in order."""
 

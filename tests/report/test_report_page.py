@@ -12,7 +12,7 @@ from itertools import pairwise
 
 import numpy as np
 import pytest
-from report_runs import Page, make_run, predictions, scores
+from report_runs import Page, make_retrieval_run, make_run, predictions, scores
 
 from fastdml.errors import InputError
 from fastdml.report.html.comparison_page import comparison_page
@@ -334,6 +334,28 @@ def test_predictions_of_other_peers_are_left_out(tmp_path):
 def test_not_a_run(tmp_path):
     with pytest.raises(InputError, match="is not the folder of a run"):
         read_run(tmp_path)
+
+
+def test_a_retrieval_run(tmp_path):
+    page = page_of(make_retrieval_run(tmp_path / "run"), scoring=reid.SCORING)
+    head, first, *_ = page.table("Scores on 3,368 queries")
+    cells = {name: cell.partition(" | ") for name, cell in zip(head, first, strict=True)}
+    assert cells["mutual mAP (%)"] == ("62.00", "", "")  # no share, so no interval
+    assert cells["independent rank-1 (%)"][0] == "80.00"
+    assert cells["mutual rank-1 (%)"][0] == "82.00"
+    low, high = (float(v) for v in cells["mutual rank-1 (%)"][2].split("–"))
+    assert (low / 100, high / 100) == pytest.approx(binomial_interval(0.82, 3368), abs=6e-5)
+    assert cells["mutual mINP (%)"][0] == "32.00"
+    assert cells["mutual TPR at FPR 1e-4 (%)"][0] == "50.00"
+    assert "mutual rank-20 (%)" not in head
+    assert page.table("Queries with a match") == [
+        ["rank", "resnet50-1", "resnet50-2", "ensemble"],
+        ["1", "82", "83", "85"],
+        ["5", "92", "93", "95"],
+    ]
+    assert page.table("Training loss on features")
+    for word in ("Confusion", "Calibration", "predictions.npz", "images with"):
+        assert word not in page.text
 
 
 # --- several runs ---

@@ -8,16 +8,19 @@ import math
 import numpy as np
 import pytest
 import torch
+from report_runs import Page
 from tiny_runs import CLASSES, CPU, make_cohort, make_images, make_loaders
 
 from fastdml.cohort import Cohort
 from fastdml.data import ResidentLoader
 from fastdml.engine.amp import resolve_amp
 from fastdml.eval_mode import evaluating
+from fastdml.report.html.run_page import run_page
 from fastdml.report.predictions import PREDICTIONS, Predictions, read_predictions
+from fastdml.report.run_files import read_run
 from fastdml.train import fit
 from fastdml.train.predictions import Scorer, save_predictions
-from fastdml.train.tasks.classification import Classification
+from fastdml.train.tasks.classification import SCORING, Classification
 
 pytestmark = pytest.mark.usefixtures("_no_pictures")
 
@@ -77,6 +80,11 @@ def test_a_run_keeps_both_phases_predictions(settings):
     result = fit(cohort, *make_loaders(), settings(independent=True, epochs=1))
     check(read_predictions(result.folder), cohort, make_images(50, 2))
     alone = result.independent.folder
+    page = Page(run_page(read_run(result.folder), SCORING))
+    hits = [f"{100 * v:.2f}" for v in [*result.scores.top1, result.scores.ensemble_top1]]
+    assert [row[2].partition(" | ")[0] for row in page.table("Scores on 50")[1:]] == hits
+    assert "own data: 6 batches of 16" in page.text
+    assert {row[0] for row in page.table("Largest gain first")[1:]} == set("abcd")
     for folder in (result.folder, alone):
         found, scores = read_predictions(folder), result.scores
         if folder == alone:

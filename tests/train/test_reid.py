@@ -14,6 +14,7 @@ import pytest
 import torch
 import yaml
 from reid_runs import SMALL
+from report_runs import Page
 from runs import Crash, CrashingLoader, environment, logged, same_weights
 
 from fastdml import cli, metrics
@@ -27,6 +28,7 @@ from fastdml.engine.amp import Amp
 from fastdml.errors import InputError
 from fastdml.models import ReidHead
 from fastdml.report.metrics_log import read_metrics
+from fastdml.report.run_files import read_run
 from fastdml.report.tables import summary_table
 from fastdml.train import ReidConfig, RetrievalScores, checkpoint, learning_rate
 from fastdml.train.tasks import reid, retrieval
@@ -169,6 +171,20 @@ def test_evaluate_repeats_the_scores_and_adds_the_other_protocols(run, capfd):
     for scores in found["scores"].values():
         assert RetrievalScores(**scores).queries == 15
         assert all(0.3 < x <= 1 for x in scores["mAP"])
+
+
+def test_the_report_shows_the_summarys_scores(run, tmp_path):
+    assert cli.main(["report", str(run), "--to", str(tmp_path / "page.html")]) == 0
+    page, summary = Page((tmp_path / "page.html").read_text()), read_run(run).summary
+    head, *rows = page.table("Scores on 15 queries")
+    for phase in ("independent", "mutual"):
+        for name, title in (("mAP", "mAP (%)"), ("rank1", "rank-1 (%)")):
+            shown = [row[head.index(f"{phase} {title}")].partition(" | ")[0] for row in rows]
+            scores = summary[phase]["scores"]
+            values = [*scores[name], scores[f"ensemble_{name}"]]
+            assert shown == [f"{100 * v:.2f}" for v in values]
+    assert [row[0] for row in page.table("Queries with a match")[1:4]] == ["1", "5", "10"]
+    assert page.table("mutual, epochs")
 
 
 def test_evaluate_prints_a_table_and_draws(run, market_root, capfd):

@@ -88,6 +88,8 @@ def score_title(name: str) -> str:
     """With its unit."""
     if name in IN_NATS:
         return IN_NATS[name]
+    if name.startswith("tpr_"):  # tpr_1e4: at a false positive rate of 1e-4
+        return f"TPR at FPR {name[4:].replace('e', 'e-')} (%)"
     label = TITLES.get(name, name.replace("rank", "rank-") if name[-1:].isdigit() else name)
     return f"{label} (%)"
 
@@ -99,8 +101,8 @@ def score_text(name: str, value: float | None) -> str:
 
 
 def score_names(scores: Mapping[str, Any]) -> list[str]:
-    """The scores that peers and ensemble have, in order."""
-    return [n for n, v in scores.items() if isinstance(v, list) and f"ensemble_{n}" in scores]
+    """The scores that peers and ensemble have, in order; an earlier version's are fewer."""
+    return [n for n, v in scores.items() if isinstance(v, list) and v and f"ensemble_{n}" in scores]
 
 
 def table_of(shown: Shown) -> HeadlineTable | None:

@@ -148,7 +148,7 @@ def _retrieves(shown: Shown) -> bool:
 def _cmc(shown: Shown) -> Panel | None:
     """The cumulative match curve: how often a match is among the first ranks."""
     scores, peers = shown.scores, shown.run.peers
-    ranks = [k for k in RANKS if f"rank{k}" in scores]
+    ranks = [k for k in RANKS if scores.get(f"rank{k}")]
     if len(ranks) < 2:
         return None
     lines = [
@@ -181,6 +181,7 @@ def _environment(run: RunFiles) -> list[tuple[str, str]]:
         ("command", summary.get("command")),
         ("ended", summary.get("date")),
         ("stopped early", phase.get("stopped")),
+        ("independent peers stopped early", table(summary.get("independent")).get("stopped")),
         ("device", summary.get("device")),
         ("precision", phase.get("precision")),
         ("execution of the steps", summary.get("execution")),
