@@ -16,6 +16,11 @@ def duration(seconds: float) -> str:
     return f"{count:.1f} {unit}" if count < 9.95 else f"{count:,.0f} {unit}"
 
 
+def rate(count: float) -> str:
+    """A count a second, thousands from 10,000 on as "15.7k"."""
+    return f"{count:,.0f}" if count < 9999.5 else f"{count / 1000:,.1f}k"
+
+
 def percent(fraction: float | None) -> str:
     """A fraction of 1 in percent with two decimals and no sign; "-" for None."""
     return "-" if fraction is None else f"{100 * fraction:.2f}"

@@ -158,7 +158,7 @@ def _of_another_type(peer: nn.Module, images: Tensor) -> str:
 
 def _try_training(name: str, peer: nn.Module, images: Tensor, num_classes: int, amp: Amp) -> None:
     """A forward pass with gradients on a copy, so that the peer's statistics and counters stay."""
-    twin = _copied(peer)
+    twin = copied(peer)
     if twin is None:
         return
     try:
@@ -174,7 +174,7 @@ def _try_training(name: str, peer: nn.Module, images: Tensor, num_classes: int, 
     check_logits(name, logits, images, num_classes, REMEDY, " in training")
 
 
-def _copied(peer: nn.Module) -> nn.Module | None:
+def copied(peer: nn.Module) -> nn.Module | None:
     """A copy in training mode; None where it cannot be copied, or compiling it would take
     minutes."""
     if any(map(wraps_compiled, peer.modules())):

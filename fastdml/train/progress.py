@@ -10,8 +10,9 @@ from typing import Any, Literal
 
 from fastdml.errors import InputError
 from fastdml.train.tasks.task import scoring_of
-from fastdml.units import duration, percent
+from fastdml.units import duration, percent, rate
 
+WORTH_SAYING = 0.05  # share of the time that steps wait for data
 Images = Literal["validation", "test"]
 
 
@@ -110,7 +111,8 @@ class Progress:
         )
 
     def epoch_line(self) -> str:
-        """The epoch that has just ended: losses, scores, speed, time left."""
+        """The epoch that has just ended: losses, scores in %, images a second, time left. With two
+        peers it fits into 100 columns unless steps wait for data."""
         record = self.history[-1]
         parts = [
             f"epoch {self.epoch}/{self.epochs}",
@@ -119,13 +121,12 @@ class Progress:
         if scores := record.get(self.images):
             lead = scoring_of(scores).headlines[0]
             values = " ".join(map(percent, scores[lead.name]))
-            parts.append(f"{self.images} {lead.label} % {values}")
-            parts.append(f"ensemble {percent(scores[f'ensemble_{lead.name}'])}")
+            values += f" ens {percent(scores[f'ensemble_{lead.name}'])}"
+            parts.append(f"{'test' if self.images == 'test' else 'val'} {lead.label} {values}")
         if record["images_per_second"]:
-            parts.append(
-                f"{record['images_per_second']:,.0f} images/s, "
-                f"data wait {100 * record['data_wait']:.1f} %"
-            )
+            parts.append(f"{rate(record['images_per_second'])}/s")
+            if record["data_wait"] >= WORTH_SAYING:
+                parts.append(f"data wait {100 * record['data_wait']:.0f} %")
         if not self.done and (seconds := self.seconds_left) is not None:
             parts.append(f"{duration(seconds)} left")
         return "  ".join(parts)

@@ -42,6 +42,7 @@ from fastdml.train.callbacks import Calls
 from fastdml.train.config.base import TrainConfig
 from fastdml.train.evaluations import Evaluations, read_test_set
 from fastdml.train.meters import Clock, Record, Totals
+from fastdml.train.peer_costs import peer_seconds
 from fastdml.train.progress import Progress
 from fastdml.train.random_state import seed_generators
 from fastdml.train.result import TrainResult
@@ -245,8 +246,28 @@ class Trainer:
         ]
         if seconds := getattr(self.step, "seconds", None):
             parts.append(f"about {duration(seconds * progress.left)}")
-        logger.info(", ".join(parts))
+        logger.info(", ".join(parts) + self._costs(batch, choice))
         progress.begin()
+
+    def _costs(self, batch: tuple[Tensor, ...], choice: Choice) -> str:
+        """What a step's passes of each peer by itself cost, with the threads that the steps have;
+        said once, and only where there is something to compare."""
+        if self.label != "mutual" or len(self.peers) == 1:
+            return ""
+        inputs = (self.assemble(*batch) if self.assemble else batch)[0]
+        before = torch.get_num_threads()
+        torch.set_num_threads(choice.threads or before)
+        try:
+            seconds = peer_seconds(self.peers, inputs, self.amp)
+        finally:
+            torch.set_num_threads(before)
+        if seconds is None:
+            return ""
+        each = ", ".join(
+            f"{name} {1000 * s:.3g} ms ({100 * s / sum(seconds):.0f} %)"
+            for name, s in zip(self.cohort.names, seconds, strict=True)
+        )
+        return f"; each peer alone: {each}"
 
     def _end_epoch(self) -> None:
         """Reads, logs, evaluates where that is due, saves, and tells the user."""

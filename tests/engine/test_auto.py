@@ -174,7 +174,7 @@ def test_a_mistake_that_stops_every_candidate_is_told(capsys):
 class TestOnACpu:
     @pytest.fixture(autouse=True)
     def _two_cores(self, monkeypatch):
-        monkeypatch.setattr(cpus, "available", lambda: 2)
+        monkeypatch.setattr(cpus.host, "cpus", lambda: 2)
         monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
         with cpus.threads(2):
             yield

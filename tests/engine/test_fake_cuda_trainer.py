@@ -64,6 +64,7 @@ def trainer_of(tmp_path):
         trainer.ema.infinite = [False] * len(trainer.ema.infinite)
         trainer.bar = SimpleNamespace(update=lambda rows: None)
         trainer.profile = SimpleNamespace(step=lambda: None)
+        trainer._costs = lambda batch, choice: ""  # measured before the first step, which waits
         trainer.saved, trainer.reads = time.monotonic(), []
         trainer._read = lambda: trainer.reads.append(trainer.progress.position)
         return trainer

@@ -49,7 +49,7 @@ def loaders():
 @pytest.fixture
 def config(tmp_path, monkeypatch):
     """Two cores, of which the user has said nothing."""
-    monkeypatch.setattr(cpus, "available", lambda: 2)
+    monkeypatch.setattr(cpus.host, "cpus", lambda: 2)
     monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
 
     def make(**changes) -> TrainConfig:
@@ -198,7 +198,7 @@ def test_what_the_user_asks_for(
 
 def test_a_quota_holds_for_what_is_not_measured(config, loaders, monkeypatch, tmp_path, capsys):
     """For the look at the peers before a run, and for the command that evaluates."""
-    monkeypatch.setattr(cpus, "available", lambda: 1)
+    monkeypatch.setattr(cpus.host, "cpus", lambda: 1)
     seen: list = []
     result = fit(make_cohort(seen), *loaders, config())
     assert {n for _, n in seen} == {1} == {result.threads}
@@ -227,12 +227,14 @@ def test_the_line_at_the_start(config, loaders, take, capsys):
     fit(make_cohort(), *loaders, config(independent=True))
     chosen, start, first, last, second, *_ = capsys.readouterr().err.splitlines()
     assert chosen.startswith("execution: threads, 2 threads (ms a step: eager on 1 ")
+    each = r"[\d.e+]+ ms \(\d+ %\)"
     pattern = (
-        r"mutual: .+, 2 threads, fp32, execution threads, 10 steps, folder (\S+), about [\d.,]+ s"
+        r"mutual: .+, 2 threads, fp32, execution threads, 10 steps, folder (\S+), about [\d.,]+ s; "
+        rf"each peer alone: Noting-1 {each}, Noting-2 {each}"
     )
     assert re.fullmatch(pattern, start)[1] == config().folder
     assert re.search(r"^mutual epoch 1/2 .*  [\d.]+ s left$", first)
-    assert re.search(r"^mutual epoch 2/2 .*(images/s|%|\d)$", last)
+    assert re.search(r"^mutual epoch 2/2 .*(/s|%|\d)$", last)
     assert "left" not in last
     assert second.startswith("independent: ")
     assert second.endswith(f"folder {config().folder}/independent")

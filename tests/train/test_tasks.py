@@ -209,7 +209,7 @@ def test_the_command_trains_it_and_its_scores_lead(train, tmp_path, capfd):
     assert train("--folder", str(folder), "--independent") == 0
     out, err = capfd.readouterr()
     assert "corners are drawn" in err
-    assert re.search(r"mutual epoch 3/3 .* test all labels % [\d. ]+ ensemble [\d.]+", err)
+    assert re.search(r"mutual epoch 3/3 .* test all labels [\d. ]+ ens [\d.]+", err)
     header, _, *peers, note, _ = [line for line in out.splitlines() if line]
     assert re.split(r"  +", header) == [
         "peer", "parameters", "all labels independent %", "all labels mutual %",

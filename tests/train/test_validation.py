@@ -169,7 +169,7 @@ class TestWhatIsSaid:
         result = fitted(chosen_before_the_end(settings))[0]
         said = capsys.readouterr().err
         assert "epoch 1/4  loss" in said
-        assert "validation top-1 %" in said
+        assert "  val top-1 " in said
         summary = json.loads((result.folder / "summary.json").read_text())
         assert (summary["chosen_on"], summary["scored_on"]) == ("validation", "test")
         assert [peer["accuracy_mutual"] for peer in summary["peers"]] == result.best_scores.top1
