@@ -13,6 +13,8 @@ from pathlib import Path
 
 import pytest
 
+from fastdml.machine.packages import EXTRAS
+
 ROOT = Path(__file__).resolve().parents[1]
 PAGES = ["README.md", "CHANGELOG.md", "CONTRIBUTING.md", "CITATION.cff"]
 PARTS = [
@@ -60,6 +62,8 @@ def test_the_wheel_holds_both_import_names_and_nothing_else(tmp_path):
     info = next(n.split("/")[0] for n in names if ".dist-info/" in n)
     expected |= {"fastdml_kernels/cpu_rows.c", "fastdml_kernels/tile_table.json"}
     expected |= {"fastdml/py.typed", "fastdml_kernels/py.typed"}
+    templates = (ROOT / "fastdml" / "report" / "html" / "templates").iterdir()
+    expected |= {str(path.relative_to(ROOT)) for path in templates}
     if shutil.which("gcc") or shutil.which("clang"):
         expected.add("fastdml_kernels/_cpu_rows.abi3.so")
     assert {n for n in names if not n.startswith(info)} == expected
@@ -71,7 +75,7 @@ def test_the_wheel_holds_both_import_names_and_nothing_else(tmp_path):
     assert "Requires-Python: >=3.10" in metadata
     assert "Project-URL: Paper, https://arxiv.org/abs/1706.00384" in metadata
     assert "Requires-Dist: triton>=3.6" in metadata  # imported by the CPU's loss too
-    for extra in ("train", "dev", "bench", "onnx", "reid"):
+    for extra in ("train", "dev", "bench", "onnx", "reid", "timm", "images", "all"):
         assert f"Provides-Extra: {extra}" in metadata
 
     # Away from the sources, the wheel alone must do.
@@ -155,3 +159,22 @@ def test_licence_is_the_whole_apache_text():
     assert "Version 2.0, January 2004" in text
     assert "END OF TERMS AND CONDITIONS" in text
     assert len(text) > 11_000
+
+
+def test_the_version_is_the_same_everywhere():
+    import fastdml
+
+    assert f"\nversion: {fastdml.__version__}\n" in (ROOT / "CITATION.cff").read_text()
+    newest = re.search(r"^## \[(.+)\] - (\S+)", (ROOT / "CHANGELOG.md").read_text(), re.MULTILINE)
+    assert newest[1] == fastdml.__version__
+    assert f'date-released: "{newest[2]}"' in (ROOT / "CITATION.cff").read_text()
+
+
+def test_all_brings_what_every_extra_for_users_brings():
+    text = (ROOT / "pyproject.toml").read_text()
+    section = text.partition("[project.optional-dependencies]")[2].partition("\n[")[0]
+    extras = dict(re.findall(r"^(\w+) = \[(.*?)\]$", section, re.MULTILINE | re.DOTALL))
+    assert set(EXTRAS) <= set(extras)  # what fastdml doctor looks at
+    brought = re.findall(r"fastdml\[([\w,]+)\]", extras["all"])
+    assert {name for names in brought for name in names.split(",")} == set(EXTRAS)
+    assert extras["reid"] == extras["timm"]
