@@ -3,7 +3,8 @@
 Scores at the size of Market-1501, 3,368 queries against 15,913 gallery images, with distances given
 or from features, and with 500,000 distractors; re-ranking; a loss on features with its gradient;
 images a second of a training run with the strong recipe's losses on the stand-in of Market-1501,
-made of random images where CIFAR-100 is absent (--data).
+made of random images where CIFAR-100 is absent (--data). torchreid's Cython evaluator takes part
+where a package has it compiled; `baselines/reid_cython.py` says which.
 Results are compared before they are timed. Memory is the peak of a fresh process that makes its
 inputs and does this alone.
 
@@ -32,6 +33,7 @@ from torch import Tensor
 from bench import sets, timing
 from bench.baselines import (
     reid_argsort,
+    reid_cython,
     reid_dense_rerank,
     reid_loop,
     reid_losses,
@@ -76,9 +78,10 @@ RERANK = {False: Case("rerank", "features", 300, 1_500, 512),
           True: Case("rerank", "features", 3_368, 15_913, 2_048)}  # fmt: skip
 # How many queries each contender scores in the quick set; in the full one all of them, save where
 # its matrices or hours do not fit: with distractors.
+ALL = 10**9
 FIRST = {
-    "distances": {"argsort": 500, "numpy loop": 200, "torchreid": 100},
-    "features": {"argsort": 500, "torchreid": 100},
+    "distances": {"torchreid cython": ALL, "argsort": 500, "numpy loop": 200, "torchreid": 100},
+    "features": {"torchreid cython": ALL, "argsort": 500, "torchreid": 100},
     "distractors": {"argsort": BLOCK},
 }
 
@@ -155,6 +158,7 @@ CONTENDERS: dict[str, Callable[[Inputs], Any]] = {
     "argsort": partial(_rival, reid_argsort.scores),
     "numpy loop": partial(_rival, reid_loop.scores),
     "torchreid": partial(_rival, reid_torchreid.scores),
+    "torchreid cython": partial(_rival, reid_cython.scores),
 }
 
 
@@ -173,7 +177,7 @@ def _measured(case: Case, name: str, full: bool) -> int:
     """How many queries the contender scores."""
     if case.kind == "rerank" or (full and case.data != "distractors"):
         return case.queries
-    return FIRST[case.data].get(name, case.queries)
+    return min(FIRST[case.data].get(name, ALL), case.queries)
 
 
 def _peak(case: Case, name: str, threads: int, pipe: Any) -> None:
@@ -212,6 +216,8 @@ def measure(case: Case, full: bool, device: torch.device) -> Measured:
         timers = {n: timing.wall(partial(f, x), device) for n, f in RERANKERS.items()}
         return Measured(timing.interleave(timers, SECONDS, fewest=1), {})
     names = {n: _measured(case, n, full) for n in ("ours", *FIRST[case.data])}
+    if reid_cython.evaluator() is None:
+        names.pop("torchreid cython", None)
     _check_scores(x.first(64), names)
     timers = {
         n: timing.wall(partial(CONTENDERS[n], x.first(count)), device) for n, count in names.items()
@@ -391,6 +397,8 @@ def test_retrieval(case, name, device, dry, record, request):
     full = request.config.getoption("--full")
     wanted = chosen_device(request.config).type
     measured = measure(case.smallest() if dry else case, full, device)
+    if name not in measured.samples:
+        pytest.skip("no package with torchreid's compiled rank_cy is installed: see reid_cython")
     scored = measured.queries.get(name, case.queries)
     whole = wanted == "cpu" and scored == case.queries and sys.platform == "linux"
     record(

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import numpy as np
 import pytest
 import torch
 
 from bench.baselines import (
     reid_argsort,
+    reid_cython,
     reid_dense_rerank,
     reid_loop,
     reid_losses,
@@ -42,6 +44,32 @@ def test_scores(people, rival):
     if rival is not reid_argsort:
         arguments = tuple(x.numpy() for x in arguments)
     assert rival.scores(*arguments) == pytest.approx((ours.mAP, ours.rank(1)), abs=1e-6)
+
+
+def stand_in_for_rank_cy(distances, query_ids, gallery_ids, query_cameras, gallery_cameras, top):
+    """What torchreid's evaluator returns, and fast-reid's, which has a value a query."""
+    mAP, first = reid_loop.scores(
+        distances, query_ids, gallery_ids, query_cameras, gallery_cameras
+    )
+    assert top == 50
+    return np.array([first], np.float32), mAP
+
+
+def test_a_compiled_evaluator_is_found_in_a_package_and_asked_without_junk(
+    people, tmp_path, monkeypatch
+):
+    query, gallery, labels = people
+    d = metrics.feature_distances(query, gallery)
+    ours = metrics.reid_scores(None, None, *labels, distances=d)
+    monkeypatch.setattr(reid_cython, "evaluator", lambda: stand_in_for_rank_cy)
+    found = reid_cython.scores(d.numpy(), *(x.numpy() for x in labels))
+    assert found == pytest.approx((ours.mAP, ours.rank(1)), abs=1e-6)
+    monkeypatch.undo()
+    (tmp_path / "torchreid/metrics").mkdir(parents=True)
+    (tmp_path / "torchreid/metrics/rank_cy.py").write_text("def evaluate_cy(): return 'compiled'")
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.setattr(reid_cython, "EXTENSION_SUFFIXES", [".py"])
+    assert reid_cython.evaluator.__wrapped__()() == "compiled"
 
 
 def test_dense_reranking(people):
