@@ -48,9 +48,7 @@ def test_scores(people, rival):
 
 def stand_in_for_rank_cy(distances, query_ids, gallery_ids, query_cameras, gallery_cameras, top):
     """What torchreid's evaluator returns, and fast-reid's, which has a value a query."""
-    mAP, first = reid_loop.scores(
-        distances, query_ids, gallery_ids, query_cameras, gallery_cameras
-    )
+    mAP, first = reid_loop.scores(distances, query_ids, gallery_ids, query_cameras, gallery_cameras)
     assert top == 50
     return np.array([first], np.float32), mAP
 

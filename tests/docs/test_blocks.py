@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 import torch
 from shown import PAGES, ROOT, Block, blocks, commands, form, name, run_command, run_python
-from workplace import SOURCES, write_cifar, write_market, write_photos
+from workplace import SOURCES, write_cifar, write_market, write_people, write_photos
 
 # Options that are added to a command whose beginning is this.
 SMALLER_COMMANDS = {
@@ -22,6 +22,9 @@ SMALLER_COMMANDS = {
     "fastdml train market1501": "--iterations 2 --batch-size 8 --no-tensorboard --execution eager",
     "fastdml train market1501 --root data --recipe strong": (
         "--no-pretrained --height 32 --width 16"
+    ),
+    "fastdml train reid_folder": (
+        "--iterations 2 --batch-size 8 --no-tensorboard --execution eager --height 32 --width 16"
     ),
     "fastdml train folder": "--epochs 1 --batch-size 8 --size 16 --no-tensorboard",
     "fastdml bench": "--seconds 1",
@@ -49,6 +52,7 @@ NOT_RUN = {
     "bash bench/gpu-tests.sh": "needs a GPU; tests/bench runs it with --dry-run",
     "bash bench/gpu-bench.sh": "needs a GPU; tests/bench runs it with --dry-run",
     "git worktree add": "needs the history",
+    "python -m pytest bench/bench_reid.py": "measures for minutes",
     "python -m bench.host_time": "measures for minutes; needs the command above it",
 }
 # Blocks of kind text, by their beginning, and what they are.
@@ -68,6 +72,7 @@ def originals(tmp_path_factory) -> Path:
         write_cifar(source, root / "data")
     write_market(root / "data")
     write_photos(root / "photos")
+    write_people(root / "people")
     shutil.copytree(ROOT / "examples", root / "examples")
     return root
 

@@ -61,3 +61,18 @@ def write_photos(root: Path, per_class: int = 10) -> None:
             pixels = random.integers(0, 120, (height, width, 3))
             pixels[..., k] += 130
             Image.fromarray(pixels.astype(np.uint8)).save(folder / f"{number:03}.jpg")
+
+
+def write_people(root: Path) -> None:
+    """A re-identification set of one's own: SPLIT/IDENTITY/camCAMERA-NUMBER.jpg."""
+    from PIL import Image
+
+    random = np.random.default_rng(0)
+    for split in ("train", "query", "gallery"):
+        identities = range(4) if split == "train" else range(4, 7)
+        for identity in identities:
+            folder = root / split / f"{identity:04}"
+            folder.mkdir(parents=True)
+            for number in range(6):
+                pixels = random.integers(0, 256, (40, 20, 3)).astype(np.uint8)
+                Image.fromarray(pixels).save(folder / f"cam{1 + number % 3}-{number:02}.jpg")
