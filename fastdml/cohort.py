@@ -274,7 +274,8 @@ class Cohort(nn.Module):
         Input "images": (N, in_channels, H, W), normalised; N, in ONNX called "batch", stays free.
         Output: "logits" (N, C), or of a peer with a re-identification head "features" (N, D), as
         `embed` gives them; its logits are those of the identities that it was trained on.
-        example: images of the size to export for; by default that of `image_shape`.
+        example: images of the size to export for; by default that of `image_shape`. Of modules any
+        input (N, ...).
         peer: "all", each in a file; a name or number; or "ensemble", all in one file, ensemble.onnx
         and so on, whose output are "probabilities" (N, C), or features concatenated.
 

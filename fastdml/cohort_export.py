@@ -162,10 +162,11 @@ def _example(cohort: Cohort, example: Tensor | None, needed: bool) -> Tensor | N
             )
         return None if shape is None else torch.zeros(2, *shape)
     found = tuple(example.shape) if isinstance(example, Tensor) else (type(example).__name__,)
-    own = not any(cohort.models)  # modules take as many channels as they like
-    if len(found) != 4 or not found[0] or not (own or found[1] == cohort.in_channels):
+    own = not any(cohort.models)  # modules take what they like
+    of_images = own or (len(found) == 4 and found[1] == cohort.in_channels)
+    if len(found) < 2 or not found[0] or not of_images:
         raise InputError(f"example must be images (N, {cohort.in_channels}, H, W), not {found}")
-    return example.detach().cpu()[:1].repeat(2, 1, 1, 1)
+    return example.detach().cpu()[:1].expand(2, *found[1:]).clone()
 
 
 def _onnx(network: nn.Module, images: Tensor, output: str, record: dict[str, Any]) -> bytes:

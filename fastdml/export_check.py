@@ -141,7 +141,10 @@ class Check:
 
 
 def _drawn(n: int, images: Tensor, record: Mapping[str, Any]) -> Tensor:
-    """n images of random pixels, normalised as the peers' are, where that is known."""
+    """n images of random pixels, normalised as the peers' are, where that is known; of inputs that
+    are no images, the example."""
+    if images.dim() != 4 or not images.is_floating_point():
+        return images[:1].expand(n, *images.shape[1:]).clone()
     generator = torch.Generator().manual_seed(n)
     shape = (n, *images.shape[1:])
     mean, std = record.get("mean"), record.get("std")

@@ -13,6 +13,7 @@ from typing import Any
 
 from fastdml.cohort import Cohort
 from fastdml.cohort_export import SUFFIXES, Exported, exported
+from fastdml.data.reid_split import STORED
 from fastdml.exported_weights import module_name
 from fastdml.files import write_atomically
 from fastdml.report.summary import versions
@@ -73,8 +74,8 @@ def _architecture(cohort: Cohort, what: Exported) -> list[tuple[str, str]]:
         rows.append((label, f"{model}, {weights:,} parameters"))
     record = cohort.record()
     shape = record["image_shape"]
-    known = "N, " + ", ".join(map(str, shape)) if shape else "as in training"
-    rows.append(("input", f"`images` ({known}), float32, normalised"))
+    sizes = f"`images` (N, {', '.join(map(str, shape or ()))}), float32, normalised"
+    rows.append(("input", sizes if shape else "batches as in training"))
     if record["mean"] and record["std"]:
         rows.append(("mean, std", f"{record['mean']}, {record['std']}, in units of stored pixels"))
     size = "N, D" if what.output == "features" else f"N, {cohort.num_classes}"
@@ -119,20 +120,18 @@ def _scores(cohort: Cohort, what: Exported, run: Path, weights: Weights) -> str:
 def _training(config: TrainConfig, facts: dict[str, Any]) -> str:
     given = {k: v for k, v in config.to_dict().items() if k not in PLACES}
     lines = [f"- seed {config.seed}"]
-    if is_known(config.data):
-        chosen = {name: given[name] for name in task_of(config).choices if name in given}
-        defaults = preset(config.data, **chosen).to_dict()
-        other = {k: v for k, v in given.items() if k != "seed" and v != defaults.get(k)}
-        told = ", ".join(f"`{k}` {_shown(v)}" for k, v in other.items())
-        lines.append(f"- settings other than fastdml's for {config.data}: {told or 'none'}")
-    else:
-        told = ", ".join(f"`{k}` {_shown(v)}" for k, v in given.items() if k != "seed")
-        lines.append(f"- settings: {told}")
+    known = is_known(config.data)
+    chosen = {name: given[name] for name in task_of(config).choices if name in given}
+    defaults = (preset(config.data, **chosen) if known else type(config)()).to_dict()
+    other = {k: v for k, v in given.items() if k != "seed" and v != defaults.get(k)}
+    told = ", ".join(f"`{k}` {_shown(v)}" for k, v in other.items())
+    whose = f" for {config.data}" if known else ""
+    lines.append(f"- settings other than fastdml's defaults{whose}: {told or 'none'}")
     mutual = facts.get("mutual") or {}
     if facts:
         lines.append(
-            f"- {mutual.get('epochs', 0):.4g} epochs in {mutual.get('precision')} on "
-            f"{facts.get('device')}, ended {facts.get('date')}"
+            f"- {mutual.get('epochs', 0):.4g} epochs, in {mutual.get('precision')}, on "
+            f"{facts.get('device')}; ended {facts.get('date')}"
         )
     else:
         lines.append("- the run had not ended, or was not evaluated, when this was written")
@@ -143,7 +142,7 @@ def _training(config: TrainConfig, facts: dict[str, Any]) -> str:
 
 
 def _shown(value: Any) -> str:
-    return " ".join(map(str, value)) if isinstance(value, list) else str(value)
+    return (" ".join(map(str, value)) or "none") if isinstance(value, list) else str(value)
 
 
 def _use(cohort: Cohort, what: Exported, names: Sequence[str]) -> Iterator[str]:
@@ -157,6 +156,8 @@ def _use(cohort: Cohort, what: Exported, names: Sequence[str]) -> Iterator[str]:
             call = "print(model.predict(['image.png'], top=5))"
             if not classifies:
                 call = "print(model(model.preprocess('image.png')[None]))"
+            if any(cohort.record()[name] is None for name in ("image_shape", "mean", "std")):
+                call = "print(model(batch))  # prepared as in training"
             yield "With fastdml:"
             yield _code(["import fastdml", "", f"model = fastdml.load({name!r}{peers})", call])
             if not own:
@@ -226,8 +227,9 @@ def _preparing(cohort: Cohort) -> tuple[list[str], list[str]]:
     steps = []
     interpolated = ""
     if record["resize"] == "stretch":
-        lines.append("image = image.resize((64, 128), Image.Resampling.BILINEAR)")
-        if (height, width) != (128, 64):
+        stored = tuple(record["stored"] or STORED)
+        lines.append(f"image = image.resize({stored[::-1]}, Image.Resampling.BILINEAR)")
+        if (height, width) != stored:
             interpolated = f"v2.Resize([{height}, {width}], antialias=False), "
     elif height == width:
         steps = [f"v2.Resize({height})", f"v2.CenterCrop({height})"]

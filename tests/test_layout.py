@@ -26,7 +26,7 @@ MAY_IMPORT = {
     "train": {*LOSSES, *COHORT, "engine", "data", "metrics", "report"},
     "machine": {*LOSSES, *COHORT, "engine"},
     "preprocessing": {*COHORT, "data"},
-    "model_card": {*COHORT, "report", "train"},
+    "model_card": {*COHORT, "data", "report", "train"},
     "predictor": {*COHORT, "preprocessing", "train"},
     "cli": {*COHORT, *BUILT_ON, "fastdml_kernels", "engine", "data", "machine", "report", "train"},
     **dict.fromkeys(LOSSES - {"fastdml_kernels"}, LOSSES),

@@ -114,13 +114,15 @@ def test_code_of_the_cards_runs_without_fastdml(tmp_path):
             assert places == expected.indices.tolist()
 
 
-def test_code_of_reidentification_runs_without_fastdml(tmp_path):
+@pytest.mark.parametrize("stored", [None, (64, 32)])
+def test_code_of_reidentification_runs_without_fastdml(tmp_path, stored):
     torch.manual_seed(0)
     record = {
         "image_shape": (3, 64, 32),
         "mean": (120.0, 110.0, 100.0),
         "std": (60.0, 61.0, 62.0),
         "resize": "stretch",
+        "stored": stored,
     }
     cohort = Cohort(["resnet8", "wrn_10_1"], 7, head=ReidHead())
     run = a_run(tmp_path / "run", cohort, **record)
@@ -155,7 +157,7 @@ def test_a_card_says_what_the_run_recorded(tmp_path, capfd):
     assert f"| ensemble of 2 | {100 * scores['ensemble_top1']:.2f} |" in text
     assert "On the test images. These are the last weights." in text
     assert "- seed 3\n" in text
-    (changed,) = re.findall(r"settings other than .*: (.*)", text)
+    (changed,) = re.findall(r"settings other than .* for digits: (.*)", text)
     assert changed == "`subset` 320, `lr` 0.05, `epochs` 1, `tensorboard` False"
     assert "resnet8, 75,002 parameters" in text
     assert "The licence of the data is not recorded" in text
@@ -174,4 +176,6 @@ def test_a_card_of_modules_says_no_more_than_is_known(tmp_path):
     text = write_card(path, cohort, 0, tmp_path, "last").read_text()
     assert "Not evaluated." in text
     assert "peers=[...]" in text
+    assert "print(model(batch))" in text
+    assert "settings other than fastdml's defaults: none" in text
     assert "plain torch" not in text

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -32,6 +33,7 @@ def of_loader(loader) -> dict:
         "mean": [*loader.mean],
         "std": [*loader.std],
         "resize": loader.resize,
+        "stored": loader.stored,
     }
 
 
@@ -66,14 +68,16 @@ def test_cifar(tmp_path):
     assert torch.equal(stacked(prepared), loader.batch(0, 0)[0])
 
 
+@pytest.mark.parametrize("stored", [(128, 64), (60, 70)])
 @pytest.mark.parametrize("size", [(256, 128), (128, 64), (40, 24)])
-def test_files_of_reidentification(tmp_path, size):
+def test_files_of_reidentification(tmp_path, size, stored):
     shapes = [(128, 64), (130, 60), (300, 300), (40, 90)]
     paths = []
     for k, shape in enumerate(shapes):
         paths.append(str(tmp_path / f"{k}.jpg"))
         photo(*shape, seed=k).save(paths[-1])
     split = ReidSplit(tuple(paths), torch.tensor([1, 1, 2, 2]), torch.tensor([1, 2, 1, 2]))
+    split = replace(split, size=stored)
     loader = make_loader("resident", split, 4, train=False, size=size)
     prepare = Preprocessing(of_loader(loader))
     assert torch.equal(stacked([prepare(path) for path in paths]), loader.batch(0, 0)[0])

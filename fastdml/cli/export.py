@@ -44,18 +44,20 @@ def export(args: list[str]) -> None:
 
     from fastdml.cohort_export import check_format
     from fastdml.model_card import write_card
+    from fastdml.train.config.sources import is_known
     from fastdml.train.run_weights import best_peer, run_config
 
     check_format(options.format)
-    run_config(options.run)  # raises where there is no run
+    config = run_config(options.run)
     cohort = run_cohort(options, "cpu")
     peer = options.peer
     if peer == "best":
         peer = best_peer(options.run, options.weights, cohort.names)
     if cohort.image_shape is None and not options.size and options.format != "safetensors":
+        why = "are of an earlier version and " if is_known(config.data) else ""
         raise InputError(
-            f"the weights of {options.run} are of an earlier version and do not say what images "
-            "they were trained on: give --size HEIGHT WIDTH"
+            f"the weights of {options.run} {why}do not say what images they were trained on: give "
+            "--size HEIGHT WIDTH"
         )
     example = torch.zeros(1, cohort.in_channels, *options.size) if options.size else None
     paths = cohort.export(to, example, options.format, peer=peer)

@@ -295,3 +295,17 @@ def test_names_of_formats(trained, tmp_path):
         trained.export(tmp_path, format="safetensor")
     with pytest.raises(InputError, match="there is no peer 'resnet8'; did you mean resnet8-"):
         trained.export(tmp_path, format="safetensors", peer="resnet8")
+
+
+@pytest.mark.parametrize("format", ["torch-export", "onnx"])
+def test_modules_of_other_inputs_are_exported_by_example(tmp_path, format):
+    if format == "onnx":
+        pytest.importorskip("onnxruntime", reason="onnxruntime is not installed")
+    words = nn.Sequential(nn.EmbeddingBag(9, 5), nn.Linear(5, 3))
+    (path,) = Cohort([words]).export(tmp_path, torch.tensor([[1, 2, 3]]), format=format)
+    assert path.is_file()
+    if format == "torch-export":
+        x = torch.tensor([[4, 5, 6], [0, 0, 8], [1, 2, 3]])
+        torch.testing.assert_close(torch.export.load(path).module()(x), words.eval()(x))
+    (path,) = Cohort([nn.Linear(4, 3)]).export(tmp_path, torch.zeros(1, 4), format=format)
+    assert path.name.startswith("00-Linear")
