@@ -95,3 +95,12 @@ def test_a_peer_that_cannot_be_copied_costs_nothing_that_is_known():
 
     amp = resolve_amp("off", CPU)
     assert peer_seconds([Counts(1), Locked(1)], torch.randn(4, 256), amp) is None
+
+
+def test_a_frozen_peer_and_one_that_fails():
+    amp = resolve_amp("off", CPU)
+    frozen = Counts(1).requires_grad_(False)
+    with torch.inference_mode():
+        inputs = torch.ones(4, 256)  # autograd keeps none of these
+    assert len(peer_seconds([Counts(1), frozen], inputs, amp)) == 2
+    assert peer_seconds([Counts(1), Counts(2)], torch.ones(4, 7), amp) is None
