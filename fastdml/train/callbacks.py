@@ -57,7 +57,7 @@ class EpochEvent(Event):
 class EvaluationEvent(Event):
     """The scores of an evaluation."""
 
-    images: Literal["validation", "test"]  # that the peers were evaluated on
+    data: Literal["validation", "test"]  # that the peers were evaluated on
     scores: Mapping[str, Any]  # as in metrics.jsonl: a list of a value a peer, and ensemble_NAME
     mean: float  # of the leading score (top-1 or mAP) over the peers, a fraction of 1
     best: bool  # whether it is the highest mean so far
@@ -134,7 +134,7 @@ class Calls:
         return self._call(
             "on_evaluation",
             EvaluationEvent,
-            images=progress.images,
+            data=progress.images,
             scores=dataclasses.asdict(scores),
             mean=scoring_of(scores).mean(scores),
             best=progress.best_epoch == progress.trained,

@@ -79,7 +79,7 @@ class TestEvents:
         best = max(notes.of(EvaluationEvent), key=lambda event: event.mean)
         assert best.best
         assert best.best_epoch == best.epoch == result.best_epoch
-        assert {event.images for event in notes.of(EvaluationEvent)} == {"test"}
+        assert {event.data for event in notes.of(EvaluationEvent)} == {"test"}
         (end,) = notes.of(EndEvent)
         assert end.scores == scores[-1]
         assert end.best_scores == best.scores

@@ -215,7 +215,7 @@ class TestWhatIsSaid:
         result = fitted(chosen_before_the_end(settings), callbacks=[Keeps()])[0]
         *during, end = events
         assert {type(event) for event in during} == {EvaluationEvent}
-        assert [event.images for event in during] == ["validation"] * 4
+        assert [event.data for event in during] == ["validation"] * 4
         assert isinstance(end, EndEvent)
         assert end.chosen_on == "validation"
         assert end.best_scores == plain(result.best_scores)
