@@ -20,6 +20,7 @@ from fuzzing import Check
 from mutations import TEXTS, junk, mutated, name, nearly_json
 from PIL import Image
 
+from fastdml.data import load_folder
 from fastdml.data.files import archive, check_files, decode
 from fastdml.data.sets import cifar, market1501
 
@@ -248,6 +249,64 @@ def reid_lists(folder: Path) -> Check:
         with contextlib.redirect_stderr(io.StringIO()):
             found = market1501.ImageFolderReID(folder, "msmt17", progress=False)
         assert len(found.train) >= 1
+
+    return check
+
+
+@target()
+def own_images(folder: Path) -> Check:
+    """Class folders with odd names and contents, beside lists of them."""
+    picture = pictures()[2]
+    words = (
+        "train", "val", "test", "cat", "Cat", "dog", ".png", ".JPG", ".csv", "train.csv", "/", "._",
+        "Thumbs.db", " ", "\n", "\\", "é", "e\u0301", "..", "a" * 300,
+    )  # fmt: skip
+
+    def check(random: Random) -> None:
+        root = folder / "photos"
+        shutil.rmtree(root, ignore_errors=True)
+        for split in random.sample(("train", "val", "test", ""), random.randint(1, 3)):
+            for of_class in random.sample(("cat", "dog", "cow"), random.randint(1, 3)):
+                (root / split / of_class).mkdir(parents=True, exist_ok=True)
+                (root / split / of_class / f"{random.randrange(3)}.png").write_bytes(picture)
+        for _ in range(random.randrange(4)):
+            place = random.choice([root, *root.rglob("*")])
+            made = place / name(random, words).strip("/.")
+            with contextlib.suppress(OSError, ValueError):
+                kind = random.random()
+                if kind < 0.3:
+                    made.mkdir(parents=True)
+                elif kind < 0.5:
+                    made.symlink_to(random.choice(("..", ".", "nowhere", made.name)))
+                else:
+                    made.write_bytes(random.choice((picture, picture[:40], b"", b"path,label\n")))
+        with contextlib.redirect_stderr(io.StringIO()):
+            sets = load_folder(root, bad_files=random.choice(("error", "skip")), progress=False)
+        assert sets.train.labels.unique().tolist() == [*range(sets.train.num_classes)]
+        for part in sets:
+            assert part is None or len(part.paths) == len(part.labels) > 0
+
+    return check
+
+
+@target()
+def label_lists(folder: Path) -> Check:
+    for k in range(3):
+        (folder / f"{k}, é.png").write_bytes(pictures()[2])
+    whole = 'path,label\n"0, é.png",cat\n"1, é.png",dog\n"2, é.png",cat\n'.encode()
+    words = ("0, é.png", '"', ",", ";", "\t", "\n", "\r", "cat", "path", "label", "\\", "", *TEXTS)
+
+    def check(random: Random) -> None:
+        wrong = (
+            mutated(random, whole)
+            if random.random() < 0.5
+            else whole + "".join(random.choice(words) for _ in range(8)).encode(errors="ignore")
+        )
+        file = rewrite(folder / "all.csv", wrong)
+        with contextlib.redirect_stderr(io.StringIO()):
+            train = load_folder(file, bad_files="skip", progress=False).train
+        assert train.labels.unique().tolist() == [*range(train.num_classes)]
+        assert len(train.paths) == len(set(train.paths)) == len(train.labels)
 
     return check
 

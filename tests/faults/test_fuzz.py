@@ -13,6 +13,8 @@ INPUTS = {
     "cohort_description": 150,
     "weights_file": 150,
     "damaged_run": 25,
+    "own_images": 60,
+    "label_lists": 150,
 }
 
 

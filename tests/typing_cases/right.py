@@ -48,6 +48,7 @@ if result is not None:  # as after a dry run
     folder: Path = result.folder
 fastdml.train.cifar10(schedule="cosine", dry_run=True)
 fastdml.train.digits(("resnet8",), amp="off")
+fastdml.train.folder(root="photos", size=32, normalise="imagenet", validation=0.1)
 fastdml.train.market1501(recipe="strong", standin=True, margin=None, epochs=1)
 own = fastdml.train.folder(["resnet8"], root="images", size=64, validation=0.1, patience=2)
 

@@ -39,6 +39,7 @@ fastdml.train.cifar10(recipe="strong")  # error
 fastdml.train.digits(data="cifar10")  # error
 fastdml.train.market1501(recipe="best")  # error
 fastdml.train.market1501(lr_drops=3)  # error
+fastdml.train.folder(root="photos", normalise="own")  # error
 fastdml.train.folder(recipe="strong")  # error
 fastdml.load("run", weights="newest")  # error
 fastdml.train.digits(callbacks=[len])  # error

@@ -45,7 +45,8 @@ DTYPES = {torch.float32: "FLOAT", torch.float16: "FLOAT16", torch.bfloat16: "FLO
 
 class DALILoader(Batching):
     """`ResidentLoader`'s batches, from a `ReidSplit` (files) or an `ImageSet`. Of `ImageFiles` it
-    would make other pictures: Pillow reads forms that DALI does not, and resizes otherwise.
+    would make other pictures: it does not read all forms that Pillow reads, and where it resizes
+    photographs to cover 64 or 224 pixels a side, pixels differ by up to 27 grey levels.
 
     Padding by reflection needs an `ImageSet` without a resize: DALI has no such border, so the set
     is padded once, in memory. Files are taken to be decodable: `checked` makes sure. threads: of

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import importlib.util
 import logging
+import math
 import os
 from typing import Any
 
 import torch
 
+from fastdml import host
 from fastdml.data.files.check_files import check_bad_files
 from fastdml.data.image_files import ImageFiles
 from fastdml.data.image_set import ImageSet
@@ -136,12 +138,10 @@ def needed_bytes(
 def free_bytes(device: torch.device) -> int:
     if device.type == "cuda":
         return torch.cuda.mem_get_info(device)[0]
-    try:
-        with open("/proc/meminfo", encoding="ascii") as file:
-            facts = dict(line.split(":") for line in file)
-        return int(facts["MemAvailable"].split()[0]) * 1024
-    except (OSError, KeyError):
+    _, free = host.memory()
+    if math.isnan(free):  # the system does not say
         return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    return int(free)
 
 
 def _where(device: torch.device) -> str:
