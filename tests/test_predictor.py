@@ -300,3 +300,33 @@ def test_export_where_nothing_can_be_written(cohort, tmp_path):
         os.symlink("/dev/full", tmp_path / "out" / "00-resnet8.safetensors")
         cohort.export(tmp_path / "out", format="safetensors")  # replaces the link
         assert not (tmp_path / "out" / "00-resnet8.safetensors").is_symlink()
+
+
+def test_features_are_those_that_retrieval_compares(tmp_path):
+    """Of files, at the size and by the interpolation of the loaders."""
+    from PIL import Image
+
+    from fastdml.data import ReidSplit
+    from fastdml.metrics import normalize_features
+    from fastdml.train import extract_features
+
+    cohort = small(head=ReidHead())
+    cohort.image_shape, cohort.resize = (3, 64, 32), "stretch"
+    random = np.random.default_rng(0)
+    paths = []
+    for k, shape in enumerate([(128, 64), (90, 70), (30, 20)]):
+        paths.append(str(tmp_path / f"{k}.jpg"))
+        Image.fromarray(random.integers(0, 256, (*shape, 3), dtype=np.uint8)).save(paths[-1])
+    split = ReidSplit(
+        tuple(paths),
+        torch.tensor([1, 2, 3]),
+        torch.tensor([1, 1, 2]),
+        RECORD["mean"],
+        RECORD["std"],
+    )
+    known = extract_features(cohort, split, (64, 32), flip_test=False, amp="off")
+    cohort.save(tmp_path / "saved")
+    for k in (0, 1):
+        model = fastdml.load(tmp_path / "saved", peer=k)
+        found = model(torch.stack([model.preprocess(path) for path in paths]))
+        torch.testing.assert_close(normalize_features(found), known[k], rtol=1e-4, atol=1e-5)

@@ -195,3 +195,46 @@ def test_reid_runs_and_runs_of_no_images_are_refused(tmp_path, refused):
         ["predict", "table", "x.png"],
         "the image_shape and mean and std of the images .* call the predictor on batches",
     )
+
+
+def test_images_of_ones_own_and_weights_that_validation_chose(tmp_path, capfd):
+    """Photos of many sizes: predicted as the run's evaluation of the best weights found them."""
+    import numpy as np
+
+    from fastdml.report.predictions import read_predictions
+
+    random = np.random.default_rng(0)
+    for split, count in (("train", 6), ("val", 3), ("test", 4)):
+        for k, name in enumerate(["a", "b c"]):
+            folder = tmp_path / "photos" / split / name
+            folder.mkdir(parents=True)
+            for number in range(count):
+                pixels = random.integers(0, 120, (*random.integers(30, 60, 2), 3))
+                pixels[..., k] += 130
+                image = Image.fromarray(pixels.astype(np.uint8))
+                image.getexif()[274] = 1 + number
+                image.save(folder / f"{number}.jpg", exif=image.getexif())
+    run, photos = tmp_path / "run", tmp_path / "photos"
+    options = "--peers resnet8 resnet8@24 --size 32 --epochs 2 --batch-size 6 --amp off"
+    argv = ["train", "folder", "--root", str(photos), *options.split(), "--no-tensorboard"]
+    assert cli.main([*argv, "--folder", str(run)]) == 0
+    capfd.readouterr()
+    known = read_predictions(run)
+    assert known.weights == "best"
+    assert cli.main(["predict", str(run), str(photos / "test")]) == 0
+    found = rows(capfd.readouterr().out)
+    for place, name in enumerate(["resnet8", "resnet8@24", "ensemble"]):
+        expected = torch.from_numpy(known.confidence[place])
+        values = torch.tensor([float(row[f"{name}_probability"]) for row in found])
+        torch.testing.assert_close(values, expected, rtol=2e-5, atol=1e-6)
+        assert [row[f"{name}_class"] for row in found] == [
+            known.classes[c] for c in known.top[place]
+        ]
+    summary = json.loads((run / "summary.json").read_text())
+    scores = summary["mutual"]["validation"]["best_scores"]["top1"]
+    argv = ["predict", str(run), str(photos / "test" / "a" / "0.jpg"), "--peer", "best"]
+    assert cli.main(argv) == 0
+    out, err = capfd.readouterr()
+    best = ["resnet8", "resnet8@24"][scores.index(max(scores))]
+    assert out.split()[1] == best
+    assert f"best peer: {best}, top-1 {100 * max(scores):.2f} %" in err
