@@ -43,6 +43,8 @@ BLOCK = 1 << 24  # distances held at once
 # Comparisons made at once: on a CPU what stays in the cache (2**19 and 2**22 are slower), on a GPU
 # enough to fill it.
 COMPARISONS = {"cpu": 1 << 21, "cuda": 1 << 24}
+NARROW = 256  # columns compared at once where equal distances rank by their column
+NEARBY = 1 << 20  # distances gathered at once for those near a match
 
 
 @dataclass(frozen=True)
@@ -297,22 +299,40 @@ def _count_before(d: Tensor, limit: Tensor, place: Tensor | None, matches: Tenso
     buffer = torch.empty(most, device=d.device)
     width = min(G, most // M)
     if place is not None:
+        width = min(width, NARROW)
         less = limit.nextafter(limit.new_tensor(-torch.inf))  # d <= less: d < limit
         less = torch.where(limit == -torch.inf, torch.nan, less)  # nothing is below that
-        columns = torch.arange(G, device=d.device)
     for rows in torch.arange(B).split(max(1, most // (M * width))):
         start, stop = int(rows[0]), int(rows[-1]) + 1
         m = int(matches[stop - 1])
         for at in range(0, G, width):
             piece = d[start:stop, None, at : at + width]
             largest = limit[start:stop, :m, None]
-            if place is not None:
-                left = columns[at : at + width] < place[start:stop, :m, None]
+            if place is not None:  # equal ones count in the pieces left of the one with the match
+                left = place[start:stop, :m, None] >= at + piece.shape[2]
                 largest = torch.where(left, largest, less[start:stop, :m, None])
             below = buffer[: (stop - start) * m * piece.shape[2]].view(stop - start, m, -1)
             torch.le(piece, largest, out=below)
             counts[start:stop, :m] += below.sum(dim=2).long()
+    if place is not None:
+        _add_equal_within(counts, d, limit, place, matches, width)
     return counts
+
+
+def _add_equal_within(
+    counts: Tensor, d: Tensor, limit: Tensor, place: Tensor, matches: Tensor, width: int
+) -> None:
+    """Adds to counts (B, M) the distances that equal a limit, left of its place, within the piece
+    of `width` columns that this place is in."""
+    nth = torch.arange(limit.shape[1], device=d.device)
+    row, column = (nth < matches.to(d.device)[:, None]).nonzero(as_tuple=True)
+    offset = torch.arange(width, device=d.device)
+    for part in torch.arange(len(row), device=d.device).split(max(1, NEARBY // width)):
+        r, c = row[part], column[part]
+        last = place[r, c, None]
+        at = torch.div(last, width, rounding_mode="floor") * width + offset  # (P, width)
+        equal = d[r[:, None], at.clamp(max=d.shape[1] - 1)] == limit[r, c, None]
+        counts[r, c] += (equal & (at < last)).sum(dim=1)
 
 
 def check_ties(ties: str) -> None:

@@ -85,14 +85,15 @@ def random_set(rng, Q, G, ids, cameras):
     holes=st.sampled_from([0.0, 0.2]),  # NaN and infinities
     block=st.sampled_from([1, 40, 1 << 20]),
     comparisons=st.sampled_from([1, 7, 64, 1 << 20]),
+    narrow=st.sampled_from([1, 3, 8, 256]),
     dtype=st.sampled_from([torch.float32, torch.float64, torch.float16]),
     max_rank=st.integers(1, 40),
     ties=st.sampled_from(["worst", "given"]),
     seed=st.integers(0, 2**32 - 1),
 )
-@example(1, 1, 1, 1, 1, 0.0, 1, 1, torch.float32, 1, "worst", 0)
+@example(1, 1, 1, 1, 1, 0.0, 1, 1, 256, torch.float32, 1, "worst", 0)
 def test_scores_match_the_definitions(
-    Q, G, ids, cameras, levels, holes, block, comparisons, dtype, max_rank, ties, seed
+    Q, G, ids, cameras, levels, holes, block, comparisons, narrow, dtype, max_rank, ties, seed
 ):
     rng = np.random.default_rng(seed)
     labels = random_set(rng, Q, G, ids, cameras)
@@ -103,6 +104,8 @@ def test_scores_match_the_definitions(
     options = {"distances": d, "max_rank": max_rank, "block": block, "ties": ties}
     with pytest.MonkeyPatch.context() as patch:
         patch.setitem(reid.COMPARISONS, "cpu", comparisons)
+        patch.setattr(reid, "NARROW", narrow)
+        patch.setattr(reid, "NEARBY", comparisons)
         if expected is None:
             with pytest.raises(InputError, match=f"none of the {Q} queries"):
                 reid_scores(None, None, *labels, **options)
