@@ -8,11 +8,15 @@ import shutil
 from pathlib import Path
 
 import pytest
+import torch
+import torch.nn.functional as F
 import yaml
 from reid_runs import SMALL
 
+import fastdml
 from fastdml import cli
 from fastdml import train as training
+from fastdml.data import ImageFolderReID
 from fastdml.errors import InputError
 from fastdml.train import ReidConfig
 from fastdml.train.config.sources import preset
@@ -51,6 +55,14 @@ def test_a_set_of_ones_own_is_trained_on_and_evaluated(own_set, tmp_path, capfd)
     assert "multiple queries" not in capfd.readouterr().out
     record = json.loads((run / "cohort.json").read_text())
     assert (record["resize"], record["stored"]) == ("stretch", [16, 8])
+    predictor = fastdml.load(run, peer="resnet8-1")
+    path = sorted(p for p in (own_set / "query").rglob("*") if p.is_file())[0]
+    found = ImageFolderReID(own_set, "reid_folder", pattern=PATTERN, size=(16, 8))
+    assert found.query.paths[0] == str(path)
+    features = training.extract_features(fastdml.Cohort.load(run), found.query, (16, 8), amp="off")
+    images = predictor.preprocess(path)[None]
+    both = sum(predictor(x) for x in (images, images.flip(3)))  # as the flip test
+    assert torch.allclose(F.normalize(both)[0], features[0][0], atol=1e-5)
     assert cli.main(["evaluate", str(run), "--distractors"]) == 2
     assert "--distractors: reid_folder has none, market1501 does" in capfd.readouterr().err
 
