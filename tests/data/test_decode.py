@@ -26,6 +26,14 @@ def test_formats_that_images_come_in(tmp_path, form):
     assert np.abs(pixels.astype(int) - (200, 100, 50)).max() < 16
 
 
+def test_the_first_picture_of_several(tmp_path):
+    """As phones write them into one file."""
+    first, second = (Image.new("RGB", (6, 4), colour) for colour in ("white", "black"))
+    for form in ("MPO", "GIF"):
+        first.save(tmp_path / form, form, save_all=True, append_images=[second])
+        assert decode(tmp_path / form).min() == 255
+
+
 @pytest.mark.parametrize("form", ["EPS", "PCX", "TGA", "ICO"])
 def test_a_file_decides_on_no_other_program_or_decoder(tmp_path, monkeypatch, form):
     """Pillow hands EPS to `gs`, whatever the file is called."""

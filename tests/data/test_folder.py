@@ -359,6 +359,9 @@ def test_images_that_are_there_twice_are_told(root, caplog):
     copy(root / "train" / "cat" / "train0.png", root / "train" / "cat" / "copy.png")
     warn_of_copies(load_folder(root))  # harmless: it counts twice
     assert not caplog.records
+    warn_of_copies(load_folder(root), divided=True)
+    assert "1 of 9 training images repeat another, byte for byte, so that some may" in caplog.text
+    caplog.clear()
     copy(root / "train" / "cat" / "train1.png", root / "test" / "cat" / "copy.png")
     copy(root / "train" / "dog" / "train1.png", root / "train" / "cat" / "odd.png")
     warn_of_copies(load_folder(root))

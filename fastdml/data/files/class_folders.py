@@ -154,7 +154,7 @@ def _no_classes(folder: Path, images: list[str]) -> str:
     return (
         f"{folder}: holds {counted(len(images), 'image')}, such as {images[0]!r}, and no class "
         "folders, so that their classes are unknown: put each into a folder named after its class, "
-        "or write a CSV file of path,label"
+        "write a CSV file of path,label, or move them elsewhere"
     )
 
 

@@ -57,7 +57,8 @@ def make_loader(
     kind = choose_loader(kind, source, device, policy=policy, **options)
     if kind == "resident":
         loader = ResidentLoader(source, batch_size, device=device, **options)
-        logger.info(f"{len(source):,} images stay in {_where(device)}: {size(loader.nbytes)}")
+        what = "images" if loader.train else "evaluation images"
+        logger.info(f"{len(source):,} {what} stay in {_where(device)}: {size(loader.nbytes)}")
         return loader
     if kind == "torch":
         return TorchLoader(source, batch_size, policy=policy, device=device, **options)

@@ -218,13 +218,14 @@ def _check_left(found: Mapping[str, Listing], parts: Mapping[str, ImageFiles]) -
             )
 
 
-def warn_of_copies(splits: Splits) -> None:
+def warn_of_copies(splits: Splits, divided: bool = False) -> None:
     """Logs images that are there twice where that matters: to train on and to evaluate on, or under
-    two classes. Reads the files that have the length of another."""
+    two classes; divided: or in training at all, since a part of it will be for validation. Reads
+    the files that have the length of another."""
     names = {"train": "training", "validation": "validation", "test": "test"}
     parts = {name: part for name, part in splits._asdict().items() if part is not None}
     shared: Counter[str] = Counter()
-    contradictory = 0
+    contradictory = repeated = 0
     example: dict[str, str] = {}
     for group in same_files({name: part.paths for name, part in parts.items()}):
         first, place = group[0]
@@ -233,6 +234,10 @@ def warn_of_copies(splits: Splits) -> None:
                 if name != "train":
                     shared[name] += 1
                     example.setdefault(name, parts[name].paths[other])
+        of_training = [other for name, other in group if name == "train"]
+        if divided and len(of_training) > 1:
+            repeated += len(of_training) - 1
+            example.setdefault("train", parts["train"].paths[of_training[1]])
         labels = {int(parts[name].labels[other]) for name, other in group}
         if len(labels) > 1:
             contradictory += 1
@@ -241,6 +246,12 @@ def warn_of_copies(splits: Splits) -> None:
         logger.warning(
             f"{count:,} of {len(parts[name]):,} {names[name]} images are training images too, byte "
             f"for byte, which flatters the scores: {example[name]} for one"
+        )
+    if repeated:
+        logger.warning(
+            f"{repeated:,} of {len(parts['train']):,} training images repeat another, byte for "
+            "byte, so that some may be both trained and validated on: "
+            f"{example['train']} for one"
         )
     if contradictory:
         logger.warning(

@@ -41,7 +41,7 @@ class OwnImages(Classification):
             progress=config.progress or None,
         )
         _check_validation(splits, config)
-        warn_of_copies(splits)
+        warn_of_copies(splits, divided=bool(config.validation))
         return splits
 
     def normalised(self, sets: Splits, config: FolderConfig) -> Splits:
