@@ -114,6 +114,11 @@ def first_hour() -> None:
     command("export", "run", "--format", "safetensors", "--to", "weights")
     command("export", "run", "--format", "onnx", "--to", "onnx")
     digits = command("train", "digits", "--epochs", "1", "--subset", "320")
+    for extra, options in (("wandb", "--wandb"), ("reid", "--peers timm:resnet18"),
+                           ("dali", "--loader dali")):  # fmt: skip
+        refusal = command("train", "digits", *options.split(), code=2)
+        assert refusal.count("\n") == 1, refusal
+        assert f"pip install 'fastdml[{extra}]'" in refusal, refusal
     print(scores, top, digits, sep="\n")
     by_fastdml_alone(image)
     by_plain_torch(image)

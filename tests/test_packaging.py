@@ -93,6 +93,28 @@ def test_the_wheel_holds_both_import_names_and_nothing_else(tmp_path):
     assert Path(done.stdout.strip()).is_relative_to(tmp_path / "site")
 
 
+def test_every_public_name_is_there_without_any_extra(tmp_path):
+    """What needs an extra says so in one line. `make smoke` shows it in empty environments."""
+    code = (
+        "import sys\n"
+        "import package_checks as checks\n"
+        "sys.modules.update(dict.fromkeys(checks.EXTRAS))\n"  # as if they were not installed
+        "checks.public_names()\n"
+        "checks.one_line_for_each_missing_extra()\n"
+    )
+    path = os.pathsep.join(map(str, (ROOT, ROOT / "kernels", ROOT / "tests")))
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        cwd=tmp_path,
+        env={**os.environ, "PYTHONPATH": path},
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    assert done.returncode == 0, done.stderr
+    assert not list(tmp_path.iterdir())
+
+
 def test_without_a_c_compiler_the_wheel_has_python_alone(tmp_path, monkeypatch):
     monkeypatch.setenv("CC", "no-such-compiler")
     names = zipfile.ZipFile(build("build_wheel", tmp_path)).namelist()
