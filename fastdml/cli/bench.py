@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import platform
 from statistics import median
 from typing import TYPE_CHECKING, Any
@@ -39,16 +40,37 @@ def bench(args: list[str]) -> None:
     device = choose_device(TrainConfig(device=options.device))
     torch.set_num_threads(cpus.sensible())
     where = {"device": device_name(device), **versions()}
+    busy = others(os.getloadavg()[0])  # before this adds to it
     if not options.json:
         named = [f"{name} {value}" for name, value in where.items() if name != "device"]
         print(", ".join([where["device"], *named]), flush=True)
     found = list(measure(device, options.seconds))
     if options.json:
-        print(json.dumps({**where, "rows": [row._asdict() for row in found]}, indent=1))
+        print(
+            json.dumps(
+                {**where, "busy": bool(busy), "rows": [row._asdict() for row in found]}, indent=1
+            )
+        )
     else:
         print(table(found))
+        if busy:
+            print(busy)
     if any(not row.ours for row in found):
         raise SystemExit(1)
+
+
+def others(load: float) -> str:
+    """What to say where other programs use the CPUs; "" where they hardly do. Threads that wait for
+    each other are then held up, those of the usual loop most of all. load: average number of
+    programs that run."""
+    from fastdml import host
+
+    if load < host.cpus() / 2:
+        return ""
+    return (
+        f"other programs use this machine (load {load:.1f} on {host.cpus()} CPUs), so that these "
+        "figures say little: end them, or set OMP_NUM_THREADS to the CPUs that are free"
+    )
 
 
 def versions() -> dict[str, Any]:

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import json
 import math
+import os
 
 import pytest
 import torch
 
-from fastdml import cli
+from fastdml import cli, host
 from fastdml.machine import bench
 from fastdml.machine.bench import Contest, Measured, verdict
 
@@ -38,7 +39,15 @@ def test_the_table_and_its_figures(small, capfd):
 def test_samples_as_json(small, capfd):
     assert cli.main(["bench", "--seconds", "1", "--device", "cpu", "--json"]) == 0
     report = json.loads(capfd.readouterr().out)
-    assert {"device", "fastdml", "native loss", "torch", "triton", "Python"} <= report.keys()
+    assert {
+        "device",
+        "fastdml",
+        "native loss",
+        "torch",
+        "triton",
+        "Python",
+        "busy",
+    } <= report.keys()
     for row in report["rows"]:
         assert len(row["ours"]) == len(row["usual"]) >= 3
         assert min(row["ours"] + row["usual"]) > 0
@@ -72,6 +81,15 @@ def test_steps_start_from_the_same_weights(small):
 )
 def test_verdicts_are_honest(ours, usual, words):
     assert verdict(Measured("x", ours, usual, 0.0)) == words
+
+
+@pytest.mark.parametrize(("load", "said"), [(0.1, False), (0.9, False), (1.0, True), (7.3, True)])
+def test_other_programs_are_told(small, monkeypatch, capfd, load, said):
+    monkeypatch.setattr(bench, "measure", lambda device, seconds: iter([]))
+    monkeypatch.setattr(os, "getloadavg", lambda: (load, 0.0, 0.0))
+    monkeypatch.setattr(host, "cpus", lambda: 2)
+    assert cli.main(["bench", "--device", "cpu"]) == 0
+    assert (f"(load {load} on 2 CPUs)" in capfd.readouterr().out) == said
 
 
 @pytest.mark.parametrize("seconds", ["0", "-1", "nan", "1e9"])
