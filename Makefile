@@ -92,7 +92,7 @@ docs: $(DEV)
 	$(BIN)/python -m docs.generate
 
 site: $(DEV)
-	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet --site-dir build/site
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --site-dir build/site
 
 # The native code and the editable install's *.egg-info are the venvs': they go with them.
 clean:

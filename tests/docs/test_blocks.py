@@ -26,7 +26,9 @@ SMALLER_COMMANDS = {
     "fastdml train reid_folder": (
         "--iterations 2 --batch-size 8 --no-tensorboard --execution eager --height 32 --width 16"
     ),
-    "fastdml train folder": "--epochs 1 --batch-size 8 --size 16 --no-tensorboard",
+    "fastdml train folder": (
+        "--epochs 1 --batch-size 8 --size 16 --no-tensorboard --execution eager --threads 1"
+    ),
     "fastdml bench": "--seconds 1",
     "fastdml kernels": "--shapes 2x100 --archs sm_90",
 }
@@ -35,7 +37,7 @@ SMALLER_CODE: list[tuple[str, str, str]] = [
     ("docs/settings.md", "nesterov=False", "nesterov=False, epochs=1, subset=256"),
     ("docs/training.md", 'root="data", epochs=200', 'root="data", epochs=1, subset=64'),
     ("docs/own_images.md", "validation=0.1", "validation=0.1, epochs=1, batch_size=8, size=16"),
-    ("docs/faq.md", "epochs=3", "epochs=1, subset=128"),
+    ("docs/faq.md", "digits(epochs=3", "digits(epochs=1, subset=128"),
 ]
 # Commands that are not run, by the beginning of a line, and why.
 NOT_RUN = {
@@ -44,7 +46,7 @@ NOT_RUN = {
     "make help": "needs no environment; a test compares it with the targets",
     "pip install": "installs",
     "source completion.bash": "of the shell that the reader types in",
-    "make smoke": "makes environments of other Pythons",
+    "python3 -m venv": "makes an environment",
     "fastdml train cifar100 --root data --seed 0 --device cuda:0": "needs a GPU",
     "fastdml train cifar100 --root data --seed 1 --device cuda:1": "needs two GPUs",
     "fastdml train folder --root photos --validation 0.1 --peers timm:": "fetches weights",
@@ -57,6 +59,7 @@ NOT_RUN = {
 }
 # Blocks of kind text, by their beginning, and what they are.
 NOT_CODE = {
+    ("docs/tutorial.md", "photos/"): "drawing of the folders, which the test makes",
     ("docs/architecture.md", "fastdml/ "): "drawing of the folders",
     ("docs/architecture.md", "cli  ->"): "drawing of the imports",
     ("docs/own_images.md", "photos/"): "drawing of the folders",
