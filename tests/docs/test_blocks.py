@@ -15,6 +15,8 @@ import torch
 from shown import PAGES, ROOT, Block, blocks, commands, form, name, run_command, run_python
 from workplace import SOURCES, write_cifar, write_market, write_people, write_photos
 
+import fastdml
+
 # Options that are added to a command whose beginning is this.
 SMALLER_COMMANDS = {
     "fastdml train digits": "--epochs 1 --subset 128",
@@ -142,6 +144,16 @@ def run(block: Block, values: dict[str, object], capfd) -> None:
                 assert form(line) in printed, f"{block}: {line}\nis not printed:\n{told.out}"
 
 
+def plain_torch_agrees(values: dict[str, object]) -> None:
+    """What the tutorial computes without fastdml is what fastdml computes."""
+    peer = fastdml.load("exported/01-resnet32.safetensors")
+    expected = peer(peer.preprocess("photos/cat/001.jpg")[None])
+    torch.testing.assert_close(values["plain"], expected, rtol=1e-5, atol=1e-6)
+
+
+CHECKS = {"docs/tutorial.md": plain_torch_agrees}  # after a page has run
+
+
 @pytest.mark.parametrize(
     "page",
     [
@@ -155,6 +167,7 @@ def test_a_page_runs_from_top_to_bottom(page, workplace, capfd):
     values = names()
     for block in blocks(page):
         run(block, values, capfd)
+    CHECKS.get(name(page), lambda values: None)(values)
 
 
 def test_every_block_is_run_or_listed():
