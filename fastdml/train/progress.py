@@ -161,7 +161,8 @@ class Progress:
                 f"than epochs={self.epochs}"
             )
         self.position, self.seconds = position, float(state["seconds"])
-        self.history, self.best_epoch = history, int(state["best_epoch"])
+        best = float(state["best_epoch"])  # whole, but for a last epoch that was cut short
+        self.history, self.best_epoch = history, int(best) if best.is_integer() else best
         self.stopped = state.get("stopped")  # not in checkpoints of earlier versions
         if not isinstance(self.stopped, str | None):
             raise ValueError(f"stopped {self.stopped!r}")
