@@ -9,7 +9,7 @@ from fastdml.paths import expanded
 
 
 def config(args: list[str]) -> None:
-    """print the settings for DATA as YAML with comments, for train's --config"""
+    """print all settings of a data set as YAML with comments, for --config of train"""
     from fastdml.data import dataset_names
 
     known = dataset_names()
