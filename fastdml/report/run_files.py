@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import math
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -17,6 +16,7 @@ from fastdml.report.summary import SUMMARY
 from fastdml.yaml_file import CONFIG, read_settings
 
 LARGEST = 1 << 26  # bytes of a summary
+LARGEST_NUMBER = 1e100  # differences and squares of such are finite
 
 
 @dataclass(frozen=True)
@@ -115,7 +115,7 @@ def read_run(folder: str | Path) -> RunFiles:
 
 
 def number(value: Any) -> float | None:
-    """`value` if it is a finite number, else None."""
+    """`value` if it is a finite number, else None; what no float32 could hold is none either."""
     return value if _finite(value) else None
 
 
@@ -130,7 +130,11 @@ def table(value: Any) -> dict[str, Any]:
 
 
 def _finite(value: Any) -> bool:
-    return isinstance(value, (int, float)) and type(value) is not bool and math.isfinite(value)
+    return (
+        isinstance(value, (int, float))
+        and type(value) is not bool
+        and abs(value) < LARGEST_NUMBER  # which NaN is not
+    )
 
 
 def _prolonged(settings: dict[str, Any], summary: dict[str, Any]) -> bool:

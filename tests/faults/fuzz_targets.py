@@ -6,7 +6,8 @@ from __future__ import annotations
 
 import fuzz_data
 import fuzz_loss
+import fuzz_report
 import fuzz_runs
 from fuzz_registry import TARGETS
 
-__all__ = ["TARGETS", "fuzz_data", "fuzz_loss", "fuzz_runs"]
+__all__ = ["TARGETS", "fuzz_data", "fuzz_loss", "fuzz_report", "fuzz_runs"]

@@ -15,6 +15,7 @@ INPUTS = {
     "damaged_run": 25,
     "own_images": 60,
     "label_lists": 150,
+    "report_page": 60,
 }
 
 

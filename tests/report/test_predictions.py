@@ -80,6 +80,22 @@ def test_damage_is_one_line(tmp_path, content, message):
     assert "\n" not in str(caught.value)
 
 
+def test_damage_of_any_byte_is_one_line(tmp_path):
+    """zlib, zipfile and numpy each have errors of their own."""
+    whole = write_predictions(tmp_path, predictions(N=5)).read_bytes()
+    errors = []
+    for at in range(0, len(whole), 9):
+        damaged = bytearray(whole)
+        damaged[at] ^= 0xFF
+        (tmp_path / PREDICTIONS).write_bytes(damaged)
+        try:
+            read_predictions(tmp_path)
+        except InputError as error:
+            errors.append(error)
+    assert {"BadZipFile", "error"} <= {type(error.__context__).__name__ for error in errors}
+    assert not any("\n" in str(error) for error in errors)
+
+
 def test_objects_are_not_unpickled(tmp_path):
     class Evil:
         def __reduce__(self):

@@ -301,7 +301,7 @@ def test_values_of_the_wrong_kind_are_no_numbers(tmp_path):
     """A summary that somebody edited, with anything anywhere."""
     run = make_run(tmp_path / "run")
     summary = json.loads((run / "summary.json").read_text())
-    wrongs = ("text", -1, [["a"]], {}, 1e308, [1], None, True)
+    wrongs = ("text", -1, [["a"]], {}, 1e308, 10**400, [1], None, True)
     mutual = summary["mutual"]
     places = [((), summary), (("mutual",), mutual), (("mutual", "scores"), mutual["scores"])]
     for path, values in places:

@@ -109,8 +109,8 @@ def _spans(run: RunFiles) -> list[dict[str, Any]]:
         return []
     found = []
     for label, part in curves.phases(run).items():
-        spans = pairwise_spans(part.records)
-        readings = [r for r in part.records if len(r.get("pairwise_kl") or ()) > 1]
+        readings = [r for r in part.records if _is_matrix(r.get("pairwise_kl"))]
+        spans = pairwise_spans(readings)
         if readings and len(spans) > 1:
             matrix = [
                 [math.nan if i == j or v is None else v for j, v in enumerate(row)]
@@ -135,6 +135,13 @@ def _spans(run: RunFiles) -> list[dict[str, Any]]:
         }
         for label, span, matrix in found
     ]
+
+
+def _is_matrix(value: Any) -> bool:
+    return isinstance(value, list) and all(
+        isinstance(row, list) and all(v is None or number(v) is not None for v in row)
+        for row in value
+    )
 
 
 def _kl_text(value: float) -> str:
