@@ -339,7 +339,7 @@ def test_a_hundred_thousand_files(tmp_path):
         for i in range(5_000):
             (folder / f"{i:05}.png").write_bytes(content)
     bad = tmp_path / "photos" / "train" / "class07" / "01234.png"
-    bad.write_bytes(content[:-20])
+    bad.write_bytes(content[: len(content) // 2])
     refused(tmp_path / "photos", "1 of 100000 files are bad: .*class07/01234.png: ")
     bad.write_bytes(content)
     train = load_folder(tmp_path / "photos").train
