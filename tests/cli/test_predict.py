@@ -238,3 +238,24 @@ def test_images_of_ones_own_and_weights_that_validation_chose(tmp_path, capfd):
     best = ["resnet8", "resnet8@24"][scores.index(max(scores))]
     assert out.split()[1] == best
     assert f"best peer: {best}, top-1 {100 * max(scores):.2f} %" in err
+
+
+def test_images_are_not_read_far_ahead(exact, images):
+    """Whatever the number of images: memory holds two batches of them."""
+    from fastdml.cli.predict import Outputs
+    from fastdml.predictor import load
+
+    outputs = Outputs(load(exact), ensemble=True)
+    assert outputs.at_once == 64
+    taken = 0
+
+    def paths():
+        nonlocal taken
+        for path in sorted(map(str, images.rglob("*é.png"))):
+            taken += 1
+            yield path
+
+    for done, found in enumerate(outputs.read(paths(), 1)):
+        assert not found.error
+        assert taken <= done + 4 * outputs.at_once
+    assert done + 1 == taken >= 355
