@@ -1,9 +1,9 @@
 """Makes the pictures of the documentation from real runs, with fixed seeds.
 
-python -m docs.pictures                   pairwise_kl.png and the two pictures of a report: a minute
+python -m docs.pictures                   pairwise_kl.png and report.png: two minutes
 python -m docs.pictures --cifar100 data   curves.png too, from CIFAR-100 in that folder: 20 minutes
 
-Needs Chromium for the report's pictures. images/step.svg is drawn by hand.
+Needs Chromium for the report's picture. images/step.svg is drawn by hand.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ DIGITS = (
 CURVES = (  # as docs/results.md shows it, with its table
     "cifar100 --peers resnet20 resnet20 --subset 10000 --epochs 8 --schedule cosine --independent"
 )
-SCREENS = {"report.png": (1100, 900, "light"), "report_dark.png": (1100, 900, "dark")}
+WINDOW = {"width": 1100, "height": 900, "deviceScaleFactor": 1, "mobile": False}
 
 
 def fastdml(*words: str | Path) -> None:
@@ -33,7 +33,7 @@ def fastdml(*words: str | Path) -> None:
     subprocess.run(command, env={**os.environ, "OMP_NUM_THREADS": "1"}, check=True)
 
 
-def photograph(page: Path, picture: Path, width: int, height: int, scheme: str) -> None:
+def photograph(page: Path, picture: Path) -> None:
     """What Chromium shows of a page before anybody scrolls."""
     from selenium import webdriver
 
@@ -49,10 +49,7 @@ def photograph(page: Path, picture: Path, width: int, height: int, scheme: str) 
         service = webdriver.ChromeService(shutil.which("chromedriver"))
         driver = webdriver.Chrome(options=options, service=service)
         try:
-            features = [{"name": "prefers-color-scheme", "value": scheme}]
-            size = {"width": width, "height": height, "deviceScaleFactor": 1, "mobile": False}
-            driver.execute_cdp_cmd("Emulation.setEmulatedMedia", {"features": features})
-            driver.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", size)
+            driver.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", WINDOW)
             driver.get(page.resolve().as_uri())
             driver.save_screenshot(str(picture))
         finally:
@@ -64,12 +61,11 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--cifar100", metavar="DIR", help="draw curves.png from the data there")
     cifar100 = parser.parse_args(arguments).cifar100
     with tempfile.TemporaryDirectory() as work:
-        run, page = Path(work) / "run", Path(work) / "report.html"
+        run, page = Path(work) / "digits", Path(work) / "report.html"
         fastdml("train", *DIGITS.split(), "--folder", run)
         shutil.copy(run / "pairwise_kl.png", IMAGES)
         fastdml("report", run, "--to", page)
-        for name, view in SCREENS.items():
-            photograph(page, IMAGES / name, *view)
+        photograph(page, IMAGES / "report.png")
         if cifar100:
             run = Path(work) / "curves"
             fastdml("train", *CURVES.split(), "--root", cifar100, "--folder", run)

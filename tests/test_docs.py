@@ -16,7 +16,7 @@ import pytest
 import torch
 
 import fastdml
-from docs import generate
+from docs import generate, pictures
 from fastdml.cli.main import COMMANDS
 from fastdml.train import from_command_line
 
@@ -129,6 +129,12 @@ def test_pictures_are_small():
     assert pictures
     for picture in pictures:
         assert picture.stat().st_size < 200_000, picture.name
+
+
+def test_the_curves_shown_are_of_the_command_that_draws_them():
+    assert f"fastdml train {pictures.CURVES}\n" in (
+        (ROOT / "docs" / "results.md").read_text().replace("--root data ", "")
+    )
 
 
 def test_the_version_is_the_same_everywhere():

@@ -151,7 +151,22 @@ def plain_torch_agrees(values: dict[str, object]) -> None:
     torch.testing.assert_close(values["plain"], expected, rtol=1e-5, atol=1e-6)
 
 
-CHECKS = {"docs/tutorial.md": plain_torch_agrees}  # after a page has run
+def processes_have_learnt(values: dict[str, object]) -> None:
+    """The peers that two processes trained together on digits are far better than chance, 0.1."""
+    from sklearn.datasets import load_digits
+
+    digits = load_digits()
+    images = torch.tensor(digits.images[1437:], dtype=torch.float32)[:, None] / 16
+    with torch.inference_mode():
+        logits = fastdml.Cohort.load("trained")(images)
+    labels = torch.tensor(digits.target[1437:])
+    assert all((z.argmax(1) == labels).float().mean() > 0.6 for z in logits)
+
+
+CHECKS = {  # after a page has run
+    "docs/tutorial.md": plain_torch_agrees,
+    "docs/multi_gpu.md": processes_have_learnt,
+}
 
 
 @pytest.mark.parametrize(
