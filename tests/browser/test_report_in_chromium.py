@@ -84,6 +84,9 @@ return [...document.querySelectorAll('body *')].filter(e =>
 """
 
 CUT_OFF = """
+const over = [...document.querySelectorAll('th, td')].filter(e => e.checkVisibility()
+  && !e.closest('.bars') && e.scrollWidth > e.clientWidth + 1);
+if (over.length) return over[0].outerHTML;
 return [...document.querySelectorAll('.scroll')].filter(e => e.scrollWidth > e.clientWidth + 1
   && getComputedStyle(e).overflowX != 'auto').length;
 """

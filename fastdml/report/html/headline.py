@@ -320,7 +320,7 @@ def _values_text(values: Sequence[float | None]) -> str:
         *first, last = texts
         return f"{', '.join(first)} and {last} %" if first else f"{last} %"
     mean = sum(there) / len(there)
-    return f"{100 * mean:.2f} % on average ({100 * min(there):.2f} to {100 * max(there):.2f})"
+    return f"a mean of {100 * mean:.2f} % ({100 * min(there):.2f} to {100 * max(there):.2f})"
 
 
 def _points(value: float, unit: str = " points") -> str:
