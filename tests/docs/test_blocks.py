@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import re
 import shutil
+import sys
 from pathlib import Path
 
 import pytest
@@ -26,7 +27,8 @@ SMALLER_COMMANDS = {
         "--no-pretrained --height 32 --width 16"
     ),
     "fastdml train reid_folder": (
-        "--iterations 2 --batch-size 8 --no-tensorboard --execution eager --height 32 --width 16"
+        "--iterations 1 --batch-size 8 --no-tensorboard --execution eager --height 32 --width 16 "
+        "--lr 1e-6"
     ),
     "fastdml train folder": (
         "--epochs 1 --batch-size 8 --size 16 --no-tensorboard --execution eager --threads 1"
@@ -90,6 +92,8 @@ def workplace(originals, scans, tmp_path, monkeypatch) -> Path:
     shutil.copytree(originals, tmp_path, dirs_exist_ok=True)
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    monkeypatch.setattr(sys, "path", [*sys.path])
+    sys.path_importer_cache.pop("exported", None)  # a folder that an earlier page imported from
     for source, small in SOURCES.items():
         monkeypatch.setattr(cifar, source, small)
     return tmp_path
