@@ -235,6 +235,14 @@ def test_a_file_that_vanishes_from_the_torch_loader(split, workers):
     assert "\n" not in str(error.value)
 
 
+def test_there_are_as_many_workers_as_cpus(split, monkeypatch):
+    found = []
+    for cpus in (1, 4, 64):
+        monkeypatch.setattr(torch_workers.host, "cpus", lambda cpus=cpus: cpus)
+        found.append(TorchLoader(split, 16, train=True, **MARKET).workers)
+    assert found == [2, 4, 8]
+
+
 def test_workers_leave_the_parents_garbage_alone(market, monkeypatch):
     """What a fork must not finalize, a DALI pipeline for one, may lie in a cycle in the parent."""
     parent = os.getpid()

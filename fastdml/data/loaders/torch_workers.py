@@ -24,6 +24,7 @@ from fastdml_kernels.augment_options import Augment
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
+from fastdml import host
 from fastdml.data import policies
 from fastdml.data.files.decode import BadImage, decode
 from fastdml.data.image_set import ImageSet
@@ -217,7 +218,8 @@ def _of_dead_worker(error: Exception) -> bool:
 class TorchLoader(Batching):
     """`ResidentLoader`'s batches, to the last bit, from files or an `ImageSet`.
 
-    workers: processes; 0: none but this one. policy: what changes an image in training before it is
+    workers: processes; 0: none but this one; None: one for each CPU that this process may use, from
+    2 to 8. Batches do not depend on it. policy: what changes an image in training before it is
     resized, cropped and mirrored, one of `policies.POLICIES`; a function of seed, epoch and sample
     as all else. options: `ResidentLoader`'s.
     """
@@ -227,11 +229,12 @@ class TorchLoader(Batching):
         source: ImageSet | Files,
         batch_size: int,
         *,
-        workers: int = 2,
+        workers: int | None = None,
         policy: str | None = None,
         **options: Any,
     ) -> None:
-        self.workers, self.policy = workers, policy
+        self.workers = min(max(2, host.cpus()), 8) if workers is None else workers
+        self.policy = policy
         super().__init__(source, batch_size, **options)
 
     def _take_in(self, source: ImageSet | Files) -> None:
