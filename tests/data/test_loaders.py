@@ -426,7 +426,7 @@ def test_a_small_set_says_what_it_takes(capsys):
     images = torch.zeros(32, 1, 8, 8, dtype=torch.uint8)
     source = ImageSet(images, torch.arange(32) % 4, 4, tuple("abcd"), (1.0,), (1.0,))
     make_loader("resident", source, 8, train=False)
-    assert capsys.readouterr().err == "32 images stay in memory: 2.1 kB\n"
+    assert capsys.readouterr().err == "32 evaluation images stay in memory: 2.1 kB\n"
 
 
 def test_what_does_not_fit_is_streamed(market, monkeypatch, capsys):
