@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 from contextlib import nullcontext
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from fastdml.cohort import Cohort
@@ -22,6 +23,7 @@ from fastdml.train.config.base import TrainConfig
 from fastdml.train.predictions import Scorer, save_predictions
 from fastdml.train.progress import Images
 from fastdml.train.run_folder import BEST
+from fastdml.train.same_data import Marks, data_mark
 from fastdml.train.tasks.task import Evaluate, Task
 
 if TYPE_CHECKING:
@@ -32,6 +34,7 @@ class Evaluations(NamedTuple):
     during: Evaluate | None  # each `eval_every` epochs; chooses the best weights
     images: Images = "test"  # that `during` reads
     at_end: Evaluate | None = None  # reads the test images, where `during` reads others
+    marks: Marks = MappingProxyType({})  # what tells these images from others, by their use
 
 
 def evaluations(
@@ -39,22 +42,29 @@ def evaluations(
 ) -> Evaluations:
     """validation, test: batches, or what gives a cohort's scores, or None. Batches are looked at
     first. Raises InputError for such as the peers cannot be evaluated on."""
-    on_test = _evaluate(task, cohort, test, "test", config, amp)
+    marks: dict[str, str | None] = {}
+    on_test = _evaluate(task, cohort, test, "test", config, amp, marks)
     if validation is None:
         if config.patience:
             raise InputError(
                 f"patience={config.patience} needs validation images, which say when to stop: set "
                 "validation, or patience to 0"
             )
-        return Evaluations(on_test)
-    during = _evaluate(task, cohort, validation, "validation", config, amp)
-    return Evaluations(during, "validation", on_test)
+        return Evaluations(on_test, marks=marks)
+    during = _evaluate(task, cohort, validation, "validation", config, amp, marks)
+    return Evaluations(during, "validation", on_test, marks)
 
 
 def _evaluate(
-    task: Task, cohort: Cohort, source: Any, what: Images, config: TrainConfig, amp: Amp
+    task: Task,
+    cohort: Cohort,
+    source: Any,
+    what: Images,
+    config: TrainConfig,
+    amp: Amp,
+    marks: dict[str, str | None],
 ) -> Evaluate | None:
-    """A function from a cohort to its scores."""
+    """A function from a cohort to its scores. marks: gets what tells the batches from others."""
     if source is None or callable(source):
         return source
     batches: Batches = as_batches(
@@ -62,6 +72,7 @@ def _evaluate(
         batch_size=config.batch_size,
     )
     checks.test_look(cohort, batches, config, amp, what)
+    marks[what] = data_mark(batches)
     return task.scorer(batches, amp)
 
 

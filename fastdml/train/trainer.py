@@ -47,6 +47,7 @@ from fastdml.train.progress import Progress
 from fastdml.train.random_state import seed_generators
 from fastdml.train.result import TrainResult
 from fastdml.train.run_folder import BEST, LAST_CHECKPOINT
+from fastdml.train.same_data import data_mark
 from fastdml.train.stopping import Stop
 from fastdml.train.tasks.task import Task, scoring_of
 from fastdml.train.trainer_state import restore, state_of
@@ -111,6 +112,7 @@ class Trainer:
         self.step = self._make_step()
         self.clock = Clock(self.device)
         self.calls = Calls(self, callbacks)
+        self.data_marks = {"training": data_mark(train), **evaluations.marks}
 
     def _make_step(self) -> Any:
         config = self.config

@@ -14,6 +14,7 @@ from fastdml.errors import InputError
 from fastdml.train import checkpoint
 from fastdml.train.random_state import rng_state, set_rng_state
 from fastdml.train.run_folder import LAST_CHECKPOINT
+from fastdml.train.same_data import check_same_data
 
 if TYPE_CHECKING:
     from fastdml.train.trainer import Trainer
@@ -34,6 +35,7 @@ def state_of(trainer: Trainer) -> dict[str, Any]:
         "peers": list(trainer.cohort.names),
         "steps_per_epoch": trainer.steps,
         "description": trainer.cohort.description(),
+        "data": trainer.data_marks,
         "cohort": trainer.cohort.state_dict(),
         "optimizer": trainer.optimizer.state_dict(),
         "scaler": trainer.amp.scaler.state_dict() if trainer.amp.scaler else None,
@@ -58,6 +60,7 @@ def restore(trainer: Trainer) -> None:
     try:
         checkpoint.check_resumable(state["config"], trainer.config)
         _take_record(trainer, state, path)
+        check_same_data(state.get("data"), trainer.data_marks, f"cannot resume {path}")
         _check_fits(trainer, state, path)
         _take(trainer, state, path)
     except (InputError, torch.OutOfMemoryError):

@@ -299,3 +299,51 @@ def test_resuming_with_other_files_is_refused(photos, on, change):
         on(root, epochs=2, schedule="step", resume=True)
     assert "\n" not in str(caught.value)
     assert torch.load(folder / "last.ckpt", weights_only=True)["position"] == before
+
+
+def add_image(root):
+    shutil.copy(root / "train" / "cat" / "0.png", root / "train" / "cat" / "00.png")
+    return "the training data are others than before"
+
+
+def rename_image(root):
+    (root / "train" / "cat" / "0.png").rename(root / "train" / "cat" / "z.png")
+    return "the training data are others than before"
+
+
+def move_image(root):
+    (root / "train" / "cat" / "0.png").rename(root / "train" / "dog" / "z.png")
+    return "the training data are others than before"
+
+
+def replace_image(root):
+    Image.new("RGB", (16, 16)).save(root / "train" / "red panda" / "1.png")
+    return "the (training|validation) data are others than before"
+
+
+def remove_test_image(root):
+    (root / "test" / "cat" / "0.png").unlink()
+    return "the test data are others than before"
+
+
+@pytest.mark.parametrize(
+    "change", [add_image, rename_image, move_image, replace_image, remove_test_image]
+)
+def test_resuming_with_other_files_of_the_same_classes_is_refused(photos, on, change):
+    """Or an image that was validated on is trained on from then on."""
+    root, settings = photos("train", "test"), {"validation": 0.2, "normalise": "imagenet"}
+    on(root, schedule="step", **settings)
+    message = f"cannot resume .*: {change(root)} .*: restore them, or start a new run"
+    with pytest.raises(InputError, match=message) as caught:
+        on(root, epochs=2, schedule="step", resume=True, **settings)
+    assert "\n" not in str(caught.value)
+
+
+def test_validation_images_of_a_changed_folder_are_not_scored(photos, on, capfd):
+    """Some of them were trained on."""
+    root = photos("train")
+    folder = on(root, validation=0.2).folder
+    assert cli.main(["evaluate", str(folder)]) == 0
+    add_image(root)
+    assert cli.main(["evaluate", str(folder)]) == 2
+    assert "the validation data are others than before" in capfd.readouterr().err

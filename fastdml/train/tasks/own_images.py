@@ -17,6 +17,7 @@ from fastdml.data.reid_split import MEAN, STD
 from fastdml.data.sets.folder import load_folder, warn_of_copies
 from fastdml.errors import InputError
 from fastdml.train.config.own_images import FolderConfig
+from fastdml.train.same_data import check_same_data, data_mark, marks_of
 from fastdml.train.tasks.classification import Classification, evaluate, table
 from fastdml.train.tasks.task import Evaluation, register_task
 
@@ -71,16 +72,18 @@ class OwnImages(Classification):
                 f"{_difference(known['classes'] or [], splits.train.class_names)}"
             )
         _check_validation(splits, config)
-        images, which = splits.test, "test"
+        images, which, carved = splits.test, "test", False
         if images is None:
             which = "validation"
             images = splits.validation
-            if images is None:
+            if carved := images is None:
                 _, images = split_validation(splits.train, config.validation, config.seed)
             logger.info("no test images: the scores are of those for validation")
         mean, std = (tuple(known[name] or getattr(images, name)) for name in ("mean", "std"))
         images = dataclasses.replace(images, mean=mean, std=std)
         batches = self.evaluation_batches(images, config, device)
+        if carved:
+            check_same_data(marks_of(run), {which: data_mark(batches)}, f"no scores of {run}")
         scores = dataclasses.asdict(evaluate(cohort, batches, config.amp))
         return Evaluation(scores, table(cohort.names, scores, which))
 

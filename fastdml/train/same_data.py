@@ -1,0 +1,63 @@
+"""What tells the data of a run from others: on other images a resumed run would go on without a
+word, and images kept for validation might be some that were trained on."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from fastdml.data.loaders.batching import Batching
+from fastdml.errors import InputError
+from fastdml.train.own_batches import ArrayBatches
+from fastdml.train.run_folder import LAST_CHECKPOINT
+
+Marks = Mapping[str, str | None]  # by use: "training", "validation", "test"
+
+
+def data_mark(batches: Any) -> str | None:
+    """A digest of the labels in their order and, of files, of their names and lengths; not of the
+    folder that they are all in, which may move. None of batches that fastdml does not make. Looks
+    at each file's entry, and opens none."""
+    if not isinstance(batches, (Batching, ArrayBatches)):
+        return None
+    digest = hashlib.blake2b(batches.labels.cpu().contiguous().numpy().tobytes(), digest_size=16)
+    paths = getattr(batches, "paths", None)
+    if paths:
+        common = len(os.path.commonpath([os.path.dirname(path) for path in paths]))
+        for path in paths:
+            digest.update(os.fsencode(f"{path[common:]}\0{_length(path)}\0"))
+    return digest.hexdigest()
+
+
+def check_same_data(saved: Marks | None, found: Marks, what: str) -> None:
+    """Raises InputError, which `what` begins, where data are others than they were, as far as both
+    are known. saved: None in checkpoints of earlier versions."""
+    for use, was in (saved or {}).items():
+        now = found.get(use)
+        if None not in (was, now) and was != now:
+            raise InputError(
+                f"{what}: the {use} data are others than before (their number, labels or order, or "
+                "names or lengths of files): restore them, or start a new run in another folder"
+            )
+
+
+def marks_of(run: Path) -> Marks | None:
+    """What the run in a folder has saved of its data; None where that is not known."""
+    try:
+        # Mapped, so that no weights are read.
+        state = torch.load(run / LAST_CHECKPOINT, map_location="cpu", weights_only=True, mmap=True)
+    except Exception:  # a damaged file can raise nearly anything
+        return None
+    return state.get("data") if isinstance(state, dict) else None
+
+
+def _length(path: str) -> int | None:
+    try:
+        return os.stat(path).st_size
+    except OSError:
+        return None
