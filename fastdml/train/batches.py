@@ -97,6 +97,8 @@ class IterableBatches:
     def _checked(self, batch: Any, step: int) -> tuple[Tensor, Tensor]:
         where = f"{self.what} batch {step}"
         inputs, labels = check_batch(batch, where)
+        if inputs.requires_grad:  # such as features of a network
+            inputs = inputs.detach()
         first = self.shape is None
         shape = self.shape or tuple(inputs.shape[1:])
         if inputs.shape[1:] != shape and inputs.is_floating_point():  # sequences vary in length
@@ -162,11 +164,10 @@ def check_labels(
     """Refuses labels that are not class indices (N,), int64 or int32; with `values` also labels out
     of range, which waits for the device."""
     if labels.shape != images.shape[:1] or labels.dtype not in (torch.int64, torch.int32):
-        one_hot = labels.dim() == 2 and len(labels) == len(images)
-        remedy = "labels.argmax(1) makes them of one-hot rows" if one_hot else "labels.long()"
         raise InputError(
             f"{where}: labels are {_dtype(labels)} of shape {tuple(labels.shape)} for "
-            f"{len(images)} {noun(images)}s: give class indices ({len(images)},), int64 ({remedy})"
+            f"{len(images)} {noun(images)}s: give class indices ({len(images)},), int64"
+            f"{_to_indices(labels, len(images))}"
         )
     if not values:
         return
@@ -179,6 +180,17 @@ def check_labels(
             f"{where}: label {int(wrong[0])} is no class: with {num_classes} classes labels are "
             f"0 to {num_classes - 1} (rows without a label: {IGNORED})"
         )
+
+
+def _to_indices(labels: Tensor, n: int) -> str:
+    """What makes class indices (n,) of these labels, in brackets, if it can be told."""
+    remedy = ""
+    if labels.dim() == 2 and len(labels) == n:
+        one_hot = labels.shape[1] > 1
+        remedy = "labels.argmax(1) makes them of one-hot rows" if one_hot else "labels[:, 0]"
+    elif labels.shape == (n,):
+        remedy = "labels.long(), of numpy labels.astype('int64')"
+    return remedy and f" ({remedy})"
 
 
 def check_finite(images: Tensor, where: str) -> None:

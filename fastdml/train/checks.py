@@ -76,6 +76,12 @@ def arguments(cohort: Any, config: Any) -> None:
             f"config must be a TrainConfig, not a {type(config).__name__}: make one, for instance "
             "TrainConfig(epochs=10)"
         )
+    for name, peer in zip(cohort.names, cohort.peers, strict=True):
+        if any(map(nn.parameter.is_lazy, peer.parameters())):
+            raise InputError(
+                f"peer {name} has lazy layers, whose weights are not there yet: call it on a batch "
+                "before the cohort is made"
+            )
     if next(cohort.parameters(), None) is None:
         raise InputError("the peers have no parameters, so that there is nothing to train")
 
@@ -111,7 +117,7 @@ def test_look(cohort: Cohort, test: Batches, config: TrainConfig, amp: Amp, what
     same_images(cohort, test, what)
     images, _ = first_batch(test, cohort.num_classes, what, task_of(config).check_labels)
     for name, peer in zip(cohort.names, cohort.peers, strict=True):
-        _try_evaluation(name, peer, images, cohort.num_classes, amp)
+        _try_evaluation(name, peer, images, cohort.num_classes, amp, f"{what} ")
 
 
 def same_images(cohort: Cohort, test: Batches, what: str = "test") -> None:
@@ -133,13 +139,15 @@ def same_images(cohort: Cohort, test: Batches, what: str = "test") -> None:
             )
 
 
-def _try_evaluation(name: str, peer: nn.Module, images: Tensor, num_classes: int, amp: Amp) -> None:
+def _try_evaluation(
+    name: str, peer: nn.Module, images: Tensor, num_classes: int, amp: Amp, what: str = ""
+) -> None:
     try:
         with evaluating(peer), torch.inference_mode(), amp.autocast():
             logits = peer(images)
     except Exception as error:  # whatever a peer's code may raise
         raise InputError(
-            f"peer {name} fails on {noun(images)}s {tuple(images.shape)}: {one_line(error)}"
+            f"peer {name} fails on {what}{noun(images)}s {tuple(images.shape)}: {one_line(error)}"
             f"{_of_another_type(peer, images)}"
         ) from error
     check_logits(name, logits, images, num_classes, REMEDY)

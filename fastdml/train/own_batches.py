@@ -18,6 +18,8 @@ from torch.utils.data import Sampler as TorchSampler
 from fastdml.data.samplers import RandomSampler
 from fastdml.errors import InputError, one_line
 
+NUMBERS = "biufc"  # numpy's kinds of numbers
+
 
 def is_arrays(source: Any) -> bool:
     """Whether it is a pair (inputs, labels) of arrays or tensors."""
@@ -71,14 +73,20 @@ def as_tensor(values: Any, what: str) -> Tensor:
     """An array as a tensor; numpy's float64, which it makes of every Python float, as float32.
     what: for messages. Raises InputError for an array of other things than numbers."""
     if isinstance(values, Tensor):
-        return values
+        return values.detach()
     try:
-        array = np.ascontiguousarray(values)
-        if array.dtype == np.float64:
-            array = array.astype(np.float32)
-        return torch.from_numpy(array if array.flags.writeable else array.copy())
+        array = np.asarray(values)
+        if array.dtype.kind in NUMBERS:
+            narrow = array.dtype == np.float64
+            native = np.float32 if narrow else array.dtype.newbyteorder("=")
+            array = np.ascontiguousarray(array, native)
+            return torch.from_numpy(array if array.flags.writeable else array.copy())
     except (TypeError, ValueError) as error:
         raise InputError(f"{what}: no array of numbers: {one_line(error)}") from None
+    raise InputError(
+        f"{what}: an array of {array.dtype} is none of numbers: of labels that are names "
+        "numpy.unique(names, return_inverse=True)[1] makes some"
+    )
 
 
 class EpochOrder(TorchSampler):

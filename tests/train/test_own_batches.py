@@ -274,6 +274,27 @@ class TestText:
         assert fit(texts(), loader, None, settings(epochs=1)).history[0]["step"] == 6
 
 
+class TestKindsOfArrays:
+    """Each trains as the plain arrays do, bit for bit."""
+
+    @pytest.mark.parametrize("kind", ["other byte order", "strides", "gradients", "batches"])
+    def test_are_the_same_run(self, settings, tmp_path, kind):
+        x, y = wine()
+        x = x.astype(np.float32)
+        leaf = torch.from_numpy(x).requires_grad_()
+        data = {
+            "other byte order": (x.astype(x.dtype.newbyteorder()), y.astype(">i8")),
+            "strides": (np.repeat(x, 2, axis=1)[:, ::2], y[::-1].copy()[::-1]),
+            "gradients": (leaf * 1, torch.from_numpy(y)),  # such as features of a network
+            "batches": TensorDataset(leaf * 1, torch.from_numpy(y)),
+        }[kind]
+        plain, other = rows(), rows()
+        fit(plain, (x, y), (x, y), settings(epochs=1))
+        fit(other, data, data, settings(epochs=1, folder=str(tmp_path / "other")))
+        assert same_weights(plain, other)
+        assert leaf.grad is None
+
+
 class TestDataSets:
     @pytest.mark.parametrize("at", [2, 14])
     def test_that_augment_at_random_resume_exactly(self, settings, tmp_path, at):
@@ -310,13 +331,21 @@ class TestMistakes:
         for source, pattern in (
             ((x, y[:50]), r"training data: labels are int64 of shape \(50,\) for 178 inputs: give"),
             ((x, y + 1), "training data: label 3 is no class: with 3 classes"),
-            ((x, y.astype(float)), "labels are float32 of shape"),
+            (
+                (x, y.astype(float)),
+                r"labels are float32 .*\(labels.long\(\), of numpy labels.astype",
+            ),
+            ((x, y[:, None]), r"of shape \(178, 1\) .* int64 \(labels\[:, 0\]\)$"),
+            ((x, np.eye(3)[y]), r"of shape \(178, 3\) .* \(labels.argmax\(1\) makes them"),
             ((bad, y), "training data: input 100 .1 of 178 inputs. has values that are NaN"),
             ((x[:, 0], y), r"inputs are of shape \(178,\): give \(N, channels, H, W\)"),
             ((x[:0], y[:0]), r"inputs are of shape \(0, 13\)"),
             ((x[:10], y[:10]), "not one training batch: batch_size is 16 and there are 10 samples"),
-            ((x.astype(object), y), "training data: no array of numbers: TypeError"),
-            ((np.array(["a", "b"]), y[:2]), "training data: no array of numbers"),
+            ((x.astype(object), y), "training data: an array of object is none of numbers"),
+            (
+                (x, np.array(["a", "b"])[y % 2]),
+                r"an array of <U1 .* numpy\.unique\(names, return_inv",
+            ),
             ((x[:, :5], y), r"peer Sequential-1 fails on inputs \(16, 5\): RuntimeError: mat1"),
             (
                 (torch.from_numpy(x), torch.from_numpy(y)),
@@ -325,6 +354,18 @@ class TestMistakes:
             ((np.zeros((48, 3, 8, 8), np.uint8), y[:48]), "images are uint8: normalise them"),
         ):
             refused(source, pattern)
+
+    def test_of_the_test_data(self, settings, tmp_path):
+        x, y = wine()
+        with pytest.raises(InputError, match=r"fails on test inputs \(16, 5\): RuntimeError"):
+            fit(rows(), (x, y), (x[:, :5], y), settings())
+        assert not (tmp_path / "run").exists()
+
+    def test_of_lazy_peers(self, settings, tmp_path):
+        peers = Cohort([nn.Sequential(nn.LazyLinear(CLASSES)) for _ in range(2)], CLASSES)
+        with pytest.raises(InputError, match="peer Sequential-1 has lazy layers, whose weights"):
+            fit(peers, wine(), None, settings())
+        assert not (tmp_path / "run").exists()
 
     def test_of_re_identification(self, tmp_path):
         config = ReidConfig(
