@@ -19,6 +19,8 @@ class Headline:
     label: str  # of a table's column and of what training says after an epoch
     entry: str  # in summary.json, before _mutual and _independent
     title: str  # above its curve, between "test" or "validation" and "(%)"
+    # the field that counts the independent cases of which it is the share; "": it is no such share
+    cases: str = ""
 
 
 @dataclass(frozen=True)
@@ -28,6 +30,7 @@ class Scoring:
     scores: type  # the dataclass
     headlines: tuple[Headline, ...]  # the first leads: the best weights are chosen by it
     ensemble: str  # what the ensemble is, below a table
+    keeps_predictions: bool = False  # whether runs that end write predictions.npz
 
     @property
     def leading(self) -> str:

@@ -16,16 +16,8 @@ from fastdml.report.run_files import RunFiles, number, numbers, table
 from fastdml.report.scoring import Headline
 from fastdml.report.statistics import Interval, binomial_interval, paired_interval, right
 
-# Scores that are a share of so many independent cases: the name of their number among the scores.
-SHARES = {"top1": "rows", "rank1": "queries"}
 IN_NATS = {"nll": "NLL (nats)", "entropy": "entropy (nats)"}
-TITLES = {
-    "top1": "top-1",
-    "top5": "top-5",
-    "ece": "calibration error",
-    "mAP": "mAP",
-    "mINP": "mINP",
-}
+TITLES = {"top1": "top-1", "top5": "top-5", "ece": "calibration error"}  # of others, their names
 NAMED_PEERS = 3  # more are summed up in a sentence
 
 
@@ -74,9 +66,11 @@ class Shown:
         both = self.both
         return both if both is not None and both[0].weights == self.weights else None
 
-    def cases(self, name: str) -> int:
-        """The number of images or queries that a score is the share of; 0: it is no share."""
-        return int(number(self.scores.get(SHARES.get(name, ""))) or 0)
+    def cases(self, name: str, scores: Mapping[str, Any] | None = None) -> int:
+        """The number of images or queries that a score is the share of; 0: it is no share. scores:
+        in which the number stands, by default those that are shown."""
+        field = next((score.cases for score in self.headlines if score.name == name), "")
+        return int(number((self.scores if scores is None else scores).get(field)) or 0)
 
 
 def shown_weights(run: RunFiles, asked: str | None) -> str:
@@ -255,7 +249,7 @@ def _scores(shown: Shown, scores: Mapping[str, Any], name: str, rows: Sequence[s
     values = numbers(scores.get(name), K)
     if len(rows) > K:
         values.append(number(scores.get(f"ensemble_{name}")))
-    n = int(number(scores.get(SHARES.get(name, ""))) or 0)
+    n = shown.cases(name, scores)
     return [
         Cell(
             score_text(name, v),

@@ -52,7 +52,7 @@ def run_page(
         "environment": _environment(run),
         "remedy": remedy,
         "images": run.scored_on,
-        "classifies": not _retrieves(shown),
+        "keeps_predictions": scoring.keeps_predictions,
         "of_weights": f"of the {found.weights} weights" if found else "",
         "made": f"fastdml {__version__}",
     }
@@ -146,10 +146,6 @@ def _is_matrix(value: Any) -> bool:
 
 def _kl_text(value: float) -> str:
     return f"{value:.3f}" if math.isfinite(value) else "–"
-
-
-def _retrieves(shown: Shown) -> bool:
-    return "mAP" in shown.scores or any(score.name == "mAP" for score in shown.headlines)
 
 
 def _cmc(shown: Shown) -> Panel | None:

@@ -48,8 +48,9 @@ logger = logging.getLogger(__name__)
 EVALUATION_BATCH = 500  # images; divides CIFAR's test sets
 SCORING = Scoring(
     ClassificationScores,
-    (Headline("top1", label="top-1", entry="accuracy", title="accuracy"),),
+    (Headline("top1", label="top-1", entry="accuracy", title="accuracy", cases="rows"),),
     ensemble="mean of the mutual peers' probabilities",
+    keeps_predictions=True,
 )
 # What a data set changes in the defaults. Data sets that are not in the paper get settings that
 # suit a demonstration.

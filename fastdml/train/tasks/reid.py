@@ -60,7 +60,7 @@ SCORING = Scoring(
     RetrievalScores,
     (
         Headline("mAP", label="mAP", entry="mAP", title="mAP"),
-        Headline("rank1", label="rank-1", entry="rank1", title="rank-1"),
+        Headline("rank1", label="rank-1", entry="rank1", title="rank-1", cases="queries"),
     ),
     ensemble="the mutual peers' features, concatenated",
 )
