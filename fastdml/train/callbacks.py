@@ -2,17 +2,21 @@
 
 The checkpoint is on disk before the methods of an epoch are called, so that a callback that raises
 loses nothing: its error ends the run with its own traceback, and `resume` goes on with the epoch
-after it. A resumed run does not call again for what it had called for before.
+after it. A resumed run does not call again for what it had called for before. torch's random
+generators are after a call what they were before it, so that a callback changes no training.
 """
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
+
+import torch
 
 from fastdml.errors import InputError
 from fastdml.train.tasks.task import scoring_of
@@ -119,6 +123,7 @@ class Calls:
 
     def epoch(self, record: Mapping[str, Any]) -> str | None:
         """The reason to stop that a callback gives, if one does; all are called."""
+        record = copy.deepcopy(record)  # the run's own stays as it is, whatever is done to this one
         losses = {n: record[n] for n in ("loss", "ce", "kl", "metric") if n in record}
         return self._call(
             "on_epoch",
@@ -160,7 +165,11 @@ class Calls:
             seconds_left=progress.seconds_left,
             **values,
         )
-        reasons = [self._reason(callback, name, event) for callback in self.callbacks]
+        # What they draw is not drawn from what the peers draw from: training goes on as without
+        # them, and as a resumed run does.
+        devices = [trainer.device] if trainer.device.type == "cuda" else []
+        with torch.random.fork_rng(devices=devices):
+            reasons = [self._reason(callback, name, event) for callback in self.callbacks]
         return next((reason for reason in reasons if reason is not None), None)
 
     def _reason(self, callback: Any, name: str, event: Event) -> str | None:

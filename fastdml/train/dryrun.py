@@ -11,6 +11,8 @@ import torch
 
 from fastdml.devices import device_name
 from fastdml.report.loggers import TABLE
+from fastdml.report.predictions import PREDICTIONS
+from fastdml.train.predictions import Scorer
 from fastdml.train.run_folder import run_name
 from fastdml.units import size
 
@@ -75,6 +77,9 @@ def _files(trainer: Trainer) -> list[str]:
     files += ["best/"]
     files += [f"{stem}.{kind}" for kind in config.figures for stem in ("curves", "pairwise_kl")]
     files += ["summary.json"]
+    scorers = (trainer.evaluations.during, trainer.evaluations.at_end)
+    if any(isinstance(scorer, Scorer) for scorer in scorers):
+        files += [PREDICTIONS]
     if config.tensorboard:
         files += ["tensorboard/"]
     if config.csv:

@@ -174,6 +174,8 @@ class Trainer:
             restore(self)
             ended = progress.done and (self.folder / "cohort.json").is_file()
             self.config.save(self.folder / CONFIG)
+            if progress.stopped is not None:
+                self._say_stopped()
         else:  # so that a folder with results always has a checkpoint too
             self.config.save(self.folder / CONFIG)
             checkpoint.save(last, state_of(self))

@@ -219,3 +219,39 @@ class TestErrors:
         with pytest.raises(InputError, match=pattern):
             fit(make_cohort(), *make_loaders(), settings(), callbacks=given)
         assert not (tmp_path / "run").exists()
+
+
+class Meddles(Callback):
+    """Draws from torch's generator, and changes what it is given."""
+
+    def on_epoch(self, event):
+        torch.rand(3)
+        torch.manual_seed(1)
+        event.losses["loss"][:] = [9.0, 9.0]
+        event.record.clear()
+
+    def on_evaluation(self, event):
+        torch.rand(3)
+        event.scores["top1"][:] = [9.0, 9.0]
+
+
+def test_what_callbacks_do_changes_no_training(settings, tmp_path):
+    """Whose peers have dropout. Nor does it tell a resumed run from another."""
+    alone, meddled = make_cohort(), make_cohort()
+    plain = fit(alone, *make_loaders(), settings(epochs=2))
+    folder = str(tmp_path / "meddled")
+    result = fit(meddled, *make_loaders(), settings(epochs=2, folder=folder), callbacks=[Meddles()])
+    assert same_weights(alone, meddled)
+    assert logged(result.folder) == logged(plain.folder)
+    for ours, theirs in zip(result.history, plain.history, strict=True):
+        assert ours["loss"] == theirs["loss"]
+        assert ours["test"] == theirs["test"]
+
+
+def test_a_resumed_run_that_was_stopped_says_why_it_does_nothing(settings, caplog):
+    fit(make_cohort(), *make_loaders(), settings(), callbacks=[StopsAt(1)])
+    caplog.clear()
+    with caplog.at_level("INFO"):
+        fit(make_cohort(), *make_loaders(), settings(resume=True))
+    assert "mutual training stops after epoch 1 of" in caplog.text
+    assert "that will do" in caplog.text
