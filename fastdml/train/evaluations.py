@@ -8,7 +8,8 @@ images do both, and the best scores are flattered by it.
 from __future__ import annotations
 
 import dataclasses
-from contextlib import nullcontext
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -84,19 +85,29 @@ def read_test_set(trainer: Trainer) -> None:
         return
     if progress.tested is None:
         progress.tested = _last_and_best(trainer, evaluate)
+        # Before the checkpoint: from then on the test set is not read again.
+        with concluding():
+            keep_predictions(trainer)
         trainer.save()
-    # After the checkpoint: a run that is killed between the two logs them when it is resumed.
-    if not any(_of_the_end(record, progress.position) for record in read_metrics(trainer.folder)):
-        for weights, scores in progress.tested.items():
-            trainer.log.log(
-                *("test", progress.position, progress.trained),
-                weights=weights,
-                **dataclasses.asdict(scores),
-            )
+    # After the checkpoint: a run that is killed before both are logged does it when it is resumed.
+    end = ("test", progress.position)
+    found = [r for r in read_metrics(trainer.folder) if (r["kind"], r["step"]) == end]
+    logged = {record.get("weights") for record in found}
+    for weights, scores in progress.tested.items():
+        if weights not in logged:
+            values = dataclasses.asdict(scores)
+            trainer.log.log(*end, progress.trained, weights=weights, **values)
 
 
-def _of_the_end(record: dict[str, Any], position: int) -> bool:
-    return record["kind"] == "test" and record["step"] == position
+@contextmanager
+def concluding() -> Iterator[None]:
+    """Says with an error in what follows training that resuming does no training again."""
+    try:
+        yield
+    except InputError as error:
+        raise InputError(
+            f"{error}; the peers are trained and saved, resume does the rest"
+        ) from error
 
 
 def _last_and_best(trainer: Trainer, evaluate: Evaluate) -> dict[str, Any]:

@@ -39,7 +39,7 @@ from fastdml.train.batches import as_batches
 from fastdml.train.callbacks import Callback, check_callbacks
 from fastdml.train.config.base import TrainConfig
 from fastdml.train.dryrun import plan
-from fastdml.train.evaluations import evaluations, keep_predictions
+from fastdml.train.evaluations import concluding, evaluations, keep_predictions
 from fastdml.train.result import TrainResult
 from fastdml.train.run_folder import (
     INITIAL_CHECKPOINT,
@@ -168,7 +168,7 @@ def _fit(
             # 2. Train the peers together.
             trainer = new_trainer(config, folder, amp, label="mutual")
             mutual = trainer.run(stop)
-            with _concluding():
+            with concluding():
                 keep_predictions(trainer)
             # 3. Train them each by itself, from the same weights, on the same batches.
             independent = _independent(trainer, stop) if config.independent else None
@@ -237,7 +237,7 @@ def _independent(mutual: Trainer, stop: Stop) -> TrainResult:
             callbacks=mutual.calls.callbacks,
         )
         result = trainer.run(stop)
-        with _concluding():
+        with concluding():
             keep_predictions(trainer)
         return result
     finally:
@@ -246,20 +246,9 @@ def _independent(mutual: Trainer, stop: Stop) -> TrainResult:
 
 def _conclude(mutual: TrainResult, independent: TrainResult | None, command: str) -> TrainResult:
     """Pictures and summaries, of the independent run too."""
-    with _concluding():
+    with concluding():
         _report(mutual, independent, command)
     return dataclasses.replace(mutual, independent=independent)
-
-
-@contextmanager
-def _concluding() -> Iterator[None]:
-    """Says with an error in what follows training that resuming does no training again."""
-    try:
-        yield
-    except InputError as error:
-        raise InputError(
-            f"{error}; the peers are trained and saved, resume does the rest"
-        ) from error
 
 
 def _report(mutual: TrainResult, independent: TrainResult | None, command: str) -> None:

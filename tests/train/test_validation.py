@@ -8,6 +8,7 @@ import math
 from contextlib import contextmanager
 from dataclasses import replace
 
+import numpy as np
 import pytest
 import torch
 from runs import Crash, CrashingLoader, logged, same_weights
@@ -19,7 +20,8 @@ from fastdml.cohort import Cohort
 from fastdml.data import ResidentLoader, load_digits
 from fastdml.errors import InputError
 from fastdml.report import plots
-from fastdml.report.metrics_log import read_metrics
+from fastdml.report.metrics_log import MetricsLog, read_metrics
+from fastdml.report.predictions import PREDICTIONS
 from fastdml.report.tables import summary_table
 from fastdml.train import (
     Callback,
@@ -29,9 +31,11 @@ from fastdml.train import (
     evaluate,
     evaluations,
     fit,
+    predictions,
 )
 from fastdml.train.tasks import classification
 from fastdml.train.tasks.classification import SCORING, Classification
+from fastdml.train.trainer import Trainer
 
 pytestmark = pytest.mark.usefixtures("_no_pictures")
 
@@ -112,20 +116,42 @@ class TestTheTestSet:
         assert logged(result.folder) == logged(whole.folder)
         assert result.best_scores == whole.best_scores
 
-    @pytest.mark.parametrize("moment", ["read", "logged"])
-    def test_a_run_killed_between_training_and_its_summary(self, settings, monkeypatch, moment):
+    @pytest.mark.parametrize(
+        ("moment", "again"),
+        [("reading", 2), ("predictions", 2), ("last logged", 0), ("best logged", 0), ("saved", 0)],
+    )
+    def test_a_run_killed_at_its_end_loses_nothing(
+        self, settings, tmp_path, monkeypatch, moment, again
+    ):
+        """Neither scores nor predictions, nor a line of the log."""
+
         def die(*_):
             raise Crash
 
-        config = chosen_before_the_end(settings)
+        def log(self, kind, *position, weights=None, **values):
+            if moment == f"{weights} logged":
+                raise Crash
+            return was(self, kind, *position, **({"weights": weights} if weights else {}), **values)
+
+        config, was = chosen_before_the_end(settings), MetricsLog.log
+        whole = fitted(config.replace(folder=str(tmp_path / "whole")))[0]
         with monkeypatch.context() as patch:
-            patch.setattr(evaluations, "_of_the_end" if moment == "logged" else "evaluating", die)
+            if moment == "reading":
+                patch.setattr(evaluations, "evaluating", die)
+            elif moment == "predictions":
+                patch.setattr(predictions, "write_predictions", die)
+            elif moment == "saved":
+                patch.setattr(Trainer, "_finish", die)
+            patch.setattr(MetricsLog, "log", log)
             with pytest.raises(Crash):
                 fitted(config)
         result, _, passes = fitted(config.replace(resume=True))
-        assert passes == (0 if moment == "logged" else 2)
-        tests = [r for r in read_metrics(result.folder) if r["kind"] == "test"]
-        assert [r["weights"] for r in tests] == ["last", "best"]
+        assert passes == again
+        assert logged(result.folder) == logged(whole.folder)
+        ours, theirs = (dict(np.load(r.folder / PREDICTIONS)) for r in (result, whole))
+        assert ours.keys() == theirs.keys()
+        for name, values in ours.items():
+            np.testing.assert_array_equal(values, theirs[name])
 
     def test_with_independent_once_for_each(self, settings):
         config = chosen_before_the_end(settings).replace(independent=True)
