@@ -92,3 +92,27 @@ def take(monkeypatch):
         return asked
 
     return fastest
+
+
+@pytest.fixture
+def cache_weights():
+    """A function that saves weights of a network of timm's, called by name, as the cache of Hugging
+    Face's hub in a folder holds them, and gives them."""
+
+    def cache(name: str, hub: Path) -> dict[str, torch.Tensor]:
+        import timm
+        from safetensors.torch import save_file
+
+        with torch.random.fork_rng():
+            torch.manual_seed(1)
+            weights = timm.create_model(name).state_dict()
+        repository = timm.get_pretrained_cfg(name).hf_hub_id
+        folder = hub / f"models--{repository.replace('/', '--')}"
+        snapshot = folder / "snapshots" / "0123abcd"
+        snapshot.mkdir(parents=True)
+        (folder / "refs").mkdir()
+        (folder / "refs" / "main").write_text("0123abcd")
+        save_file(weights, snapshot / "model.safetensors")
+        return weights
+
+    return cache

@@ -32,18 +32,9 @@ def offline(tmp_path, monkeypatch):
 
 
 @pytest.fixture
-def cached(offline, tmp_path):
+def cached(offline, tmp_path, cache_weights):
     """Weights of NAME as the hub's cache holds them."""
-    torch.manual_seed(1)
-    source = timm.create_model(NAME)
-    repo = timm.get_pretrained_cfg(NAME).hf_hub_id
-    folder = tmp_path / "hub" / f"models--{repo.replace('/', '--')}"
-    snapshot = folder / "snapshots" / "0123abcd"
-    snapshot.mkdir(parents=True)
-    (folder / "refs").mkdir()
-    (folder / "refs" / "main").write_text("0123abcd")
-    safetensors.save_file(source.state_dict(), snapshot / "model.safetensors")
-    return source.state_dict()
+    return cache_weights(NAME, tmp_path / "hub")
 
 
 @pytest.mark.parametrize(("name", "head"), [(f"timm:{NAME}", None), (NAME, ReidHead())])

@@ -44,19 +44,9 @@ def offline(tmp_path, monkeypatch):
 
 
 @pytest.fixture
-def cached(offline, tmp_path):
+def cached(offline, tmp_path, cache_weights):
     """Weights of NAME as the hub's cache holds them."""
-    with torch.random.fork_rng():
-        torch.manual_seed(1)
-        source = timm.create_model(NAME).state_dict()
-    repo = timm.get_pretrained_cfg(NAME).hf_hub_id
-    folder = tmp_path / "hub" / f"models--{repo.replace('/', '--')}"
-    snapshot = folder / "snapshots" / "0123abcd"
-    snapshot.mkdir(parents=True)
-    (folder / "refs").mkdir()
-    (folder / "refs" / "main").write_text("0123abcd")
-    safetensors.save_file(source, snapshot / "model.safetensors")
-    return source
+    return cache_weights(NAME, tmp_path / "hub")
 
 
 def train(*options: str) -> int:
