@@ -6,6 +6,7 @@ from __future__ import annotations
 import difflib
 from collections import Counter
 from collections.abc import Iterable, Sequence
+from fnmatch import fnmatchcase
 
 # Other systems' names of settings, and what they are called here.
 OTHER_NAMES = {
@@ -141,6 +142,12 @@ def nearest(
         by_plain.setdefault(_plain(other), other)
     close = difflib.get_close_matches(_plain(name), by_plain, count, similarity)
     return [by_plain[plain] for plain in close]
+
+
+def fits(name: str, pattern: str) -> bool:
+    """Whether `name`, in small letters, has `pattern` in it, or fits it where it has a * or ?."""
+    pattern = pattern.lower()
+    return fnmatchcase(name, pattern) if set("*?") & set(pattern) else pattern in name
 
 
 def advice(name: str, known: Iterable[str], *, others: str = "there is {}") -> str:

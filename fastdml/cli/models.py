@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import json
-from fnmatch import fnmatch
 from typing import Any
 
 from fastdml.cli.parsing import Parser
 from fastdml.errors import InputError, MissingExtra
-from fastdml.names import nearest
+from fastdml.names import fits, nearest
 
 NOTE = """parameters: for 100 classes and 3 channels
 also other depths and widths; package.module:function, your own; timm:NAME, of timm;
@@ -66,12 +65,8 @@ def own(pattern: str | None) -> list[dict[str, Any]]:
     """fastdml's own models; parameters are counted."""
     from fastdml.models import catalogue
 
-    found = []
-    for row in catalogue():
-        if pattern is None or fits(row.name, pattern):
-            reid = "re-identification" in row.purpose  # whose ImageNet networks are timm's
-            found.append({**row._asdict(), "pretrained": reid})
-    return found
+    rows = catalogue()
+    return [row._asdict() for row in rows if pattern is None or fits(row.name, pattern)]
 
 
 def of_timm(pattern: str) -> list[dict[str, Any]]:
@@ -88,11 +83,6 @@ def of_timm(pattern: str) -> list[dict[str, Any]]:
         }
         for row in timm_models(pattern.removeprefix("timm:"))
     ]
-
-
-def fits(name: str, pattern: str) -> bool:
-    pattern = pattern.lower()
-    return fnmatch(name, pattern) if set("*?") & set(pattern) else pattern in name
 
 
 def no_model(pattern: str, missing: str) -> str:

@@ -28,6 +28,7 @@ class Row(NamedTuple):
     parameters: int  # with the classes and channels that `catalogue` was asked for
     input: str  # the images that it takes
     purpose: str
+    pretrained: bool = False  # whether there are weights to begin with
 
 
 def model_names() -> list[str]:
@@ -46,7 +47,7 @@ def catalogue(num_classes: int = 100, in_channels: int = 3) -> list[Row]:
     try:
         for name in IMAGENET_RESNETS:
             count = _count(name, num_classes, in_channels, ReidHead())
-            rows.append(Row(name, count, "any size", "ImageNet's, for re-identification"))
+            rows.append(Row(name, count, "any size", "ImageNet's, for re-identification", True))
     except MissingExtra:
         pass
     return rows

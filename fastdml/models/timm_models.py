@@ -18,7 +18,7 @@ from fastdml.errors import InputError, require
 from fastdml.eval_mode import evaluating
 from fastdml.models.input_size import split_size
 from fastdml.models.resnet_cifar import IMAGENET_DEPTHS
-from fastdml.names import nearest
+from fastdml.names import fits, nearest
 
 logger = logging.getLogger(__name__)
 
@@ -148,9 +148,10 @@ def timm_models(pattern: str) -> list[TimmModel]:
     """timm's networks whose name has `pattern` in it, or fits it where it has a * or ?. Raises
     MissingExtra without timm."""
     timm = require("timm", "reid")
-    wanted = pattern.lower() if set("*?") & set(pattern) else f"*{pattern.lower()}*"
     found = []
-    for name in timm.list_models(wanted):
+    for name in timm.list_models():
+        if not fits(name, pattern):
+            continue
         config = timm.get_pretrained_cfg(name)
         size = "x".join(map(str, config.input_size)) if config else "?"
         fixed = config is not None and bool(config.fixed_input_size)

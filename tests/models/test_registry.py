@@ -85,7 +85,7 @@ def test_a_model_is_one_file(added):
     with pytest.raises(InputError, match="no model 'plain8'; nearest: plain_8"):
         create_model("plain8", 5)
     rows = {row.name: row for row in catalogue(num_classes=5)}
-    assert rows["plain_8"] == ("plain_8", 8 * 3 * 9 + 8 + 8 * 5 + 5, "any", "a test")
+    assert rows["plain_8"] == ("plain_8", 8 * 3 * 9 + 8 + 8 * 5 + 5, "any", "a test", False)
     assert fastdml.Cohort(["plain_8", "resnet8"], 5).names == ["plain_8", "resnet8"]
 
 
