@@ -9,10 +9,10 @@ import logging
 import os
 import sys
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple, Protocol, TextIO
+from typing import TYPE_CHECKING, Any, NamedTuple, TextIO
 
 from fastdml.cli.parsing import Parser, as_folder
 from fastdml.cli.runs import find_own_models
@@ -39,10 +39,6 @@ class Found(NamedTuple):
     path: str
     top: list[list[tuple[str, float]]]  # of each output its most probable classes
     error: str = ""  # why the image could not be read; then there are none
-
-
-class Sink(Protocol):
-    def __call__(self, found: Found) -> None: ...
 
 
 def predict(args: list[str]) -> None:
@@ -72,18 +68,20 @@ def predict(args: list[str]) -> None:
         )
     predictor.preprocessing  # noqa: B018 - raises where nothing says how images are prepared
     outputs = Outputs(predictor, peer == "ensemble")
-    (first, *others), table = options.images, not (options.json or options.to)
+    first, *others = options.images
     if others or os.path.isdir(first):
         _print_many(outputs, options)
-    elif table:
-        print(outputs.table(_one(outputs, first), options.top or TABLE_TOP))
-    else:
-        with _opened(options.to) as file:
-            sink = _sink(file, outputs, options, options.top or TABLE_TOP)
-            (found,) = outputs.read([first], options.top or TABLE_TOP)
-            if found.error:
-                raise InputError(f"{first}: {found.error}")
-            sink(found)
+        return
+    top = options.top or TABLE_TOP
+    if not (options.json or options.to):
+        print(outputs.table(_one(outputs, first), top))
+        return
+    with _opened(options.to) as file:
+        write = _writer(file, outputs, options, top)
+        (found,) = outputs.read([first], top)
+        if found.error:
+            raise InputError(f"{first}: {found.error}")
+        write(found)
 
 
 def _options(args: list[str]) -> argparse.Namespace:
@@ -242,14 +240,14 @@ def _print_many(outputs: Outputs, options: argparse.Namespace) -> None:
     top = options.top or (TABLE_TOP if options.json else CSV_TOP)
     read = bad = 0
     with _opened(options.to) as file:
-        sink = _sink(file, outputs, options, top)
+        write = _writer(file, outputs, options, top)
         for found in outputs.read(_paths(options.images), top):
             if found.error:
                 bad += 1
                 shown = found.path if found.path.isprintable() else repr(found.path)
                 logger.warning(f"{shown}: {found.error}")
             read += 1
-            sink(found)
+            write(found)
             if read % outputs.at_once == 0:
                 file.flush()
     if options.to:
@@ -271,7 +269,9 @@ def _opened(path: Path | None) -> Iterator[TextIO]:
         yield f
 
 
-def _sink(file: TextIO, outputs: Outputs, options: argparse.Namespace, top: int) -> Sink:
+def _writer(
+    file: TextIO, outputs: Outputs, options: argparse.Namespace, top: int
+) -> Callable[[Found], None]:
     """What writes one image's line; of CSV the header is written now."""
     if options.json:
         from fastdml.report.metrics_log import to_json
