@@ -16,15 +16,15 @@ from fastdml.cohort_export import SUFFIXES, Exported, exported
 from fastdml.data.reid_split import STORED
 from fastdml.exported_weights import module_name
 from fastdml.files import write_atomically
+from fastdml.report.run_files import PLACES, data_text
 from fastdml.report.summary import versions
 from fastdml.train.config.base import TrainConfig
-from fastdml.train.config.sources import is_known, preset
+from fastdml.train.config.sources import defaults_beside, is_known
 from fastdml.train.run_weights import Weights, reported_scores, run_config, summary
-from fastdml.train.tasks.task import scoring_of, task_of
+from fastdml.train.tasks.task import scoring_of
 from fastdml.units import percent
 
-PLACES = ("data", "folder", "root", "resume", "download", "dry_run", "progress", "device")
-"""Settings that say where a run took place, not what it was."""
+SAID_ELSEWHERE = {*PLACES, "data", "device", "seed"}  # settings that the card has no need to list
 
 
 def write_card(path: Path, cohort: Cohort, peer: str | int, run: Path, weights: Weights) -> Path:
@@ -54,10 +54,11 @@ def write_card(path: Path, cohort: Cohort, peer: str | int, run: Path, weights: 
 
 def _introduction(cohort: Cohort, what: Exported, config: TrainConfig) -> str:
     peers = len(cohort)
+    data = data_text(config.to_dict())
     if peers == 1:
-        return f"A network trained on {config.data}."
+        return f"A network trained on {data}."
     who = f"The ensemble of {peers} peers" if what.ensemble else f"One of {peers} peers"
-    return f"{who} that learned together, by Deep Mutual Learning, on {config.data}."
+    return f"{who} that learned together, by Deep Mutual Learning, on {data}."
 
 
 def _table(rows: Sequence[tuple[str, str]]) -> str:
@@ -91,7 +92,7 @@ def _data(cohort: Cohort, config: TrainConfig) -> str:
         shown = f": {names}" + (", ..." if len(classes) > 20 else "")
     kind = "identities" if cohort.head is not None else "classes"
     return (
-        f"{config.data}, {cohort.num_classes} {kind}{shown}.\n\n"
+        f"{data_text(config.to_dict())}, {cohort.num_classes} {kind}{shown}.\n\n"
         "The licence of the data is not recorded: write it here before you pass the weights on."
     )
 
@@ -118,14 +119,12 @@ def _scores(cohort: Cohort, what: Exported, run: Path, weights: Weights) -> str:
 
 
 def _training(config: TrainConfig, facts: dict[str, Any]) -> str:
-    given = {k: v for k, v in config.to_dict().items() if k not in PLACES}
+    given = config.to_dict()
     lines = [f"- seed {config.seed}"]
-    known = is_known(config.data)
-    chosen = {name: given[name] for name in task_of(config).choices if name in given}
-    defaults = (preset(config.data, **chosen) if known else type(config)()).to_dict()
-    other = {k: v for k, v in given.items() if k != "seed" and v != defaults.get(k)}
+    defaults = defaults_beside(given).to_dict()
+    other = {k: v for k, v in given.items() if k not in SAID_ELSEWHERE and v != defaults.get(k)}
     told = ", ".join(f"`{k}` {_shown(v)}" for k, v in other.items())
-    whose = f" for {config.data}" if known else ""
+    whose = f" for {config.data}" if is_known(config.data) else ""
     lines.append(f"- settings other than fastdml's defaults{whose}: {told or 'none'}")
     mutual = facts.get("mutual") or {}
     if facts:

@@ -20,6 +20,7 @@ from fastdml.image_record import FIELDS
 from fastdml.model_card import write_card
 from fastdml.models import ReidHead
 from fastdml.train import TrainConfig
+from fastdml.train.config.sources import preset
 
 Image = pytest.importorskip("PIL.Image", reason="Pillow is not installed")
 for extra in ("torchvision", "timm", "onnxruntime", "onnxscript"):
@@ -179,3 +180,19 @@ def test_a_card_of_modules_says_no_more_than_is_known(tmp_path):
     assert "print(model(batch))" in text
     assert "settings other than fastdml's defaults: none" in text
     assert "plain torch" not in text
+
+
+def test_a_card_names_the_images_of_ones_own_and_what_was_chosen(tmp_path):
+    record = {
+        "image_shape": (3, 16, 16),
+        "mean": (1, 1, 1),
+        "std": (1, 1, 1),
+        "classes": ["a", "b"],
+    }
+    run = a_run(tmp_path / "run", Cohort(["resnet8"], 2), **record)
+    preset("folder", root="pictures/birds", size=16, epochs=2).save(run / "config.yaml")
+    (path,) = Cohort.load(run).export(tmp_path / "out", format="safetensors")
+    card = write_card(path, Cohort.load(run), 0, run, "last").read_text()
+    assert "A network trained on the images of birds." in card
+    assert "the images of birds, 2 classes: a, b." in card
+    assert "- settings other than fastdml's defaults for folder: `epochs` 2, `size` 16\n" in card

@@ -88,14 +88,11 @@ def _scoring(run: RunFiles) -> Scoring:
 
 
 def _defaults(run: RunFiles) -> dict[str, Any] | None:
-    """The settings as the data set has them without any choice; None where that cannot be told."""
-    from fastdml.train.config.sources import preset
-    from fastdml.train.tasks.task import task_for
+    """The settings as its data set has them without any choice; None where that cannot be told."""
+    from fastdml.train.config.sources import defaults_beside
 
-    task = task_for(_data(run), run.settings)
     try:
-        chosen = {n: run.settings[n] for n in task.choices if n in run.settings}
-        return preset(_data(run), **chosen).to_dict()
+        return defaults_beside({**run.settings, "data": _data(run)}).to_dict()
     except InputError:
         return None
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -16,13 +17,15 @@ from fastdml.report.summary import SUMMARY
 from fastdml.yaml_file import CONFIG, read_settings
 
 LARGEST = 1 << 26  # bytes of a summary
+# Settings that say where and how a run took place, not what it learnt from
+PLACES = {"folder", "root", "resume", "dry_run", "download", "progress"}
 LARGEST_NUMBER = 1e100  # differences and squares of such are finite
 
 
 @dataclass(frozen=True)
 class RunFiles:
     """What a run folder holds. Values of its files are only as good as the files: `number`,
-    `numbers` and `text` read them without trusting their kind."""
+    `numbers` and `table` read them without trusting their kind."""
 
     folder: Path
     settings: dict[str, Any]
@@ -112,6 +115,14 @@ def read_run(folder: str | Path) -> RunFiles:
         ended=(folder / "cohort.json").is_file() and not _prolonged(settings, summary),
         problems=[*problems, *(independent.problems if independent else ())],
     )
+
+
+def data_text(settings: Mapping[str, Any]) -> str:
+    """What a run with these settings was trained on, for a sentence."""
+    data, root = settings.get("data", "its data"), settings.get("root")
+    if data == "folder" and isinstance(root, str):
+        return f"the images of {Path(root).name or root}"
+    return str(data)
 
 
 def number(value: Any) -> float | None:

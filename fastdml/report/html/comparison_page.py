@@ -13,8 +13,8 @@ from fastdml.report.html.charts import legend_mark, peer_look
 from fastdml.report.html.curves import Key, Panel
 from fastdml.report.html.headline import Shown, score_text, score_title
 from fastdml.report.html.render import render
-from fastdml.report.html.run_page import PLACES, value_text
-from fastdml.report.run_files import RunFiles, number, numbers
+from fastdml.report.html.run_page import value_text
+from fastdml.report.run_files import PLACES, RunFiles, number, numbers
 from fastdml.report.scoring import Scoring
 from fastdml.units import duration
 

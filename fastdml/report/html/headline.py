@@ -5,14 +5,13 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 
 from fastdml.report.html.curves import ENSEMBLE, evaluations
 from fastdml.report.predictions import Predictions
-from fastdml.report.run_files import RunFiles, number, numbers, table
+from fastdml.report.run_files import RunFiles, data_text, number, numbers, table
 from fastdml.report.scoring import Headline
 from fastdml.report.statistics import Interval, binomial_interval, paired_interval, right
 
@@ -165,7 +164,7 @@ def _result(shown: Shown) -> str:
     label = score_title(lead.name).removesuffix(" (%)")
     mutual = _values_text(numbers(shown.scores.get(lead.name), len(run.peers)))
     where = f"{label} on {_cases_text(shown)}"
-    data = _data_text(run)
+    data = data_text(run.settings)
     if len(run.peers) == 1:
         return f"One peer, trained from the labels alone on {data}, reaches {mutual} {where}."
     if run.label != "mutual":
@@ -286,13 +285,6 @@ def _parameters(run: RunFiles) -> list[str]:
         return []
     counts = [number(table(peer).get("parameters")) for peer in peers]
     return ["–" if count is None else f"{count:,.0f}" for count in counts[: len(run.peers)]]
-
-
-def _data_text(run: RunFiles) -> str:
-    data, root = run.settings.get("data", "its data"), run.settings.get("root")
-    if data == "folder" and isinstance(root, str):
-        return f"the images of {Path(root).name or root}"
-    return str(data)
 
 
 def _cases_text(shown: Shown) -> str:

@@ -12,13 +12,12 @@ from fastdml.report.html.curves import Panel
 from fastdml.report.html.headline import Shown
 from fastdml.report.html.render import render
 from fastdml.report.plots import pairwise_spans
-from fastdml.report.run_files import RunFiles, number, numbers, table
+from fastdml.report.run_files import PLACES, RunFiles, number, numbers, table
 from fastdml.report.scoring import Scoring
 from fastdml.report.summary import versions
 from fastdml.units import duration
 
 RANKS = (1, 5, 10, 20, 50)
-PLACES = {"folder", "root", "resume", "dry_run", "download", "progress"}  # no settings of training
 
 
 def run_page(

@@ -23,6 +23,7 @@ from fastdml.train.run_folder import records_a_run, resume_folder
 from fastdml.train.tasks.task import Task, task_for
 from fastdml.yaml_file import CONFIG, read_settings
 
+DATA = "cifar100"  # the data set of a run whose file of settings names none
 RESUMING = ("resume", "folder", "peers")  # settings that say which run to go on with
 NARROWEST = 40  # columns: help is laid out for this many where a terminal has fewer
 
@@ -33,10 +34,8 @@ def load_config(path: str | Path, base: TrainConfig | None = None) -> TrainConfi
     values = read_settings(path)
     where = f" in {path}"
     if base is None:
-        data = values.get("data", "cifar100")
-        task = task_for(data, values)
-        check_names(values, task.settings, where)
-        base = _defaults(task, data, {n: values[n] for n in task.choices if n in values})
+        check_names(values, task_for(values.get("data", DATA), values).settings, where)
+        base = defaults_beside(values)
     else:
         check_names(values, type(base), where)
     return base.replace(**values)
@@ -58,6 +57,14 @@ def preset(data: str, **changes: Any) -> TrainConfig:
     task = task_for(data, changes)
     check_names(changes, task.settings)
     return _defaults(task, data, changes)
+
+
+def defaults_beside(settings: Mapping[str, Any]) -> TrainConfig:
+    """The defaults where of these settings of a run only the data set was chosen, and those that
+    decide others, such as a recipe. Raises InputError for values of these that do not exist."""
+    data = settings.get("data", DATA)
+    task = task_for(data, settings)
+    return _defaults(task, data, {n: settings[n] for n in task.choices if n in settings})
 
 
 def _defaults(task: Task, data: str, changes: Mapping[str, Any]) -> TrainConfig:
