@@ -50,7 +50,7 @@ class Cohort(nn.Module):
     Attributes: `peers`, the modules; `names`, unique names for display; `models`, the name each
     peer was built from (None for a module); `num_classes`; `in_channels`; `head`; `image_size`.
 
-    Five more attributes describe the images that the peers were trained on; each is None until it
+    Six more attributes describe the images that the peers were trained on; each is None until it
     is known. Training records them at the first batch, if the batches tell; set the others before
     training. `save`, `load` and `export` keep them:
     image_shape: (channels, height, width) of a batch's images, after any resizing and cropping.
@@ -148,8 +148,8 @@ class Cohort(nn.Module):
         return [peer.embed(x) for peer in peers]
 
     def record(self) -> dict[str, Any]:
-        """`image_shape`, `mean`, `std` and `classes` as plain lists, and `resize`; InputError where
-        they are not of their kind, or do not fit each other."""
+        """`image_shape`, `mean`, `std`, `classes` and `stored` as plain lists, and `resize`, None
+        where unknown; InputError where they are not of their kind, or do not fit each other."""
         values = {name: getattr(self, name) for name in image_record.FIELDS}
         return image_record.checked_record(values, self.num_classes)
 
@@ -279,10 +279,10 @@ class Cohort(nn.Module):
         peer: "all", each in a file; a name or number; or "ensemble", all in one file, ensemble.onnx
         and so on, whose output are "probabilities" (N, C), or features concatenated.
 
-        The known ones of `image_shape`, `mean`, `std`, `classes` and `resize` go into the file as
-        JSON: in ONNX as metadata of these names, in torch's as the extra file images.json, in
-        safetensors with all that `fastdml.load` needs under "fastdml" in the header. Beside
-        safetensors model_NN_name.py makes the network without fastdml, of peers given by name.
+        What is known of the images, as `record` gives it, goes into the file as JSON: in ONNX as
+        metadata of these names, in torch's as the extra file images.json, in safetensors with all
+        that `fastdml.load` needs under "fastdml" in the header. Beside safetensors model_NN_name.py
+        makes the network without fastdml, of peers given by name.
 
         Each file is run before it gets its name, ONNX by ONNX Runtime where that is installed:
         outputs may differ by 1e-4 (of outputs above 10, by 1e-5 of the largest). The differences

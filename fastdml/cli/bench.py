@@ -40,7 +40,7 @@ def bench(args: list[str]) -> None:
     device = choose_device(TrainConfig(device=options.device))
     torch.set_num_threads(cpus.sensible())
     where = {"device": device_name(device), **versions()}
-    busy = others(os.getloadavg()[0])  # before this adds to it
+    busy = busy_note(os.getloadavg()[0])  # before this adds to it
     if not options.json:
         named = [f"{name} {value}" for name, value in where.items() if name != "device"]
         print(", ".join([where["device"], *named]), flush=True)
@@ -59,7 +59,7 @@ def bench(args: list[str]) -> None:
         raise SystemExit(1)
 
 
-def others(load: float) -> str:
+def busy_note(load: float) -> str:
     """What to say where other programs use the CPUs; "" where they hardly do. Threads that wait for
     each other are then held up, those of the usual loop most of all. load: average number of
     programs that run."""

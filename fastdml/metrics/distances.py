@@ -42,11 +42,11 @@ class GivenDistances:
         self.distances, self.shape = distances, tuple(distances.shape)
 
     def block(self, queries: Tensor) -> Tensor:
-        """A copy (B, G)."""
+        """Rows (B, G) of `queries` (B,) int64; a copy."""
         return in_full(self.distances[queries.to(self.distances.device)])
 
     def offset(self, queries: Tensor) -> None:
-        """What makes rows of different queries compare when it is added: nothing."""
+        """None: rows of different queries compare as they are."""
 
 
 class ComputedDistances:
@@ -74,6 +74,7 @@ class ComputedDistances:
             self.scale = self.square.sqrt().clamp(min=1e-12).reciprocal()
 
     def block(self, queries: Tensor) -> Tensor:
+        """Rows (B, G) of `queries` (B,) int64; a new tensor."""
         query = self.query[queries.to(self.query.device)]
         with torch.autocast(query.device.type, enabled=False):
             if self.metric == "cosine":
@@ -81,7 +82,8 @@ class ComputedDistances:
             return torch.addmm(self.square, query, self.gallery.T, alpha=-2)
 
     def offset(self, queries: Tensor) -> Tensor | None:
-        """(B, 1): what makes rows of different queries compare when it is added; None: nothing."""
+        """(B, 1): added to the rows of `queries` it makes those of different queries compare; None
+        where they do as they are."""
         if self.metric == "cosine":
             return None
         query = self.query[queries.to(self.query.device)]

@@ -165,10 +165,9 @@ class WeightsAndBiases:
     environment: WANDB_PROJECT (by default "fastdml"), WANDB_MODE and others. The run's id stays in
     the folder, so that a resumed run goes on there too.
 
-    names: of the peers. settings: shown there. title: the run's name there, beside others of its
-    group. logged: the (kind, step) of log points that an
-    earlier process has logged. Raises MissingExtra without the client, InputError where it cannot
-    start, for instance without a login.
+    names: of the peers. settings: shown there. logged: the (kind, step) of log points that an
+    earlier process has logged. run_name: there, beside others of its group. Raises MissingExtra
+    without the client, InputError where it cannot start, for instance without a login.
     """
 
     title = "log points for Weights & Biases"
@@ -180,7 +179,7 @@ class WeightsAndBiases:
         settings: Mapping[str, Any],
         logged: Collection[tuple[str, int]],
         *,
-        title: str,
+        run_name: str,
         group: str,
     ) -> None:
         self.names = names
@@ -194,7 +193,7 @@ class WeightsAndBiases:
             self.run = wandb.init(
                 project=os.environ.get("WANDB_PROJECT", "fastdml"),
                 group=group,
-                name=title,
+                name=run_name,
                 id=run_id,
                 resume="allow",
                 dir=folder,

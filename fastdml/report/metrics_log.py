@@ -95,7 +95,7 @@ class MetricsLog:
             names = [folder.parent.name, folder.name]
         logged = {(record["kind"], record["step"]) for record in before}
         return WeightsAndBiases(
-            self.path.parent, self.names, settings, logged, title="-".join(names), group=names[0]
+            self.path.parent, self.names, settings, logged, run_name="-".join(names), group=names[0]
         )
 
     def log(self, kind: str, step: int, epoch: float, **values: Any) -> None:

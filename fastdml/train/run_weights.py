@@ -94,9 +94,9 @@ def run_cohort(
     return cohort
 
 
-def recorded_scores(run: Path, weights: Weights) -> dict[str, Any] | None:
-    """The scores of these weights that chose between peers: of the validation images where there
-    are some, else of the test images. None where nothing was evaluated."""
+def _choosing_scores(run: Path, weights: Weights) -> dict[str, Any] | None:
+    """The scores of these weights to choose a peer by: of the validation images where there are
+    some, else of the test images. None where nothing was evaluated."""
     key = "scores" if weights == "last" else "best_scores"
     ended = summary(run).get("mutual")
     state = None if ended else unfinished(run)
@@ -126,7 +126,7 @@ def reported_scores(run: Path, weights: Weights) -> tuple[dict[str, Any], str, s
 def best_peer(run: Path, weights: Weights | None, names: Sequence[str]) -> int:
     """The number of the peer with the highest recorded score of these weights, which is logged: of
     validation images where there are some. Raises InputError where no score is recorded."""
-    found = recorded_scores(run, weights) if weights else None
+    found = _choosing_scores(run, weights) if weights else None
     scoring = scoring_of(found)
     values = found[scoring.leading] if found else []
     if len(values) != len(names):

@@ -80,10 +80,10 @@ class Task:
     def prepare(
         self, config: Any, device: torch.device, hint: str = HINT
     ) -> AbstractContextManager[Prepared]:
-        """Peers and data of the run that `config` describes, with `config.validation` also of those
-        that the best weights are chosen on; files and memory that they use are
-        released when the context ends. Downloads nothing in a dry run. hint: how to ask for a
-        download, for messages."""
+        """Peers and data of the run that `config` describes, with `config.validation` also the data
+        that the best weights are chosen on; files and memory that they use are released when the
+        context ends. Downloads nothing in a dry run. hint: how to ask for a download, for
+        messages."""
         raise NotImplementedError
 
     def check_labels(
