@@ -10,7 +10,9 @@ from fastdml.units import percent
 
 
 def summary_table(summary: dict[str, Any], scoring: Scoring) -> str:
-    """Independent against mutual training, as papers compare them: the headline scores in %."""
+    """Independent against mutual training, as papers compare them: the headline scores in %. Without
+    an independent run those of mutual training alone."""
+    runs = ("independent", "mutual") if summary["independent"] else ("mutual",)
     ensemble = percent(summary["ensemble_mutual"])
     rate = _rate(summary["mutual"])
     entries = [score.entry for score in scoring.headlines]
@@ -21,7 +23,7 @@ def summary_table(summary: dict[str, Any], scoring: Scoring) -> str:
         (
             "peer",
             "parameters",
-            *(f"{prefix}{run} %" for prefix in prefixes for run in ("independent", "mutual")),
+            *(f"{prefix}{run} %" for prefix in prefixes for run in runs),
             f"{prefixes[0]}ensemble %",
             "images/s",
         )
@@ -30,7 +32,7 @@ def summary_table(summary: dict[str, Any], scoring: Scoring) -> str:
         (
             peer["name"],
             f"{peer['parameters']:,}",
-            *(percent(peer[f"{x}_{run}"]) for x in entries for run in ("independent", "mutual")),
+            *(percent(peer[f"{x}_{run}"]) for x in entries for run in runs),
             ensemble,
             rate,
         )
