@@ -23,8 +23,9 @@ Command = Callable[[list[str]], None]
 SHELLS = ("bash", "zsh", "fish")
 OF_SETTINGS = ("train", "config")  # commands that take DATA and its settings
 
-# tyro's function gives one empty word where it knows nothing, such as for the folder of a run;
-# bash completes names of files only where there is none at all.
+# What tyro writes is changed where it knows nothing, such as for the folder of a run: files are
+# offered then. In bash its function gives one empty word, and bash completes names of files only
+# where there is none at all.
 FILES_IN_BASH = """
 _fastdml_or_files() {
   _tyro_fastdml "$@"
@@ -32,6 +33,19 @@ _fastdml_or_files() {
 }
 complete -o default -F _fastdml_or_files fastdml
 """
+IN_ZSH = (
+    'if [[ "$completions" == "__TYRO_COMPLETE_FILES__" ]]',
+    'if [[ -z "$completions" || "$completions" == "__TYRO_COMPLETE_FILES__" ]]',
+)
+# In fish the program for Python goes through a pipe: as one argument, which Linux limits to 128 KiB,
+# it cannot be started. The word that is being typed comes with the others.
+IN_FISH = (
+    """    set -l results ($python_cmd -c "$pycode" $words $current)
+    if test "$results" = __TYRO_COMPLETE_FILES__""",
+    """    set -l word (commandline -ct)
+    set -l results (printf '%s\\n' "$pycode" | $python_cmd - $words "$word" $current)
+    if test -z "$results" -o "$results" = __TYRO_COMPLETE_FILES__""",
+)
 
 
 def print_completion(args: list[str], command: Command, commands: Mapping[str, Command]) -> None:
@@ -66,7 +80,11 @@ def script(shell: str, commands: Mapping[str, Command]) -> str:
             prog="fastdml",
             args=["--tyro-write-completion", shell, "-"],
         )
-    return written.getvalue() + (FILES_IN_BASH if shell == "bash" else "")
+    text = written.getvalue()
+    if shell == "bash":
+        return text + FILES_IN_BASH
+    written_by_tyro, ours = IN_ZSH if shell == "zsh" else IN_FISH
+    return text.replace(written_by_tyro, ours)
 
 
 def _of_settings(tyro: Any, *, with_to: bool) -> Callable[..., None]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import subprocess
 import sys
 from dataclasses import fields
@@ -93,6 +94,40 @@ def test_other_shells_get_the_same_names(shell, capfd):
     assert cli.main(["completion", shell]) == 0
     out = capfd.readouterr().out
     assert all(name in out for name in [*COMMANDS, *dataset_names(), "label-smoothing"])
+    assert '-c "$pycode"' not in out  # one argument of more than Linux takes
+    # files where the script knows nothing
+    assert {"zsh": '-z "$completions"', "fish": 'test -z "$results"'}[shell] in out
+
+
+@pytest.mark.skipif(shutil.which("fish") is None, reason="needs fish")
+@pytest.mark.parametrize(
+    ("line", "offered"),
+    [
+        ("fastdml tra", ["train"]),
+        ("fastdml train cifar100 --execution st", ["stacked", "streams"]),
+        ("fastdml train digits --folder pic", ["pictures/"]),
+        ("fastdml report pic", ["pictures/"]),
+    ],
+)
+def test_fish(line, offered, tmp_path, capfd):
+    assert cli.main(["completion", "fish"]) == 0
+    (tmp_path / "script").write_text(capfd.readouterr().out)
+    (tmp_path / "pictures").mkdir()
+    done = subprocess.run(
+        ["fish", "--no-config", "-c", f"source script; complete -C '{line}'"],
+        cwd=tmp_path, capture_output=True, text=True, timeout=60,
+        env={**os.environ, "HOME": str(tmp_path)},
+    )  # fmt: skip
+    assert done.stderr == ""
+    assert [found.partition("\t")[0] for found in done.stdout.splitlines()] == offered
+
+
+@pytest.mark.skipif(shutil.which("zsh") is None, reason="needs zsh")
+def test_zsh_reads_its_script(tmp_path, capfd):
+    assert cli.main(["completion", "zsh"]) == 0
+    (tmp_path / "_fastdml").write_text(capfd.readouterr().out)
+    done = subprocess.run(["zsh", "-n", str(tmp_path / "_fastdml")], capture_output=True, text=True)
+    assert (done.returncode, done.stderr) == (0, "")
 
 
 def test_a_shell_that_there_is_no_script_for(capfd):
