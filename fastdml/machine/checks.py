@@ -11,12 +11,14 @@ import os
 import platform
 import shutil
 import sys
-from collections.abc import Iterator
+import tempfile
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 import fastdml
 from fastdml import host
+from fastdml.errors import one_line
 from fastdml.machine import child
 from fastdml.machine.compiler import compiler
 from fastdml.machine.gpu import Gpus, gpus
@@ -47,27 +49,37 @@ class Imported(NamedTuple):
 
 
 def checks() -> Iterator[Check]:
-    """All checks, each as soon as it is known."""
-    yield python()
+    """All checks, each as soon as it is known. One that fails itself is reported as broken, and the
+    others follow."""
+    yield from _looked_at("python", lambda: [python()])
     packages = required()
-    yield installation(packages)
+    yield from _looked_at("fastdml", lambda: [installation(packages)])
     extras = {extra: found for extra in EXTRAS if (found := required(extra))}
     imported = try_imports([p for found in extras.values() for p in found])
     yield from (needed(name, packages or [], imported) for name in _names_of_needed())
     visible = gpus()
-    yield gpu(visible, imported)
-    yield c_compiler(gpu=bool(visible))
+    yield from _looked_at("gpu", lambda: [gpu(visible, imported)])
+    yield from _looked_at("compiler", lambda: [c_compiler(gpu=bool(visible))])
     if "torch" in imported.errors or "triton" in imported.errors:
         yield Check("self-test", "note", "not possible without a working torch and triton")
     else:
-        yield from self_test()
+        yield from _looked_at("self-test", self_test)
     for extra, found in extras.items():
         yield of_extra(extra, found, imported)
-    yield from apex()
-    yield processors(imported.torch.get("threads"))
-    yield memory()
-    yield from shared_memory()
-    yield disk(Path.cwd())
+    yield from _looked_at("apex", apex)
+    yield from _looked_at("cpus", lambda: [processors(imported.torch.get("threads"))])
+    yield from _looked_at("memory", lambda: [memory()])
+    yield from _looked_at("workers", shared_memory)
+    yield from _looked_at("temporary", temporary)
+    yield from _looked_at("disk", lambda: [disk()])
+
+
+def _looked_at(name: str, look: Callable[[], Iterable[Check]]) -> Iterator[Check]:
+    try:
+        yield from look()
+    except Exception as error:  # a machine can be broken in ways that nobody foresaw
+        text = f"cannot be looked at: {one_line(error)}"
+        yield Check(name, "broken", text, "report it with these lines")
 
 
 def python() -> Check:
@@ -311,8 +323,21 @@ def shared_memory(folder: Path = SHARED) -> Iterator[Check]:
         yield Check("workers", "ok", text)
 
 
-def disk(folder: Path) -> Check:
+def temporary() -> Iterator[Check]:
+    """Compilers, Triton's among them, need a folder for files in between."""
+    try:
+        tempfile.gettempdir()
+    except FileNotFoundError:
+        text = "no folder for temporary files can be written to"
+        yield Check("temporary", "broken", text, "set TMPDIR to a folder that can be")
+
+
+def disk(folder: Path | None = None) -> Check:
     """Room for runs, which go below the current folder."""
+    try:
+        folder = folder or Path.cwd()
+    except FileNotFoundError:
+        return Check("disk", "broken", "the current folder has been removed", "cd to another")
     usage = shutil.disk_usage(folder)
     text = f"{_gb(usage.free)} of {_gb(usage.total)} free in {folder}"
     if not os.access(folder, os.W_OK):

@@ -24,7 +24,11 @@ class Compiler(NamedTuple):
 
 def compiler() -> Compiler | None:
     """What CC names, else gcc, clang or cc; None where there is none."""
-    command = shlex.split(os.environ.get("CC", ""))
+    named = os.environ.get("CC", "")
+    try:
+        command = shlex.split(named)
+    except ValueError as error:  # a quotation that does not end
+        return Compiler(f"CC={named}", False, False, str(error))
     command = command or [c for c in ("gcc", "clang", "cc") if shutil.which(c)][:1]
     if not command:
         return None
@@ -41,6 +45,10 @@ def compiler() -> Compiler | None:
 
 def _compiles(command: list[str], source: str) -> str:
     """ "" or the first error of the compiler."""
+    try:
+        tempfile.gettempdir()
+    except FileNotFoundError:
+        return "no folder for temporary files can be written to"
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder, "probe.c")
         path.write_text(source)

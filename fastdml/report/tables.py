@@ -10,8 +10,8 @@ from fastdml.units import percent
 
 
 def summary_table(summary: dict[str, Any], scoring: Scoring) -> str:
-    """Independent against mutual training, as papers compare them: the headline scores in %. Without
-    an independent run those of mutual training alone."""
+    """Independent against mutual training, as papers compare them: the headline scores in %; of
+    mutual training alone where there was no other."""
     runs = ("independent", "mutual") if summary["independent"] else ("mutual",)
     ensemble = percent(summary["ensemble_mutual"])
     rate = _rate(summary["mutual"])

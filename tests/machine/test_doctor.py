@@ -6,6 +6,7 @@ import json
 import os
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -198,6 +199,49 @@ def test_little_room(monkeypatch, tmp_path):
     assert [check.status for check in found] == ["note"] * 3
     assert all(check.remedy for check in found)
     assert not list(checks.shared_memory(tmp_path / "absent"))
+
+
+def test_a_current_folder_that_is_gone(monkeypatch, tmp_path):
+    gone = tmp_path / "gone"
+    gone.mkdir()
+    monkeypatch.chdir(gone)
+    gone.rmdir()
+    assert checks.disk() == Check(
+        "disk", "broken", "the current folder has been removed", "cd to another"
+    )
+
+
+def test_no_folder_for_temporary_files(monkeypatch):
+    def nowhere() -> str:
+        raise FileNotFoundError(2, "No usable temporary directory found")
+
+    monkeypatch.setattr(tempfile, "gettempdir", nowhere)
+    (check,) = checks.temporary()
+    assert (check.status, "TMPDIR" in check.remedy) == ("broken", True)
+    monkeypatch.setenv("CC", sys.executable)
+    assert checks.c_compiler(gpu=False).text.endswith(
+        "no folder for temporary files can be written to"
+    )
+
+
+def test_a_compiler_that_nobody_can_call(monkeypatch):
+    monkeypatch.setenv("CC", 'gcc "-O2')
+    check = checks.c_compiler(gpu=False)
+    assert check.status == "note"
+    assert check.text == 'CC=gcc "-O2 compiles nothing: No closing quotation'
+
+
+def test_a_check_that_fails_itself_leaves_the_others(monkeypatch, capfd):
+    def fails() -> tuple[float, float]:
+        raise PermissionError(13, "Permission denied", "/proc/meminfo")
+
+    monkeypatch.setattr(host, "memory", fails)
+    monkeypatch.setattr(checks, "try_imports", lambda packages: Imported({"torch": "absent"}, {}))
+    assert cli.main(["doctor", "--json"]) == 1
+    found = {check["name"]: check for check in json.loads(capfd.readouterr().out)["checks"]}
+    assert found["memory"]["status"] == "broken"
+    assert "PermissionError" in found["memory"]["text"]
+    assert found["disk"]["status"] in ("ok", "note")
 
 
 def test_a_wrong_loss_is_broken(monkeypatch):
