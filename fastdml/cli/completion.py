@@ -37,8 +37,8 @@ IN_ZSH = (
     'if [[ "$completions" == "__TYRO_COMPLETE_FILES__" ]]',
     'if [[ -z "$completions" || "$completions" == "__TYRO_COMPLETE_FILES__" ]]',
 )
-# In fish the program for Python goes through a pipe: it is longer than the 128 KiB that Linux allows
-# one argument. The word that is being typed comes with the others.
+# In fish the program for Python goes through a pipe: it is longer than the 128 KiB that Linux
+# allows one argument. The word that is being typed comes with the others.
 IN_FISH = (
     """    set -l results ($python_cmd -c "$pycode" $words $current)
     if test "$results" = __TYRO_COMPLETE_FILES__""",
