@@ -26,7 +26,7 @@ def split_validation(data: Set, validation: float, seed: int = 0) -> tuple[Set, 
     """
     labels = data.labels.cpu()
     chosen = validation_places(labels, validation, seed)
-    kept = torch.ones(len(labels), dtype=torch.bool)
+    kept = torch.ones(len(labels), dtype=torch.bool, device="cpu")
     kept[chosen] = False
     lacking = set(labels.tolist()) - set(labels[chosen].tolist())
     if lacking:
@@ -54,12 +54,13 @@ def validation_places(labels: Tensor, validation: float, seed: int) -> Tensor:
             f"validation={validation:g} is {n:,} of {N:,} images: give at most {most:,}, so that "
             "each class keeps an image to train on"
         )
-    words = draw(check_seed(seed), 0, torch.arange(N), VALIDATION)[0]
+    every = torch.arange(N, device="cpu")
+    words = draw(check_seed(seed), 0, every, VALIDATION)[0]
     by_class = permutation((labels << 32) + words)
     first = sizes.cumsum(0) - sizes  # (C,) where each class starts in by_class
     rank = torch.empty_like(labels)  # (N,) place of the image within its class
-    rank[by_class] = torch.arange(N) - first[labels[by_class]]
-    turn = (rank + 0.5) / sizes[labels]  # (N,) classes advance in proportion to their size
+    rank[by_class] = every - first[labels[by_class]]
+    turn = (rank.double() + 0.5) / sizes[labels]  # (N,) classes advance in proportion to their size
     turn[rank == 0] = 0.0  # an image of each class comes first
     turn[rank == sizes[labels] - 1] = 2.0  # and its last one never
     shuffled = permutation(words)

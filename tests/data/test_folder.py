@@ -297,6 +297,9 @@ def test_sizes(root, tmp_path):
     write(root / "train" / "cat" / "large.png", (9, 8))
     assert load_folder(root).train.size == (224, 224)
     assert load_folder(root, otherwise=64).train.size == (64, 64)
+    for size in (0, -3, (5, 0)):
+        with pytest.raises(InputError, match=r"size .*: give the pixels of a side, 1 or more"):
+            load_folder(root, size=size)
 
 
 def test_an_image_of_fifty_megabytes(root):

@@ -144,6 +144,7 @@ def test_lines_that_repeat(listed, caplog):
         ("path,label\né.png,cat\n".encode("latin-1"), "is not written in UTF-8"),
         ("path,label\n1.png\0,cat\n", "is no text file: save it as CSV UTF-8"),
         ("path,label\n" + "x" * 200_000 + ",cat\n", "line 2: field larger than field limit"),
+        ("x" * 200_000 + ",cat\n", "line 1: field larger than field limit"),
     ],
 )  # fmt: skip
 def test_lists_that_are_wrong(listed, text, message):

@@ -93,3 +93,19 @@ def test_one_image_of_each_class_is_enough():
     train, validation = split_validation(labelled(torch.arange(40) % 4, 4), 4)
     assert sorted(validation.labels.tolist()) == [0, 1, 2, 3]
     assert len(train) == 36
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+def test_defaults_of_torch_change_nothing(dtype):
+    labels = torch.arange(3000, device="cpu") % 7
+    expected = validation_places(labels, 0.3, 0)
+    data = load_digits()[0]
+    held = split_validation(data, 0.1)[1].labels
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(dtype)
+    try:
+        with torch.device("meta"):
+            assert torch.equal(validation_places(labels, 0.3, 0), expected)
+            assert torch.equal(split_validation(data, 0.1)[1].labels, held)
+    finally:
+        torch.set_default_dtype(before)

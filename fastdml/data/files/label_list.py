@@ -112,7 +112,10 @@ def _rows(file: Path) -> Iterator[tuple[int, str, str]]:
 def _separator(text: str) -> str:
     """What stands between the columns: the first of these that divides the first line."""
     head = text.lstrip().partition("\n")[0]
-    return next((s for s in ",;\t" if len(next(csv.reader([head], delimiter=s), ())) > 1), ",")
+    try:
+        return next((s for s in ",;\t" if len(next(csv.reader([head], delimiter=s), ())) > 1), ",")
+    except csv.Error:  # reading the list says what it is
+        return ","
 
 
 def _columns(row: list[str]) -> tuple[int, int] | None:

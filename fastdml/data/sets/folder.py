@@ -73,6 +73,9 @@ def load_folder(
     from fastdml.data.image_files import Splits
 
     check_bad_files(bad_files)
+    square = (size, size) if isinstance(size, int) else size
+    if square is not None and min(square) < 1:
+        raise InputError(f"size {size}: give the pixels of a side, 1 or more, or None")
     found = read(expanded(root))
     listed = found["train"].place.is_file()
     classes = sorted_classes(set(found["train"].classes), listed)
@@ -84,7 +87,6 @@ def load_folder(
             logger.warning(note)
         parts[name] = _labelled(listing, classes).without(bad)
     _check_left(found, parts)
-    square = (size, size) if isinstance(size, int) else size
     square = square or parts["train"].own_size() or (otherwise, otherwise)
     parts = {name: replace(part, size=square) for name, part in parts.items()}
     return Splits(parts["train"], parts.get("validation"), parts.get("test"))
