@@ -112,6 +112,7 @@ class Trainer:
         self.step = self._make_step()
         self.clock = Clock(self.device)
         self.calls = Calls(self, callbacks)
+        self.shares = ""  # of the peers in the time of a step, for the bar
         self.data_marks = {"training": data_mark(train), **evaluations.marks}
 
     def _make_step(self) -> Any:
@@ -255,7 +256,7 @@ class Trainer:
 
     def _costs(self, batch: tuple[Tensor, ...], choice: Choice) -> str:
         """What a step's passes of each peer by itself cost, with the threads that the steps have;
-        said once, and only where there is something to compare."""
+        measured once, and only where there is something to compare. The bar shows the shares."""
         if self.label != "mutual" or len(self.peers) == 1:
             return ""
         inputs = (self.assemble(*batch) if self.assemble else batch)[0]
@@ -267,9 +268,11 @@ class Trainer:
             torch.set_num_threads(before)
         if seconds is None:
             return ""
+        shares = [f"{100 * s / sum(seconds):.0f}" for s in seconds]
+        self.shares = f", cost {' '.join(shares)} %"
         each = ", ".join(
-            f"{name} {1000 * s:.3g} ms ({100 * s / sum(seconds):.0f} %)"
-            for name, s in zip(self.cohort.names, seconds, strict=True)
+            f"{name} {1000 * s:.3g} ms ({share} %)"
+            for name, s, share in zip(self.cohort.names, seconds, shares, strict=True)
         )
         return f"; each peer alone: {each}"
 
@@ -352,7 +355,8 @@ class Trainer:
             means = self.totals.read()
             step = self.progress.position
             self.log.log("train", step, step / self.steps, **means)
-            self.bar.set_postfix_str("loss " + " ".join(f"{x:.3f}" for x in means["loss"]))
+            losses = " ".join(f"{x:.3f}" for x in means["loss"])
+            self.bar.set_postfix_str(f"loss {losses}{self.shares}")
         self._check_losses()
 
     def _check_losses(self) -> None:

@@ -240,6 +240,15 @@ def test_the_line_at_the_start(config, loaders, take, capsys):
     assert second.endswith(f"folder {config().folder}/independent")
 
 
+def test_the_bar_says_the_time_left_and_what_each_peer_costs(config, loaders, take, capsys):
+    take("threads", 2)
+    fit(make_cohort(), *loaders, config(progress=True))
+    bars = re.findall(r"mutual: +\d+%[^\r\n]*", capsys.readouterr().err)
+    loss, share = r"\d+\.\d{3}", r"\d+"
+    shown = rf"\d+%.* \[[\d:]+<[\d:?]+, .+, loss {loss} {loss}, cost {share} {share} %\]"
+    assert re.search(shown, bars[-1]), bars[-1]
+
+
 def test_a_dry_run_chooses_and_says_so(config, loaders, take, capsys):
     take("threads", 2)
     assert fit(make_cohort(), *loaders, config(dry_run=True)) is None
