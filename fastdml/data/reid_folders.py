@@ -12,6 +12,7 @@ files and what operating systems leave between others are not looked at.
 from __future__ import annotations
 
 import logging
+import operator
 import os
 import warnings
 from collections.abc import Sequence
@@ -208,7 +209,8 @@ def read_split(
         folder = root / place
         found = _listed(root / listed, folder) if listed else images_in(folder, layout.nested)
         if not found:
-            raise InputError(no_images(folder))
+            empty = f"{root / listed}: names no files: unpack the archive again" if listed else ""
+            raise InputError(empty or no_images(folder))
         for file in found:
             name = file.relative_to(folder).as_posix() if layout.nested else file.name
             files.append((file, name))
@@ -220,12 +222,7 @@ def read_split(
                 f"its name is not of the form {layout.form}, so its identity and camera are unknown"
             )
             continue
-        identity, camera = who
-        if max(abs(identity), abs(camera)) > LARGEST:
-            raise InputError(
-                f"{file}: the identity or the camera in its name is beyond {LARGEST}, what 64 bits "
-                "hold: rename it"
-            )
+        identity, camera = _checked(file, who)
         if identity == JUNK:
             continue
         paths.append(str(file))
@@ -234,11 +231,34 @@ def read_split(
     return ReidSplit(tuple(paths), torch.tensor(ids).long(), torch.tensor(cameras).long())
 
 
+def _checked(file: Path, who: object) -> tuple[int, int]:
+    """What was found in a file's name, or what a function made of it, where it is an identity and a
+    camera."""
+    try:
+        identity, camera = (operator.index(number) for number in who)  # type: ignore[attr-defined]
+    except (TypeError, ValueError):
+        raise InputError(
+            f"{file}: the pattern's function gives {who!r}: it must give (identity, camera), two "
+            "whole numbers, or None"
+        ) from None
+    if max(abs(identity), abs(camera)) > LARGEST:
+        raise InputError(
+            f"{file}: the identity or the camera in its name is beyond {LARGEST}, what 64 bits "
+            "hold: rename it"
+        )
+    if identity < JUNK:
+        raise InputError(
+            f"{file}: the identity in its name is {identity}: the least is {JUNK}, for images that "
+            "are left out"
+        )
+    return identity, camera
+
+
 def _listed(file: Path, folder: Path) -> list[Path]:
     """The files that the lines "NAME LABEL" of a list name."""
     found = []
     try:
-        text = file.read_text(encoding="utf-8")
+        text = file.read_text(encoding="utf-8-sig")
     except UnicodeDecodeError:
         raise InputError(f"{file}: not a text file: unpack the archive again") from None
     for number, line in enumerate(text.splitlines(), 1):

@@ -121,7 +121,10 @@ def naming(layout: Layout) -> Naming:
 
     def numbers(path: str) -> tuple[int, int] | None:
         match = find(path)
-        if match is None or not all(re.fullmatch(r"-?\d+", match[g]) for g in ("id", "camera")):
+        if match is None:
+            return None
+        found = [match[group] or "" for group in ("id", "camera")]  # None: the group took no part
+        if not all(re.fullmatch(r"-?\d+", number) for number in found):
             return None
         return int(match["id"]), int(match["camera"])
 

@@ -187,6 +187,41 @@ def test_patterns_that_say_nothing(tmp_path, pattern, message):
         ImageFolderReID(own(tmp_path), "reid_folder", pattern=pattern)
 
 
+def test_a_group_that_takes_no_part_is_a_bad_name(tmp_path, scans):
+    own(tmp_path)
+    for pattern in (
+        r"person (?P<id>\d+)/(cam(?P<camera>\d)x)?",
+        r"person (?P<id>\d+)|(?P<camera>x)",
+    ):
+        with pytest.raises(InputError, match=r"12 of 12 files are bad: .*: its name is not of"):
+            ImageFolderReID(tmp_path, "reid_folder", pattern=pattern, cache=scans)
+
+
+@pytest.mark.parametrize("found", [("1", "2"), (1.5, 2), (1, None), (1,), (1, 2, 3), 7])
+def test_what_a_function_gives_is_two_whole_numbers(tmp_path, found):
+    with pytest.raises(InputError, match=r"the pattern's function gives .*: it must give"):
+        ImageFolderReID(own(tmp_path), "reid_folder", pattern=lambda path: found)
+
+
+@pytest.mark.parametrize("split", ["train", "query", "gallery"])
+def test_identities_below_junk_are_refused_before_training(tmp_path, split):
+    own(tmp_path)
+    write(tmp_path / split, ["person -2/cam1.png"])
+    pattern = r"person (?P<id>-?\d+)/cam(?P<camera>\d)"
+    with pytest.raises(InputError, match=r"cam1\.png: the identity in its name is -2: the least"):
+        ImageFolderReID(tmp_path, "reid_folder", pattern=pattern)
+
+
+def test_lists_without_names_and_with_a_byte_order_mark(tmp_path, scans):
+    listed = msmt(tmp_path) / "MSMT17_V1" / "list_train.txt"
+    expected = facts(ImageFolderReID(tmp_path, "msmt17", cache=scans))
+    listed.write_bytes(b"\xef\xbb\xbf" + listed.read_bytes().replace(b"\n", b"\r\n"))
+    assert facts(ImageFolderReID(tmp_path, "msmt17", cache=scans)) == expected
+    listed.write_text("\n")
+    with pytest.raises(InputError, match=r"list_train\.txt: names no files: unpack"):
+        ImageFolderReID(tmp_path, "msmt17", cache=scans)
+
+
 def test_folders_that_are_not_there(tmp_path):
     with pytest.raises(InputError, match=r"holds no VeRi-776 \(no image_train"):
         ImageFolderReID(tmp_path, "veri")
