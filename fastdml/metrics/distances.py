@@ -96,6 +96,16 @@ def check_metric(metric: str) -> None:
         raise InputError(f"unknown metric {metric!r}: give one of {', '.join(METRICS)}")
 
 
+def check_squares(x: Tensor, name: str, dtype: torch.dtype, remedy: str) -> None:
+    """Raises InputError where rows of x (N, D) are not finite, or so large that their squares are
+    not in `dtype`, which would make them nothing or NaN without a word."""
+    parts = [part.to(dtype).square().sum(dim=1) for part in x.split(4096)]
+    if bad := sum(int((~part.isfinite()).sum()) for part in parts):
+        finite = bool(x.sum(dim=1, dtype=torch.float64).isfinite().all())
+        kind = f"too large to be squared in {dtype}" if finite else "not finite"
+        raise InputError(f"{bad} of {len(x)} {name} features are {kind}: {remedy}")
+
+
 def in_full(x: Tensor) -> Tensor:
     """Half precisions as float32; float32 and float64 as they are."""
     return x if x.dtype == torch.float64 else x.float()

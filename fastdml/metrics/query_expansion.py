@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from fastdml.errors import InputError
-from fastdml.metrics.distances import ComputedDistances, normalize_features
+from fastdml.metrics.distances import ComputedDistances, check_squares, normalize_features
 
 BLOCK = 1 << 24  # similarities held at once
 
@@ -30,9 +30,9 @@ def average_query_expansion(
     Feature Model for Object Retrieval", ICCV 2007), above that alpha query expansion, which trusts
     distant images less (Radenovic et al., "Fine-tuning CNN Image Retrieval with No Human
     Annotation", TPAMI 2019, with alpha 3). No labels are read: the images may show anybody, and the
-    query's own camera. In float64 where both features are, else in float32; memory is a block.
+    query's own camera. In float64 where either features are, else in float32; memory is a block.
 
-    Raises InputError on wrong shapes and settings, and where a feature is not finite.
+    Raises InputError on wrong shapes and settings, and where a feature or its square is not finite.
     """
     source = ComputedDistances(query_features, gallery_features, "cosine")
     Q, G = source.shape
@@ -44,8 +44,7 @@ def average_query_expansion(
     if not Q or not G:
         raise InputError(f"{Q} queries against {G} gallery images")
     for name, x in (("query", query_features), ("gallery", gallery_features)):
-        if bad := int((~x.sum(dim=1, dtype=torch.float64).isfinite()).sum()):
-            raise InputError(f"{bad} of {len(x)} {name} features are not finite: nothing to expand")
+        check_squares(x, name, source.query.dtype, "nothing to expand")
     n = min(n, G)
     found = []
     for queries in torch.arange(Q).split(max(1, block // max(G, n * query_features.shape[1]))):

@@ -222,7 +222,9 @@ class _OwnImages:
         cameras, camera = torch.cat([self.query_cameras, self.gallery_cameras]).unique(
             return_inverse=True
         )
-        places = torch.cat([ids, gallery_ids]) * len(cameras) + camera
+        # identities numbered from 0: the product with theirs could be beyond 64 bits
+        number = torch.cat([ids, gallery_ids]).unique(return_inverse=True)[1]
+        places = number * len(cameras) + camera
         _, left_out = _runs(places[len(ids) :][self.by_id].sort().values, places[: len(ids)])
         # Queries are sorted by their number of matches, since a block is padded to its largest.
         matches, queries = (self.size - left_out).sort(stable=True)

@@ -23,7 +23,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fastdml.errors import InputError
-from fastdml.metrics.distances import check_metric
+from fastdml.metrics.distances import check_metric, check_squares
 
 if TYPE_CHECKING:
     import numpy as np
@@ -57,7 +57,7 @@ def k_reciprocal_rerank(
     of the Euclidean distance, and is squared as that is: what the authors' code makes of matrices
     of cosine distances. The Euclidean distance of normalised features, squared, is 2 (1 - cosine).
     An image's nearest is itself; of others at equal distance any may be taken for nearer.
-    Raises InputError on wrong shapes and settings, and where a feature is not finite.
+    Raises InputError on wrong shapes and settings, and where a feature or its square is not finite.
     """
     _check_settings(k1, k2, lambda_value, block)
     _check_features(query_features, gallery_features)
@@ -85,7 +85,7 @@ def rerank_distances(
     them is, else in float32.
 
     Of matrices that are not symmetric the columns count, as there. Raises InputError on wrong
-    shapes and settings, and where a distance is not finite.
+    shapes and settings, and where a distance or its square is not finite.
     """
     _check_settings(k1, k2, lambda_value, block)
     given = _Given(*(torch.as_tensor(x) for x in (q_g_dist, q_q_dist, g_g_dist)))
@@ -98,6 +98,11 @@ def _rerank(
 ) -> Tensor:
     k1, k2 = min(k1, Q + G - 1), min(k2, Q + G)
     near, farthest, result = _neighbours(source, Q, G, max(k1 + 1, k2), block)
+    if not farthest.isfinite().all():
+        raise InputError(
+            f"distances too large for {farthest.dtype}, in which they are squared: divide them, or "
+            "the features, by a number"
+        )
     encoding = _encode(source, near[:, : k1 + 1], farthest, k1, block)
     if k2 > 1:
         encoding = _average(encoding, near[:, :k2], block)
@@ -131,8 +136,7 @@ def _check_features(query: Tensor, gallery: Tensor) -> None:
     if not len(query) or not len(gallery):
         raise InputError(f"{len(query)} queries against {len(gallery)} gallery images")
     for name, x in (("query", query), ("gallery", gallery)):
-        if bad := int((~x.sum(dim=1, dtype=torch.float64).isfinite()).sum()):
-            raise InputError(f"{bad} of {len(x)} {name} features are not finite: nothing to rank")
+        check_squares(x, name, torch.float32, "nothing to rank")
 
 
 class _OfFeatures:

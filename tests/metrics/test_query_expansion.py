@@ -60,6 +60,7 @@ ONES = torch.ones(3, 2)
         ((ONES, ONES, 1), {"block": 0}, "block=0"),
         ((ONES, torch.ones(0, 2), 1), {}, "3 queries against 0 gallery images"),
         ((ONES, ONES / 0, 1), {}, "3 of 3 gallery features are not finite"),
+        ((ONES * 1e20, ONES, 1), {}, "3 of 3 query features are too large to be squared in .*32"),
     ],
 )
 def test_wrong_arguments_are_named(arguments, options, message):

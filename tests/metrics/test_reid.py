@@ -478,3 +478,15 @@ def test_the_same_scores_on_a_gpu(metric):
     assert torch.allclose(
         mean.cpu(), multi_query_features(g, labels[1], labels[3], labels[1][:9], labels[3][:9])
     )
+
+
+def test_identities_whose_products_meet_in_64_bits():
+    """Six times the other identity is 2 and a whole 2**64: its images before camera 0 and those of
+    identity 0 before camera 2 are still of two people."""
+    other, cameras = (2**64 + 2) // 6, 6
+    gallery_ids = torch.tensor([0, other, *[other] * cameras])
+    gallery_cameras = torch.tensor([3, 0, *range(cameras)])
+    distances = torch.arange(len(gallery_ids)).float()[None]
+    ids, camera = torch.tensor([0]), torch.tensor([2])
+    scores = reid_scores(None, None, ids, gallery_ids, camera, gallery_cameras, distances=distances)
+    assert (scores.queries, scores.mAP) == (1, 1.0)

@@ -120,6 +120,18 @@ def test_given_distances_are_the_authors_formula_in_float64(
     assert all(np.array_equal(*pair) for pair in zip(given_, kept, strict=True))
 
 
+@pytest.mark.parametrize("metric", ["euclidean", "cosine"])
+def test_what_cannot_be_squared_is_refused(metric):
+    x = torch.randn(6, 3, generator=torch.Generator().manual_seed(0))
+    with pytest.raises(InputError, match="2 of 2 query features are too large to be squared in"):
+        k_reciprocal_rerank(1e20 * x[:2], x[2:], metric=metric)
+    d = torch.cdist(x, x) * 1e25
+    with pytest.raises(InputError, match=r"distances too large for torch\.float32, in which they"):
+        rerank_distances(*matrices(d, 2))
+    exact = rerank_distances(*matrices(d.double(), 2))
+    assert torch.allclose(exact.float(), rerank_distances(*matrices(d / 1e25, 2)), atol=1e-5)
+
+
 @pytest.mark.parametrize("metric", ["cosine", "euclidean"])
 def test_features_and_their_distances_give_the_same(metric):
     x = torch.from_numpy(clusters(np.random.default_rng(5), 120, 16, 9))
