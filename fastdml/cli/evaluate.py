@@ -58,7 +58,7 @@ def evaluate(args: list[str]) -> None:
         download=options.download,
     )
     cohort = run_cohort(options, device)
-    scores, table, pictures = task.evaluate(
+    scores, table, pictures, settings = task.evaluate(
         cohort,
         config,
         device,
@@ -68,7 +68,10 @@ def evaluate(args: list[str]) -> None:
     )
     if options.json:
         found = {"run": str(options.run), "weights": options.weights, "peers": cohort.names}
-        print(to_json({**found, "device": device_name(device), "scores": scores}))
+        found["device"] = device_name(device)
+        if settings:
+            found["settings"] = dict(settings)
+        print(to_json({**found, "scores": scores}))
     else:
         print(table)
         print(f"{_described(options)} of {options.run}, on {device_name(device)}")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import json
 import re
 import shutil
@@ -168,6 +169,11 @@ def test_evaluate_repeats_the_scores_and_adds_the_other_protocols(run, capfd):
     summary = json.loads((run / "summary.json").read_text())
     assert found["scores"]["single"] == summary["mutual"]["scores"]
     assert list(found["scores"]) == ["single", "single_reranked", "multi", "multi_reranked"]
+    assert (found["settings"]["ties"], found["settings"]["query_expansion"]) == ("worst", None)
+    recorded = {**found["settings"]["reranking"]}
+    assert recorded == {"k1": 20, "k2": 6, "lambda_value": 0.3, "metric": "euclidean"}
+    usual = inspect.signature(metrics.k_reciprocal_rerank).parameters
+    assert recorded == {name: usual[name].default for name in recorded}
     for scores in found["scores"].values():
         assert RetrievalScores(**scores).queries == 15
         assert all(0.3 < x <= 1 for x in scores["mAP"])
@@ -212,7 +218,16 @@ def test_evaluate_prints_a_table_and_draws(run, market_root, capfd):
 def test_evaluate_with_expanded_queries_and_ties_in_the_order_given(run, market, settings, capfd):
     options = ["--query-expansion", "3", "--ties", "given", "--no-rerank"]
     assert cli.main(["evaluate", str(run), *options, "--json"]) == 0
-    found = json.loads(capfd.readouterr().out)["scores"]
+    output = json.loads(capfd.readouterr().out)
+    assert output["settings"] == {
+        "metric": "cosine",
+        "flip_test": True,
+        "ties": "given",
+        "query_expansion": {"n": 3, "alpha": 0.0},
+        "reranking": None,
+        "distractors": False,
+    }
+    found = output["scores"]
     assert list(found) == ["single", "single_expanded", "multi", "multi_expanded"]
     cohort = Cohort.load(run)
     evaluation = retrieval.Retrieval(market, settings(), CPU)
@@ -229,9 +244,15 @@ def test_evaluate_with_expanded_queries_and_ties_in_the_order_given(run, market,
             assert found[protocol]["tpr_1e2"][k] == pytest.approx(expected.tpr[1e-2])
             assert found[protocol]["tpr_1e4"][k] == pytest.approx(expected.tpr[1e-4])
     assert found["single"]["mAP"] != found["single_expanded"]["mAP"]
+    together = metrics.ensemble_features(query), metrics.ensemble_features(gallery)
+    together = metrics.average_query_expansion(*together, 3), together[1]
+    expected = metrics.reid_scores(*together, *marks, ties="given")
+    assert found["single_expanded"]["ensemble_mAP"] == pytest.approx(expected.mAP)
+    assert found["single_expanded"]["ensemble_mINP"] == pytest.approx(expected.mINP)
     assert cli.main(["evaluate", str(run), *options]) == 0
     out = capfd.readouterr().out
     assert re.search(r"^resnet8-2  +single, expanded  +no  +\d", out, re.M)
+    assert "; expanded: by their 3 nearest gallery images; ties: given\n" in out
     assert cli.main(["evaluate", str(run), "--query-expansion", "-1"]) == 2
     assert "--query-expansion -1: give 0 or more" in capfd.readouterr().err
 

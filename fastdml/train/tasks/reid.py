@@ -42,7 +42,7 @@ from fastdml.train.batches import Batches
 from fastdml.train.config.reid import METRIC_WEIGHTS, ReidConfig, reid_preset
 from fastdml.train.run_folder import needs_pretrained
 from fastdml.train.tasks import classification
-from fastdml.train.tasks.retrieval import Retrieval, RetrievalScores, table
+from fastdml.train.tasks.retrieval import RERANKING, Retrieval, RetrievalScores, table
 from fastdml.train.tasks.task import (
     Evaluation,
     Prepared,
@@ -187,11 +187,22 @@ class Reidentification(Task):
             if count:
                 folder = run / "ranked_lists"
                 pictures = retrieval.draw(cohort, query, gallery, count, folder, ties)
+            expansion = min(expansion, len(market.gallery))
         scores = {name: dataclasses.asdict(s) if s else None for name, s in found.items()}
-        remark = ""
+        settings = {
+            "metric": "cosine",
+            "flip_test": config.flip_test,
+            "ties": ties,
+            "query_expansion": {"n": expansion, "alpha": 0.0} if expansion else None,
+            "reranking": None if options["no_rerank"] else RERANKING,
+            "distractors": distractors,
+        }
+        remark = f"; expanded: by their {expansion} nearest gallery images" if expansion else ""
+        if ties != "worst":
+            remark += f"; ties: {ties}"
         if isinstance(market, Market1501) and market.multi_query is None:
-            remark = "; no multiple queries: the folder gt_bbox is not there"
-        return Evaluation(scores, table(cohort.names, scores, remark), pictures)
+            remark += "; no multiple queries: the folder gt_bbox is not there"
+        return Evaluation(scores, table(cohort.names, scores, remark), pictures, settings)
 
 
 @contextmanager

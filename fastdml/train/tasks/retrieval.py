@@ -11,6 +11,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -37,6 +38,7 @@ from fastdml.units import percent
 EVALUATION_BATCH = 128  # images
 RANKS = (1, 5, 10, 20)
 FPRS = {"1e4": 1e-4, "1e3": 1e-3, "1e2": 1e-2}  # false positive rates, by the scores' names
+RERANKING: dict[str, Any] = {"k1": 20, "k2": 6, "lambda_value": 0.3, "metric": "euclidean"}
 # of the table of an evaluation
 COLUMNS = {
     **{f"rank{k}": f"rank-{k} %" for k in RANKS},
@@ -183,24 +185,19 @@ class Retrieval:
         "single_expanded", "single_expanded_reranked" and so on. Beside them the K features of
         queries and gallery.
 
-        ties: as `metrics.reid_scores` takes it. Raises InputError where features are not finite.
+        The ensemble's queries are expanded by what its concatenated features find. ties: as
+        `metrics.reid_scores` takes it. Raises InputError where features are not finite.
         """
         query, gallery = self._read(self.query, cohort), self._read(self.gallery, cohort)
         _check_finite(cohort.names, query, gallery)
-        kinds: dict[str, list[Tensor] | None] = {}
-        for kind, asked in (("single", query), ("multi", self._several(query, cohort))):
-            kinds[kind] = asked
-            if expansion:
-                kinds[f"{kind}_expanded"] = asked and [
-                    metrics.average_query_expansion(q, g, expansion)
-                    for q, g in zip(asked, gallery, strict=True)
-                ]
+        expansions = {"": 0, "_expanded": expansion} if expansion else {"": 0}
+        rerankings = {"": False, "_reranked": True} if rerank else {"": False}
         scores: dict[str, RetrievalScores | None] = {}
-        for kind, asked in kinds.items():
-            scores[kind] = self._scores(asked, gallery, ties=ties) if asked else None
-            if rerank:
-                again = self._scores(asked, gallery, rerank=True, ties=ties) if asked else None
-                scores[f"{kind}_reranked"] = again
+        for kind, asked in (("single", query), ("multi", self._several(query, cohort))):
+            for suffix, n in expansions.items():
+                for ending, again in rerankings.items():
+                    found = self._scores(asked, gallery, again, n, ties) if asked else None
+                    scores[f"{kind}{suffix}{ending}"] = found
         return scores, query, gallery
 
     def draw(
@@ -273,18 +270,23 @@ class Retrieval:
         query: Sequence[Tensor],
         gallery: Sequence[Tensor],
         rerank: bool = False,
+        expansion: int = 0,
         ties: str = "worst",
     ) -> RetrievalScores:
-        peers = [self._score(q, g, rerank, ties) for q, g in zip(query, gallery, strict=True)]
+        score = partial(self._score, rerank=rerank, expansion=expansion, ties=ties)
+        peers = [score(q, g) for q, g in zip(query, gallery, strict=True)]
         if len(peers) == 1:
             return RetrievalScores.of(peers, peers[0])
-        together = self._score(
-            metrics.ensemble_features(query), metrics.ensemble_features(gallery), rerank, ties
-        )
-        return RetrievalScores.of(peers, together)
+        together = metrics.ensemble_features(query), metrics.ensemble_features(gallery)
+        return RetrievalScores.of(peers, score(*together))
 
-    def _score(self, query: Tensor, gallery: Tensor, rerank: bool, ties: str) -> metrics.ReIDScores:
+    def _score(
+        self, query: Tensor, gallery: Tensor, rerank: bool, expansion: int, ties: str
+    ) -> metrics.ReIDScores:
         asked, among = self.query.source, self.gallery.source
+        if expansion:
+            query = metrics.average_query_expansion(query, gallery, expansion)
+        distances = metrics.k_reciprocal_rerank(query, gallery, **RERANKING) if rerank else None
         return metrics.reid_scores(
             query,
             gallery,
@@ -292,7 +294,7 @@ class Retrieval:
             among.ids,
             asked.cameras,
             among.cameras,
-            distances=metrics.k_reciprocal_rerank(query, gallery) if rerank else None,
+            distances=distances,
             ties=ties,
             fprs=tuple(FPRS.values()),
         )

@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from functools import partial
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, ClassVar, NamedTuple, TypeVar
 
 import torch
@@ -45,6 +46,7 @@ class Evaluation(NamedTuple):
     scores: Mapping[str, Any]  # plain values, for --json
     table: str
     files: Sequence[Path] = ()  # pictures drawn
+    settings: Mapping[str, Any] = MappingProxyType({})  # what the scores depend on, for --json
 
 
 class Task:
