@@ -23,6 +23,7 @@ PREDICTIONS = "predictions.npz"
 PICTURES = 24  # at most
 PICTURE_SIDE = 96  # pixels, at most
 VERSION = 1
+TEXTS = ("peers", "classes", "files")
 
 
 @dataclass(frozen=True)
@@ -44,6 +45,9 @@ class Predictions:
     true_colours: bool
     """Whether the pictures are as stored; else each is stretched from black to white, since nobody
     told how the images were normalised."""
+    files: tuple[str, ...] = ()
+    """Of each picture the path of its file, below the folder that all test images have in common;
+    empty where the images are no files."""
 
     def class_name(self, index: int) -> str:
         if index < 0:
@@ -54,7 +58,7 @@ class Predictions:
 def write_predictions(folder: str | Path, found: Predictions) -> Path:
     """Writes predictions.npz into a run folder in one step. Raises InputError where it cannot."""
     values: dict[str, Any] = {name: getattr(found, name) for name in found.__dataclass_fields__}
-    for name in ("peers", "classes"):  # text, so that no character is lost
+    for name in TEXTS:  # so that no character is lost
         values[name] = np.array(list(values[name]), dtype=np.str_)
     file = io.BytesIO()
     np.savez_compressed(file, version=VERSION, **values)
@@ -91,7 +95,9 @@ def read_predictions(folder: str | Path) -> Predictions | None:
 
 def _from_arrays(values: dict[str, np.ndarray]) -> Predictions:
     plain: dict[str, Any] = dict(values)
-    for name in ("peers", "classes"):
+    for name in TEXTS:
+        if name == "files" and name not in values:  # of an earlier version
+            continue
         plain[name] = tuple(str(text) for text in values[name].tolist())
     plain["weights"] = str(values["weights"])
     plain["num_classes"] = int(values["num_classes"])
@@ -117,6 +123,8 @@ def _check(found: Predictions) -> None:
             raise ValueError(f"{name} is of another shape")
     if not N or not found.peers or (found.classes and len(found.classes) != C):
         raise ValueError("no images, no peers, or another number of classes")
+    if found.files and len(found.files) != M:
+        raise ValueError("another number of files than of pictures")
     if found.weights not in ("last", "best"):
         raise ValueError("weights that are neither the last nor the best")
     for name, low, high in (("label", 0, C), ("top", -1, C), ("pictured", 0, N)):

@@ -18,6 +18,7 @@ from fastdml.yaml_file import CONFIG, read_settings
 
 LARGEST = 1 << 26  # bytes of a summary
 # Settings that say where and how a run took place, not what it learnt from
+OWN_IMAGES = ("folder", "reid_folder")  # data that `root` decides
 PLACES = {"folder", "root", "resume", "dry_run", "download", "progress"}
 LARGEST_NUMBER = 1e100  # differences and squares of such are finite
 
@@ -120,7 +121,7 @@ def read_run(folder: str | Path) -> RunFiles:
 def data_text(settings: Mapping[str, Any]) -> str:
     """What a run with these settings was trained on, for a sentence."""
     data, root = settings.get("data", "its data"), settings.get("root")
-    if data == "folder" and isinstance(root, str):
+    if data in OWN_IMAGES and isinstance(root, str):
         return f"the images of {Path(root).name or root}"
     return str(data)
 

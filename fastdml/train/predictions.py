@@ -6,6 +6,8 @@ all on the device: the step that fetches them is the saving, once a run, and no 
 
 from __future__ import annotations
 
+import os
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -73,6 +75,7 @@ class Scorer:
             pictured=pictured,
             pictures=pictures,
             true_colours=true_colours,
+            files=_below_common(getattr(self.test, "paths", None) or (), pictured),
         )
 
 
@@ -140,6 +143,17 @@ def save_predictions(folder: Path, cohort: Cohort, evaluate: Any, weights: str =
             evaluate(cohort)
     write_predictions(folder, evaluate.predictions(cohort, weights))
     evaluate.rows = None  # another cohort's may follow
+
+
+def _below_common(paths: Sequence[str], places: np.ndarray) -> tuple[str, ...]:
+    """The paths at some places, each below the folder that all of them lie in."""
+    if not paths:
+        return ()
+    try:
+        folder = os.path.commonpath([os.path.dirname(path) for path in paths])
+    except ValueError:  # some are relative, others absolute
+        folder = ""
+    return tuple(os.path.relpath(paths[i], folder) if folder else paths[i] for i in places.tolist())
 
 
 def _small(images: Tensor) -> Tensor:

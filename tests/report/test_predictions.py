@@ -36,6 +36,20 @@ def test_read_as_written(tmp_path, options):
     assert [p.name for p in tmp_path.iterdir()] == [PREDICTIONS]
 
 
+def test_names_of_files(tmp_path):
+    files = ("a b/é.png", "\udcff.png", "日本/2.png", "<i>.png")
+    found = dataclasses.replace(predictions(), files=files)
+    path = write_predictions(tmp_path, found)
+    assert read_predictions(tmp_path).files == files
+    with np.load(path) as file:
+        values = {name: file[name] for name in file.files if name != "files"}
+    np.savez(path, **values)  # as an earlier version wrote it
+    assert read_predictions(tmp_path).files == ()
+    np.savez(path, **values, files=np.array(["only one"]))
+    with pytest.raises(InputError, match="another number of files"):
+        read_predictions(tmp_path)
+
+
 def test_none_where_there_is_none(tmp_path):
     assert read_predictions(tmp_path) is None
 

@@ -147,6 +147,17 @@ def test_pictures_are_the_stored_ones_with_what_peers_say(run):
         assert [row[1][0] for row in says] == marks
 
 
+def test_pictures_of_files_have_the_names_of_these(tmp_path):
+    files = ("a cat/1.png", "b/<i>2</i>.png", "é/\udcff.png", "c/image 4.png")
+    found = dataclasses.replace(predictions(), files=files)
+    page = page_of(make_run(tmp_path / "run", found))
+    alts = [attributes["alt"] for tag, attributes in page.tags if tag == "img"]
+    assert alts[0].startswith("Test image a cat/1.png, of class")
+    assert alts[3].startswith("Test image c/image 4.png, of class")
+    assert page.table("What is said of b/<i>2</i>.png")
+    assert "image 0" not in page.text
+
+
 def test_curves_have_their_values_in_tables(run):
     head, *rows = page_of(run).table("Test accuracy (%)")
     assert head == [
@@ -188,7 +199,19 @@ def test_weights_that_validation_chose_are_shown_by_default(tmp_path):
     assert "the weights after the last epoch" in last
     both = {"chosen_on": "validation", "scored_on": "validation"}
     run = make_run(tmp_path / "b", found, evaluated="validation", summary=both)
-    assert "there is no test set: they flatter" in page_of(run).text
+    text = page_of(run).text
+    assert "there is no test set: they flatter" in text
+    assert "The validation images with the largest divergence" in text
+
+
+@pytest.mark.parametrize(("epochs", "said"), [(2, "best"), (3, "last")])
+def test_the_last_weights_are_the_best_where_the_last_epoch_is(tmp_path, epochs, said):
+    """Without a test set what is kept is of the last weights, and validation chose epoch 2."""
+    both = {"chosen_on": "validation", "scored_on": "validation"}
+    run = make_run(tmp_path / "run", epochs=epochs, evaluated="validation", summary=both)
+    text = page_of(run).text
+    assert f"Validation images, of the {said} weights" in text
+    assert ("while the table above is of the best ones" in text) == (said == "last")
 
 
 def test_settings_that_differ_are_marked(run):
@@ -380,8 +403,33 @@ def test_seeds_give_mean_and_spread(tmp_path):
     _, *rows = page.table("Only what is not the same")
     assert rows == [["seed", "0", "1", "2"]]
     _, *rows = page.table("Scores of the runs")
-    assert [row[4] for row in rows] == [percent(v) for v in values]
+    assert [row[5] for row in rows] == [percent(v) for v in values]
     assert len(page.table("Mean of the peers: training cross")[0]) == 4
+
+
+def test_runs_on_other_images_are_no_seeds(tmp_path):
+    for seed, root in enumerate(("photos", "other photos")):
+        run = make_run(tmp_path / root, seed=seed)
+        text = f"data: folder\nroot: {tmp_path / root}\nseed: {seed}\n"
+        (run / "config.yaml").write_text(text)
+    page = compare(tmp_path / "photos", tmp_path / "other photos")
+    assert "standard deviation" not in page.text
+    assert [row[0] for row in page.table("Only what is not the same")[1:]] == ["root", "seed"]
+    _, *rows = page.table("Scores of the runs")
+    assert [row[1] for row in rows] == ["the images of photos", "the images of other photos"]
+
+
+def test_a_comparison_says_which_images_the_scores_are_of(tmp_path):
+    make_run(tmp_path / "a", seed=0)
+    both = {"chosen_on": "validation", "scored_on": "validation"}
+    make_run(tmp_path / "b", evaluated="validation", summary=both, seed=1)
+    page = compare(tmp_path / "a", tmp_path / "b")
+    _, *rows = page.table("Scores of the runs")
+    assert [row[4] for row in rows] == ["40 test images", "40 validation images"]
+    assert "standard deviation" not in page.text
+    assert page.table("Mean of the peers: test and validation accuracy (%)")
+    page = compare(tmp_path / "a", tmp_path / "a")
+    assert page.table("Ensemble: test accuracy (%)")
 
 
 def test_other_differences_are_no_seeds(tmp_path):

@@ -19,6 +19,7 @@ from fastdml.cohort import Cohort
 from fastdml.data import TorchLoader, load_folder
 from fastdml.data.reid_split import MEAN, STD
 from fastdml.errors import InputError
+from fastdml.report.predictions import read_predictions
 from fastdml.train import FolderConfig
 from fastdml.train.tasks import own_images
 from fastdml.train.tasks.task import task_of
@@ -112,6 +113,11 @@ def test_the_command_trains_and_evaluates(photos, tmp_path, capfd):
     assert cli.main(["evaluate", str(tmp_path / "run"), "--json", "--weights", "last"]) == 0
     scores = json.loads(capfd.readouterr().out)["scores"]
     assert scores == summary["mutual"]["scores"]
+    found = read_predictions(tmp_path / "run")
+    assert len(found.files) == len(found.pictured) == 12
+    for name, place in zip(found.files, found.pictured, strict=True):
+        assert (Path(root) / "test" / name).is_file()
+        assert Path(name).parent.name == CLASSES[found.label[place]]
 
 
 def test_without_test_images_the_validation_images_score(photos, on, capfd):

@@ -14,7 +14,7 @@ from fastdml.report.html.curves import Key, Panel
 from fastdml.report.html.headline import Shown, score_text, score_title
 from fastdml.report.html.render import render
 from fastdml.report.html.run_page import value_text
-from fastdml.report.run_files import PLACES, RunFiles, number, numbers
+from fastdml.report.run_files import OWN_IMAGES, PLACES, RunFiles, data_text, number, numbers
 from fastdml.report.scoring import Scoring
 from fastdml.units import duration
 
@@ -53,10 +53,12 @@ def comparison_page(
 def differences(runs: Sequence[RunFiles]) -> list[Row]:
     """The settings that are not the same in all runs; "–" where a run does not have one."""
     names = dict.fromkeys(name for run in runs for name in run.settings)
+    own = any(run.settings.get("data") in OWN_IMAGES for run in runs)
+    places = PLACES - {"root"} if own else PLACES
     rows = []
     for name in names:
         values = [value_text(r.settings[name]) if name in r.settings else "–" for r in runs]
-        if name not in PLACES and len(set(values)) > 1:
+        if name not in places and len(set(values)) > 1:
             rows.append(Row(name, values))
     return rows
 
@@ -66,7 +68,7 @@ def _scores(names: Sequence[str], shown: Sequence[Shown]) -> tuple[list[str], li
     leading = dict.fromkeys(
         score.name for one in shown for score in one.headlines if score.name in one.scores
     )
-    head = ["data", "peers", "weights"]
+    head = ["data", "peers", "weights", "scores on"]
     for name in leading:
         title = score_title(name)
         head += [f"mean of the peers, {title}", f"best peer, {title}", f"ensemble, {title}"]
@@ -77,9 +79,10 @@ def _scores(names: Sequence[str], shown: Sequence[Shown]) -> tuple[list[str], li
     for label, one in zip(names, shown, strict=True):
         run, phase = one.run, one.run.phase
         cells = [
-            value_text(run.settings.get("data", "–")),
+            data_text(run.settings),
             value_text(run.settings.get("peers", run.peers)),
             f"{one.weights}, chosen on {run.chosen_on}" if one.weights == "best" else "last",
+            headline.cases_text(one) if one.scores else "–",
         ]
         for name in leading:
             values = _there(one.scores, name, len(run.peers))
@@ -108,6 +111,8 @@ def _over_seeds(shown: Sequence[Shown]) -> list[str]:
         return []
     if len({value_text(run.settings.get("seed")) for run in runs}) < len(runs):
         return []
+    if len({headline.cases_text(one) for one in shown}) > 1:  # not of the same images
+        return []
     found = []
     for score in shown[0].headlines:
         title = score_title(score.name).removesuffix(" (%)")
@@ -134,10 +139,15 @@ def _panels(names: Sequence[str], shown: Sequence[Shown]) -> list[Panel]:
     evaluated = {name: curves.evaluations(run)[1] for name, run in runs.items()}
     title = "Mean of the peers: training cross-entropy (nats)"
     panels = [curves.runs_panel("curve-ce", title, trained, "ce")]
+    images = " and ".join(
+        sorted({curves.evaluations(run)[0] for name, run in runs.items() if evaluated[name]})
+    )
     for name, title in dict.fromkeys((s.name, s.title) for one in shown for s in one.headlines):
         for who, key in (("Mean of the peers", name), ("Ensemble", f"ensemble_{name}")):
             panels.append(
-                curves.runs_panel(f"curve-{key}", f"{who}: {title} (%)", evaluated, key, 100.0)
+                curves.runs_panel(
+                    f"curve-{key}", f"{who}: {images} {title} (%)", evaluated, key, 100.0
+                )
             )
     return [panel for panel in panels if panel.chart]
 

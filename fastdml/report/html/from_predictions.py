@@ -64,7 +64,7 @@ class Said(NamedTuple):
 
 
 class Picture(NamedTuple):
-    place: int  # in the test set
+    name: str  # its file, or its place among the images
     source: str  # a data: URI
     width: int
     height: int
@@ -148,7 +148,8 @@ def disputed(found: Predictions) -> list[Picture]:
     K = len(found.peers)
     names = [*found.peers, ENSEMBLE] if K > 1 else list(found.peers)
     pictures = []
-    for index, pixels in zip(found.pictured.tolist(), _brightened(found.pictures), strict=True):
+    every = zip(found.pictured.tolist(), _brightened(found.pictures), strict=True)
+    for k, (index, pixels) in enumerate(every):
         label = int(found.label[index])
         says = [
             Said(
@@ -162,7 +163,13 @@ def disputed(found: Predictions) -> list[Picture]:
         height, width = pixels.shape[:2]
         pictures.append(
             Picture(
-                *(index, _data_uri(pixels), width, height, found.class_name(label)),
+                *(
+                    found.files[k] if found.files else f"image {index}",
+                    _data_uri(pixels),
+                    width,
+                    height,
+                    found.class_name(label),
+                ),
                 f"{float(found.disagreement[index]):.3f}",
                 says,
             )

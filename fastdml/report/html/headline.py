@@ -77,6 +77,11 @@ def shown_weights(run: RunFiles, asked: str | None) -> str:
     return asked or ("best" if run.chosen_on == "validation" else "last")
 
 
+def last_is_best(run: RunFiles) -> bool:
+    """Whether the last weights are the best ones."""
+    return run.ended and number(run.phase.get("best_epoch")) == run.epochs
+
+
 def score_title(name: str) -> str:
     """With its unit."""
     if name in IN_NATS:
@@ -131,7 +136,7 @@ def table_of(shown: Shown) -> HeadlineTable | None:
         columns.append([Cell(counts[k]) if k < len(counts) else Cell("") for k in range(len(rows))])
     cells = [list(row) for row in zip(*columns, strict=True)]
     small = "; below a score its 95 % interval" if any(map(shown.cases, leading)) else ""
-    caption = f"Scores on {_cases_text(shown)}{small}. Ensemble: {shown.ensemble}."
+    caption = f"Scores on {cases_text(shown)}{small}. Ensemble: {shown.ensemble}."
     return HeadlineTable(caption, head, list(zip(rows, cells, strict=True)))
 
 
@@ -163,7 +168,7 @@ def _result(shown: Shown) -> str:
     lead, run = shown.headlines[0], shown.run
     label = score_title(lead.name).removesuffix(" (%)")
     mutual = _values_text(numbers(shown.scores.get(lead.name), len(run.peers)))
-    where = f"{label} on {_cases_text(shown)}"
+    where = f"{label} on {cases_text(shown)}"
     data = data_text(run.settings)
     if len(run.peers) == 1:
         return f"One peer, trained from the labels alone on {data}, reaches {mutual} {where}."
@@ -287,7 +292,7 @@ def _parameters(run: RunFiles) -> list[str]:
     return ["–" if count is None else f"{count:,.0f}" for count in counts[: len(run.peers)]]
 
 
-def _cases_text(shown: Shown) -> str:
+def cases_text(shown: Shown) -> str:
     run = shown.run
     rows, queries = (number(shown.scores.get(name)) for name in ("rows", "queries"))
     if queries is not None:

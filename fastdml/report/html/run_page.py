@@ -52,7 +52,7 @@ def run_page(
         "remedy": remedy,
         "images": run.scored_on,
         "keeps_predictions": scoring.keeps_predictions,
-        "of_weights": f"of the {found.weights} weights" if found else "",
+        "of_weights": _of_weights(shown),
         "made": f"fastdml {__version__}",
     }
     if found is not None:
@@ -100,6 +100,16 @@ def _state(run: RunFiles) -> str:
         f"This run has not ended: it stands at epoch {run.epochs:.4g}{of}. It may still be "
         "training; one that was interrupted goes on with resume. Make the page again then."
     )
+
+
+def _of_weights(shown: Shown) -> str:
+    """Whose predictions the sections below the result are of."""
+    run, found = shown.run, shown.run.predictions
+    if found is None:
+        return ""
+    if found.weights == shown.weights or headline.last_is_best(run):
+        return f"of the {shown.weights} weights"
+    return f"of the {found.weights} weights, while the table above is of the {shown.weights} ones"
 
 
 def _spans(run: RunFiles) -> list[dict[str, Any]]:
