@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import csv
+import io
 import logging
 import os
 import sys
@@ -291,20 +292,27 @@ def _writer(
         return as_json
     top = min(top, outputs.predictor.num_classes)
     places = [""] if top == 1 else [f"_{place}" for place in range(1, top + 1)]
-    writer = csv.writer(file, lineterminator="\n")
     columns = [
         f"{name}_{what}{place}"
         for name in outputs.names
         for place in places
         for what in ("class", "probability")
     ]
-    writer.writerow(["path", *columns, "error"])
+    file.write(csv_line(["path", *columns, "error"]))
 
     def as_csv(found: Found) -> None:
         cells = [cell for likely in found.top for c, p in likely for cell in (c, f"{p:.6g}")]
-        writer.writerow([found.path, *(cells or [""] * len(columns)), found.error])
+        file.write(csv_line([found.path, *(cells or [""] * len(columns)), found.error]))
 
     return as_csv
+
+
+def csv_line(cells: Sequence[str]) -> str:
+    """A line of CSV. A cell with a carriage return is quoted too, which readers take for the end of
+    a line: csv.writer quotes what its own end of lines is made of."""
+    line = io.StringIO()
+    csv.writer(line, lineterminator="\r\n").writerow(cells)
+    return line.getvalue().removesuffix("\r\n") + "\n"
 
 
 def _paths(given: Sequence[str]) -> Iterator[str]:

@@ -88,7 +88,14 @@ def test_images_that_cannot_be_read_are_told_and_the_others_done(exact, images, 
     whole = (images / "0" / "000 é.png").read_bytes()
     folder = tmp_path / "in"
     folder.mkdir()
-    names = ["a, b.png", 'new\nline "q".png', "é☃.png", os.fsdecode(b"byte\xff.png"), "z=1.png"]
+    names = [
+        "a, b.png",
+        'new\nline "q".png',
+        "old\rMac.png",
+        "é☃.png",
+        os.fsdecode(b"byte\xff.png"),
+        "z=1.png",
+    ]
     for name in names:
         (folder / name).write_bytes(whole)
     (folder / "empty.png").touch()
@@ -106,8 +113,8 @@ def test_images_that_cannot_be_read_are_told_and_the_others_done(exact, images, 
     ]
     assert lines[2:] == [
         "absent.png: the file is not there",
-        f"8 images: {to}",
-        "fastdml: error: 3 of 8 images could not be read; the others are done",
+        f"9 images: {to}",
+        "fastdml: error: 3 of 9 images could not be read; the others are done",
     ]
     found = rows(to.read_bytes().decode(errors="surrogateescape"))
     assert sorted(Path(r["path"]).name for r in found if not r["error"]) == sorted(names)
