@@ -146,16 +146,18 @@ def _shown(value: Any) -> str:
 
 def _use(cohort: Cohort, what: Exported, names: Sequence[str]) -> Iterator[str]:
     """How each of the exported files called `names` is used."""
+    record = cohort.record()
+    pictures = not any(record[name] is None for name in ("image_shape", "mean", "std"))
     classifies = what.output != "features"
+    own = not all(cohort.models[k] for k in what.chosen)
     for name in names:
         _, suffix = os.path.splitext(name)
         if suffix == ".safetensors":
-            own = not all(cohort.models[k] for k in what.chosen)
             peers = ", peers=[...]" if own else ""
             call = "print(model.predict(['image.png'], top=5))"
             if not classifies:
                 call = "print(model(model.preprocess('image.png')[None]))"
-            if any(cohort.record()[name] is None for name in ("image_shape", "mean", "std")):
+            if not pictures:
                 call = "print(model(batch))  # prepared as in training"
             yield "With fastdml:"
             yield _code(["import fastdml", "", f"model = fastdml.load({name!r}{peers})", call])
@@ -168,6 +170,11 @@ def _use(cohort: Cohort, what: Exported, names: Sequence[str]) -> Iterator[str]:
         else:
             yield "With ONNX Runtime:"
             yield _code(plain_torch(cohort, what, name))
+    if pictures and not (own and all(name.endswith(".safetensors") for name in names)):
+        yield (
+            "The lines without fastdml prepare images of 8 bits a channel. Grey of 16 bits fastdml "
+            "scales to 8 first; Pillow's `convert` would clip it to white."
+        )
 
 
 def _code(lines: Sequence[str]) -> str:

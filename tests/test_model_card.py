@@ -195,4 +195,5 @@ def test_a_card_names_the_images_of_ones_own_and_what_was_chosen(tmp_path):
     card = write_card(path, Cohort.load(run), 0, run, "last").read_text()
     assert "A network trained on the images of birds." in card
     assert "the images of birds, 2 classes: a, b." in card
+    assert "prepare images of 8 bits a channel" in card
     assert "- settings other than fastdml's defaults for folder: `epochs` 2, `size` 16\n" in card
