@@ -215,9 +215,11 @@ def read_split(
             name = file.relative_to(folder).as_posix() if layout.nested else file.name
             files.append((file, name))
     paths, ids, cameras = [], [], []
+    unread: list[str] = []
     for file, name in sorted(files):
         who = numbers(name)
         if who is None:
+            unread.append(name)
             bad[str(file)] = (
                 f"its name is not of the form {layout.form}, so its identity and camera are unknown"
             )
@@ -228,6 +230,11 @@ def read_split(
         paths.append(str(file))
         ids.append(identity)
         cameras.append(camera)
+    if layout.nested and len(unread) == len(files):  # the pattern is at fault, not the files
+        raise InputError(
+            f"{root / places[0][0]}: none of its {len(files):,} images has a name of the form "
+            f"{layout.form}: {unread[0]!r} for one"
+        )
     return ReidSplit(tuple(paths), torch.tensor(ids).long(), torch.tensor(cameras).long())
 
 

@@ -158,7 +158,7 @@ def test_a_set_of_ones_own(tmp_path, scans):
         (tmp_path / name).rename(tmp_path / other[-1])
     found = ImageFolderReID(tmp_path, "reid_folder", pattern=PATTERN, **options)
     assert {k: sorted(v) for k, v in facts(found).items()} == expected
-    with pytest.raises(InputError, match=r"12 of 12 files are bad: .*not of the form 0002_c1"):
+    with pytest.raises(InputError, match=r"none of its 4 images has a name of the form 0002_c1"):
         ImageFolderReID(tmp_path, "reid_folder", **options)  # Market-1501's names, unless told
 
 
@@ -187,14 +187,30 @@ def test_patterns_that_say_nothing(tmp_path, pattern, message):
         ImageFolderReID(own(tmp_path), "reid_folder", pattern=pattern)
 
 
-def test_a_group_that_takes_no_part_is_a_bad_name(tmp_path, scans):
+def test_a_group_that_takes_no_part_finds_nothing(tmp_path, scans):
     own(tmp_path)
     for pattern in (
         r"person (?P<id>\d+)/(cam(?P<camera>\d)x)?",
         r"person (?P<id>\d+)|(?P<camera>x)",
     ):
-        with pytest.raises(InputError, match=r"12 of 12 files are bad: .*: its name is not of"):
+        with pytest.raises(InputError, match=r"train: none of its 4 images has a name of the"):
             ImageFolderReID(tmp_path, "reid_folder", pattern=pattern, cache=scans)
+
+
+@pytest.mark.parametrize("bad_files", ["error", "skip"])
+def test_a_pattern_that_no_file_fits(tmp_path, scans, bad_files):
+    told = (
+        r"train: none of its 4 images has a name of the form that the pattern '\(\?P<id>x.*finds"
+        r": 'person 11/cam1-1\.png' for one$"
+    )
+    with pytest.raises(InputError, match=told):
+        ImageFolderReID(
+            own(tmp_path),
+            "reid_folder",
+            pattern=r"(?P<id>x\d+)y(?P<camera>\d)",
+            bad_files=bad_files,
+            cache=scans,
+        )
 
 
 @pytest.mark.parametrize("found", [("1", "2"), (1.5, 2), (1, None), (1,), (1, 2, 3), 7])
