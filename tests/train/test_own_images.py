@@ -21,6 +21,7 @@ from fastdml.data.reid_split import MEAN, STD
 from fastdml.errors import InputError
 from fastdml.report.predictions import read_predictions
 from fastdml.train import FolderConfig
+from fastdml.train.config.sources import preset
 from fastdml.train.tasks import own_images
 from fastdml.train.tasks.task import task_of
 
@@ -206,6 +207,11 @@ def test_usual_sizes():
     assert own_images._usual_size(("torchvision.models:resnet18",)) == 224
 
 
+def test_the_learning_rate_suits_few_images():
+    assert FolderConfig().lr == 0.1  # of the class alone, which is the paper's
+    assert preset("folder").lr == 0.01
+
+
 # --- refused ---
 
 
@@ -262,6 +268,14 @@ def test_evaluation_of_other_classes_is_refused(photos, on, capfd):
     err = capfd.readouterr().err
     assert "does not hold the classes that the peers of" in err
     assert "not 'dog' but 'wolf'" in err
+
+
+def test_evaluation_without_the_images_names_the_option(photos, on, capfd):
+    result = on(photos("train", "test"), epochs=1)
+    shutil.move(photos(), photos(name="moved"))
+    assert cli.main(["evaluate", str(result.folder)]) == 2
+    assert "is not here: name the place of its images with --data" in capfd.readouterr().err
+    assert cli.main(["evaluate", str(result.folder), "--data", str(photos(name="moved"))]) == 0
 
 
 def test_resumed_runs_end_as_they_would_have(photos, on, tmp_path):

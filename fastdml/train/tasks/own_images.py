@@ -16,6 +16,7 @@ from fastdml.data.image_files import Splits
 from fastdml.data.reid_split import MEAN, STD
 from fastdml.data.sets.folder import load_folder, warn_of_copies
 from fastdml.errors import InputError
+from fastdml.paths import expanded
 from fastdml.train.config.own_images import FolderConfig
 from fastdml.train.same_data import check_same_data, data_mark, marks_of
 from fastdml.train.tasks.classification import Classification, evaluate, table
@@ -23,7 +24,9 @@ from fastdml.train.tasks.task import Evaluation, register_task
 
 logger = logging.getLogger(__name__)
 
-PRESETS = {"folder": {"epochs": 30, "schedule": "cosine"}}
+# A tenth of the paper's learning rate: a folder has hundreds of images more often than 50,000, and
+# in so few steps peers do not recover from how far 0.1 throws them at the start.
+PRESETS = {"folder": {"epochs": 30, "schedule": "cosine", "lr": 0.01}}
 FOR_OWN_NETWORKS, FOR_IMAGENETS = 64, 224  # pixels a side
 
 
@@ -64,6 +67,11 @@ class OwnImages(Classification):
     ) -> Evaluation:
         """On the test images, or where there are none on those for validation, which is logged."""
         known = cohort.record()
+        if not expanded(config.root).exists():
+            raise InputError(
+                f"{config.root}, which {run} was trained on, is not here: name the place of its "
+                "images with --data"
+            )
         size = (*known["image_shape"][1:],) if known["image_shape"] else config.size or None
         splits = load_folder(config.root, size=size, bad_files=config.bad_files)
         if list(splits.train.class_names) != known["classes"]:
