@@ -80,7 +80,12 @@ def script(shell: str, commands: Mapping[str, Command]) -> str:
             prog="fastdml",
             args=["--tyro-write-completion", shell, "-"],
         )
-    text = written.getvalue()
+    # A description that goes on in the next line of its source would be offered as a word.
+    lines = written.getvalue().splitlines(keepends=True)
+    text = "".join(
+        line.replace(r"\n", " ") if line.startswith("COMPLETION_SPEC = ") else line
+        for line in lines
+    )
     if shell == "bash":
         return text + FILES_IN_BASH
     written_by_tyro, ours = IN_ZSH if shell == "zsh" else IN_FISH

@@ -77,6 +77,12 @@ def test_choices(bash):
     assert set(bash("evaluate", "run", "--weights", "")) == {"last", "best"}
 
 
+def test_no_words_of_descriptions(bash):
+    """Whose lines, as they stand in the source, are not what bash offers for an option."""
+    assert bash("train", "folder", "--aug") == ["--augment"]
+    assert all(word.startswith("--") for word in bash("train", "folder", "--"))
+
+
 def test_options_of_other_commands(bash):
     offered = bash("evaluate", "--")
     assert {"--weights", "--peers", "--download", "--json"} <= set(offered)
