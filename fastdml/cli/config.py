@@ -18,7 +18,7 @@ def config(args: list[str]) -> None:
             f"usage: fastdml config {{{','.join(known)}}} [--to FILE] [OPTIONS]\n\n"
             "Prints all settings with their defaults for this data, or writes them to FILE. The "
             f"options are\nthose of fastdml train, and change what is printed: fastdml train "
-            f"{known[-1]} --help"
+            f"{known[0]} --help"
         )
         return
     data, *options = args

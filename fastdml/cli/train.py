@@ -8,6 +8,7 @@ import json
 import os
 import re
 import shlex
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from fastdml.cli.parsing import check_options
@@ -32,11 +33,13 @@ def train(args: list[str]) -> None:
     known = dataset_names()
     usage = f"usage: fastdml train {{{','.join(known)}}} [OPTIONS]"
     if not args or args[0] in ("-h", "--help"):
-        print(f"{usage}\n\nThe options of each: fastdml train {known[-1]} --help")
+        print(f"{usage}\n\nThe options of each: fastdml train {known[0]} --help")
         return
     data, *options = args
     if data not in known:
-        raise InputError(f"cannot train on {data!r}; {advice(data, known)}")
+        own = f"images of your own: fastdml train folder --root {shlex.quote(data)}"
+        what = own if Path(data).exists() else advice(data, known)
+        raise InputError(f"cannot train on {data!r}; {what}")
     config = train_config(data, options)
     find_own_models(config.peers)
 

@@ -184,6 +184,12 @@ def test_wrong_commands(refused):
     refused(["evaluate", "nowhere"], "nowhere", "not the folder of a run")
 
 
+def test_a_folder_where_the_name_of_data_is_due(refused, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "my photos").mkdir()
+    refused(["train", "my photos"], r"fastdml train folder --root 'my photos'$")
+
+
 def test_kernels_that_are_interpreted_cannot_be_reported(refused, monkeypatch):
     monkeypatch.setenv("TRITON_INTERPRET", "1")
     refused(["kernels", "--shapes", "2x100"], "TRITON_INTERPRET is set", "unset it")
