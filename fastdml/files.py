@@ -106,6 +106,8 @@ def writing(path: Path) -> Iterator[None]:
     except OSError as error:
         name = error.filename or path
         remedy = ": make room" if error.errno in NO_ROOM else ""
+        if error.errno in (errno.EROFS, errno.EACCES):
+            remedy = ": choose another place"
         raise InputError(f"cannot write {name}: {error.strerror or error}{remedy}") from error
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import resource
 from contextlib import contextmanager
@@ -13,7 +14,7 @@ from torch import nn
 
 from fastdml.cohort import Cohort
 from fastdml.errors import InputError
-from fastdml.files import partial, replacing, safe_name, write_atomically
+from fastdml.files import partial, replacing, safe_name, write_atomically, writing
 from fastdml.report.metrics_log import MetricsLog
 from fastdml.train import TrainConfig, checkpoint
 
@@ -149,3 +150,17 @@ def test_of_several_writers_at_once_the_last_wins(tmp_path, monkeypatch):
 def test_a_name_that_is_part_of_a_files_name_is_safe_on_any_system(name, expected):
     assert safe_name(name) == expected
     assert safe_name(name, 4) == expected[:4]
+
+
+@pytest.mark.parametrize(
+    ("number", "remedy"),
+    [
+        (errno.ENOSPC, "No space left on device: make room"),
+        (errno.EROFS, "Read-only file system: choose another place"),
+        (errno.EACCES, "Permission denied: choose another place"),
+    ],
+)
+def test_the_remedy_is_that_of_the_reason(number, remedy):
+    told = pytest.raises(InputError, match=f"^cannot write table.csv: {remedy}$")
+    with told, writing(Path("table.csv")):
+        raise OSError(number, os.strerror(number))
