@@ -183,13 +183,19 @@ def load_cohort(
     elif path.exists():
         raise InputError(
             f"{path} is neither the folder of a run, nor of a cohort: it holds no config.yaml and "
-            "no cohort.json"
+            f"no cohort.json{_exported_in(path)}"
         )
     else:
         raise InputError(f"there is no {path}: give the folder of a run or an exported file")
     if weights is not None:
         raise InputError(f"{path} is no run and has one set of weights: leave weights out")
     return cohort, None
+
+
+def _exported_in(folder: Path) -> str:
+    """For the message: what to give in place of a folder of exported files."""
+    found = sorted(folder.glob("*.safetensors"))
+    return f"; give one of its files, such as {found[0]}" if found else ""
 
 
 def checked_device(device: str | torch.device) -> torch.device:

@@ -110,6 +110,12 @@ def test_mistakes_are_one_line(folder, tmp_path):
         fastdml.load(tmp_path / "nowhere")
     with pytest.raises(InputError, match="neither the folder of a run, nor of a cohort"):
         fastdml.load(tmp_path)
+    (tmp_path / "exported").mkdir()
+    (tmp_path / "exported" / "00-a.safetensors").touch()
+    with pytest.raises(
+        InputError, match=r"; give one of its files, such as \S+/00-a\.safetensors$"
+    ):
+        fastdml.load(tmp_path / "exported")
 
 
 def test_reidentification_gives_features(tmp_path):
