@@ -16,6 +16,12 @@ def duration(seconds: float) -> str:
     return f"{count:.1f} {unit}" if count < 9.95 else f"{count:,.0f} {unit}"
 
 
+def milliseconds(seconds: float) -> str:
+    """Three digits of so many milliseconds, such as "12.3", and all digits from 1,000 on."""
+    count = 1000 * seconds
+    return f"{count:.3g}" if count < 999.5 else f"{count:,.0f}"
+
+
 def rate(count: float) -> str:
     """A count a second, thousands from 10,000 on as "15.7k"."""
     return f"{count:,.0f}" if count < 9999.5 else f"{count / 1000:,.1f}k"

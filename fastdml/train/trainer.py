@@ -51,7 +51,7 @@ from fastdml.train.same_data import data_mark
 from fastdml.train.stopping import Stop
 from fastdml.train.tasks.task import Task, scoring_of
 from fastdml.train.trainer_state import restore, state_of
-from fastdml.units import duration
+from fastdml.units import duration, milliseconds
 from fastdml.yaml_file import CONFIG
 
 logger = logging.getLogger(__name__)
@@ -271,7 +271,7 @@ class Trainer:
         shares = [f"{100 * s / sum(seconds):.0f}" for s in seconds]
         self.shares = f", cost {' '.join(shares)} %"
         each = ", ".join(
-            f"{name} {1000 * s:.3g} ms ({share} %)"
+            f"{name} {milliseconds(s)} ms ({share} %)"
             for name, s, share in zip(self.cohort.names, seconds, shares, strict=True)
         )
         return f"; each peer alone: {each}"

@@ -146,8 +146,8 @@ def test_what_is_left_out_is_told(root, caplog):
     splits = load_folder(root)
     assert len(splits.train) == 8
     told = [record.getMessage() for record in caplog.records]
-    assert any("1 image beside the class folders, such as 'beside.png'" in line for line in told)
-    assert any("2 files that are no images by their names" in line for line in told)
+    assert any("1 image beside the class folders, without a class" in line for line in told)
+    assert any("left out: 2 files not called .bmp .gif" in line for line in told)
     assert any("read are test, train, and not extra, train.csv" in line for line in told)
 
 

@@ -227,7 +227,7 @@ def test_the_line_at_the_start(config, loaders, take, capsys):
     fit(make_cohort(), *loaders, config(independent=True))
     chosen, start, first, last, second, *_ = capsys.readouterr().err.splitlines()
     assert chosen.startswith("execution: threads, 2 threads (ms a step: eager on 1 ")
-    each = r"[\d.e+]+ ms \(\d+ %\)"
+    each = r"[\d.,]+ ms \(\d+ %\)"
     pattern = (
         r"mutual: .+, 2 threads, fp32, execution threads, 10 steps, folder (\S+), about [\d.,]+ s; "
         rf"each peer alone: Noting-1 {each}, Noting-2 {each}"

@@ -12,7 +12,7 @@ from fastdml.engine.amp import resolve_amp
 from fastdml.metrics import ClassificationScores
 from fastdml.train.peer_costs import peer_seconds
 from fastdml.train.progress import Progress
-from fastdml.units import rate
+from fastdml.units import milliseconds, rate
 
 CPU = torch.device("cpu")
 
@@ -54,6 +54,11 @@ def test_what_it_says():
 def test_rates():
     found = [rate(x) for x in (0.4, 104.2, 9999.4, 9999.6, 15_746.2, 1_234_567.0)]
     assert found == ["0", "104", "9,999", "10.0k", "15.7k", "1,234.6k"]
+
+
+def test_milliseconds():
+    found = [milliseconds(x) for x in (0.00123, 0.0335, 0.9994, 0.9996, 1.3204)]
+    assert found == ["1.23", "33.5", "999", "1,000", "1,320"]
 
 
 class Counts(nn.Module):

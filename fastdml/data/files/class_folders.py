@@ -50,8 +50,8 @@ def read_class_folders(folder: Path) -> Listing:
         raise InputError(_no_classes(folder, beside))
     if beside:
         found.notes.append(
-            f"{folder}: {counted(len(beside), 'image')} beside the class folders, such as "
-            f"{beside[0]!r}, have no class and are left out"
+            f"{folder}: left out: {counted(len(beside), 'image')} beside the class folders, "
+            f"without a class, such as {beside[0]!r}"
         )
     others: list[str] = []
     by_name: dict[str, str] = {}
@@ -73,8 +73,8 @@ def read_class_folders(folder: Path) -> Listing:
         found.classes += [of_class] * len(images)
     if others:
         found.notes.append(
-            f"{folder}: {counted(len(others), 'file')} that are no images by their names "
-            f"({' '.join(SUFFIXES)}) are left out, such as {others[0]}"
+            f"{folder}: left out: {counted(len(others), 'file')} not called "
+            f"{' '.join(SUFFIXES)}, such as {others[0]}"
         )
     return found
 
