@@ -130,9 +130,7 @@ def _with_to(config: Any) -> Any:
 def _of_options(tyro: Any, name: str, parser: Parser) -> type:
     """A dataclass with the options of a command; RUN and its like are files, to the shell."""
     fields = []
-    for action in parser._actions:
-        if not action.option_strings or isinstance(action, argparse._HelpAction):
-            continue
+    for action in parser.options():
         option = action.option_strings[-1].removeprefix("--")
         text = (action.help or "") % {**vars(action), "prog": parser.prog}
         about = tyro.conf.arg(name=option, help=text)

@@ -28,6 +28,10 @@ class Parser(argparse.ArgumentParser):
         lists = [name for a in self._actions if a.nargs == "+" for name in a.option_strings]
         return self.parse_args(split_lists(args, lists))
 
+    def options(self) -> list[argparse.Action]:
+        """Its --options, but for --help."""
+        return [a for a in self._actions if a.option_strings and "--help" not in a.option_strings]
+
     def error(self, message: str) -> NoReturn:
         raise InputError(f"{self.prog}: {message}")
 
