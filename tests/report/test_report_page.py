@@ -173,6 +173,12 @@ def test_curves_have_their_values_in_tables(run):
     assert [row[1] for row in speed] == ["1,001", "1,002", "1,003"]
 
 
+@pytest.mark.parametrize(("epochs", "told"), [(3, False), (12, True)])
+def test_the_last_reading_is_told_where_it_is_no_span_of_its_own(tmp_path, epochs, told):
+    text = page_of(make_run(tmp_path / "run", epochs=epochs)).text
+    assert (f"last reading, epoch {epochs}" in text) == told
+
+
 def test_words_say_which_weights_and_what_one_seed_cannot_tell(run):
     text = page_of(run).text
     assert "on 40 test images; each by itself, from the same start on the same batches" in text
@@ -442,6 +448,7 @@ def test_other_differences_are_no_seeds(tmp_path):
     _, *rows = page.table("Scores of the runs")
     assert [row[0] for row in rows] == ["a-1", "b", "a-2"]
     assert "not ended" in rows[2][-3]
+    assert [row[3] for row in rows] == ["last", "last", "of the last evaluation so far"]
 
 
 def test_runs_of_two_tasks(tmp_path):

@@ -81,7 +81,7 @@ def _scores(names: Sequence[str], shown: Sequence[Shown]) -> tuple[list[str], li
         cells = [
             data_text(run.settings),
             value_text(run.settings.get("peers", run.peers)),
-            f"{one.weights}, chosen on {run.chosen_on}" if one.weights == "best" else "last",
+            _weights_text(one),
             headline.cases_text(one) if one.scores else "–",
         ]
         for name in leading:
@@ -102,6 +102,12 @@ def _scores(names: Sequence[str], shown: Sequence[Shown]) -> tuple[list[str], li
         ]
         rows.append(Row(label, cells))
     return head, rows
+
+
+def _weights_text(one: Shown) -> str:
+    if not one.run.ended:
+        return "of the last evaluation so far"
+    return f"best, chosen on {one.run.chosen_on}" if one.weights == "best" else "last"
 
 
 def _over_seeds(shown: Sequence[Shown]) -> list[str]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from fastdml import __version__
@@ -125,7 +125,8 @@ def _spans(run: RunFiles) -> list[dict[str, Any]]:
                 [math.nan if i == j or v is None else v for j, v in enumerate(row)]
                 for i, row in enumerate(readings[-1]["pairwise_kl"])
             ]
-            spans.append((f"last reading, epoch {readings[-1]['epoch']:.4g}", matrix))
+            if _kl_texts(matrix) != _kl_texts(spans[-1][1]):  # a span may be that reading alone
+                spans.append((f"last reading, epoch {readings[-1]['epoch']:.4g}", matrix))
         found += [(label, *span) for span in spans]
     values = [v for *_, m in found for row in m for v in row if math.isfinite(v)]
     top = max(values, default=0.0) or 1.0
@@ -151,6 +152,10 @@ def _is_matrix(value: Any) -> bool:
         isinstance(row, list) and all(v is None or number(v) is not None for v in row)
         for row in value
     )
+
+
+def _kl_texts(matrix: Sequence[Sequence[float]]) -> list[list[str]]:
+    return [[_kl_text(v) for v in row] for row in matrix]
 
 
 def _kl_text(value: float) -> str:
