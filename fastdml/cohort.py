@@ -344,12 +344,15 @@ def check_logits(
     """Raises InputError for an output that is not one tensor (N, C). Looks at shapes only, which
     does not wait for the device.
 
-    x: the images, whose number is compared where it is known. remedy: where `out` holds more than
+    x: the inputs, whose number is compared where it is known. remedy: where `out` holds more than
     the logits; `{it}` in it becomes the expression that picks them. when: such as " in training".
     """
     n = x.shape[0] if isinstance(x, Tensor) else None
     if isinstance(out, Tensor) and out.shape[1:] == (num_classes,) and n in (None, len(out)):
         return
+    batch = "a batch"
+    if isinstance(x, Tensor):
+        batch = f"{n} {'image' if x.dim() == 4 else 'input'}s"
     got, it = type(out).__name__, "its logits"
     if isinstance(out, Tensor):
         got, remedy = str(tuple(out.shape)), "num_classes of the cohort and of the peer must be one"
@@ -361,8 +364,8 @@ def check_logits(
     elif isinstance(out, Sequence):
         it = "out[0]"
     raise InputError(
-        f"peer {name} must return logits (N, {num_classes}), and for "
-        f"{'a batch' if n is None else f'{n} images'}{when} returned {got}: {remedy.format(it=it)}"
+        f"peer {name} must return logits (N, {num_classes}), and for {batch}{when} returned {got}: "
+        f"{remedy.format(it=it)}"
     )
 
 

@@ -12,6 +12,8 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
+from fastdml.data.image_files import ImageFiles
+from fastdml.data.image_set import ImageSet
 from fastdml.errors import InputError
 from fastdml.train.own_batches import (
     ArrayBatches,
@@ -189,7 +191,7 @@ def _to_indices(labels: Tensor, n: int) -> str:
         one_hot = labels.shape[1] > 1
         remedy = "labels.argmax(1) makes them of one-hot rows" if one_hot else "labels[:, 0]"
     elif labels.shape == (n,):
-        remedy = "labels.long(), of numpy labels.astype('int64')"
+        remedy = "labels.long()"
     return remedy and f" ({remedy})"
 
 
@@ -256,6 +258,12 @@ def as_batches(
         batches = IterableBatches(loader, device, num_classes, what, check)
     elif hasattr(source, "__iter__") and _length(source) is not None:
         batches = IterableBatches(source, device, num_classes, what, check)
+    elif isinstance(source, (ImageSet, ImageFiles)):
+        train = what == "training"
+        raise InputError(
+            f"{what} data: an {type(source).__name__} is not batches yet: "
+            f"fastdml.data.make_loader('auto', images, batch_size, train={train}) makes some"
+        )
     else:
         raise InputError(
             f"{what} data: a {type(source).__name__} is not batches with a length, such as a "

@@ -19,7 +19,7 @@ from fastdml.engine.amp import Amp
 from fastdml.errors import InputError, one_line, require
 from fastdml.eval_mode import evaluating
 from fastdml.torch_private import wraps_compiled
-from fastdml.train.batches import Batches, described, first_batch, noun, sizes
+from fastdml.train.batches import IGNORED, Batches, described, first_batch, noun, sizes
 from fastdml.train.config.base import TrainConfig
 from fastdml.train.tasks.task import task_of
 
@@ -111,13 +111,25 @@ def first_look(cohort: Cohort, train: Batches, config: TrainConfig, amp: Amp) ->
     return images
 
 
-def test_look(cohort: Cohort, test: Batches, config: TrainConfig, amp: Amp, what: str) -> None:
+def test_look(cohort: Cohort, test: Batches, config: TrainConfig, amp: Amp, what: str) -> Tensor:
     """Checks that every peer can be evaluated on the first batch, before an epoch is trained, and
-    that its labels mean what they do in training. what: "test" or "validation", for messages."""
+    that its labels mean what they do in training. what: "test" or "validation", for messages.
+    Returns its labels."""
     same_images(cohort, test, what)
-    images, _ = first_batch(test, cohort.num_classes, what, task_of(config).check_labels)
+    images, labels = first_batch(test, cohort.num_classes, what, task_of(config).check_labels)
     for name, peer in zip(cohort.names, cohort.peers, strict=True):
         _try_evaluation(name, peer, images, cohort.num_classes, amp, f"{what} ")
+    return labels
+
+
+def all_labelled(labels: Tensor, what: str) -> None:
+    """Refuses labels of rows to be scored among which some are missing."""
+    missing = int((labels == IGNORED).sum())
+    if missing:
+        raise InputError(
+            f"{what} data: {missing} of {len(labels)} rows have no label ({IGNORED}), so that they "
+            "cannot be scored: leave them out"
+        )
 
 
 def same_images(cohort: Cohort, test: Batches, what: str = "test") -> None:

@@ -14,6 +14,7 @@ from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from fastdml.cohort import Cohort
+from fastdml.data.loaders.batching import Batching
 from fastdml.engine.amp import Amp
 from fastdml.errors import InputError
 from fastdml.eval_mode import evaluating
@@ -21,6 +22,7 @@ from fastdml.report.metrics_log import read_metrics
 from fastdml.train import checks
 from fastdml.train.batches import Batches, as_batches
 from fastdml.train.config.base import TrainConfig
+from fastdml.train.own_batches import ArrayBatches
 from fastdml.train.predictions import Scorer, save_predictions
 from fastdml.train.progress import Images
 from fastdml.train.run_folder import BEST
@@ -72,9 +74,14 @@ def _evaluate(
         *(source, amp.device, cohort.num_classes, what, task.check_labels),
         batch_size=config.batch_size,
     )
-    checks.test_look(cohort, batches, config, amp, what)
+    labels = checks.test_look(cohort, batches, config, amp, what)
     marks[what] = data_mark(batches)
-    return task.scorer(batches, amp)
+    scorer = task.scorer(batches, amp)
+    if isinstance(scorer, Scorer):
+        if isinstance(batches, (Batching, ArrayBatches)):
+            labels = batches.labels  # of all batches
+        checks.all_labelled(labels, what)
+    return scorer
 
 
 def read_test_set(trainer: Trainer) -> None:

@@ -13,6 +13,7 @@ from torch import nn
 from torch.utils.data import DataLoader, Dataset, TensorDataset
 
 from fastdml.cohort import Cohort
+from fastdml.data import load_digits
 from fastdml.errors import InputError
 from fastdml.train import ReidConfig, TrainConfig, evaluate, fit
 from fastdml.train.batches import as_batches
@@ -61,6 +62,11 @@ def wine() -> tuple[np.ndarray, np.ndarray]:
     order = np.random.default_rng(0).permutation(len(data.target))
     x = (data.data - data.data.mean(0)) / data.data.std(0)
     return x[order], data.target[order]
+
+
+def as_float(array: np.ndarray) -> torch.Tensor:
+    found = torch.from_numpy(array)
+    return found.float() if found.is_floating_point() else found
 
 
 def tokens(n: int = 96, length: int = 7) -> tuple[torch.Tensor, torch.Tensor]:
@@ -333,7 +339,7 @@ class TestMistakes:
             ((x, y + 1), "training data: label 3 is no class: with 3 classes"),
             (
                 (x, y.astype(float)),
-                r"labels are float32 .*\(labels.long\(\), of numpy labels.astype",
+                r"labels are float32 .*\(labels.long\(\)\)$",
             ),
             ((x, y[:, None]), r"of shape \(178, 1\) .* int64 \(labels\[:, 0\]\)$"),
             ((x, np.eye(3)[y]), r"of shape \(178, 3\) .* \(labels.argmax\(1\) makes them"),
@@ -360,6 +366,32 @@ class TestMistakes:
         with pytest.raises(InputError, match=r"fails on test inputs \(16, 5\): RuntimeError"):
             fit(rows(), (x, y), (x[:, :5], y), settings())
         assert not (tmp_path / "run").exists()
+
+    def test_of_peers_that_give_no_logits(self, settings):
+        peers = Cohort([nn.Sequential(nn.Linear(13, 2)) for _ in range(2)], CLASSES)
+        with pytest.raises(
+            InputError, match=r"logits \(N, 3\), and for 16 inputs returned \(16, 2\)"
+        ):
+            fit(peers, wine(), None, settings())
+
+    def test_of_sets_of_images(self, refused):
+        message = (
+            r"training data: an ImageSet is not batches yet: .*make_loader\('auto', images, bat"
+        )
+        refused(load_digits()[0], message)
+
+    @pytest.mark.parametrize("kind", ["arrays", "batches"])
+    def test_of_test_data_without_labels(self, settings, tmp_path, kind):
+        """Found before an epoch is trained; to train on they are skipped."""
+        x, y = wine()
+        y = np.where(np.arange(len(y)) % 9 == 8, -100, y)
+        test = (x, y) if kind == "arrays" else DataLoader(TensorDataset(*map(as_float, (x, y))), 20)
+        with pytest.raises(
+            InputError, match=r"^test data: .* rows have no label \(-100\), so that"
+        ):
+            fit(rows(), (x, y), test, settings())
+        assert not (tmp_path / "run").exists()
+        assert fit(rows(), (x, y), None, settings(epochs=1)).history
 
     def test_of_lazy_peers(self, settings, tmp_path):
         peers = Cohort([nn.Sequential(nn.LazyLinear(CLASSES)) for _ in range(2)], CLASSES)
