@@ -14,10 +14,11 @@ Rules, those of Market-1501 (Zheng et al., "Scalable Person Re-identification: A
   camera are left out for it, neither right nor wrong.
 - A query without a match is not counted.
 - Ties, "worst" (the default): of images at equal distance those of other identities rank first. So
-  scores do not depend on the order of the files, and features that are all alike score worst
+  scores do not depend on the order of the files, and distances that are all equal score worst
   instead of by luck. "given": images at equal distance rank in the order of the gallery, as a
-  stable argsort leaves them. Where no distances are equal both give the same numbers. A distance
-  that is NaN counts as infinitely far.
+  stable argsort leaves them. Where no distances are equal both give the same numbers. Distances
+  computed from features are rounded, equal features to equal distances only where sums are exact,
+  as Euclidean ones of whole numbers are. A distance that is NaN counts as infinitely far.
 """
 
 from __future__ import annotations
