@@ -53,7 +53,8 @@ def marks_of(run: Path) -> Marks | None:
         state = torch.load(run / LAST_CHECKPOINT, map_location="cpu", weights_only=True, mmap=True)
     except Exception:  # a damaged file can raise nearly anything
         return None
-    return state.get("data") if isinstance(state, dict) else None
+    found = state.get("data") if isinstance(state, dict) else None
+    return found if isinstance(found, dict) else None
 
 
 def _length(path: str) -> int | None:

@@ -355,7 +355,7 @@ class TestHandMadeCheckpoints:
         fit(make_cohort(), *make_loaders(), settings(epochs=1, ema=0.5, amp="fp16", lr=1e-3))
         state = checkpoint.load(Path(settings().folder) / "last.ckpt")
         # Without a loss on features; not in checkpoints of earlier versions.
-        unused = {"format", "metric", "description", "threads", "stopped", "tested"}
+        unused = {"format", "metric", "description", "threads", "stopped", "tested", "data"}
         for name in state.keys() - unused:
             assert name in self.damaged(settings, lambda state, name=name: state.pop(name))
 
@@ -367,6 +367,8 @@ class TestHandMadeCheckpoints:
             ("position", 2.5),
             ("config", None),
             ("description", []),
+            ("data", [1]),
+            ("data", {"training": 1}),
             ("description", {"image_shape": 3}),
             ("cohort", []),
             ("optimizer", {}),
