@@ -238,9 +238,12 @@ def _one(outputs: Outputs, path: str) -> Tensor:
 
 
 def _print_many(outputs: Outputs, options: argparse.Namespace) -> None:
+    from fastdml.data.files.check_files import progress_bar
+
     top = options.top or (TABLE_TOP if options.json else CSV_TOP)
     read = bad = 0
-    with _opened(options.to) as file:
+    bar = progress_bar(None, "predicting", None if options.to else False)
+    with _opened(options.to) as file, contextlib.closing(bar):
         write = _writer(file, outputs, options, top)
         for found in outputs.read(_paths(options.images), top):
             if found.error:
@@ -249,6 +252,7 @@ def _print_many(outputs: Outputs, options: argparse.Namespace) -> None:
                 logger.warning(f"{shown}: {found.error}")
             read += 1
             write(found)
+            bar.update(1)
             if read % outputs.at_once == 0:
                 file.flush()
     if options.to:

@@ -7,6 +7,7 @@ import io
 import json
 import os
 import shutil
+import sys
 from pathlib import Path
 
 import pytest
@@ -64,6 +65,14 @@ def test_a_folder_gives_the_probabilities_of_the_run(exact, images, capfd):
         values = torch.tensor([float(row[f"{name}_probability"]) for row in found])
         torch.testing.assert_close(values, expected, rtol=2e-5, atol=1e-6)
         assert [row[f"{name}_class"] for row in found] == [str(c) for c in known.top[place]]
+
+
+def test_a_terminal_sees_how_far_a_file_has_come(exact, images, tmp_path, monkeypatch, capfd):
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: True)
+    assert cli.main(["predict", str(exact), str(images), "--to", str(tmp_path / "x.csv")]) == 0
+    assert "predicting: " in capfd.readouterr().err
+    assert cli.main(["predict", str(exact), str(images)]) == 0  # the lines themselves are seen
+    assert "predicting" not in capfd.readouterr().err
 
 
 def test_one_image_is_a_table(exact, images, capfd):

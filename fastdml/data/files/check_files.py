@@ -254,9 +254,10 @@ class _NoBar:
     def close(self) -> None: ...
 
 
-def progress_bar(total: int, what: str, progress: bool | None = None) -> Bar:
-    """A bar on stderr. progress: whether it is shown (default: where stderr is a terminal)."""
-    if progress is False or (progress is None and not sys.stderr.isatty()) or not total:
+def progress_bar(total: int | None, what: str, progress: bool | None = None) -> Bar:
+    """A bar on stderr. total: None where nobody knows it. progress: whether it is shown (default:
+    where stderr is a terminal)."""
+    if progress is False or (progress is None and not sys.stderr.isatty()) or total == 0:
         return _NoBar()
     try:
         from tqdm import tqdm
