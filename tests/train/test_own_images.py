@@ -274,7 +274,10 @@ def test_evaluation_without_the_images_names_the_option(photos, on, capfd):
     result = on(photos("train", "test"), epochs=1)
     shutil.move(photos(), photos(name="moved"))
     assert cli.main(["evaluate", str(result.folder)]) == 2
-    assert "is not here: name the place of its images with --data" in capfd.readouterr().err
+    assert (
+        f"photos: not found from here: name the place of the images of {result.folder} with"
+        in capfd.readouterr().err
+    )
     assert cli.main(["evaluate", str(result.folder), "--data", str(photos(name="moved"))]) == 0
 
 

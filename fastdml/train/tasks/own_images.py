@@ -69,8 +69,8 @@ class OwnImages(Classification):
         known = cohort.record()
         if not expanded(config.root).exists():
             raise InputError(
-                f"{config.root}, which {run} was trained on, is not here: name the place of its "
-                "images with --data"
+                f"{config.root}: not found from here: name the place of the images of {run} with "
+                "--data"
             )
         size = (*known["image_shape"][1:],) if known["image_shape"] else config.size or None
         splits = load_folder(config.root, size=size, bad_files=config.bad_files)
