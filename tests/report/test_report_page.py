@@ -460,6 +460,31 @@ def test_runs_of_two_tasks(tmp_path):
     assert page.table("Scores of the runs")[2][4] == "–"
 
 
+def test_a_score_of_one_task_is_said_to_be_on_its_images(tmp_path):
+    make_run(tmp_path / "a")
+    other = make_run(tmp_path / "b", evaluated="validation")
+    (other / "summary.json").unlink()
+    metrics = other / "metrics.jsonl"
+    metrics.write_text(metrics.read_text().replace("top1", "top9"))
+    page = compare(tmp_path / "a", tmp_path / "b")
+    assert page.table("Ensemble: test accuracy (%)")
+
+
+@pytest.mark.parametrize(
+    ("values", "lowest"),
+    [((3.91161, 3.91175), 0), ((0.0009942, 0.0009948), 0), ((0.0, 0.0), 0), ((99.5, 99.75), 99)],
+)
+def test_labels_of_an_axis_have_room(values, lowest):
+    from fastdml.report.html.charts import Line, line_chart
+
+    points = list(enumerate(values, start=1))
+    chart = str(line_chart("name", "title", [Line("a", "c0 m0", points)]))
+    labels = re.findall(r'text-anchor="end">([^<]*)<', chart)
+    assert len(labels) >= 2
+    assert all(len(label) <= 7 for label in labels)
+    assert float(labels[0].replace("−", "-")) >= lowest
+
+
 # --- other words ---
 
 

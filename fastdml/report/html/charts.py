@@ -40,7 +40,7 @@ def line_chart(name: str, title: str, lines: Sequence[Line], x_label: str = "epo
     if not ys:
         return Markup("")
     x_ticks = ticks(min(0.0, xs[0]), max(xs[-1], 1e-9), 6, 1.0 if xs[-1] >= 1 else 0.0)
-    y_ticks = ticks(min(ys), max(ys), 5)
+    y_ticks = ticks(min(ys), max(ys), 5, _finest(max(map(abs, ys))))
     place = _Place((x_ticks[0], max(xs[-1], 1e-9)), (y_ticks[0], y_ticks[-1]))
     described = "; ".join(f"{line.label}: {_span(line.points)}" for line in lines[:8]) + (
         "" if len(lines) <= 8 else f"; and {len(lines) - 8} more"
@@ -128,13 +128,20 @@ def ticks(low: float, high: float, count: int, least: float = 0.0) -> list[float
     """Round numbers from at most `low` to at least `high`, in about `count` steps of `least` or
     more."""
     if not high > low:
-        spread = abs(high) * 0.1 or 1.0
-        low, high = low - spread, high + spread
+        spread = abs(high) * 0.1
+        low, high = low - spread, high + (spread or 1.0)
     raw = (high - low) / count
     power = 10.0 ** math.floor(math.log10(raw))
     step = max(least, next(power * m for m in (1, 2, 2.5, 5, 10) if power * m >= raw * 0.999))
     first, last = math.floor(low / step + 1e-9), math.ceil(high / step - 1e-9)
-    return [i * step for i in range(first, last + 1)]
+    return [i * step for i in range(first, max(last, first + 1) + 1)]
+
+
+def _finest(largest: float) -> float:
+    """The smallest step whose ticks have room beside the chart, by the largest value."""
+    if not largest:
+        return 0.0
+    return 10.0 ** (math.floor(math.log10(largest)) - (3 if largest >= 1 else 2))
 
 
 def number_text(value: float | None) -> str:
@@ -190,6 +197,9 @@ def _grid(place: _Place, x_ticks: Sequence[float], y_ticks: Sequence[float]) -> 
 
 def _tick(value: float) -> str:
     text = f"{value:,.6g}"
+    if 0 < abs(value) < 1e-3:
+        mantissa, exponent = f"{value:.2e}".split("e")
+        text = f"{float(mantissa):g}e{int(exponent)}"
     return "0" if text == "-0" else text.replace("-", "−")
 
 

@@ -145,10 +145,9 @@ def _panels(names: Sequence[str], shown: Sequence[Shown]) -> list[Panel]:
     evaluated = {name: curves.evaluations(run)[1] for name, run in runs.items()}
     title = "Mean of the peers: training cross-entropy (nats)"
     panels = [curves.runs_panel("curve-ce", title, trained, "ce")]
-    images = " and ".join(
-        sorted({curves.evaluations(run)[0] for name, run in runs.items() if evaluated[name]})
-    )
     for name, title in dict.fromkeys((s.name, s.title) for one in shown for s in one.headlines):
+        kinds = {curves.evaluations(one.run)[0] for one in shown if name in one.scores}
+        images = " and ".join(sorted(kinds))
         for who, key in (("Mean of the peers", name), ("Ensemble", f"ensemble_{name}")):
             panels.append(
                 curves.runs_panel(
