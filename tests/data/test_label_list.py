@@ -120,7 +120,7 @@ def test_lists_of_images_in_folders_of_their_own(listed, tmp_path):
 
 def test_lines_that_repeat(listed, caplog):
     assert read(listed(ROWS + "./1.png,cat\nsub/../4.png,dog\n")) == EXPECTED
-    assert "all.csv: 2 lines that repeat another are left out" in caplog.text
+    assert "all.csv: 2 lines left out: another says the same" in caplog.text
     with pytest.raises(InputError, match=r"'./1.png' is 'cat' in line 2 and 'dog' in line 6: k"):
         load_folder(listed(ROWS + "./1.png,dog\n"))
 

@@ -60,7 +60,7 @@ def read_label_list(file: Path) -> Listing:
     if not first:
         raise InputError(f"{file}: names no images: {FORM}")
     if again:
-        found.notes.append(f"{file}: {counted(again, 'line')} that repeat another are left out")
+        found.notes.append(f"{file}: {counted(again, 'line')} left out: another says the same")
     return found
 
 
