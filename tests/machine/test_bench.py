@@ -34,6 +34,7 @@ def test_the_table_and_its_figures(small, capfd):
     assert head.split()[:2] == ["what", "fastdml"]
     assert "loss and gradients, 3 peers, 2 x 7" in out
     assert "step, 2 resnet8, batch 4, fp32" in out
+    assert "fastdml channels_last, the usual loop torch's default" in out
 
 
 def test_samples_as_json(small, capfd):
