@@ -101,12 +101,13 @@ def register_dataset(
 
 
 def catalogue() -> tuple[DataSet, ...]:
-    """All data sets: first those that need no files, then from few classes to many, last those
-    whose classes only the files tell."""
+    """All data sets: first those that need no files, last those of re-identification; within these
+    from few classes to many, then those whose classes only the files tell."""
     _import_sets()
 
-    def place(known: DataSet) -> tuple[bool, bool, int]:
-        return known.files != "none", not known.num_classes, known.num_classes
+    def place(known: DataSet) -> tuple[bool, bool, bool, int]:
+        classes = known.num_classes
+        return known.files != "none", known.task == "reid", not classes, classes
 
     return tuple(sorted(_KNOWN.values(), key=place))
 

@@ -146,7 +146,8 @@ class TrainResult:
         if self.stopped:
             best += f", stopped early: {self.stopped}"
         rate = f", {self.images_per_second:,.0f} images/s" if self.images_per_second else ""
+        epochs = self.history[-1]["epoch"]
         return (
-            f"{self.history[-1]['epoch']:.4g} epochs{best}, {self.seconds:,.0f} s{rate}, "
+            f"{epochs:.4g} epoch{'s' * (epochs != 1)}{best}, {self.seconds:,.0f} s{rate}, "
             f"{self.precision} on {self.device}; run folder: {self.folder}"
         )

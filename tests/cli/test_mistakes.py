@@ -173,7 +173,7 @@ def test_a_file_of_a_run_where_its_folder_is_due(refused, tmp_path):
 def test_wrong_commands(refused):
     refused(["trian"], "trian", "did you mean train")
     refused(["train", "cifar1000"], "cifar1000", "did you mean cifar100")
-    names = "digits, cifar10, cifar100, veri, dukemtmc, market1501"
+    names = "digits, cifar10, cifar100, folder, veri, dukemtmc, market1501"
     refused(["train", "imagenet"], "imagenet", names)
     refused(["evaluate"], "RUN")
     refused(["evaluate", "run", "--weigths", "best"], "did you mean --weights")

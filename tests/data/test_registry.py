@@ -15,7 +15,7 @@ from fastdml.data import registry
 from fastdml.errors import InputError
 
 BUILT_IN = (
-    "digits", "cifar10", "cifar100", "veri", "dukemtmc", "market1501", "msmt17", "folder",
+    "digits", "cifar10", "cifar100", "folder", "veri", "dukemtmc", "market1501", "msmt17",
     "reid_folder",
 )  # fmt: skip
 ADDED = """

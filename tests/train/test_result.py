@@ -55,6 +55,11 @@ def test_print_shows_a_table():
     assert len(lines) == 6
 
 
+def test_one_epoch_is_no_epochs():
+    history = [{**result().history[0]}]
+    assert "\n1 epoch, 61 s" in str(result(history=history))
+
+
 def test_both_runs_stand_beside_each_other():
     alone = result(scores(ClassificationScores, 0.1, 0.2, 0.3))
     both = result(scores(ClassificationScores, 0.4, 0.5, 0.6), independent=alone)
