@@ -98,7 +98,8 @@ def fit(
     batches (inputs, labels), such as a DataLoader; or a loader of `fastdml.data`. Inputs are images
     (N, channels, H, W), rows (N, F), token ids (N, L) or whatever the peers take; labels are class
     indices (N,). Of arrays and data sets `config` gives batch size and seed, and such a run resumes
-    exactly; of a DataLoader `train.batches` says when it does. test: the same for evaluation, or a
+    exactly, unless a data set draws from other generators than torch's; of a DataLoader
+    `train.batches` says when it does. test: the same for evaluation, or a
     function from the cohort to its scores, or None. validation: the same again; it chooses the best
     weights and when to stop (`patience`), and `test` is then read at the end alone. A description
     of the images is saved with the weights, see `Cohort`. config: its device is not used; its
