@@ -8,7 +8,7 @@ from dataclasses import dataclass, field, replace
 import torch
 from torch import Tensor
 
-from fastdml.data.philox import SUBSET, check_seed, draw, permutation
+from fastdml.data.philox import SUBSET, check_seed, draw, permutation, rank_in_class
 from fastdml.errors import InputError
 
 
@@ -110,10 +110,5 @@ def evenly(labels: Tensor, n: int, seed: int) -> Tensor:
     """(n,) samples of labels (N,), as `ImageSet.subset` takes them."""
     if not 1 <= n <= len(labels):
         raise InputError(f"a subset of {n} images: the set allows 1 to {len(labels)}")
-    words = draw(check_seed(seed), 0, torch.arange(len(labels)), SUBSET)[0]
-    by_class = permutation((labels << 32) + words)
-    counts = torch.bincount(labels)
-    first = counts.cumsum(0) - counts  # (C,) where each class starts in by_class
-    rank = torch.empty_like(labels)  # (N,) place of the sample within its class
-    rank[by_class] = torch.arange(len(labels)) - first[labels[by_class]]
-    return permutation((rank << 32) + words)[:n].sort().values
+    words = draw(check_seed(seed), 0, torch.arange(len(labels), device="cpu"), SUBSET)[0]
+    return permutation((rank_in_class(labels, words) << 32) + words)[:n].sort().values

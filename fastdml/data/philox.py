@@ -78,3 +78,14 @@ def check_seed(seed: int) -> int:
 def permutation(words: Tensor) -> Tensor:
     """The order that sorts `words` (N,), equal words keeping theirs: the same on every device."""
     return torch.argsort(words, stable=True)
+
+
+def rank_in_class(labels: Tensor, words: Tensor) -> Tensor:
+    """The place (N,) int64 of each sample among those of its label, in the order of `words`. labels
+    and words: (N,) int64 on the CPU, words below 2**32."""
+    by_class = permutation((labels << 32) + words)
+    sizes = torch.bincount(labels)
+    first = sizes.cumsum(0) - sizes  # (C,) where each class starts in by_class
+    rank = torch.empty_like(labels)
+    rank[by_class] = torch.arange(len(labels), device="cpu") - first[labels[by_class]]
+    return rank

@@ -8,7 +8,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
-from fastdml.data.philox import VALIDATION, check_seed, draw, permutation
+from fastdml.data.philox import VALIDATION, check_seed, draw, permutation, rank_in_class
 from fastdml.errors import InputError
 
 logger = logging.getLogger(__name__)
@@ -54,12 +54,8 @@ def validation_places(labels: Tensor, validation: float, seed: int) -> Tensor:
             f"validation={validation:g} is {n:,} of {N:,} images: give at most {most:,}, so that "
             "each class keeps an image to train on"
         )
-    every = torch.arange(N, device="cpu")
-    words = draw(check_seed(seed), 0, every, VALIDATION)[0]
-    by_class = permutation((labels << 32) + words)
-    first = sizes.cumsum(0) - sizes  # (C,) where each class starts in by_class
-    rank = torch.empty_like(labels)  # (N,) place of the image within its class
-    rank[by_class] = every - first[labels[by_class]]
+    words = draw(check_seed(seed), 0, torch.arange(N, device="cpu"), VALIDATION)[0]
+    rank = rank_in_class(labels, words)
     turn = (rank.double() + 0.5) / sizes[labels]  # (N,) classes advance in proportion to their size
     turn[rank == 0] = 0.0  # an image of each class comes first
     turn[rank == sizes[labels] - 1] = 2.0  # and its last one never
