@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from fastdml.cohort import Cohort
+from fastdml.devices import choose_device
 from fastdml.errors import InputError
 from fastdml.exported_weights import read_safetensors
 from fastdml.paths import expanded
@@ -24,7 +25,6 @@ from fastdml.peer_outputs import (
     peer_numbers,
 )
 from fastdml.preprocessing import Picture, Preprocessing, stacked
-from fastdml.train.run import choose_device
 from fastdml.train.run_weights import (
     Weights,
     best_peer,
@@ -156,7 +156,7 @@ def load(
     Raises InputError, one line with the remedy, for files that are absent, damaged or of another
     version, and for peers, weights or a device that there are not.
     """
-    place, device = expanded(path), checked_device(device)
+    place, device = expanded(path), choose_device(str(device))
     cohort, weights = load_cohort(place, weights, device, peers)
     if peer == "best":
         peer = best_peer(place, weights, cohort.names)
@@ -196,9 +196,3 @@ def _exported_in(folder: Path) -> str:
     """For the message: what to give in place of a folder of exported files."""
     found = sorted(folder.glob("*.safetensors"))
     return f"; give one of its files, such as {found[0]}" if found else ""
-
-
-def checked_device(device: str | torch.device) -> torch.device:
-    from fastdml.train.config.base import TrainConfig
-
-    return choose_device(TrainConfig(device=str(device)))

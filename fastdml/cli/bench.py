@@ -30,14 +30,12 @@ def bench(args: list[str]) -> None:
 
     import torch
 
-    from fastdml.devices import device_name
+    from fastdml.devices import choose_device, device_name
     from fastdml.engine import cpus
     from fastdml.machine.bench import check_seconds, measure
-    from fastdml.train import TrainConfig
-    from fastdml.train.run import choose_device
 
     check_seconds(options.seconds)
-    device = choose_device(TrainConfig(device=options.device))
+    device = choose_device(options.device)
     torch.set_num_threads(cpus.sensible())
     where = {"device": device_name(device), **versions()}
     busy = busy_note(os.getloadavg()[0])  # before this adds to it

@@ -18,10 +18,9 @@ def evaluate(args: list[str]) -> None:
     """score the peers of a run on its test images, or on its queries and gallery"""
     import torch
 
-    from fastdml.devices import device_name
+    from fastdml.devices import choose_device, device_name
     from fastdml.engine import cpus
     from fastdml.report.metrics_log import to_json
-    from fastdml.train.run import choose_device
     from fastdml.train.run_weights import run_config
     from fastdml.train.tasks.task import TASKS, task_of
 
@@ -50,7 +49,7 @@ def evaluate(args: list[str]) -> None:
     config = run_config(options.run).replace(device=options.device)
     task = task_of(config)
     _refuse_options_of_others(options, parser, task, config)
-    device = choose_device(config)
+    device = choose_device(config.device)
     torch.set_num_threads(cpus.sensible())
     config = config.replace(
         data=_evaluated_set(options, config, task),

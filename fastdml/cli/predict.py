@@ -49,12 +49,13 @@ def predict(args: list[str]) -> None:
 
     import torch
 
+    from fastdml.devices import choose_device
     from fastdml.engine import cpus
-    from fastdml.predictor import Predictor, checked_device, load_cohort
+    from fastdml.predictor import Predictor, load_cohort
     from fastdml.train.run_weights import best_peer
 
     find_own_models(options.peers or ())
-    device = checked_device(options.device)
+    device = choose_device(options.device)
     torch.set_num_threads(cpus.sensible())
     cohort, weights = load_cohort(options.run, options.weights, device, options.peers)
     peer = options.peer

@@ -25,6 +25,7 @@ import torch
 from fastdml.cohort import Cohort
 from fastdml.data import HINT
 from fastdml.data.loaders.torch_workers import naming_dead_workers
+from fastdml.devices import choose_device
 from fastdml.engine import cpus
 from fastdml.engine.amp import resolve_amp
 from fastdml.errors import InputError
@@ -73,7 +74,7 @@ def run(
     task = task_of(config)
     with (
         held() as show,
-        task.prepare(config, choose_device(config), hint) as prepared,
+        task.prepare(config, choose_device(config.device), hint) as prepared,
     ):
         if config.validation and prepared.validation is None:
             raise InputError(
@@ -303,24 +304,3 @@ def _validation(result: TrainResult) -> dict[str, Any] | None:
         "scores": dataclasses.asdict(result.validation_scores),
         "best_scores": dataclasses.asdict(result.best_validation_scores),
     }
-
-
-def choose_device(config: TrainConfig) -> torch.device:
-    if config.device == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        device = torch.device(config.device)
-        if device.type in ("cpu", "cuda"):
-            torch.empty(0, device=device)
-            return device
-    except (RuntimeError, AssertionError):
-        pass
-    raise InputError(f"no run on device {config.device!r} here: use {_devices()}")
-
-
-def _devices() -> str:
-    """The names of the devices that there are, for a message."""
-    count = torch.cuda.device_count() if torch.cuda.is_available() else 0
-    if not count:
-        return "auto or cpu; torch finds no CUDA device"
-    return "auto, cpu, cuda or " + ("cuda:0" if count == 1 else f"cuda:0 to cuda:{count - 1}")
