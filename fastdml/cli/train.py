@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import io
-import json
 import os
 import re
 import shlex
@@ -43,7 +42,7 @@ def train(args: list[str]) -> None:
     config = train_config(data, options)
     find_own_models(config.peers)
 
-    from fastdml.report.summary import SUMMARY
+    from fastdml.report.summary import read_summary
     from fastdml.report.tables import summary_table
     from fastdml.train import run
     from fastdml.train.tasks.task import scoring_of
@@ -51,7 +50,7 @@ def train(args: list[str]) -> None:
     command = shlex.join(["fastdml", "train", *args])
     result = run(config, hint="--download", command=command)
     if result is not None:  # None after a dry run, which has said its part
-        summary = json.loads((result.folder / SUMMARY).read_text())
+        summary = read_summary(result.folder)
         table = summary_table(summary, scoring_of(summary["mutual"]["scores"]))
         print(f"\n{table}\n{result.device}; run folder: {result.folder}")
 

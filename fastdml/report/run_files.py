@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -13,12 +12,11 @@ from fastdml.paths import expanded
 from fastdml.report.metrics_log import INDEPENDENT, METRICS, read_metrics
 from fastdml.report.plots import is_mutual
 from fastdml.report.predictions import Predictions, read_predictions
-from fastdml.report.summary import SUMMARY
+from fastdml.report.summary import prolonged, read_summary
 from fastdml.yaml_file import CONFIG, read_settings
 
-LARGEST = 1 << 26  # bytes of a summary
-# Settings that say where and how a run took place, not what it learnt from
 OWN_IMAGES = ("folder", "reid_folder")  # data that `root` decides
+# Settings that say where and how a run took place, not what it learnt from
 PLACES = {"folder", "root", "resume", "dry_run", "download", "progress"}
 LARGEST_NUMBER = 1e100  # differences and squares of such are finite
 
@@ -93,7 +91,7 @@ def read_run(folder: str | Path) -> RunFiles:
     records = read_metrics(folder)
     problems: list[str] = []
     settings = _or_none(lambda: read_settings(folder / CONFIG), problems) or {}
-    summary = _or_none(lambda: _summary(folder / SUMMARY), problems) or {}
+    summary = _or_none(lambda: read_summary(folder), problems) or {}
     found = _or_none(lambda: read_predictions(folder), problems)
     peers = records[0]["names"]
     if found is not None and list(found.peers) != peers:
@@ -113,7 +111,7 @@ def read_run(folder: str | Path) -> RunFiles:
         summary=summary,
         predictions=found,
         independent=independent,
-        ended=(folder / "cohort.json").is_file() and not _prolonged(settings, summary),
+        ended=(folder / "cohort.json").is_file() and not prolonged(settings, summary),
         problems=[*problems, *(independent.problems if independent else ())],
     )
 
@@ -147,28 +145,6 @@ def _finite(value: Any) -> bool:
         and type(value) is not bool
         and abs(value) < LARGEST_NUMBER  # which NaN is not
     )
-
-
-def _prolonged(settings: dict[str, Any], summary: dict[str, Any]) -> bool:
-    """Whether the run had ended and goes on with another length."""
-    before = table(summary.get("config"))
-    return any(n in before and before[n] != settings.get(n) for n in ("epochs", "iterations"))
-
-
-def _summary(path: Path) -> dict[str, Any]:
-    try:
-        if not path.exists():
-            return {}
-        if not path.is_file() or path.stat().st_size > LARGEST:
-            raise InputError(f"{path} is no summary of a run")
-        found = json.loads(path.read_text())
-    except OSError as error:
-        raise InputError(f"cannot read {path}: {error.strerror}") from None
-    except (ValueError, RecursionError):
-        raise InputError(f"{path} is not JSON") from None
-    if not isinstance(found, dict):
-        raise InputError(f"{path} is not a JSON object")
-    return found
 
 
 def _or_none(read: Any, problems: list[str]) -> Any:

@@ -4,18 +4,20 @@ from __future__ import annotations
 
 import json
 import platform
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from datetime import datetime, timezone
 from importlib import metadata
 from pathlib import Path
 from typing import Any
 
 from fastdml import __version__
+from fastdml.errors import InputError
 from fastdml.files import write_atomically
 from fastdml.report.metrics_log import to_json
 from fastdml.report.scoring import Scoring
 
 SUMMARY = "summary.json"
+LARGEST = 1 << 26  # bytes of a summary
 VERSIONED = ("torch", "triton", "numpy")
 
 
@@ -74,6 +76,34 @@ def write_summary(
     text = to_json(summary, indent=2)
     write_atomically(Path(folder) / SUMMARY, f"{text}\n")
     return json.loads(text)
+
+
+def read_summary(folder: Path) -> dict[str, Any]:
+    """What the summary.json of a run holds, empty where there is none. Raises InputError for a file
+    that no run wrote."""
+    path = folder / SUMMARY
+    try:
+        if not path.exists():
+            return {}
+        if not path.is_file() or path.stat().st_size > LARGEST:
+            raise InputError(f"{path} is no summary of a run")
+        found = json.loads(path.read_text())
+    except OSError as error:
+        raise InputError(f"cannot read {path}: {error.strerror}") from None
+    except (ValueError, RecursionError):
+        raise InputError(f"{path} is not JSON") from None
+    if not isinstance(found, dict):
+        raise InputError(f"{path} is not a JSON object")
+    return found
+
+
+def prolonged(settings: Mapping[str, Any], summary: Mapping[str, Any]) -> bool:
+    """Whether a run had ended and was then resumed with another length that it has not reached yet:
+    its summary is still that of the old length."""
+    before = summary.get("config")
+    if not isinstance(before, dict):
+        return False
+    return any(n in before and before[n] != settings.get(n) for n in ("epochs", "iterations"))
 
 
 def versions() -> dict[str, str]:

@@ -100,12 +100,12 @@ def fit(
     (N, channels, H, W), rows (N, F), token ids (N, L) or whatever the peers take; labels are class
     indices (N,). Of arrays and data sets `config` gives batch size and seed, and such a run resumes
     exactly, unless a data set draws from other generators than torch's; of a DataLoader
-    `train.batches` says when it does. test: the same for evaluation, or a
-    function from the cohort to its scores, or None. validation: the same again; it chooses the best
-    weights and when to stop (`patience`), and `test` is then read at the end alone. A description
-    of the images is saved with the weights, see `Cohort`. config: its device is not used; its
-    settings of data and peers are replaced in the run's record by those of `train` and `cohort`.
-    callbacks: see `Callback`. Returns None after a dry run.
+    `train.batches` says when it does. test: the same for evaluation, or a function from the cohort
+    to its scores, or None. validation: the same again; it chooses the best weights and when to stop
+    (`patience`), and `test` is then read at the end alone. A description of the images is saved
+    with the weights, see `Cohort`. config: its device is not used; its settings of data and peers
+    are replaced in the run's record by those of `train` and `cohort`. callbacks: see `Callback`.
+    Returns None after a dry run.
 
     Raises InputError, one line with the remedy, for peers, batches, settings or a folder that
     cannot be used; TrainingDiverged, also an InputError, where a loss is no longer finite;

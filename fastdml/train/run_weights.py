@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import logging
 from collections.abc import Sequence
 from pathlib import Path
@@ -13,12 +12,12 @@ import torch
 from fastdml.cohort import Cohort
 from fastdml.errors import InputError
 from fastdml.report.metrics_log import read_metrics
-from fastdml.report.summary import SUMMARY
+from fastdml.report.summary import prolonged, read_summary
 from fastdml.train.config.base import TrainConfig
 from fastdml.train.config.sources import load_config
 from fastdml.train.run_folder import BEST
 from fastdml.train.tasks.task import scoring_of
-from fastdml.train.unfinished import Unfinished, prolonged, unfinished
+from fastdml.train.unfinished import Unfinished, unfinished
 from fastdml.units import percent
 from fastdml.yaml_file import CONFIG
 
@@ -65,7 +64,7 @@ def find_weights(run: Path, weights: Weights) -> tuple[Unfinished | None, Path]:
     last = weights == "last"
     folder = run if last else run / BEST
     there = (folder / "cohort.json").is_file()
-    if there and not (last and prolonged(run, run_config(run))):
+    if there and not (last and prolonged(run_config(run).to_dict(), summary(run))):
         return None, folder
     found = unfinished(run) if last else None
     if found is None and there:
@@ -142,10 +141,9 @@ def best_peer(run: Path, weights: Weights | None, names: Sequence[str]) -> int:
 def summary(run: Path) -> dict[str, Any]:
     """What summary.json holds; nothing where there is none that can be read."""
     try:
-        found = json.loads((run / SUMMARY).read_text())
-    except (OSError, ValueError):
+        return read_summary(run)
+    except InputError:
         return {}
-    return found if isinstance(found, dict) else {}
 
 
 def _validated(run: Path) -> bool:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -12,9 +11,7 @@ import torch
 from fastdml.cohort import Cohort
 from fastdml.errors import InputError
 from fastdml.image_record import FIELDS
-from fastdml.report.summary import SUMMARY
 from fastdml.train import checkpoint
-from fastdml.train.config.base import TrainConfig
 from fastdml.train.run_folder import LAST_CHECKPOINT
 
 ENTRIES = {  # of a checkpoint that are used here
@@ -45,16 +42,6 @@ class Unfinished(NamedTuple):
             f"the run has not ended: weights of {self.path}, from epoch {epoch + 1}, after {step} "
             f"of {self.state['steps_per_epoch']} steps"
         )
-
-
-def prolonged(folder: Path, config: TrainConfig) -> bool:
-    """Whether a run had ended and was then resumed with another length that it has not reached yet:
-    its summary is still that of the old length."""
-    try:
-        before = json.loads((folder / SUMMARY).read_text())["config"]
-        return any(before[name] != getattr(config, name) for name in ("epochs", "iterations"))
-    except (OSError, ValueError, KeyError, TypeError):
-        return False
 
 
 def unfinished(folder: Path) -> Unfinished | None:
