@@ -260,7 +260,7 @@ def linear_mutual_loss(
 
     hidden: K tensors (N, D_k), or one (K, N, D); their widths may differ between peers.
     weight: K tensors (C, D_k), or one (K, C, D). bias: K tensors (C,) or None each, or one (K, C).
-    chunk_rows: rows at a time; by default as many as 256 MB of logits hold (16 MB on the CPU).
+    chunk_rows: rows at a time; by default as many as 256 MB of logits hold (64 MB on the CPU).
     reduction: "mean" or "sum". The other options are those of `mutual_loss`; teachers are
         constants.
 

@@ -17,6 +17,8 @@ import torch
 from torch import Tensor
 
 from .counters import prepare
+from .linear_grads import add_product
+from .linear_grads import new_grads as new_layer_grads
 from .loss_op import (
     CALL_SCHEMA,
     NO_SECOND_DERIVATIVE,
@@ -31,7 +33,7 @@ from .loss_op import (
 )
 from .options import Scalar
 
-CHUNK_BYTES = {"cpu": 16 << 20, "cuda": 256 << 20}  # of all peers' logits at a time
+CHUNK_BYTES = {"cpu": 64 << 20, "cuda": 256 << 20}  # of all peers' logits at a time
 NAME = "linear_mutual_loss"
 
 
@@ -62,23 +64,6 @@ def _denominators(call: Call, N: int, dtype: torch.dtype) -> tuple[Tensor, Tenso
     return weight, rows
 
 
-def _new_grads(
-    hidden: Sequence[Tensor],
-    weight: Sequence[Tensor],
-    bias: Sequence[Tensor | None],
-    needs: Sequence[int],
-) -> list[Tensor | None]:
-    """Tensors for the gradients; at least float32 for those that are added up over chunks."""
-    rows = [torch.empty_like(t) if need else None for t, need in zip(hidden, needs, strict=False)]
-    sums = [
-        torch.zeros_like(t, dtype=torch.promote_types(t.dtype, torch.float32))
-        if need and t is not None
-        else None
-        for t, need in zip((*weight, *bias), needs[len(hidden) :], strict=True)
-    ]
-    return rows + sums
-
-
 def _compute(
     hidden: Sequence[Tensor],  # K tensors (N, D_k)
     weight: Sequence[Tensor],  # K tensors (C, D_k)
@@ -107,7 +92,7 @@ def _compute(
     if chunk_rows is None:
         row_bytes = sum(h.element_size() for h in hidden) * C
         chunk_rows = max(1, CHUNK_BYTES[device.type] // row_bytes)
-    grads = _new_grads(hidden, weight, bias, needs)
+    grads = new_layer_grads(hidden, weight, bias, needs)
     # the layers compute in the dtypes of their tensors, under autocast too
     with torch.autocast(device.type, enabled=False):
         for start in range(0, max(N, 1), chunk_rows):
@@ -124,10 +109,8 @@ def _compute(
                 of_hidden, of_weight, of_bias = grads[k], grads[K + k], grads[2 * K + k]
                 if of_hidden is not None:
                     torch.mm(slope, weight[k], out=of_hidden[rows])
-                if of_weight is not None and of_weight.dtype == slope.dtype:
-                    of_weight.addmm_(slope.t(), hidden[k][rows])  # adds in place: no second (C, D)
-                elif of_weight is not None:
-                    of_weight += slope.t() @ hidden[k][rows]
+                if of_weight is not None:
+                    add_product(of_weight, slope, hidden[k][rows])
                 if of_bias is not None:
                     of_bias += slope.sum(0, dtype=of_bias.dtype)
     return losses / unit, unit, grads
@@ -209,7 +192,7 @@ def _fake(
 ) -> tuple[Tensor, Tensor, list[Tensor]]:
     dtype, z = loss_dtype(hidden), hidden[0]
     prepare(z.device)
-    grads = _new_grads(hidden, weight, _of_each(bias, biased), needs)
+    grads = new_layer_grads(hidden, weight, _of_each(bias, biased), needs)
     kept = [g for g in grads if g is not None]
     return z.new_empty(len(hidden), dtype=dtype), z.new_empty((), dtype=dtype), kept
 
