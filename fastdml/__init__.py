@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from fastdml.models import ReidHead, create_model
     from fastdml.mutual_stats import MutualStats
     from fastdml.predictor import Predictor, load
+    from fastdml.scalar_schedule import ScalarSchedule
 
 __version__ = "0.3.0"
 
@@ -35,6 +36,7 @@ _HOMES = {
     "MutualStats": "fastdml.mutual_stats",
     "Predictor": "fastdml.predictor",
     "ReidHead": "fastdml.models",
+    "ScalarSchedule": "fastdml.scalar_schedule",
     "circle_loss": "fastdml.metric_losses",
     "create_model": "fastdml.models",
     "distance_mutual_loss": "fastdml.metric_losses",
@@ -54,6 +56,7 @@ __all__ = [
     "MutualStats",
     "Predictor",
     "ReidHead",
+    "ScalarSchedule",
     "circle_loss",
     "create_model",
     "data",

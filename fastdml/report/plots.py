@@ -270,7 +270,7 @@ def is_mutual(settings: dict[str, Any]) -> bool:
     return any(
         value
         for name, value in weights.items()
-        if name == "kl_weight" or name.endswith("mutual_weight")
+        if name in ("kl_weight", "kl_weight_end") or name.endswith("mutual_weight")
     )
 
 

@@ -67,6 +67,12 @@ FREE_ON_RESUME = frozenset(
 # Settings that `fit` records of its loader, beside those of the task. A loader wrapped in another
 # does not show them.
 SHOWN_BY_LOADER = frozenset(["pad", "flip", "augment"])
+# Settings whose values, but for the first, end with the run, and what follows them.
+ENDING_SCHEDULES = {
+    "schedule": "learning rate",
+    "kl_schedule": "kl_weight",
+    "temperature_schedule": "temperature",
+}
 # Earlier versions of `fit` recorded the data set's defaults here, whatever the run used.
 DEFAULTS_OF_FIT = frozenset(["data", "peers", "subset", "batch_size"])
 
@@ -160,8 +166,9 @@ def check_resume(folder: Path, config: TrainConfig) -> None:
 def check_resumable(saved: Mapping[str, Any], config: TrainConfig) -> None:
     """Refuses to continue a run whose settings `saved` differ from `config` where it matters.
 
-    `epochs` and `iterations` may change under the step schedule, whose past does not depend on
-    them: this prolongs a run. Under the cosine schedule the whole curve would be another.
+    `epochs` and `iterations` may change where no schedule ends with the run, so that its past does
+    not depend on them: this prolongs a run. Under the cosine schedule of the learning rate, and
+    where temperature or kl_weight goes to an end, the whole curve would be another.
     """
     check_names(saved, type(config), " in the checkpoint")
     wanted = config.to_dict()
@@ -179,9 +186,13 @@ def check_resumable(saved: Mapping[str, Any], config: TrainConfig) -> None:
             continue
         why = ""
         if name in ("epochs", "iterations"):
-            if config.schedule == "step":
+            ending = next(
+                (s for s in ENDING_SCHEDULES if wanted[s] not in ("step", "constant")), ""
+            )
+            if not ending:
                 continue
-            why = f" (with schedule {config.schedule} every learning rate depends on it)"
+            follows = ENDING_SCHEDULES[ending]
+            why = f" (with {ending} {wanted[ending]} every {follows} depends on it)"
         raise InputError(
             f"cannot resume: {name} was {value!r} and is now {wanted[name]!r}{why}; "
             f"give the old value, or start a new run in another folder"

@@ -9,6 +9,7 @@ become part of the step's graph where there is one: everything that `add` does i
 from __future__ import annotations
 
 import time
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -16,6 +17,7 @@ from torch import Tensor
 
 from fastdml.engine import Schedule, StepOutput
 from fastdml.engine.update import Update
+from fastdml.scalar_schedule import ScalarSchedule
 
 NEVER = 2**62  # a step number that no run reaches
 
@@ -132,21 +134,26 @@ class Totals:
 
 
 class Record:
-    """What runs at the end of every step, on the device alone: advances the schedule, adds the
-    statistics, counts the updates that fp16 skipped."""
+    """What runs at the end of every step, on the device alone: advances the schedules of learning
+    rate and loss, adds the statistics, counts the updates that fp16 skipped."""
 
-    def __init__(self, schedule: Schedule, totals: Totals) -> None:
-        self.schedule, self.totals = schedule, totals
+    def __init__(
+        self, schedule: Schedule, totals: Totals, of_loss: Sequence[ScalarSchedule] = ()
+    ) -> None:
+        self.schedule, self.totals, self.of_loss = schedule, totals, of_loss
         self.overflows = torch.zeros(totals.K, dtype=torch.int64, device=totals.sums.device)
 
     def __call__(self, output: StepOutput, update: Update) -> None:
         self.schedule.advance(update.skipped)
+        for scheduled in self.of_loss:
+            scheduled.advance(update.skipped)
         self.totals.add(output)
         if update.overflow is not None:
             self.overflows += update.overflow.long()
 
     def tensors(self) -> list[Tensor]:
-        return [*self.schedule.tensors(), *self.totals.tensors(), self.overflows]
+        of_loss = [t for scheduled in self.of_loss for t in scheduled.tensors()]
+        return [*self.schedule.tensors(), *of_loss, *self.totals.tensors(), self.overflows]
 
 
 class Clock:

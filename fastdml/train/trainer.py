@@ -41,6 +41,7 @@ from fastdml.train.batches import Batches, assembler
 from fastdml.train.callbacks import Calls
 from fastdml.train.config.base import TrainConfig
 from fastdml.train.evaluations import Evaluations, read_test_set
+from fastdml.train.loss_schedules import loss_schedules
 from fastdml.train.meters import Clock, Record, Totals
 from fastdml.train.peer_costs import peer_seconds
 from fastdml.train.progress import Progress
@@ -101,11 +102,14 @@ class Trainer:
         self.rates = rates.tolist()
         self.schedule = Schedule(self.optimizer, rates)
         self.loss = task.mutual_loss(config, len(cohort)).to(self.device)
+        self.loss_schedules = loss_schedules(config, self.steps, total, self.device)
+        for name, scheduled in self.loss_schedules.items():
+            setattr(self.loss, name, scheduled.value)
         self.metric = task.metric_loss(config, cohort)
         if self.metric is not None:
             self.metric.to(self.device)
         self.totals = Totals(len(cohort), self.device, metric=self.metric is not None)
-        self.record = Record(self.schedule, self.totals)
+        self.record = Record(self.schedule, self.totals, [*self.loss_schedules.values()])
         self.ema = Ema(cohort, config.ema) if config.ema else None
         self.assemble = assembler(train, self.device)
         self.choice = choice
@@ -283,7 +287,8 @@ class Trainer:
         updates = int(self.schedule.updates)
         record = {
             **self.totals.epoch(),
-            "lr": self.rates[max(updates - 1, 0)],  # of the epoch's last update
+            "lr": self.rates[max(updates - 1, 0)],  # of the epoch's last update, as these are:
+            **{name: scheduled.last() for name, scheduled in self.loss_schedules.items()},
             "skipped_steps": progress.position - updates,
             "skipped_updates": self.record.overflows.tolist(),
             "images_per_second": self.clock.images_per_second,

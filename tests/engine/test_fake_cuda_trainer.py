@@ -75,10 +75,20 @@ def trainer_of(tmp_path):
 @pytest.mark.parametrize(
     ("data", "changes"),
     [
-        ("cifar100", {"execution": "eager", "amp": "fp16"}),
+        ("cifar100", {"execution": "eager", "amp": "fp16", "kl_warmup_epochs": 1.0}),
         ("cifar100", {"execution": "graph", "amp": "bf16", "accumulate": 2, "grad_clip": 1.0}),
         ("cifar100", {"execution": "auto", "amp": "bf16", "optimizer": "adamw"}),
-        ("cifar100", {"execution": "graph", "update": "sequential", "amp": "fp16"}),
+        (
+            "cifar100",
+            {
+                "execution": "graph",
+                "update": "sequential",
+                "amp": "fp16",
+                "temperature": 4.0,
+                "temperature_schedule": "cosine",
+                "temperature_end": 2.0,
+            },
+        ),
         (
             "market1501",
             {"execution": "streams", "amp": "fp16", **METRIC},

@@ -55,6 +55,7 @@ def training(run: RunFiles, headlines: Sequence[Headline]) -> list[Panel]:
                 continue  # it is measured there, but nothing learns from it
             lines += _peer_lines(part, trained(part, key), key, 1.0, label, len(runs) > 1)
         panels.append(panel(f"curve-{key}", title, lines))
+    panels += _of_loss(runs)
     for score in headlines:
         lines, kinds = [], set()
         for label, part in runs.items():
@@ -69,6 +70,21 @@ def training(run: RunFiles, headlines: Sequence[Headline]) -> list[Panel]:
         title = f"{' and '.join(sorted(kinds)).capitalize()} {score.title} (%)"
         panels.append(panel(f"curve-{score.name}", title, lines))
     return [panel for panel in panels if panel.chart]
+
+
+def _of_loss(runs: Mapping[str, RunFiles]) -> list[Panel]:
+    """The numbers of the loss that followed a schedule, at the last step of each epoch."""
+    panels = []
+    for key, title in (("kl_weight", "Weight of the KL term"), ("temperature", "Temperature")):
+        found = {
+            label: [r for r in part.of_kind("epoch") if key in r] for label, part in runs.items()
+        }
+        lines = [
+            Line(label, peer_look(k), _points(records, [number(r[key]) for r in records], 1.0))
+            for k, (label, records) in enumerate(found.items())
+        ]
+        panels.append(panel(f"curve-{key.replace('_', '-')}", title, lines))
+    return panels
 
 
 def throughput(run: RunFiles) -> list[Panel]:

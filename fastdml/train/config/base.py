@@ -73,10 +73,22 @@ class TrainConfig:
     """Begin with timm's weights, a new head on top; for peers called timm:NAME. Paper: no."""
     temperature: float = 1.0
     """The peers imitate softmax(z / T); the KL term is multiplied by T squared. Paper: 1."""
+    temperature_schedule: Literal["constant", "linear", "cosine"] = "constant"
+    """How temperature goes to temperature_end over the steps of the run."""
+    temperature_end: float | None = None
+    """The temperature at the last step; needs a temperature_schedule that is not constant."""
+    temperature_warmup_epochs: float = 0.0
+    """Epochs in which the temperature first goes linearly from 1, fractions allowed."""
     ce_weight: float = 1.0
     """Weight of the cross-entropy with the labels. Paper: 1."""
     kl_weight: float = 1.0
     """Weight of the mean KL divergence from the other peers. Paper: 1."""
+    kl_schedule: Literal["constant", "linear", "cosine"] = "constant"
+    """How kl_weight goes to kl_weight_end over the steps of the run. Paper: constant."""
+    kl_weight_end: float | None = None
+    """The kl_weight at the last step; needs a kl_schedule that is not constant."""
+    kl_warmup_epochs: float = 0.0
+    """Epochs in which kl_weight first rises linearly from 0, fractions allowed. Paper: 0."""
     label_smoothing: float = 0.0
     """Share of the label's probability spread over all classes, 0 to 1. Paper: 0."""
     update: Literal["simultaneous", "sequential"] = "simultaneous"
@@ -176,8 +188,12 @@ class TrainConfig:
         "batch_size": COUNT,
         "pad": NOT_NEGATIVE,
         "temperature": POSITIVE,
+        "temperature_end": (lambda x: x is None or x > 0, "above 0, or none"),
+        "temperature_warmup_epochs": NOT_NEGATIVE,
         "ce_weight": NOT_NEGATIVE,
         "kl_weight": NOT_NEGATIVE,
+        "kl_weight_end": (lambda x: x is None or x >= 0, "0 or more, or none"),
+        "kl_warmup_epochs": NOT_NEGATIVE,
         "label_smoothing": FRACTION,
         "lr": POSITIVE,
         "momentum": (lambda x: 0 <= x < 1, "at least 0 and below 1"),
@@ -208,6 +224,7 @@ class TrainConfig:
             check_limit(name, value, self.limits)
         self._check_augment()
         self._check_losses()
+        self._check_schedules()
         self._check_steps()
         self._check_length()
 
@@ -229,11 +246,27 @@ class TrainConfig:
             for name in field_types(type(self))
             if name.endswith("_weight") and not (alone and name in self.mutual_weights)
         ]
-        if not any(getattr(self, name) for name in weights):
+        rises = not alone and self.kl_weight_end
+        if not rises and not any(getattr(self, name) for name in weights):
             learner = "a peer by itself" if alone else "the peers"
             raise InputError(
                 f"{' = '.join(weights)} = 0: {learner} would learn nothing; give a weight above 0"
             )
+
+    def _check_schedules(self) -> None:
+        """Raises InputError for schedules of the loss's numbers that lack a part."""
+        for kind, end in (
+            ("kl_schedule", "kl_weight_end"),
+            ("temperature_schedule", "temperature_end"),
+        ):
+            chosen, last = getattr(self, kind), getattr(self, end)
+            if chosen == "constant" and last is not None:
+                raise InputError(
+                    f"{end} {last:g} has no effect with {kind} constant: set {kind} to linear or "
+                    f"cosine, or leave {end} out"
+                )
+            if chosen != "constant" and last is None:
+                raise InputError(f"{kind} {chosen} needs {end}, the value at the last step")
 
     def _check_steps(self) -> None:
         if self.optimizer in ("sgd", "apex_sgd") and self.nesterov and self.momentum == 0:
@@ -255,10 +288,10 @@ class TrainConfig:
                 f"epochs ({self.epochs}) and iterations ({self.iterations}) both say how long: "
                 "set one of them to 0"
             )
-        if self.warmup_epochs > self.epochs and not self.iterations:
-            raise InputError(
-                f"warmup_epochs ({self.warmup_epochs:g}) must not exceed epochs ({self.epochs})"
-            )
+        for name in ("warmup_epochs", "kl_warmup_epochs", "temperature_warmup_epochs"):
+            warmup = getattr(self, name)
+            if warmup > self.epochs and not self.iterations:
+                raise InputError(f"{name} ({warmup:g}) must not exceed epochs ({self.epochs})")
         drops = list(self.lr_drops)
         if any(drop < 1 for drop in drops) or drops != sorted(set(drops)):
             raise InputError(f"lr_drops must be rising numbers of epochs, not {drops}")
@@ -280,7 +313,9 @@ class TrainConfig:
 
     def alone(self) -> Self:
         """The settings of the independent run: the same peers without the losses between them."""
-        return self.replace(**dict.fromkeys(self.mutual_weights, 0.0), independent=False)
+        constant = {"kl_schedule": "constant", "kl_weight_end": None, "kl_warmup_epochs": 0.0}
+        none = dict.fromkeys(self.mutual_weights, 0.0)
+        return self.replace(**none, **constant, independent=False)
 
     def save(self, path: Path) -> None:
         write_settings(path, self.to_dict())

@@ -24,8 +24,14 @@ class TrainSettings(TypedDict, total=False):
     loader: Literal["auto", "resident", "dali", "torch"]
     pretrained: bool
     temperature: float
+    temperature_schedule: Literal["constant", "linear", "cosine"]
+    temperature_end: float | None
+    temperature_warmup_epochs: float
     ce_weight: float
     kl_weight: float
+    kl_schedule: Literal["constant", "linear", "cosine"]
+    kl_weight_end: float | None
+    kl_warmup_epochs: float
     label_smoothing: float
     update: Literal["simultaneous", "sequential"]
     independent: bool
