@@ -21,7 +21,7 @@ OLDEST_STAMP = .venv-oldest/installed.stamp
 NATIVE = kernels/fastdml_kernels/cpu_rows.c
 
 .NOTPARALLEL:
-.PHONY: help demo test test-slow test-browser test-docs test-gpu test-oldest soak fuzz sanitize smoke lint bench docs site clean distclean
+.PHONY: help demo test test-slow test-browser test-docs test-gpu test-oldest soak fuzz sanitize smoke lint bench docs site universal clean distclean
 
 help:
 	@echo "make demo         train two peers on real handwritten digits, mutually and independently"
@@ -39,6 +39,7 @@ help:
 	@echo "make bench        the benchmarks this machine can run"
 	@echo "make docs         write the generated parts of README and docs/"
 	@echo "make site         the documentation as a site, in build/site"
+	@echo "make universal    fastdml_kernels as Hugging Face's kernels loads it, in build/universal"
 	@echo "make clean        remove what was built and every cache; the venvs stay"
 	@echo "make distclean    remove both venvs too"
 
@@ -93,6 +94,9 @@ docs: $(DEV)
 
 site: $(DEV)
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --site-dir build/site
+
+universal:
+	$(PYTHON) kernels/build_universal.py build/universal
 
 # The native code and the editable install's *.egg-info are the venvs': they go with them.
 clean:

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import copy
 import importlib.util
 from pathlib import Path
 from types import ModuleType
 
 import pytest
+import torch
 
 EXAMPLES = Path(__file__).parent.parent / "examples"
 
@@ -41,6 +43,35 @@ def test_lightning_module():
     metrics = example("lightning_module", "sklearn", "lightning").main()
     assert min(metrics["val/top1_0"], metrics["val/top1_1"]) > 0.8
     assert metrics["train/kl_0"] > 0
+
+
+def test_lightning_optimizer_per_peer():
+    metrics = example("lightning_optimizer_per_peer", "sklearn", "lightning").main()
+    assert min(metrics["val/top1_0"], metrics["val/top1_1"]) > 0.75  # chance is 0.1
+    assert metrics["train/kl_1"] > 0
+
+
+def test_timm_task():
+    scores = example("timm_task", "sklearn", "timm").main(epochs=2)
+    assert min(scores.values()) > 70  # chance is 10
+
+
+@pytest.mark.parametrize("T", [1.0, 4.0])
+def test_our_task_of_timm_has_the_numbers_of_its_own(T):
+    module = example("timm_task", "sklearn", "timm")
+    timm, task = pytest.importorskip("timm"), pytest.importorskip("timm.task")
+    torch.manual_seed(0)
+    models = [timm.create_model("test_resnet", num_classes=10) for _ in range(2)]
+    images, labels = torch.randn(4, 3, 32, 32), torch.randint(10, (4,))
+    results = []
+    for kind in (module.FusedDistillationTask, task.LogitDistillationTask):
+        student, teacher = map(copy.deepcopy, models)
+        made = kind(student, teacher, task_loss_weight=0.3, temperature=T).train()
+        result = made(images, labels)
+        result["loss"].backward()
+        assert all(w.grad is None for w in teacher.parameters())
+        results.append([result["loss"], result["output"], *(w.grad for w in student.parameters())])
+    torch.testing.assert_close(*results, rtol=1e-4, atol=1e-6)
 
 
 def test_hf_trainer():
