@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from fastdml import cohort_export, cohort_files, image_record
 from fastdml.absent_tensors import lacks_values
 from fastdml.cohort_export import Format
+from fastdml.cohort_teachers import Identity, Teacher, as_teachers
 from fastdml.errors import InputError
 from fastdml.models import ReidHead
 from fastdml.models.create import check_count, create_model
@@ -43,12 +44,19 @@ class Cohort(nn.Module):
     one. A module brings its own (`logits_and_features` and `embed`, as `ReidModel` has them).
     pretrained: peers begin with timm's weights; all must be models of timm.
     image_size: (height, width) that timm's networks of one size are built for.
+    teachers: frozen networks that the peers learn from as well: trained modules that give logits
+        (N, num_classes) of the peers' images, which are frozen and put into evaluation mode; and
+        timm:NAME, with the classifier and the weights that timm has for it, which needs `mean` and
+        `std` (below) to be known when a step is made. They are no peers: `len`, iteration,
+        `parameters`, `state_dict` and files leave them out; `to` and its like move them.
 
     Raises InputError for names that mean no model, class counts that differ or are not given,
-    peers that start alike, and values out of range.
+    peers that start alike, teachers that are peers or share something with one, and values out of
+    range.
 
     Attributes: `peers`, the modules; `names`, unique names for display; `models`, the name each
-    peer was built from (None for a module); `num_classes`; `in_channels`; `head`; `image_size`.
+    peer was built from (None for a module); `num_classes`; `in_channels`; `head`; `image_size`;
+    `teachers`, a tuple, which may be assigned before a step is made.
 
     Six more attributes describe the images that the peers were trained on; each is None until it
     is known. Training records them at the first batch, if the batches tell; set the others before
@@ -86,6 +94,7 @@ class Cohort(nn.Module):
         head: ReidHead | None = None,
         pretrained: bool = False,
         image_size: Sequence[int] | None = None,
+        teachers: Sequence[str | nn.Module] = (),
     ) -> None:
         super().__init__()
         peers = _listed(peers)
@@ -113,6 +122,34 @@ class Cohort(nn.Module):
             for k, p in enumerate(peers)
         )
         self._check_peers_differ()
+        # A tuple, which torch does not take for modules of this one.
+        self._teachers: tuple[Teacher, ...] = ()
+        self._taught_by: list[Identity] = []
+        self.teachers = teachers
+
+    @property
+    def teachers(self) -> tuple[Teacher, ...]:
+        return self._teachers
+
+    @teachers.setter
+    def teachers(self, teachers: Sequence[str | nn.Module]) -> None:
+        self._teachers, self._taught_by = as_teachers(teachers, self), []
+
+    @property
+    def taught_by(self) -> list[Identity]:
+        """Which teachers these weights have learnt from, as far as known: those at hand, or those
+        that a file names. The digests of weights are computed at the first reading."""
+        return [t.identity() for t in self._teachers] or self._taught_by
+
+    @taught_by.setter
+    def taught_by(self, identities: Sequence[Identity]) -> None:
+        self._taught_by = [*identities]
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Cohort:
+        """Moves the teachers too: `to`, `cuda`, `float` and their like come by here."""
+        for teacher in self._teachers:
+            teacher._apply(fn, recurse)
+        return super()._apply(fn, recurse)
 
     def __len__(self) -> int:
         return len(self.peers)
@@ -258,6 +295,7 @@ class Cohort(nn.Module):
         cohort.models = [entry["model"] for entry in entries]
         for name in image_record.FIELDS:
             setattr(cohort, name, description[name])
+        cohort.taught_by = description["teachers"]
         return cohort.to(device).eval()
 
     def export(
@@ -339,13 +377,20 @@ class Cohort(nn.Module):
 
 
 def check_logits(
-    name: str, out: object, x: object, num_classes: int, remedy: str, when: str = ""
+    name: str,
+    out: object,
+    x: object,
+    num_classes: int,
+    remedy: str,
+    when: str = "",
+    role: str = "peer",
 ) -> None:
     """Raises InputError for an output that is not one tensor (N, C). Looks at shapes only, which
     does not wait for the device.
 
     x: the inputs, whose number is compared where it is known. remedy: where `out` holds more than
     the logits; `{it}` in it becomes the expression that picks them. when: such as " in training".
+    role: "peer" or "teacher".
     """
     n = x.shape[0] if isinstance(x, Tensor) else None
     if isinstance(out, Tensor) and out.shape[1:] == (num_classes,) and n in (None, len(out)):
@@ -364,8 +409,8 @@ def check_logits(
     elif isinstance(out, Sequence):
         it = "out[0]"
     raise InputError(
-        f"peer {name} must return logits (N, {num_classes}), and for {batch}{when} returned {got}: "
-        f"{remedy.format(it=it)}"
+        f"{role} {name} must return logits (N, {num_classes}), and for {batch}{when} returned "
+        f"{got}: {remedy.format(it=it)}"
     )
 
 

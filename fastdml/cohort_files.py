@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from fastdml.absent_tensors import absence
+from fastdml.cohort_teachers import Identity
 from fastdml.errors import InputError, one_line, require
 from fastdml.files import Staged, safe_name, writing
 from fastdml.image_record import FIELDS, checked_record
@@ -54,6 +55,7 @@ def save(cohort: Cohort, folder: str | os.PathLike) -> None:
 def describe(cohort: Cohort) -> dict[str, Any]:
     """What cohort.json says, in plain values, without the digests of files."""
     models = zip(cohort.names, cohort.models, strict=True)
+    teachers = [identity._asdict() for identity in cohort.taught_by]
     return {
         "format": FORMAT,
         "num_classes": cohort.num_classes,
@@ -62,6 +64,7 @@ def describe(cohort: Cohort) -> dict[str, Any]:
         "image_size": cohort.image_size,
         **cohort.record(),
         "peers": [{"name": name, "model": model, "sha256": ""} for name, model in models],
+        **({"teachers": teachers} if teachers else {}),
     }
 
 
@@ -107,6 +110,7 @@ def checked_description(read: Callable[[], dict[str, Any]], path: Path) -> dict[
         description["head"] = None if head is None else ReidHead(**head)
         size = description.get("image_size")  # nor this, nor the record of the images
         description["image_size"] = None if size is None else height_and_width(size)
+        teachers = [Identity(**entry) for entry in description.get("teachers", [])]
     except (ValueError, KeyError, TypeError, RecursionError) as error:
         if isinstance(error, InputError):
             raise
@@ -116,6 +120,8 @@ def checked_description(read: Callable[[], dict[str, Any]], path: Path) -> dict[
     if version != FORMAT:
         raise InputError(f"{path} has format {version!r}; this version of fastdml reads {FORMAT}")
     texts = [t for n, m, sha256 in peers for t in (n, "" if m is None else m, sha256)]
+    texts += ["" if text is None else text for teacher in teachers for text in teacher]
+    description["teachers"] = teachers
     if not all(isinstance(t, str) for t in texts) or not all(isinstance(n, int) for n in sizes):
         raise InputError(f"{path} does not describe a cohort: a name or a number is of wrong type")
     try:

@@ -50,6 +50,12 @@ class MutualStats(Sequence[Tensor]):
         self.packed, self.K = packed, K
         return self
 
+    def of_first(self, K: int) -> MutualStats:
+        """Of the first K peers alone; `ensemble_correct` stays that of all."""
+        views = self.layout.views(self.packed)
+        own = {n: v[:K] if v.dim() == 1 else v[:K, :K] if v.dim() else v for n, v in views.items()}
+        return self.from_packed(stats_layout(K).pack(own), K)
+
     @property
     def layout(self) -> StatsLayout:
         """Where each statistic is in `packed`."""

@@ -15,8 +15,8 @@ LOSSES = {
     "fastdml_kernels",
 }  # fmt: skip
 COHORT = {
-    "cohort", "cohort_export", "cohort_files", "export_check", "exported_weights", "image_record",
-    "models", "peer_outputs",
+    "cohort", "cohort_export", "cohort_files", "cohort_teachers", "export_check",
+    "exported_weights", "image_record", "models", "peer_outputs",
 }  # fmt: skip
 BUILT_ON = {"model_card", "preprocessing", "predictor"}  # the trainers
 MAY_IMPORT = {

@@ -177,7 +177,8 @@ class CpuAutoStep(AutoStep):
     the caller's again after each.
 
     names: the executions to choose from, with their number of threads; a single one is made at
-    once. threads: the only number to consider.
+    once. peers: and teachers, the networks that may run side by side. threads: the only number to
+    consider.
     copies: see `Rehearsal`. unfit: executions that were left out, with the reason. by_rule: why
     nothing can be measured.
     """

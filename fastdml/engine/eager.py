@@ -18,13 +18,14 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from fastdml.cohort import check_logits
+from fastdml.cohort import REMEDY, check_logits
 from fastdml.engine.accumulate import Split
 from fastdml.engine.amp import Amp
 from fastdml.engine.execution import ExecutionName, StepOptions, StepOutput, register_execution
 from fastdml.engine.update import Update
 from fastdml.errors import InputError
 from fastdml.loss import MutualLoss
+from fastdml.mutual_stats import MutualStats
 from fastdml.torch_private import foreach_mul_
 
 if TYPE_CHECKING:
@@ -64,7 +65,11 @@ class EagerStep:
         self.cohort, self.peers = cohort, list(cohort.peers)
         self.loss, self.optimizer, self.amp, self.options = loss, optimizer, amp, options
         self.update = Update(cohort, optimizer, amp, grad_clip=options.grad_clip, ema=options.ema)
-        self.forwards: list[Callable[[Tensor], Any]] = [*self.networks()]
+        networks = self.networks()
+        self.learning = len(networks)
+        self.teachers = cohort.teachers
+        # The networks that learn, then the teachers.
+        self.forwards: list[Callable[[Tensor], Any]] = [*networks, *self.teachers]
         if options.compile:
             self.forwards = [torch.compile(network) for network in self.forwards]
 
@@ -94,6 +99,10 @@ class EagerStep:
     def __call__(self, *batch: Tensor) -> StepOutput:
         check_gradients_wanted()
         self.update.refresh()
+        if self.cohort.teachers is not self.teachers:
+            raise InputError(
+                "the cohort has other teachers than when the step was made: make a new step"
+            )
         images, labels = self.options.assemble(*batch) if self.options.assemble else batch
         if isinstance(images, Tensor) and images.is_inference():
             images = images.clone()  # autograd cannot save inference tensors
@@ -127,7 +136,11 @@ class EagerStep:
             found = [self.gradients(x, y, split.loss) for x, y in batches]
             output = StepOutput(*split.whole(found))
         self.update.apply(range(len(self.peers)))
-        return output
+        return self.of_peers(output)
+
+    def of_peers(self, output: StepOutput) -> StepOutput:
+        """The peers' figures alone, and beside them their divergence from the teachers."""
+        return output.of_peers(len(self.peers)) if self.teachers else output
 
     def gradients(self, images: Tensor, labels: Tensor, loss: MutualLoss) -> StepOutput:
         """Computes a part of the batch and adds its gradients to those in the weights."""
@@ -137,16 +150,25 @@ class EagerStep:
         return output
 
     def outputs(self, images: Tensor) -> list[Outputs]:
-        """The outputs of all K peers."""
-        return [self.forward(k, images) for k in range(len(self.peers))]
+        """The outputs of all K peers, then the logits of each teacher."""
+        return [self.forward(k, images) for k in range(len(self.forwards))]
 
     def forward(self, k: int, images: Tensor) -> Outputs:
-        """The outputs of peer k. fp16 is cast to fp32, so that gradients are multiplied by the loss
-        scale before they are rounded to fp16, not after."""
+        """The outputs of peer k, or from K on of a teacher. fp16 is cast to fp32, so that gradients
+        are multiplied by the loss scale before they are rounded to fp16, not after."""
         with self.amp.autocast():
             out = self.forwards[k](images)
-        out = self.checked(k, out, images)
+        taught = k - self.learning
+        out = self.checked(k, out, images) if taught < 0 else self.lesson(taught, out, images)
         return tuple(t.float() if t.dtype == torch.float16 else t for t in out)
+
+    def lesson(self, t: int, out: Any, images: Tensor) -> Outputs:
+        """The logits in what teacher t returned. Raises InputError where they are not in it."""
+        if self.options.output is not None and not isinstance(out, Tensor):
+            out = self.options.output(out)
+        name, num_classes = self.teachers[t].name, self.cohort.num_classes
+        check_logits(name, out, images, num_classes, REMEDY, role="teacher")
+        return (out,)
 
     def checked(self, k: int, out: Any, images: Tensor) -> Outputs:
         """Logits, and features if there is a metric loss, from what peer k returned. Raises
@@ -172,15 +194,21 @@ class EagerStep:
 
         metric_of: the peers whose metric loss is computed and whose centres move; all by default.
         """
-        losses, stats, grads = loss.value_and_grad([out[0] for out in outputs], labels)
+        K = len(self.peers)
+        logits = [out[0] for out in outputs]
+        losses, stats, grads = loss.value_and_grad(logits, labels)
+        if self.teachers:
+            count_ensemble(stats, logits[:K], labels)
+        grads = grads[:K]
         if self.options.metric is None:
             return StepOutput(losses, stats), [(g,) for g in grads]
-        features = [out[1] for out in outputs]
+        features = [out[1] for out in outputs[:K]]
         metric, more = self.options.metric.value_and_grad(features, labels, metric_of)
-        return StepOutput(losses + metric, stats, metric), list(zip(grads, more, strict=True))
+        output = StepOutput(with_metric(losses, metric), stats, metric)
+        return output, list(zip(grads, more, strict=True))
 
     def backward(self, outputs: Sequence[Outputs], grads: Sequence[Outputs]) -> None:
-        pairs = zip(chain(*outputs), chain(*grads), strict=True)
+        pairs = zip(chain(*outputs[: len(grads)]), chain(*grads), strict=True)
         trained = [(t, g) for t, g in pairs if t.requires_grad]
         if not trained:
             return
@@ -198,6 +226,22 @@ def check_gradients_wanted() -> None:
             f"a training step under torch.{mode}() computes no gradients: call the step outside of "
             "it, and cohort(images) for predictions"
         )
+
+
+def with_metric(losses: Tensor, metric: Tensor) -> Tensor:
+    """The losses of peers and teachers (K + M,) with those on features (K,) added to the peers'."""
+    K = len(metric)
+    return losses + metric if len(losses) == K else torch.cat([losses[:K] + metric, losses[K:]])
+
+
+def count_ensemble(stats: MutualStats, logits: Sequence[Tensor], labels: Tensor) -> None:
+    """Makes `ensemble_correct` that of the peers' `logits` alone; the loss counted teachers too."""
+    right = stats.correct[0]
+    if len(logits) > 1:
+        kind = torch.promote_types(logits[0].dtype, torch.float32)
+        mean = torch.stack([z.softmax(1, dtype=kind) for z in logits]).mean(0)
+        right = (mean.argmax(1) == labels).sum()
+    stats.ensemble_correct.copy_(right)
 
 
 def detached(out: Outputs) -> Outputs:

@@ -40,6 +40,15 @@ class StepOutput(NamedTuple):
     losses: Tensor  # (K,), metric losses included
     stats: MutualStats
     metric: Tensor | None = None  # (K,), where the step has a metric loss
+    # (M, K), where there are M teachers: T**2 KL(teacher || peer), mean over rows
+    teacher_kl: Tensor | None = None
+
+    def of_peers(self, K: int) -> StepOutput:
+        """Of a step's figures for K peers and the teachers behind them those of the peers alone."""
+        pairs = self.stats.pairwise_kl
+        return self._replace(
+            losses=self.losses[:K], stats=self.stats.of_first(K), teacher_kl=pairs[K:, :K]
+        )
 
 
 class After(Protocol):
@@ -99,11 +108,11 @@ class Execution:
     name: ExecutionName
     devices: tuple[str, ...] = ("cpu", "cuda")
     turn: int = 100  # executions are listed and measured in this order, from the simplest
-    thread_a_peer: bool = False  # divides torch's threads among the peers
+    thread_a_peer: bool = False  # divides torch's threads among peers and teachers
     moves_weights: bool = False  # into memory of its own, once it has proved that this is right
     keeps_addresses: bool = False  # of weights, which may not move afterwards
-    # Why these peers should not run so, in words; None where they may.
-    unfit: Callable[[Sequence[nn.Module]], str | None] = lambda peers: None
+    # Why these networks, peers and then teachers, should not run so, in words; None: they may.
+    unfit: Callable[[Sequence[nn.Module]], str | None] = lambda networks: None
     builders: dict[UpdateOrder, Builder] = field(default_factory=dict)  # what it can do
 
 

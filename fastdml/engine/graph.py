@@ -34,7 +34,7 @@ from numbers import Real
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from fastdml.engine.eager import EagerStep, check_gradients_wanted
@@ -246,15 +246,17 @@ class GraphStep:
         self.contents = Contents(self.inner)
 
     def _run(self) -> Tensor:
-        losses, stats, metric = self.inner(*self.inputs)
-        values = [losses, stats.packed] if metric is None else [losses, stats.packed, metric]
-        self.shapes = [v.shape for v in values]
-        return torch.cat([v.reshape(-1) for v in values])
+        output = self.inner(*self.inputs)
+        values = {**output._asdict(), "stats": output.stats.packed}
+        values = {name: v for name, v in values.items() if v is not None}
+        self.shapes = {name: v.shape for name, v in values.items()}
+        return torch.cat([v.reshape(-1) for v in values.values()])
 
     def _unpack(self, packed: Tensor) -> StepOutput:
-        parts = packed.split([shape.numel() for shape in self.shapes])
-        losses, stats, *metric = map(Tensor.view, parts, self.shapes)
-        return StepOutput(losses, MutualStats.from_packed(stats, len(self.inner.peers)), *metric)
+        parts = packed.split([shape.numel() for shape in self.shapes.values()])
+        found = dict(zip(self.shapes, map(Tensor.view, parts, self.shapes.values()), strict=True))
+        stats = MutualStats.from_packed(found.pop("stats"), len(self.inner.peers))
+        return StepOutput(stats=stats, **found)
 
     def _set_scalars(self) -> None:
         """Copies numbers assigned to the loss since the last step into the graph's tensors."""
@@ -271,9 +273,9 @@ class Contents:
 
     def __init__(self, inner: EagerStep) -> None:
         self.loss, self.optimizer, self.update = inner.loss, inner.optimizer, inner.update
-        self.stale = inner.stale
+        self.stale, self.cohort, self.teachers = inner.stale, inner.cohort, inner.teachers
         self.holdings = self.update.holdings
-        self.parts = Parts(inner.cohort)
+        self.parts = Parts(nn.ModuleList([inner.cohort, *inner.teachers]))
         self.modules = self.parts.modules
         self.tensors = [t for t in self.parts.values if isinstance(t, Tensor)]
         groups = self.optimizer.param_groups
@@ -297,7 +299,9 @@ class Contents:
         if self.update.holdings is not self.holdings or not self.holdings.same_groups():
             return "what the optimizer's groups hold"
         if not self.parts.unchanged():
-            return "what the peers consist of"
+            return "what the peers or teachers consist of"
+        if self.cohort.teachers is not self.teachers:
+            return "the teachers"  # which the step refuses
         if not same([group["lr"] for group in groups], self.rates):
             return "the tensor that holds a learning rate"
         if not all(map(alike, self._settings(), self.settings)):

@@ -67,7 +67,12 @@ def make_step(
     images: what the peers take, (N, ...) on the cohort's device. labels: (N,) int64 or int32.
     The output's tensors are on the device too, float32 (float64 where the peers give that): losses
     (K,), or (K, N) with the loss's reduction "none"; statistics (`MutualStats`); metric (K,), None
-    without a metric loss. A step never waits for the device; reading its output does.
+    without a metric loss; teacher_kl (M, K), None without teachers. A step never waits for the
+    device; reading its output does.
+
+    A cohort's M teachers run once a step, and the loss is called with the logits of the K peers and
+    then theirs: `peer_weights` are (K + M, K + M). Their own losses are not in the output, and no
+    gradient is computed for them.
 
     execution: "eager", "threads" (on a CPU), "streams", "graph" (on CUDA), "stacked", or "auto":
         the one that a short measurement at the first step finds fastest, on a CPU together with the
@@ -98,7 +103,8 @@ def make_step(
     that no group holds stay as they are, with a warning; after a step no weight has a gradient.
 
     Raises InputError, which names the value and the remedy: for an execution, amp or update that
-    does not exist or does not go with this device or the other options; for weights that no step
+    does not exist or does not go with this device or the other options; for teachers of other
+    classes, or of images that the peers' cannot be made into; for weights that no step
     can change (on the meta device, of lazy layers, shards, inference tensors); for an optimizer
     that needs a closure or sparse gradients; for a metric loss and peers that do not fit together.
     The step itself raises it where peers return something else than logits (N, C), where a batch
@@ -107,6 +113,8 @@ def make_step(
     """
     check_weights(cohort)
     check_optimizer(optimizer)
+    for teacher in cohort.teachers:
+        teacher.match(cohort.record())
     device = next(cohort.parameters()).device
     _check_update(update, accumulate)
     if metric is not None:
@@ -139,24 +147,24 @@ def make_step(
 
 def _on_a_cpu(make: Maker, execution: ExecutionName, threads: int | None) -> CpuAutoStep:
     """Chooses the execution where that is "auto", and the number of threads where that is None."""
-    peers = list(make.cohort.peers)
-    by_rule = only_by_rule(peers, make.options.compile)
+    networks = [*make.cohort.peers, *make.cohort.teachers]
+    by_rule = only_by_rule(networks, make.options.compile)
     unfit: dict[str, str] = {}
     able: list[ExecutionName]
     if execution != "auto":
         able = [execution]
         by_rule = None if threads else by_rule  # nothing is left to choose
-    elif by_rule or len(peers) == 1:
+    elif by_rule or len(networks) == 1:
         able = ["eager"]
     else:
         able = _able(torch.device("cpu"), make.update)
-        reasons = {name: EXECUTIONS[name].unfit(peers) for name in able}
+        reasons = {name: EXECUTIONS[name].unfit(networks) for name in able}
         unfit |= {name: reason for name, reason in reasons.items() if reason is not None}
         able = [name for name in able if name not in unfit]
     if torch.are_deterministic_algorithms_enabled() and (len(able) > 1 or not threads):
         by_rule = "deterministic"
     return CpuAutoStep(
-        able, make, peers, threads=threads, copies=make.on_copies, unfit=unfit, by_rule=by_rule
+        able, make, networks, threads=threads, copies=make.on_copies, unfit=unfit, by_rule=by_rule
     )
 
 
@@ -186,8 +194,9 @@ class Maker:
         Raises Uncopyable where they cannot be copied."""
         own = self.cohort, self.optimizer, self.amp, self.options.metric
         held = _held(self.cohort, self.optimizer)
+        frozen = {id(teacher): teacher for teacher in self.cohort.teachers}  # nothing changes them
         try:
-            cohort, optimizer, amp, metric = copy.deepcopy(own)
+            cohort, optimizer, amp, metric = copy.deepcopy(own, frozen)
         except Exception as error:  # of the peers' own code, or out of memory
             reason = " ".join(str(error).split()) or type(error).__name__
             raise Uncopyable(f"peers or optimizer cannot be copied: {reason}") from None

@@ -37,7 +37,7 @@ class SequentialStep(EagerStep):
         rounds = []  # the losses just before each peer's update
         for k in range(K):
             output, grads = self.losses_and_grads(predictions, labels, self.loss, [k])
-            rounds.append(output)
+            rounds.append(self.of_peers(output))
             if not outputs[k][0].requires_grad:
                 continue
             self.backward([outputs[k]], [grads[k]])
@@ -62,10 +62,12 @@ def _own_rounds(rounds: list[StepOutput]) -> StepOutput:
     pairs = met[:, at.span("pairwise_kl")].view(K, K, K)  # of round, teacher, student
     stats.pairwise_kl.copy_(pairs.diagonal(dim1=0, dim2=2))  # column k is what student k met
     metrics = [r.metric for r in rounds if r.metric is not None]
+    taught = [r.teacher_kl.T for r in rounds if r.teacher_kl is not None]  # each (K, M)
     return StepOutput(
         own(r.losses for r in rounds),
         stats,
         own(metrics) if metrics else None,
+        own(taught).T if taught else None,
     )
 
 

@@ -25,7 +25,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from fastdml.engine.amp import Amp
-from fastdml.engine.eager import EagerStep, Outputs
+from fastdml.engine.eager import EagerStep, Outputs, count_ensemble, with_metric
 from fastdml.engine.execution import ExecutionName, StepOptions, StepOutput, register_execution
 from fastdml.engine.graph import GraphStep
 from fastdml.engine.stack import KNOWN, Stack
@@ -40,6 +40,7 @@ from fastdml.engine.stackable import (
 )
 from fastdml.errors import InputError
 from fastdml.loss import MutualLoss
+from fastdml.mutual_stats import MutualStats
 
 if TYPE_CHECKING:
     from fastdml.cohort import Cohort
@@ -108,15 +109,28 @@ class StackedStep(EagerStep):
 
     def gradients(self, images: Tensor, labels: Tensor, loss: MutualLoss) -> StepOutput:
         out = self.forward(0, images)  # logits (K, N, C), and with a metric loss features (K, N, D)
-        losses, stats, grads = loss.value_and_grad(out[0].detach(), labels)
+        losses, stats, grads = self.mutual(out[0].detach(), images, labels, loss)
         output = StepOutput(losses, stats)
         if self.options.metric is not None:
             metric, more = self.options.metric.value_and_grad(out[1].detach().unbind(), labels)
-            output = StepOutput(losses + metric, stats, metric)
+            output = StepOutput(with_metric(losses, metric), stats, metric)
             grads = [*grads, torch.stack(more)]
         self.backward([out], [tuple(grads)])
         self.stack.share_gradients()
         return output
+
+    def mutual(
+        self, stacked: Tensor, images: Tensor, labels: Tensor, loss: MutualLoss
+    ) -> tuple[Tensor, MutualStats, list[Tensor]]:
+        """Losses, statistics, and the gradient of the peers' logits (K, N, C), beside which the
+        teachers run one by one."""
+        if not self.teachers:
+            return loss.value_and_grad(stacked, labels)
+        taught = [self.forward(k, images)[0] for k in range(1, len(self.forwards))]
+        peers = stacked.unbind()
+        losses, stats, grads = loss.value_and_grad([*peers, *taught], labels)
+        count_ensemble(stats, peers, labels)
+        return losses, stats, [torch.stack(grads[: len(peers)])]
 
 
 @register_execution("stacked", turn=4, moves_weights=True)

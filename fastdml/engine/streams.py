@@ -1,4 +1,4 @@
-"""A CUDA stream for every peer: forward and backward passes side by side.
+"""A CUDA stream for every peer and teacher: forward and backward passes side by side.
 
 Fork: the peers' streams wait for the batch. Join: the caller's stream waits for what they give,
 logits and features, and computes the losses. Autograd runs each backward operation on the stream of
@@ -39,7 +39,7 @@ class StreamsStep(EagerStep):
 
     def __init__(self, *arguments: Any) -> None:
         super().__init__(*arguments)
-        self.streams = [torch.cuda.Stream(self.amp.device) for _ in self.peers]
+        self.streams = [torch.cuda.Stream(self.amp.device) for _ in self.forwards]
 
     def outputs(self, images: Tensor) -> list[Outputs]:
         main = torch.cuda.current_stream(self.amp.device)

@@ -1,11 +1,11 @@
-"""A host thread for every peer, on a CPU: forward and backward passes side by side.
+"""A host thread for every peer and teacher, on a CPU: forward and backward passes side by side.
 
 Where peers run one after the other, every layer is split over all cores and joined again. Here each
-peer has a share of the cores for a whole pass: torch's threads over the number of peers, one at
-least. Loss and update, which are for all peers, have such a share too: hundreds of small weights
-are updated faster by one thread than by two that wait for each other at each of them. Threads are
-started anew for each pass, which takes a fraction of a millisecond, so that none is alive when a
-data loader forks.
+network has a share of the cores for a whole pass: torch's threads over the number of peers and
+teachers, one at least. Loss and update, which are for all peers, have such a share too: hundreds of
+small weights are updated faster by one thread than by two that wait for each other at each of them.
+Threads are started anew for each pass, which takes a fraction of a millisecond, so that none is
+alive when a data loader forks.
 
 Peers must not draw random numbers: they share one generator, so the numbers would depend on which
 thread comes first. Nor may they communicate with other processes (DistributedDataParallel, FSDP,
@@ -35,8 +35,9 @@ from fastdml.errors import InputError
 
 
 def unfit_for_threads(peers: Sequence[nn.Module]) -> str | None:
-    """Why these peers could give other results where they run side by side, in words; None where
-    nothing shows. Whether they draw random numbers is seen at the first step."""
+    """Why these networks, peers and then teachers, could give other results where they run side by
+    side, in words; None where nothing shows. Whether they draw random numbers is seen at the first
+    step."""
     if len(peers) == 1:
         return "one peer has nobody beside it"
     if hooked(peers):
@@ -61,11 +62,13 @@ class ThreadsStep(EagerStep):
         self.proved = False
 
     def refuse_replicas(self) -> None:
-        for name, peer in zip(self.cohort.names, self.peers, strict=True):
-            if (found := replicated(peer)) is not None:
+        named = [(f"peer {n}", p) for n, p in zip(self.cohort.names, self.peers, strict=True)]
+        named += [(f"teacher {t.name}", t) for t in self.teachers]
+        for name, network in named:
+            if (found := replicated(network)) is not None:
                 raise InputError(
                     f"execution 'threads' does not go with peers that talk to other processes: "
-                    f"peer {name} has {found}; use eager"
+                    f"{name} has {found}; use eager"
                 )
 
     def rehearse(self) -> None:
@@ -79,7 +82,7 @@ class ThreadsStep(EagerStep):
 
     def train(self, images: Tensor, labels: Tensor) -> StepOutput:
         threads = torch.get_num_threads()
-        self.share = max(1, threads // len(self.peers))
+        self.share = max(1, threads // len(self.forwards))
         torch.set_num_threads(self.share)
         try:
             return self._step(images, labels)
@@ -103,7 +106,7 @@ class ThreadsStep(EagerStep):
         return output
 
     def outputs(self, images: Tensor) -> list[Outputs]:
-        outputs = self._side_by_side(lambda k: self.forward(k, images))
+        outputs = self._side_by_side(lambda k: self.forward(k, images), len(self.forwards))
         if self.before.drew() or (not self.proved and self.generators.moved()):
             raise InputError(
                 "execution 'threads' does not go with peers that draw random numbers, such as "
@@ -116,18 +119,18 @@ class ThreadsStep(EagerStep):
             if any(t.requires_grad for t in outputs[k]):
                 super(ThreadsStep, self).backward([outputs[k]], [grads[k]])
 
-        self._side_by_side(one)
+        self._side_by_side(one, len(self.peers))
 
-    def _side_by_side(self, work: Callable[[int], Any]) -> list[Any]:
-        """`work(k)` of every peer; until the first step is done, one after the other."""
+    def _side_by_side(self, work: Callable[[int], Any], n: int) -> list[Any]:
+        """`work(k)` for k below n; until the first step is done, one after the other."""
 
         def limited(k: int) -> Any:
             torch.set_num_threads(self.share)  # of this thread
             with self._watched():
                 return work(k)
 
-        with ThreadPoolExecutor(len(self.peers) if self.proved else 1) as pool:
-            return list(pool.map(limited, range(len(self.peers))))
+        with ThreadPoolExecutor(n if self.proved else 1) as pool:
+            return list(pool.map(limited, range(n)))
 
     def _watched(self) -> AbstractContextManager:
         if self.proved or not (dist.is_available() and dist.is_initialized()):

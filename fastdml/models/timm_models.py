@@ -16,7 +16,7 @@ from torch import nn
 
 from fastdml.errors import InputError, require
 from fastdml.eval_mode import evaluating
-from fastdml.models.input_size import split_size
+from fastdml.models.input_size import AtSize, split_size
 from fastdml.models.resnet_cifar import IMAGENET_DEPTHS
 from fastdml.names import fits, nearest
 
@@ -70,6 +70,35 @@ def create_timm_model(
                 model.reset_classifier(num_classes)
             return model
     raise AssertionError("unreachable: the last options are none")
+
+
+def pretrained_classifier(name: str) -> tuple[nn.Module, dict[str, Any]]:
+    """A network of timm with the classifier that its weights have, and what is known of the images
+    that it was trained on, as `Cohort.record` says it.
+
+    name: of timm, or NAME@SIZE, which resizes its images and therefore takes any size. Raises
+    InputError and MissingExtra as `create_timm_model` does.
+    """
+    timm = require("timm", "reid")
+    own, size = split_size(name)
+    config = _config(timm, own)
+    options: dict[str, Any] = {"pretrained_cfg_overlay": _weights(timm, own)}
+    if size is not None and config.fixed_input_size:
+        options["img_size"] = (size, size)
+    try:
+        model = timm.create_model(own, pretrained=True, **options)
+    except (OSError, TypeError) as error:
+        reason = str(error).strip().partition("\n")[0][:200]
+        raise InputError(f"timm cannot build {name!r} with its weights: {reason}") from None
+    record = {
+        "image_shape": None if size is not None else list(config.input_size),
+        "mean": [255.0 * value for value in config.mean],
+        "std": [255.0 * value for value in config.std],
+        "classes": None,
+    }
+    if size is not None:
+        model = AtSize(model, size, model.num_classes)
+    return model, record
 
 
 def pretrained_normalisation(
