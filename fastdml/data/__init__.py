@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     from fastdml.data.loaders.torch_workers import TorchLoader
     from fastdml.data.reid_folders import ImageFolderReID
     from fastdml.data.reid_split import ReidSplit
-    from fastdml.data.samplers import PKSampler, RandomSampler, RepeatedSampler
+    from fastdml.data.samplers import MixedSampler, PKSampler, RandomSampler, RepeatedSampler
     from fastdml.data.sets.cifar import load_cifar10, load_cifar100
     from fastdml.data.sets.digits import load_digits
     from fastdml.data.sets.folder import load_folder
@@ -40,6 +40,7 @@ _HOMES = {
     "ImageFiles": "image_files",
     "ImageSet": "image_set",
     "Market1501": "sets.market1501",
+    "MixedSampler": "samplers",
     "PKSampler": "samplers",
     "RandomSampler": "samplers",
     "ReidSplit": "reid_split",
@@ -63,6 +64,7 @@ __all__ = [
     "ImageFolderReID",
     "ImageSet",
     "Market1501",
+    "MixedSampler",
     "PKSampler",
     "RandomSampler",
     "ReidSplit",

@@ -11,6 +11,8 @@ from torch import Tensor
 from fastdml.data.philox import SUBSET, check_seed, draw, permutation, rank_in_class
 from fastdml.errors import InputError
 
+IGNORED = -100  # the label of images without one, as in torch's cross-entropy
+
 
 @dataclass(frozen=True, eq=False)
 class ImageSet:
@@ -21,12 +23,13 @@ class ImageSet:
     """
 
     images: Tensor = field(repr=False)  # (N, ch, H, W) uint8
-    labels: Tensor = field(repr=False)  # (N,) int64, each in [0, num_classes)
+    labels: Tensor = field(repr=False)  # (N,) int64, each in [0, num_classes) or IGNORED
     num_classes: int
     class_names: tuple[str, ...]
     mean: tuple[float, ...]  # (ch,) in the units of the stored bytes
     std: tuple[float, ...]  # (ch,)
     white: int = 255  # the value of full brightness among the stored bytes
+    files: tuple[str, ...] = field(default=(), repr=False)  # that the last images were read from
 
     def __post_init__(self) -> None:
         images, labels = self.images, self.labels
@@ -52,10 +55,12 @@ class ImageSet:
         if len(labels) == 0:
             raise InputError("the set holds no images: give at least one")
         low, high = (int(v) for v in labels.aminmax())
+        if low == IGNORED:
+            low = int(labels.masked_fill(labels == IGNORED, 0).min())
         if low < 0 or high >= self.num_classes:
             raise InputError(
                 f"labels run from {low} to {high}: with {self.num_classes} classes they must be "
-                f"from 0 to {self.num_classes - 1}"
+                f"from 0 to {self.num_classes - 1} (images without a label: {IGNORED})"
             )
 
     @classmethod
@@ -107,8 +112,10 @@ class ImageSet:
 
 
 def evenly(labels: Tensor, n: int, seed: int) -> Tensor:
-    """(n,) samples of labels (N,), as `ImageSet.subset` takes them."""
+    """(n,) samples of labels (N,), as `ImageSet.subset` takes them. Those without a label count as
+    one more class."""
     if not 1 <= n <= len(labels):
         raise InputError(f"a subset of {n} images: the set allows 1 to {len(labels)}")
+    labels = labels.masked_fill(labels == IGNORED, int(labels.max()) + 1)
     words = draw(check_seed(seed), 0, torch.arange(len(labels), device="cpu"), SUBSET)[0]
     return permutation((rank_in_class(labels, words) << 32) + words)[:n].sort().values

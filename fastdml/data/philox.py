@@ -56,9 +56,10 @@ def philox_4x32(counter: tuple[Word, Word, Word, Word], key: tuple[int, int]) ->
 
 
 def draw(
-    seed: int, epoch: int, samples: Tensor, purpose: int, repetition: Word = 0
+    seed: int, epoch: Word, samples: Tensor, purpose: int, repetition: Word = 0
 ) -> tuple[Tensor, ...]:
-    """Four words for each of `samples` (N,) int64: 4 tensors (N,)."""
+    """Four words for each of `samples` (N,) int64: 4 tensors (N,), or of the shape that epoch,
+    samples and repetition broadcast to."""
     words = philox_4x32((epoch, samples, purpose, repetition), (seed & MASK, seed >> 32))
     return cast("tuple[Tensor, ...]", words)  # since one word of the counter is a tensor
 

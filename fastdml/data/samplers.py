@@ -16,6 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from fastdml.data.image_set import IGNORED
 from fastdml.data.philox import EPOCH, GROUP, draw, permutation
 from fastdml.errors import InputError
 
@@ -160,6 +161,67 @@ class PKSampler:
         chosen = _different(queue.tolist(), groups.numpy(), self.p, self.steps)
         sample = images[torch.from_numpy(chosen)].view(-1)
         return Order(_to(sample, device), torch.arange(len(sample), device=device))
+
+
+@dataclass(frozen=True, eq=False)
+class MixedSampler:
+    """Batches of which `unlabelled` of `batch_size` images have no label, spread evenly over each
+    batch. An epoch has as many batches as the images of both kinds fill.
+
+    Each kind is shown in an order of its own, a pass over all its images after the other, and goes
+    on at the next epoch where it was: the fewer labelled images there are, the more often each is
+    shown, augmented otherwise each time. Raises InputError where a kind is missing, or has no place
+    in a batch.
+    """
+
+    labels: Tensor  # (N,) int64, IGNORED: without a label
+    batch_size: int
+    unlabelled: int  # images of a batch
+    _kinds: tuple[Tensor, Tensor] = field(init=False, repr=False)  # labelled samples, and others
+
+    def __post_init__(self) -> None:
+        without = self.labels.cpu() == IGNORED
+        kinds = (~without).nonzero()[:, 0], without.nonzero()[:, 0]
+        if not 0 < self.unlabelled < self.batch_size:
+            raise InputError(
+                f"{self.unlabelled} unlabelled of {self.batch_size} images in a batch: give 1 to "
+                f"{self.batch_size - 1}"
+            )
+        if not all(map(len, kinds)):
+            raise InputError(
+                f"{len(kinds[0])} images with and {len(kinds[1])} without a label: batches of both "
+                "kinds need some of each"
+            )
+        object.__setattr__(self, "_kinds", kinds)
+
+    @property
+    def places(self) -> int:
+        return len(self.labels)
+
+    def order(self, seed: int, epoch: int, device: torch.device | str = "cpu") -> Order:
+        steps, rows = self.places // self.batch_size, self.batch_size
+        before = torch.arange(rows + 1) * (rows - self.unlabelled) // rows  # labelled rows above
+        labelled = before[1:] > before[:-1]  # (batch_size,) whether a row is one
+        sample = torch.empty(steps, rows, dtype=torch.int64, device=device)
+        repetition = torch.empty_like(sample)
+        for kind, own in zip(self._kinds, (labelled, ~labelled), strict=True):
+            columns = _to(own.nonzero()[:, 0], device)
+            shown, again = _passes(_to(kind, device), seed, epoch, steps * len(columns))
+            sample.index_copy_(1, columns, shown.view(steps, -1))
+            repetition.index_copy_(1, columns, again.view(steps, -1))
+        return Order(sample.view(-1), repetition.view(-1))
+
+
+def _passes(samples: Tensor, seed: int, epoch: int, count: int) -> tuple[Tensor, Tensor]:
+    """The `count` samples (count,) of an epoch from pass after pass over all `samples` (n,), each
+    in a random order of its own; and the number of the pass, from the epoch's first on."""
+    n, start = len(samples), epoch * count
+    first, last = start // n, (start + count - 1) // n
+    number = torch.arange(first, last + 1, device=samples.device)[:, None]  # (passes, 1)
+    words = draw(seed, number, samples[None], EPOCH)[0]  # (passes, n)
+    order = samples[torch.argsort(words, dim=1, stable=True)].view(-1)
+    place = torch.arange(count, device=samples.device) + start - first * n
+    return order[place], place // n
 
 
 def _to(x: Tensor, device: torch.device | str) -> Tensor:

@@ -8,6 +8,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
+from fastdml.data.image_set import IGNORED
 from fastdml.data.philox import VALIDATION, check_seed, draw, permutation, rank_in_class
 from fastdml.errors import InputError
 
@@ -39,6 +40,8 @@ def split_validation(data: Set, validation: float, seed: int = 0) -> tuple[Set, 
 
 def validation_places(labels: Tensor, validation: float, seed: int) -> Tensor:
     """The places in labels (N,) that `split_validation` validates on, rising."""
+    if (labels == IGNORED).any():
+        raise InputError("validation images need labels: take them from the labelled images alone")
     N, sizes = len(labels), torch.bincount(labels)
     divisible = int((sizes > 1).sum())  # classes
     most = N - int((sizes > 0).sum())

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from fastdml.data.image_files import ImageFiles
-from fastdml.data.image_set import ImageSet
+from fastdml.data.image_set import IGNORED, ImageSet
 from fastdml.errors import InputError
 from fastdml.train.own_batches import (
     ArrayBatches,
@@ -22,8 +22,6 @@ from fastdml.train.own_batches import (
     is_arrays,
     is_dataset,
 )
-
-IGNORED = -100  # the label of rows without one, as in torch's cross-entropy
 
 # (labels, images, num_classes, where, values): refuses labels that cannot be learnt. where: which
 # batch, for messages. values: whether to read the labels, which waits for their device.

@@ -15,11 +15,12 @@ from torch import Tensor, nn
 
 from fastdml.cohort import REMEDY, Cohort, check_logits
 from fastdml.data import dataset_names
+from fastdml.data.image_set import IGNORED
 from fastdml.engine.amp import Amp
 from fastdml.errors import InputError, one_line, require
 from fastdml.eval_mode import evaluating
 from fastdml.torch_private import wraps_compiled
-from fastdml.train.batches import IGNORED, Batches, described, first_batch, noun, sizes
+from fastdml.train.batches import Batches, described, first_batch, noun, sizes
 from fastdml.train.config.base import TrainConfig
 from fastdml.train.tasks.task import task_of
 

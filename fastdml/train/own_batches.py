@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, IterableDataset
 from torch.utils.data import Sampler as TorchSampler
 
-from fastdml.data.samplers import RandomSampler
+from fastdml.data.samplers import RandomSampler, Sampler, part
 from fastdml.errors import InputError, one_line
 
 NUMBERS = "biufc"  # numpy's kinds of numbers
@@ -38,16 +38,22 @@ def _is_array(value: Any) -> bool:
 
 class ArrayBatches:
     """Batches of inputs (N, ...) and labels (N, ...), tensors on the device. seed: of the random
-    order of training; None: in the given order, whose last batch may be short."""
+    order of training; None: in the given order, whose last batch may be short. sampler: which order
+    that is, by default one of each sample once."""
 
     def __init__(
-        self, inputs: Tensor, labels: Tensor, batch_size: int, seed: int | None = None
+        self,
+        inputs: Tensor,
+        labels: Tensor,
+        batch_size: int,
+        seed: int | None = None,
+        sampler: Sampler | None = None,
     ) -> None:
         self.images = inputs.dim() == 4
         # Of images a batch is in the memory format channels_last without another copy.
         self.inputs = inputs.permute(0, 2, 3, 1).contiguous() if self.images else inputs
         self.labels, self.batch_size, self.seed = labels, batch_size, seed
-        self.sampler = RandomSampler(len(inputs))
+        self.sampler = sampler or RandomSampler(len(inputs))
         self._order: tuple[int, Tensor] | None = None  # an epoch and its order
 
     def __len__(self) -> int:
@@ -56,11 +62,18 @@ class ArrayBatches:
 
     def epoch(self, epoch: int, start: int = 0) -> Iterator[tuple[Tensor, Tensor]]:
         for step in range(start, len(self)):
-            chosen: Any = slice(step * self.batch_size, (step + 1) * self.batch_size)
+            chosen: Any = part(step, self.batch_size)
             if self.seed is not None:
                 chosen = self.order(epoch, self.seed)[chosen]
             inputs = self.inputs[chosen]
             yield (inputs.permute(0, 3, 1, 2) if self.images else inputs), self.labels[chosen]
+
+    def samples(self, epoch: int, step: int) -> Tensor:
+        """Which samples of the arrays the batch shows, (B,) int64 on the device, in its order."""
+        if self.seed is not None:
+            return self.order(epoch, self.seed)[part(step, self.batch_size)]
+        every = torch.arange(len(self.inputs), device=self.inputs.device)
+        return every[part(step, self.batch_size)]
 
     def order(self, epoch: int, seed: int) -> Tensor:
         if self._order is None or self._order[0] != epoch:

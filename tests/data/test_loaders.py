@@ -20,6 +20,7 @@ from fastdml import train as training
 from fastdml.data import (
     DALILoader,
     ImageSet,
+    MixedSampler,
     PKSampler,
     RandomSampler,
     RepeatedSampler,
@@ -65,7 +66,13 @@ def a_sampler(kind: str, n: int, batch_size: int, data):
     """(sampler or None, batch size that it asks for)."""
     if kind == "repeated":
         return RepeatedSampler(n, data.draw(st.integers(1, min(3, n)))), batch_size
-    if kind == "random":
+    if kind == "mixed" and min(n, batch_size) > 1:
+        labelled = data.draw(st.integers(1, n - 1))
+        unlabelled = data.draw(st.integers(1, batch_size - 1))
+        labels = torch.where(torch.arange(n) * 7 % n < labelled, 0, -100)
+        labels[0], labels[-1] = 0, -100
+        return MixedSampler(labels, batch_size, unlabelled), batch_size
+    if kind in ("random", "mixed"):
         return data.draw(st.sampled_from([None, RandomSampler(n)])), batch_size
     identities = data.draw(st.lists(st.integers(0, 4), min_size=n, max_size=n))
     ids = torch.tensor(identities)
@@ -75,7 +82,7 @@ def a_sampler(kind: str, n: int, batch_size: int, data):
     return PKSampler(ids, p, k, cameras), p * k
 
 
-@pytest.mark.parametrize("sampler", ["random", "repeated", "pk", "cameras"])
+@pytest.mark.parametrize("sampler", ["random", "repeated", "pk", "cameras", "mixed"])
 @pytest.mark.parametrize(
     ("kind", "examples"),
     [("resident", 25), ("torch", 15), pytest.param("dali", 4, marks=needs_dali)],
@@ -114,6 +121,7 @@ def test_an_epoch_is_the_samplers_for_any_batch_ranks_and_resume(kind, examples,
                     assert images.shape == (batch_size, 1, 2, 2)
                     assert (images == labels.view(-1, 1, 1, 1)).all()
                     assert (shown[step, rank] == -1).all()
+                    assert torch.equal(loader.samples(epoch, step), labels)
                     shown[step, rank] = labels
         assert torch.equal(shown.view(-1), order[: shown.numel()])
         if sampler == "random":

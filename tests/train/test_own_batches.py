@@ -17,6 +17,7 @@ from fastdml.data import load_digits
 from fastdml.errors import InputError
 from fastdml.train import ReidConfig, TrainConfig, evaluate, fit
 from fastdml.train.batches import as_batches
+from fastdml.train.own_batches import ArrayBatches
 
 pytestmark = pytest.mark.usefixtures("_no_pictures")
 CPU = torch.device("cpu")
@@ -164,6 +165,15 @@ class TestKinds:
         data = TensorDataset(torch.from_numpy(x).float(), torch.from_numpy(y))
         fit(other, data, None, settings(folder=str(tmp_path / "other")))
         assert same_weights(one, other)
+
+    @pytest.mark.parametrize("seed", [None, 3])
+    def test_which_samples_a_batch_shows(self, seed):
+        inputs, labels = torch.randn(20, 3), torch.arange(20)
+        batches = ArrayBatches(inputs, labels, 6, seed)
+        for step, (found, shown) in enumerate(batches.epoch(1)):
+            assert torch.equal(batches.samples(1, step), shown)
+            assert torch.equal(inputs[shown], found)
+        assert step == (3 if seed is None else 2)
 
     def test_without_a_seed_in_order_to_the_end(self):
         x, y = wine()

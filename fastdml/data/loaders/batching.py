@@ -12,7 +12,7 @@ from torch import Tensor
 from fastdml.data import augment
 from fastdml.data.augment import Choices
 from fastdml.data.image_files import ImageFiles
-from fastdml.data.image_set import ImageSet
+from fastdml.data.image_set import IGNORED, ImageSet
 from fastdml.data.philox import check_seed
 from fastdml.data.reid_split import ReidSplit
 from fastdml.data.samplers import Order, RandomSampler, Sampler, check_rank, part
@@ -82,6 +82,7 @@ class Batching:
         self.num_classes, self.class_names = images.num_classes, images.class_names
         self.mean, self.std = images.mean, images.std
         self.labels = images.labels.to(self.device)  # (N,)
+        self.unlabelled = int((images.labels == IGNORED).sum())  # images without a label
         self._kept: tuple[int, Order] | None = None  # an epoch and its order
         self._chosen: tuple[int, Choices] | None = None  # an epoch and its choices
         self._take_in(images)
@@ -92,6 +93,8 @@ class Batching:
 
     def _count(self, sampler: Sampler) -> int:
         """The steps of an epoch of training."""
+        if getattr(sampler, "batch_size", self.batch_size) != self.batch_size:
+            raise InputError(f"batch size {self.batch_size} for a sampler of {sampler.batch_size}")
         p, k = getattr(sampler, "p", 1), getattr(sampler, "k", 1)
         if p * k > 1 and self.batch_size != p * k:
             raise InputError(
@@ -145,10 +148,13 @@ class Batching:
         """One batch by itself, without prefetching: for looking at it."""
         return next(iter(self.epoch(epoch, step)))
 
+    def samples(self, epoch: int, step: int) -> Tensor:
+        """Which images of the set the batch shows, (B,) int64 on the device, in its order."""
+        return self.order(epoch).sample[self.part(epoch, step)].to(self.device)
+
     def _finished(self, epoch: int, step: int, images: Tensor) -> tuple[Tensor, Tensor]:
         """A streamed batch (B, H, W, ch) on the device, in the form that was asked for."""
-        samples = self.order(epoch).sample[self.part(epoch, step)].to(self.device)
-        return self._batch(images, samples)
+        return self._batch(images, self.samples(epoch, step))
 
     def _batch(self, pixels: Tensor, samples: Tensor) -> tuple[Tensor, Tensor]:
         """(B, H, W, ch) as images (B, ch, H, W), without a copy where channels_last; and labels."""

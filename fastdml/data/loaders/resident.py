@@ -77,6 +77,9 @@ class ResidentLoader(Batching):
         """Images (B, ch, H, W) normalised, and labels (B,) int64. Never waits for the device."""
         return self.assemble(*self.index(epoch, step))
 
+    def samples(self, epoch: int, step: int) -> Tensor:
+        return self.order(epoch, self.device).sample[self.part(epoch, step)]
+
     def index(self, epoch: int, step: int) -> tuple[Tensor, ...]:
         """The tensors from which `assemble` makes the batch, on the device; the last is (B,)."""
         part = self.part(epoch, step)
