@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from typing import Literal, cast, overload
 
 import torch
-from fastdml_kernels import Call, losses_and_grads
+from fastdml_kernels import Call, losses_and_grads, students_of
 from fastdml_kernels import linear_mutual_loss as _linear_mutual_loss
 from fastdml_kernels import mutual_loss as _mutual_loss
 from fastdml_kernels import mutual_losses as _mutual_losses
@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from typing_extensions import Unpack
 
 from fastdml.loss_checks import check_call, check_layers
-from fastdml.loss_options import LinearLossOptions, LossOptions, call_with, shows
+from fastdml.loss_options import LinearLossOptions, LossOptions, call_with, mask_length, shows
 from fastdml.mutual_stats import MutualStats
 
 
@@ -47,41 +47,59 @@ class MutualLoss(nn.Module):
         super().__init__()
         given = call_with(torch.empty(0), return_stats, **options)
         self.options = given.options
+        self._mask_length = mask_length(options.get("students"))
         self.temperature = given.temperature
         self.ce_weight = given.ce_weight
         self.kl_weight = given.kl_weight
         self.register_buffer("peer_weights", given.peer_weights, persistent=False)
         self.register_buffer("class_weight", given.class_weight, persistent=False)
         self.return_stats = given.want_stats
+        if given.sample_weight is not None:
+            raise ValueError("sample_weight belongs to a batch: give it when the loss is called")
 
     def forward(
-        self, logits: Tensor | Sequence[Tensor], labels: Tensor
+        self,
+        logits: Tensor | Sequence[Tensor],
+        labels: Tensor,
+        sample_weight: Tensor | None = None,
     ) -> Tensor | tuple[Tensor, MutualStats]:
-        """As `mutual_loss(logits, labels)` with this module's options."""
-        return _losses(*self._call(logits, labels, self.return_stats))
+        """As `mutual_loss(logits, labels, sample_weight=...)` with this module's options."""
+        return _losses(*self._call(logits, labels, sample_weight, self.return_stats))
 
     def value_and_grad(
-        self, logits: Tensor | Sequence[Tensor], labels: Tensor
-    ) -> tuple[Tensor, MutualStats, list[Tensor]]:
+        self,
+        logits: Tensor | Sequence[Tensor],
+        labels: Tensor,
+        sample_weight: Tensor | None = None,
+    ) -> tuple[Tensor, MutualStats, list[Tensor | None]]:
         """Losses, statistics, and the gradient of `losses.sum()` with respect to the logits, in
         their shape and dtype: K tensors (N, C), or one (K, N, C) for stacked logits.
+
+        None for a peer that is no student, zeros in its rows of stacked logits. Students are those
+        of the option, whether or not their logits require a gradient; without it, the peers whose
+        logits require one, or all where none does.
 
         For `torch.autograd.backward(logits, gradients)`: no loss graph, no backward launch. With a
         loss scale give float16 logits as float32: here they are rounded before anyone scales them.
         """
-        tensors, usual, call = self._call(logits, labels, True)
-        losses, packed, grads = losses_and_grads(tensors, call, True, usual=usual)
+        tensors, usual, call = self._call(logits, labels, sample_weight, True)
+        students = call.options.students or students_of(tensors, None) or range(_count(tensors))
+        losses, packed, grads = losses_and_grads(tensors, call, students, usual=usual)
         return losses, MutualStats.from_packed(cast(Tensor, packed), _count(tensors)), grads
 
     def _call(
-        self, logits: Tensor | Sequence[Tensor], labels: Tensor, want_stats: bool
+        self,
+        logits: Tensor | Sequence[Tensor],
+        labels: Tensor,
+        sample_weight: Tensor | None,
+        want_stats: bool,
     ) -> tuple[list[Tensor], bool, Call]:
         weights = self._buffers  # as attributes they take as long as a kernel's launch
         call = Call(
             labels, self.options, self.temperature, self.ce_weight, self.kl_weight,
-            weights["peer_weights"], weights["class_weight"], want_stats,
+            weights["peer_weights"], weights["class_weight"], sample_weight, want_stats,
         )  # fmt: skip
-        return *check_call(logits, call), call
+        return *check_call(logits, call, self._mask_length), call
 
     def extra_repr(self) -> str:
         return f"temperature={self.temperature}, kl_weight={self.kl_weight}, {self.options}"
@@ -164,7 +182,7 @@ def mutual_loss(
     RuntimeError for a second derivative and under torch.func transforms.
     """
     call = call_with(labels, return_stats, **options)
-    return _losses(*check_call(logits, call), call)
+    return _losses(*check_call(logits, call, mask_length(options.get("students"))), call)
 
 
 @overload
@@ -237,7 +255,7 @@ def mutual_losses(
             "mutual_losses keeps apart; use mutual_loss(...).sum().backward()"
         )
     call = call_with(labels, return_stats, **options)
-    tensors, _ = check_call(logits, call)
+    tensors, _ = check_call(logits, call, mask_length(options.get("students")))
     losses, packed = _mutual_losses(tensors, call)
     return losses if packed is None else (losses, MutualStats.from_packed(packed, len(tensors)))
 

@@ -23,12 +23,15 @@ MOST = 1024  # signatures kept
 LOGIT_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 
-def check_call(logits: Tensor | Sequence[Tensor], call: Call) -> tuple[list[Tensor], bool]:
+def check_call(
+    logits: Tensor | Sequence[Tensor], call: Call, peers: int | None = None
+) -> tuple[list[Tensor], bool]:
     """The logits as K tensors (N, C) or one (K, N, C), after every check that needs no value on
-    the device; and whether the call is the usual one (`fastdml_kernels.at_once`)."""
+    the device; and whether the call is the usual one (`fastdml_kernels.at_once`). peers: how many
+    the students, given as a mask, speak of."""
     tensors = [logits] if isinstance(logits, Tensor) else list(logits)
     usual = at_once([*tensors, *call.tensors()])
-    signature = _signature(logits, tensors, call) if usual else None
+    signature = _signature(logits, tensors, call, peers) if usual else None
     if signature is not None and signature in _passed:
         return tensors, usual
     _refuse_unusual("logits", tensors)
@@ -38,7 +41,8 @@ def check_call(logits: Tensor | Sequence[Tensor], call: Call) -> tuple[list[Tens
     K, N, C = _sizes(logits, tensors)
     device = _check_kinds(tensors)
     _check_labels(call.labels, N, device)
-    _check_weights(call, K, C, device)
+    _check_weights(call, K, N, C, device)
+    _check_students(call.options.students, K, peers)
     _check_numbers(call, device)
     if signature is not None:
         if len(_passed) >= MOST:
@@ -51,12 +55,13 @@ _passed: set[Hashable] = set()  # the signatures of calls that were in order
 
 
 def _signature(
-    logits: Tensor | Sequence[Tensor], tensors: list[Tensor], call: Call
+    logits: Tensor | Sequence[Tensor], tensors: list[Tensor], call: Call, peers: int | None
 ) -> Hashable | None:
     """What the checks look at in a usual call: one like another that was in order is in order.
     Values of numbers and the number of rows are looked at here, and are not of it. None where the
     checks have to look."""
     given = call[2:7]  # temperature to class_weight
+    sample_weight = call.sample_weight
     others: list[Any] = []
     for value in given:
         if value.__class__ not in NUMBERS:
@@ -73,6 +78,13 @@ def _signature(
         if not isinstance(t, Tensor) or t.device != device:
             return None
     shape, ignore = tensors[0].shape, call.options.ignore_index
+    kind: Hashable = None
+    if sample_weight is not None:
+        if not isinstance(sample_weight, Tensor) or sample_weight.device != device:
+            return None
+        if sample_weight.shape != shape[-2:-1]:
+            return None
+        kind = sample_weight.dtype, sample_weight.requires_grad
     if len(shape) < 2 or labels.shape != shape[-2:-1] or labels.device != device:
         return None
     if ignore.__class__ is not int or not INT64[0] <= ignore <= INT64[1]:
@@ -82,7 +94,8 @@ def _signature(
             return None
     return (
         device, tensors[0] is logits, len(tensors), shape[:-2], shape[-1:],
-        tuple([t.dtype for t in tensors]), labels.dtype,
+        tuple([t.dtype for t in tensors]), labels.dtype, kind, call.options.students,
+        peers,
         tuple(map(type, given)), tuple([(t.shape, t.requires_grad) for t in others]),
     )  # fmt: skip
 
@@ -139,11 +152,21 @@ def _check_labels(labels: Tensor, N: int, device: torch.device) -> None:
         raise ValueError(f"labels on {labels.device}, logits on {device}: move the labels")
 
 
-def _check_weights(call: Call, K: int, C: int, device: torch.device) -> None:
-    """peer_weights and class_weight."""
+def _check_students(students: tuple[int, ...] | None, K: int, peers: int | None) -> None:
+    if peers is not None and peers != K:
+        raise ValueError(f"students as a mask of {peers} for K = {K} peers: give one bool a peer")
+    if students is not None and students[-1] >= K:
+        raise ValueError(
+            f"students hold {students[-1]} with K = {K} peers: they count from 0, give 0 to {K - 1}"
+        )
+
+
+def _check_weights(call: Call, K: int, N: int, C: int, device: torch.device) -> None:
+    """peer_weights, class_weight and sample_weight."""
     for name, tensor, shape in (
         ("peer_weights", call.peer_weights, (K, K)),
         ("class_weight", call.class_weight, (C,)),
+        ("sample_weight", call.sample_weight, (N,)),
     ):
         if tensor is None:
             continue
@@ -156,6 +179,8 @@ def _check_weights(call: Call, K: int, C: int, device: torch.device) -> None:
             )
         if tensor.requires_grad:
             raise ValueError(f"{name} requires a gradient, which the loss does not compute")
+        if name == "sample_weight" and not tensor.dtype.is_floating_point:
+            raise TypeError(f"{name} of {tensor.dtype}: cast it to a floating dtype, say float32")
 
 
 def _check_numbers(call: Call, device: torch.device) -> None:

@@ -7,13 +7,14 @@ from __future__ import annotations
 
 import inspect
 import operator
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, Literal, TypedDict, TypeVar, get_type_hints
 
 from fastdml_kernels import Call, Options
-from fastdml_kernels.options import Gate, Reduction, Scalar, Target
+from fastdml_kernels.options import EVEN, Divergence, Gate, Reduction, Scalar, Target
 from torch import Tensor
 
+Students = Sequence[int] | Sequence[bool] | Tensor  # indices of peers, or a mask over them
 Function = TypeVar("Function", bound=Callable[..., Any])
 
 
@@ -26,9 +27,13 @@ class SharedOptions(TypedDict, total=False):
     target: Target
     peer_weights: Tensor | None
     gate: Gate
+    divergence: Divergence
+    jsd_beta: float
     symmetric: bool
+    students: Students | None
     label_smoothing: float
     class_weight: Tensor | None
+    sample_weight: Tensor | None
     ignore_index: int
     mimic_ignored: bool
 
@@ -56,29 +61,94 @@ def call_with(
     target: Target = "peers",
     peer_weights: Tensor | None = None,
     gate: Gate = "none",
+    divergence: Divergence = "forward",
+    jsd_beta: float = EVEN,
     symmetric: bool = False,
+    students: Students | None = None,
     detach_targets: bool = True,
     label_smoothing: float = 0.0,
     class_weight: Tensor | None = None,
+    sample_weight: Tensor | None = None,
     ignore_index: int = -100,
     mimic_ignored: bool = False,
     reduction: Reduction = "mean",
 ) -> Call:
     """The `Call` that the kernels get. Raises ValueError for an option that is not one of its
-    choices, TypeError for a name that is no option."""
+    choices, TypeError for a name that is no option. Of students given as a mask, its length is
+    still to be checked (`mask_length`)."""
     # The kernels are compiled for Python's own numbers: numpy's, say, are no constants to Triton.
     if type(label_smoothing) is not float and hasattr(label_smoothing, "__float__"):
         label_smoothing = float(label_smoothing)
     if not isinstance(ignore_index, int) and hasattr(ignore_index, "__index__"):
         ignore_index = operator.index(ignore_index)
+    if type(jsd_beta) is not float and hasattr(jsd_beta, "__float__"):
+        jsd_beta = float(jsd_beta)
+    if symmetric:
+        if divergence not in ("forward", "jeffreys"):
+            raise ValueError(
+                f"symmetric=True with divergence={divergence!r}: it is another name for "
+                "divergence='jeffreys'; give one of the two"
+            )
+        divergence = "jeffreys"
     options = Options(
-        target, gate, bool(symmetric), bool(detach_targets), label_smoothing, ignore_index,
-        bool(mimic_ignored), reduction,
+        target, gate, divergence, jsd_beta, bool(detach_targets), label_smoothing, ignore_index,
+        bool(mimic_ignored), reduction, None if students is None else indices_of(students),
     )  # fmt: skip
-    want_stats = bool(want_stats)
     return Call(
-        labels, options, temperature, ce_weight, kl_weight, peer_weights, class_weight, want_stats
-    )
+        labels, options, temperature, ce_weight, kl_weight, peer_weights, class_weight,
+        sample_weight, bool(want_stats),
+    )  # fmt: skip
+
+
+def _numbers(students: Students) -> list[Any]:
+    """The given students as Python's numbers."""
+    if isinstance(students, Tensor):
+        if students.device.type != "cpu" or students.dim() != 1:
+            raise ValueError(
+                f"students as a tensor {tuple(students.shape)} on {students.device}: give indices "
+                "or a mask of one dimension on the CPU, or a list"
+            )
+        students = students.tolist()
+    if isinstance(students, (str, bytes)) or not hasattr(students, "__iter__"):
+        raise TypeError(f"students={students!r}: give a list of peers' indices, or a mask of bools")
+    return list(students)
+
+
+def _is_flag(value: object) -> bool:
+    return isinstance(value, bool) or type(value).__name__ in ("bool_", "bool")  # numpy's too
+
+
+def mask_length(students: Students | None) -> int | None:
+    """The number of peers that a mask speaks of; None for indices, which speak of any number."""
+    if students is None:
+        return None
+    given = _numbers(students)
+    return len(given) if given and all(map(_is_flag, given)) else None
+
+
+def indices_of(students: Students) -> tuple[int, ...]:
+    """The peers' indices in ascending order, from such or from a mask. Raises ValueError where one
+    is repeated or below 0 and where there is none, TypeError for what is no index."""
+    given = _numbers(students)
+    flags = sum(map(_is_flag, given))
+    if flags == len(given):
+        chosen = [k for k, is_student in enumerate(given) if is_student]
+    elif flags or not all(hasattr(k, "__index__") for k in given):
+        raise TypeError(
+            f"students={students!r}: give peers' indices alone, or a mask of bools alone"
+        )
+    else:
+        chosen = sorted(map(operator.index, given))
+    if not chosen:
+        raise ValueError(
+            f"students={students!r}: nobody learns; name at least one peer, or call under "
+            "torch.no_grad() for losses alone"
+        )
+    if len(set(chosen)) < len(chosen):
+        raise ValueError(f"students={students!r}: a peer is named twice; name each once")
+    if chosen[0] < 0:
+        raise ValueError(f"students={students!r}: peers are counted from 0; give 0 to K - 1")
+    return tuple(chosen)
 
 
 def shows(options: type) -> Callable[[Function], Function]:

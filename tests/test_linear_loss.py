@@ -193,7 +193,7 @@ def test_compiled_layers_may_share_hidden_and_weight():
 
 def test_opcheck():
     hidden, weight, _, labels = problem(2, 6, 5, torch.float32)
-    call = Call(labels, Options(), 1.0, 1.0, 1.0, None, None, False)
+    call = Call(labels, Options(), 1.0, 1.0, 1.0, None, None, None, False)
     arguments = ([h.detach() for h in hidden], [w.detach() for w in weight], [], [0, 0], 4,
                  [1] * 3 + [0] * 3, *flatten(call))  # fmt: skip
     torch.library.opcheck(torch.ops.fastdml.linear_mutual_loss.default, arguments)
@@ -347,7 +347,7 @@ def test_chunks_add_to_the_weights_gradient_in_place(dtype):
             return out
 
     arguments = (
-        Call(labels, Options(), 1.0, 1.0, 1.0, None, None, False),
+        Call(labels, Options(), 1.0, 1.0, 1.0, None, None, None, False),
         4,
         [True] * 4 + [False] * 2,
     )

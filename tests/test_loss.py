@@ -26,7 +26,7 @@ from fastdml.loss_options import LossOptions
 K, N, C = 3, 6, 10
 EVERY_OPTION = {
     "temperature": 2.0, "ce_weight": 0.7, "kl_weight": 1.5, "target": "ensemble",
-    "gate": "correct", "symmetric": True, "label_smoothing": 0.1, "ignore_index": 3,
+    "gate": "correct", "divergence": "jeffreys", "label_smoothing": 0.1, "ignore_index": 3,
     "mimic_ignored": True, "reduction": "none",
 }  # fmt: skip
 

@@ -25,7 +25,8 @@ OPTIONS = [
     {},
     {"temperature": 2.0, "label_smoothing": 0.1},
     {"reduction": "none", "gate": "best", "mimic_ignored": True},
-    {"target": "ensemble_logits", "symmetric": True, "detach_targets": False, "gate": "correct"},
+    {"target": "ensemble_logits", "divergence": "jeffreys", "detach_targets": False,
+     "gate": "correct"},
     {"target": "ensemble", "class_weight": torch.linspace(0.5, 1.5, C), "label_smoothing": 0.2},
     {"kl_weight": torch.tensor(0.7), "temperature": torch.tensor(2.0), "reduction": "sum"},
 ]  # fmt: skip

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from itertools import chain
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -196,10 +196,10 @@ class EagerStep:
         """
         K = len(self.peers)
         logits = [out[0] for out in outputs]
-        losses, stats, grads = loss.value_and_grad(logits, labels)
+        losses, stats, found = loss.value_and_grad(logits, labels)
         if self.teachers:
             count_ensemble(stats, logits[:K], labels)
-        grads = grads[:K]
+        grads = cast(list[Tensor], found[:K])  # teachers come after the K peers
         if self.options.metric is None:
             return StepOutput(losses, stats), [(g,) for g in grads]
         features = [out[1] for out in outputs[:K]]

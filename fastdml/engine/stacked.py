@@ -18,7 +18,7 @@ and slower (forward and backward in fp32, one thread, medians of interleaved rou
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, cast
 
 import torch
 from torch import Tensor, nn
@@ -125,12 +125,13 @@ class StackedStep(EagerStep):
         """Losses, statistics, and the gradient of the peers' logits (K, N, C), beside which the
         teachers run one by one."""
         if not self.teachers:
-            return loss.value_and_grad(stacked, labels)
+            losses, stats, found = loss.value_and_grad(stacked, labels)
+            return losses, stats, cast(list[Tensor], found)
         taught = [self.forward(k, images)[0] for k in range(1, len(self.forwards))]
         peers = stacked.unbind()
-        losses, stats, grads = loss.value_and_grad([*peers, *taught], labels)
+        losses, stats, found = loss.value_and_grad([*peers, *taught], labels)
         count_ensemble(stats, peers, labels)
-        return losses, stats, [torch.stack(grads[: len(peers)])]
+        return losses, stats, [torch.stack(cast(list[Tensor], found[: len(peers)]))]
 
 
 @register_execution("stacked", turn=4, moves_weights=True)

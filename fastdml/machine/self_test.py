@@ -39,7 +39,7 @@ class Case(NamedTuple):
 
 
 PLAIN = Options(label_smoothing=0.1)
-OTHERS = (Options(symmetric=True), Options(target="ensemble"), Options(gate="correct"))
+OTHERS = (Options(divergence="jeffreys"), Options(target="ensemble"), Options(gate="correct"))
 # The last ones are taken by other code than the first: torch's by its general form, Triton's by the
 # kernels for many classes and for coupled rows.
 NATIVE = [

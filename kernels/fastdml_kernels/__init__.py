@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from .linear_loss import linear_mutual_loss
-    from .loss_op import Call, at_once, losses_and_grads, mutual_loss
+    from .loss_op import Call, at_once, losses_and_grads, mutual_loss, students_of
     from .options import Options
     from .separate_losses import mutual_losses
 
@@ -26,6 +26,7 @@ __all__ = [
     "losses_and_grads",
     "mutual_loss",
     "mutual_losses",
+    "students_of",
 ]
 
 _MODULES = {
@@ -36,6 +37,7 @@ _MODULES = {
     "losses_and_grads": "loss_op",
     "mutual_loss": "loss_op",
     "mutual_losses": "separate_losses",
+    "students_of": "loss_op",
 }
 
 

@@ -11,12 +11,15 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
+from functools import cached_property
+from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor
 
+from .cpu_divergences import Part, divergence_of, times
 from .cpu_rows import rows_loss, takes
+from .cpu_teacher_weights import right, teacher_weights
 from .options import Options, Scalar, default_edge
 from .stats_layout import stats_layout
 
@@ -31,10 +34,8 @@ def log_softmax(z: Sequence[Tensor], scale: float, out: Tensor) -> None:
         torch.log_softmax(z_k, dim=1, out=out_k)
 
 
-def _times(p: Tensor, gap: Tensor) -> Tensor:
-    """p * gap, where a factor of 0 (a class without probability, no edge) gives 0, never 0 * inf or
-    0 * NaN."""
-    return torch.where(p == 0, 0.0, p * gap)
+def _added(slopes: Sequence[Tensor]) -> Tensor:
+    return slopes[0] if len(slopes) == 1 else slopes[0] + slopes[1]
 
 
 def _weighted(weight: float, term: Tensor) -> Tensor:
@@ -85,14 +86,15 @@ class _Problem:
     w_y: Tensor | None  # (N,) class weight of each label, 0 without one; None: all 1
     w_c: Tensor | None  # (C,)
     w_total: float
+    sample_weight: Tensor | None  # (N,)
     options: Options
     edges: Tensor  # (K, K)
     temperature: float
     ce_factor: float
     kl_factor: float
     mutual: bool  # whether the KL term counts
-    grads: Sequence[Tensor]
-    upstream: Tensor | None
+    grads: Sequence[Tensor | None]
+    upstream: Tensor | None  # (K,) or (K, N), times the rows' weights
     want_stats: bool
     scratch: Tensor  # (2 or 4, K, step, C)
 
@@ -110,131 +112,104 @@ class _Problem:
         nll = log_p.gather(2, index).squeeze(2).neg_()
         ce = nll
         if self.w_y is not None:
-            ce = _times(self.w_y[rows], ce)
+            ce = times(self.w_y[rows], ce)
         eps = self.options.label_smoothing
         spread = eps / max(log_p.shape[2], 1)
         if eps:
-            towards_all = (log_p if self.w_c is None else _times(self.w_c, log_p)).sum(2)
+            towards_all = (log_p if self.w_c is None else times(self.w_c, log_p)).sum(2)
             if labelled is not None:
                 towards_all = torch.where(labelled, towards_all, 0.0)
             ce = (1 - eps) * ce - spread * towards_all
 
-        stats = None
-        if self.want_stats:
-            has_label = slice(None) if labelled is None else labelled
-            together = p.sum(0)
-            stats = _BlockStats(
-                entropy=torch.special.entr(p).sum((1, 2)),
-                correct=self._right(log_p, nll, y)[:, has_label].sum(1),
-                ensemble_correct=self._right(together, together[:, 0], y)[has_label].sum(),
-                pairwise=p.new_zeros(K, K),  # filled by _general_kl
-            )
-
-        kl, pull = torch.zeros_like(nll), None
+        stats = self._stats(rows, log_p, p, nll) if self.want_stats else None
+        kl, pull = torch.zeros_like(nll), cast(dict[int, Tensor], {})
         if K > 1 and (self.mutual or self.want_stats):
             log_q, q = log_p, p
             if tempered:
                 log_q, q = tempered
                 log_softmax(z, 1.0 / self.temperature, log_q)
                 torch.exp(log_q, out=q)
-            pairwise = None if stats is None else stats.pairwise
-            kl, pull = self._general_kl(rows, log_q, q, nll, pairwise)
+            weights = teacher_weights(self.options, self.edges, y, labelled, log_p, nll)
+            kl, pull = self._general_kl(rows, log_q, q, weights)
+            if stats is not None:
+                self._fill_pairwise(rows, log_q, q, stats.pairwise)
         if self.grads:
             self._write_grads(rows, p, index, labelled, pull)
+        if self.sample_weight is not None:
+            ce, kl = ce * self.sample_weight[rows], kl * self.sample_weight[rows]
         return _BlockResult(ce, kl, stats)
 
-    @staticmethod
-    def _right(scores: Tensor, row: Tensor, y: Tensor) -> Tensor:
-        """Which rows have their largest score at the label. `row` holds a number of each row that
-        is NaN where a score is: such a row counts as wrong."""
-        return (scores.argmax(-1) == y) & ~row.isnan()
+    def _stats(self, rows: slice, log_p: Tensor, p: Tensor, nll: Tensor) -> _BlockStats:
+        """All but the pairwise divergences, which are 0."""
+        K, y = len(p), self.y[rows]
+        together = p.sum(0)
+        entropy, found = torch.special.entr(p), right(log_p, nll, y)
+        of_all = right(together, together[:, 0], y)
+        if self.labelled is not None:
+            found, of_all = found & self.labelled[rows], of_all & self.labelled[rows]
+        if self.sample_weight is None:
+            return _BlockStats(entropy.sum((1, 2)), found.sum(1), of_all.sum(), p.new_zeros(K, K))
+        w = self.sample_weight[rows]
+        return _BlockStats(
+            (entropy.sum(2) * w).sum(1), (found * w).sum(1), (of_all * w).sum(), p.new_zeros(K, K)
+        )
+
+    def _fill_pairwise(self, rows: slice, log_q: Tensor, q: Tensor, pairwise: Tensor) -> None:
+        for teacher in range(len(q)):
+            for k in range(len(q)):
+                terms = times(q[teacher], log_q[teacher] - log_q[k])
+                if self.sample_weight is not None:
+                    terms = terms.sum(1) * self.sample_weight[rows]
+                pairwise[teacher, k] = terms.sum()
 
     def _general_kl(
-        self, rows: slice, log_q: Tensor, q: Tensor, nll: Tensor, pairwise: Tensor | None
-    ) -> tuple[Tensor, Tensor | None]:
-        """KL terms (K, n) and their gradient without the shared factor kl_weight T, (K, n, C)."""
+        self, rows: slice, log_q: Tensor, q: Tensor, weights: Tensor
+    ) -> tuple[Tensor, dict[int, Tensor]]:
+        """KL terms (K, n) and, of each student, their gradient without the shared factor
+        kl_weight T, (n, C). weights: (K student, K teacher, n)."""
         K, n, _ = q.shape
         options = self.options
-        edges = self._row_edges(rows, log_q, nll)  # (K, K, n)
         up = q.new_ones(K, n)
         if self.upstream is not None:
             up = self.upstream[:, rows] if self.upstream.dim() == 2 else self.upstream[:, None]
             up = up.expand(K, n)
         kl = q.new_zeros(K, n)
-        pull = torch.zeros_like(q) if self.grads and self.mutual else None
-        half = 0.5 if options.symmetric else 1.0
+        pull: dict[int, Tensor] = {}
+        if self.mutual:
+            pull = {k: torch.zeros_like(q[0]) for k in self.students}
 
-        def learn(k: int, log_t: Tensor, t: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
-            """Adds weight * divergence(t, q_k) to student k's KL term and gradient. Returns
-            log t - log q_k and KL(t || q_k), of which the teachers' gradients are made."""
-            gap = log_t - log_q[k]
-            value = _times(t, gap).sum(1)
-            kl[k] += _times(weight, half * value)
-            if pull is not None:
-                pull[k] += _times((half * weight * up[k])[:, None], q[k] - t)
-            if options.symmetric:
-                back = _times(q[k], -gap)
-                back_value = back.sum(1)
-                kl[k] += _times(weight, half * back_value)
-                if pull is not None:
-                    slope = back - q[k] * back_value[:, None]
-                    pull[k] += _times((half * weight * up[k])[:, None], slope)
-            return gap, value
+        def learn(k: int, log_t: Tensor, t: Tensor, weight: Tensor) -> tuple[float, Sequence[Part]]:
+            """Adds weight * divergence(t, q_k) to peer k's KL term and gradient. Returns what
+            `divergence_of` does, of which the teachers' gradients are made."""
+            share, parts = divergence_of(options, log_t, t, log_q[k], q[k])
+            for part in parts:
+                kl[k] += times(weight, share * part.value())
+                if k in pull:
+                    pull[k] += times((share * weight * up[k])[:, None], part.of_student())
+            return share, parts
 
         for k in range(K):
             teachers = [teacher for teacher in range(K) if teacher != k]
+            taught = [] if options.detach_targets else [t for t in teachers if t in pull]
             if options.target == "peers":
                 for teacher in teachers:
-                    w = edges[k, teacher]
-                    gap, value = learn(k, log_q[teacher], q[teacher], w)
-                    if pull is None or options.detach_targets:
-                        continue
-                    slope = _times(q[teacher], gap) - q[teacher] * value[:, None]
-                    if options.symmetric:
-                        slope += q[teacher] - q[k]
-                    pull[teacher] += _times((half * w * up[k])[:, None], slope)
+                    w = weights[k, teacher]
+                    share, parts = learn(k, log_q[teacher], q[teacher], w)
+                    if teacher in taught:
+                        slope = _added([part.of_teacher() for part in parts])
+                        pull[teacher] += times((share * w * up[k])[:, None], slope)
                 continue
-            w_sum = edges[k, teachers].sum(0)  # (n,)
-            log_t = self._mix(rows, log_q, edges[k], teachers, w_sum)
+            w_sum = weights[k, teachers].sum(0)  # (n,)
+            log_t = self._mix(rows, log_q, weights[k], teachers, w_sum)
             log_t = torch.where((w_sum != 0)[:, None], log_t, log_q[k])
-            t = log_t.exp()
-            gap, value = learn(k, log_t, t, w_sum)
-            if pull is None or options.detach_targets:
-                continue
-            for teacher in teachers:
+            share, parts = learn(k, log_t, log_t.exp(), w_sum)
+            for teacher in taught:
                 if options.target == "ensemble":
-                    toward = _times(q[teacher], gap)
-                    slope = toward - q[teacher] * toward.sum(1, keepdim=True)
-                    if options.symmetric:
-                        ratio = torch.where(t == 0, 0.0, q[teacher] * q[k] / t)
-                        slope += q[teacher] * ratio.sum(1, keepdim=True) - ratio
+                    slope = _added([part.of_mixed(q[teacher]) for part in parts])
                 else:
-                    slope = _times(t, gap) - t * value[:, None]
-                    if options.symmetric:
-                        slope += t - q[k]
-                pull[teacher] += _times((half * edges[k, teacher] * up[k])[:, None], slope)
-
-        if pairwise is not None:
-            for teacher in range(K):
-                for k in range(K):
-                    gap = log_q[teacher] - log_q[k]
-                    pairwise[teacher, k] = _times(q[teacher], gap).sum()
+                    slope = _added([part.of_teacher() for part in parts])
+                pull[teacher] += times((share * weights[k, teacher] * up[k])[:, None], slope)
         return kl, pull
-
-    def _row_edges(self, rows: slice, log_q: Tensor, nll: Tensor) -> Tensor:
-        """How much each peer learns from each on each row, (K student, K teacher, n)."""
-        K, n = nll.shape
-        edges = self.edges[:, :, None].expand(K, K, n)
-        if self.options.gate == "none":
-            return edges
-        if self.options.gate == "correct":  # temperature does not move the maximum
-            teaches = self._right(log_q, nll, self.y[rows])
-        else:
-            best = torch.where(nll.isnan(), torch.inf, nll).argmin(0)
-            teaches = (best == torch.arange(K, device=nll.device)[:, None]) & ~nll.isnan()
-        if self.labelled is not None:
-            teaches = teaches & self.labelled[rows]
-        return edges * teaches
 
     def _mix(
         self, rows: slice, log_q: Tensor, edges: Tensor, teachers: list[int], w_sum: Tensor
@@ -246,7 +221,7 @@ class _Problem:
             top = torch.where(top == -torch.inf, 0.0, top)
             mixed = torch.zeros_like(top)
             for s, teacher in zip(shares, teachers, strict=True):
-                mixed += _times(s[:, None], (log_q[teacher] - top).exp())
+                mixed += times(s[:, None], (log_q[teacher] - top).exp())
             return top + mixed.log()
         # differences to the first teacher make the mean of identical peers exactly themselves
         z_of = [self.logits[teacher][rows].to(log_q.dtype) for teacher in teachers]
@@ -256,14 +231,27 @@ class _Problem:
         mixed, lowest = torch.zeros_like(base), base
         for s, z in zip(shares, z_of, strict=True):
             lowest = torch.where(s[:, None] != 0, torch.minimum(lowest, z), lowest)
-            mixed += _times(s[:, None], torch.where(z == base, 0.0, z - base))
+            mixed += times(s[:, None], torch.where(z == base, 0.0, z - base))
         mixed = torch.where(lowest == -torch.inf, lowest, base + mixed)
         return torch.log_softmax(mixed / self.temperature, dim=1)
 
+    @cached_property
+    def students(self) -> list[int]:
+        """Peers whose gradient is wanted."""
+        return [k for k, grad in enumerate(self.grads) if grad is not None]
+
     def _write_grads(
-        self, rows: slice, p: Tensor, index: Tensor, labelled: Tensor | None, pull: Tensor | None
+        self,
+        rows: slice,
+        p: Tensor,
+        index: Tensor,
+        labelled: Tensor | None,
+        pull: dict[int, Tensor],
     ) -> None:
         """dL/dz_k = ce_factor (w_y (p_k - y) ...) + kl_factor pull_k; overwrites p and pull."""
+        students = self.students
+        if len(students) < len(p):
+            p, index = p[students], index[students]
         eps = self.options.label_smoothing
         spread = self.ce_factor * eps / p.shape[2]
         target: float | Tensor = self.ce_factor * (1 - eps)
@@ -271,7 +259,7 @@ class _Problem:
             target = target * self.w_y[rows][:, None]  # (n, 1)
         smooth: float | Tensor = spread
         if eps and labelled is not None:
-            smooth = spread * labelled[:, None]
+            smooth = spread * labelled[:, None].to(p.dtype)
         p.mul_(target + smooth * self.w_total)
         if eps:
             p.sub_(smooth if self.w_c is None else smooth * self.w_c)
@@ -279,14 +267,74 @@ class _Problem:
         p.scatter_add_(2, index, minus)
         if self.upstream is not None:
             up = self.upstream[:, rows] if self.upstream.dim() == 2 else self.upstream[:, None]
-            p.mul_(up[:, :, None])
-        for k, grad in enumerate(self.grads):
-            if pull is None:
-                grad[rows] = p[k]
+            p.mul_(up[students, :, None])
+        for p_k, k in zip(p.unbind(), students, strict=True):
+            grad = cast(Tensor, self.grads[k])
+            if not pull:
+                grad[rows] = p_k
             elif grad.dtype == p.dtype:
-                torch.add(p[k], pull[k], alpha=self.kl_factor, out=grad[rows])
+                torch.add(p_k, pull[k], alpha=self.kl_factor, out=grad[rows])
             else:
-                grad[rows] = p[k].add_(pull[k], alpha=self.kl_factor)
+                grad[rows] = p_k.add_(pull[k], alpha=self.kl_factor)
+
+
+def _sums(
+    N: int, labelled: Tensor | None, w_y: Tensor | None, w_n: Tensor | None
+) -> tuple[float, float, float]:
+    """The number of rows, of those with a label, and the sum of their labels' class weights; rows
+    of weight w count w times."""
+    if w_n is None:
+        return (
+            N,
+            N if labelled is None else int(labelled.sum()),
+            N if w_y is None else float(w_y.sum()),
+        )
+    of_all = float(w_n.sum())
+    return (
+        of_all,
+        of_all if labelled is None else float(w_n[labelled].sum()),
+        of_all if w_y is None else float((w_y * w_n).sum()),
+    )
+
+
+def _upstream(upstream: Tensor | None, w_n: Tensor | None, edges: Tensor) -> Tensor | None:
+    """The gradient of each loss, (K,), or of each row's, (K, N); in the dtype of edges (K, K)."""
+    if upstream is not None:
+        upstream = upstream.to(edges.dtype)
+    if w_n is None:
+        return upstream
+    if upstream is None:
+        return w_n.expand(len(edges), -1)
+    return w_n * (upstream if upstream.dim() == 2 else upstream[:, None])
+
+
+def _of_some_rows(
+    present: Tensor,  # (N,) bool
+    logits: Sequence[Tensor],
+    labels: Tensor,
+    options: Options,
+    *,
+    sample_weight: Tensor | None,
+    grads: Sequence[Tensor | None],
+    upstream: Tensor | None,
+    **rest: Any,
+) -> tuple[Tensor, Tensor | None]:
+    """`mutual_loss_cpu` of the rows that are present; the others' results are 0."""
+    kept = present.nonzero()[:, 0]
+    part = [None if g is None else g.new_empty(len(kept), g.shape[1]) for g in grads]
+    if upstream is not None and upstream.dim() == 2:
+        upstream = upstream[:, kept]
+    losses, stats = mutual_loss_cpu(
+        [z[kept] for z in logits], labels[kept], options,
+        sample_weight=None if sample_weight is None else sample_weight[kept],
+        grads=part, upstream=upstream, **rest,
+    )  # fmt: skip
+    for grad, grad_rows in zip(grads, part, strict=True):
+        if grad is not None and grad_rows is not None:
+            grad.zero_()[kept] = grad_rows
+    if options.reduction == "none":
+        losses = losses.new_zeros(len(logits), len(labels)).index_copy_(1, kept, losses)
+    return losses, stats
 
 
 def mutual_loss_cpu(
@@ -299,7 +347,8 @@ def mutual_loss_cpu(
     kl_weight: Scalar = 1.0,
     peer_weights: Tensor | None = None,  # (K, K)
     class_weight: Tensor | None = None,  # (C,)
-    grads: Sequence[Tensor] = (),  # K tensors (N, C) to be written; () for none
+    sample_weight: Tensor | None = None,  # (N,)
+    grads: Sequence[Tensor | None] = (),  # (N, C) each, to be written; None: only teaches; () none
     want_stats: bool = False,
     upstream: Tensor | None = None,  # the losses' own gradient, (K,) or (K, N); None is 1
 ) -> tuple[Tensor, Tensor | None]:
@@ -309,30 +358,28 @@ def mutual_loss_cpu(
     K, (N, C) = len(logits), logits[0].shape
     dtype = torch.float64 if any(z.dtype == torch.float64 for z in logits) else torch.float32
     temperature, ce_weight, kl_weight = float(temperature), float(ce_weight), float(kl_weight)
-    weights = (peer_weights, class_weight, upstream)
+    weights = (peer_weights, class_weight, sample_weight, upstream)
     if N and all(w is None for w in weights) and takes(logits, options):
         done = rows_loss(
-            logits, labels, options, temperature, ce_weight, kl_weight, grads, want_stats
-        )
+            logits, labels, options, temperature, ce_weight, kl_weight,
+            [torch.empty_like(z) if g is None else g for z, g in zip(logits, grads, strict=False)],
+            want_stats,
+        )  # fmt: skip
         if done is not None:
             return done
-    labelled = _find_labelled(labels, options.ignore_index, C)
-    if labelled is not None and not options.mimic_ignored:
-        # Rows without a label take no part: work on the others, then put their results in place.
-        kept = labelled.nonzero()[:, 0]
-        part = [g.new_empty(len(kept), C) for g in grads]
-        if upstream is not None and upstream.dim() == 2:
-            upstream = upstream[:, kept]
-        losses, stats = mutual_loss_cpu(
-            [z[kept] for z in logits], labels[kept], options, temperature=temperature,
-            ce_weight=ce_weight, kl_weight=kl_weight, peer_weights=peer_weights,
-            class_weight=class_weight, grads=part, want_stats=want_stats, upstream=upstream,
+    present = None
+    if sample_weight is not None and not bool(sample_weight.all()):
+        present = sample_weight != 0
+    labelled = None
+    if present is None:
+        labelled = _find_labelled(labels, options.ignore_index, C)
+        present = None if options.mimic_ignored else labelled
+    if present is not None:
+        return _of_some_rows(
+            present, logits, labels, options, temperature=temperature, ce_weight=ce_weight,
+            kl_weight=kl_weight, peer_weights=peer_weights, class_weight=class_weight,
+            sample_weight=sample_weight, grads=grads, want_stats=want_stats, upstream=upstream,
         )  # fmt: skip
-        for grad, grad_rows in zip(grads, part, strict=True):
-            grad.zero_()[kept] = grad_rows
-        if options.reduction == "none":
-            losses = losses.new_zeros(K, N).index_copy_(1, kept, losses)
-        return losses, stats
 
     averaged = options.reduction == "mean"
     # Every new tensor takes dtype and device from this one, never from torch's defaults.
@@ -342,8 +389,8 @@ def mutual_loss_cpu(
     w_y = None if w_c is None else w_c[y]
     if labelled is not None:
         w_y = torch.where(labelled, edges.new_ones(N) if w_y is None else w_y, 0.0)
-    labelled_rows = N if labelled is None else int(labelled.sum())
-    ce_count = float(N if w_y is None else w_y.sum())
+    w_n = None if sample_weight is None else sample_weight.to(dtype)
+    rows_weight, labelled_rows, ce_count = _sums(N, labelled, w_y, w_n)
     if options.mimic_ignored and not labelled_rows:
         ce_count = 1.0  # a batch without any label teaches by the KL term alone
     per_ce = 1 / ce_count if ce_count > 0 else 0.0
@@ -352,13 +399,12 @@ def mutual_loss_cpu(
     step = min(max(1, BLOCK_BYTES // (4 * K * max(C, 1))), max(N, 1))
     problem = _Problem(
         logits=logits, y=y, labelled=labelled, w_y=w_y, w_c=w_c,
-        w_total=float(C if w_c is None else w_c.sum()), options=options,
+        w_total=float(C if w_c is None else w_c.sum()), sample_weight=w_n, options=options,
         edges=edges if peer_weights is None else peer_weights.to(dtype), temperature=temperature,
         ce_factor=ce_weight * (per_ce if averaged else 1.0),
-        kl_factor=kl_weight * temperature / (max(N, 1) if averaged else 1.0),
+        kl_factor=kl_weight * temperature / ((rows_weight or 1) if averaged else 1.0),
         mutual=kl_weight != 0,
-        grads=grads, upstream=None if upstream is None else upstream.to(dtype),
-        want_stats=want_stats,
+        grads=grads, upstream=_upstream(upstream, w_n, edges), want_stats=want_stats,
         scratch=edges.new_empty(4 if tempered else 2, K, step, C),
     )  # fmt: skip
 
@@ -381,7 +427,8 @@ def mutual_loss_cpu(
             sums = _BlockStats(*map(torch.add, sums, result.stats))
 
     # NaN where nothing is counted, as torch's cross_entropy without any label
-    ce_mean, kl_mean = ce_sum / (ce_count or torch.nan), kl_sum * kl_scale / (N or torch.nan)
+    ce_mean = ce_sum / (ce_count or torch.nan)
+    kl_mean = kl_sum * kl_scale / (rows_weight or torch.nan)
     if by_row is None:
         ce, kl = (ce_mean, kl_mean) if averaged else (ce_sum, kl_sum * kl_scale)
         losses = _weighted(ce_weight, ce)
@@ -398,7 +445,7 @@ def mutual_loss_cpu(
         "ce": ce_mean, "kl": kl_mean,
         "label_weight": edges.new_tensor(ce_count),
         "labelled": edges.new_tensor(labelled_rows),
-        "entropy": sums.entropy / max(N, 1),
+        "entropy": sums.entropy / (rows_weight or 1),
         "correct": sums.correct, "ensemble_correct": sums.ensemble_correct,
-        "pairwise_kl": sums.pairwise * (kl_scale / max(N, 1)),
+        "pairwise_kl": sums.pairwise * (kl_scale / (rows_weight or 1)),
     })  # fmt: skip

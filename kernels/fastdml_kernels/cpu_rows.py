@@ -43,7 +43,7 @@ def stats_positions(K: int) -> array[int]:
 def takes(logits: Sequence[Tensor], options: Options) -> bool:
     """Whether `rows_loss` supports these logits and options."""
     return (
-        options.target == "peers" and options.gate == "none" and not options.symmetric
+        options.target == "peers" and options.gate == "none" and options.divergence == "forward"
         and options.detach_targets and options.reduction != "none" and not options.mimic_ignored
         and len(logits) <= MOST_PEERS and all(z.dtype in TYPES for z in logits)
         and library() is not None

@@ -14,7 +14,7 @@ from .coupled_rows import coupled_rows
 from .label_counts import label_counts
 from .launch_plan import Plans, beyond_int32, not_current
 from .occupancy import limits_of, multiprocessors, resident_programs
-from .options import Options, Scalar, default_edge
+from .options import SOFT_GATES, Options, Scalar, default_edge
 from .register_rows import register_rows
 from .row_alignment import misaligned
 from .stats_layout import stats_layout
@@ -55,7 +55,7 @@ NAMES = (
 
 def _is_coupled(K: int, options: Options, gradient: bool) -> bool:
     """Whether rows that are wide need `coupled_rows`."""
-    mutual = options.symmetric or options.target == "ensemble_logits"
+    mutual = options.divergence != "forward" or options.target == "ensemble_logits"
     return K > 1 and (mutual or (gradient and not options.detach_targets))
 
 
@@ -156,7 +156,7 @@ def arguments(
         return wide_rows, named | wide | walk, tile.warps
     coupled = dict(
         scratch=torch.empty((programs, 3 * K * K), dtype=torch.float32, device=device),
-        SYMMETRIC=options.symmetric, DETACH=options.detach_targets,
+        SYMMETRIC=options.divergence == "jeffreys", DETACH=options.detach_targets,
     )  # fmt: skip
     return coupled_rows, named | wide | coupled, tile.warps
 
@@ -262,7 +262,8 @@ def launch(
     kl_weight: Scalar = 1.0,
     peer_weights: Tensor | None = None,  # contiguous
     class_weight: Tensor | None = None,  # contiguous
-    grads: Sequence[Tensor] = (),  # K tensors (N, C) to be written, or () for no gradient
+    sample_weight: Tensor | None = None,  # (N,), contiguous
+    grads: Sequence[Tensor | None] = (),  # K tensors (N, C) to be written, or () for no gradient
     want_stats: bool = False,
     upstream: Tensor | None = None,  # the losses' own gradient, (K,) or (K, N); None is 1
     regime: Regime | None = None,
@@ -275,14 +276,21 @@ def launch(
     `regime`, `tile` and `max_programs` are chosen by shape unless given; the rest as in
     `cpu.mutual_loss_cpu`. Raises ValueError as `choose` does.
     """
+    if (
+        sample_weight is not None
+        or options.divergence in ("reverse", "jsd")
+        or (options.gate in SOFT_GATES)
+    ):
+        raise NotImplementedError("sample_weight, this divergence or this gate on CUDA")
     K, (N, C), device = len(logits), logits[0].shape, logits[0].device
+    written = [torch.empty_like(logits[k]) if g is None else g for k, g in enumerate(grads)]
     if not_current(device):
         with torch.cuda.device(device.index):
             return launch(
                 logits, labels, options, temperature=temperature, ce_weight=ce_weight,
                 kl_weight=kl_weight, peer_weights=peer_weights, class_weight=class_weight,
-                grads=grads, want_stats=want_stats, upstream=upstream, regime=regime, tile=tile,
-                max_programs=max_programs,
+                sample_weight=sample_weight, grads=grads, want_stats=want_stats,
+                upstream=upstream, regime=regime, tile=tile, max_programs=max_programs,
             )  # fmt: skip
     counts, chosen = None, (regime, tile, max_programs)
     if N > COUNT_IN_KERNEL and grads and options.reduction == "mean":
@@ -290,9 +298,9 @@ def launch(
     given = (peer_weights, class_weight, upstream, counts, ce_weight, kl_weight, temperature)
     optional, kinds = _optional(given)
     of_logits = tuple([z.data_ptr() for z in logits])
-    of_grads = tuple([g.data_ptr() for g in grads])
+    of_grads = tuple([g.data_ptr() for g in written])
     of_labels = labels.data_ptr()
-    rows = [(t.dtype, t.stride()) for t in (*logits, *grads)]
+    rows = [(t.dtype, t.stride()) for t in (*logits, *written)]
     label_stride, u_stride_k, u_stride_n = labels.stride(0), 0, 0
     if upstream is not None:
         u_stride_k, u_stride_n = (*upstream.stride(), 0)[:2]
@@ -305,7 +313,7 @@ def launch(
     plan = _PLANS.get(signature)
     if plan is None or plan.direct is None:
         named: dict[str, Any] = dict(
-            grads=grads, want_stats=want_stats, upstream=upstream, counts=counts,
+            grads=written, want_stats=want_stats, upstream=upstream, counts=counts,
             temperature=temperature, ce_weight=ce_weight, kl_weight=kl_weight,
             peer_weights=peer_weights, class_weight=class_weight,
         )  # fmt: skip

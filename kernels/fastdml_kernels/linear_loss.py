@@ -11,7 +11,7 @@ As in `loss_op`, eager calls of plain tensors compute at once and tracers see an
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -74,6 +74,8 @@ def _compute(
 ) -> tuple[Tensor, Tensor, list[Tensor | None]]:
     """Losses (K,), the gradients of their sum times `unit`, and `unit`, 0-d. For a mean that is the
     number of rows: the backward divides by it, since gradients of a mean underflow in float16."""
+    if call.sample_weight is not None:
+        raise NotImplementedError("sample_weight of linear_mutual_loss")
     K, (N, _), C = len(hidden), hidden[0].shape, weight[0].shape[0]
     dtype, device = loss_dtype(hidden), hidden[0].device
     unit = torch.ones((), dtype=dtype, device=device)
@@ -93,6 +95,7 @@ def _compute(
         row_bytes = sum(h.element_size() for h in hidden) * C
         chunk_rows = max(1, CHUNK_BYTES[device.type] // row_bytes)
     grads = new_layer_grads(hidden, weight, bias, needs)
+    students = [k for k in range(K) if any(needs[k::K])]
     # the layers compute in the dtypes of their tensors, under autocast too
     with torch.autocast(device.type, enabled=False):
         for start in range(0, max(N, 1), chunk_rows):
@@ -102,10 +105,11 @@ def _compute(
                 for h, w, b in zip(hidden, weight, bias, strict=True)
             ]
             part = call._replace(labels=call.labels[rows])
-            slopes = new_grads(logits) if any(needs) else []
+            slopes = new_grads(logits, students)
             sums, _ = compute(logits, part, slopes)
             losses += sums
-            for k, slope in enumerate(slopes):
+            for k in students:
+                slope = cast(Tensor, slopes[k])
                 of_hidden, of_weight, of_bias = grads[k], grads[K + k], grads[2 * K + k]
                 if of_hidden is not None:
                     torch.mm(slope, weight[k], out=of_hidden[rows])

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor
@@ -47,6 +47,7 @@ class Call(NamedTuple):
     kl_weight: Scalar
     peer_weights: Tensor | None  # (K, K)
     class_weight: Tensor | None  # (C,)
+    sample_weight: Tensor | None  # (N,), not negative
     want_stats: bool
 
     def tensors(self) -> list[Tensor]:
@@ -55,7 +56,7 @@ class Call(NamedTuple):
             self.labels,
             *[
                 v
-                for v in self[2:7]
+                for v in self[2:8]
                 if v is not None and type(v) is not float and isinstance(v, Tensor)
             ],
         ]
@@ -83,9 +84,30 @@ def gradients_now(logits: Sequence[Tensor], call: Call) -> bool:
     return call.options.detach_targets and torch.float16 not in [z.dtype for z in logits]
 
 
+def is_stacked(logits: Sequence[Tensor]) -> bool:
+    """Whether the logits are one tensor (K, N, C), not K of (N, C)."""
+    return logits[0].dim() == 3
+
+
+def count(logits: Sequence[Tensor]) -> int:
+    """K."""
+    return logits[0].shape[0] if is_stacked(logits) else len(logits)
+
+
 def peers_of(logits: Sequence[Tensor]) -> list[Tensor]:
     """K tensors (N, C) of K such tensors, or of one stacked (K, N, C): views, no copy."""
-    return list(logits[0].unbind()) if logits[0].dim() == 3 else list(logits)
+    return list(logits[0].unbind()) if is_stacked(logits) else list(logits)
+
+
+def students_of(logits: Sequence[Tensor], given: tuple[int, ...] | None) -> tuple[int, ...]:
+    """The peers, of those given (None is all), whose logits require a gradient."""
+    if is_stacked(logits):
+        if not logits[0].requires_grad:
+            return ()
+        return tuple(range(logits[0].shape[0])) if given is None else given
+    if given is None:
+        return tuple([k for k, z in enumerate(logits) if z.requires_grad])
+    return tuple([k for k in given if logits[k].requires_grad])
 
 
 def at_once(tensors: Iterable[Tensor]) -> bool:
@@ -121,59 +143,111 @@ def _without_autocast(device: str) -> AbstractContextManager:
 def losses_and_grads(
     logits: Sequence[Tensor],  # K tensors (N, C), or one (K, N, C)
     call: Call,
-    need_grad: bool,
+    students: Sequence[int],  # peers whose gradients are wanted, ascending
     upstream: Tensor | None = None,  # the losses' own gradient, (K,) or (K, N); None is 1
     usual: bool = False,  # whether the call is known to be `at_once`
-) -> tuple[Tensor, Tensor | None, list[Tensor]]:
+) -> tuple[Tensor, Tensor | None, list[Tensor | None]]:
     """Losses (K,) or (K, N), packed statistics (None if not wanted), and gradients shaped as
-    `logits` ([] if not needed). No autograd."""
+    `logits`, None for a peer that only teaches, or 0 in its rows of a stacked one ([] without
+    students). No autograd."""
     if not usual and by_operator((*logits, *call.tensors())):
         with torch.no_grad():
-            losses, stats, grads = torch.ops.fastdml.mutual_loss(
-                logits, upstream, need_grad, *flatten(call)
+            losses, stats, found = torch.ops.fastdml.mutual_loss(
+                logits, upstream, students, True, *flatten(call)
             )
+        grads = _of_each(logits, students, found) if students else []
         return losses, stats if call.want_stats else None, grads
-    grads = new_grads(logits) if need_grad else []
+    grads = new_grads(logits, students)
+    of_peers = grads_of_peers(grads, students)
     if logits[0].device.type != "cpu":  # no operation of torch that autograd would see
-        return *compute(logits, call, grads, upstream), grads
+        return *compute(logits, call, of_peers, upstream), grads
     with torch.no_grad():
-        return *compute(logits, call, grads, upstream), grads
+        return *compute(logits, call, of_peers, upstream), grads
 
 
-def new_grads(logits: Sequence[Tensor], of_float16: torch.dtype = torch.float16) -> list[Tensor]:
-    """Empty tensors for the gradients, in the logits' shape and dtype, contiguous."""
-    return [
-        torch.empty_like(z)
+def new_grads(
+    logits: Sequence[Tensor], students: Sequence[int], of_float16: torch.dtype = torch.float16
+) -> list[Tensor | None]:
+    """Tensors for the students' gradients, in the logits' shape and dtype, contiguous: None for a
+    peer that only teaches; of stacked logits one tensor, teachers' rows 0; [] without students. All
+    else is not written yet."""
+    if not students:
+        return []
+    stacked = is_stacked(logits)
+    grads: list[Tensor | None] = [
+        None
+        if not stacked and k not in students
+        else torch.empty_like(z)
         if z.is_contiguous() and z.dtype != torch.float16
         else torch.empty_like(
             z,
             dtype=of_float16 if z.dtype == torch.float16 else None,
             memory_format=torch.contiguous_format,
         )
-        for z in logits
+        for k, z in enumerate(logits)
     ]
+    if stacked and len(students) < logits[0].shape[0]:
+        _zero_teachers(cast(Tensor, grads[0]), students)
+    return grads
+
+
+def _zero_teachers(stacked: Tensor, students: Sequence[int]) -> None:
+    with torch.no_grad():
+        for k, rows in enumerate(stacked.unbind()):
+            if k not in students:
+                rows.zero_()
+
+
+def grads_of_peers(
+    grads: Sequence[Tensor | None], students: Sequence[int]
+) -> Sequence[Tensor | None]:
+    """What `new_grads` made as the kernels take it: (N, C) each, None for a peer that only teaches;
+    () without students."""
+    if not grads:
+        return ()
+    first = grads[0]
+    if first is None or first.dim() == 2:
+        return grads
+    each = first.unbind()
+    if len(students) == len(each):
+        return each
+    return [g if k in students else None for k, g in enumerate(each)]
+
+
+def _of_each(
+    logits: Sequence[Tensor], students: Sequence[int], found: Sequence[Tensor]
+) -> list[Tensor | None]:
+    """What the operator found, shaped as `new_grads` does: None for a peer that only teaches."""
+    if is_stacked(logits):
+        return list(found)
+    each = iter(found)
+    return [next(each) if k in students else None for k in range(len(logits))]
 
 
 def compute(
     logits: Sequence[Tensor],  # K tensors (N, C), or one (K, N, C); plain ones
     call: Call,
-    grads: Sequence[Tensor] = (),  # to be filled; () for none
+    grads: Sequence[
+        Tensor | None
+    ] = (),  # (N, C) each, to be filled; None for a teacher; () for none
     upstream: Tensor | None = None,
 ) -> tuple[Tensor, Tensor | None]:
     """Losses (K,) or (K, N) and packed statistics (None if not wanted)."""
     device = logits[0].device.type
     of_device = mutual_loss_cpu if device == "cpu" else launch
-    peer_weights, class_weight = call.peer_weights, call.class_weight
+    peer_weights, class_weight, sample_weight = call[5:8]
     if peer_weights is not None:  # the kernels assume contiguous weights
         peer_weights = peer_weights.contiguous()
     if class_weight is not None:
         class_weight = class_weight.contiguous()
+    if sample_weight is not None:
+        sample_weight = sample_weight.contiguous()
     with _without_autocast(device):
         losses, stats = of_device(
             peers_of(logits), call.labels, call.options,
             temperature=call.temperature, ce_weight=call.ce_weight, kl_weight=call.kl_weight,
-            peer_weights=peer_weights, class_weight=class_weight,
-            grads=peers_of(grads) if grads else (), want_stats=call.want_stats, upstream=upstream,
+            peer_weights=peer_weights, class_weight=class_weight, sample_weight=sample_weight,
+            grads=grads, want_stats=call.want_stats, upstream=upstream,
         )  # fmt: skip
     return losses, stats if call.want_stats else None
 
@@ -181,13 +255,13 @@ def compute(
 class _EagerLoss(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, call: Call, saved: Sequence[Tensor], *logits: Tensor
+        ctx: Any, call: Call, students: Sequence[int], saved: Sequence[Tensor], *logits: Tensor
     ) -> tuple[Tensor, Tensor | None]:
         """`saved`: the logits and the tensors of the call."""
         ctx.now = gradients_now(logits, call)
-        ctx.grads = new_grads(logits) if ctx.now else None
-        losses, stats = compute(logits, call, ctx.grads or ())
-        ctx.call = call
+        ctx.grads = new_grads(logits, students) if ctx.now else None
+        losses, stats = compute(logits, call, grads_of_peers(ctx.grads or (), students))
+        ctx.call, ctx.students = call, students
         # Unpacked only by a backward that computes gradients (not `ctx.now`, or a second one), as
         # unpacking raises where one of them has been changed in place since.
         ctx.save_for_backward(*saved)
@@ -203,72 +277,78 @@ class _EagerLoss(torch.autograd.Function):
         if upstream is None:
             return (None,) * len(ctx.needs_input_grad)
         refuse_transforms("mutual_loss", (upstream,))
-        wanted = ctx.needs_input_grad[2:]
         # The stored gradients are given away, as the next node may write into them; a second
         # backward through a retained graph computes them again.
         grads, ctx.grads = ctx.grads, None
         if grads is None:
-            logits = ctx.saved_tensors[: len(wanted)]
-            grads = new_grads(logits)
+            logits = ctx.saved_tensors[: len(ctx.needs_input_grad) - 3]
+            grads = new_grads(logits, ctx.students)
+            of_peers = grads_of_peers(grads, ctx.students)
             call = ctx.call._replace(want_stats=False)
-            compute(logits, call, grads, None if ctx.now else upstream)
+            compute(logits, call, of_peers, None if ctx.now else upstream)
         if ctx.now:
-            scale_(peers_of(grads), upstream)
-        return None, None, *(g if w else None for g, w in zip(grads, wanted, strict=True))
+            scale_(grads_of_peers(grads, ctx.students), upstream)
+        return None, None, None, *grads
 
 
 # ---- the operator that compiled code sees
 
 # A `Call` as an operator's arguments.
 CALL_SCHEMA = (
-    "Tensor labels, Tensor? peer_weights, Tensor? class_weight, "
+    "Tensor labels, Tensor? peer_weights, Tensor? class_weight, Tensor? sample_weight, "
     "Tensor? temperature_tensor, Tensor? ce_weight_tensor, Tensor? kl_weight_tensor, "
     "float temperature, float ce_weight, float kl_weight, "
-    "str target, str gate, bool symmetric, bool detach_targets, float label_smoothing, "
-    "SymInt ignore_index, bool mimic_ignored, str reduction, bool want_stats"
+    "str target, str gate, str divergence, float jsd_beta, bool detach_targets, "
+    "float label_smoothing, SymInt ignore_index, bool mimic_ignored, str reduction, "
+    "bool want_stats"
 )
 
 
 def flatten(call: Call) -> tuple[Any, ...]:
-    """A `Call` as the arguments of `CALL_SCHEMA`."""
+    """A `Call` as the arguments of `CALL_SCHEMA`, which has no students: an operator is told beside
+    it whose gradients to compute."""
     scalars = (call.temperature, call.ce_weight, call.kl_weight)
     tensors = [s if isinstance(s, Tensor) else None for s in scalars]
     numbers = [1.0 if isinstance(s, Tensor) else float(s) for s in scalars]
     o = call.options
     return (
-        call.labels, call.peer_weights, call.class_weight, *tensors, *numbers,
-        o.target, o.gate, o.symmetric, o.detach_targets, o.label_smoothing, o.ignore_index,
-        o.mimic_ignored, o.reduction, call.want_stats,
+        call.labels, *call[5:8], *tensors, *numbers,
+        o.target, o.gate, o.divergence, o.jsd_beta, o.detach_targets, o.label_smoothing,
+        o.ignore_index, o.mimic_ignored, o.reduction, call.want_stats,
     )  # fmt: skip
 
 
-def unflatten(
-    labels: Tensor, peer_weights: Tensor | None, class_weight: Tensor | None, *rest: Any
-) -> Call:
+def unflatten(labels: Tensor, *rest: Any) -> Call:
     """The `Call` from the arguments that `flatten` made."""
-    tensors, numbers, options, want_stats = rest[:3], rest[3:6], rest[6:-1], rest[-1]
+    (edges, of_class, of_row), tensors, numbers = rest[:3], rest[3:6], rest[6:9]
+    options, want_stats = rest[9:-1], rest[-1]
     T, ce, kl = (n if t is None else t for t, n in zip(tensors, numbers, strict=True))
-    return Call(labels, Options(*options), T, ce, kl, peer_weights, class_weight, want_stats)
+    return Call(labels, Options(*options), T, ce, kl, edges, of_class, of_row, want_stats)
 
 
 torch.library.define(
     "fastdml::mutual_loss",
-    f"(Tensor[] logits, Tensor? upstream, bool need_grad, {CALL_SCHEMA}) "
+    # students: peers in whose logits the losses are differentiable; now: whether their gradients
+    # are computed here, one tensor each, or one for stacked logits
+    f"(Tensor[] logits, Tensor? upstream, int[] students, bool now, {CALL_SCHEMA}) "
     "-> (Tensor, Tensor, Tensor[])",
 )
 
 
 def _losses_and_grads_flat(
-    logits: Sequence[Tensor], upstream: Tensor | None, need_grad: bool, *flat: Any
+    logits: Sequence[Tensor],
+    upstream: Tensor | None,
+    students: Sequence[int],
+    now: bool,
+    *flat: Any,
 ) -> tuple[Tensor, Tensor, list[Tensor]]:
-    grads = new_grads(logits) if need_grad else []
-    losses, stats = compute(logits, unflatten(*flat), grads, upstream)
+    grads = new_grads(logits, students) if now else []
+    losses, stats = compute(logits, unflatten(*flat), grads_of_peers(grads, students), upstream)
     if stats is None:  # an operator's results have fixed types
-        K = logits[0].shape[0] if logits[0].dim() == 3 else len(logits)
-        stats = losses.new_zeros(stats_layout(K).size)
+        stats = losses.new_zeros(stats_layout(count(logits)).size)
     elif stats.untyped_storage().data_ptr() == losses.untyped_storage().data_ptr():
         stats = stats.clone()  # nor may they share memory, which a compiler would not know
-    return losses, stats, grads
+    return losses, stats, [g for g in grads if g is not None]
 
 
 for _device in ("cpu", "cuda"):
@@ -277,16 +357,21 @@ for _device in ("cpu", "cuda"):
 
 @torch.library.register_fake("fastdml::mutual_loss")
 def _fake(
-    logits: Sequence[Tensor], upstream: Tensor | None, need_grad: bool, *flat: Any
+    logits: Sequence[Tensor],
+    upstream: Tensor | None,
+    students: Sequence[int],
+    now: bool,
+    *flat: Any,
 ) -> tuple[Tensor, Tensor, list[Tensor]]:
     prepare(logits[0].device)
     reduction = unflatten(*flat).options.reduction
-    K = logits[0].shape[0] if logits[0].dim() == 3 else len(logits)
-    N = logits[0].shape[-2]
-    z = logits[0]
+    K, N, z = count(logits), logits[0].shape[-2], logits[0]
     dtype = loss_dtype(logits)
     losses = z.new_empty((K, N) if reduction == "none" else (K,), dtype=dtype)
-    grads = [torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in logits if need_grad]
+    learning = logits if is_stacked(logits) else [logits[k] for k in students]
+    grads = [
+        torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in learning if now and students
+    ]
     # int: makes a compiler treat the number of peers as a constant, not as a symbol
     return losses, z.new_empty(stats_layout(int(K)).size, dtype=dtype), grads
 
@@ -297,10 +382,10 @@ def loss_dtype(logits: Sequence[Tensor]) -> torch.dtype:
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Any, ...]) -> None:
-    logits, _, need_grad, *flat = inputs
+    logits, _, ctx.students, ctx.now, *flat = inputs
     _, stats, grads = output
     ctx.mark_non_differentiable(stats)
-    ctx.inputs, ctx.K, ctx.now = len(inputs), len(logits), need_grad
+    ctx.inputs, ctx.given, ctx.K = len(inputs), len(logits), count(logits)
     if ctx.now:
         ctx.save_for_backward(*grads)
     else:
@@ -313,23 +398,33 @@ def _backward(ctx: Any, upstream: Tensor, *_: None) -> tuple[Any, ...]:
         raise RuntimeError(NO_SECOND_DERIVATIVE)
     saved = ctx.saved_tensors
     if ctx.now:
-        grads = scaled(saved, upstream)
+        grads = scaled(saved, upstream, ctx.students)
     else:
-        flat = flatten(ctx.call)
-        grads = torch.ops.fastdml.mutual_loss(saved[: ctx.K], upstream, True, *flat)[2]
-    return grads, *(None,) * (ctx.inputs - 1)
+        grads = torch.ops.fastdml.mutual_loss(
+            saved[: ctx.given], upstream, ctx.students, True, *flatten(ctx.call)
+        )[2]
+    of_logits: list[Tensor | None] = list(grads)
+    if ctx.given > 1 and ctx.given != len(grads):
+        of_logits = [None] * ctx.given
+        for k, grad in zip(ctx.students, grads, strict=True):
+            of_logits[k] = grad
+    return of_logits, *(None,) * (ctx.inputs - 1)
 
 
 torch.library.register_autograd("fastdml::mutual_loss", _backward, setup_context=_setup_context)
 
 
-def scaled(grads: Sequence[Tensor], upstream: Tensor) -> list[Tensor]:
+def scaled(grads: Sequence[Tensor], upstream: Tensor, students: Sequence[int]) -> list[Tensor]:
     """As `scale_`, but in new tensors, for compiled graphs: the compiler fuses the multiplication
-    with what follows."""
+    with what follows. grads: of each student, or one for stacked logits."""
+    each = upstream.unbind()
     if grads[0].dim() == 3:
+        if len(students) < len(each):  # teachers' rows stay 0, whatever their losses' gradient is
+            ones = torch.ones_like(each[0])
+            upstream = torch.stack([g if k in students else ones for k, g in enumerate(each)])
         factors = [upstream.view(*upstream.shape, *(1,) * (3 - upstream.dim()))]
     else:
-        factors = [g if g.dim() == 0 else g[:, None] for g in upstream.unbind()]
+        factors = [each[k] if each[k].dim() == 0 else each[k][:, None] for k in students]
     return [(grad * g).to(grad.dtype) for grad, g in zip(grads, factors, strict=True)]
 
 
@@ -351,18 +446,23 @@ def mutual_loss(
 
     Raises RuntimeError under torch.func's transforms and in forward mode, and ValueError on the
     CPU for a label that is no class."""
-    needs_grad = torch.is_grad_enabled() and any([z.requires_grad for z in logits])  # noqa: C419
+    enabled = torch.is_grad_enabled()
+    students = students_of(logits, call.options.students) if enabled else ()
     tensors = [*logits, *call.tensors()]
     if not usual:
         if not torch.compiler.is_compiling():
             refuse_transforms("mutual_loss", logits)
-            if needs_grad:
+            if students:
                 logits, call = keepable(logits, call)
                 tensors = [*logits, *call.tensors()]
         if by_operator(tensors):
-            now = needs_grad and gradients_now(logits, call)
-            losses, stats, _ = torch.ops.fastdml.mutual_loss(logits, None, now, *flatten(call))
+            if not students:
+                logits = [z.detach() for z in logits]
+            now = bool(students) and gradients_now(logits, call)
+            losses, stats, _ = torch.ops.fastdml.mutual_loss(
+                logits, None, students, now, *flatten(call)
+            )
             return losses, stats if call.want_stats else None
-    if needs_grad:
-        return _EagerLoss.apply(call, tensors, *logits)
+    if students:
+        return _EagerLoss.apply(call, students, tensors, *logits)
     return compute(logits, call)

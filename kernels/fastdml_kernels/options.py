@@ -14,25 +14,37 @@ from typing import Literal, get_args
 from torch import Tensor
 
 Target = Literal["peers", "ensemble", "ensemble_logits"]
-Gate = Literal["none", "correct", "best"]
+Gate = Literal["none", "correct", "best", "confidence", "entropy"]
+Divergence = Literal["forward", "reverse", "jeffreys", "jsd"]
 Reduction = Literal["mean", "sum", "none"]
-CHOICES = {"target": get_args(Target), "gate": get_args(Gate), "reduction": get_args(Reduction)}
+CHOICES = {
+    "target": get_args(Target), "gate": get_args(Gate), "divergence": get_args(Divergence),
+    "reduction": get_args(Reduction),
+}  # fmt: skip
+SOFT_GATES = ("confidence", "entropy")  # weights over the teachers, others choose among them
+EVEN = 0.5  # jsd_beta where it is not given, and where the divergence has none
 
 Scalar = float | Tensor  # a number, or a 0-d tensor on the logits' device
 
 
 @dataclass(frozen=True)
 class Options:
-    """What the loss computes; the meaning of each is documented at `fastdml.mutual_loss`."""
+    """What the loss computes; the meaning of each is documented at `fastdml.mutual_loss`.
+
+    divergence="jsd" with jsd_beta 0 or 1 becomes "forward" or "reverse", which it then is: code
+    that sees "jsd" has 0 < jsd_beta < 1. students: peers in ascending order, checked by `fastdml`.
+    """
 
     target: Target = "peers"
     gate: Gate = "none"
-    symmetric: bool = False
+    divergence: Divergence = "forward"
+    jsd_beta: float = EVEN
     detach_targets: bool = True
     label_smoothing: float = 0.0
     ignore_index: int = -100
     mimic_ignored: bool = False
     reduction: Reduction = "mean"
+    students: tuple[int, ...] | None = None  # None: the peers whose logits require a gradient
 
     def __post_init__(self) -> None:
         for name, allowed in CHOICES.items():
@@ -42,6 +54,20 @@ class Options:
         if not 0.0 <= self.label_smoothing <= 1.0:
             raise ValueError(
                 f"label_smoothing={self.label_smoothing}: give a share of the target, 0 to 1"
+            )
+        if self.divergence == "jsd":
+            if not 0.0 <= self.jsd_beta <= 1.0:
+                raise ValueError(
+                    f"jsd_beta={self.jsd_beta}: give the teacher's share of the mixture, 0 to 1"
+                )
+            if self.jsd_beta in (0.0, 1.0):
+                limit = "forward" if self.jsd_beta == 0.0 else "reverse"
+                object.__setattr__(self, "divergence", limit)
+                object.__setattr__(self, "jsd_beta", EVEN)
+        elif self.jsd_beta != EVEN:
+            raise ValueError(
+                f"jsd_beta={self.jsd_beta} with divergence={self.divergence!r}: it belongs to "
+                "divergence='jsd'; give that, or leave jsd_beta out"
             )
 
     def summed(self) -> Options:

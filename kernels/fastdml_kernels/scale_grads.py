@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+import torch
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -45,18 +46,24 @@ def scale_rows(
                 tl.store(at, x.to(grads[k].dtype.element_ty), mask=mask)
 
 
-def scale_(grads: Sequence[Tensor], upstream: Tensor) -> None:
-    """grads[k] (N, C) *= upstream[k], (K,) or (K, N), in place; no host synchronisation on CUDA."""
-    if grads[0].device.type == "cpu":
+def scale_(grads: Sequence[Tensor | None], upstream: Tensor) -> None:
+    """grads[k] (N, C) *= upstream[k], (K,) or (K, N), in place; no host synchronisation on CUDA. A
+    peer without gradient is None."""
+    if upstream.device.type == "cpu":
         if upstream.dim() == 1:
             for grad, g in zip(grads, upstream.tolist(), strict=True):
-                if g != 1:
+                if g != 1 and grad is not None:
                     grad.mul_(g)
         elif not bool((upstream == 1).all()):
             for grad, g in zip(grads, upstream.unbind(), strict=True):
-                grad.mul_(g[:, None])
+                if grad is not None:
+                    grad.mul_(g[:, None])
         return
-    launch_scale(grads, upstream)
+    kept = [g for g in grads if g is not None]
+    if len(kept) < len(grads):
+        each = zip(upstream.unbind(), grads, strict=True)
+        upstream = torch.stack([u for u, g in each if g is not None])
+    launch_scale(kept, upstream)
 
 
 _scale_rows = Planned(scale_rows, "grads", "upstream", "N", "g_stride_k", "g_stride_n")

@@ -21,6 +21,7 @@ from .loss_op import (
     keepable,
     new_grads,
     refuse_transforms,
+    students_of,
 )
 from .scale_grads import scale_
 
@@ -39,19 +40,19 @@ def _ones(logits: Sequence[Tensor], call: Call) -> Tensor | None:
 
 
 def _with_gradients(
-    logits: Sequence[Tensor], call: Call
-) -> tuple[Tensor, Tensor | None, list[Tensor]]:
-    """Losses, statistics and gradients. The gradients of float16 logits stay in float32, because
-    the backward multiplies them by a loss scale before they may be rounded."""
-    grads = new_grads(logits, of_float16=torch.float32)
+    logits: Sequence[Tensor], call: Call, students: Sequence[int]
+) -> tuple[Tensor, Tensor | None, list[Tensor | None]]:
+    """Losses, statistics and the students' gradients. Those of float16 logits stay in float32,
+    because the backward multiplies them by a loss scale before they may be rounded."""
+    grads = new_grads(logits, students, of_float16=torch.float32)
     return *compute(logits, call, grads, _ones(logits, call)), grads
 
 
 class _OwnLoss(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, z: Tensor, k: int, loss: Tensor, grad: Tensor,
-                fixed: Sequence[Tensor], call: Call) -> Tensor:  # fmt: skip
-        ctx.k, ctx.grad, ctx.call, ctx.dtype = k, grad, call, z.dtype
+    def forward(ctx: Any, z: Tensor, k: int, loss: Tensor, grad: Tensor, fixed: Sequence[Tensor],
+                call: Call, students: Sequence[int]) -> Tensor:  # fmt: skip
+        ctx.k, ctx.grad, ctx.call, ctx.dtype, ctx.students = k, grad, call, z.dtype, students
         ctx.save_for_backward(*fixed, *call.tensors())  # for a second backward
         return loss.data  # no view: `loss += penalty` is allowed
 
@@ -63,13 +64,14 @@ class _OwnLoss(torch.autograd.Function):
         grad, ctx.grad = ctx.grad, None  # given away: the next node may write into it
         if grad is None:
             fixed = ctx.saved_tensors[: len(ctx.saved_tensors) - len(ctx.call.tensors())]
-            grad = _with_gradients(fixed, ctx.call._replace(want_stats=False))[2][ctx.k]
+            call = ctx.call._replace(want_stats=False)  # for all: the same work gives the same bits
+            grad = _with_gradients(fixed, call, ctx.students)[2][ctx.k]
         if grad.dtype == ctx.dtype:
             scale_([grad], upstream[None])
         else:
             factor = upstream if upstream.dim() == 0 else upstream[:, None]
             grad = torch.mul(grad, factor, out=torch.empty_like(grad, dtype=ctx.dtype))
-        return grad, None, None, None, None, None
+        return grad, *(None,) * 6
 
 
 # ---- for tracers: the losses and gradients of `fastdml::mutual_loss`, joined to the logits
@@ -104,16 +106,22 @@ torch.library.register_autograd("fastdml::own_loss", _backward, setup_context=_s
 
 
 def _traced(
-    logits: Sequence[Tensor], call: Call, need_grad: bool
+    logits: Sequence[Tensor], call: Call, students: Sequence[int]
 ) -> tuple[tuple[Tensor, ...], Tensor]:
     with torch.no_grad():
         fixed = [z.detach().float() if z.dtype == torch.float16 else z.detach() for z in logits]
-        ones = _ones(logits, call) if need_grad else None
-        losses, stats, grads = torch.ops.fastdml.mutual_loss(fixed, ones, need_grad, *flatten(call))
-        if not need_grad:
-            return tuple(loss.clone() for loss in losses.unbind()), stats
-    each = zip(logits, losses.unbind(), grads, strict=True)
-    return tuple(torch.ops.fastdml.own_loss(*one) for one in each), stats
+        ones = _ones(logits, call) if students else None
+        losses, stats, grads = torch.ops.fastdml.mutual_loss(
+            fixed, ones, students, bool(students), *flatten(call)
+        )
+        each = losses.unbind()
+    of_student = dict(zip(students, grads, strict=True))
+    return tuple(
+        torch.ops.fastdml.own_loss(logits[k], loss, of_student[k])
+        if k in of_student
+        else loss.clone()
+        for k, loss in enumerate(each)
+    ), stats
 
 
 def mutual_losses(
@@ -125,20 +133,21 @@ def mutual_losses(
 
     Raises RuntimeError under torch.func's transforms and in forward mode, and ValueError on the
     CPU for a label that is no class."""
-    needs = [torch.is_grad_enabled() and z.requires_grad for z in logits]
+    given = call.options.students
+    students = students_of(logits, given) if torch.is_grad_enabled() else ()
     if not torch.compiler.is_compiling():
         refuse_transforms(NAME, logits)
     if by_operator((*logits, *call.tensors())):
-        apart, packed = _traced(logits, call, any(needs))
+        apart, packed = _traced(logits, call, students)
         return apart, packed if call.want_stats else None
-    if not any(needs):
+    if not students:
         losses, stats = compute(logits, call)
         return tuple(loss.data for loss in losses.unbind()), stats
     kept, call = keepable(logits, call)
     fixed = [z.detach() for z in kept]
-    losses, stats, grads = _with_gradients(fixed, call)
-    each = enumerate(zip(logits, needs, losses.unbind(), grads, strict=True))
+    losses, stats, grads = _with_gradients(fixed, call, students)
+    each = enumerate(zip(logits, losses.unbind(), grads, strict=True))
     return tuple(
-        _OwnLoss.apply(z, k, loss, grad, fixed, call) if need else loss.data
-        for k, (z, need, loss, grad) in each
+        loss.data if grad is None else _OwnLoss.apply(z, k, loss, grad, fixed, call, students)
+        for k, (z, loss, grad) in each
     ), stats

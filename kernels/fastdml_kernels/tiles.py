@@ -274,7 +274,7 @@ def _has_options(options: Options, upstream: Tensor | None) -> bool:
     """Whether the register kernel has the options."""
     return (
         options.target in ("peers", "ensemble")
-        and not options.symmetric
+        and options.divergence == "forward"
         and options.detach_targets
         and upstream is None
     )

@@ -84,7 +84,7 @@ def loss_arguments(folder: Path) -> Check:
         if random.random() < 0.3:
             options["target"] = random.choice(("peers", "ensemble", "ensemble_logits"))
         if random.random() < 0.2:
-            options["symmetric"] = options["detach_targets"] = True
+            options |= {"divergence": "jeffreys", "detach_targets": True}
         if random.random() < 0.2:
             options["detach_targets"] = False
         if random.random() < 0.2:

@@ -266,7 +266,7 @@ def pairwise(p: Problem, dtype: torch.dtype, upstream: Tensor | None = None) -> 
 
     def divergence(log_t: Tensor, log_student: Tensor) -> Tensor:
         rows = F.kl_div(log_student, log_t, log_target=True, reduction="none").sum(1)
-        if not o.symmetric:
+        if o.divergence == "forward":
             return rows
         back = F.kl_div(log_t, log_student, log_target=True, reduction="none").sum(1)
         return (rows + back) / 2
@@ -441,7 +441,7 @@ OPTIONS: dict[str, tuple] = {  # every option and weight away from its default
     "kl_weight": (0.0, 2.5),
     "target": ("ensemble", "ensemble_logits"),
     "gate": ("correct", "best"),
-    "symmetric": (True,),
+    "divergence": ("jeffreys",),
     "detach_targets": (False,),
     "label_smoothing": (0.1, 1.0),
     "mimic_ignored": (True,),
@@ -453,7 +453,7 @@ OPTIONS: dict[str, tuple] = {  # every option and weight away from its default
 REGISTER_OPTIONS = {
     name: values[:1] if name == "target" else values
     for name, values in OPTIONS.items()
-    if name not in ("symmetric", "detach_targets")
+    if name not in ("divergence", "detach_targets")
 }
 
 

@@ -149,8 +149,8 @@ def test_the_widest_rows_in_registers_never_spill(shape, settings):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("options", [
-    {"symmetric": True}, {"detach_targets": False}, {"target": "ensemble_logits"},
-    {"gate": "best"}, {"symmetric": True, "detach_targets": False, "target": "ensemble"},
+    {"divergence": "jeffreys"}, {"detach_targets": False}, {"target": "ensemble_logits"},
+    {"gate": "best"}, {"divergence": "jeffreys", "detach_targets": False, "target": "ensemble"},
 ])  # fmt: skip
 def test_every_kind_of_option_compiles_without_spills(options):
     for report in reports(((2, 100), "sm_90", {"options": options, "stats": True})):

@@ -90,7 +90,7 @@ def apart(taken: list[torch.Tensor]) -> bool:
 
 
 def call(labels: torch.Tensor) -> Call:
-    return Call(labels, Options(), 1.0, 1.0, 1.0, None, None, True)
+    return Call(labels, Options(), 1.0, 1.0, 1.0, None, None, None, True)
 
 
 def block_of(taken: torch.Tensor) -> int:
@@ -241,7 +241,9 @@ def test_a_block_belongs_to_no_pool_and_no_mode():
 def trace_loss() -> None:
     with FakeTensorMode():
         z = [torch.empty(8, 5, device=CUDA) for _ in range(2)]
-        losses, _, grads = losses_and_grads(z, call(torch.empty(8, device=CUDA).long()), True)
+        losses, _, grads = losses_and_grads(
+            z, call(torch.empty(8, device=CUDA).long()), range(len(z))
+        )
         assert losses.device == grads[0].device == CUDA
 
 

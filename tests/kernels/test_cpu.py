@@ -44,7 +44,7 @@ def test_float64_logits_stay_in_float64(layout, options):
 
 @pytest.mark.parametrize(
     "options",
-    [{}, {"reduction": "none"}, {"target": "ensemble", "gate": "best"}, {"symmetric": True},
+    [{}, {"reduction": "none"}, {"target": "ensemble", "gate": "best"}, {"divergence": "jeffreys"},
      {"class_weight": True, "label_smoothing": 0.1}, {"temperature": 3.0},
      {"mimic_ignored": True}, {"target": "ensemble_logits", "reduction": "sum"}],
 )  # fmt: skip

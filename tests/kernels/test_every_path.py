@@ -293,14 +293,14 @@ def all_finite(answer) -> bool:
     ({}, False), ({}, True), ({"temperature": 2.0, "stats": True}, True),
     ({"reduction": "none", "mimic_ignored": True}, False),
     ({"target": "ensemble", "reduction": "sum"}, True), ({"gate": "best"}, False),
-    ({"peer_weights": True}, True), ({"symmetric": True}, False),
+    ({"peer_weights": True}, True), ({"divergence": "jeffreys"}, False),
     ({"detach_targets": False, "target": "ensemble_logits"}, True),
-    ({"detach_targets": False, "symmetric": True, "target": "ensemble"}, False),
+    ({"detach_targets": False, "divergence": "jeffreys", "target": "ensemble"}, False),
 ], ids=str)  # fmt: skip
 def test_without_the_kl_term_peers_are_independent(path, settings, as_tensor):
     settings = dict(settings)
     stats = settings.pop("stats", False)
-    if path in IN_REGISTERS and not settings.keys().isdisjoint({"symmetric", "detach_targets"}):
+    if path in IN_REGISTERS and not settings.keys().isdisjoint({"divergence", "detach_targets"}):
         pytest.skip("the wide kernel's option")
     zero = torch.tensor(0.0, device="cpu" if path is cpu else DEVICE) if as_tensor else 0.0
     p = make(3, 4, 5, ignored=0.2, seed=2, **settings, kl_weight=zero)
@@ -313,15 +313,16 @@ def test_without_the_kl_term_peers_are_independent(path, settings, as_tensor):
 
 @pytest.mark.parametrize("settings", [
     {}, {"target": "ensemble", "temperature": 2.0, "reduction": "none"},
-    {"target": "ensemble_logits"}, {"symmetric": True}, {"symmetric": True, "target": "ensemble"},
-    {"symmetric": True, "target": "ensemble_logits"},
+    {"target": "ensemble_logits"}, {"divergence": "jeffreys"},
+    {"divergence": "jeffreys", "target": "ensemble"},
+    {"divergence": "jeffreys", "target": "ensemble_logits"},
 ], ids=str)  # fmt: skip
 def test_edges_that_leave_a_peer_out_leave_its_values_out(path, settings):
-    wide_alone = "symmetric" in settings or settings.get("target") == "ensemble_logits"
+    wide_alone = "divergence" in settings or settings.get("target") == "ensemble_logits"
     if path in IN_REGISTERS and wide_alone:
         pytest.skip("the wide kernel's option")
     p = make(3, 4, 5, seed=2, **settings)
-    own = [0, 0, 0] if "symmetric" in settings else [0.6, 0, 0]  # learns from nobody, or from one
+    own = [0, 0, 0] if "divergence" in settings else [0.6, 0, 0]  # learns from nobody, or from one
     p.weights["peer_weights"] = torch.tensor([[0, 0, 0.7], [1, 0, 1], own])
     broken, fine = (path(q, stats=False) for q in (diverge(p), p))
     assert all_finite(broken)

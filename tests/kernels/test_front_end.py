@@ -108,10 +108,11 @@ for name, settings in json.loads(sys.argv[1]):
 LOSS = {
     "gradient": (True, False), "stats": (False, True),
     "target": ("peers", "ensemble", "ensemble_logits"), "gate": ("none", "correct", "best"),
-    "symmetric": (False, True), "detach_targets": (True, False), "label_smoothing": (0.0, 0.1),
-    "mimic_ignored": (False, True), "reduction": ("mean", "sum", "none"),
-    "temperature": (1.0, 2.5, "tensor"), "ce_weight": (0.7, "tensor"),
-    "kl_weight": (0.7, "tensor"), "class_weight": (False, True), "peer_weights": (False, True),
+    "divergence": ("forward", "jeffreys"), "detach_targets": (True, False),
+    "label_smoothing": (0.0, 0.1), "mimic_ignored": (False, True),
+    "reduction": ("mean", "sum", "none"), "temperature": (1.0, 2.5, "tensor"),
+    "ce_weight": (0.7, "tensor"), "kl_weight": (0.7, "tensor"),
+    "class_weight": (False, True), "peer_weights": (False, True),
     "upstream": (False, True), "counted": (False, True), "label_dtype": ("int64", "int32"),
     "dtype": ("float32", "bfloat16", "float16", "mixed"), "K": (1, 2, 3, 5, 8),
     "C": (1, 2, 100, 751, 1000, 3000, 32768),
@@ -121,13 +122,13 @@ NEVER = (  # the losses' own gradient, and labels that are counted beforehand, a
     (("upstream", True), ("gradient", False)), (("counted", True), ("gradient", False)),
     (("counted", True), ("reduction", "sum")), (("counted", True), ("reduction", "none")),
 )  # fmt: skip
-CORE = ("gradient", "stats", "target", "gate", "symmetric", "detach_targets", "label_smoothing",
+CORE = ("gradient", "stats", "target", "gate", "divergence", "detach_targets", "label_smoothing",
         "mimic_ignored", "reduction")  # fmt: skip
 REGISTER = {  # what rows that are held in registers have
-    "target": ("peers", "ensemble"), "symmetric": (False,), "detach_targets": (True,),
+    "target": ("peers", "ensemble"), "divergence": ("forward",), "detach_targets": (True,),
     "upstream": (False,), "regime": (None,), "C": (1, 2, 100, 751),
 }  # fmt: skip
-COUPLING = ("symmetric", "detach_targets", "target")  # they change what a gradient is made of
+COUPLING = ("divergence", "detach_targets", "target")  # they change what a gradient is made of
 SCALE = {
     "K": (1, 2, 3, 5, 8), "dtype": LOSS["dtype"], "gap": (0, 6), "rows": (False, True),
 }  # fmt: skip
@@ -196,8 +197,9 @@ def test_options_that_couple_the_peers_combine_with_every_other(passed):
 
 def test_smoothing_with_gradients_that_hold_divergences_compiles():
     """Label smoothing keeps a number of each peer in one tensor, where otherwise it is a scalar."""
-    all_of_it = {"symmetric": True, "detach_targets": False}
-    settings = [{"symmetric": True}, {"detach_targets": False}, {**all_of_it, "target": "ensemble"},
+    all_of_it = {"divergence": "jeffreys", "detach_targets": False}
+    settings = [{"divergence": "jeffreys"}, {"detach_targets": False},
+                {**all_of_it, "target": "ensemble"},
                 {**all_of_it, "target": "ensemble_logits"}]  # fmt: skip
     usual = {name: values[0] for name, values in LOSS.items()}
     usual |= {"label_smoothing": 0.1, "class_weight": True, "stats": True, "K": 3, "C": 40}

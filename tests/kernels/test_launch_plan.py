@@ -155,7 +155,7 @@ def loss_calls() -> dict[str, Callable]:
     }
     for N in (1, 7, 700, 0):
         calls[f"N = {N}"] = loss_call(rows(2, N, 10), labels_of(N))
-        mutual = Options(symmetric=True, reduction="sum")
+        mutual = Options(divergence="jeffreys", reduction="sum")
         calls[f"coupled, N = {N}"] = loss_call(rows(2, N, 10), labels_of(N), mutual)
     for first in (0, 1, 2, 4):
         apart = rows(2, 12, 10, first=first)
@@ -509,8 +509,8 @@ def results(gpu):
         kept, more = mutual_loss([z.detach() for z in logits], labels, return_stats=True)
         kept += more.kl
     long = mutual_loss(rows(2, 4000, 10), labels_of(4000))
-    call = Call(labels, Options(), 1.0, 1.0, 1.0, None, None, True)
-    operators = torch.ops.fastdml.mutual_loss(logits, None, True, *flatten(call))
+    call = Call(labels, Options(), 1.0, 1.0, 1.0, None, None, None, True)
+    operators = torch.ops.fastdml.mutual_loss(logits, None, [0, 1], True, *flatten(call))
     return {
         "views": views, "shapes": shapes, "versions apart": apart,
         "grads": [z.grad is not None for z in logits], "penalty": penalty.grad.item(),
@@ -585,12 +585,12 @@ def test_the_grid_is_what_is_resident(seen):
 def captured(gpu):
     """A call inside a capture, by the plan of the warm-up."""
     logits, labels = rows(2, 12, 10), labels_of(12)
-    call = Call(labels, Options(), 1.0, 1.0, 1.0, None, None, want_stats=False)
-    losses_and_grads(logits, call, True)
+    call = Call(labels, Options(), 1.0, 1.0, 1.0, None, None, None, want_stats=False)
+    losses_and_grads(logits, call, range(len(logits)))
     kernels = len(gpu.kernels)
     gpu.clear()
     with gpu.capture():
-        losses_and_grads(logits, call, True)
+        losses_and_grads(logits, call, range(len(logits)))
     return [len(gpu.launches()), len(gpu.kernels) - kernels]
 
 

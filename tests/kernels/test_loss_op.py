@@ -48,7 +48,7 @@ def call(labels: Tensor, *, want_stats=True, **settings) -> Call:
     options = Options(**{k: v for k, v in settings.items() if k in OPTION_NAMES})
     weight = torch.linspace(0.5, 1.5, 10, device=DEVICE) if settings.get("class_weight") else None
     numbers = (settings.get(n, 1.0) for n in ("temperature", "ce_weight", "kl_weight"))
-    return Call(labels, options, *numbers, None, weight, want_stats)
+    return Call(labels, options, *numbers, None, weight, None, want_stats)
 
 
 def loss(logits: list[Tensor], **settings) -> Tensor:
@@ -182,7 +182,12 @@ def changeable(dtype=torch.float32, **options) -> tuple[list[Tensor], list[Tenso
     parts = {name: t.to(DEVICE) for name, t in parts.items()}
     scalars = (parts[name] for name in ("temperature", "ce_weight", "kl_weight"))
     weights = parts["peer_weights"], parts["class_weight"]
-    return z, logits, parts, Call(parts["labels"], Options(**options), *scalars, *weights, False)
+    return (
+        z,
+        logits,
+        parts,
+        Call(parts["labels"], Options(**options), *scalars, *weights, None, False),
+    )
 
 
 def changed(parts: dict[str, Tensor], name: str) -> None:
@@ -194,7 +199,7 @@ def changed(parts: dict[str, Tensor], name: str) -> None:
 @pytest.mark.parametrize("name", CHANGEABLE)
 @pytest.mark.parametrize("settings", [
     {"dtype": torch.float16}, {"detach_targets": False}, {"detach_targets": False,
-    "reduction": "none", "symmetric": True},
+    "reduction": "none", "divergence": "jeffreys"},
 ])  # fmt: skip
 def test_what_changed_before_a_backward_that_reads_it_is_noticed(settings, name, compile_it):
     _, logits, parts, arguments = changeable(**settings)
@@ -360,9 +365,9 @@ def test_derivatives_that_bypass_the_graph_are_refused_by_name():
 @pytest.mark.skipif(DEVICE == "cuda", reason="the kernels compute in float32")
 @pytest.mark.parametrize("settings", [
     {"detach_targets": False},
-    {"detach_targets": False, "symmetric": True, "temperature": 2.0, "reduction": "none"},
-    {"detach_targets": False, "target": "ensemble", "symmetric": True},
-    {"detach_targets": False, "target": "ensemble_logits", "symmetric": True},
+    {"detach_targets": False, "divergence": "jeffreys", "temperature": 2.0, "reduction": "none"},
+    {"detach_targets": False, "target": "ensemble", "divergence": "jeffreys"},
+    {"detach_targets": False, "target": "ensemble_logits", "divergence": "jeffreys"},
 ])  # fmt: skip
 def test_gradcheck(settings):
     """Possible where the teachers are not constants."""
@@ -404,7 +409,9 @@ def test_kernels_read_weights_of_any_strides(monkeypatch, regime):
     monkeypatch.setattr(loss_op, "mutual_loss_cpu", partial(launch, regime=regime))
     monkeypatch.setattr(loss_op, "launch", partial(launch, regime=regime))
     plain, other = (
-        losses_and_grads(p.logits, Call(p.labels, p.options, 1.0, 1.0, 1.0, *w, True), True)
+        losses_and_grads(
+            p.logits, Call(p.labels, p.options, 1.0, 1.0, 1.0, *w, None, True), range(3)
+        )
         for w in (weights, strided)
     )
     same([*other[:2], *other[2]], [*plain[:2], *plain[2]])
@@ -426,7 +433,8 @@ def test_opcheck(settings, need_grad, stacked):
     upstream = None
     if need_grad and settings.get("detach_targets") is False:
         upstream = torch.ones(loss(z, **settings).shape, device=DEVICE)
-    arguments = (z, upstream, need_grad, *flatten(call(labels_for(z), **settings)))
+    students = list(range(make_shape(z)[0])) if need_grad else []
+    arguments = (z, upstream, students, need_grad, *flatten(call(labels_for(z), **settings)))
     results = torch.library.opcheck(torch.ops.fastdml.mutual_loss.default, arguments)
     assert set(results.values()) == {"SUCCESS"}
 
@@ -434,7 +442,7 @@ def test_opcheck(settings, need_grad, stacked):
 def test_opcheck_of_every_dtype():
     for dtype in DTYPES:
         z = [x.detach() for x in leaves(dtype=dtype)]
-        arguments = (z, None, True, *flatten(call(labels_for(z))))
+        arguments = (z, None, [0, 1, 2], True, *flatten(call(labels_for(z))))
         torch.library.opcheck(torch.ops.fastdml.mutual_loss.default, arguments)
 
 
@@ -595,9 +603,9 @@ def test_many_programs_give_the_same_bits_every_time(shape):
     """A race between the programs would show as another sum."""
     z = [torch.randn(shape[1:], device=DEVICE) for _ in range(shape[0])]
     arguments = call(labels_for(z))
-    first = losses_and_grads(z, arguments, True)
+    first = losses_and_grads(z, arguments, range(len(z)))
     for _ in range(200):
-        again = losses_and_grads(z, arguments, True)
+        again = losses_and_grads(z, arguments, range(len(z)))
         assert torch.equal(first[0], again[0])
         assert torch.equal(first[1], again[1])
         assert all(torch.equal(a, b) for a, b in zip(first[2], again[2], strict=True))
@@ -608,10 +616,10 @@ def test_every_batch_size_runs_the_same_compiled_kernel():
     from fastdml_kernels.register_rows import register_rows
 
     compiled_kernels = register_rows.device_caches[torch.cuda.current_device()][0]
-    losses_and_grads(z := leaves(N=64), call(labels_for(z)), True)
+    losses_and_grads(z := leaves(N=64), call(labels_for(z)), range(len(z)))
     before = len(compiled_kernels)
     for N in (1, 2, 16, 17, 128, 1000):
-        losses_and_grads(z := leaves(N=N), call(labels_for(z)), True)
+        losses_and_grads(z := leaves(N=N), call(labels_for(z)), range(len(z)))
     assert len(compiled_kernels) == before
 
 
@@ -640,7 +648,7 @@ def test_more_than_2_to_the_31_elements(N, C):
         pytest.skip(f"needs {5 * N * C * 2 >> 30} GiB")
     z = [torch.randn(N, C, dtype=torch.bfloat16, device=DEVICE) for _ in range(2)]
     y = torch.randint(0, C, (N,), device=DEVICE)
-    grads = losses_and_grads(z, call(y, reduction="sum", want_stats=False), True)[2]
+    grads = losses_and_grads(z, call(y, reduction="sum", want_stats=False), range(2))[2]
     end, labels = [x[-last:].clone() for x in z], y[-last:].clone()
-    tail = losses_and_grads(end, call(labels, reduction="sum", want_stats=False), True)[2]
+    tail = losses_and_grads(end, call(labels, reduction="sum", want_stats=False), range(2))[2]
     assert all(torch.equal(g[-last:], t) for g, t in zip(grads, tail, strict=True))

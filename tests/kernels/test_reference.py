@@ -36,7 +36,7 @@ def losses(logits, labels, **given_options):
         (FIRST, {"kl_weight": 0.0}, [LN(4 / 3), LN(2)]),
         (FIRST, {"ce_weight": 2.0, "kl_weight": 3.0},
          [2 * LN(4 / 3) + 3 * KL_21, 2 * LN(2) + 3 * KL_12]),
-        (FIRST, {"ce_weight": 0.0, "symmetric": True}, [(KL_12 + KL_21) / 2] * 2),
+        (FIRST, {"ce_weight": 0.0, "divergence": "jeffreys"}, [(KL_12 + KL_21) / 2] * 2),
         # two peers: the only teacher is its own mixture
         (FIRST, {"ce_weight": 0.0, "target": "ensemble"}, [KL_21, KL_12]),
         (FIRST, {"ce_weight": 0.0, "target": "ensemble_logits"}, [KL_21, KL_12]),

@@ -198,7 +198,7 @@ def test_long_batches_count_their_labels_beforehand(class_weight):
 
 def test_registers_asked_for_where_they_do_not_do_are_refused():
     """By name: no tile of None, and no option that is left out in silence."""
-    too_wide, coupled = make(2, 3, 8192), make(2, 3, 10, symmetric=True)
+    too_wide, coupled = make(2, 3, 8192), make(2, 3, 10, divergence="jeffreys")
     with pytest.raises(ValueError, match=r"K = 2 peers and C = 8192 classes"):
         register(too_wide)
     with pytest.raises(ValueError, match="symmetric"):

@@ -14,8 +14,8 @@ import json, re, sys, torch
 from fastdml_kernels.options import Options
 from fastdml_kernels.scale_grads import constants, scale_rows
 from fastdml_kernels.static_report import DTYPES, TARGETS, compile_kernel, report
-for K, C, dtype, symmetric in json.loads(sys.argv[1]):
-    seen = report(K, C, dtype, options=Options(symmetric=symmetric))
+for K, C, dtype, divergence in json.loads(sys.argv[1]):
+    seen = report(K, C, dtype, options=Options(divergence=divergence))
     print(json.dumps([seen.kernel, *map(int, seen.load_widths), *map(int, seen.store_widths)]))
 for C, dtype in json.loads(sys.argv[2]):
     named = dict(grads=(torch.empty(8, C, dtype=DTYPES[dtype]),), upstream=torch.ones(1), N=8,
@@ -26,11 +26,11 @@ for C, dtype in json.loads(sys.argv[2]):
         widths[what].append(int(n or 1) * int(bits) // 8)
     print(json.dumps(widths))
 """
-# K, C, dtype and bytes of an element, symmetric, kernel
+# K, C, dtype and bytes of an element, divergence, kernel
 MATRICES = [
-    (2, 10, "bf16", 2, False, "register_rows"),
-    (2, 9002, "bf16", 2, False, "wide_rows"),
-    (2, 9002, "fp32", 4, True, "coupled_rows"),
+    (2, 10, "bf16", 2, "forward", "register_rows"),
+    (2, 9002, "bf16", 2, "forward", "wide_rows"),
+    (2, 9002, "fp32", 4, "jeffreys", "coupled_rows"),
 ]
 # classes, dtype and bytes of an element
 SCALED = [(6, "fp32", 4), (1000, "fp32", 4), (100, "bf16", 2), (1000, "bf16", 2), (751, "bf16", 2)]
@@ -38,7 +38,7 @@ SCALED = [(6, "fp32", 4), (1000, "fp32", 4), (100, "bf16", 2), (1000, "bf16", 2)
 
 def test_no_access_is_wider_than_what_all_rows_are_aligned_to():
     """On which `as_aligned` rests. Nor is any access to logits and gradients narrower."""
-    arguments = [(K, C, dtype, symmetric) for K, C, dtype, _, symmetric, _ in MATRICES]
+    arguments = [(K, C, dtype, divergence) for K, C, dtype, _, divergence, _ in MATRICES]
     widths = printed_by(WIDTHS, arguments, [(C, dtype) for C, dtype, _ in SCALED])
     for (_, C, _, itemsize, _, kernel), (name, *seen) in zip(MATRICES, widths, strict=False):
         assert name == kernel

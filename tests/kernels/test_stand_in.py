@@ -59,7 +59,7 @@ def compared(launch: Any, kernel: str, **wanted: Any) -> dict[str, Any]:
 
 
 def call_of(labels: torch.Tensor, options: Options, **changed: Any) -> Call:
-    plain = Call(labels, options, 1.0, 1.0, 1.0, None, None, want_stats=True)
+    plain = Call(labels, options, 1.0, 1.0, 1.0, None, None, None, want_stats=True)
     return plain._replace(**changed)
 
 
@@ -96,7 +96,7 @@ def register_rows(gpu, turn):
         labels, Options(ignore_index=ignored), temperature=T, ce_weight=ce, kl_weight=kl,
         class_weight=class_weight, peer_weights=peer_weights,
     )  # fmt: skip
-    losses, stats, grads = losses_and_grads(logits, call, True)
+    losses, stats, grads = losses_and_grads(logits, call, range(len(logits)))
     (launch,) = gpu.launches()
     return compared(
         launch, "register_rows",
@@ -166,7 +166,7 @@ def wide_rows(gpu, turn):
     N, smoothing, kl = 6 + turn, 0.25 + turn / 2, 0.5 + turn
     logits, labels = peers(2, N, 9000, torch.bfloat16), labels_of(N, 9000)
     call = call_of(labels, Options(label_smoothing=smoothing), kl_weight=kl)
-    losses, stats, grads = losses_and_grads([z.detach() for z in logits], call, True)
+    losses, stats, grads = losses_and_grads([z.detach() for z in logits], call, range(len(logits)))
     (launch,) = gpu.launches()
     return compared(
         launch, "wide_rows", logits=addresses(logits), grads=addresses(grads),
@@ -325,11 +325,11 @@ def buffers(gpu):
         (Options(reduction="none"), 3, 33, 50),
         (Options(), 8, 16, 20),
         (Options(), 2, 9, 9000),
-        (replace(Options(), symmetric=True), 3, 9, 40),
+        (replace(Options(), divergence="jeffreys"), 3, 9, 40),
     ]
     for options, K, N, C in shapes * 2:
         logits, labels = [torch.randn(N, C) for _ in range(K)], labels_of(N, C)
-        kept.append(losses_and_grads(logits, call_of(labels, options), True))
+        kept.append(losses_and_grads(logits, call_of(labels, options), range(len(logits))))
         launch = gpu.launches()[-1]
         size, programs, a = stats_layout(K).size, launch.grid[0], launch.arguments
         lengths = {

@@ -88,7 +88,7 @@ def stacked(gpu):
 
 def wide_and_coupled(gpu):
     new = []
-    for options in ({}, {"symmetric": True}):
+    for options in ({}, {"divergence": "jeffreys"}):
 
         def run(start: int, options=options) -> None:
             N = (4, 1, 3, 5)[start]

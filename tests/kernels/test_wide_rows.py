@@ -30,9 +30,10 @@ def test_each_option(name, value):
 
 
 @pytest.mark.parametrize("options", [
-    {"target": "ensemble", "detach_targets": False, "symmetric": True},
-    {"target": "ensemble_logits", "detach_targets": False, "symmetric": True, "temperature": 2.0},
-    {"target": "peers", "detach_targets": False, "symmetric": True, "peer_weights": True},
+    {"target": "ensemble", "detach_targets": False, "divergence": "jeffreys"},
+    {"target": "ensemble_logits", "detach_targets": False, "divergence": "jeffreys",
+     "temperature": 2.0},
+    {"target": "peers", "detach_targets": False, "divergence": "jeffreys", "peer_weights": True},
     {"target": "ensemble_logits", "gate": "best", "peer_weights": True},
     {"detach_targets": False, "gate": "correct", "reduction": "none"},
 ])  # fmt: skip
@@ -135,7 +136,11 @@ def test_any_number_of_peers_has_a_tile(K):
 
 
 def test_options_beyond_the_register_kernel_go_wide():
-    for changes in ({"symmetric": True}, {"detach_targets": False}, {"target": "ensemble_logits"}):
+    for changes in (
+        {"divergence": "jeffreys"},
+        {"detach_targets": False},
+        {"target": "ensemble_logits"},
+    ):
         p = make(2, 2, 5, **changes)
         assert not fits_registers(2, 5, p.options, None)
         check(p, launched, upstream=upstream_of(p))
