@@ -127,16 +127,24 @@ def make(
     seed: int = 0,
     peer_weights: bool = False,
     class_weight: bool = False,
+    sample_weight: bool = False,
+    students: str | tuple[int, ...] | None = None,
     **settings: Any,
 ) -> Problem:
     """A random problem. `ignored` is the share of rows without a label; `settings` are options
-    and weights under their public names."""
+    and weights under their public names; divergence="jsd 0.2" is "jsd" with that jsd_beta; students
+    are "first" or "others", which are all but the first, or their indices."""
     generator = torch.Generator().manual_seed(seed)
     dtypes = [dtype] * K if isinstance(dtype, torch.dtype) else list(dtype)
     values = torch.randn(K, N, C, generator=generator, dtype=torch.float64) * spread
     logits = [lay_out(values.to(d), layout)[k] for k, d in enumerate(dtypes)]
     labels = torch.randint(0, C, (N, label_stride), generator=generator, dtype=label_dtype)
-    options = Options(**{k: v for k, v in settings.items() if k in OPTION_NAMES})
+    if settings.get("divergence", "").startswith("jsd "):
+        settings["jsd_beta"] = float(settings["divergence"].split()[1])
+        settings["divergence"] = "jsd"
+    if isinstance(students, str):
+        students = (0,) if students == "first" or K == 1 else tuple(range(1, K))
+    options = Options(**{k: v for k, v in settings.items() if k in OPTION_NAMES}, students=students)
     without = torch.rand(N, generator=generator) < ignored
     labels[without] = options.ignore_index
     weights = {k: v for k, v in settings.items() if k not in OPTION_NAMES}
@@ -145,6 +153,9 @@ def make(
         weights["peer_weights"][0, -1] = 0
     if class_weight:
         weights["class_weight"] = torch.rand(C, generator=generator) + 0.1
+    if sample_weight:  # a quarter of the rows is absent
+        weights["sample_weight"] = torch.rand(N, generator=generator) * 2
+        weights["sample_weight"][torch.rand(N, generator=generator) < 0.25] = 0
     return Problem(logits, labels[:, 0], options, weights)
 
 
@@ -171,7 +182,11 @@ def unpack(packed: Tensor, K: int) -> dict[str, Tensor]:
 def run(compute: Callable, p: Problem, *, grad: bool = True, stats: bool = True,
         **extra: Any) -> Answer:  # fmt: skip
     """The answer of `mutual_loss_cpu` or `launch`, every buffer poisoned beforehand."""
-    grads = [torch.full(z.shape, torch.nan, dtype=z.dtype, device=z.device) for z in p.logits]
+    students = p.options.students or range(len(p.logits))
+    grads = [
+        torch.full(z.shape, torch.nan, dtype=z.dtype, device=z.device) if k in students else None
+        for k, z in enumerate(p.logits)
+    ]
     before = [z._version for z in p.logits]
     with torch.no_grad(), poisoned():
         losses, packed = compute(
@@ -230,6 +245,9 @@ def reference(p: Problem, upstream: Tensor | None = None, grad: bool = True) -> 
 def pairwise(p: Problem, dtype: torch.dtype, upstream: Tensor | None = None) -> Answer:
     """The loss as torch's own functions spell it, one pair of peers at a time, in `dtype`."""
     p = p.on("cpu")
+    times = p.weights.get("sample_weight")
+    if times is not None and not times.all():
+        return _of_present_rows(p, times != 0, dtype, upstream)
     o, (K, N, _) = p.options, p.shape
     T = float(p.weights.get("temperature", 1.0))
     leaves = [x.detach().clone().requires_grad_() for x in p.logits]
@@ -241,9 +259,17 @@ def pairwise(p: Problem, dtype: torch.dtype, upstream: Tensor | None = None) -> 
     ce_options = {
         "weight": None if class_weight is None else class_weight.to(dtype),
         "ignore_index": o.ignore_index, "label_smoothing": o.label_smoothing,
-        "reduction": o.reduction,
+        "reduction": o.reduction if times is None else "none",
     }  # fmt: skip
     ce = torch.stack([F.cross_entropy(x, p.labels.long(), **ce_options) for x in z])
+    if times is not None:
+        times = times.to(dtype)
+        ce = ce * times
+        if o.reduction == "mean":
+            of_label = times if class_weight is None else times * class_weight.to(dtype)[y]
+            ce = ce.sum(1) / (of_label * labelled).sum()
+        elif o.reduction == "sum":
+            ce = ce.sum(1)
     if o.mimic_ignored and not labelled.any():
         ce = torch.nan_to_num(ce)
 
@@ -259,17 +285,31 @@ def pairwise(p: Problem, dtype: torch.dtype, upstream: Tensor | None = None) -> 
     elif o.gate == "best":
         nll = torch.stack([F.cross_entropy(x, y, reduction="none") for x in exact])
         edges = edges * ((nll.argmin(0) == torch.arange(K)[:, None]) & labelled)
+    elif o.gate in ("confidence", "entropy"):
+        log_p = torch.stack([torch.log_softmax(x, 1) for x in exact])
+        worth = torch.special.entr(log_p.exp()).sum(2).neg()
+        if o.gate == "confidence":
+            worth = log_p.gather(2, y.expand(K, N)[:, :, None])[:, :, 0]
+            worth = torch.where(labelled, worth, -torch.inf)
+        edges = edges.double() * (1 - torch.eye(K))[:, :, None]
+        soft = torch.softmax(edges.log() + worth, 1).nan_to_num(0.0)
+        edges = (soft * edges.sum(1, keepdim=True)).to(dtype)
 
     log_q = [torch.log_softmax(x / T, 1) for x in z]
     fixed = [x.detach() for x in log_q] if o.detach_targets else log_q
     fixed_z = [x.detach() for x in z] if o.detach_targets else z
 
     def divergence(log_t: Tensor, log_student: Tensor) -> Tensor:
-        rows = F.kl_div(log_student, log_t, log_target=True, reduction="none").sum(1)
-        if o.divergence == "forward":
-            return rows
-        back = F.kl_div(log_t, log_student, log_target=True, reduction="none").sum(1)
-        return (rows + back) / 2
+        def kl(log_a: Tensor, log_b: Tensor) -> Tensor:  # KL(a || b)
+            return F.kl_div(log_b, log_a, log_target=True, reduction="none").sum(1)
+
+        if o.divergence == "jsd":
+            beta = torch.tensor(o.jsd_beta, dtype=dtype)
+            parts = torch.stack([log_t + beta.log(), log_student + torch.log1p(-beta)])
+            log_m = torch.logsumexp(parts, 0)
+            return beta * kl(log_t, log_m) + (1 - beta) * kl(log_student, log_m)
+        ahead, back = kl(log_t, log_student), kl(log_student, log_t)
+        return {"forward": ahead, "reverse": back, "jeffreys": (ahead + back) / 2}[o.divergence]
 
     kl = torch.zeros(K, N, dtype=dtype)
     for k in range(K):
@@ -289,14 +329,35 @@ def pairwise(p: Problem, dtype: torch.dtype, upstream: Tensor | None = None) -> 
                 mixed = torch.log_softmax(mean / T, 1)
             total = w_sum * divergence(mixed, log_q[k])
         kl[k] = torch.where(mimics, total * T**2, 0)
+    counted = mimics.to(dtype)
+    if times is not None:
+        kl, counted = kl * times, counted * times
     if o.reduction == "mean":
-        kl = kl.sum(1) / mimics.sum()
+        kl = kl.sum(1) / counted.sum()
     elif o.reduction == "sum":
         kl = kl.sum(1)
     ce_weight, kl_weight = (float(p.weights.get(n, 1.0)) for n in ("ce_weight", "kl_weight"))
     losses = ce_weight * ce + kl_weight * kl if K > 1 else ce_weight * ce
     up = torch.ones_like(losses) if upstream is None else upstream.to("cpu", dtype)
     return Answer(losses.detach(), torch.autograd.grad(losses, leaves, up))
+
+
+def _of_present_rows(
+    p: Problem, present: Tensor, dtype: torch.dtype, upstream: Tensor | None
+) -> Answer:
+    """`pairwise` of the rows whose weight is not 0, and 0 for the others."""
+    weights = p.weights | {"sample_weight": p.weights["sample_weight"][present]}
+    part = Problem([z[present] for z in p.logits], p.labels[present], p.options, weights)
+    if upstream is not None and upstream.dim() == 2:
+        upstream = upstream[:, present.to(upstream.device)]
+    found = pairwise(part, dtype, upstream)
+    losses, grads = found.losses, [torch.zeros(z.shape, dtype=z.dtype) for z in p.logits]
+    for grad, rows in zip(grads, found.grads, strict=True):
+        grad[present] = rows
+    if p.options.reduction == "none":
+        losses = torch.zeros(len(grads), len(present), dtype=dtype)
+        losses[:, present] = found.losses
+    return Answer(losses, grads)
 
 
 # ---- how closely
@@ -321,7 +382,12 @@ def scale_of(p: Problem) -> tuple[float, float, float]:
     class_weight = w["class_weight"].max().item() if w.get("class_weight") is not None else 1.0
     ce = abs(float(w.get("ce_weight", 1.0))) * class_weight
     kl = abs(float(w.get("kl_weight", 1.0))) * edges * T
+    if w.get("sample_weight") is not None and N:
+        most = w["sample_weight"].max().item()
+        ce, kl = ce * most, kl * most
     reach = reach_of(p)
+    if p.options.gate in ("confidence", "entropy"):  # a weight is as exact as what it is made of
+        kl *= reach
     return (ce + kl * T) * reach, (ce + kl) * reach, float(max(N, 1))
 
 
@@ -359,7 +425,10 @@ def check(p: Problem, compute: Callable[..., Answer] = cpu, *, upstream: Tensor 
     lightest = 1.0 if class_weight is None else min(1.0, class_weight.min().item())
     loss_scale, grad_scale, rows = scale_of(p)
     relative = eps * reach_of(p)
-    counted = max(int((p.labels != p.options.ignore_index).sum()), 1)
+    counted = max(float((p.labels != p.options.ignore_index).sum()), 1.0)
+    if p.weights.get("sample_weight") is not None:
+        times = p.weights["sample_weight"].cpu() * (p.labels.cpu() != p.options.ignore_index)
+        counted = times.sum().item() or 1.0
     loss_little = LITTLE * eps * loss_scale * (rows if p.options.reduction == "sum" else 1.0)
     if p.options.reduction == "mean":
         grad_scale /= counted * lightest
@@ -379,6 +448,9 @@ def check(p: Problem, compute: Callable[..., Answer] = cpu, *, upstream: Tensor 
         for k, (g, want, theirs) in enumerate(
             zip(ours.grads or (), exact.grads or (), torch_answer.grads or (), strict=False)
         ):
+            if g is None:  # of a peer that only teaches
+                assert k not in (p.options.students or ())
+                continue
             assert g.dtype == p.logits[k].dtype
             within(f"grads[{k}]", g, want, theirs,
                    LITTLE * eps * grad_scale + rounding(want, g.dtype))  # fmt: skip
@@ -387,7 +459,7 @@ def check(p: Problem, compute: Callable[..., Answer] = cpu, *, upstream: Tensor 
     for name, want in exact.stats.items() if ours.stats else ():
         little = stats_little + relative * finite_size(want)
         if name == "ensemble_correct":
-            little = torch.tensor(float(close_calls(p)[1]))
+            little = little + torch.tensor(2.0 * close_calls(p)[1])
         within(name, ours.stats[name], want, None, little)
     return ours
 
@@ -440,8 +512,9 @@ OPTIONS: dict[str, tuple] = {  # every option and weight away from its default
     "ce_weight": (0.0, 0.7),
     "kl_weight": (0.0, 2.5),
     "target": ("ensemble", "ensemble_logits"),
-    "gate": ("correct", "best"),
-    "divergence": ("jeffreys",),
+    "gate": ("correct", "best", "confidence", "entropy"),
+    "divergence": ("reverse", "jeffreys", "jsd", "jsd 0.2"),
+    "students": ("first", "others"),
     "detach_targets": (False,),
     "label_smoothing": (0.1, 1.0),
     "mimic_ignored": (True,),
@@ -449,10 +522,13 @@ OPTIONS: dict[str, tuple] = {  # every option and weight away from its default
     "ignore_index": (7, -1),
     "peer_weights": (True,),
     "class_weight": (True,),
+    "sample_weight": (True,),
 }
+LAUNCHED_OPTIONS = OPTIONS | {"gate": ("correct", "best"), "divergence": ("jeffreys",)}
+del LAUNCHED_OPTIONS["sample_weight"], LAUNCHED_OPTIONS["students"]
 REGISTER_OPTIONS = {
     name: values[:1] if name == "target" else values
-    for name, values in OPTIONS.items()
+    for name, values in LAUNCHED_OPTIONS.items()
     if name not in ("divergence", "detach_targets")
 }
 

@@ -10,7 +10,9 @@ from fastdml_kernels.launch import _loads_vectors
 from fastdml_kernels.tiles import Tile, fits_registers, lane, wide_tile
 from hypothesis import given, settings
 from oracle import (
-    OPTIONS,
+    LAUNCHED_OPTIONS as OPTIONS,
+)
+from oracle import (
     assert_finite_on_the_verge_of_zero,
     check,
     launched,
@@ -59,7 +61,7 @@ def test_a_mixed_teacher_on_the_verge_of_zero(teacher, detach):
     assert_finite_on_the_verge_of_zero(wide, 3, teacher, detach_targets=detach)
 
 
-@given(problems(most_peers=3, most_rows=4, most_classes=40, most_logits=60))
+@given(problems(most_peers=3, most_rows=4, most_classes=40, most_logits=60, options=OPTIONS))
 @settings(max_examples=15, deadline=None)
 def test_any_shape_layout_dtype_and_three_options(drawn):
     p, upstream = drawn
@@ -75,7 +77,7 @@ def test_every_pair_of_options(one, other):
 
 
 @pytest.mark.slow
-@given(problems(most_peers=5, most_rows=9, most_logits=5000))
+@given(problems(most_peers=5, most_rows=9, most_logits=5000, options=OPTIONS))
 @settings(max_examples=60, deadline=None)
 def test_any_shape_layout_dtype_and_three_options_at_length(drawn):
     p, upstream = drawn
