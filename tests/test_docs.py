@@ -150,15 +150,18 @@ def test_the_loss_as_shown(page):
     shown = [text for text in blocks(ROOT / page, "python") if "mutual_loss" in text]
     assert shown
     for text in shown:
-        peers = [torch.nn.Linear(4, 3) for _ in range(2)]
+        *peers, student, teacher = [torch.nn.Linear(4, 3) for _ in range(4)]
         values = {
             "peers": peers,
+            "student": student,
+            "teacher": teacher,
             "images": torch.randn(8, 4),
             "labels": torch.randint(3, (8,)),
             "optimizers": [torch.optim.SGD(peer.parameters(), 0.1) for peer in peers],
         }
         exec(text, values)
-        assert all(peer.weight.grad.any() for peer in peers)
+        assert all(peer.weight.grad.any() for peer in (peers if "peers" in text else [student]))
+        assert teacher.weight.grad is None
 
 
 def test_training_as_shown(tmp_path, monkeypatch, capsys):

@@ -105,6 +105,8 @@ def names() -> dict[str, object]:
     return {
         "__name__": "__main__",
         "peers": peers,
+        "teacher": torch.nn.Linear(4, 3),
+        "student": torch.nn.Linear(4, 3),
         "images": torch.randn(8, 4),
         "labels": torch.randint(3, (8,)),
         "optimizers": [torch.optim.SGD(peer.parameters(), 0.1) for peer in peers],
