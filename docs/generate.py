@@ -97,12 +97,12 @@ def _kernels(version: str) -> str:
     def widths(counts: dict[str, int]) -> str:
         return ", ".join(f"{width}Bx{count}" for width, count in counts.items())
 
-    head = ["kernel", "K", "C", "samples x classes a program", "warps", "registers", "spills",
-            "shared bytes", "loads", "stores", "reads", "writes", "ratio", "instructions",
-            "barriers", "waits", "bound"]  # fmt: skip
+    head = ["kernel", "K", "C", "options", "samples x classes a program", "warps", "registers",
+            "spills", "shared bytes", "loads", "stores", "reads", "writes", "ratio",
+            "instructions", "barriers", "waits", "bound"]  # fmt: skip
     return _table(head, [
-        [*_shape(r), f"{r['rows']}x{r['block_c']}", str(r["warps"]), str(r["registers"]),
-         str(r["spills"]), str(r["shared_bytes"]), widths(r["load_widths"]),
+        [*_shape(r), r["options"] or "-", f"{r['rows']}x{r['block_c']}", str(r["warps"]),
+         str(r["registers"]), str(r["spills"]), str(r["shared_bytes"]), widths(r["load_widths"]),
          widths(r["store_widths"]), str(r["reads"]), str(r["writes"]), f"{r['ratio']:.3g}",
          f"{r['instructions']:,.0f}", f"{r['barriers']:.4g}", f"{r['waits']:.3g}",
          f"{r['bound']['name']} {r['bound']['share']:.0%}"]
@@ -120,7 +120,8 @@ def _kernels_before_and_now() -> str:
 
     columns = ["registers", "spills", "instructions", "barriers"]
     versions = ("3.6", "3.8")
-    both = [(_static_reports(f"{v}-before"), _static_reports(v)) for v in versions]
+    now = {v: [r for r in _static_reports(v) if not r["options"]] for v in versions}
+    both = [(_static_reports(f"{v}-before"), now[v]) for v in versions]
     head = ["kernel", "K", "C", *(f"{name}, {v}" for v in versions for name in columns)]
     rows = []
     for reports in zip(*(reports for pair in both for reports in pair), strict=True):

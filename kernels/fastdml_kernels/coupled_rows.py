@@ -157,10 +157,11 @@ def coupled_pull(j: tl.constexpr, Z, D, Q, top, row_pairs, peer_weights, GATES, 
 )
 def coupled_rows(
     logits,  # K pointers (N, C)
-    grads,  # K pointers (N, C), or () without NEED_GRAD
+    grads,  # pointers (N, C) of the STUDENTS, or () without NEED_GRAD
     labels,  # (N,) int64 or int32
     peer_weights,  # (K, K), or None
     class_weight,  # (C,), or None
+    sample_weight,  # (N,), or None: a row of weight w counts as w rows
     upstream,  # the losses' own gradient, (K,) or (K, N) by its strides, or None for 1
     losses,  # (K,), or (K, N) with REDUCTION "none"
     stats,  # packed statistics, float32
@@ -176,12 +177,14 @@ def coupled_rows(
     BLOCK_C: tl.constexpr, PEERS: tl.constexpr, PROGRAMS_BLOCK: tl.constexpr,
     LAYOUT: tl.constexpr,  # a StatsLayout: of the statistics, and of a program's sums
     NEED_GRAD: tl.constexpr, STATS: tl.constexpr, REDUCTION: tl.constexpr,
+    STUDENTS: tl.constexpr,  # the peers whose gradients are wanted
     TARGET: tl.constexpr, GATE: tl.constexpr, EDGE: tl.constexpr,
-    SYMMETRIC: tl.constexpr, DETACH: tl.constexpr,
+    DIVERGENCE: tl.constexpr, JSD_BETA: tl.constexpr, DETACH: tl.constexpr,
     TEMPERED: tl.constexpr, SMOOTHED: tl.constexpr, MIMIC_IGNORED: tl.constexpr,
     CE_POINTER: tl.constexpr, KL_POINTER: tl.constexpr, T_POINTER: tl.constexpr,
 ):  # fmt: skip
     """Grid: any number of programs; program b takes samples b, b + programs, ..."""
+    SYMMETRIC: tl.constexpr = DIVERGENCE == "jeffreys"
     MIXED: tl.constexpr = TARGET != "peers"
     GATED: tl.constexpr = GATE != "none"
     # whether the gradient contains divergences; else the teacher is a constant mean of logits
@@ -201,8 +204,8 @@ def coupled_rows(
     kl_factor = kl_weight * kl_scale * inv_t
     if NEED_GRAD and REDUCTION == "mean":
         ce_factor, kl_factor = averaged(
-            ce_factor, kl_factor, counts, labels, label_stride, class_weight, N, ignore_index,
-            class_weight is not None, MIMIC_IGNORED, C,
+            ce_factor, kl_factor, counts, labels, label_stride, class_weight, sample_weight, N,
+            ignore_index, MIMIC_IGNORED, C,
         )  # fmt: skip
     w_total = sum_class_weights(class_weight, C, BLOCK_C, SMOOTHED)
 
@@ -374,4 +377,4 @@ def coupled_rows(
             entropy_sums, correct_sums, ensemble_correct, pair_sums, K, LAYOUT, STATS,
         )  # fmt: skip
     finish(partials, counter, losses, stats, ce_weight, kl_weight, kl_scale, N, K, LAYOUT,
-           PROGRAMS_BLOCK, REDUCTION, MIMIC_IGNORED, STATS)  # fmt: skip
+           PROGRAMS_BLOCK, REDUCTION, MIMIC_IGNORED, STATS, sample_weight is not None)  # fmt: skip

@@ -9,7 +9,8 @@ import triton.language as tl
 # Pointers to numbers that are read one at a time. Whether they are aligned to 16 bytes changes
 # nothing in the code, but Triton would compile another kernel for it unless told not to.
 SINGLE_READS = [
-    "labels", "peer_weights", "upstream", "counts", "ce_weight", "kl_weight", "temperature",
+    "labels", "peer_weights", "sample_weight", "upstream", "counts", "ce_weight", "kl_weight",
+    "temperature",
 ]  # fmt: skip
 
 
@@ -68,24 +69,33 @@ def put(packed, position: tl.constexpr, value, S: tl.constexpr):
 
 
 @triton.jit
-def count_rows(labels, label_stride, class_weight, N, ignore_index,
-               HAS_CLASS_WEIGHT: tl.constexpr, C: tl.constexpr):  # fmt: skip
-    """(sum of the labelled rows' class weights, number of labelled rows) over all N labels."""
+def count_rows(labels, label_stride, class_weight, sample_weight, N, ignore_index,
+               C: tl.constexpr):  # fmt: skip
+    """(sum of the labelled rows' class weights, number of labelled rows, number of all rows) over
+    all N labels. With `sample_weight` a row of weight w counts w times in each of them."""
     BLOCK: tl.constexpr = 1024
     weight_sum = tl.zeros((BLOCK,), tl.float32)
     rows = tl.zeros((BLOCK,), tl.float32)
+    all_rows = tl.zeros((BLOCK,), tl.float32)
     for start in range(0, N, BLOCK):
         n = start + tl.arange(0, BLOCK)
         y = tl.load(labels + n.to(tl.int64) * label_stride, mask=n < N, other=ignore_index)
         labelled = y != ignore_index
-        rows += tl.where(labelled, 1.0, 0.0)
-        if HAS_CLASS_WEIGHT:
+        w_n = 1.0
+        if sample_weight is not None:
+            w_n = tl.load(sample_weight + n.to(tl.int64), mask=n < N, other=0.0).to(tl.float32)
+            all_rows += w_n
+        rows += tl.where(labelled, w_n, 0.0)
+        if class_weight is not None:
             known = labelled & (y >= 0) & (y < C)
-            weight_sum += tl.load(class_weight + y, mask=known, other=0.0).to(tl.float32)
+            w_y = tl.load(class_weight + y, mask=known, other=0.0).to(tl.float32)
+            if sample_weight is not None:
+                w_y *= w_n
+            weight_sum += w_y
     count = tl.sum(rows, axis=0)
-    if HAS_CLASS_WEIGHT:
-        return tl.sum(weight_sum, axis=0), count
-    return count, count
+    if class_weight is not None:
+        return tl.sum(weight_sum, axis=0), count, tl.sum(all_rows, axis=0)
+    return count, count, tl.sum(all_rows, axis=0)
 
 
 @triton.jit
@@ -109,20 +119,24 @@ def loss_weights(ce_weight, kl_weight, temperature, CE_POINTER: tl.constexpr,
 
 
 @triton.jit
-def averaged(ce_factor, kl_factor, counts, labels, label_stride, class_weight, N, ignore_index,
-             HAS_CLASS_WEIGHT: tl.constexpr, MIMIC_IGNORED: tl.constexpr,
-             C: tl.constexpr):  # fmt: skip
+def averaged(ce_factor, kl_factor, counts, labels, label_stride, class_weight, sample_weight, N,
+             ignore_index, MIMIC_IGNORED: tl.constexpr, C: tl.constexpr):  # fmt: skip
     """The factors of the gradients, divided by the numbers of rows that the means are over. These
     are counted here, from all N labels, unless an earlier launch has left them in `counts`."""
     if counts is None:
-        ce_count, labelled_rows = count_rows(labels, label_stride, class_weight, N,
-                                             ignore_index, HAS_CLASS_WEIGHT, C)  # fmt: skip
+        ce_count, labelled_rows, all_rows = count_rows(
+            labels, label_stride, class_weight, sample_weight, N, ignore_index, C
+        )
     else:
         ce_count = tl.load(counts)
         labelled_rows = tl.load(counts + 1)
+        if sample_weight is not None:
+            all_rows = tl.load(counts + 2)
     ce_factor *= inverse(ce_count)
-    if MIMIC_IGNORED:
+    if MIMIC_IGNORED and sample_weight is None:
         kl_factor *= 1.0 / tl.cast(N, tl.float32)
+    elif MIMIC_IGNORED:
+        kl_factor *= inverse(all_rows)
     else:
         kl_factor *= inverse(labelled_rows)
     return ce_factor, kl_factor
@@ -147,12 +161,64 @@ def open_gates(RIGHT, NLL, labelled, GATE: tl.constexpr, K: tl.constexpr):
 
 
 @triton.jit
+def learned_from(k: tl.constexpr, l: tl.constexpr, peer_weights,  # noqa: E741
+                 K: tl.constexpr, EDGE: tl.constexpr):  # fmt: skip
+    """How much peer k learns from peer l where no gate is, a scalar."""
+    if peer_weights is None:
+        w = tl.cast(EDGE, tl.float32)
+    else:
+        w = tl.load(peer_weights + k * K + l).to(tl.float32)
+    return w
+
+
+@triton.jit
+def soft_gates(LOG_G, peer_weights, K: tl.constexpr, EDGE: tl.constexpr):
+    """What `soft_edge` takes, from the logarithm of how much each of K peers is to count as a
+    teacher: that logarithm, -inf for a peer that is NaN; for each student the highest among its own
+    teachers; and for each student the factor by which its teachers' weights, relative to that
+    one's, sum up to what they do without a gate. It is 0 where nobody teaches."""
+    KNOWN = ()
+    for l in tl.static_range(K):  # noqa: E741
+        KNOWN = KNOWN + (tl.where(LOG_G[l] == LOG_G[l], LOG_G[l], float("-inf")),)
+    HIGHEST = ()
+    FACTOR = ()
+    for k in tl.static_range(K):
+        highest = tl.minimum(KNOWN[k], float("-inf"))
+        for l in tl.static_range(K):  # noqa: E741
+            if l != k:
+                w = learned_from(k, l, peer_weights, K, EDGE)
+                highest = tl.maximum(highest, tl.where(w != 0.0, KNOWN[l], float("-inf")))
+        highest = tl.where(highest == float("-inf"), 0.0, highest)
+        ungated = 0.0
+        gated = 0.0 * highest
+        for l in tl.static_range(K):  # noqa: E741
+            if l != k:
+                w = learned_from(k, l, peer_weights, K, EDGE)
+                ungated += w
+                gated += times(w, tl.exp(KNOWN[l] - highest))
+        HIGHEST = HIGHEST + (highest,)
+        FACTOR = FACTOR + (
+            tl.where(gated == 0.0, 0.0, ungated / tl.where(gated == 0.0, 1.0, gated)),
+        )
+    return KNOWN + HIGHEST + FACTOR
+
+
+@triton.jit
+def soft_edge(k: tl.constexpr, l: tl.constexpr, w, GATES, K: tl.constexpr):  # noqa: E741
+    """How much peer k learns from peer l behind `soft_gates`, from the weight w without a gate."""
+    return times(w, tl.exp(GATES[l] - GATES[K + k])) * GATES[2 * K + k]
+
+
+@triton.jit
 def reduce_programs(partials, losses, stats, ce_weight, kl_weight, kl_scale, N,
                     K: tl.constexpr, LAYOUT: tl.constexpr, PROGRAMS_BLOCK: tl.constexpr,
                     REDUCTION: tl.constexpr, MIMIC_IGNORED: tl.constexpr,
-                    STATS: tl.constexpr):  # fmt: skip
+                    STATS: tl.constexpr, WEIGHED: tl.constexpr):  # fmt: skip
     """Adds the programs' sums in a fixed order and writes losses (K,) and packed statistics, whose
-    layout the sums have. Without STATS there are no sums from the entropy on."""
+    layout the sums have. Without STATS there are no sums from the entropy on.
+
+    WEIGHED: rows have weights. With MIMIC_IGNORED their sum then lies in the place of the first
+    peer's divergence from itself, which is 0."""
     S: tl.constexpr = LAYOUT.size
     USED: tl.constexpr = LAYOUT.used if STATS else LAYOUT.entropy
     programs = tl.num_programs(0)
@@ -160,8 +226,11 @@ def reduce_programs(partials, losses, stats, ce_weight, kl_weight, kl_scale, N,
     total = tl.zeros((S,), tl.float32)
     for start in range(0, programs, PROGRAMS_BLOCK):
         b = start + tl.arange(0, PROGRAMS_BLOCK)
+        used = s < USED
+        if WEIGHED and MIMIC_IGNORED:
+            used = used | (s == LAYOUT.pairwise_kl)
         part = tl.load(partials + b[:, None] * S + s[None, :],
-                       mask=(b < programs)[:, None] & (s < USED)[None, :], other=0.0,
+                       mask=(b < programs)[:, None] & used[None, :], other=0.0,
                        cache_modifier=".cg")  # fmt: skip
         total += tl.sum(part, axis=0)
     ce_count = tl.sum(tl.where(s == LAYOUT.label_weight, total, 0.0), axis=0)
@@ -169,6 +238,9 @@ def reduce_programs(partials, losses, stats, ce_weight, kl_weight, kl_scale, N,
     kl_count = labelled
     if MIMIC_IGNORED:
         kl_count = tl.cast(N, tl.float32)
+        if WEIGHED:
+            kl_count = tl.sum(tl.where(s == LAYOUT.pairwise_kl, total, 0.0), axis=0)
+            total = tl.where(s == LAYOUT.pairwise_kl, 0.0, total)
         # a batch without any label teaches by the KL term alone
         ce_count = tl.where(labelled == 0, 1.0, ce_count)
     # 0 / 0 as in torch, where label smoothing makes the sum another number too
@@ -202,7 +274,8 @@ def reduce_programs(partials, losses, stats, ce_weight, kl_weight, kl_scale, N,
 @triton.jit
 def finish(partials, counter, losses, stats, ce_weight, kl_weight, kl_scale, N,
            K: tl.constexpr, LAYOUT: tl.constexpr, PROGRAMS_BLOCK: tl.constexpr,
-           REDUCTION: tl.constexpr, MIMIC_IGNORED: tl.constexpr, STATS: tl.constexpr):  # fmt: skip
+           REDUCTION: tl.constexpr, MIMIC_IGNORED: tl.constexpr, STATS: tl.constexpr,
+           WEIGHED: tl.constexpr):  # fmt: skip
     """Each program calls this once its sums are stored. By an atomic counter the last one to finish
     knows that it is: it adds up the sums of all in a fixed order, and resets the counter to 0."""
     if REDUCTION != "none" or STATS:
@@ -210,5 +283,6 @@ def finish(partials, counter, losses, stats, ce_weight, kl_weight, kl_scale, N,
         done = tl.atomic_add(counter, 1, sem="acq_rel")
         if done == tl.num_programs(0) - 1:
             reduce_programs(partials, losses, stats, ce_weight, kl_weight, kl_scale, N, K,
-                            LAYOUT, PROGRAMS_BLOCK, REDUCTION, MIMIC_IGNORED, STATS)  # fmt: skip
+                            LAYOUT, PROGRAMS_BLOCK, REDUCTION, MIMIC_IGNORED, STATS,
+                            WEIGHED)  # fmt: skip
             tl.store(counter, 0)

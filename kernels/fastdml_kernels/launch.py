@@ -48,8 +48,9 @@ VECTOR = 8  # classes that are read at once at the end of a row
 # The kernels' run-time arguments, of which each kernel has most.
 NAMES = (
     "logits", "grads", "labels", "losses", "stats", "partials", "counter", "scratch",
-    "peer_weights", "class_weight", "upstream", "counts", "ce_weight", "kl_weight", "temperature",
-    "N", "label_stride", "u_stride_k", "u_stride_n", "ignore_index", "label_smoothing",
+    "peer_weights", "class_weight", "sample_weight", "upstream", "counts", "ce_weight", "kl_weight",
+    "temperature", "N", "label_stride", "u_stride_k", "u_stride_n", "ignore_index",
+    "label_smoothing",
 )  # fmt: skip
 
 
@@ -103,7 +104,8 @@ def arguments(
     kl_weight: Scalar = 1.0,
     peer_weights: Tensor | None = None,
     class_weight: Tensor | None = None,
-    grads: Sequence[Tensor] = (),
+    sample_weight: Tensor | None = None,
+    grads: Sequence[Tensor | None] = (),
     want_stats: bool = False,
     upstream: Tensor | None = None,
     counts: Tensor | None = None,  # of the labels, where an earlier launch has counted them
@@ -114,13 +116,15 @@ def arguments(
     """The kernel, its arguments by name, outputs and buffers included, and its warps."""
     K, (N, C), device = len(logits), logits[0].shape, logits[0].device
     layout = stats_layout(K)
+    students = tuple(k for k, g in enumerate(grads) if g is not None)
+    of_peers = grads or (None,) * K
     shape = (K, N) if options.reduction == "none" else (K,)
     temperature, t_pointer = _split(temperature)
     ce_weight, ce_pointer = _split(ce_weight)
     kl_weight, kl_pointer = _split(kl_weight)
     named = dict(
-        logits=tuple(logits), grads=tuple(grads), labels=labels,
-        peer_weights=peer_weights, class_weight=class_weight,
+        logits=tuple(logits), grads=tuple(g for g in grads if g is not None), labels=labels,
+        peer_weights=peer_weights, class_weight=class_weight, sample_weight=sample_weight,
         losses=torch.empty(shape, dtype=torch.float32, device=device),
         stats=torch.empty(layout.size, dtype=torch.float32, device=device),
         partials=torch.empty((programs, layout.size), dtype=torch.float32, device=device),
@@ -129,34 +133,46 @@ def arguments(
         N=N, label_stride=labels.stride(0), ignore_index=options.ignore_index,
         ce_weight=ce_weight, kl_weight=kl_weight, temperature=temperature,
         label_smoothing=float(options.label_smoothing),
-        K=K, C=C,
-        STRIDES=tuple((z.stride(0), z.stride(1), grads[k].stride(0) if grads else 0)
-                      for k, z in enumerate(logits)),
+        K=K, C=C, STUDENTS=students,
+        STRIDES=tuple((*z.stride(), 0 if g is None else g.stride(0))
+                      for z, g in zip(logits, of_peers, strict=True)),
         READABLE=tuple(_readable(z) for z in logits),
         BLOCK_C=tile.block_c, LAYOUT=layout, PROGRAMS_BLOCK=max(1, min(64, 2048 // layout.size)),
-        NEED_GRAD=bool(grads), STATS=want_stats, REDUCTION=options.reduction,
+        NEED_GRAD=bool(students), STATS=want_stats, REDUCTION=options.reduction,
         TARGET=options.target, GATE=options.gate, EDGE=default_edge(K, options.gate),
+        DIVERGENCE=options.divergence,
         TEMPERED=t_pointer or temperature != 1.0, SMOOTHED=options.label_smoothing != 0.0,
         MIMIC_IGNORED=options.mimic_ignored,
         CE_POINTER=ce_pointer, KL_POINTER=kl_pointer, T_POINTER=t_pointer,
     )  # fmt: skip
     if regime == "register":
-        return register_rows, named | dict(ROWS=tile.rows), tile.warps
+        own = dict(ROWS=tile.rows, JSD_BETA=options.jsd_beta)
+        return register_rows, named | own, tile.warps
     wide = dict(
         upstream=upstream,
         u_stride_k=0 if upstream is None else upstream.stride(0),
         u_stride_n=upstream.stride(1) if upstream is not None and upstream.dim() == 2 else 0,
         PEERS=triton.next_power_of_2(max(K, 2)),
     )  # fmt: skip
-    if not _is_coupled(K, options, bool(grads)):
+    soft = options.gate in SOFT_GATES
+    if (
+        soft
+        or sample_weight is not None
+        or 0 < len(students) < K
+        or options.divergence in ("reverse", "jsd")
+    ):
+        raise NotImplementedError("students, sample_weight, this divergence or gate in wide rows")
+    room = lambda size: torch.empty((programs, size), dtype=torch.float32, device=device)  # noqa: E731
+    if not _is_coupled(K, options, bool(students)):
         walk = dict(
+            scratch=room(K * K) if soft else None,
             STAGES=tile.stages, BACK_STAGES=tile.back_stages, LANE=lane(tile, logits),
             ADJACENT=all(_loads_vectors(z) for z in logits),
         )  # fmt: skip
         return wide_rows, named | wide | walk, tile.warps
     coupled = dict(
-        scratch=torch.empty((programs, 3 * K * K), dtype=torch.float32, device=device),
-        SYMMETRIC=options.divergence == "jeffreys", DETACH=options.detach_targets,
+        scratch=room((4 if soft else 3) * K * K),
+        JSD_BETA=options.jsd_beta, DETACH=options.detach_targets,
     )  # fmt: skip
     return coupled_rows, named | wide | coupled, tile.warps
 
@@ -196,14 +212,16 @@ def _make_plan(
     tile: Tile | None, max_programs: int | None, **rest: Any,
 ) -> _Plan:  # fmt: skip
     regime, tile = choose(
-        len(logits), logits[0].shape[1], options, gradient=bool(rest["grads"]),
+        len(logits), logits[0].shape[1], options,
+        gradient=any(g is not None for g in rest["grads"]),
         stats=rest["want_stats"], upstream=rest["upstream"], regime=regime, tile=tile,
         size=logits[0].element_size(), arch=architecture(logits[0].device),
     )  # fmt: skip
     kernel, named, warps = arguments(logits, labels, options, regime=regime, tile=tile, **rest)
     compiled = compiled_for(kernel, named, compiler_options(warps, torch.version.hip is None))
     most = max_programs or _most_programs(logits, regime, tile, compiled)
-    scratch = named["scratch"].shape[1] if "scratch" in named else 0
+    scratch = named.get("scratch")
+    scratch = 0 if scratch is None else scratch.shape[1]
     direct = direct_launch(kernel, compiled, NAMES, named)
     return _Plan(direct, regime, tile, most, named["LAYOUT"].size, scratch)
 
@@ -263,7 +281,8 @@ def launch(
     peer_weights: Tensor | None = None,  # contiguous
     class_weight: Tensor | None = None,  # contiguous
     sample_weight: Tensor | None = None,  # (N,), contiguous
-    grads: Sequence[Tensor | None] = (),  # K tensors (N, C) to be written, or () for no gradient
+    grads: Sequence[Tensor | None] = (),  # K tensors (N, C) to be written, None for a peer that
+    # only teaches; or () for no gradient
     want_stats: bool = False,
     upstream: Tensor | None = None,  # the losses' own gradient, (K,) or (K, N); None is 1
     regime: Regime | None = None,
@@ -276,46 +295,44 @@ def launch(
     `regime`, `tile` and `max_programs` are chosen by shape unless given; the rest as in
     `cpu.mutual_loss_cpu`. Raises ValueError as `choose` does.
     """
-    if (
-        sample_weight is not None
-        or options.divergence in ("reverse", "jsd")
-        or (options.gate in SOFT_GATES)
-    ):
-        raise NotImplementedError("sample_weight, this divergence or this gate on CUDA")
     K, (N, C), device = len(logits), logits[0].shape, logits[0].device
-    written = [torch.empty_like(logits[k]) if g is None else g for k, g in enumerate(grads)]
     if not_current(device):
         with torch.cuda.device(device.index):
             return launch(
                 logits, labels, options, temperature=temperature, ce_weight=ce_weight,
                 kl_weight=kl_weight, peer_weights=peer_weights, class_weight=class_weight,
-                sample_weight=sample_weight, grads=grads, want_stats=want_stats,
-                upstream=upstream, regime=regime, tile=tile, max_programs=max_programs,
+                sample_weight=sample_weight, grads=grads, want_stats=want_stats, upstream=upstream,
+                regime=regime, tile=tile, max_programs=max_programs,
             )  # fmt: skip
     counts, chosen = None, (regime, tile, max_programs)
-    if N > COUNT_IN_KERNEL and grads and options.reduction == "mean":
-        counts = label_counts(labels, class_weight, options.ignore_index, C)
-    given = (peer_weights, class_weight, upstream, counts, ce_weight, kl_weight, temperature)
-    optional, kinds = _optional(given)
     of_logits = tuple([z.data_ptr() for z in logits])
-    of_grads = tuple([g.data_ptr() for g in written])
+    of_grads = tuple([g.data_ptr() for g in grads if g is not None])
+    # which peers learn, where it is neither all nor none
+    students = len(of_grads) == K or tuple([g is not None for g in grads])
+    if N > COUNT_IN_KERNEL and of_grads and options.reduction == "mean":
+        counts = label_counts(labels, class_weight, sample_weight, options.ignore_index, C)
+    given = (
+        peer_weights, class_weight, sample_weight, upstream, counts, ce_weight, kl_weight,
+        temperature,
+    )  # fmt: skip
+    optional, kinds = _optional(given)
     of_labels = labels.data_ptr()
-    rows = [(t.dtype, t.stride()) for t in (*logits, *written)]
+    rows = [(t.dtype, t.stride()) for t in (*logits, *grads) if t is not None]
     label_stride, u_stride_k, u_stride_n = labels.stride(0), 0, 0
     if upstream is not None:
         u_stride_k, u_stride_n = (*upstream.stride(), 0)[:2]
     signature = (
-        device, options, C, want_stats, chosen, K, tuple(rows), labels.dtype, tuple(kinds),
-        optional[6] == 1.0, _all_readable(logits, rows, C),
+        device, options, C, want_stats, chosen, K, students, tuple(rows), labels.dtype,
+        tuple(kinds), optional[7] == 1.0, _all_readable(logits, rows, C),
         misaligned((*of_logits, *of_grads), rows), (optional[1] or 0) & 15 == 0,
         beyond_int32(N, label_stride, u_stride_k, u_stride_n), launches_alone(),
     )  # fmt: skip
     plan = _PLANS.get(signature)
     if plan is None or plan.direct is None:
         named: dict[str, Any] = dict(
-            grads=written, want_stats=want_stats, upstream=upstream, counts=counts,
+            grads=grads, want_stats=want_stats, upstream=upstream, counts=counts,
             temperature=temperature, ce_weight=ce_weight, kl_weight=kl_weight,
-            peer_weights=peer_weights, class_weight=class_weight,
+            peer_weights=peer_weights, class_weight=class_weight, sample_weight=sample_weight,
         )  # fmt: skip
         if plan is None:
             plan = _make_plan(logits, labels, options, *chosen, **named)

@@ -85,3 +85,24 @@ def row_totals(T, COUNT: tl.constexpr):
         for i in tl.static_range(COUNT):
             OUT = OUT + (tl.sum(SUMS[i], axis=0),)
     return OUT
+
+
+@triton.jit
+def selected(mask, T, COUNT: tl.constexpr):
+    """Each of COUNT tensors (ROWS,) where `mask` is true, 0 elsewhere."""
+    OUT = ()
+    for i in tl.static_range(COUNT):
+        OUT = OUT + (tl.where(mask, T[i], 0.0),)
+    return OUT
+
+
+@triton.jit
+def weighed(T, W, COUNT: tl.constexpr):
+    """Each of COUNT tensors (ROWS,) times the rows' weights, where W has them."""
+    OUT = ()
+    for i in tl.static_range(COUNT):
+        if len(W) == 1:
+            OUT = OUT + (T[i] * W[0],)
+        else:
+            OUT = OUT + (T[i],)
+    return OUT

@@ -42,7 +42,7 @@ class RowCost:
     path: Path
     accesses: Accesses
     threads: int
-    block_bytes: int  # of the logits of all peers in a block of classes
+    block_bytes: tuple[int, int]  # by way: all logits of a block of classes, all its gradients
     class_blocks: int = 1
 
     def _moved(self, steps: Iterable[Instruction], way: int) -> int:
@@ -51,7 +51,7 @@ class RowCost:
 
     def _blocks(self, loop: Path) -> int:
         """Blocks of classes that a loop takes in a turn: more than one where it is unrolled."""
-        return max(1, self._moved(loop.flat(), 0) // self.block_bytes)
+        return max(1, self._moved(loop.flat(), 0) // self.block_bytes[0])
 
     def turns(self, loop: Path) -> int:
         """How often an inner loop turns: until it has read the row, where it reads any."""
@@ -63,9 +63,9 @@ class RowCost:
         of its first turns, which it then leaves out."""
         loops = [loop for loop in self.path.inner if self._moved(loop.flat(), way)]
         if not loops:
-            return math.ceil(self._moved(self.path.own, way) / self.block_bytes)
+            return math.ceil(self._moved(self.path.own, way) / self.block_bytes[way])
         return sum(
-            math.ceil(self._moved(loop.flat(), way) / self.block_bytes / self._blocks(loop))
+            math.ceil(self._moved(loop.flat(), way) / self.block_bytes[way] / self._blocks(loop))
             for loop in loops
         )
 

@@ -67,8 +67,8 @@ _POINTER = {
 @dataclass(frozen=True)
 class KernelReport:
     """One compiled kernel. Widths are bytes a thread moves by one instruction, with their counts;
-    reads and writes are how often a logit is read and a gradient written, and bytes_per_row what
-    that makes for one peer's row against least_bytes, each read once and written once. "augment"
+    reads and writes are how often a logit is read and a student's gradient written, and
+    bytes_per_row what that makes for a row of every peer against least_bytes, each once. "augment"
     has no K and C, and images for rows.
     """
 
@@ -97,6 +97,7 @@ class KernelReport:
     bytes_per_row: int | None = None
     least_bytes: int = 0
     ratio: float | None = None
+    options: str = ""  # that are not as by default
 
     def as_dict(self) -> dict[str, Any]:
         return asdict(self)
@@ -137,7 +138,7 @@ def compile_kernel(
         if parameter.is_constexpr or value is None or value == ():
             signature[name] = "constexpr"
             constants[(position,)] = value
-        elif isinstance(value, tuple):
+        elif isinstance(value, tuple):  # of tensors
             signature[name] = tuple(_POINTER[t.dtype] for t in value)
             attributes |= {(position, k): aligned for k in range(len(value))}
         elif isinstance(value, torch.Tensor):
@@ -154,13 +155,14 @@ def report(
     K: int, C: int, dtype: str = "bf16", arch: str = "sm_90", *, gradient: bool = True,
     stats: bool = False, options: Options = Options(),  # noqa: B008
     regime: Regime | None = None, row_stride: int | None = None, tile: Tile | None = None,
-    tensor_weights: bool = False, upstream: bool = False,
+    tensor_weights: bool = False, upstream: bool = False, sample_weight: bool = False,
 ) -> KernelReport:  # fmt: skip
     """Compiles the kernel that a launch of this shape would use, and reads its machine code.
 
     dtype: "bf16", "fp16", "fp32". arch: one of `TARGETS`. row_stride: elements between rows, C
-    unless given. tensor_weights: temperature and the terms' weights are 0-d tensors, as in a
-    captured step. upstream: the losses' own gradient comes in, as where logits are float16.
+    unless given. gradient: of the options' students, all peers unless given. tensor_weights:
+    temperature and the terms' weights are 0-d tensors, as in a captured step. upstream: the losses'
+    own gradient comes in, as where logits are float16. sample_weight: rows have weights.
     Raises RuntimeError under TRITON_INTERPRET=1 and where triton's wheel has no cuobjdump, and
     ValueError for a regime that does not fit.
     """
@@ -168,7 +170,8 @@ def report(
     one = torch.ones((), dtype=torch.float32, device="cpu")  # nothing runs
     make = lambda: one.new_empty(N, stride, dtype=DTYPES[dtype])[:, :C]  # noqa: E731
     logits = [make() for _ in range(K)]
-    grads = [make() for _ in range(K)] if gradient else []
+    students = range(K) if options.students is None else options.students
+    grads = [make() if k in students else None for k in range(K)] if gradient else []
     own = one.new_ones(K) if upstream else None
     weight = one if tensor_weights else 1.0
     regime, tile = choose(
@@ -179,6 +182,7 @@ def report(
         logits, torch.zeros(N, dtype=torch.int64, device="cpu"), options, grads=grads,
         want_stats=stats, regime=regime, tile=tile, upstream=own,
         temperature=weight, ce_weight=weight, kl_weight=weight,
+        sample_weight=one.new_empty(N) if sample_weight else None,
     )  # fmt: skip
     nvidia = not arch.startswith("gfx")
     compiled = compile_kernel(kernel, named, compiler_options(warps, nvidia), TARGETS[arch])
@@ -186,31 +190,39 @@ def report(
     # Every access runs once for each row block (register rows) or class block (wide rows), in
     # which each of the program's threads moves `width` bytes an instruction. A pass over the rows
     # covers at most the block: the compiler leaves out what lies past the last class altogether.
-    size = DTYPES[dtype].itemsize
+    size, S = DTYPES[dtype].itemsize, len(students) if gradient else 0
     threads = TARGETS[arch].warp_size * warps
-    needed = K * tile.rows * min(C, tile.block_c) * size / threads  # bytes
-    per_thread = (needed, needed if gradient else 0)
+    needed = tile.rows * min(C, tile.block_c) * size / threads  # bytes of one peer
+    block = tile.rows * tile.block_c * size
     row = RowCost(
-        usual_path(code, row_loop(code, logits_moved), logits_moved, per_thread),
-        logits_moved, threads, K * tile.rows * tile.block_c * size, math.ceil(C / tile.block_c),
+        usual_path(code, row_loop(code, logits_moved), logits_moved, (K * needed, S * needed)),
+        logits_moved, threads, (K * block, S * block), math.ceil(C / tile.block_c),
     )  # fmt: skip
-    least = C * size * (2 if gradient else 1)
+    least = C * size * (K + S)
     known = partial(
         KernelReport, kernel=kernel.__name__, K=K, C=C, dtype=dtype, arch=arch, gradient=gradient,
         rows=tile.rows, block_c=tile.block_c, warps=warps, launches=1, least_bytes=least,
+        options=_told(options),
     )  # fmt: skip
     usage = _usage(compiled, code)
     at_once = _resident(arch, usage, warps)
     programs = at_once and programs_per_sm(regime, tile, K * C * size, at_once)
-    ran = _cost(arch, row, warps, K * least, programs, share=1 / tile.rows)
+    ran = _cost(arch, row, warps, least, programs, share=1 / tile.rows)
     if not nvidia:
         return known(**usage, **ran)
-    reads, writes = row.passes(0), row.passes(1)
-    moved = (reads + writes) * C * size
+    reads, writes = row.passes(0), row.passes(1) if S else 0
+    moved = (K * reads + S * writes) * C * size
     return known(
         **usage, **ran, load_widths=row.widths(0), store_widths=row.widths(1),
         reads=reads, writes=writes, bytes_per_row=moved, ratio=moved / least,
     )  # fmt: skip
+
+
+def _told(options: Options) -> str:
+    """The options that are not as by default."""
+    plain = asdict(Options())
+    given = {name: value for name, value in asdict(options).items() if value != plain[name]}
+    return ", ".join(f"{name}={value}" for name, value in given.items())
 
 
 def _resident(arch: str, usage: _Usage, warps: int) -> int | None:
@@ -256,7 +268,7 @@ def augment_report(name: str, dtype: str = "bf16", arch: str = "sm_90") -> Kerne
     warps, tile = built_with["num_warps"], named["ROWS"] * named["COLUMNS"]
     threads = TARGETS[arch].warp_size * warps
     path = usual_path(code, whole(code), pixels_moved, (math.inf, math.inf))
-    rows = RowCost(path, pixels_moved, threads, block_bytes=tile)
+    rows = RowCost(path, pixels_moved, threads, block_bytes=(tile, tile))
     least = bytes_moved(stored, what, DTYPES[dtype].itemsize)
     known = partial(
         KernelReport, kernel=f"augment {name}", K=None, C=None, dtype=dtype, arch=arch,
@@ -326,23 +338,28 @@ def _number(pattern: str, text: str) -> int:
     return int(re.findall(pattern, text)[0])
 
 
-SHAPES = (
+Shape = tuple[int, int] | tuple[int, int, Options] | str
+STUDENT = Options(students=(0,))  # plain distillation, where there is one other peer
+SHAPES: tuple[Shape, ...] = (
     (2, 10), (2, 100), (3, 100), (4, 100), (8, 100), (2, 751), (4, 751), (2, 1000), (4, 1000),
     (8, 1000), (4, 2048), (2, 21841), (2, 32768), (4, 32768), (8, 32768), (2, 128256),
+    (2, 100, STUDENT), (2, 1000, STUDENT), (2, 32768, STUDENT), (2, 128256, STUDENT),
+    *((2, 1000, Options(divergence=name)) for name in ("reverse", "jeffreys", "jsd")),
+    (2, 32768, Options(divergence="reverse")), (2, 32768, Options(divergence="jsd")),
     "cifar", "market",
 )  # fmt: skip
 
 
 def reports(
-    shapes: Sequence[tuple[int, int] | str] = SHAPES,
+    shapes: Sequence[Shape] = SHAPES,
     dtypes: Sequence[str] = ("bf16",),
     archs: Sequence[str] = tuple(TARGETS),
 ) -> list[KernelReport]:
-    """Reports for every combination; a shape is (K, C) of a loss with gradient, or a name among
-    `AUGMENTED`."""
+    """Reports for every combination; a shape is (K, C) of a loss with gradient, with options where
+    there are some, or a name among `AUGMENTED`."""
     return [
         augment_report(shape, dtype, arch) if isinstance(shape, str)
-        else report(*shape, dtype, arch)
+        else report(shape[0], shape[1], dtype, arch, options=(*shape, Options())[2])
         for shape in shapes for dtype in dtypes for arch in archs
     ]  # fmt: skip
 
@@ -369,7 +386,7 @@ def table(rows: Sequence[KernelReport]) -> str:
             f"{widths(r.load_widths):14}{widths(r.store_widths):14}"
             f"{known(r.reads):>6}{known(r.writes):>7}{known(r.ratio):>6}"
             f"{r.instructions:>9.0f}{r.barriers:>8.4g}{r.waits:>6.3g}  "
-            f"{r.bound.name} {r.bound.share:.0%}"
+            f"{r.bound.name} {r.bound.share:.0%}" + (f"  {r.options}" if r.options else "")
         )
     products = (f"{ARCHITECTURES[arch].product} for {arch}" for arch in {r.arch: 0 for r in rows})
     return "\n".join([*lines, "", LEGEND.format(products=", ".join(products))])

@@ -245,8 +245,8 @@ def choose(
         regime = "register" if fits_registers(K, C, options, upstream) else "wide"
     elif regime == "register" and not _has_options(options, upstream):
         raise ValueError(
-            "regime='register' has constant teachers, targets 'peers' and 'ensemble', no symmetric "
-            f"divergence and no upstream gradient: leave regime out for {options}"
+            "regime='register' has constant teachers, targets 'peers' and 'ensemble', and no "
+            f"upstream gradient: leave regime out for {options}"
         )
     if tile is None and regime == "register":
         tile = register_tile(K, C, arch)
@@ -272,12 +272,7 @@ def compiler_options(warps: int, nvidia: bool) -> dict[str, Any]:
 
 def _has_options(options: Options, upstream: Tensor | None) -> bool:
     """Whether the register kernel has the options."""
-    return (
-        options.target in ("peers", "ensemble")
-        and options.divergence == "forward"
-        and options.detach_targets
-        and upstream is None
-    )
+    return options.target in ("peers", "ensemble") and options.detach_targets and upstream is None
 
 
 def fits_registers(K: int, C: int, options: Options, upstream: Tensor | None) -> bool:

@@ -109,15 +109,17 @@ def pull_towards_teachers(k: tl.constexpr, Q, away, peer_weights, GATES,
 )
 def wide_rows(
     logits,  # K pointers (N, C)
-    grads,  # K pointers (N, C), or () without NEED_GRAD
+    grads,  # pointers (N, C) of the STUDENTS, or () without NEED_GRAD
     labels,  # (N,) int64 or int32
     peer_weights,  # (K, K), or None
     class_weight,  # (C,), or None
+    sample_weight,  # (N,), or None: a row of weight w counts as w rows
     upstream,  # the losses' own gradient, (K,) or (K, N) by its strides, or None for 1
     counter,  # (1,) int32, zero before and after
     losses,  # (K,), or (K, N) with REDUCTION "none"
     stats,  # packed statistics, float32
     partials,  # (programs, their size) float32
+    scratch,  # (programs, K, K) float32 for the edges under a soft gate, or None
     counts,  # (2,) float32: label counts taken by an earlier launch, or None
     N, label_stride, ignore_index, u_stride_k, u_stride_n,
     ce_weight, kl_weight, temperature, label_smoothing,
@@ -129,7 +131,9 @@ def wide_rows(
     STAGES: tl.constexpr, BACK_STAGES: tl.constexpr,  # blocks loaded at once in each of the passes
     LAYOUT: tl.constexpr,  # a StatsLayout: of the statistics, and of a program's sums
     NEED_GRAD: tl.constexpr, STATS: tl.constexpr, REDUCTION: tl.constexpr,
+    STUDENTS: tl.constexpr,  # the peers whose gradients are wanted
     TARGET: tl.constexpr,  # "peers" or "ensemble"
+    DIVERGENCE: tl.constexpr,  # with "ensemble" and with gates "forward"
     GATE: tl.constexpr, EDGE: tl.constexpr,
     TEMPERED: tl.constexpr, SMOOTHED: tl.constexpr, MIMIC_IGNORED: tl.constexpr,
     CE_POINTER: tl.constexpr, KL_POINTER: tl.constexpr, T_POINTER: tl.constexpr,
@@ -154,8 +158,8 @@ def wide_rows(
     kl_factor = kl_weight * kl_scale * inv_t
     if NEED_GRAD and REDUCTION == "mean":
         ce_factor, kl_factor = averaged(
-            ce_factor, kl_factor, counts, labels, label_stride, class_weight, N, ignore_index,
-            class_weight is not None, MIMIC_IGNORED, C,
+            ce_factor, kl_factor, counts, labels, label_stride, class_weight, sample_weight, N,
+            ignore_index, MIMIC_IGNORED, C,
         )  # fmt: skip
     w_total = sum_class_weights(class_weight, C, BLOCK_C, SMOOTHED)
 
@@ -302,4 +306,4 @@ def wide_rows(
             entropy_sums, correct_sums, ensemble_correct, pair_sums, K, LAYOUT, STATS,
         )  # fmt: skip
     finish(partials, counter, losses, stats, ce_weight, kl_weight, kl_scale, N, K, LAYOUT,
-           PROGRAMS_BLOCK, REDUCTION, MIMIC_IGNORED, STATS)  # fmt: skip
+           PROGRAMS_BLOCK, REDUCTION, MIMIC_IGNORED, STATS, sample_weight is not None)  # fmt: skip

@@ -198,10 +198,10 @@ def test_long_batches_count_their_labels_beforehand(class_weight):
 
 def test_registers_asked_for_where_they_do_not_do_are_refused():
     """By name: no tile of None, and no option that is left out in silence."""
-    too_wide, coupled = make(2, 3, 8192), make(2, 3, 10, divergence="jeffreys")
+    too_wide, coupled = make(2, 3, 8192), make(2, 3, 10, target="ensemble_logits")
     with pytest.raises(ValueError, match=r"K = 2 peers and C = 8192 classes"):
         register(too_wide)
-    with pytest.raises(ValueError, match="symmetric"):
+    with pytest.raises(ValueError, match="ensemble_logits"):
         register(coupled)
     with pytest.raises(ValueError, match="upstream"):
         register(make(2, 3, 10), upstream=torch.ones(2, device=DEVICE))
@@ -211,8 +211,8 @@ def test_registers_asked_for_where_they_do_not_do_are_refused():
 @triton.jit
 def labels_of_a_block(logits, labels, out, block, N, ROWS: tl.constexpr, STRIDES: tl.constexpr,
                       READABLE: tl.constexpr):  # fmt: skip
-    y, _ = load_block(logits, labels, 0, -100, block, N, tl.arange(0, 2), ROWS, 1, 2, STRIDES,
-                        READABLE)  # fmt: skip
+    y, _, _ = load_block(logits, labels, 0, None, -100, block, N, tl.arange(0, 2), ROWS, 1, 2,
+                         STRIDES, READABLE)  # fmt: skip
     tl.store(out + tl.arange(0, ROWS), y)
 
 

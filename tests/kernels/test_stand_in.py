@@ -194,7 +194,7 @@ def coupled_rows(gpu, turn):
         compared(
             backward, "coupled_rows", **common, grads=addresses([z.grad for z in logits]),
             upstream=address(upstream), u_stride_k=1, u_stride_n=2, REDUCTION="none",
-            DETACH=False, SYMMETRIC=False,
+            DETACH=False, DIVERGENCE="forward",
         ),
     ]  # fmt: skip
 
@@ -254,7 +254,7 @@ def own_losses(gpu, turn):
     first, *scales = gpu.launches()
     cases = [compared(first, "register_rows", logits=addresses(logits), N=N)]
     for z, scale in zip(logits, scales, strict=True):
-        wanted = {"grads": [address(z.grad)], "N": N, "C": 70, "K": 1}
+        wanted = {"grads": [address(z.grad)], "N": N, "C": 70, "STUDENTS": [0]}
         cases.append(compared(scale, "scale_rows", **wanted))
     return cases
 
