@@ -1,21 +1,23 @@
-"""The loss where each peer's gradient depends on more than the others' probabilities: symmetric
-divergences, gradients into the teachers, and target="ensemble_logits", a mean of logits.
+"""The loss where a gradient depends on more than the others' probabilities: the Jensen-Shannon
+divergence, gradients into the teachers, other divergences than the forward one under gates or from
+a mixed teacher, and target="ensemble_logits", a mean of logits.
 
 A program takes one sample at a time, and a row may have any number of classes. The steps are those
-of `wide_rows`; K is 2 or more. Where the divergence is symmetric or the teachers learn, the
-gradient contains the divergences themselves, for example
+of `wide_rows`; K is 2 or more. Gradients contain the divergences themselves, for example
 
     d KL(q_j || q_o) / d z_j = (1/T) q_j (log q_j - log q_o - KL(q_j || q_o)),
 
-so that they must be known before the first gradient is written. Divergences between two peers come
-from the first pass, as a running sum for each ordered pair. A mixed teacher t_k, a mean of
-probabilities or of logits, needs extra passes between the first and the second:
+so that they must be known before the first gradient is written. KL divergences between two peers
+come from the first pass, as a running sum for each ordered pair. Extra passes between the first and
+the second:
 
 - target="ensemble_logits": one for the normaliser of the mixed logits, which depends on which peers
   teach on the row;
-- any mixed target where the gradient contains divergences: one for these.
+- where the gradient contains the divergences of a mixed teacher t_k, a mean of probabilities or of
+  logits, or of the mean m of two peers ("jsd"): one for these, as they take every normaliser.
 
-All of it is O(K**2 C), and takes all the registers there are: no block is loaded ahead.
+So "jsd" is three reads and one write. All of it is O(K**2 C), and takes all the registers there
+are: no block is loaded ahead.
 """
 
 from __future__ import annotations
@@ -32,12 +34,14 @@ from .device_functions import (
     put,
     times,
 )
+from .divergences import ahead_terms, back_terms, divergence_of, student_slope, teacher_slope
 from .mixed_teachers import (
     mean_logits_normalisers,
+    mixed_block,
     mixed_divergences,
     mixed_kl,
     mixed_teacher,
-    share_of_gap,
+    parts_slope,
 )
 from .online_softmax import online_sums
 from .wide_functions import (
@@ -50,104 +54,148 @@ from .wide_functions import (
     load_upstream,
     log_probabilities,
     pairs_of_sums,
+    peer_sums,
     read_label,
     row_losses,
     row_start,
     store_early_sums,
+    store_soft_edges,
     store_sums,
     sum_class_weights,
     teacher_weights,
 )
 
-# ---- a block of the KL gradient with respect to peer j's z / T. The divergences that it holds lie
-# in `row_pairs`, this program's (3, K, K): KL(q_l || q_k), `toward` and `ratios`, each at [l, k].
+# ---- the Jensen-Shannon divergences of all pairs
+
+
+@triton.jit
+def add_block_to_jsd(ahead, back, D, Q, teacher, K: tl.constexpr, PEERS: tl.constexpr,
+                     BLOCK_C: tl.constexpr, BETA: tl.constexpr):  # fmt: skip
+    """Adds a block's share of KL(q_l || m) and KL(q_k || m) of teacher l and student k at [l, k],
+    where m is their mean."""
+    for l in tl.static_range(K):  # noqa: E741
+        AHEAD = ()
+        BACK = ()
+        for k in tl.static_range(K):
+            if l != k:
+                AHEAD = AHEAD + (ahead_terms(Q[l], D[l] - D[k], "jsd", BETA),)
+                BACK = BACK + (back_terms(Q[k], D[l] - D[k], "jsd", BETA),)
+            else:
+                AHEAD = AHEAD + (tl.zeros((BLOCK_C,), tl.float32),)
+                BACK = BACK + (tl.zeros((BLOCK_C,), tl.float32),)
+        ahead += tl.where(teacher == l, peer_sums(AHEAD, K, PEERS, BLOCK_C)[None, :], 0.0)
+        back += tl.where(teacher == l, peer_sums(BACK, K, PEERS, BLOCK_C)[None, :], 0.0)
+    return ahead, back
+
+
+@triton.jit
+def jsd_of_pairs(logits, n64, LSE_T, teacher, inv_t,
+                 K: tl.constexpr, C: tl.constexpr, STRIDES: tl.constexpr, READABLE: tl.constexpr,
+                 BLOCK_C: tl.constexpr, PEERS: tl.constexpr, TEMPERED: tl.constexpr,
+                 BETA: tl.constexpr):  # fmt: skip
+    """One pass over the row for what the gradients contain: the sums of `add_block_to_jsd`."""
+    ahead = tl.zeros((PEERS, PEERS), tl.float32)
+    back = tl.zeros((PEERS, PEERS), tl.float32)
+    for start in range(0, C, BLOCK_C):
+        c = start + tl.arange(0, BLOCK_C)
+        Z = load_peers(logits, n64, c, -BLOCK_C - start, K, C, STRIDES, READABLE, False)
+        _, D, Q = log_probabilities(Z, LSE_T, inv_t, K, TEMPERED)
+        ahead, back = add_block_to_jsd(ahead, back, D, Q, teacher, K, PEERS, BLOCK_C, BETA)
+    return ahead, back
+
+
+# ---- a block of the KL gradient with respect to peer j's z / T. What it contains of the row's
+# divergences lies in `row_pairs`, this program's (3, K, K), each at [teacher l, student k]:
+# KL(q_l || q_k), with "jsd" KL(q_l || m) and KL(q_k || m); `toward` and `ratios` of a mixed teacher
+# have the second and third place.
+
+
+@triton.jit
+def learning_from_peer(j: tl.constexpr, o: tl.constexpr, D, Q, row_pairs, K: tl.constexpr,
+                       DIVERGENCE: tl.constexpr, BETA: tl.constexpr):  # fmt: skip
+    """The gradient of student j's divergence from teacher o through j's own prediction."""
+    back = tl.cast(0.0, tl.float32)
+    if DIVERGENCE == "jsd":
+        back = tl.load(row_pairs + K * K + o * K + j)
+    elif DIVERGENCE != "forward":
+        back = tl.load(row_pairs + j * K + o)
+    return student_slope(Q[o], Q[j], D[o] - D[j], back, DIVERGENCE, BETA)
+
+
+@triton.jit
+def teaching_peer(j: tl.constexpr, o: tl.constexpr, D, Q, row_pairs, K: tl.constexpr,
+                  DIVERGENCE: tl.constexpr, BETA: tl.constexpr):  # fmt: skip
+    """The gradient of student o's divergence from teacher j through j's prediction as teacher."""
+    ahead = tl.cast(0.0, tl.float32)
+    if DIVERGENCE != "reverse":
+        ahead = tl.load(row_pairs + j * K + o)
+    return teacher_slope(Q[j], Q[o], D[j] - D[o], ahead, DIVERGENCE, BETA)
 
 
 @triton.jit
 def learning_from_mixture(j: tl.constexpr, Z, D, Q, top, peer_weights, GATES, DIVISOR, MIX_LSE,
                           BACK, inv_t, K: tl.constexpr, EDGE: tl.constexpr, GATED: tl.constexpr,
-                          TARGET: tl.constexpr, SYMMETRIC: tl.constexpr):  # fmt: skip
+                          TARGET: tl.constexpr, DIVERGENCE: tl.constexpr,
+                          BETA: tl.constexpr):  # fmt: skip
     """The gradient of student j's divergence from its mixed teacher through j's own prediction."""
     gap, t = mixed_teacher(j, Z, D, top, peer_weights, GATES, DIVISOR, MIX_LSE, inv_t,
                            K, EDGE, GATED, TARGET)  # fmt: skip
-    slope = Q[j] - t
-    if SYMMETRIC:
-        slope += times(Q[j], D[j] - gap) - times(Q[j], BACK[j])
-    return slope
-
-
-@triton.jit
-def learning_from_peer(j: tl.constexpr, o: tl.constexpr, D, Q, row_pairs,
-                       K: tl.constexpr, SYMMETRIC: tl.constexpr):  # fmt: skip
-    """The gradient of student j's divergence from teacher o through j's own prediction."""
-    slope = Q[j] - Q[o]
-    if SYMMETRIC:
-        kl = tl.load(row_pairs + j * K + o)
-        slope += times(Q[j], D[j] - D[o]) - times(Q[j], kl)
-    return slope
-
-
-@triton.jit
-def teaching_peer(j: tl.constexpr, o: tl.constexpr, D, Q, row_pairs,
-                  K: tl.constexpr, SYMMETRIC: tl.constexpr):  # fmt: skip
-    """The gradient of student o's divergence from teacher j through j's prediction as teacher."""
-    kl = tl.load(row_pairs + j * K + o)
-    slope = times(Q[j], D[j] - D[o]) - times(Q[j], kl)
-    if SYMMETRIC:
-        slope += Q[j] - Q[o]
-    return slope
+    return student_slope(t, Q[j], gap - D[j], BACK[j], DIVERGENCE, BETA)
 
 
 @triton.jit
 def teaching_mixture(j: tl.constexpr, o: tl.constexpr, Z, D, Q, top, row_pairs, peer_weights, GATES,
-                     DIVISOR, MIX_LSE, FORWARD, inv_t,
+                     DIVISOR, MIX_LSE, AHEAD, inv_t,
                      K: tl.constexpr, EDGE: tl.constexpr, GATED: tl.constexpr,
-                     TARGET: tl.constexpr, SYMMETRIC: tl.constexpr):  # fmt: skip
+                     TARGET: tl.constexpr, DIVERGENCE: tl.constexpr,
+                     BETA: tl.constexpr):  # fmt: skip
     """The gradient of student o's divergence from its mixed teacher through peer j's part in it."""
     gap, t = mixed_teacher(o, Z, D, top, peer_weights, GATES, DIVISOR, MIX_LSE, inv_t,
                            K, EDGE, GATED, TARGET)  # fmt: skip
     if TARGET == "ensemble":
-        toward = tl.load(row_pairs + K * K + j * K + o)
-        slope = share_of_gap(Q[j], gap, D[o]) - times(Q[j], toward)
-        if SYMMETRIC:
+        ahead = tl.zeros_like(gap)
+        if DIVERGENCE != "reverse":
+            toward = tl.load(row_pairs + K * K + j * K + o)
+            ahead = parts_slope(Q[j], gap, D[o], DIVERGENCE, BETA) - times(Q[j], toward)
+        back = tl.zeros_like(gap)
+        if DIVERGENCE == "reverse" or DIVERGENCE == "jeffreys":
             ratios = tl.load(row_pairs + 2 * K * K + j * K + o)
-            ratio = tl.where(t == 0.0, 0.0, Q[j] * Q[o] / t)
-            slope += times(Q[j], ratios) - ratio
+            back = times(Q[j], ratios) - tl.where(t == 0.0, 0.0, Q[j] * Q[o] / t)
+        slope = divergence_of(ahead, back, DIVERGENCE, BETA)
     else:
-        slope = times(t, gap - D[o]) - times(t, FORWARD[o])
-        if SYMMETRIC:
-            slope += t - Q[o]
+        slope = teacher_slope(t, Q[o], gap - D[o], AHEAD[o], DIVERGENCE, BETA)
     return slope
 
 
 @triton.jit
 def coupled_pull(j: tl.constexpr, Z, D, Q, top, row_pairs, peer_weights, GATES, WEIGHT, DIVISOR,
-                 MIX_LSE, FORWARD, BACK, UP, inv_t,
+                 MIX_LSE, AHEAD, BACK, UP, inv_t,
                  K: tl.constexpr, BLOCK_C: tl.constexpr, EDGE: tl.constexpr, GATED: tl.constexpr,
-                 TARGET: tl.constexpr, SYMMETRIC: tl.constexpr, DETACH: tl.constexpr):  # fmt: skip
+                 TARGET: tl.constexpr, DIVERGENCE: tl.constexpr, BETA: tl.constexpr,
+                 DETACH: tl.constexpr):  # fmt: skip
     """The KL gradient for peer j: the sum of the terms above over all students, each multiplied by
     its loss's upstream gradient UP."""
-    HALF: tl.constexpr = 0.5 if SYMMETRIC else 1.0
     pull = tl.zeros((BLOCK_C,), tl.float32)
     if TARGET != "peers":
         slope = learning_from_mixture(j, Z, D, Q, top, peer_weights, GATES, DIVISOR, MIX_LSE, BACK,
-                                      inv_t, K, EDGE, GATED, TARGET, SYMMETRIC)  # fmt: skip
-        pull += times(HALF * UP[j] * WEIGHT[j], slope)
+                                      inv_t, K, EDGE, GATED, TARGET, DIVERGENCE,
+                                      BETA)  # fmt: skip
+        pull += times(UP[j] * WEIGHT[j], slope)
     for o in tl.static_range(K):
         if o != j:
             if TARGET == "peers":
                 w = edge(j, o, peer_weights, GATES, K, EDGE, GATED)
-                slope = learning_from_peer(j, o, D, Q, row_pairs, K, SYMMETRIC)
-                pull += times(HALF * UP[j] * w, slope)
+                slope = learning_from_peer(j, o, D, Q, row_pairs, K, DIVERGENCE, BETA)
+                pull += times(UP[j] * w, slope)
             if not DETACH:
                 w = edge(o, j, peer_weights, GATES, K, EDGE, GATED)
                 if TARGET == "peers":
-                    slope = teaching_peer(j, o, D, Q, row_pairs, K, SYMMETRIC)
+                    slope = teaching_peer(j, o, D, Q, row_pairs, K, DIVERGENCE, BETA)
                 else:
                     slope = teaching_mixture(j, o, Z, D, Q, top, row_pairs, peer_weights, GATES,
-                                             DIVISOR, MIX_LSE, FORWARD, inv_t, K, EDGE, GATED,
-                                             TARGET, SYMMETRIC)  # fmt: skip
-                pull += times(HALF * UP[o] * w, slope)
+                                             DIVISOR, MIX_LSE, AHEAD, inv_t, K, EDGE, GATED,
+                                             TARGET, DIVERGENCE, BETA)  # fmt: skip
+                pull += times(UP[o] * w, slope)
     return pull
 
 
@@ -157,18 +205,18 @@ def coupled_pull(j: tl.constexpr, Z, D, Q, top, row_pairs, peer_weights, GATES, 
 )
 def coupled_rows(
     logits,  # K pointers (N, C)
-    grads,  # pointers (N, C) of the STUDENTS, or () without NEED_GRAD
+    grads,  # a pointer (N, C) for each of STUDENTS, () without NEED_GRAD
     labels,  # (N,) int64 or int32
     peer_weights,  # (K, K), or None
     class_weight,  # (C,), or None
-    sample_weight,  # (N,), or None: a row of weight w counts as w rows
+    sample_weight,  # (N,), or None
     upstream,  # the losses' own gradient, (K,) or (K, N) by its strides, or None for 1
     losses,  # (K,), or (K, N) with REDUCTION "none"
     stats,  # packed statistics, float32
     partials,  # (programs, their size) float32
-    scratch,  # (programs, 3 K K) float32: the divergences of one row
+    scratch,  # (programs, 3, K, K) float32: `row_pairs`; with a soft gate 4, its edges behind them
     counter,  # (1,) int32, zero before and after
-    counts,  # (2,) float32: label counts taken by an earlier launch, or None
+    counts,  # (2,) float32, (3,) with sample_weight: `count_rows` of an earlier launch, or None
     N, label_stride, ignore_index, u_stride_k, u_stride_n,
     ce_weight, kl_weight, temperature, label_smoothing,
     K: tl.constexpr, C: tl.constexpr,
@@ -184,15 +232,17 @@ def coupled_rows(
     CE_POINTER: tl.constexpr, KL_POINTER: tl.constexpr, T_POINTER: tl.constexpr,
 ):  # fmt: skip
     """Grid: any number of programs; program b takes samples b, b + programs, ..."""
-    SYMMETRIC: tl.constexpr = DIVERGENCE == "jeffreys"
     MIXED: tl.constexpr = TARGET != "peers"
-    GATED: tl.constexpr = GATE != "none"
+    JSD: tl.constexpr = DIVERGENCE == "jsd" and not MIXED  # of two peers
+    SOFT: tl.constexpr = GATE == "confidence" or GATE == "entropy"
+    GATED: tl.constexpr = GATE != "none" and not SOFT
+    ENTROPY: tl.constexpr = STATS or GATE == "entropy"
     # whether the gradient contains divergences; else the teacher is a constant mean of logits
-    COUPLED: tl.constexpr = NEED_GRAD and (SYMMETRIC or not DETACH)
-    SECOND: tl.constexpr = NEED_GRAD or STATS or MIXED  # whether there is a second pass
-    ONLINE_PAIRS: tl.constexpr = (not MIXED) and (COUPLED or not SECOND)
-    VALUES_PASS: tl.constexpr = MIXED and COUPLED
+    COUPLED: tl.constexpr = NEED_GRAD and (DIVERGENCE != "forward" or not DETACH)
+    SECOND: tl.constexpr = NEED_GRAD or STATS or MIXED or JSD  # whether there is a second pass
+    ONLINE_PAIRS: tl.constexpr = not MIXED and not JSD and (COUPLED or not SECOND)
     TO_PEERS: tl.constexpr = TARGET == "ensemble" and not DETACH
+    COUNT_ALL: tl.constexpr = (sample_weight is not None) and MIMIC_IGNORED
     LAST_BLOCK: tl.constexpr = (C - 1) // BLOCK_C * BLOCK_C
 
     # 1. Weights of the two terms, and the factor of one row's gradient of each: for a mean, divided
@@ -223,19 +273,20 @@ def coupled_rows(
     ce_count = tl.cast(0.0, tl.float32)
     labelled_rows = tl.cast(0.0, tl.float32)
     ensemble_correct = tl.cast(0.0, tl.float32)
+    all_rows = tl.cast(0.0, tl.float32)
     for n in range(tl.program_id(0), N, tl.num_programs(0)):
         n64 = tl.cast(n, tl.int64)
 
-        # 3. The row's label.
-        y, labelled, fits, misfit, mimics, w_y = read_label(
-            labels, label_stride, ignore_index, class_weight, n64, C, MIMIC_IGNORED
+        # 3. The row's label and weight.
+        y, labelled, fits, misfit, mimics, w_y, w_row = read_label(
+            labels, label_stride, ignore_index, class_weight, sample_weight, n64, C, MIMIC_IGNORED
         )
 
         # 4. [online softmax] First pass: maxima and normalisers, divergences of single peers.
-        M, SUM, SUM_T, energy, spread, first, cross = online_sums(
-            logits, class_weight, n64, inv_t, peer, teacher,
-            K, C, STRIDES, READABLE, BLOCK_C, BLOCK_C, True, PEERS, TEMPERED, SMOOTHED, STATS,
-            ARGMAX=STATS or GATE == "correct", PAIRS=ONLINE_PAIRS, LAST=not SECOND,
+        M, SUM, SUM_T, energy, spread, first, _, cross = online_sums(
+            logits, class_weight, None, n64, inv_t, peer, teacher,
+            K, C, STRIDES, READABLE, BLOCK_C, BLOCK_C, True, PEERS, TEMPERED, SMOOTHED, ENTROPY,
+            ARGMAX=STATS or GATE == "correct", PAIRS=ONLINE_PAIRS, REVERSE=False, LAST=not SECOND,
             STAGES=1,
         )  # fmt: skip
 
@@ -245,48 +296,62 @@ def coupled_rows(
             M, SUM, SUM_T, energy, spread, first, peer,
             K, C, STRIDES, PEERS, TEMPERED, SMOOTHED, STATS, GATE,
         )  # fmt: skip
+        ce *= w_row
         if STATS and NEED_GRAD:
             store_early_sums(partials, peer, ce_sums, ce, entropy_sums, entropy, correct_sums,
-                             correct, mimics, K, LAYOUT)  # fmt: skip
+                             correct, mimics, w_row, K, LAYOUT)  # fmt: skip
 
         # 6. Which peers teach on this row, and the mixed teachers' normalisers.
+        row_pairs = scratch + tl.program_id(0) * ((4 if SOFT else 3) * K * K)
         GATES = ()
+        weights = peer_weights
         if GATED:
             GATES = open_gates(CORRECT, NLL, labelled, GATE, K)
+        if SOFT:
+            weights = row_pairs + 3 * K * K
+            store_soft_edges(weights, NLL, entropy, labelled, peer, peer_weights, K, EDGE, GATE)
         WEIGHT = ()
         DIVISOR = ()
         MIX_LSE = ()
         if MIXED:
-            WEIGHT, DIVISOR = teacher_weights(peer_weights, GATES, K, EDGE, GATED)
+            WEIGHT, DIVISOR = teacher_weights(weights, GATES, K, EDGE, GATED)
         if TARGET == "ensemble_logits":
             MIX_LSE = mean_logits_normalisers(
-                logits, n64, peer_weights, GATES, DIVISOR, inv_t, K, C, STRIDES, READABLE, BLOCK_C,
+                logits, n64, weights, GATES, DIVISOR, inv_t, K, C, STRIDES, READABLE, BLOCK_C,
                 EDGE, GATED,
             )  # fmt: skip
 
         # 7. Divergences that the gradients contain: kept in memory, since registers are few.
         pairs = tl.zeros((PEERS, PEERS), tl.float32)  # KL(q_l || q_k) at [l, k]
+        ahead = tl.zeros((PEERS, PEERS), tl.float32)  # with "jsd" KL(q_l || m) there
+        back = tl.zeros((PEERS, PEERS), tl.float32)  # and KL(q_k || m)
+        AHEAD = ()  # the same of mixed teachers
         KL = ()
         for k in tl.static_range(K):
+            AHEAD = AHEAD + (tl.cast(0.0, tl.float32),)
             KL = KL + (tl.cast(0.0, tl.float32),)
-        FORWARD = ()
-        BACK = ()
+        BACK = AHEAD
         if ONLINE_PAIRS:
             pairs = pairs_of_sums(cross, SUM, SUM_T, LSE_T, teacher, student, is_pair,
                                   K, PEERS, TEMPERED)  # fmt: skip
-        row_pairs = scratch + tl.program_id(0) * (3 * K * K)
-        if VALUES_PASS:
-            KL, FORWARD, BACK, toward, ratios = mixed_divergences(
-                logits, n64, LSE_T, teacher, student, peer_weights, GATES, WEIGHT, DIVISOR, MIX_LSE,
-                inv_t, K, C, STRIDES, READABLE, BLOCK_C, PEERS, EDGE, GATED, TEMPERED, TARGET,
-                SYMMETRIC, TO_PEERS,
+            if COUPLED:
+                tl.store(row_pairs + pair_at, pairs, mask=is_pair)
+        if COUPLED and MIXED:
+            AHEAD, BACK, toward, ratios = mixed_divergences(
+                logits, n64, LSE_T, teacher, student, weights, GATES, DIVISOR, MIX_LSE, inv_t,
+                K, C, STRIDES, READABLE, BLOCK_C, PEERS, EDGE, GATED, TEMPERED, TARGET,
+                DIVERGENCE, JSD_BETA, TO_PEERS,
             )  # fmt: skip
+            KL = mixed_kl(AHEAD, BACK, WEIGHT, K, DIVERGENCE, JSD_BETA)
             if TO_PEERS:
                 tl.store(row_pairs + K * K + pair_at, toward, mask=is_pair)
                 tl.store(row_pairs + 2 * K * K + pair_at, ratios, mask=is_pair)
+        if COUPLED and JSD:
+            ahead, back = jsd_of_pairs(logits, n64, LSE_T, teacher, inv_t, K, C, STRIDES, READABLE,
+                                       BLOCK_C, PEERS, TEMPERED, JSD_BETA)  # fmt: skip
+            tl.store(row_pairs + pair_at, ahead, mask=is_pair)
+            tl.store(row_pairs + K * K + pair_at, back, mask=is_pair)
         if COUPLED:
-            if not MIXED:
-                tl.store(row_pairs + pair_at, pairs, mask=is_pair)
             tl.debug_barrier()
 
         # 8. Second pass, backwards: what needs every normaliser, and the gradients.
@@ -296,22 +361,25 @@ def coupled_rows(
             if NEED_GRAD:
                 # Where a term has no part it is selected away, not multiplied by 0: its factor, or
                 # another peer in it, may be infinite or NaN.
-                ce_row = tl.where(labelled, ce_factor, 0.0)
-                kl_row = tl.where(mimics, kl_factor, 0.0)
+                ce_row = tl.where(labelled, ce_factor * w_row, 0.0)
+                kl_row = tl.where(mimics, kl_factor * w_row, 0.0)
                 has_kl = mimics & (tl.where(kl_factor != 0.0, 1, 0) == 1)
                 bad = tl.where(misfit, float("nan"), 0.0)
                 UP = load_upstream(upstream, u_stride_k, u_stride_n, n64, K)
-            for back in range(0, C, BLOCK_C):
-                c = LAST_BLOCK - back + tl.arange(0, BLOCK_C)
-                Z = load_peers(logits, n64, c, -BLOCK_C - back, K, C, STRIDES, READABLE, True)
+            for behind in range(0, C, BLOCK_C):
+                c = LAST_BLOCK - behind + tl.arange(0, BLOCK_C)
+                Z = load_peers(logits, n64, c, -BLOCK_C - behind, K, C, STRIDES, READABLE, True)
                 top, D, Q = log_probabilities(Z, LSE_T, inv_t, K, TEMPERED)
-                if MIXED and not VALUES_PASS:
-                    PART = mixed_kl(Z, D, Q, top, peer_weights, GATES, DIVISOR, MIX_LSE, inv_t,
-                                    K, EDGE, GATED, TARGET, SYMMETRIC)  # fmt: skip
+                if MIXED and not COUPLED:
+                    PART = mixed_block(Z, D, Q, top, weights, GATES, DIVISOR, MIX_LSE, inv_t,
+                                       K, EDGE, GATED, TARGET, DIVERGENCE, JSD_BETA)  # fmt: skip
                     NEW_KL = ()
                     for k in tl.static_range(K):
                         NEW_KL = NEW_KL + (KL[k] + times(WEIGHT[k], PART[k]),)
                     KL = NEW_KL
+                if JSD and not COUPLED:
+                    ahead, back = add_block_to_jsd(ahead, back, D, Q, teacher, K, PEERS, BLOCK_C,
+                                                   JSD_BETA)  # fmt: skip
                 if STATS:
                     if not ONLINE_PAIRS:
                         pairs = add_block_to_pairs(pairs, D, Q, teacher, K, PEERS, BLOCK_C)
@@ -322,59 +390,59 @@ def coupled_rows(
                     w_c = tl.where(c < C, 1.0, 0.0)
                     if class_weight is not None and SMOOTHED:
                         w_c = tl.load(class_weight + c, mask=c < C, other=0.0).to(tl.float32)
-                    for j in tl.static_range(K):
+                    for i in tl.static_range(len(grads)):
                         if TEMPERED:
-                            p = tl.exp(Z[j] - LSE[j])
+                            p = tl.exp(Z[STUDENTS[i]] - LSE[STUDENTS[i]])
                         else:
-                            p = Q[j]
+                            p = Q[STUDENTS[i]]
+                        up = UP[STUDENTS[i]]
                         g = ce_gradient(p, w_c, c, y, labelled, w_y, w_total, label_smoothing,
-                                        ce_row, UP[j], C, SMOOTHED)  # fmt: skip
-                        if COUPLED:
-                            pull = coupled_pull(
-                                j, Z, D, Q, top, row_pairs, peer_weights, GATES, WEIGHT, DIVISOR,
-                                MIX_LSE, FORWARD, BACK, UP, inv_t, K, BLOCK_C, EDGE, GATED, TARGET,
-                                SYMMETRIC, DETACH,
-                            )  # fmt: skip
-                            g += tl.where(has_kl, kl_row * pull, 0.0)
-                        else:
-                            slope = learning_from_mixture(
-                                j, Z, D, Q, top, peer_weights, GATES, DIVISOR, MIX_LSE, BACK, inv_t,
-                                K, EDGE, GATED, TARGET, SYMMETRIC,
-                            )  # fmt: skip
-                            pull = times(WEIGHT[j], slope)
-                            g += tl.where(has_kl, kl_row * UP[j] * pull, 0.0)
+                                        ce_row, up, C, SMOOTHED)  # fmt: skip
+                        pull = coupled_pull(
+                            STUDENTS[i], Z, D, Q, top, row_pairs, weights, GATES, WEIGHT, DIVISOR,
+                            MIX_LSE, AHEAD, BACK, UP, inv_t, K, BLOCK_C, EDGE, GATED, TARGET,
+                            DIVERGENCE, JSD_BETA, DETACH,
+                        )  # fmt: skip
+                        g += tl.where(has_kl, kl_row * pull, 0.0)
                         g += bad
-                        tl.store(grads[j] + (row_start(n64, STRIDES[j][2], -BLOCK_C - back) + c),
-                                 g.to(grads[j].dtype.element_ty), mask=c < C,
-                                 eviction_policy="evict_first")  # fmt: skip
+                        start = row_start(n64, STRIDES[STUDENTS[i]][2], -BLOCK_C - behind)
+                        tl.store(grads[i] + (start + c), g.to(grads[i].dtype.element_ty),
+                                 mask=c < C, eviction_policy="evict_first")  # fmt: skip
 
         # 9. The row's losses, and its part of the sums.
         kl = tl.zeros((PEERS,), tl.float32)
         if MIXED:
             for k in tl.static_range(K):
                 kl = put(kl, k, KL[k], PEERS)
+        elif JSD:
+            values = divergence_of(ahead, back, DIVERGENCE, JSD_BETA)
+            kl = kl_of_pairs(values, weights, GATES, K, EDGE, GATED, "forward", PEERS)
         else:
-            kl = kl_of_pairs(pairs, peer_weights, GATES, K, EDGE, GATED, SYMMETRIC, PEERS)
-        kl = tl.where(mimics, kl, 0.0)
+            kl = kl_of_pairs(pairs, weights, GATES, K, EDGE, GATED, DIVERGENCE, PEERS)
+        kl = tl.where(mimics, kl, 0.0) * w_row
         if REDUCTION == "none":
             loss = times(ce_weight, ce)
             loss += times(kl_weight * kl_scale, kl)
             tl.store(losses + n64 + tl.cast(N, tl.int64) * peer, loss, mask=peer < K)
         ce_sums += ce
         kl_sums += kl
-        ce_count += tl.where(labelled, w_y, 0.0)
-        labelled_rows += tl.where(labelled, 1.0, 0.0)
+        ce_count += tl.where(labelled, w_y * w_row, 0.0)
+        labelled_rows += tl.where(labelled, w_row, 0.0)
         if STATS:
-            entropy_sums += tl.where(mimics, entropy, 0.0)
-            correct_sums += tl.where(correct, 1.0, 0.0)
-            ensemble_correct += tl.where(labelled & (ensemble_class == y), 1.0, 0.0)
-            pair_sums += tl.where(mimics, pairs, 0.0)
+            entropy_sums += tl.where(mimics, entropy, 0.0) * w_row
+            correct_sums += tl.where(correct, w_row, 0.0)
+            ensemble_correct += tl.where(labelled & (ensemble_class == y), w_row, 0.0)
+            pair_sums += tl.where(mimics, pairs, 0.0) * w_row
+        if COUNT_ALL:
+            all_rows += w_row
 
     # 10. The last program to finish adds up all programs' sums.
     if REDUCTION != "none" or STATS:
         store_sums(
             partials, peer, is_pair, pair_at, ce_sums, kl_sums, ce_count, labelled_rows,
-            entropy_sums, correct_sums, ensemble_correct, pair_sums, K, LAYOUT, STATS,
+            entropy_sums, correct_sums, ensemble_correct, pair_sums, all_rows, K, LAYOUT, STATS,
+            COUNT_ALL,
         )  # fmt: skip
     finish(partials, counter, losses, stats, ce_weight, kl_weight, kl_scale, N, K, LAYOUT,
-           PROGRAMS_BLOCK, REDUCTION, MIMIC_IGNORED, STATS, sample_weight is not None)  # fmt: skip
+           PROGRAMS_BLOCK, REDUCTION, MIMIC_IGNORED, STATS,
+           sample_weight is not None)  # fmt: skip

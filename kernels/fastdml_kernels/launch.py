@@ -56,8 +56,14 @@ NAMES = (
 
 def _is_coupled(K: int, options: Options, gradient: bool) -> bool:
     """Whether rows that are wide need `coupled_rows`."""
-    mutual = options.divergence != "forward" or options.target == "ensemble_logits"
-    return K > 1 and (mutual or (gradient and not options.detach_targets))
+    if K == 1:
+        return False
+    if options.target == "ensemble_logits" or options.divergence == "jsd":
+        return True
+    if gradient and not options.detach_targets:
+        return True
+    gated_or_mixed = options.target != "peers" or options.gate != "none"
+    return options.divergence != "forward" and gated_or_mixed
 
 
 def _readable(z: Tensor, multiple: int = VECTOR) -> int:
@@ -155,13 +161,6 @@ def arguments(
         PEERS=triton.next_power_of_2(max(K, 2)),
     )  # fmt: skip
     soft = options.gate in SOFT_GATES
-    if (
-        soft
-        or sample_weight is not None
-        or 0 < len(students) < K
-        or options.divergence in ("reverse", "jsd")
-    ):
-        raise NotImplementedError("students, sample_weight, this divergence or gate in wide rows")
     room = lambda size: torch.empty((programs, size), dtype=torch.float32, device=device)  # noqa: E731
     if not _is_coupled(K, options, bool(students)):
         walk = dict(

@@ -10,6 +10,7 @@ import triton
 import triton.language as tl
 
 from .device_functions import times
+from .divergences import ahead_terms, back_terms, divergence_of, log_ratios
 from .wide_functions import edge, load_peers, log_probabilities, mean_probability
 
 
@@ -81,30 +82,35 @@ def mixed_teacher(k: tl.constexpr, Z, D, top, peer_weights, GATES, DIVISOR, MIX_
 
 
 @triton.jit
-def share_of_gap(q, gap, d):
-    """q (gap - d) of a teacher's q and the mean of probabilities that it has a part in. Below
-    2**-126 GPUs take a logarithm's argument for 0: gap is -inf then, while q is not yet 0."""
-    return times(tl.where(gap == float("-inf"), 0.0, q), gap - d)
+def parts_slope(q, gap, d, DIVERGENCE: tl.constexpr, BETA: tl.constexpr):
+    """q times the derivative of a divergence's `ahead` with respect to its teacher t, a mean of
+    probabilities in which the teacher q has a part; gap = log t, and d = log of the student's
+    probability, each relative to the same. Below 2**-126 GPUs take a logarithm's argument for 0:
+    gap is -inf then, while q is not yet 0."""
+    slope = gap - d
+    if DIVERGENCE == "jsd":
+        slope, _ = log_ratios(slope, BETA)
+    return times(tl.where(gap == float("-inf"), 0.0, q), slope)
 
 
 @triton.jit
-def mixed_divergences(logits, n64, LSE_T, teacher, student, peer_weights, GATES, WEIGHT, DIVISOR,
-                      MIX_LSE, inv_t,
+def mixed_divergences(logits, n64, LSE_T, teacher, student, peer_weights, GATES, DIVISOR, MIX_LSE,
+                      inv_t,
                       K: tl.constexpr, C: tl.constexpr, STRIDES: tl.constexpr,
                       READABLE: tl.constexpr, BLOCK_C: tl.constexpr, PEERS: tl.constexpr,
                       EDGE: tl.constexpr, GATED: tl.constexpr, TEMPERED: tl.constexpr,
-                      TARGET: tl.constexpr, SYMMETRIC: tl.constexpr,
+                      TARGET: tl.constexpr, DIVERGENCE: tl.constexpr, BETA: tl.constexpr,
                       TO_PEERS: tl.constexpr):  # fmt: skip
-    """One pass over the row for the divergences that the gradients of mixed teachers t_k contain.
+    """One pass over the row for what the gradients of mixed teachers t_k contain.
 
-    FORWARD: KL(t_k || q_k). BACK: KL(q_k || t_k). KL: the students' terms, weights included.
-    toward, ratios (PEERS, PEERS): sum q_l (log t_k - log q_k) and sum q_l q_k / t_k at [l, k], for
-    the gradient of a mean of probabilities into its teacher l (TO_PEERS).
+    AHEAD, BACK: the parts of each student's divergence from t_k, as in `divergences`.
+    toward, ratios (PEERS, PEERS): the sums of `parts_slope` and of q_l q_k / t_k at [l, k], for the
+    gradient of a mean of probabilities into its teacher l (TO_PEERS).
     """
-    FORWARD = ()
+    AHEAD = ()
     BACK = ()
     for k in tl.static_range(K):
-        FORWARD = FORWARD + (tl.cast(0.0, tl.float32),)
+        AHEAD = AHEAD + (tl.cast(0.0, tl.float32),)
         BACK = BACK + (tl.cast(0.0, tl.float32),)
     toward = tl.zeros((PEERS, PEERS), tl.float32)
     ratios = tl.zeros((PEERS, PEERS), tl.float32)
@@ -112,44 +118,56 @@ def mixed_divergences(logits, n64, LSE_T, teacher, student, peer_weights, GATES,
         c = start + tl.arange(0, BLOCK_C)
         Z = load_peers(logits, n64, c, -BLOCK_C - start, K, C, STRIDES, READABLE, False)
         top, D, Q = log_probabilities(Z, LSE_T, inv_t, K, TEMPERED)
-        NEW_FORWARD = ()
+        NEW_AHEAD = ()
         NEW_BACK = ()
         for k in tl.static_range(K):
             gap, t = mixed_teacher(k, Z, D, top, peer_weights, GATES, DIVISOR, MIX_LSE, inv_t,
                                    K, EDGE, GATED, TARGET)  # fmt: skip
-            NEW_FORWARD = NEW_FORWARD + (FORWARD[k] + tl.sum(times(t, gap - D[k]), axis=0),)
-            NEW_BACK = NEW_BACK + (BACK[k] + tl.sum(times(Q[k], D[k] - gap), axis=0),)
+            ahead = AHEAD[k]
+            if DIVERGENCE != "reverse":
+                ahead += tl.sum(ahead_terms(t, gap - D[k], DIVERGENCE, BETA), axis=0)
+            back = BACK[k]
+            if DIVERGENCE != "forward":
+                back += tl.sum(back_terms(Q[k], gap - D[k], DIVERGENCE, BETA), axis=0)
+            NEW_AHEAD = NEW_AHEAD + (ahead,)
+            NEW_BACK = NEW_BACK + (back,)
             if TO_PEERS:
                 for l in tl.static_range(K):  # noqa: E741
                     if l != k:
                         at = (teacher == l) & (student == k)
-                        part = tl.sum(share_of_gap(Q[l], gap, D[k]), axis=0)
-                        toward += tl.where(at, part, 0.0)
-                        if SYMMETRIC:
+                        if DIVERGENCE != "reverse":
+                            part = tl.sum(parts_slope(Q[l], gap, D[k], DIVERGENCE, BETA), axis=0)
+                            toward += tl.where(at, part, 0.0)
+                        if DIVERGENCE == "reverse" or DIVERGENCE == "jeffreys":
                             ratio = tl.where(t == 0.0, 0.0, Q[l] * Q[k] / t)
                             ratios += tl.where(at, tl.sum(ratio, axis=0), 0.0)
-        FORWARD = NEW_FORWARD
+        AHEAD = NEW_AHEAD
         BACK = NEW_BACK
-    KL = ()
-    for k in tl.static_range(K):
-        total = FORWARD[k]
-        if SYMMETRIC:
-            total = 0.5 * (total + BACK[k])
-        KL = KL + (times(WEIGHT[k], total),)
-    return KL, FORWARD, BACK, toward, ratios
+    return AHEAD, BACK, toward, ratios
 
 
 @triton.jit
-def mixed_kl(Z, D, Q, top, peer_weights, GATES, DIVISOR, MIX_LSE, inv_t,
-             K: tl.constexpr, EDGE: tl.constexpr, GATED: tl.constexpr, TARGET: tl.constexpr,
-             SYMMETRIC: tl.constexpr):  # fmt: skip
+def mixed_block(Z, D, Q, top, peer_weights, GATES, DIVISOR, MIX_LSE, inv_t,
+                K: tl.constexpr, EDGE: tl.constexpr, GATED: tl.constexpr, TARGET: tl.constexpr,
+                DIVERGENCE: tl.constexpr, BETA: tl.constexpr):  # fmt: skip
     """One block's share of each student's divergence from its mixed teacher."""
     OUT = ()
     for k in tl.static_range(K):
         gap, t = mixed_teacher(k, Z, D, top, peer_weights, GATES, DIVISOR, MIX_LSE, inv_t,
                                K, EDGE, GATED, TARGET)  # fmt: skip
-        kl = times(t, gap - D[k])
-        if SYMMETRIC:
-            kl = 0.5 * (kl + times(Q[k], D[k] - gap))
-        OUT = OUT + (tl.sum(kl, axis=0),)
+        d = gap - D[k]
+        value = divergence_of(ahead_terms(t, d, DIVERGENCE, BETA),
+                              back_terms(Q[k], d, DIVERGENCE, BETA), DIVERGENCE, BETA)  # fmt: skip
+        OUT = OUT + (tl.sum(value, axis=0),)
     return OUT
+
+
+@triton.jit
+def mixed_kl(AHEAD, BACK, WEIGHT, K: tl.constexpr, DIVERGENCE: tl.constexpr,
+             BETA: tl.constexpr):  # fmt: skip
+    """Each student's KL term, its teachers' weights included, from the parts of its divergence."""
+    KL = ()
+    for k in tl.static_range(K):
+        value = divergence_of(AHEAD[k], BACK[k], DIVERGENCE, BETA)
+        KL = KL + (times(WEIGHT[k], value),)
+    return KL

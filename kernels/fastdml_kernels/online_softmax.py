@@ -11,15 +11,16 @@ from .wide_functions import load_peers, peer_sums
 
 
 @triton.jit
-def joined_lanes(M, SUM, SUM_T, ENERGY, SPREAD, FIRST, energy, inv_t, peer,
+def joined_lanes(M, SUM, SUM_T, ENERGY, SPREAD, FIRST, GAP, energy, inv_t, peer,
                  K: tl.constexpr, C: tl.constexpr, LANES: tl.constexpr, PEERS: tl.constexpr,
-                 TEMPERED: tl.constexpr, SMOOTHED: tl.constexpr, STATS: tl.constexpr,
-                 ARGMAX: tl.constexpr):  # fmt: skip
+                 TEMPERED: tl.constexpr, SMOOTHED: tl.constexpr, ENTROPY: tl.constexpr,
+                 ARGMAX: tl.constexpr, REVERSE: tl.constexpr):  # fmt: skip
     """A row's maxima and sums, as `online_sums` returns them, from those of its lanes; `energy` is
     ready where there is but one."""
     OF_M = ()
     OF_SUM = ()
     OF_SUM_T = ()
+    OF_GAP = ()
     spread = tl.zeros((PEERS,), tl.float32)
     first = tl.zeros((PEERS,), tl.int32)
     for k in tl.static_range(K):
@@ -32,23 +33,26 @@ def joined_lanes(M, SUM, SUM_T, ENERGY, SPREAD, FIRST, energy, inv_t, peer,
         if TEMPERED:
             sum_t = tl.sum(SUM_T[k] * tl.exp((M[k] - shift) * inv_t), axis=0)
         OF_SUM_T = OF_SUM_T + (sum_t,)
-        if STATS and LANES > 1:
+        if REVERSE:
+            gap = times(tl.exp((M[k] - shift) * inv_t), GAP[k])
+            OF_GAP = OF_GAP + (tl.sum(gap, axis=0),)
+        if ENTROPY and LANES > 1:
             energy = put(energy, k, tl.sum(ENERGY[k] * shrink, axis=0), PEERS)
         if SMOOTHED:
             spread = put(spread, k, tl.sum(SPREAD[k], axis=0), PEERS)
         if ARGMAX:
             at = tl.min(tl.where(M[k] == m, FIRST[k], C), axis=0)
             first = tl.where(peer == k, at, first)
-    return OF_M, OF_SUM, OF_SUM_T, energy, spread, first
+    return OF_M, OF_SUM, OF_SUM_T, energy, spread, first, OF_GAP
 
 
 @triton.jit
-def online_sums(logits, class_weight, n64, inv_t, peer, teacher,
+def online_sums(logits, class_weight, peer_weights, n64, inv_t, peer, teacher,
                 K: tl.constexpr, C: tl.constexpr, STRIDES: tl.constexpr, READABLE: tl.constexpr,
                 BLOCK_C: tl.constexpr, LANE: tl.constexpr, ADJACENT: tl.constexpr,
                 PEERS: tl.constexpr, TEMPERED: tl.constexpr, SMOOTHED: tl.constexpr,
-                STATS: tl.constexpr, ARGMAX: tl.constexpr, PAIRS: tl.constexpr,
-                LAST: tl.constexpr, STAGES: tl.constexpr):  # fmt: skip
+                ENTROPY: tl.constexpr, ARGMAX: tl.constexpr, PAIRS: tl.constexpr,
+                REVERSE: tl.constexpr, LAST: tl.constexpr, STAGES: tl.constexpr):  # fmt: skip
     """Online softmax over one sample's K rows: the running maximum of each, and running sums that
     are rescaled whenever it grows. Sums are relative to the row's maximum m.
 
@@ -58,9 +62,11 @@ def online_sums(logits, class_weight, n64, inv_t, peer, teacher,
     With PAIRS the block is one lane, since each pair's sum in each lane would take a register.
 
     M: m. SUM: sum exp(z - m). SUM_T: sum exp((z - m) / T), TEMPERED only.
-    energy (PEERS,): sum exp(z - m) z, for the entropy (STATS).
+    energy (PEERS,): sum exp(z - m) z, for the entropy (ENTROPY).
     spread (PEERS,): sum w_c z, for label smoothing (SMOOTHED).
     first (PEERS,): the first class that reaches the maximum (ARGMAX).
+    GAP: sum exp((z_k - m_k) / T) sum_l w_kl (z_k - z_l) of each student k, for the divergences from
+        all its teachers at once (REVERSE); w_kl is 1 without `peer_weights`.
     cross (PEERS, PEERS): sum exp((z_l - m_l) / T) (z_l - z_k) / T at [l, k] (PAIRS).
     """
     LANES: tl.constexpr = BLOCK_C // LANE
@@ -71,6 +77,7 @@ def online_sums(logits, class_weight, n64, inv_t, peer, teacher,
     ENERGY = ()
     SPREAD = ()
     FIRST = ()
+    GAP = ()
     for k in tl.static_range(K):
         M = M + (tl.full((LANES,), float("-inf"), tl.float32),)
         SUM = SUM + (tl.zeros((LANES,), tl.float32),)
@@ -78,6 +85,7 @@ def online_sums(logits, class_weight, n64, inv_t, peer, teacher,
         ENERGY = ENERGY + (tl.zeros((LANES,), tl.float32),)
         SPREAD = SPREAD + (tl.zeros((LANES,), tl.float32),)
         FIRST = FIRST + (tl.zeros((LANES,), tl.int32),)
+        GAP = GAP + (tl.zeros((LANES,), tl.float32),)
     # Of one lane energy is kept in one tensor for all peers, which takes fewer registers.
     energy = tl.zeros((PEERS,), tl.float32)
     cross = tl.zeros((PEERS, PEERS), tl.float32)
@@ -100,6 +108,7 @@ def online_sums(logits, class_weight, n64, inv_t, peer, teacher,
         NEW_ENERGY = ()
         NEW_SPREAD = ()
         NEW_FIRST = ()
+        NEW_GAP = ()
         for k in tl.static_range(K):
             z = Z[k]
             highest = tl.max(z, axis=1)
@@ -118,10 +127,10 @@ def online_sums(logits, class_weight, n64, inv_t, peer, teacher,
                 sum_t = sum_t * shrink_t + tl.sum(e_t, axis=1)
             NEW_SUM_T = NEW_SUM_T + (sum_t,)
             grown = ENERGY[k]
-            if STATS and LANES == 1:
+            if ENTROPY and LANES == 1:
                 more = energy * shrink + tl.sum(times(e, z), axis=1)
                 energy = tl.where(peer == k, more, energy)
-            elif STATS:
+            elif ENTROPY:
                 grown = grown * shrink + tl.sum(times(e, z), axis=1)
             NEW_ENERGY = NEW_ENERGY + (grown,)
             weighted = SPREAD[k]
@@ -133,6 +142,18 @@ def online_sums(logits, class_weight, n64, inv_t, peer, teacher,
                 here = tl.min(tl.where(z == highest[:, None], c, C), axis=1)
                 at = tl.where(highest > M[k], here, at)
             NEW_FIRST = NEW_FIRST + (at,)
+            behind = GAP[k]
+            if REVERSE:
+                gap = tl.zeros_like(z)
+                for j in tl.static_range(K):
+                    if j != k:
+                        if peer_weights is None:
+                            gap += z - Z[j]
+                        else:
+                            w = tl.load(peer_weights + k * K + j).to(tl.float32)
+                            gap += times(w, z - Z[j])
+                behind = times(shrink_t, behind) + tl.sum(times(e_t, gap), axis=1)
+            NEW_GAP = NEW_GAP + (behind,)
             if PAIRS:
                 GAPS = ()
                 for j in tl.static_range(K):
@@ -149,5 +170,7 @@ def online_sums(logits, class_weight, n64, inv_t, peer, teacher,
         ENERGY = NEW_ENERGY
         SPREAD = NEW_SPREAD
         FIRST = NEW_FIRST
-    return joined_lanes(M, SUM, SUM_T, ENERGY, SPREAD, FIRST, energy, inv_t, peer, K, C,
-                        LANES, PEERS, TEMPERED, SMOOTHED, STATS, ARGMAX) + (cross,)  # fmt: skip
+        GAP = NEW_GAP
+    return joined_lanes(M, SUM, SUM_T, ENERGY, SPREAD, FIRST, GAP, energy, inv_t, peer, K, C,
+                        LANES, PEERS, TEMPERED, SMOOTHED, ENTROPY, ARGMAX,
+                        REVERSE) + (cross,)  # fmt: skip

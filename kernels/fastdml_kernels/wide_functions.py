@@ -14,19 +14,21 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from .device_functions import joined, log_probability, put, times
+from .device_functions import joined, log_probability, put, soft_edge, soft_gates, times
+from .divergences import divergence_of
 
 # ---- reading a row
 
 
 @triton.jit
-def read_label(labels, label_stride, ignore_index, class_weight, n64,
+def read_label(labels, label_stride, ignore_index, class_weight, sample_weight, n64,
                C: tl.constexpr, MIMIC_IGNORED: tl.constexpr):  # fmt: skip
     """Row n's label y; whether it has one (labelled), whether y is a class (fits), whether it is
-    neither a class nor ignore_index (misfit), whether the KL term counts the row (mimics); and the
-    weight of the label's class, 0 without a label.
+    neither a class nor ignore_index (misfit), whether the KL term counts the row (mimics); the
+    weight of the label's class, 0 without a label; and the row's own weight.
 
-    A misfit is never used as an index; its row becomes NaN, so that it shows.
+    A misfit is never used as an index; its row becomes NaN, so that it shows. A row of weight 0 has
+    no label and does not mimic.
     """
     y = tl.load(labels + n64 * label_stride)
     labelled = y != ignore_index
@@ -38,7 +40,13 @@ def read_label(labels, label_stride, ignore_index, class_weight, n64,
     w_y = tl.where(labelled, 1.0, 0.0)
     if class_weight is not None:
         w_y = tl.load(class_weight + y, mask=labelled & fits, other=0.0).to(tl.float32)
-    return y, labelled, fits, misfit, mimics, w_y
+    w_row = tl.cast(1.0, tl.float32)
+    if sample_weight is not None:
+        w_row = tl.load(sample_weight + n64).to(tl.float32)
+        labelled = labelled & (w_row != 0.0)
+        misfit = misfit & (w_row != 0.0)
+        mimics = mimics & (w_row != 0.0)
+    return y, labelled, fits, misfit, mimics, w_y, w_row
 
 
 @triton.jit
@@ -129,7 +137,8 @@ def row_losses(logits, n64, y, labelled, fits, misfit, w_y, w_total, label_smoot
 
     LSE, LSE_T: logsumexp(z) and logsumexp(z / T). NLL: -log p of the label. CORRECT: whether the
     label is the first class of highest probability (GATE "correct"), and correct (PEERS,) the same
-    (with STATS too). ce, entropy (PEERS,): the row's cross-entropy and the entropy of p (STATS).
+    (with STATS too). ce, entropy (PEERS,): the row's cross-entropy and the entropy of p (STATS,
+    GATE "entropy").
     """
     LSE = ()
     LSE_T = ()
@@ -162,7 +171,7 @@ def row_losses(logits, n64, y, labelled, fits, misfit, w_y, w_total, label_smoot
             towards_all = w_total * lse - spread
             ce_k = (1.0 - label_smoothing) * ce_k + label_smoothing / C * towards_all
         ce = tl.where((peer == k) & labelled, ce_k, ce)
-        if STATS:
+        if STATS or GATE == "entropy":
             entropy = tl.where(peer == k, lse - energy / SUM[k], entropy)
     return LSE, LSE_T, NLL, CORRECT, correct, ce, entropy
 
@@ -180,6 +189,26 @@ def edge(k, l, peer_weights, GATES,  # noqa: E741
     if GATED:
         w *= GATES[l]
     return w
+
+
+@triton.jit
+def store_soft_edges(edges_at, NLL, entropy, labelled, peer, peer_weights,
+                     K: tl.constexpr, EDGE: tl.constexpr, GATE: tl.constexpr):  # fmt: skip
+    """Stores this row's edges under a soft gate as K x K numbers at `edges_at`, which then stand
+    for `peer_weights`: in registers they would take one each in every thread."""
+    LOG_G = ()
+    for k in tl.static_range(K):
+        if GATE == "confidence":
+            LOG_G = LOG_G + (tl.where(labelled, -NLL[k], float("-inf")),)
+        else:
+            LOG_G = LOG_G + (-tl.sum(tl.where(peer == k, entropy, 0.0), axis=0),)
+    GATES = soft_gates(LOG_G, peer_weights, K, EDGE)
+    for k in tl.static_range(K):
+        for l in tl.static_range(K):  # noqa: E741
+            if l != k:
+                w = edge(k, l, peer_weights, (), K, EDGE, False)
+                tl.store(edges_at + k * K + l, soft_edge(k, l, w, GATES, K))
+    tl.debug_barrier()  # every thread sees them
 
 
 @triton.jit
@@ -263,6 +292,30 @@ def pairs_of_sums(cross, SUM, SUM_T, LSE_T, teacher, student, is_pair,
 
 
 @triton.jit
+def reverse_of_sums(GAP, SUM, SUM_T, LSE_T, peer_weights, inv_t,
+                    K: tl.constexpr, EDGE: tl.constexpr, TEMPERED: tl.constexpr):  # fmt: skip
+    """Each student's sum of w_kl KL(q_k || q_l) over its teachers l, from the sums of the first
+    pass: GAP / sum_k plus the weighted lse_l - lse_k."""
+    OUT = ()
+    for k in tl.static_range(K):
+        if TEMPERED:
+            value = GAP[k] * inv_t / SUM_T[k]
+        else:
+            value = GAP[k] / SUM[k]
+        if peer_weights is None:
+            for l in tl.static_range(K):  # noqa: E741
+                value += LSE_T[l] - LSE_T[k]
+            value *= EDGE
+        else:
+            for l in tl.static_range(K):  # noqa: E741
+                if l != k:
+                    w = edge(k, l, peer_weights, (), K, EDGE, False)
+                    value += times(w, LSE_T[l] - LSE_T[k])
+        OUT = OUT + (value,)
+    return OUT
+
+
+@triton.jit
 def add_block_to_pairs(pairs, D, Q, teacher, K: tl.constexpr, PEERS: tl.constexpr,
                        BLOCK_C: tl.constexpr):  # fmt: skip
     """Adds a block's share of KL(q_l || q_k) at [l, k]."""
@@ -280,15 +333,19 @@ def add_block_to_pairs(pairs, D, Q, teacher, K: tl.constexpr, PEERS: tl.constexp
 
 @triton.jit
 def kl_of_pairs(pairs, peer_weights, GATES, K: tl.constexpr, EDGE: tl.constexpr,
-                GATED: tl.constexpr, SYMMETRIC: tl.constexpr, PEERS: tl.constexpr):  # fmt: skip
+                GATED: tl.constexpr, DIVERGENCE: tl.constexpr, PEERS: tl.constexpr):  # fmt: skip
     """Each student's KL term, (PEERS,), from KL(q_l || q_k) at [l, k]."""
     row = tl.arange(0, PEERS)[:, None]
     column = tl.arange(0, PEERS)[None, :]
-    kl = tl.sum(times(edges(row, column, peer_weights, GATES, K, EDGE, GATED), pairs), axis=0)
-    if SYMMETRIC:
-        away = times(edges(column, row, peer_weights, GATES, K, EDGE, GATED), pairs)
-        kl = 0.5 * (kl + tl.sum(away, axis=1))
-    return kl
+    kl = tl.zeros((PEERS,), tl.float32)
+    away = kl
+    if DIVERGENCE != "reverse":
+        w = edges(row, column, peer_weights, GATES, K, EDGE, GATED)
+        kl = tl.sum(times(w, pairs), axis=0)
+    if DIVERGENCE != "forward":
+        w = edges(column, row, peer_weights, GATES, K, EDGE, GATED)
+        away = away + tl.sum(times(w, pairs), axis=1)
+    return divergence_of(kl, away, DIVERGENCE, 0.5)
 
 
 # ---- second pass
@@ -339,24 +396,26 @@ def ce_gradient(p, w_c, c, y, labelled, w_y, w_total, label_smoothing, ce_row, u
 
 @triton.jit
 def store_early_sums(partials, peer, ce_sums, ce, entropy_sums, entropy, correct_sums, correct,
-                     mimics, K: tl.constexpr, LAYOUT: tl.constexpr):  # fmt: skip
+                     mimics, w_row, K: tl.constexpr, LAYOUT: tl.constexpr):  # fmt: skip
     """Stores the sums that are known before the second pass, with this row.
 
     `store_sums` stores them too. Storing them here makes the compiler compute them here; later, the
     values that they are computed from would stay in registers through the second pass."""
     sums = partials + tl.program_id(0) * LAYOUT.size
     tl.store(sums + LAYOUT.ce + peer, ce_sums + ce, mask=peer < K)
-    tl.store(sums + LAYOUT.entropy + peer, entropy_sums + tl.where(mimics, entropy, 0.0),
+    tl.store(sums + LAYOUT.entropy + peer, entropy_sums + tl.where(mimics, entropy, 0.0) * w_row,
              mask=peer < K)  # fmt: skip
-    tl.store(sums + LAYOUT.correct + peer, correct_sums + tl.where(correct, 1.0, 0.0),
+    tl.store(sums + LAYOUT.correct + peer, correct_sums + tl.where(correct, w_row, 0.0),
              mask=peer < K)  # fmt: skip
 
 
 @triton.jit
 def store_sums(partials, peer, is_pair, pair_at, ce, kl, ce_count, labelled_rows, entropy, correct,
-               ensemble_correct, pairs,
-               K: tl.constexpr, LAYOUT: tl.constexpr, STATS: tl.constexpr):  # fmt: skip
-    """Stores all of a program's sums."""
+               ensemble_correct, pairs, all_rows,
+               K: tl.constexpr, LAYOUT: tl.constexpr, STATS: tl.constexpr,
+               COUNT_ALL: tl.constexpr):  # fmt: skip
+    """Stores all of a program's sums. all_rows, the weight of all its rows, has the place of the
+    pair of the first peer with itself, which is 0 else (COUNT_ALL)."""
     sums = partials + tl.program_id(0) * LAYOUT.size
     is_peer = peer < K
     tl.store(sums + LAYOUT.ce + peer, ce, mask=is_peer)
@@ -364,7 +423,11 @@ def store_sums(partials, peer, is_pair, pair_at, ce, kl, ce_count, labelled_rows
     tl.store(sums + LAYOUT.label_weight, ce_count)
     tl.store(sums + LAYOUT.labelled, labelled_rows)
     if STATS:
+        if COUNT_ALL:
+            pairs = tl.where(pair_at == 0, all_rows, pairs)
         tl.store(sums + LAYOUT.entropy + peer, entropy, mask=is_peer)
         tl.store(sums + LAYOUT.correct + peer, correct, mask=is_peer)
         tl.store(sums + LAYOUT.ensemble_correct, ensemble_correct)
         tl.store(sums + LAYOUT.pairwise_kl + pair_at, pairs, mask=is_pair)
+    elif COUNT_ALL:
+        tl.store(sums + LAYOUT.pairwise_kl, all_rows)

@@ -1,20 +1,25 @@
-"""Loss, statistics and gradient for rows of any length, a block of classes at a time; teachers are
+"""Loss, statistics and gradients for rows of any length, a block of classes at a time; teachers are
 constants.
 
 A program takes one sample. Its first pass over the K rows is an online softmax: running maximum and
 running sums, rescaled as the maximum grows. Without a gradient that pass is all the plain loss
 needs: one read. With one, a second pass walks the row backwards, so that it begins with what the
-cache still holds, and writes each gradient once: two reads, one write. target="ensemble" and
-statistics take the second read without a gradient too, since a mean of probabilities needs every
-peer's normaliser first.
+cache still holds, and writes each student's gradient once: two reads, one write. target="ensemble"
+and statistics take the second read without a gradient too, since a mean of probabilities needs
+every peer's normaliser first.
 
-Without a second pass the KL terms are summed before the normalisers are known, so that each ordered
-pair of peers needs its own running sum, O(K**2 C). Statistics, gates and edge weights cost as much.
-All else is O(K C).
+Distillation is two peers of which one is a student, and the passes are the same. The reverse
+divergence takes no more of them than the forward one: its gradient contains its value, but that is
+an expectation under the student's own prediction, so that the first pass has it in one running sum
+a student. Jeffreys' divergence has that sum, and the forward one's from the second pass.
 
-`coupled_rows` is the kernel for symmetric divergences, gradients into the teachers and a mean of
-logits. Both are made of the steps in `wide_functions` and `online_softmax`; notation as
-there.
+Without a second pass the forward KL terms are summed before the normalisers are known, so that each
+ordered pair of peers needs its own running sum, O(K**2 C). Statistics, gates and edge weights cost
+as much. All else is O(K C).
+
+`coupled_rows` is the kernel for the Jensen-Shannon divergence, for others than the forward one
+under gates or a mixed teacher, for gradients into the teachers, and for a mean of logits. Both are
+made of the steps in `wide_functions` and `online_softmax`; notation as there.
 """
 
 from __future__ import annotations
@@ -31,6 +36,7 @@ from .device_functions import (
     put,
     times,
 )
+from .divergences import divergence_of, student_slope
 from .online_softmax import online_sums
 from .wide_functions import (
     add_block_to_pairs,
@@ -44,9 +50,11 @@ from .wide_functions import (
     mean_probability,
     pairs_of_sums,
     read_label,
+    reverse_of_sums,
     row_losses,
     row_start,
     store_early_sums,
+    store_soft_edges,
     store_sums,
     sum_class_weights,
     teacher_weights,
@@ -57,8 +65,8 @@ from .wide_functions import (
 def kl_terms(D, Q, top, DIVISOR, peer_weights, GATES,
              K: tl.constexpr, EDGE: tl.constexpr, GATED: tl.constexpr, UNIFORM: tl.constexpr,
              TARGET: tl.constexpr):  # fmt: skip
-    """One block's share of each student's KL term, edge weights included; of its divergence from
-    the mixed teacher with target "ensemble".
+    """One block's share of each student's forward KL term, edge weights included; of its divergence
+    from the mixed teacher with target "ensemble".
 
     Without weights and gates (UNIFORM) all students share the sums over the teachers of q_l and of
     q_l d_l: sum_l q_l (d_l - d_k), whose term l = k is 0."""
@@ -88,19 +96,31 @@ def kl_terms(D, Q, top, DIVISOR, peer_weights, GATES,
 
 
 @triton.jit
-def pull_towards_teachers(k: tl.constexpr, Q, away, peer_weights, GATES,
+def pull_towards_teachers(k: tl.constexpr, D, Q, away, BACK, peer_weights, GATES,
                           K: tl.constexpr, EDGE: tl.constexpr, GATED: tl.constexpr,
-                          UNIFORM: tl.constexpr, BLOCK_C: tl.constexpr):  # fmt: skip
-    """sum_l w_kl (q_k - q_l), a block of student k's KL gradient; from `away`, the sum of all
-    q_l - q_0, where the weights are equal (UNIFORM)."""
-    if UNIFORM:
-        pull = (K * (Q[k] - Q[0]) - away) * EDGE
-    else:
-        pull = tl.zeros((BLOCK_C,), tl.float32)
+                          UNIFORM: tl.constexpr, DIVERGENCE: tl.constexpr,
+                          BLOCK_C: tl.constexpr):  # fmt: skip
+    """A block of student k's KL gradient, with respect to z / T. The forward one's is
+    sum_l w_kl (q_k - q_l), where the weights are equal (UNIFORM) from `away`, the sum of all
+    q_l - q_0; the reverse one's is linear in d_l - d_k, and contains its value BACK."""
+    forward = tl.zeros((BLOCK_C,), tl.float32)
+    if DIVERGENCE != "reverse":
+        if UNIFORM:
+            forward = (K * (Q[k] - Q[0]) - away) * EDGE
+        else:
+            for l in tl.static_range(K):  # noqa: E741
+                if l != k:
+                    w = edge(k, l, peer_weights, GATES, K, EDGE, GATED)
+                    forward += times(w, Q[k] - Q[l])
+    reverse = forward
+    if DIVERGENCE != "forward":
+        gap = tl.zeros((BLOCK_C,), tl.float32)
         for l in tl.static_range(K):  # noqa: E741
             if l != k:
-                pull += times(edge(k, l, peer_weights, GATES, K, EDGE, GATED), Q[k] - Q[l])
-    return pull
+                w = edge(k, l, peer_weights, GATES, K, EDGE, GATED)
+                gap += times(w, D[l] - D[k])
+        reverse = student_slope(Q[k], Q[k], gap, BACK[k], "reverse", 0.5)
+    return divergence_of(forward, reverse, DIVERGENCE, 0.5)
 
 
 @triton.jit(
@@ -109,18 +129,18 @@ def pull_towards_teachers(k: tl.constexpr, Q, away, peer_weights, GATES,
 )
 def wide_rows(
     logits,  # K pointers (N, C)
-    grads,  # pointers (N, C) of the STUDENTS, or () without NEED_GRAD
+    grads,  # a pointer (N, C) for each of STUDENTS, () without NEED_GRAD
     labels,  # (N,) int64 or int32
     peer_weights,  # (K, K), or None
     class_weight,  # (C,), or None
-    sample_weight,  # (N,), or None: a row of weight w counts as w rows
+    sample_weight,  # (N,), or None
     upstream,  # the losses' own gradient, (K,) or (K, N) by its strides, or None for 1
     counter,  # (1,) int32, zero before and after
     losses,  # (K,), or (K, N) with REDUCTION "none"
     stats,  # packed statistics, float32
     partials,  # (programs, their size) float32
     scratch,  # (programs, K, K) float32 for the edges under a soft gate, or None
-    counts,  # (2,) float32: label counts taken by an earlier launch, or None
+    counts,  # (2,) float32, (3,) with sample_weight: `count_rows` of an earlier launch, or None
     N, label_stride, ignore_index, u_stride_k, u_stride_n,
     ce_weight, kl_weight, temperature, label_smoothing,
     K: tl.constexpr, C: tl.constexpr,
@@ -141,12 +161,20 @@ def wide_rows(
     """Grid: any number of programs; program b takes samples b, b + programs, ..."""
     MUTUAL: tl.constexpr = K > 1
     MIXED: tl.constexpr = MUTUAL and TARGET == "ensemble"
-    GATED: tl.constexpr = GATE != "none"
-    UNIFORM: tl.constexpr = (peer_weights is None) and (not GATED)
+    SOFT: tl.constexpr = GATE == "confidence" or GATE == "entropy"
+    GATED: tl.constexpr = GATE != "none" and not SOFT
+    UNIFORM: tl.constexpr = (peer_weights is None) and GATE == "none"
+    ENTROPY: tl.constexpr = STATS or GATE == "entropy"
     SECOND: tl.constexpr = NEED_GRAD or STATS or MIXED  # whether there is a second pass
-    ONLINE_PAIRS: tl.constexpr = MUTUAL and not SECOND
+    ONLINE_PAIRS: tl.constexpr = MUTUAL and DIVERGENCE != "reverse" and not SECOND
     # KL terms come of the divergences of all pairs where these are computed anyway.
-    FROM_PAIRS: tl.constexpr = ONLINE_PAIRS or (MUTUAL and not MIXED and STATS)
+    FROM_PAIRS: tl.constexpr = ONLINE_PAIRS or (
+        MUTUAL and DIVERGENCE != "reverse" and not MIXED and STATS
+    )
+    REVERSED: tl.constexpr = MUTUAL and (
+        DIVERGENCE == "reverse" or (DIVERGENCE == "jeffreys" and NEED_GRAD)
+    )
+    COUNT_ALL: tl.constexpr = (sample_weight is not None) and MIMIC_IGNORED
     LAST_BLOCK: tl.constexpr = (C - 1) // BLOCK_C * BLOCK_C
 
     # 1. Weights of the two terms, and the factor of one row's gradient of each: for a mean, divided
@@ -177,20 +205,21 @@ def wide_rows(
     ce_count = tl.cast(0.0, tl.float32)
     labelled_rows = tl.cast(0.0, tl.float32)
     ensemble_correct = tl.cast(0.0, tl.float32)
+    all_rows = tl.cast(0.0, tl.float32)
     for n in range(tl.program_id(0), N, tl.num_programs(0)):
         n64 = tl.cast(n, tl.int64)
 
-        # 3. The row's label.
-        y, labelled, fits, misfit, mimics, w_y = read_label(
-            labels, label_stride, ignore_index, class_weight, n64, C, MIMIC_IGNORED
+        # 3. The row's label and weight.
+        y, labelled, fits, misfit, mimics, w_y, w_row = read_label(
+            labels, label_stride, ignore_index, class_weight, sample_weight, n64, C, MIMIC_IGNORED
         )
 
         # 4. [online softmax] First pass: maxima and normalisers.
-        M, SUM, SUM_T, energy, spread, first, cross = online_sums(
-            logits, class_weight, n64, inv_t, peer, teacher,
+        M, SUM, SUM_T, energy, spread, first, GAP, cross = online_sums(
+            logits, class_weight, peer_weights, n64, inv_t, peer, teacher,
             K, C, STRIDES, READABLE, BLOCK_C, BLOCK_C if ONLINE_PAIRS else LANE, ADJACENT, PEERS,
-            TEMPERED, SMOOTHED, STATS, ARGMAX=STATS or GATE == "correct", PAIRS=ONLINE_PAIRS,
-            LAST=not SECOND, STAGES=STAGES,
+            TEMPERED, SMOOTHED, ENTROPY, ARGMAX=STATS or GATE == "correct", PAIRS=ONLINE_PAIRS,
+            REVERSE=REVERSED, LAST=not SECOND, STAGES=STAGES,
         )  # fmt: skip
 
         # 5. Cross-entropy, entropy, and which peers are right.
@@ -199,18 +228,23 @@ def wide_rows(
             M, SUM, SUM_T, energy, spread, first, peer,
             K, C, STRIDES, PEERS, TEMPERED, SMOOTHED, STATS, GATE,
         )  # fmt: skip
+        ce *= w_row
         if STATS and NEED_GRAD:
             store_early_sums(partials, peer, ce_sums, ce, entropy_sums, entropy, correct_sums,
-                             correct, mimics, K, LAYOUT)  # fmt: skip
+                             correct, mimics, w_row, K, LAYOUT)  # fmt: skip
 
         # 6. Which peers teach on this row, and the KL terms that the first pass gives.
         GATES = ()
+        weights = peer_weights
         if GATED:
             GATES = open_gates(CORRECT, NLL, labelled, GATE, K)
+        if SOFT:
+            weights = scratch + tl.program_id(0) * (K * K)
+            store_soft_edges(weights, NLL, entropy, labelled, peer, peer_weights, K, EDGE, GATE)
         WEIGHT = ()
         DIVISOR = ()
         if MIXED:
-            WEIGHT, DIVISOR = teacher_weights(peer_weights, GATES, K, EDGE, GATED)
+            WEIGHT, DIVISOR = teacher_weights(weights, GATES, K, EDGE, GATED)
         pairs = tl.zeros((PEERS, PEERS), tl.float32)  # KL(q_l || q_k) at [l, k]
         if ONLINE_PAIRS:
             pairs = pairs_of_sums(cross, SUM, SUM_T, LSE_T, teacher, student, is_pair,
@@ -218,6 +252,10 @@ def wide_rows(
         KL = ()
         for k in tl.static_range(K):
             KL = KL + (tl.cast(0.0, tl.float32),)
+        BACK = ()
+        if REVERSED:
+            BACK = reverse_of_sums(GAP, SUM, SUM_T, LSE_T, peer_weights, inv_t, K, EDGE,
+                                   TEMPERED)  # fmt: skip
 
         # 7. Second pass, backwards: what needs every normaliser, and the gradients.
         highest = tl.cast(-1.0, tl.float32)
@@ -226,8 +264,8 @@ def wide_rows(
             if NEED_GRAD:
                 # Where a term has no part it is selected away, not multiplied by 0: its factor, or
                 # another peer in it, may be infinite or NaN.
-                ce_row = tl.where(labelled, ce_factor, 0.0)
-                kl_row = tl.where(mimics, kl_factor, 0.0)
+                ce_row = tl.where(labelled, ce_factor * w_row, 0.0)
+                kl_row = tl.where(mimics, kl_factor * w_row, 0.0)
                 has_kl = mimics & (tl.where(kl_factor != 0.0, 1, 0) == 1)
                 bad = tl.where(misfit, float("nan"), 0.0)
                 UP = load_upstream(upstream, u_stride_k, u_stride_n, n64, K)
@@ -236,9 +274,9 @@ def wide_rows(
                 Z = load_peers(logits, n64, c, -BLOCK_C - back, K, C, STRIDES, READABLE, True)
                 if MUTUAL:
                     top, D, Q = log_probabilities(Z, LSE_T, inv_t, K, TEMPERED)
-                    if not FROM_PAIRS:
-                        PART = kl_terms(D, Q, top, DIVISOR, peer_weights, GATES,
-                                        K, EDGE, GATED, UNIFORM, TARGET)  # fmt: skip
+                    if DIVERGENCE != "reverse" and not FROM_PAIRS:
+                        PART = kl_terms(D, Q, top, DIVISOR, weights, GATES, K, EDGE, GATED, UNIFORM,
+                                        TARGET)  # fmt: skip
                         NEW_KL = ()
                         for k in tl.static_range(K):
                             if MIXED:
@@ -260,30 +298,36 @@ def wide_rows(
                     if MUTUAL and UNIFORM:
                         for k in tl.static_range(1, K):
                             away += Q[k] - Q[0]
-                    for k in tl.static_range(K):
+                    for i in tl.static_range(len(grads)):
                         if MUTUAL and not TEMPERED:
-                            p = Q[k]
+                            p = Q[STUDENTS[i]]
                         else:
-                            p = tl.exp(Z[k] - LSE[k])
+                            p = tl.exp(Z[STUDENTS[i]] - LSE[STUDENTS[i]])
+                        up = UP[STUDENTS[i]]
                         g = ce_gradient(p, w_c, c, y, labelled, w_y, w_total, label_smoothing,
-                                        ce_row, UP[k], C, SMOOTHED)  # fmt: skip
+                                        ce_row, up, C, SMOOTHED)  # fmt: skip
                         if MUTUAL:
-                            pull = pull_towards_teachers(k, Q, away, peer_weights, GATES, K, EDGE,
-                                                         GATED, UNIFORM, BLOCK_C)  # fmt: skip
-                            g += tl.where(has_kl, kl_row * UP[k] * pull, 0.0)
+                            pull = pull_towards_teachers(
+                                STUDENTS[i], D, Q, away, BACK, weights, GATES,
+                                K, EDGE, GATED, UNIFORM, DIVERGENCE, BLOCK_C,
+                            )  # fmt: skip
+                            g += tl.where(has_kl, kl_row * up * pull, 0.0)
                         g += bad
-                        tl.store(grads[k] + (row_start(n64, STRIDES[k][2], -BLOCK_C - back) + c),
-                                 g.to(grads[k].dtype.element_ty), mask=c < C,
-                                 eviction_policy="evict_first")  # fmt: skip
+                        start = row_start(n64, STRIDES[STUDENTS[i]][2], -BLOCK_C - back)
+                        tl.store(grads[i] + (start + c), g.to(grads[i].dtype.element_ty),
+                                 mask=c < C, eviction_policy="evict_first")  # fmt: skip
 
         # 8. The row's losses, and its part of the sums.
         kl = tl.zeros((PEERS,), tl.float32)
         if FROM_PAIRS:
-            kl = kl_of_pairs(pairs, peer_weights, GATES, K, EDGE, GATED, False, PEERS)
+            kl = kl_of_pairs(pairs, weights, GATES, K, EDGE, GATED, DIVERGENCE, PEERS)
         else:
             for k in tl.static_range(K):
-                kl = put(kl, k, KL[k], PEERS)
-        kl = tl.where(mimics, kl, 0.0)
+                if REVERSED:
+                    kl = put(kl, k, divergence_of(KL[k], BACK[k], DIVERGENCE, 0.5), PEERS)
+                else:
+                    kl = put(kl, k, KL[k], PEERS)
+        kl = tl.where(mimics, kl, 0.0) * w_row
         if REDUCTION == "none":
             loss = times(ce_weight, ce)
             if MUTUAL:
@@ -291,19 +335,23 @@ def wide_rows(
             tl.store(losses + n64 + tl.cast(N, tl.int64) * peer, loss, mask=peer < K)
         ce_sums += ce
         kl_sums += kl
-        ce_count += tl.where(labelled, w_y, 0.0)
-        labelled_rows += tl.where(labelled, 1.0, 0.0)
+        ce_count += tl.where(labelled, w_y * w_row, 0.0)
+        labelled_rows += tl.where(labelled, w_row, 0.0)
         if STATS:
-            entropy_sums += tl.where(mimics, entropy, 0.0)
-            correct_sums += tl.where(correct, 1.0, 0.0)
-            ensemble_correct += tl.where(labelled & (ensemble_class == y), 1.0, 0.0)
-            pair_sums += tl.where(mimics, pairs, 0.0)
+            entropy_sums += tl.where(mimics, entropy, 0.0) * w_row
+            correct_sums += tl.where(correct, w_row, 0.0)
+            ensemble_correct += tl.where(labelled & (ensemble_class == y), w_row, 0.0)
+            pair_sums += tl.where(mimics, pairs, 0.0) * w_row
+        if COUNT_ALL:
+            all_rows += w_row
 
     # 9. The last program to finish adds up all programs' sums.
     if REDUCTION != "none" or STATS:
         store_sums(
             partials, peer, is_pair, pair_at, ce_sums, kl_sums, ce_count, labelled_rows,
-            entropy_sums, correct_sums, ensemble_correct, pair_sums, K, LAYOUT, STATS,
+            entropy_sums, correct_sums, ensemble_correct, pair_sums, all_rows, K, LAYOUT, STATS,
+            COUNT_ALL,
         )  # fmt: skip
     finish(partials, counter, losses, stats, ce_weight, kl_weight, kl_scale, N, K, LAYOUT,
-           PROGRAMS_BLOCK, REDUCTION, MIMIC_IGNORED, STATS, sample_weight is not None)  # fmt: skip
+           PROGRAMS_BLOCK, REDUCTION, MIMIC_IGNORED, STATS,
+           sample_weight is not None)  # fmt: skip

@@ -524,12 +524,10 @@ OPTIONS: dict[str, tuple] = {  # every option and weight away from its default
     "class_weight": (True,),
     "sample_weight": (True,),
 }
-LAUNCHED_OPTIONS = OPTIONS | {"gate": ("correct", "best"), "divergence": ("jeffreys",)}
-del LAUNCHED_OPTIONS["sample_weight"], LAUNCHED_OPTIONS["students"]
 REGISTER_OPTIONS = {
     name: values[:1] if name == "target" else values
-    for name, values in LAUNCHED_OPTIONS.items()
-    if name not in ("divergence", "detach_targets")
+    for name, values in OPTIONS.items()
+    if name != "detach_targets"
 }
 
 

@@ -337,7 +337,7 @@ def buffers(gpu):
             "stats": size, "partials": programs * size, "counter": 1,
             "scratch": programs * 3 * K * K,
         }  # fmt: skip
-        spans = {n: [a[n], a[n] + FLOAT * k] for n, k in lengths.items() if n in a}
+        spans = {n: [a[n], a[n] + FLOAT * k] for n, k in lengths.items() if a.get(n)}
         for k, (z, grad) in enumerate(zip(a["logits"], a["grads"], strict=True)):
             spans |= {f"logits[{k}]": [z, z + FLOAT * N * C]}
             spans |= {f"grads[{k}]": [grad, grad + FLOAT * N * C]}
