@@ -44,7 +44,7 @@ def write_card(path: Path, cohort: Cohort, peer: str | int, run: Path, weights: 
         "## Scores",
         _scores(cohort, what, run, weights),
         "## Training",
-        _training(config, facts),
+        _training(cohort, config, facts),
         "## Use",
         *_use(cohort, what, names),
     ]
@@ -55,6 +55,8 @@ def write_card(path: Path, cohort: Cohort, peer: str | int, run: Path, weights: 
 def _introduction(cohort: Cohort, what: Exported, config: TrainConfig) -> str:
     peers = len(cohort)
     data = data_text(config.to_dict())
+    if teachers := [teacher.name for teacher in cohort.taught_by]:
+        data += f", taught by {', '.join(teachers)}"
     if peers == 1:
         return f"A network trained on {data}."
     who = f"The ensemble of {peers} peers" if what.ensemble else f"One of {peers} peers"
@@ -118,9 +120,13 @@ def _scores(cohort: Cohort, what: Exported, run: Path, weights: Weights) -> str:
     return "\n".join(rows) + f"\n\n{note}."
 
 
-def _training(config: TrainConfig, facts: dict[str, Any]) -> str:
+def _training(cohort: Cohort, config: TrainConfig, facts: dict[str, Any]) -> str:
     given = config.to_dict()
     lines = [f"- seed {config.seed}"]
+    lines += [
+        f"- teacher {teacher.name}: weights of SHA-256 {teacher.sha256}"
+        for teacher in cohort.taught_by
+    ]
     defaults = defaults_beside(given).to_dict()
     other = {k: v for k, v in given.items() if k not in SAID_ELSEWHERE and v != defaults.get(k)}
     told = ", ".join(f"`{k}` {_shown(v)}" for k, v in other.items())

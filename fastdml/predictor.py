@@ -2,11 +2,8 @@
 
 from __future__ import annotations
 
-import logging
 import os
 from collections.abc import Sequence
-from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -14,7 +11,6 @@ from torch import Tensor, nn
 from fastdml.cohort import Cohort
 from fastdml.devices import choose_device
 from fastdml.errors import InputError
-from fastdml.exported_weights import read_safetensors
 from fastdml.paths import expanded
 from fastdml.peer_outputs import (
     Embedding,
@@ -25,15 +21,7 @@ from fastdml.peer_outputs import (
     peer_numbers,
 )
 from fastdml.preprocessing import Picture, Preprocessing, stacked
-from fastdml.train.run_weights import (
-    Weights,
-    best_peer,
-    default_weights,
-    is_run,
-    run_cohort,
-)
-
-logger = logging.getLogger(__name__)
+from fastdml.train.run_weights import Weights, best_peer, load_cohort
 
 BATCH = 64  # images
 
@@ -161,38 +149,3 @@ def load(
     if peer == "best":
         peer = best_peer(place, weights, cohort.names)
     return Predictor(cohort, peer)
-
-
-def load_cohort(
-    path: Path,
-    weights: Weights | None,
-    device: str | torch.device,
-    peers: Sequence[Any] | None = None,
-) -> tuple[Cohort, Weights | None]:
-    """The peers below `path`, and which weights of a run they are; None where it is no run."""
-    if weights not in (None, "last", "best"):
-        raise InputError(f"weights must be 'last' or 'best', not {weights!r}")
-    if is_run(path):
-        weights = weights or default_weights(path)
-        return run_cohort(path, weights, device, peers), weights
-    if path.is_file():
-        description, tensors = read_safetensors(path)
-        cohort = Cohort.restore(description, tensors, path, device, peers=peers)
-    elif (path / "cohort.json").is_file():
-        cohort = Cohort.load(path, device, peers=peers)
-    elif path.exists():
-        raise InputError(
-            f"{path} is neither the folder of a run, nor of a cohort: it holds no config.yaml and "
-            f"no cohort.json{_exported_in(path)}"
-        )
-    else:
-        raise InputError(f"there is no {path}: give the folder of a run or an exported file")
-    if weights is not None:
-        raise InputError(f"{path} is no run and has one set of weights: leave weights out")
-    return cohort, None
-
-
-def _exported_in(folder: Path) -> str:
-    """For the message: what to give in place of a folder of exported files."""
-    found = sorted(folder.glob("*.safetensors"))
-    return f"; give one of its files, such as {found[0]}" if found else ""

@@ -51,8 +51,8 @@ def predict(args: list[str]) -> None:
 
     from fastdml.devices import choose_device
     from fastdml.engine import cpus
-    from fastdml.predictor import Predictor, load_cohort
-    from fastdml.train.run_weights import best_peer
+    from fastdml.predictor import Predictor
+    from fastdml.train.run_weights import best_peer, load_cohort
 
     find_own_models(options.peers or ())
     device = choose_device(options.device)

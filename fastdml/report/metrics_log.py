@@ -7,7 +7,8 @@ A run folder holds, from this module:
     metrics.jsonl      one object a line, in order of step; tables and pictures are made from it
         {"kind": "peers", "step": 0, "names": ["resnet20", "resnet20-1"]}
         {"kind": "train", "step": 20, "epoch": 0.13, "time": ..., "ce": [K], "kl": [K],
-         "pairwise_kl": [[K] * K], ...}        means since the reading before, losses in nats
+         "pairwise_kl": [[K] * K], ...}        means since the reading before, losses in nats;
+                                               of each teacher too, "teacher_kl/NAME": [K]
         {"kind": "epoch", ...}                 the same, means over a whole epoch
         {"kind": "test", "step": 156, "epoch": 1.0, "time": ..., "top1": [K], "ensemble_top1": ..}
                                                (of re-identification "mAP", "rank1" and so on)
@@ -40,6 +41,7 @@ logger = logging.getLogger(__name__)
 
 METRICS = "metrics.jsonl"
 INDEPENDENT = "independent"
+TEACHER_KL = "teacher_kl/"  # before a teacher's name: T**2 KL(teacher || peer), one a peer
 
 Records = list[dict[str, Any]]
 

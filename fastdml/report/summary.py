@@ -36,6 +36,7 @@ def write_summary(
     scored_on: str | None = "test",
     mutual: dict[str, Any],
     independent: dict[str, Any] | None = None,
+    teachers: Sequence[Mapping[str, str | None]] = (),
 ) -> dict[str, Any]:
     """Writes summary.json and returns what it holds; its date is that of the end, in UTC.
 
@@ -43,7 +44,7 @@ def write_summary(
     nothing was evaluated, "images_per_second": float, "wall_seconds": float}
     and whatever else is worth keeping. chosen_on: the images that chose the best weights; where
     they are validation images, "best_scores" are what the peers' entries show. scored_on: the
-    images that these scores are of.
+    images that these scores are of. teachers: name, source, model and digest of each.
     """
     runs = {"mutual": mutual, "independent": independent}
     key = "best_scores" if chosen_on == "validation" else "scores"
@@ -69,6 +70,7 @@ def write_summary(
             }
             for k, (name, count) in enumerate(zip(peers, parameters, strict=True))
         ],
+        **({"teachers": list(teachers)} if teachers else {}),
         **{f"ensemble_{r}": _score(v, key, f"ensemble_{scoring.leading}") for r, v in runs.items()},
         "mutual": mutual,
         "independent": independent,

@@ -49,6 +49,7 @@ FREE_ON_RESUME = frozenset(
         "dry_run",
         "root",
         "download",
+        "teachers",
         "device",
         "execution",
         "threads",

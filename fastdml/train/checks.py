@@ -109,6 +109,9 @@ def first_look(cohort: Cohort, train: Batches, config: TrainConfig, amp: Amp) ->
             cohort.record()
         except InputError:  # names or numbers that do not fit these images
             setattr(cohort, name, before)
+    for teacher in cohort.teachers:
+        teacher.match(cohort.record())
+        _try_evaluation(teacher.name, teacher, part, cohort.num_classes, amp, role="teacher")
     return images
 
 
@@ -153,17 +156,23 @@ def same_images(cohort: Cohort, test: Batches, what: str = "test") -> None:
 
 
 def _try_evaluation(
-    name: str, peer: nn.Module, images: Tensor, num_classes: int, amp: Amp, what: str = ""
+    name: str,
+    peer: nn.Module,
+    images: Tensor,
+    num_classes: int,
+    amp: Amp,
+    what: str = "",
+    role: str = "peer",
 ) -> None:
     try:
         with evaluating(peer), torch.inference_mode(), amp.autocast():
             logits = peer(images)
     except Exception as error:  # whatever a peer's code may raise
         raise InputError(
-            f"peer {name} fails on {what}{noun(images)}s {tuple(images.shape)}: {one_line(error)}"
+            f"{role} {name} fails on {what}{noun(images)}s {tuple(images.shape)}: {one_line(error)}"
             f"{_of_another_type(peer, images)}"
         ) from error
-    check_logits(name, logits, images, num_classes, REMEDY)
+    check_logits(name, logits, images, num_classes, REMEDY, role=role)
 
 
 def _of_another_type(peer: nn.Module, images: Tensor) -> str:
@@ -234,6 +243,7 @@ def recorded(
             model or type(peer).__name__
             for model, peer in zip(cohort.models, cohort.peers, strict=True)
         ),
+        "teachers": tuple(teacher.source or teacher.name for teacher in cohort.teachers),
     }
     changes |= task_of(config).recorded(cohort, train, images)
     return config.replace(**changes)

@@ -39,6 +39,7 @@ def plan(trainer: Trainer) -> str:
             (f"peer {k}", f"{name}, {count:,} parameters, loss of the first step {loss:.4f}")
             for k, (name, count, loss) in enumerate(peers)
         ),
+        *((f"teacher {t}", f"{one.name}, frozen") for t, one in enumerate(cohort.teachers)),
         (
             "device",
             f"{device_name(trainer.device, choice.threads)}, {trainer.amp.name}, "

@@ -17,21 +17,26 @@ from torch import Tensor
 
 from fastdml.engine import Schedule, StepOutput
 from fastdml.engine.update import Update
+from fastdml.report.metrics_log import TEACHER_KL
 from fastdml.scalar_schedule import ScalarSchedule
 
 NEVER = 2**62  # a step number that no run reaches
 
 
 class Totals:
-    """Sums over the steps of an epoch, for K peers, with or without losses on features."""
+    """Sums over the steps of an epoch, for K peers, with or without losses on features, and for
+    M teachers of these names."""
 
-    def __init__(self, K: int, device: torch.device, metric: bool = False) -> None:
-        self.K = K
+    def __init__(
+        self, K: int, device: torch.device, metric: bool = False, teachers: Sequence[str] = ()
+    ) -> None:
+        self.K, self.teachers = K, tuple(teachers)
         self.watched = ("ce", "kl", "metric") if metric else ("ce", "kl")
         self.per_peer = ("loss", *self.watched, "entropy", "top1")
-        # each of per_peer (K), ensemble_correct (1), pairwise (K*K)
+        # each of per_peer (K), ensemble_correct (1), pairwise (K*K), teachers' (M*K)
         P = len(self.per_peer) * K
-        self.sums = torch.zeros(P + 1 + K * K, dtype=torch.float64, device=device)
+        size = P + 1 + (K + len(teachers)) * K
+        self.sums = torch.zeros(size, dtype=torch.float64, device=device)
         self.first_bad = torch.full(
             (len(self.watched) * K,), NEVER, dtype=torch.int64, device=device
         )
@@ -58,6 +63,7 @@ class Totals:
                 packed[at.span("ce", "kl")],
                 *([output.metric] if output.metric is not None else []),
                 packed[at.span("entropy", "pairwise_kl")],
+                *([output.teacher_kl.flatten()] if output.teacher_kl is not None else []),
             ]
         )
         self.sums += values
@@ -128,8 +134,10 @@ class Totals:
         means = (sums / count).tolist()
         record = {name: means[i * K : (i + 1) * K] for i, name in enumerate(self.per_peer)}
         record["ensemble_top1"] = means[P]
-        pairwise = means[P + 1 :]
-        record["pairwise_kl"] = [pairwise[i * K : (i + 1) * K] for i in range(K)]
+        pairs = [means[start : start + K] for start in range(P + 1, len(means), K)]
+        record["pairwise_kl"] = pairs[:K]
+        for name, row in zip(self.teachers, pairs[K:], strict=True):
+            record[TEACHER_KL + name] = row
         return record
 
 

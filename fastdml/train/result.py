@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
+from fastdml.cohort_teachers import Identity
 from fastdml.errors import MissingExtra
 from fastdml.report.tables import fixed_columns
 from fastdml.train.config.base import TrainConfig
@@ -49,6 +50,7 @@ class TrainResult:
     validation_scores: Any = None  # of the last weights
     best_validation_scores: Any = None  # that the best weights were chosen by
     independent: TrainResult | None = None  # the same peers trained without the KL term
+    teachers: tuple[Identity, ...] = ()  # by which the peers were taught, without their weights
 
     @property
     def scored_on(self) -> Literal["validation", "test"] | None:

@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
 
 from fastdml.cohort import Cohort
 from fastdml.data import HINT
@@ -52,6 +53,7 @@ from fastdml.train.run_folder import (
 )
 from fastdml.train.stopping import Stop, listening
 from fastdml.train.tasks.task import Evaluate, Prepared, Task, scoring_of, task_of
+from fastdml.train.teachers import taught, untaught
 from fastdml.train.trainer import Trainer
 from fastdml.yaml_file import CONFIG
 
@@ -91,6 +93,7 @@ def fit(
     config: TrainConfig,
     *,
     validation: Any | Evaluate | None = None,
+    teachers: Sequence[str | nn.Module] = (),
     callbacks: Sequence[Callback] = (),
 ) -> TrainResult | None:
     """Trains `cohort` in place, on the device it is on, and leaves it with the last mutual weights.
@@ -102,7 +105,9 @@ def fit(
     exactly, unless a data set draws from other generators than torch's; of a DataLoader
     `train.batches` says when it does. test: the same for evaluation, or a function from the cohort
     to its scores, or None. validation: the same again; it chooses the best weights and when to stop
-    (`patience`), and `test` is then read at the end alone. A description of the images is saved
+    (`patience`), and `test` is then read at the end alone. teachers: frozen networks that teach in
+    this run, beside the cohort's own: modules as `Cohort` takes them, or names as the setting has
+    them. A description of the images is saved
     with the weights, see `Cohort`. config: its device is not used; its settings of data and peers
     are replaced in the run's record by those of `train` and `cohort`. callbacks: see `Callback`.
     Returns None after a dry run.
@@ -118,7 +123,8 @@ def fit(
     task = task_of(config)
     with held() as show:
         prepared = Prepared(cohort, train, test, validation)
-        return _fit(task, prepared, config, show, "fastdml.train.fit", callbacks, own=True)
+        command = "fastdml.train.fit"
+        return _fit(task, prepared, config, show, command, callbacks, own=True, teachers=teachers)
 
 
 def _fit(
@@ -130,13 +136,13 @@ def _fit(
     callbacks: Sequence[Callback],
     *,
     own: bool = False,
+    teachers: Sequence[str | nn.Module] = (),
 ) -> TrainResult | None:
     """show: shows the log lines that were held back, once nothing can be refused any more. command:
     recorded in summary.json. own: data and peers are the caller's, not those that `config`
-    names."""
+    names. teachers: beside the cohort's and the settings' own."""
     cohort, train, test, validation = prepared
     device = next(cohort.parameters()).device
-    cohort.to(memory_format=torch.channels_last)
     train = as_batches(
         *(train, device, cohort.num_classes),
         check=task.check_labels,
@@ -144,10 +150,16 @@ def _fit(
         seed=config.seed,
     )
     amp = resolve_amp(config.amp, device)
-    if len(cohort) == 1:
-        logger.info("one peer learns from the labels alone: nothing is mutual below two")
-    with lenient_stderr(), naming_dead_workers(), _reproducible(config, device):
+    with (
+        taught(cohort, config, teachers),
+        lenient_stderr(),
+        naming_dead_workers(),
+        _reproducible(config, device),
+    ):
         # 1. Prepare: refuse what cannot run before anything is written.
+        if len(cohort) + len(cohort.teachers) == 1:
+            logger.info("one peer learns from the labels alone: nothing is mutual below two")
+        cohort.to(memory_format=torch.channels_last)
         images = checks.first_look(cohort, train, config, amp)
         scored = evaluations(task, cohort, validation, test, config, amp)
         if own:
@@ -173,7 +185,10 @@ def _fit(
             with concluding():
                 keep_predictions(trainer)
             # 3. Train them each by itself, from the same weights, on the same batches.
-            independent = _independent(trainer, stop) if config.independent else None
+            independent = None
+            if config.independent:
+                with untaught(cohort):
+                    independent = _independent(trainer, stop)
             # 4. Conclude: pictures and summaries.
             return _conclude(mutual, independent, command)
 
@@ -267,6 +282,7 @@ def _report(mutual: TrainResult, independent: TrainResult | None, command: str) 
             config=result.config.to_dict(),
             scoring=scoring,
             peers=result.peers,
+            teachers=[identity._asdict() for identity in result.teachers],
             parameters=result.parameters,
             device=result.device,
             execution=result.execution,

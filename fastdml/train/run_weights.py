@@ -11,6 +11,7 @@ import torch
 
 from fastdml.cohort import Cohort
 from fastdml.errors import InputError
+from fastdml.exported_weights import read_safetensors
 from fastdml.report.metrics_log import read_metrics
 from fastdml.report.summary import prolonged, read_summary
 from fastdml.train.config.base import TrainConfig
@@ -91,6 +92,41 @@ def run_cohort(
     cohort = found.cohort(device, peers)
     logger.info(found.describe())
     return cohort
+
+
+def load_cohort(
+    path: Path,
+    weights: Weights | None,
+    device: str | torch.device,
+    peers: Sequence[Any] | None = None,
+) -> tuple[Cohort, Weights | None]:
+    """The peers below `path`, and which weights of a run they are; None where it is no run."""
+    if weights not in (None, "last", "best"):
+        raise InputError(f"weights must be 'last' or 'best', not {weights!r}")
+    if is_run(path):
+        weights = weights or default_weights(path)
+        return run_cohort(path, weights, device, peers), weights
+    if path.is_file():
+        description, tensors = read_safetensors(path)
+        cohort = Cohort.restore(description, tensors, path, device, peers=peers)
+    elif (path / "cohort.json").is_file():
+        cohort = Cohort.load(path, device, peers=peers)
+    elif path.exists():
+        raise InputError(
+            f"{path} is neither the folder of a run, nor of a cohort: it holds no config.yaml and "
+            f"no cohort.json{_exported_in(path)}"
+        )
+    else:
+        raise InputError(f"there is no {path}: give the folder of a run or an exported file")
+    if weights is not None:
+        raise InputError(f"{path} is no run and has one set of weights: leave weights out")
+    return cohort, None
+
+
+def _exported_in(folder: Path) -> str:
+    """For the message: what to give in place of a folder of exported files."""
+    found = sorted(folder.glob("*.safetensors"))
+    return f"; give one of its files, such as {found[0]}" if found else ""
 
 
 def _choosing_scores(run: Path, weights: Weights) -> dict[str, Any] | None:

@@ -101,14 +101,19 @@ class Trainer:
         rates = learning_rate.rates(config, self.steps)
         self.rates = rates.tolist()
         self.schedule = Schedule(self.optimizer, rates)
-        self.loss = task.mutual_loss(config, len(cohort)).to(self.device)
+        self.loss = task.mutual_loss(config, len(cohort) + len(cohort.teachers)).to(self.device)
         self.loss_schedules = loss_schedules(config, self.steps, total, self.device)
         for name, scheduled in self.loss_schedules.items():
             setattr(self.loss, name, scheduled.value)
         self.metric = task.metric_loss(config, cohort)
         if self.metric is not None:
             self.metric.to(self.device)
-        self.totals = Totals(len(cohort), self.device, metric=self.metric is not None)
+        self.totals = Totals(
+            len(cohort),
+            self.device,
+            metric=self.metric is not None,
+            teachers=[teacher.name for teacher in cohort.teachers],
+        )
         self.record = Record(self.schedule, self.totals, [*self.loss_schedules.values()])
         self.ema = Ema(cohort, config.ema) if config.ema else None
         self.assemble = assembler(train, self.device)
@@ -253,6 +258,8 @@ class Trainer:
             f"{progress.total - progress.position:,} steps",
             f"folder {self.folder}",
         ]
+        if teachers := [teacher.name for teacher in self.cohort.teachers]:
+            parts.insert(3, f"taught by {', '.join(teachers)}")
         if seconds := getattr(self.step, "seconds", None):
             parts.append(f"about {duration(seconds * progress.left)}")
         logger.info(", ".join(parts) + self._costs(batch, choice))
@@ -445,6 +452,7 @@ class Trainer:
             execution=self.execution,
             threads=self.choice and self.choice.threads,
             stopped=progress.stopped,
+            teachers=tuple(self.cohort.taught_by),
         )
 
     def _call_end(self, result: TrainResult) -> None:

@@ -15,6 +15,7 @@ from fastdml.train import checkpoint
 from fastdml.train.random_state import rng_state, set_rng_state
 from fastdml.train.run_folder import LAST_CHECKPOINT
 from fastdml.train.same_data import check_same_data
+from fastdml.train.teachers import check_same_teachers
 
 if TYPE_CHECKING:
     from fastdml.train.trainer import Trainer
@@ -63,6 +64,8 @@ def restore(trainer: Trainer) -> None:
         _take_record(trainer, state, path)
         check_same_data(state.get("data"), trainer.data_marks, f"cannot resume {path}")
         _check_fits(trainer, state, path)
+        teachers = state.get("description", {}).get("teachers", [])
+        check_same_teachers(teachers, trainer.cohort.taught_by, f"cannot resume {path}")
         _take(trainer, state, path)
     except (InputError, torch.OutOfMemoryError):
         raise

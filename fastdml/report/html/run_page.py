@@ -11,6 +11,7 @@ from fastdml.report.html import curves, from_predictions, headline
 from fastdml.report.html.curves import Panel
 from fastdml.report.html.headline import Shown
 from fastdml.report.html.render import render
+from fastdml.report.metrics_log import TEACHER_KL
 from fastdml.report.plots import pairwise_spans
 from fastdml.report.run_files import PLACES, RunFiles, number, numbers, table
 from fastdml.report.scoring import Scoring
@@ -187,6 +188,21 @@ def _share(value: float | None) -> float | None:
     return None if value is None else 100 * value
 
 
+def _teachers(run: RunFiles) -> list[tuple[str, str]]:
+    """Each teacher, with how far the peers were from it at the last reading."""
+    readings = [r for r in run.records if any(key.startswith(TEACHER_KL) for key in r)]
+    found = []
+    for key, values in (readings[-1] if readings else {}).items():
+        if key.startswith(TEACHER_KL):
+            apart = numbers(values, len(run.peers))
+            each = (
+                f"{name} {_kl_text(math.nan if v is None else v)}"
+                for name, v in zip(run.peers, apart, strict=True)
+            )
+            found.append((f"KL from teacher {key.removeprefix(TEACHER_KL)}", ", ".join(each)))
+    return found
+
+
 def _environment(run: RunFiles) -> list[tuple[str, str]]:
     """What the run ran on, as far as its summary tells."""
     summary, phase = run.summary, run.phase
@@ -199,6 +215,7 @@ def _environment(run: RunFiles) -> list[tuple[str, str]]:
         ("ended", summary.get("date")),
         ("stopped early", phase.get("stopped")),
         ("independent peers stopped early", table(summary.get("independent")).get("stopped")),
+        *_teachers(run),
         ("device", summary.get("device")),
         ("precision", phase.get("precision")),
         ("execution of the steps", summary.get("execution")),

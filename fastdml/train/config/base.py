@@ -69,6 +69,8 @@ class TrainConfig:
     # --- peers and loss ---
     peers: tuple[str, ...] = ("resnet32", "resnet32")
     """Models to train together; a name given twice is two peers with different initial weights."""
+    teachers: tuple[str, ...] = ()
+    """Frozen networks that teach too: RUN, RUN:PEER or timm:NAME (pretrained). Paper: no."""
     pretrained: bool = False
     """Begin with timm's weights, a new head on top; for peers called timm:NAME. Paper: no."""
     temperature: float = 1.0
@@ -240,7 +242,7 @@ class TrainConfig:
         """Raises InputError where there are no peers, or no loss for one of them."""
         if not self.peers:
             raise InputError("peers is empty: name at least one model, for instance resnet32")
-        alone = self.independent or len(self.peers) == 1
+        alone = self.independent or (len(self.peers) == 1 and not self.teachers)
         weights = [
             name
             for name in field_types(type(self))
@@ -312,10 +314,11 @@ class TrainConfig:
         return dataclasses.replace(self, **completed(changes))
 
     def alone(self) -> Self:
-        """The settings of the independent run: the same peers without the losses between them."""
+        """The settings of the independent run: the same peers without the losses between them, and
+        without teachers."""
         constant = {"kl_schedule": "constant", "kl_weight_end": None, "kl_warmup_epochs": 0.0}
         none = dict.fromkeys(self.mutual_weights, 0.0)
-        return self.replace(**none, **constant, independent=False)
+        return self.replace(**none, **constant, teachers=(), independent=False)
 
     def save(self, path: Path) -> None:
         write_settings(path, self.to_dict())

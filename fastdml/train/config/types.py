@@ -22,6 +22,7 @@ class TrainSettings(TypedDict, total=False):
     flip: bool
     augment: Literal["none", "standard", "trivial", "rand"]
     loader: Literal["auto", "resident", "dali", "torch"]
+    teachers: Sequence[str]
     pretrained: bool
     temperature: float
     temperature_schedule: Literal["constant", "linear", "cosine"]

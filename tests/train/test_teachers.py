@@ -1,0 +1,209 @@
+"""Runs with teachers: where they come from, what is written of them, and how such a run resumes."""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import json
+import shutil
+
+import pytest
+import torch
+import yaml
+from runs import logged, same_weights
+from tiny_runs import CLASSES, CPU, TinyPeer, make_cohort, make_images, make_loaders
+from torch import nn
+
+import fastdml
+from fastdml import cli
+from fastdml.cohort import Cohort
+from fastdml.cohort_teachers import digest
+from fastdml.data import ResidentLoader
+from fastdml.errors import InputError
+from fastdml.predictor import Predictor
+from fastdml.train import fit
+
+pytestmark = pytest.mark.usefixtures("_no_pictures")
+SMALL = ["--subset", "16", "--batch-size", "8", "--epochs", "1", "--no-tensorboard", "--threads",
+         "1", "--execution", "eager", "--schedule", "step", "--amp", "off"]  # fmt: skip
+
+
+def train(*options):
+    return cli.main(["train", "digits", *SMALL, *options])
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory):
+    """A run of two peers, from which others take teachers."""
+    folder = tmp_path_factory.mktemp("teachers")
+    assert train("--peers", "resnet8", "resnet14", "--folder", str(folder / "big")) == 0
+    return folder
+
+
+@pytest.fixture
+def here(made, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    shutil.copytree(made / "big", "big")
+    return tmp_path
+
+
+def taught(*teachers, folder="small", peers=("resnet8",), more=()):
+    return train("--peers", *peers, "--folder", folder, *more, "--teachers", *teachers)
+
+
+def test_a_peer_of_a_run_teaches_and_is_named_everywhere(here, capsys):
+    assert taught("big:resnet14", more=["--csv"]) == 0
+    assert "taught by big:resnet14" in capsys.readouterr().err
+    teacher = Cohort.load("big").peers[1]
+    entry = {"name": "big:resnet14", "source": "big:resnet14", "model": "resnet14",
+             "sha256": digest(teacher)}  # fmt: skip
+    said = json.loads((here / "small/cohort.json").read_text())
+    assert said["teachers"] == [entry]
+    assert json.loads((here / "small/summary.json").read_text())["teachers"] == [entry]
+    state = torch.load("small/last.ckpt", weights_only=True)
+    assert state["description"]["teachers"] == [entry]
+    assert all(key.startswith("peers.0.") for key in state["cohort"])
+    assert yaml.safe_load((here / "small/config.yaml").read_text())["teachers"] == ["big:resnet14"]
+    (epoch,) = (r for r in logged("small") if r["kind"] == "epoch")
+    assert epoch["teacher_kl/big:resnet14"] == pytest.approx(epoch["kl"])
+    assert cli.main(["report", "small", "--to", "page.html"]) == 0
+    page = (here / "page.html").read_text()
+    assert "KL from teacher big:resnet14" in page
+    assert f"resnet8 {epoch['teacher_kl/big:resnet14'][0]:.3f}" in page
+    assert cli.main(["export", "small", "--format", "safetensors"]) == 0
+    card = (here / "small/export/00-resnet8.md").read_text()
+    assert "taught by big:resnet14" in card
+    assert digest(teacher) in card
+    predictor = fastdml.load("small/export/00-resnet8.safetensors")
+    assert predictor.names == ["resnet8"]
+    assert cli.main(["evaluate", "small"]) == 0
+    assert taught("small/export/00-resnet8.safetensors", folder="next") == 0
+    (entry,) = json.loads((here / "next/cohort.json").read_text())["teachers"]
+    assert entry["sha256"] == digest(Cohort.load("small").peers[0])
+
+
+def test_without_a_peer_all_of_a_run_teach_and_the_independent_phase_has_none(here):
+    assert taught("big", peers=("resnet8", "resnet8"), more=["--independent"]) == 0
+    names = [t["name"] for t in json.loads((here / "small/cohort.json").read_text())["teachers"]]
+    assert names == ["big:resnet8", "big:resnet14"]
+    alone = json.loads((here / "small/independent/cohort.json").read_text())
+    assert "teachers" not in alone
+    assert yaml.safe_load((here / "small/independent/config.yaml").read_text())["teachers"] == []
+    assert not any("teacher" in key for r in logged("small/independent") for key in r)
+
+
+def test_a_dry_run_names_them(here, capsys):
+    assert taught("big:1", more=["--dry-run"]) == 0
+    assert "teacher 0   big:resnet14, frozen" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("teacher", "message"),
+    [
+        ("big:resnet15", "teacher big:resnet15: there is no peer 'resnet15'"),
+        ("bug:resnet8", "teacher bug:resnet8: there is no bug: give the folder of a run"),
+        ("big:ensemble", "teacher big:ensemble: an ensemble gives no logits"),
+        ("big/peers", "teacher big/peers: big/peers is neither the folder of a run"),
+        ("grey", "teacher grey:TinyPeer tells 4 classes apart, and the peers 10"),
+    ],
+)
+def test_what_cannot_teach_is_one_line(here, capsys, teacher, message):
+    if teacher == "grey":
+        cohort = Cohort(["resnet8"], 4, in_channels=1)
+        cohort.names = ["TinyPeer"]
+        cohort.save("grey")
+    assert taught(teacher) == 2
+    err = capsys.readouterr().err.splitlines()
+    assert len(err) == 1, err
+    assert message in err[0]
+    assert not (here / "small").exists()
+
+
+def test_a_run_goes_on_with_the_same_teachers_wherever_they_are(here, capsys):
+    assert taught("big", folder="whole", more=["--epochs", "2"]) == 0
+    assert taught("big") == 0
+    on = ["train", "digits", "--folder", "small", "--resume", "--epochs", "2"]
+    (here / "big").rename("moved")
+    capsys.readouterr()
+    assert cli.main(on) == 2
+    message = capsys.readouterr().err
+    assert "cannot resume small: teacher big: there is no big" in message
+    assert "--teachers says where they are now" in message
+    assert cli.main([*on, "--teachers", "moved:resnet14", "moved:resnet8"]) == 2
+    message = capsys.readouterr().err
+    assert "cannot resume small/last.ckpt: teacher big:resnet8 had weights of SHA-256" in message
+    assert "and those of moved:resnet14 are" in message
+    assert cli.main([*on, "--teachers", "moved:resnet14"]) == 2
+    message = "its teachers were big:resnet8, big:resnet14 and are now moved:resnet14"
+    assert message in capsys.readouterr().err
+    assert cli.main([*on, "--teachers", "moved"]) == 0
+    assert same_weights(Cohort.load("small"), Cohort.load("whole"))
+
+
+class TestFit:
+    def test_modules_teach_in_one_run_or_for_good(self, settings, tmp_path):
+        teacher = TinyPeer(9, 77)
+        found = []
+        for own, given in (((teacher,), ()), ((), (teacher,))):
+            cohort = make_cohort()
+            cohort.teachers = own
+            config = settings(folder=str(tmp_path / str(len(found))))
+            result = fit(cohort, *make_loaders(), config, teachers=given)
+            assert [t.name for t in result.teachers] == ["TinyPeer"]
+            assert len(cohort.teachers) == len(own)
+            assert cohort.taught_by == list(result.teachers)
+            assert result.config.teachers == ("TinyPeer",)
+            found.append(cohort)
+        assert same_weights(*found)
+        alone = make_cohort()
+        fit(alone, *make_loaders(), settings(folder=str(tmp_path / "alone")))
+        assert not same_weights(alone, found[0])
+        assert alone.taught_by == []
+
+    def test_averages_and_sequential_updates_resume_bit_for_bit(self, settings, tmp_path):
+        options = {"ema": 0.9, "update": "sequential", "schedule": "step", "lr_drop_every": 0}
+        cohorts = []
+        for name, lengths in (("whole", (2,)), ("parts", (1, 2))):
+            for epochs in lengths:
+                cohort = make_cohort()
+                folder = {"folder": str(tmp_path / name), "resume": (tmp_path / name).exists()}
+                config = settings(epochs=epochs, **folder, **options)
+                fit(cohort, *make_loaders(), config, teachers=[TinyPeer(9, 77)])
+            cohorts.append(cohort)
+        assert same_weights(*cohorts)
+        again = settings(epochs=3, folder=str(tmp_path / "parts"), resume=True, **options)
+        with pytest.raises(InputError, match="teacher TinyPeer had weights of SHA-256"):
+            fit(make_cohort(), *make_loaders(), again, teachers=[TinyPeer(9, 78)])
+
+    def test_what_load_gives_is_refused_with_its_remedy(self, settings):
+        with pytest.raises(InputError, match=r"teachers=\[\*it\.peers\]"):
+            fit(make_cohort(), *make_loaders(), settings(), teachers=[Predictor(make_cohort())])
+
+    def test_a_teacher_of_another_normalisation_gets_the_images_as_it_was_trained(
+        self, settings, tmp_path
+    ):
+        """As a module that undoes the run's normalisation and does its own by hand."""
+        taught = {"amp": "off", "epochs": 1}
+        big = Cohort(["resnet8"], CLASSES, in_channels=1)
+        fit(big, *make_loaders(), settings(folder=str(tmp_path / "big"), **taught))
+
+        class ByHand(nn.Module):
+            def __init__(self):
+                super().__init__()
+                self.net = copy.deepcopy(big.peers[0])
+
+            def forward(self, x):
+                return self.net((x * 30 + 80 - 100) / 60)
+
+        found = []
+        for teacher in (str(tmp_path / "big"), ByHand()):
+            images = dataclasses.replace(make_images(96, 1), mean=(80.0,), std=(30.0,))
+            train = ResidentLoader(images, 16, train=True, device=CPU, pad=0, flip=False)
+            cohort = Cohort(["resnet8"], CLASSES, in_channels=1, seed=5)
+            config = settings(folder=str(tmp_path / str(len(found))), **taught)
+            result = fit(cohort, train, None, config, teachers=[teacher])
+            found.append(result.history[-1])
+        assert found[0]["teacher_kl/big:resnet8"] == pytest.approx(
+            found[1]["teacher_kl/ByHand"], rel=1e-4
+        )
+        assert found[0]["loss"] == pytest.approx(found[1]["loss"], rel=1e-5)
