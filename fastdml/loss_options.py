@@ -10,6 +10,7 @@ import operator
 from collections.abc import Callable, Sequence
 from typing import Any, Literal, TypedDict, TypeVar, get_type_hints
 
+import torch
 from fastdml_kernels import Call, Options
 from fastdml_kernels.options import EVEN, Divergence, Gate, Reduction, Scalar, Target
 from torch import Tensor
@@ -90,7 +91,8 @@ def call_with(
                 "divergence='jeffreys'; give one of the two"
             )
         divergence = "jeffreys"
-    options = Options(
+    of_values = _options if ignore_index.__class__ is int else Options  # 2.0 == 2, True == 1
+    options = of_values(
         target, gate, divergence, jsd_beta, bool(detach_targets), label_smoothing, ignore_index,
         bool(mimic_ignored), reduction, None if students is None else indices_of(students),
     )  # fmt: skip
@@ -98,6 +100,26 @@ def call_with(
         labels, options, temperature, ce_weight, kl_weight, peer_weights, class_weight,
         sample_weight, bool(want_stats),
     )  # fmt: skip
+
+
+_KNOWN: dict[Any, Options] = {}  # by their values
+MOST = 256
+
+
+def _options(*values: Any) -> Options:
+    """`Options(*values)`, checked once: a loop asks for the same ones at every step."""
+    if torch.compiler.is_compiling():
+        return Options(*values)
+    try:
+        known = _KNOWN.get(values)
+    except TypeError:  # not hashable: no option's value
+        return Options(*values)
+    if known is None:
+        known = Options(*values)
+        if len(_KNOWN) >= MOST:
+            _KNOWN.clear()
+        _KNOWN[values] = known
+    return known
 
 
 def _numbers(students: Students) -> list[Any]:

@@ -9,7 +9,6 @@ the launcher. Tracers, dispatch modes, and tensors that are not plain memory get
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from contextlib import AbstractContextManager, nullcontext
 from typing import Any, NamedTuple, cast
 
 import torch
@@ -30,7 +29,6 @@ from .torch_private import (
     transforms_active,
 )
 
-AS_IT_IS = nullcontext()
 NO_SECOND_DERIVATIVE = (
     "mutual_loss has no second derivative (create_graph=True, torch.func.grad): its gradient comes "
     "out of the forward kernel; use fastdml_kernels.reference for one"
@@ -101,7 +99,7 @@ def peers_of(logits: Sequence[Tensor]) -> list[Tensor]:
 
 def students_of(logits: Sequence[Tensor], given: tuple[int, ...] | None) -> tuple[int, ...]:
     """The peers, of those given (None is all), whose logits require a gradient."""
-    if is_stacked(logits):
+    if len(logits) == 1 and is_stacked(logits):
         if not logits[0].requires_grad:
             return ()
         return tuple(range(logits[0].shape[0])) if given is None else given
@@ -131,13 +129,6 @@ def by_operator(tensors: Iterable[Tensor]) -> bool:
         or torch.jit.is_tracing()
         or not all(map(is_plain, tensors))
     )
-
-
-def _without_autocast(device: str) -> AbstractContextManager:
-    """The loss computes in float32 whatever surrounds it. (Kernels do anyway.)"""
-    if device == "cpu" and torch.is_autocast_enabled(device):
-        return torch.autocast(device, enabled=False)
-    return AS_IT_IS
 
 
 def losses_and_grads(
@@ -173,10 +164,12 @@ def new_grads(
     else is not written yet."""
     if not students:
         return []
-    stacked = is_stacked(logits)
-    grads: list[Tensor | None] = [
+    learning: Sequence[Tensor | None] = logits
+    if len(students) < len(logits):
+        learning = [z if k in students else None for k, z in enumerate(logits)]
+    grads = [
         None
-        if not stacked and k not in students
+        if z is None
         else torch.empty_like(z)
         if z.is_contiguous() and z.dtype != torch.float16
         else torch.empty_like(
@@ -184,18 +177,19 @@ def new_grads(
             dtype=of_float16 if z.dtype == torch.float16 else None,
             memory_format=torch.contiguous_format,
         )
-        for k, z in enumerate(logits)
+        for z in learning
     ]
-    if stacked and len(students) < logits[0].shape[0]:
+    if len(logits) == 1 and is_stacked(logits):
         _zero_teachers(cast(Tensor, grads[0]), students)
     return grads
 
 
 def _zero_teachers(stacked: Tensor, students: Sequence[int]) -> None:
-    with torch.no_grad():
-        for k, rows in enumerate(stacked.unbind()):
-            if k not in students:
-                rows.zero_()
+    if len(students) < stacked.shape[0]:
+        with torch.no_grad():
+            for k, rows in enumerate(stacked.unbind()):
+                if k not in students:
+                    rows.zero_()
 
 
 def grads_of_peers(
@@ -203,12 +197,9 @@ def grads_of_peers(
 ) -> Sequence[Tensor | None]:
     """What `new_grads` made as the kernels take it: (N, C) each, None for a peer that only teaches;
     () without students."""
-    if not grads:
-        return ()
-    first = grads[0]
-    if first is None or first.dim() == 2:
+    if len(grads) != 1 or grads[0] is None or grads[0].dim() == 2:
         return grads
-    each = first.unbind()
+    each = grads[0].unbind()
     if len(students) == len(each):
         return each
     return [g if k in students else None for k, g in enumerate(each)]
@@ -233,8 +224,12 @@ def compute(
     upstream: Tensor | None = None,
 ) -> tuple[Tensor, Tensor | None]:
     """Losses (K,) or (K, N) and packed statistics (None if not wanted)."""
-    device = logits[0].device.type
-    of_device = mutual_loss_cpu if device == "cpu" else launch
+    of_device = launch
+    if logits[0].device.type == "cpu":
+        of_device = mutual_loss_cpu
+        if torch.is_autocast_enabled("cpu"):  # float32 whatever surrounds it, as in the kernels
+            with torch.autocast("cpu", enabled=False):
+                return compute(logits, call, grads, upstream)
     peer_weights, class_weight, sample_weight = call[5:8]
     if peer_weights is not None:  # the kernels assume contiguous weights
         peer_weights = peer_weights.contiguous()
@@ -242,13 +237,12 @@ def compute(
         class_weight = class_weight.contiguous()
     if sample_weight is not None:
         sample_weight = sample_weight.contiguous()
-    with _without_autocast(device):
-        losses, stats = of_device(
-            peers_of(logits), call.labels, call.options,
-            temperature=call.temperature, ce_weight=call.ce_weight, kl_weight=call.kl_weight,
-            peer_weights=peer_weights, class_weight=class_weight, sample_weight=sample_weight,
-            grads=grads, want_stats=call.want_stats, upstream=upstream,
-        )  # fmt: skip
+    losses, stats = of_device(
+        peers_of(logits), call.labels, call.options,
+        temperature=call.temperature, ce_weight=call.ce_weight, kl_weight=call.kl_weight,
+        peer_weights=peer_weights, class_weight=class_weight, sample_weight=sample_weight,
+        grads=grads, want_stats=call.want_stats, upstream=upstream,
+    )  # fmt: skip
     return losses, stats if call.want_stats else None
 
 
