@@ -18,7 +18,7 @@ OLDEST = .venv-oldest/bin
 TRAIN = .venv/train.stamp
 DEV = .venv/dev.stamp
 OLDEST_STAMP = .venv-oldest/installed.stamp
-NATIVE = kernels/fastdml_kernels/cpu_rows.c
+NATIVE = $(wildcard kernels/fastdml_kernels/cpu_*.[ch])
 
 .NOTPARALLEL:
 .PHONY: help demo test test-slow test-browser test-docs test-gpu test-oldest soak fuzz sanitize smoke lint bench docs site universal clean distclean

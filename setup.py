@@ -1,12 +1,16 @@
 """Two import names from one distribution: `fastdml` and, from kernels/, `fastdml_kernels`; and the
 CPU's loss in native code, without which (no C compiler) everything works, slower."""
 
+from pathlib import Path
+
 from setuptools import Extension, find_packages, setup
 
+NATIVE = Path("kernels/fastdml_kernels")
 CPU_ROWS = Extension(
     "fastdml_kernels._cpu_rows",
-    ["kernels/fastdml_kernels/cpu_rows.c"],
-    extra_compile_args=["-O3", "-std=c11", "-pthread", "-Wno-psabi"],
+    sorted(map(str, NATIVE.glob("cpu_rows*.c"))),
+    depends=sorted(map(str, NATIVE.glob("cpu_*.h"))),
+    extra_compile_args=["-O3", "-std=c11", "-ffp-contract=off", "-pthread", "-Wno-psabi"],
     extra_link_args=["-pthread", "-lm"],
     py_limited_api=True,  # it has no Python in it: ctypes loads it
     optional=True,

@@ -16,6 +16,7 @@ import pytest
 from fastdml.machine.packages import EXTRAS
 
 ROOT = Path(__file__).resolve().parents[1]
+NATIVE = [path.name for path in (ROOT / "kernels" / "fastdml_kernels").glob("cpu_*.[ch]")]
 PAGES = ["README.md", "CHANGELOG.md", "CONTRIBUTING.md", "CITATION.cff"]
 PARTS = [
     "pyproject.toml",
@@ -60,7 +61,7 @@ def test_the_wheel_holds_both_import_names_and_nothing_else(tmp_path):
     expected |= {str(p.relative_to(ROOT / "kernels")) for p in (ROOT / "kernels").glob("*/**/*.py")}
     assert {"fastdml/__init__.py", "fastdml_kernels/__init__.py"} <= expected
     info = next(n.split("/")[0] for n in names if ".dist-info/" in n)
-    expected |= {"fastdml_kernels/cpu_rows.c", "fastdml_kernels/tile_table.json"}
+    expected |= {f"fastdml_kernels/{name}" for name in ("tile_table.json", *NATIVE)}
     expected |= {"fastdml/py.typed", "fastdml_kernels/py.typed"}
     templates = (ROOT / "fastdml" / "report" / "html" / "templates").iterdir()
     expected |= {str(path.relative_to(ROOT)) for path in templates}
@@ -130,9 +131,7 @@ def test_the_source_distribution_can_be_built_and_read(tmp_path):
         path for path in (ROOT / "docs").rglob("*") if path.suffix in (".md", ".svg", ".png")
     ]
     assert {str(path.relative_to(ROOT)) for path in documents} <= names
-    assert {
-        f"kernels/fastdml_kernels/{n}" for n in ("loss_op.py", "cpu_rows.c", "py.typed")
-    } <= names
+    assert {f"kernels/fastdml_kernels/{n}" for n in ("loss_op.py", "py.typed", *NATIVE)} <= names
     assert not [name for name in names if name.endswith(".so")]
 
 

@@ -82,6 +82,7 @@ def native_code() -> str:
             ctypes.CDLL(str(path))
         except OSError as error:
             return str(error).strip().splitlines()[0]
+        return f"{path.name} was built from other code"
     return "absent"
 
 

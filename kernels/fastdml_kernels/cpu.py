@@ -358,12 +358,10 @@ def mutual_loss_cpu(
     K, (N, C) = len(logits), logits[0].shape
     dtype = torch.float64 if any(z.dtype == torch.float64 for z in logits) else torch.float32
     temperature, ce_weight, kl_weight = float(temperature), float(ce_weight), float(kl_weight)
-    weights = (peer_weights, class_weight, sample_weight, upstream)
-    if N and all(w is None for w in weights) and takes(logits, options):
+    if N and takes(logits, options, upstream):
         done = rows_loss(
-            logits, labels, options, temperature, ce_weight, kl_weight,
-            [torch.empty_like(z) if g is None else g for z, g in zip(logits, grads, strict=False)],
-            want_stats,
+            logits, labels, options, temperature, ce_weight, kl_weight, grads, want_stats,
+            peer_weights, class_weight, sample_weight,
         )  # fmt: skip
         if done is not None:
             return done

@@ -1,11 +1,16 @@
-/* Random problems for cpu_rows.c, its answers against plain double arithmetic: `rows_driver SEED N`.
+/* Random problems for the CPU's native loss: `rows_driver SEED N`. The answers to the usual loss are
+held against plain double arithmetic; those with other options are only looked at for NaN, as tests in
+Python compare them.
 
 Built with a sanitizer, it finds what reads or writes beyond a row, what is undefined, and threads
 that touch the same bytes: every tensor is an allocation of its own that ends with its last value. */
 
-#include "../../kernels/fastdml_kernels/cpu_rows.c"
+#include "../../kernels/fastdml_kernels/cpu_rows.h"
 
 #include <stdio.h>
+
+extern int fastdml_widest;
+int fastdml_loss(const int64_t *whole, const double *real, const StatsLayout *at);
 
 static uint64_t state;
 static int64_t seed, problem;
@@ -35,16 +40,35 @@ typedef struct {
     int64_t K, N, C, label_bytes, ignore_index, averaged, threads, stats, grads;
     int64_t stride[PEERS], grad_stride[PEERS];
     int types[PEERS];
-    char *z[PEERS], *g[PEERS], *labels;
-    double real[4]; /* temperature, smoothing, ce_weight, kl_weight */
+    int64_t usual, reduction, divergence, target, gate, mimic_ignored;
+    char *z[PEERS], *g[PEERS], *labels; /* a gradient may be NULL */
+    float *weights[3];                  /* of peers, classes and samples, or NULL */
+    double real[5]; /* temperature, smoothing, ce_weight, kl_weight, beta */
 } Case;
 
 static char *at(const Case *c, char *base, const int64_t *stride, int64_t k, int64_t n, int64_t i) {
     return base + size_of(c->types[k]) * (n * stride[k] + i);
 }
 
+static float value(const char *where, int type) {
+    float x;
+    uint16_t high;
+    if (type == FLOAT32) {
+        memcpy(&x, where, 4);
+        return x;
+    }
+    memcpy(&high, where, 2);
+    const uint32_t bits = (uint32_t)high << 16;
+    memcpy(&x, &bits, 4);
+    return x;
+}
+
 static double logit(const Case *c, int64_t k, int64_t n, int64_t i) {
-    return load_one(at(c, c->z[k], c->stride, k, n, i), c->types[k], 0);
+    return value(at(c, c->z[k], c->stride, k, n, i), c->types[k]);
+}
+
+static double gradient(const Case *c, int64_t k, int64_t n, int64_t i) {
+    return value(at(c, c->g[k], c->grad_stride, k, n, i), c->types[k]);
 }
 
 static void put(char *where, int type, float x) {
@@ -80,6 +104,7 @@ static Case make(void) {
     c.label_bytes = draw(2) ? 8 : 4;
     c.ignore_index = draw(2) ? -100 : (int64_t)draw(c.C);
     c.averaged = draw(2), c.threads = 1 + draw(4), c.stats = draw(2), c.grads = draw(2);
+    c.reduction = c.averaged ? MEAN : SUM, c.usual = draw(2), c.real[4] = 0.3;
     c.real[0] = T[draw(6)], c.real[1] = eps[draw(5)], c.real[2] = w[draw(4)], c.real[3] = w[draw(4)];
     const int mixed = draw(3) == 0;
     for (int64_t k = 0; k < c.K; k++) {
@@ -88,7 +113,7 @@ static Case make(void) {
         c.grad_stride[k] = c.C + (draw(2) ? draw(20) : 0);
         const int64_t size = size_of(c.types[k]);
         c.z[k] = malloc(size * ((c.N - 1) * c.stride[k] + c.C));
-        c.g[k] = malloc(size * ((c.N - 1) * c.grad_stride[k] + c.C));
+        c.g[k] = c.grads && draw(4) ? malloc(size * ((c.N - 1) * c.grad_stride[k] + c.C)) : NULL;
         const double spread = draw(2) ? 3 : 20;
         for (int64_t n = 0; n < c.N; n++)
             for (int64_t i = 0; i < c.C; i++)
@@ -97,6 +122,15 @@ static Case make(void) {
     c.labels = malloc(c.label_bytes * c.N);
     for (int64_t n = 0; n < c.N; n++)
         set_label(&c, n, draw(5) ? (int64_t)draw(c.C) : c.ignore_index);
+    if (c.usual) return c;
+    c.reduction = draw(3), c.averaged = c.reduction == MEAN;
+    c.divergence = draw(4), c.target = draw(3), c.gate = draw(5), c.mimic_ignored = draw(2);
+    const int64_t sizes[] = {c.K * c.K, c.C, c.N};
+    for (int i = 0; i < 3; i++) {
+        if (draw(2)) continue;
+        c.weights[i] = malloc(sizes[i] * sizeof(float));
+        for (int64_t j = 0; j < sizes[i]; j++) c.weights[i][j] = (float)(draw(4) ? draw(100) : 0) / 50;
+    }
     return c;
 }
 
@@ -115,17 +149,19 @@ static int64_t lay_out(int64_t K, StatsLayout *at) {
 }
 
 static int call(const Case *c, float *losses, float *stats, const StatsLayout *layout) {
-    int64_t whole[10 + 5 * PEERS] = {
-        c->K, c->N, c->C, c->label_bytes, c->ignore_index, c->averaged, c->threads,
+    int64_t whole[17 + 5 * PEERS] = {
+        c->K, c->N, c->C, c->label_bytes, c->ignore_index, c->threads, c->reduction,
+        c->divergence, c->target, c->gate, c->mimic_ignored,
         (int64_t)c->labels, (int64_t)losses, (int64_t)(c->stats ? stats : NULL),
+        (int64_t)c->weights[0], (int64_t)c->weights[1], (int64_t)c->weights[2],
     };
     for (int64_t k = 0; k < c->K; k++) {
-        int64_t *own = whole + 10 + 5 * k;
+        int64_t *own = whole + 17 + 5 * k;
         const int64_t size = size_of(c->types[k]);
-        own[0] = (int64_t)c->z[k], own[1] = (int64_t)(c->grads ? c->g[k] : NULL);
+        own[0] = (int64_t)c->z[k], own[1] = (int64_t)c->g[k];
         own[2] = size * c->stride[k], own[3] = size * c->grad_stride[k], own[4] = c->types[k];
     }
-    return fastdml_rows(whole, c->real, layout);
+    return fastdml_loss(whole, c->real, layout);
 }
 
 static double log_sum(const Case *c, int64_t k, int64_t n, double T) {
@@ -147,10 +183,9 @@ static void check(const Case *c, const float *losses, const float *stats,
     for (int64_t n = 0; n < c->N; n++) {
         const int64_t y = label_of(c, n);
         if (y == c->ignore_index) {
-            for (int64_t k = 0; k < K && c->grads; k++)
-                for (int64_t i = 0; i < c->C; i++)
-                    near("gradient without a label", k, n,
-                         load_one(at(c, c->g[k], c->grad_stride, k, n, i), c->types[k], 0), 0, 0);
+            for (int64_t k = 0; k < K; k++)
+                for (int64_t i = 0; i < c->C && c->g[k]; i++)
+                    near("gradient without a label", k, n, gradient(c, k, n, i), 0, 0);
             continue;
         }
         double one[PEERS], hot[PEERS];
@@ -168,11 +203,10 @@ static void check(const Case *c, const float *losses, const float *stats,
                     pair[l][k] += T * T * exp(log_t) * (log_t - log_q);
                     if (l != k) pull += (exp(log_q) - exp(log_t)) / (K - 1);
                 }
-                if (!c->grads) continue;
+                if (!c->g[k]) continue;
                 const double want = per_row * (c->real[2] * (p - (i == y) * (1 - eps) - eps / c->C) +
                                                c->real[3] * T * pull);
-                const double found =
-                    load_one(at(c, c->g[k], c->grad_stride, k, n, i), c->types[k], 0);
+                const double found = gradient(c, k, n, i);
                 const double rounding = c->types[k] == BFLOAT16 ? fabs(want) / 128 : 0;
                 near("gradient", k, n, found, want, little * per_row * (1 + T) + rounding);
             }
@@ -197,6 +231,16 @@ static void check(const Case *c, const float *losses, const float *stats,
         for (int64_t l = 0; l < K; l++)
             near("pair", k, l, stats[layout->pairwise_kl + l * K + k] * labelled, pair[l][k], scale);
     }
+}
+
+/* Losses and gradients with any options. */
+static void check_finite(const Case *c, const float *losses) {
+    for (int64_t i = 0; i < c->K * (c->reduction == NONE ? c->N : 1); i++)
+        near("loss less itself", 0, i, losses[i] - losses[i], 0, 0);
+    for (int64_t k = 0; k < c->K; k++)
+        for (int64_t n = 0; n < c->N && c->g[k]; n++)
+            for (int64_t i = 0; i < c->C; i++)
+                near("gradient less itself", k, n, gradient(c, k, n, i) - gradient(c, k, n, i), 0, 0);
 }
 
 /* What the function must hand back: 1 and nothing to rely on. */
@@ -229,14 +273,17 @@ int main(int argc, char **argv) {
         const Case c = make();
         int64_t labelled = 0;
         for (int64_t i = 0; i < c.N; i++) labelled += label_of(&c, i) != c.ignore_index;
-        const int refused = (draw(4) == 0 && spoil(&c)) || !labelled;
-        float *losses = malloc(c.K * sizeof *losses);
+        const int refused = (draw(4) == 0 && c.usual && spoil(&c)) || !labelled;
+        fastdml_widest = 4 << draw(3);
+        float *losses = malloc(c.K * (c.reduction == NONE ? c.N : 1) * sizeof *losses);
         StatsLayout layout;
         float *stats = malloc(lay_out(c.K, &layout) * sizeof *stats);
         const int status = call(&c, losses, stats, &layout);
-        if (status != refused) fail("status", 0, 0, status, refused);
-        if (!refused) check(&c, losses, stats, &layout);
+        if (c.usual && status != refused) fail("status", 0, 0, status, refused);
+        if (c.usual && !refused) check(&c, losses, stats, &layout);
+        if (!c.usual && !status) check_finite(&c, losses);
         for (int64_t k = 0; k < c.K; k++) free(c.z[k]), free(c.g[k]);
+        for (int i = 0; i < 3; i++) free(c.weights[i]);
         free(c.labels), free(losses), free(stats);
     }
     printf("%d problems of seed %d\n", (int)number, (int)seed);

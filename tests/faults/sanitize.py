@@ -1,9 +1,8 @@
-"""Builds cpu_rows.c with sanitizers and runs it over random problems: `make sanitize SECONDS=600`.
+"""Builds the CPU's native loss with sanitizers, and runs it over random problems with each width of
+vectors that the processor has: `make sanitize SECONDS=600`.
 
 address     what reads or writes beyond a tensor's last value, and what C leaves undefined
-plain       the same without the variants for one processor, which AVX2 machines would not take
-thread      threads that touch the same bytes (without those variants: gcc's thread sanitizer
-            cannot start a program whose functions are chosen as it is loaded)
+thread      threads that touch the same bytes
 """
 
 from __future__ import annotations
@@ -17,33 +16,29 @@ from itertools import count
 from pathlib import Path
 
 HERE = Path(__file__).resolve().parent
+NATIVE = HERE.parents[1] / "kernels" / "fastdml_kernels"
 OPTIONS = ["-g", "-O0", "-std=gnu11", "-Wno-psabi", "-pthread", "-fno-sanitize-recover=all"]
-WITHOUT_VARIANTS = "-U__linux__"
-BUILDS = {
-    "address": ["-fsanitize=address,undefined"],
-    "plain": ["-fsanitize=address,undefined", WITHOUT_VARIANTS],
-    "thread": ["-fsanitize=thread", WITHOUT_VARIANTS],
-}
+BUILDS = {"address": ["-fsanitize=address,undefined"], "thread": ["-fsanitize=thread"]}
 
 
 def available(folder: Path, build: str) -> bool:
     """Whether the compiler has the sanitizer and what it makes starts here."""
     source = folder / "nothing.c"
     source.write_text("int main(void) { return 0; }\n")
-    made = _compile(source, folder / "nothing", build)
+    made = _compile([source], folder / "nothing", build)
     return made.returncode == 0 and subprocess.run([folder / "nothing"]).returncode == 0
 
 
 def driver(folder: Path, build: str) -> Path:
     program = folder / f"rows_{build}"
-    made = _compile(HERE / "rows_driver.c", program, build)
+    made = _compile([HERE / "rows_driver.c", *NATIVE.glob("cpu_rows*.c")], program, build)
     if made.returncode:
         raise RuntimeError(made.stderr)
     return program
 
 
-def _compile(source: Path, program: Path, build: str) -> subprocess.CompletedProcess:
-    command = ["cc", *OPTIONS, *BUILDS[build], str(source), "-o", str(program), "-lm"]
+def _compile(sources: list[Path], program: Path, build: str) -> subprocess.CompletedProcess:
+    command = ["cc", *OPTIONS, *BUILDS[build], *map(str, sources), "-o", str(program), "-lm"]
     try:
         return subprocess.run(command, capture_output=True, text=True)
     except FileNotFoundError as error:

@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import pytest
-from sanitize import BUILDS, HERE, available, driver, problems
-
-ROWS = HERE.parents[1] / "kernels" / "fastdml_kernels" / "cpu_rows.c"
+from sanitize import BUILDS, HERE, NATIVE, available, driver, problems
 
 
 def need(tmp_path, build):
@@ -20,21 +18,24 @@ def test_random_problems(build, tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("build", "right", "wrong", "said"),
+    ("build", "file", "right", "wrong", "said"),
     [
-        ("plain", "0 : C - LANES;", "0 : C - LANES + 1;", "AddressSanitizer"),
-        ("thread", "Sums *own = sums + b;", "Sums *own = sums;", "data race"),
+        ("address", "cpu_plain_rows.h", "0 : C - LANES;", "0 : C - LANES + 1;", "AddressSanitizer"),
+        ("thread", "cpu_variant.h", "Sums *own = sums + b;", "Sums *own = sums;", "data race"),
     ],
 )
-def test_what_is_wrong_is_found(tmp_path, monkeypatch, build, right, wrong, said):
+def test_what_is_wrong_is_found(tmp_path, monkeypatch, build, file, right, wrong, said):
     """A mistake put into a copy of the code."""
     need(tmp_path, build)
-    code, text = ROWS.read_text(), (HERE / "rows_driver.c").read_text()
+    for path in NATIVE.glob("cpu_*.[ch]"):  # for any processor alone, which compiles faster
+        (tmp_path / path.name).write_text(path.read_text().replace("#define FASTDML_X86\n", "\n"))
+    code, text = (tmp_path / file).read_text(), (HERE / "rows_driver.c").read_text()
     assert right in code
-    (tmp_path / "cpu_rows.c").write_text(code.replace(right, wrong))
+    (tmp_path / file).write_text(code.replace(right, wrong))
     text = text.replace("../../kernels/fastdml_kernels/", "")
     if build == "thread":
         text = text.replace("!draw(40)", "1")  # every problem is worth threads
     (tmp_path / "rows_driver.c").write_text(text)
     monkeypatch.setattr("sanitize.HERE", tmp_path)
+    monkeypatch.setattr("sanitize.NATIVE", tmp_path)
     assert said in problems(driver(tmp_path, build), 0, 60)

@@ -60,7 +60,7 @@ def test_packing_is_the_way_back():
 
 
 def in_torch(monkeypatch):
-    monkeypatch.setattr(cpu_module, "takes", lambda logits, options: False)
+    monkeypatch.setattr(cpu_module, "takes", lambda *_: False)
     return mutual_loss_cpu, "cpu", {}
 
 
@@ -112,6 +112,6 @@ def test_nobody_else_counts_positions():
     """No offset such as 2 * K + 1 or 4 * K + 3 in any file of the two packages."""
     offset = re.compile(r"[234] ?\* ?K ?\+ ?[123]\b")
     library = Path(__file__).parents[2] / "fastdml"
-    sources = [*PACKAGE.glob("*.py"), *PACKAGE.glob("*.c"), *library.rglob("*.py")]
+    sources = [*PACKAGE.glob("*.py"), *PACKAGE.glob("*.[ch]"), *library.rglob("*.py")]
     assert {"cpu_rows.c", "launch.py", "meters.py", "mutual_stats.py"} <= {p.name for p in sources}
     assert [path.name for path in sources if offset.search(path.read_text())] == []

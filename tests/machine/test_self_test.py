@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import _ctypes
 import math
+import shutil
 
 import pytest
 import torch
@@ -45,6 +47,14 @@ def test_native_code_that_does_not_load(monkeypatch, tmp_path):
     assert "_cpu_rows.abi3.so" in self_test.native_code()
     (tmp_path / "_cpu_rows.abi3.so").unlink()
     assert self_test.native_code() == "absent"
+
+
+def test_native_code_of_an_earlier_version_is_not_called(monkeypatch, tmp_path):
+    shutil.copy(_ctypes.__file__, tmp_path / "_cpu_rows.abi3.so")  # a library without the function
+    monkeypatch.setattr(cpu_rows, "__file__", str(tmp_path / "cpu_rows.py"))
+    assert cpu_rows.library.__wrapped__() is None
+    monkeypatch.setattr(cpu_rows, "library", lambda: None)
+    assert self_test.native_code() == "_cpu_rows.abi3.so was built from other code"
 
 
 @pytest.mark.gpu

@@ -1,0 +1,274 @@
+/* Rows of the usual loss: every other peer is a teacher of the same weight, the divergence is the
+   forward one, rows and classes count alike. O(K C) work, O(K^2 C) with statistics.
+
+   Each peer's row is read for its maximum, for its normalisers and for everything else, the last
+   two times from cache; exponentials wait in scratch memory; a gradient is written once. */
+
+/* The sums that are accumulated as vectors; `flush` adds their lanes to `Totals`. */
+typedef struct {
+    vec energy, pull[PEERS], entropy[PEERS], towards_all[PEERS], cross[PEERS][PEERS];
+    int vectors;
+} Lanes;
+
+typedef struct {
+    double energy; /* of q_l d_l over all l, where d_l = log q_l - max over the peers of log q */
+    double pull[PEERS]; /* d_k, times the sum of all q */
+    double cross[PEERS][PEERS]; /* q_l d_k */
+} Totals;
+
+/* One sample: a row of every peer, its maximum (top) and normalisers relative to that. */
+typedef struct {
+    const char *z[PEERS];
+    char *g[PEERS];                 /* NULL for a peer that only teaches */
+    float *e[PEERS], *e_t[PEERS];   /* exp(z - top) and, at another temperature than 1, of / T */
+    float *mean;                    /* sum of the peers' probabilities */
+    int64_t y;
+    float top[PEERS], log_sum[PEERS], log_sum_t[PEERS], scale[PEERS], scale_t[PEERS];
+} Row;
+
+/* A row is read in whole vectors. Where C is no multiple of LANES, the last vector overlaps the
+   previous one; `fresh` masks lanes already counted, so that no sum has them twice, and a gradient
+   that is stored twice has the same value. Rows of fewer than LANES values are padded copies. */
+INLINE int64_t whole_vectors(int64_t C) { return C - C % LANES; }
+INLINE int64_t last_vector(int64_t C) { return C < LANES ? 0 : C - LANES; }
+
+INLINE vec fresh(vec x, int64_t C) {
+    const ints lane = lane_numbers();
+    const ints mask = C < LANES ? lane < (int)C : lane >= (int)(LANES - C % LANES);
+    return (vec)((ints)x & mask);
+}
+
+INLINE void begin_sums(Lanes *lanes, Totals *totals, int K, int stats) {
+    lanes->energy = all(0);
+    lanes->vectors = 0;
+    totals->energy = 0;
+    for (int k = 0; k < K; k++) {
+        lanes->pull[k] = lanes->towards_all[k] = all(0);
+        totals->pull[k] = 0;
+        if (!stats) continue;
+        lanes->entropy[k] = all(0);
+        for (int l = 0; l < K; l++) {
+            lanes->cross[l][k] = all(0);
+            totals->cross[l][k] = 0;
+        }
+    }
+}
+
+INLINE void flush(Lanes *lanes, Totals *totals, Sums *sums, int K, double spread, int stats) {
+    totals->energy += total(lanes->energy);
+    lanes->energy = all(0);
+    for (int k = 0; k < K; k++) {
+        totals->pull[k] += total(lanes->pull[k]);
+        lanes->pull[k] = all(0);
+        if (spread != 0) {
+            sums->ce[k] -= spread * total(lanes->towards_all[k]);
+            lanes->towards_all[k] = all(0);
+        }
+        if (!stats) continue;
+        sums->entropy[k] -= total(lanes->entropy[k]);
+        lanes->entropy[k] = all(0);
+        for (int l = 0; l < K; l++) {
+            totals->cross[l][k] += total(lanes->cross[l][k]);
+            lanes->cross[l][k] = all(0);
+        }
+    }
+    lanes->vectors = 0;
+}
+
+/* The largest logit; NAN where one is not finite. */
+INLINE float highest(const char *z, int type, int64_t C) {
+    vec high = load(z, type, last_vector(C)), trouble = high * 0.0f;
+    for (int64_t c = 0; c < whole_vectors(C); c += LANES) {
+        const vec x = load(z, type, c);
+        high = maximum(x, high);
+        trouble = muladd(x, all(0), trouble); /* NaN, once x is not finite */
+    }
+    return any_nan(trouble) ? NAN : largest(high);
+}
+
+/* exp of z - top to e, and of (z - top) / T to e_t where tempered, and their sums. */
+INLINE void exponentials(const char *z, int type, int64_t C, float top, float inverse_t,
+                         int tempered, float *e, float *e_t, double *sum, double *sum_t) {
+    vec part = all(0), part_t = all(0);
+    *sum = *sum_t = 0;
+    for (int64_t c = 0; c < whole_vectors(C); c += LANES) {
+        const vec x = load(z, type, c) - top, one = exp_(x);
+        put(e, c, one);
+        part += one;
+        if (tempered) {
+            const vec hot = exp_(x * inverse_t);
+            put(e_t, c, hot);
+            part_t += hot;
+        }
+        if (c / LANES % FLUSH == FLUSH - 1) {
+            *sum += total(part);
+            part = all(0);
+            if (tempered) {
+                *sum_t += total(part_t);
+                part_t = all(0);
+            }
+        }
+    }
+    if (C % LANES) {
+        const int64_t c = last_vector(C);
+        const vec x = load(z, type, c) - top, one = exp_(x);
+        put(e, c, one);
+        part += fresh(one, C);
+        if (tempered) {
+            const vec hot = exp_(x * inverse_t);
+            put(e_t, c, hot);
+            part_t += fresh(hot, C);
+        }
+    }
+    *sum += total(part);
+    if (tempered) *sum_t += total(part_t);
+}
+
+/* The terms of LANES classes from c on; `part` marks the last vector, which overlaps the previous.
+   narrow: logits may be bfloat16. All of this is inlined, so that a flag that is off costs nothing
+   where `plain_rows` gives it as a constant. */
+INLINE void terms(const Problem *p, const Row *row, Lanes *lanes, int64_t c, int part, int K,
+                  int narrow, int tempered, int stats, int grads) {
+    const float inverse_t = (float)(1 / p->temperature);
+    const float spread = (float)(p->smoothing / (double)p->C);
+    vec prob[PEERS], q[PEERS], gap[PEERS], top = all(-INFINITY), sum = all(0), together = all(0);
+    for (int k = 0; k < K; k++) {
+        const vec x = load(row->z[k], narrow ? p->types[k] : FLOAT32, c) - row->top[k];
+        const vec log_p = x - row->log_sum[k];
+        prob[k] = get(row->e[k], c) * row->scale[k];
+        if (spread != 0) lanes->towards_all[k] += part ? fresh(log_p, p->C) : log_p;
+        if (stats) {
+            const vec counted = part ? fresh(prob[k], p->C) : prob[k];
+            lanes->entropy[k] = muladd(counted, log_p, lanes->entropy[k]);
+            together += prob[k];
+        }
+        gap[k] = tempered ? muladd(x, all(inverse_t), all(-row->log_sum_t[k])) : log_p;
+        q[k] = tempered ? get(row->e_t[k], c) * row->scale_t[k] : prob[k];
+        top = maximum(gap[k], top);
+        sum += q[k];
+    }
+    for (int k = 0; k < K; k++) {
+        gap[k] -= top;
+        if (part) gap[k] = fresh(gap[k], p->C);
+        lanes->energy = muladd(q[k], gap[k], lanes->energy);
+        lanes->pull[k] = muladd(sum, gap[k], lanes->pull[k]);
+    }
+    if (stats) {
+        for (int l = 0; l < K; l++)
+            for (int k = 0; k < K; k++)
+                lanes->cross[l][k] = muladd(q[l], gap[k], lanes->cross[l][k]);
+        put(row->mean, c, together);
+    }
+    if (grads) {
+        const vec pair = all(K > 1 ? p->kl_factor / (float)(K - 1) : 0);
+        const float hit = p->ce_factor * (float)(1 - p->smoothing);
+        const int hits = c <= row->y && row->y < c + LANES;
+        vec apart = all(0);
+        for (int k = 1; k < K; k++) apart += q[k] - q[0];
+        for (int k = 0; k < K; k++) {
+            if (!row->g[k]) continue;
+            const vec away = muladd(q[k] - q[0], all((float)K), -apart);
+            vec grad = muladd(pair, away, p->ce_factor * (prob[k] - spread));
+            if (hits) grad -= at_label(row->y, c, hit);
+            store(row->g[k], narrow ? p->types[k] : FLOAT32, c, grad);
+        }
+    }
+    lanes->vectors++;
+}
+
+/* The rows `begin` to `end`; 0 where one holds a logit that is not finite. */
+INLINE int plain_block(const Problem *p, int64_t begin, int64_t end, Sums *sums, float *memory,
+                       int K, int narrow, int tempered, int stats, int grads) {
+    const int64_t C = p->C, width = padded(C);
+    const double spread = p->smoothing / (double)C;
+    char copies[2][PEERS][4 * LANES];
+    Lanes lanes;
+    Totals totals;
+    begin_sums(&lanes, &totals, K, stats);
+    Row row;
+    row.mean = memory;
+    for (int k = 0; k < K; k++) {
+        row.e[k] = memory + (1 + k) * width;
+        row.e_t[k] = memory + (1 + K + k) * width;
+    }
+    for (int64_t n = begin; n < end; n++) {
+        row.y = label(p, n);
+        if (row.y == p->ignore_index) {
+            for (int k = 0; k < K && grads; k++)
+                if (p->grads[k])
+                    memset(p->grads[k] + n * p->grad_row_bytes[k], 0, C * size_of(p->types[k]));
+            continue;
+        }
+        for (int k = 0; k < K; k++) {
+            const int type = narrow ? p->types[k] : FLOAT32;
+            row.z[k] = p->logits[k] + n * p->row_bytes[k];
+            row.g[k] = grads && p->grads[k] ? p->grads[k] + n * p->grad_row_bytes[k] : NULL;
+            if (C < LANES) {
+                for (int i = 0; i < LANES; i++)
+                    memcpy(copies[0][k] + i * size_of(type),
+                           row.z[k] + (i < C ? i : 0) * size_of(type), size_of(type));
+                row.z[k] = copies[0][k];
+                if (row.g[k]) row.g[k] = copies[1][k];
+            }
+            const float top = row.top[k] = highest(row.z[k], type, C);
+            if (isnan(top)) return 0;
+            double sum, sum_t;
+            exponentials(row.z[k], type, C, top, (float)(1 / p->temperature), tempered, row.e[k],
+                         row.e_t[k], &sum, &sum_t);
+            row.log_sum[k] = (float)log(sum);
+            row.scale[k] = (float)(1 / sum);
+            if (tempered) {
+                row.log_sum_t[k] = (float)log(sum_t);
+                row.scale_t[k] = (float)(1 / sum_t);
+            }
+            const float at_y = load_one(row.z[k], type, row.y);
+            sums->ce[k] += (1 - p->smoothing) * ((double)row.log_sum[k] - ((double)at_y - top));
+            if (stats && at_y == top) { /* ties go to the first class */
+                int64_t c = 0;
+                while (c < row.y && load_one(row.z[k], type, c) != top) c++;
+                sums->correct[k] += c == row.y;
+            }
+        }
+        for (int64_t c = 0; c < whole_vectors(C); c += LANES) {
+            terms(p, &row, &lanes, c, 0, K, narrow, tempered, stats, grads);
+            if (lanes.vectors == FLUSH) flush(&lanes, &totals, sums, K, spread, stats);
+        }
+        if (C % LANES) {
+            terms(p, &row, &lanes, last_vector(C), 1, K, narrow, tempered, stats, grads);
+            if (lanes.vectors == FLUSH) flush(&lanes, &totals, sums, K, spread, stats);
+        }
+        for (int k = 0; k < K && C < LANES; k++)
+            if (row.g[k])
+                memcpy(p->grads[k] + n * p->grad_row_bytes[k], row.g[k], C * size_of(p->types[k]));
+        if (stats) {
+            const float at_y = row.mean[row.y];
+            int64_t c = 0;
+            while (c < C && (c < row.y ? row.mean[c] < at_y : row.mean[c] <= at_y)) c++;
+            sums->together += c == C;
+        }
+    }
+    flush(&lanes, &totals, sums, K, spread, stats);
+    for (int k = 0; k < K && K > 1; k++) {
+        sums->kl[k] = (totals.energy - totals.pull[k]) / (K - 1);
+        for (int l = 0; l < K && stats; l++)
+            sums->pair[l][k] = totals.cross[l][l] - totals.cross[l][k];
+    }
+    return 1;
+}
+
+/* Each call of `plain_block` is inlined with its own constants: one for each common case, and one
+   for the rest. */
+static int plain_rows(const Problem *p, int64_t begin, int64_t end, Sums *sums, float *memory) {
+    const int K = (int)p->K, tempered = p->temperature != 1 && K > 1;
+    const int grads = p->any_grads, stats = p->stats != NULL;
+    int narrow = 0;
+    for (int k = 0; k < K; k++) narrow |= p->types[k] != FLOAT32;
+    if (narrow || !grads)
+        return plain_block(p, begin, end, sums, memory, K, 1, tempered, stats, grads);
+    if (K == 2 && !stats)
+        return tempered ? plain_block(p, begin, end, sums, memory, 2, 0, 1, 0, 1)
+                        : plain_block(p, begin, end, sums, memory, 2, 0, 0, 0, 1);
+    if (tempered) return plain_block(p, begin, end, sums, memory, K, 0, 1, stats, 1);
+    if (stats) return plain_block(p, begin, end, sums, memory, K, 0, 0, 1, 1);
+    return plain_block(p, begin, end, sums, memory, K, 0, 0, 0, 1);
+}
