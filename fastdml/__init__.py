@@ -13,7 +13,8 @@ from fastdml import logs
 if TYPE_CHECKING:
     from fastdml import data, engine, metrics, models, train
     from fastdml.cohort import Cohort
-    from fastdml.loss import MutualLoss, linear_mutual_loss, mutual_loss, mutual_losses
+    from fastdml.linear_loss import LinearRows, linear_mutual_loss
+    from fastdml.loss import MutualLoss, mutual_loss, mutual_losses
     from fastdml.metric_losses import (
         CenterLoss,
         MetricLoss,
@@ -31,6 +32,7 @@ __version__ = "0.3.0"
 _HOMES = {
     "CenterLoss": "fastdml.metric_losses",
     "Cohort": "fastdml.cohort",
+    "LinearRows": "fastdml.linear_loss",
     "MetricLoss": "fastdml.metric_losses",
     "MutualLoss": "fastdml.loss",
     "MutualStats": "fastdml.mutual_stats",
@@ -40,7 +42,7 @@ _HOMES = {
     "circle_loss": "fastdml.metric_losses",
     "create_model": "fastdml.models",
     "distance_mutual_loss": "fastdml.metric_losses",
-    "linear_mutual_loss": "fastdml.loss",
+    "linear_mutual_loss": "fastdml.linear_loss",
     "load": "fastdml.predictor",
     "mutual_loss": "fastdml.loss",
     "mutual_losses": "fastdml.loss",
@@ -51,6 +53,7 @@ _MODULES = ("data", "engine", "metrics", "models", "train")
 __all__ = [
     "CenterLoss",
     "Cohort",
+    "LinearRows",
     "MetricLoss",
     "MutualLoss",
     "MutualStats",

@@ -12,14 +12,13 @@ from typing import Literal, cast, overload
 
 import torch
 from fastdml_kernels import Call, losses_and_grads, students_of
-from fastdml_kernels import linear_mutual_loss as _linear_mutual_loss
 from fastdml_kernels import mutual_loss as _mutual_loss
 from fastdml_kernels import mutual_losses as _mutual_losses
 from torch import Tensor, nn
 from typing_extensions import Unpack
 
-from fastdml.loss_checks import check_call, check_layers
-from fastdml.loss_options import LinearLossOptions, LossOptions, call_with, mask_length, shows
+from fastdml.loss_checks import check_call
+from fastdml.loss_options import LossOptions, call_with, mask_length, shows
 from fastdml.mutual_stats import MutualStats
 
 
@@ -258,44 +257,3 @@ def mutual_losses(
     tensors, _ = check_call(logits, call, mask_length(options.get("students")))
     losses, packed = _mutual_losses(tensors, call)
     return losses if packed is None else (losses, MutualStats.from_packed(packed, len(tensors)))
-
-
-@shows(LinearLossOptions)
-def linear_mutual_loss(
-    hidden: Tensor | Sequence[Tensor],
-    weight: Tensor | Sequence[Tensor],
-    labels: Tensor,
-    bias: Tensor | Sequence[Tensor | None] | None = None,
-    *,
-    chunk_rows: int | None = None,
-    **options: Unpack[LinearLossOptions],
-) -> Tensor:
-    """`mutual_loss` of K linear layers' outputs, without ever holding (K, N, C) logits.
-
-    Losses (K,) of logits z_k = hidden_k weight_k^T + bias_k, computed a chunk of rows at a time,
-    with the gradients of hidden, weight and bias. For wide C, such as a language model's
-    vocabulary, the logits are most of a training step's memory.
-
-    hidden: K tensors (N, D_k), or one (K, N, D); their widths may differ between peers.
-    weight: K tensors (C, D_k), or one (K, C, D). bias: K tensors (C,) or None each, or one (K, C).
-    chunk_rows: rows at a time; by default as many as 256 MB of logits hold (64 MB on the CPU).
-    reduction: "mean" or "sum". The other options are those of `mutual_loss`; teachers are
-        constants.
-
-    One backward a forward: the gradients are ready when the loss is, and are given away (compiled
-    code keeps them). Those of weight and bias are added up over the chunks in float32. Layers
-    compute in their own dtypes, within autocast too. Raises ValueError and TypeError for arguments
-    that do not fit, RuntimeError for a second backward or derivative and under torch.func.
-    """
-    if "detach_targets" in options:
-        raise TypeError("detach_targets: linear_mutual_loss has constant teachers only")
-    reduction = options.get("reduction", "mean")
-    if reduction not in ("mean", "sum"):
-        raise ValueError(f"reduction={reduction!r}: linear_mutual_loss has 'mean' and 'sum'")
-    hiddens, weights, biases = check_layers(hidden, weight, bias)
-    if chunk_rows is not None and not (isinstance(chunk_rows, int) and chunk_rows >= 1):
-        raise ValueError(f"chunk_rows={chunk_rows!r}: give a whole number, at least 1 row")
-    call = call_with(labels, False, **options)
-    C = len(weights[0])
-    check_call([h.new_empty(()).expand(len(h), C) for h in hiddens], call)  # no memory to speak of
-    return _linear_mutual_loss(hiddens, weights, biases, call, chunk_rows)

@@ -34,15 +34,15 @@ def check_call(
     signature = _signature(logits, tensors, call, peers) if usual else None
     if signature is not None and signature in _passed:
         return tensors, usual
-    _refuse_unusual("logits", tensors)
+    refuse_unusual("logits", tensors)
     for name, value in zip(Call._fields, call, strict=True):
         if value is not None and type(value) not in NO_TENSORS:
-            _refuse_unusual(name, [value])
+            refuse_unusual(name, [value])
     K, N, C = _sizes(logits, tensors)
     device = _check_kinds(tensors)
     _check_labels(call.labels, N, device)
     _check_weights(call, K, N, C, device)
-    _check_students(call.options.students, K, peers)
+    check_students(call.options.students, K, peers)
     _check_numbers(call, device)
     if signature is not None:
         if len(_passed) >= MOST:
@@ -152,7 +152,7 @@ def _check_labels(labels: Tensor, N: int, device: torch.device) -> None:
         raise ValueError(f"labels on {labels.device}, logits on {device}: move the labels")
 
 
-def _check_students(students: tuple[int, ...] | None, K: int, peers: int | None) -> None:
+def check_students(students: tuple[int, ...] | None, K: int, peers: int | None) -> None:
     if peers is not None and peers != K:
         raise ValueError(f"students as a mask of {peers} for K = {K} peers: give one bool a peer")
     if students is not None and students[-1] >= K:
@@ -218,55 +218,7 @@ def _check_numbers(call: Call, device: torch.device) -> None:
         raise ValueError(f"ignore_index={ignore}: give a number that an int64 label can have")
 
 
-def check_layers(
-    hidden: Tensor | Sequence[Tensor],
-    weight: Tensor | Sequence[Tensor],
-    bias: Tensor | Sequence[Tensor | None] | None,
-) -> tuple[list[Tensor], list[Tensor], list[Tensor | None]]:
-    """K linear layers and their inputs: tensors (N, D_k), (C, D_k) and (C,) or None."""
-    hiddens, weights = _matrices("hidden", hidden), _matrices("weight", weight)
-    K, C = len(hiddens), weights[0].shape[0]
-    biases = [None] * K if bias is None else list(bias)
-    _refuse_unusual("bias", biases)
-    if len(weights) != K or len(biases) != K:
-        raise ValueError(
-            f"{K} hidden, {len(weights)} weight and {len(biases)} bias tensors: one of each a peer"
-        )
-    for k, (h, w, b) in enumerate(zip(hiddens, weights, biases, strict=True)):
-        if h.shape[1] != w.shape[1] or w.shape[0] != C or (b is not None and b.shape != (C,)):
-            found = None if b is None else tuple(b.shape)
-            raise ValueError(
-                f"peer {k}: hidden {tuple(h.shape)}, weight {tuple(w.shape)}, bias {found}: "
-                f"give (N, D), ({C}, D) and ({C},)"
-            )
-        given = [t for t in (h, w, b) if t is not None]
-        if len({t.dtype for t in given}) != 1:
-            raise TypeError(
-                f"peer {k}: hidden, weight and bias of {', '.join(str(t.dtype) for t in given)}: "
-                "cast them to one dtype (a fused layer is not touched by autocast)"
-            )
-        if len({t.device for t in given}) != 1:
-            raise ValueError(
-                f"peer {k}: hidden, weight and bias on {', '.join(str(t.device) for t in given)}: "
-                "bring them to one device"
-            )
-    return hiddens, weights, biases
-
-
-def _matrices(name: str, value: Tensor | Sequence[Tensor]) -> list[Tensor]:
-    """K tensors of two dimensions, from such or from one of three."""
-    tensors = given = [value] if isinstance(value, Tensor) else list(value)
-    _refuse_unusual(name, given)
-    if isinstance(value, Tensor):
-        tensors = list(value.unbind()) if value.dim() == 3 else []
-    if not tensors or any(not isinstance(t, Tensor) or t.dim() != 2 for t in tensors):
-        shapes = [tuple(t.shape) if isinstance(t, Tensor) else type(t).__name__ for t in given]
-        shown = shapes[0] if isinstance(value, Tensor) else shapes
-        raise ValueError(f"{name} {shown}: give K tensors, each 2-d, or one 3-d tensor")
-    return tensors
-
-
-def _refuse_unusual(name: str, tensors: Sequence[object]) -> None:
+def refuse_unusual(name: str, tensors: Sequence[object]) -> None:
     """Refuses tensors that are sharded, nested or sparse."""
     distributed = sys.modules.get("torch.distributed.tensor")  # no tensor of it without
     for t in tensors:

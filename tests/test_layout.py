@@ -11,8 +11,8 @@ ROOT = Path(__file__).resolve().parents[1]
 
 # What each part may import beside itself and what is `BELOW_ALL`, as docs/architecture.md draws it.
 LOSSES = {
-    "loss", "loss_checks", "loss_options", "metric_losses", "mutual_stats", "scalar_schedule",
-    "fastdml_kernels",
+    "linear_checks", "linear_loss", "loss", "loss_checks", "loss_options", "metric_losses",
+    "mutual_stats", "scalar_schedule", "fastdml_kernels",
 }  # fmt: skip
 COHORT = {
     "cohort", "cohort_export", "cohort_files", "cohort_teachers", "export_check",

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import pytest
 import torch
-from fastdml_kernels import linear_grads
+from fastdml_kernels import linear_grads, linear_loss
 from fastdml_kernels.linear_grads import add_product
 from torch._subclasses import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
+
+from fastdml import linear_mutual_loss
 
 
 class Watch(TorchDispatchMode):
@@ -68,3 +70,22 @@ def test_rocm_takes_blocks(monkeypatch):
             add_product(total, slope, hidden)
     assert "aten.addmm.dtype_out" not in watch.operators
     assert watch.products
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_chunks_add_to_the_weights_gradient_in_place(dtype):
+    """No (C, D) is made beside it, which for a vocabulary is as large as the weight."""
+    hidden, weight = ([torch.randn(n, 3, dtype=dtype) for _ in range(2)] for n in (12, 7))
+    for t in (*hidden, *weight):
+        t.requires_grad_()
+    seen = []
+
+    def watched(total, *rest):
+        with Watch() as watch:
+            add_product(total, *rest)
+        seen.append((watch.operators[-1], watch.products))
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(linear_loss, "add_product", watched)
+        linear_mutual_loss(hidden, weight, torch.arange(12) % 7, chunk_rows=4)
+    assert seen == [("aten.addmm_.default", [])] * 6  # of 2 peers and 3 chunks

@@ -14,13 +14,8 @@ import torch.nn.functional as F
 from oracle import DEVICE, DTYPES, LAYOUTS, make, pairwise, reference
 from torch import nn
 
-from fastdml.loss import (
-    MutualLoss,
-    MutualStats,
-    linear_mutual_loss,
-    mutual_loss,
-    mutual_losses,
-)
+from fastdml.linear_loss import linear_mutual_loss
+from fastdml.loss import MutualLoss, MutualStats, mutual_loss, mutual_losses
 from fastdml.loss_options import LossOptions
 
 K, N, C = 3, 6, 10
