@@ -12,7 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from itertools import chain
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -190,16 +190,21 @@ class EagerStep:
         loss: MutualLoss,
         metric_of: Sequence[int] | None = None,
     ) -> tuple[StepOutput, list[Outputs]]:
-        """The losses, and the gradients of all outputs, both unscaled.
+        """The losses, and the gradients of the peers' outputs, both unscaled.
 
         metric_of: the peers whose metric loss is computed and whose centres move; all by default.
+        Where there are teachers, also those whose logits get a gradient.
         """
         K = len(self.peers)
         logits = [out[0] for out in outputs]
+        if self.teachers:
+            students = range(K) if metric_of is None else metric_of
+            for k, z in enumerate(logits):  # detached: this tells the loss who learns, no more
+                z.requires_grad_(k in students)
         losses, stats, found = loss.value_and_grad(logits, labels)
         if self.teachers:
             count_ensemble(stats, logits[:K], labels)
-        grads = cast(list[Tensor], found[:K])  # teachers come after the K peers
+        grads: list[Any] = found[:K]  # None where nobody learns in this round
         if self.options.metric is None:
             return StepOutput(losses, stats), [(g,) for g in grads]
         features = [out[1] for out in outputs[:K]]
@@ -234,6 +239,7 @@ def with_metric(losses: Tensor, metric: Tensor) -> Tensor:
     return losses + metric if len(losses) == K else torch.cat([losses[:K] + metric, losses[K:]])
 
 
+@torch.no_grad()
 def count_ensemble(stats: MutualStats, logits: Sequence[Tensor], labels: Tensor) -> None:
     """Makes `ensemble_correct` that of the peers' `logits` alone; the loss counted teachers too."""
     right = stats.correct[0]

@@ -113,6 +113,7 @@ def make_step(
     """
     check_weights(cohort)
     check_optimizer(optimizer)
+    _check_loss(loss)
     for teacher in cohort.teachers:
         teacher.match(cohort.record())
     device = next(cohort.parameters()).device
@@ -220,6 +221,15 @@ def _held(cohort: Cohort, optimizer: Optimizer) -> int:
     """How many of the peers' weights the optimizer holds."""
     own = {id(w) for w in cohort.parameters()}
     return sum(id(w) in own for group in optimizer.param_groups for w in group["params"])
+
+
+def _check_loss(loss: MutualLoss) -> None:
+    options = getattr(loss, "options", None)  # a loss of the caller's may have none
+    if getattr(options, "students", None) is not None:
+        raise InputError(
+            "a step trains every peer: leave students out of the loss, and give networks that only "
+            "teach as the cohort's teachers"
+        )
 
 
 def _check_update(update: str, accumulate: int) -> None:

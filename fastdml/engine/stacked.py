@@ -128,7 +128,7 @@ class StackedStep(EagerStep):
             losses, stats, found = loss.value_and_grad(stacked, labels)
             return losses, stats, cast(list[Tensor], found)
         taught = [self.forward(k, images)[0] for k in range(1, len(self.forwards))]
-        peers = stacked.unbind()
+        peers = [z.requires_grad_() for z in stacked.detach().unbind()]  # those who learn
         losses, stats, found = loss.value_and_grad([*peers, *taught], labels)
         count_ensemble(stats, peers, labels)
         return losses, stats, [torch.stack(cast(list[Tensor], found[: len(peers)]))]

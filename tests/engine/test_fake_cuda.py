@@ -21,7 +21,7 @@ from fastdml.engine.graph import GraphStep
 from fastdml.loss import MutualLoss
 from fastdml.metric_losses import MetricLoss
 from fastdml.metrics.classification import Classification
-from fastdml.models import ReidHead
+from fastdml.models import ReidHead, create_model
 from fastdml.train.meters import Record, Totals
 from fastdml.train.predictions import Pictures
 
@@ -40,7 +40,7 @@ OPTIONS = {
     "target": ("peers", "ensemble", "ensemble_logits"), "detach_targets": (True, False),
     "reduction": ("mean", "sum", "none"), "mimic_ignored": (False, True),
     "kl_weight": ("number", "tensor", "warm-up"), "temperature": (1.0, "tensor"),
-    "weights": (False, True),
+    "weights": (False, True), "teachers": (0, 2),
 }  # fmt: skip
 NEVER = (  # Refused by name, except that sums over an epoch are of one loss a peer, and that
     # torch's SGD that is not fused reads a rate that is a tensor: see below.
@@ -72,13 +72,17 @@ class Run:
         update="simultaneous", amp="off", optimizer="sgd", metric=False, accumulate=1,
         grad_clip=None, ema=False, after: Any = "nothing", target="peers", detach_targets=True,
         reduction="mean", mimic_ignored=False, kl_weight="number", temperature=1.0, weights=False,
+        teachers=0,
     ):  # fmt: skip
         self.cuda, self.warm_up = cuda, kl_weight == "warm-up"
         head = {"head": ReidHead("gem")} if metric else {}
         self.shape = (N, 3, 32, 32) if metric else (N, 2, SIDE, SIDE)
         with cuda.off():
-            self.cohort = Cohort(["resnet8"] * 2 if metric else peers(), C, **head)
+            nets = [create_model("resnet8", C) if metric else peer(7 + t) for t in range(teachers)]
+            self.cohort = Cohort(["resnet8"] * 2 if metric else peers(), C, teachers=nets, **head)
         self.cohort = moved(self.cohort).train()
+        for teacher in self.cohort.teachers:
+            moved(teacher)
         self.optimizer = self.optimizer_of(optimizer)
         with cuda.answering(False):  # whether an average holds an infinite value
             self.ema = Ema(self.cohort, 0.9) if ema else None
@@ -91,7 +95,7 @@ class Run:
             target=target, detach_targets=detach_targets, reduction=reduction,
             mimic_ignored=mimic_ignored, kl_weight=scalar(0.5) if kl_weight == "tensor" else 0.5,
             temperature=scalar(2.0) if temperature == "tensor" else temperature,
-            peer_weights=torch.empty(2, 2, device=CUDA) if weights else None,
+            peer_weights=torch.empty(2 + teachers, 2 + teachers, device=CUDA) if weights else None,
             class_weight=torch.empty(C, device=CUDA) if weights else None,
         )  # fmt: skip
         self.step = make_step(
@@ -115,7 +119,8 @@ class Run:
         schedule = Schedule(self.optimizer, torch.empty(9, device=CUDA))
         if after == "a schedule":
             return Tail(lambda output, update: schedule.advance(update.skipped), schedule.tensors)
-        return Record(schedule, Totals(2, CUDA, metric=self.metric is not None))
+        names = [teacher.name for teacher in self.cohort.teachers]
+        return Record(schedule, Totals(2, CUDA, metric=self.metric is not None, teachers=names))
 
     def batch(self) -> tuple[Tensor, Tensor]:
         return self.cuda.images(*self.shape), self.cuda.labels(N)
@@ -148,6 +153,10 @@ def test_no_step_mixes_devices_or_waits(cuda, case):
     shape = (2, N) if options["reduction"] == "none" else (2,)
     assert (output.losses.device, output.losses.shape) == (CUDA, shape)
     assert output.stats.packed.device == CUDA
+    taught = output.teacher_kl
+    assert (taught is None) == (options["teachers"] == 0)
+    assert taught is None or (taught.device, taught.shape) == (CUDA, (2, 2))
+    assert not any(w.grad is not None for t in run.cohort.teachers for w in t.parameters())
     assert (output.metric is not None) == options["metric"]
     assert cuda.offences == []
     assert PRECISIONS[options["amp"]] in cuda.dtypes

@@ -253,3 +253,28 @@ def test_what_gives_no_logits_is_named(teacher, message):
         make_step(cohort, MutualLoss(), make_optimizer(cohort, lr=0.1), execution="eager")(
             *plain_batch(0)
         )
+
+
+@pytest.mark.parametrize("kind", ["eager", "stacked", "sequential"])
+def test_gradients_are_computed_for_who_learns_alone(kind, monkeypatch):
+    """Of peers in their turn, and never of a teacher."""
+    import fastdml.loss as module
+
+    asked = []
+    inner = module.losses_and_grads
+
+    def asking(logits, call, students, **options):
+        found = inner(logits, call, students, **options)
+        asked.append(tuple(students))
+        assert [k for k, g in enumerate(found[2]) if g is not None] == [*students]
+        return found
+
+    monkeypatch.setattr(module, "losses_and_grads", asking)
+    step_of(kind, cohort_of(2, 2))(*batch(0))
+    assert asked == ([(0,), (1,)] if kind == "sequential" else [(0, 1)])
+
+
+def test_a_loss_with_students_of_its_own_is_refused():
+    cohort = cohort_of(2, 0)
+    with pytest.raises(InputError, match="leave students out of the loss"):
+        make_step(cohort, MutualLoss(students=[0]), make_optimizer(cohort, lr=0.1))
