@@ -119,9 +119,17 @@ def read_run(folder: str | Path) -> RunFiles:
 def data_text(settings: Mapping[str, Any]) -> str:
     """What a run with these settings was trained on, for a sentence."""
     data, root = settings.get("data", "its data"), settings.get("root")
+    text = str(data)
     if data in OWN_IMAGES and isinstance(root, str):
-        return f"the images of {Path(root).name or root}"
-    return str(data)
+        text = f"the images of {Path(root).name or root}"
+    if not number(settings.get("unlabelled_share")):
+        return text
+    if labels := number(settings.get("labelled")):
+        text += f" with {labels:,.0f} labels"
+    folder = settings.get("unlabelled")
+    if folder and isinstance(folder, str):
+        text += f" and the unlabelled images of {Path(folder).name or folder}"
+    return text
 
 
 def number(value: Any) -> float | None:

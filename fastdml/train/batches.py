@@ -247,11 +247,11 @@ def as_batches(
     if callable(getattr(source, "epoch", None)):
         batches = source
     elif is_arrays(source):
-        inputs, labels = _checked_arrays(source, num_classes, what, check or check_labels)
-        _check_size(len(labels), batch_size, seed, what)
+        inputs, labels = checked_arrays(source, num_classes, what, check or check_labels)
+        check_size(len(labels), batch_size, seed, what)
         batches = ArrayBatches(inputs.to(device), labels.to(device), batch_size, seed)
     elif is_dataset(source):
-        _check_size(len(source), batch_size, seed, what)
+        check_size(len(source), batch_size, seed, what)
         loader = dataset_loader(source, batch_size, seed)
         batches = IterableBatches(loader, device, num_classes, what, check)
     elif hasattr(source, "__iter__") and _length(source) is not None:
@@ -281,7 +281,7 @@ def as_batches(
     return batches
 
 
-def _checked_arrays(
+def checked_arrays(
     source: Any, num_classes: int, what: str, check: CheckLabels
 ) -> tuple[Tensor, Tensor]:
     """A pair of arrays as tensors, looked at in full."""
@@ -293,7 +293,15 @@ def _checked_arrays(
     return inputs, labels
 
 
-def _check_size(n: int, batch_size: int, seed: int | None, what: str) -> None:
+def checked_inputs(values: Any, where: str) -> Tensor:
+    """An array of inputs as a tensor, looked at in full."""
+    inputs = as_tensor(values, where)
+    check_inputs(inputs, where)
+    check_finite(inputs, where)
+    return inputs
+
+
+def check_size(n: int, batch_size: int, seed: int | None, what: str) -> None:
     """Refuses data that make no batch."""
     if n == 0 or (seed is not None and n < batch_size):
         raise InputError(
@@ -309,6 +317,7 @@ def described(source: Any, channels: int) -> dict[str, Any]:
     and std of a Normalize after a ToTensor, or ToDtype(scale=True), among its transforms.
     """
     found: dict[str, Any]
+    source = getattr(source, "labelled", source)  # of two sources that of the labels
     if not isinstance(source, IterableBatches):
         names = {"mean": "mean", "std": "std", "classes": "class_names"}
         found = {name: getattr(source, theirs, None) for name, theirs in names.items()}

@@ -48,6 +48,7 @@ FREE_ON_RESUME = frozenset(
         "resume",
         "dry_run",
         "root",
+        "unlabelled",
         "download",
         "teachers",
         "device",

@@ -225,12 +225,19 @@ def recorded(
             f"validation={config.validation:g} divides the data sets that fastdml knows by name: "
             "of your own, give the images to validate on as validation=, and leave the setting out"
         )
+    if config.labelled or config.unlabelled:
+        name = "labelled" if config.labelled else "unlabelled"
+        raise InputError(
+            f"{name}={getattr(config, name)} is for the data sets that fastdml knows by name: of "
+            "your own, give the inputs without labels as unlabelled=, and leave the setting out"
+        )
     label = "own data" if config.data in dataset_names() else config.data.partition(":")[0]
     kind = f"{noun(images)}s {sizes(images.shape[1:])}"
     if not images.is_floating_point():  # sequences may be of any length
         kind = f"{noun(images)}s of {str(images.dtype).removeprefix('torch.')}"
     validated = "" if validation is None else ", with validation"
-    augment = getattr(train, "augment", None)  # of fastdml's loaders
+    labelled: Any = getattr(train, "labelled", train)
+    augment = getattr(labelled, "augment", None)  # of fastdml's loaders
     changes: dict[str, Any] = {
         "data": f"{label}: {len(train)} batches of {len(images)}, {kind}{validated}",
         "download": False,
@@ -238,7 +245,7 @@ def recorded(
         "batch_size": len(images),
         "pad": getattr(augment, "pad", 0),
         "flip": bool(getattr(augment, "flip", False)),
-        "augment": getattr(train, "policy", None) or "standard",
+        "augment": getattr(labelled, "policy", None) or "standard",
         "peers": tuple(
             model or type(peer).__name__
             for model, peer in zip(cohort.models, cohort.peers, strict=True)

@@ -14,6 +14,7 @@ from fastdml.report.loggers import TABLE
 from fastdml.report.predictions import PREDICTIONS
 from fastdml.train.predictions import Scorer
 from fastdml.train.run_folder import run_name
+from fastdml.train.unlabelled import image_counts
 from fastdml.units import size
 
 if TYPE_CHECKING:
@@ -51,12 +52,21 @@ def plan(trainer: Trainer) -> str:
             f"{trainer.steps:,} an epoch of {len(batch[-1])} images, {epochs}, "
             f"{progress.total * phases:,} in all" + (" (mutual and independent)" * (phases - 1)),
         ),
+        *_images(trainer),
         ("first step", f"{seconds:.2f} s, start-up included"),
         ("memory", _memory(trainer.device)),
         ("run folder", folder + (" (resumed)" if config.resume else "")),
         ("files", " ".join(_files(trainer))),
     ]
     return "\n".join(f"{name:<11} {text}" for name, text in rows)
+
+
+def _images(trainer: Trainer) -> list[tuple[str, str]]:
+    """How many training images have labels, where some have none."""
+    found = image_counts(trainer.train)
+    if not found or not found["unlabelled"]:
+        return []
+    return [("images", f"{found['labelled']:,} with a label, {found['unlabelled']:,} without")]
 
 
 def _memory(device: torch.device) -> str:

@@ -33,26 +33,25 @@ class Totals:
         self.K, self.teachers = K, tuple(teachers)
         self.watched = ("ce", "kl", "metric") if metric else ("ce", "kl")
         self.per_peer = ("loss", *self.watched, "entropy", "top1")
-        # each of per_peer (K), ensemble_correct (1), pairwise (K*K), teachers' (M*K)
+        # each of per_peer (K), ensemble_correct (1), pairwise (K*K), teachers' (M*K), and the rows
+        # with a label (1)
         P = len(self.per_peer) * K
-        size = P + 1 + (K + len(teachers)) * K
+        size = P + 2 + (K + len(teachers)) * K
         self.sums = torch.zeros(size, dtype=torch.float64, device=device)
         self.first_bad = torch.full(
             (len(self.watched) * K,), NEVER, dtype=torch.int64, device=device
         )
         self.step = torch.zeros((), dtype=torch.int64, device=device)  # of the run, the last added
         self.steps = 0
-        self.rows = 0
         self._mark()
 
     def tensors(self) -> list[Tensor]:
         """Those that `add` changes."""
         return [self.sums, self.first_bad, self.step]
 
-    def count(self, rows: int) -> None:
-        """Counts a step of `rows` images on the host."""
+    def count(self) -> None:
+        """Counts a step on the host."""
         self.steps += 1
-        self.rows += rows
 
     def add(self, output: StepOutput) -> None:
         """Adds a step's statistics on the device."""
@@ -64,6 +63,7 @@ class Totals:
                 *([output.metric] if output.metric is not None else []),
                 packed[at.span("entropy", "pairwise_kl")],
                 *([output.teacher_kl.flatten()] if output.teacher_kl is not None else []),
+                packed[at.span("labelled")],
             ]
         )
         self.sums += values
@@ -77,9 +77,7 @@ class Totals:
     def read(self) -> dict[str, Any]:
         """Means since the last read. Waits for the device."""
         sums = self.sums.to("cpu", copy=True)
-        means = self._means(
-            sums - self.marked_sums, self.steps - self.marked_steps, self.rows - self.marked_rows
-        )
+        means = self._means(sums - self.marked_sums, self.steps - self.marked_steps)
         self._mark(sums)
         return means
 
@@ -95,7 +93,7 @@ class Totals:
 
     def epoch(self) -> dict[str, Any]:
         """Means over the whole epoch so far. Waits for the device."""
-        return self._means(self.sums.cpu(), self.steps, self.rows)
+        return self._means(self.sums.cpu(), self.steps)
 
     @property
     def unread(self) -> int:
@@ -104,7 +102,7 @@ class Totals:
 
     def reset(self) -> None:
         self.sums.zero_()
-        self.steps = self.rows = 0
+        self.steps = 0
         self._mark()
 
     def state(self) -> dict[str, Any]:
@@ -112,29 +110,37 @@ class Totals:
             "sums": self.sums,
             "first_bad": self.first_bad,
             "step": self.step,
-            "counts": [self.steps, self.rows, self.marked_steps, self.marked_rows],
+            "counts": [self.steps, self.marked_steps],
             "marked_sums": self.marked_sums,
         }
 
     def load(self, state: dict[str, Any]) -> None:
-        self.sums.copy_(state["sums"])
+        sums, marked, counts = state["sums"], state["marked_sums"], state["counts"]
+        if len(counts) == 4:  # an earlier version's, which counted rows on the host
+            sums, marked = (
+                torch.cat([old, old.new_tensor([rows])])
+                for old, rows in zip((sums, marked), counts[1::2], strict=True)
+            )
+            counts = counts[::2]
+        self.sums.copy_(sums)
         self.first_bad.copy_(state["first_bad"])
         self.step.copy_(state["step"])
-        self.steps, self.rows, self.marked_steps, self.marked_rows = state["counts"]
-        self.marked_sums = state["marked_sums"]
+        self.steps, self.marked_steps = counts
+        self.marked_sums = marked
 
     def _mark(self, sums: Tensor | None = None) -> None:
         self.marked_sums = torch.zeros_like(self.sums, device="cpu") if sums is None else sums
-        self.marked_steps, self.marked_rows = self.steps, self.rows
+        self.marked_steps = self.steps
 
-    def _means(self, sums: Tensor, steps: int, rows: int) -> dict[str, Any]:
+    def _means(self, sums: Tensor, steps: int) -> dict[str, Any]:
         K, P = self.K, len(self.per_peer) * self.K
         count = torch.full_like(sums, max(steps, 1))
-        count[P - K : P + 1] = max(rows, 1)  # counts of rows, the others are means over rows
+        # of the rows with a label those that are right; the others are means over rows
+        count[P - K : P + 1] = sums[-1].clamp(min=1)
         means = (sums / count).tolist()
         record = {name: means[i * K : (i + 1) * K] for i, name in enumerate(self.per_peer)}
         record["ensemble_top1"] = means[P]
-        pairs = [means[start : start + K] for start in range(P + 1, len(means), K)]
+        pairs = [means[start : start + K] for start in range(P + 1, len(means) - 1, K)]
         record["pairwise_kl"] = pairs[:K]
         for name, row in zip(self.teachers, pairs[K:], strict=True):
             record[TEACHER_KL + name] = row

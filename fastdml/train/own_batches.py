@@ -23,7 +23,7 @@ NUMBERS = "biufc"  # numpy's kinds of numbers
 
 def is_arrays(source: Any) -> bool:
     """Whether it is a pair (inputs, labels) of arrays or tensors."""
-    return isinstance(source, tuple) and len(source) == 2 and all(map(_is_array, source))
+    return isinstance(source, tuple) and len(source) == 2 and all(map(is_array, source))
 
 
 def is_dataset(source: Any) -> bool:
@@ -32,7 +32,7 @@ def is_dataset(source: Any) -> bool:
     return known and hasattr(source, "__len__")
 
 
-def _is_array(value: Any) -> bool:
+def is_array(value: Any) -> bool:
     return isinstance(value, Tensor) or hasattr(value, "__array__")
 
 
@@ -103,25 +103,28 @@ def as_tensor(values: Any, what: str) -> Tensor:
 
 
 class EpochOrder(TorchSampler):
-    """The samples of an epoch in random order, for a DataLoader."""
+    """The samples of an epoch in a sampler's order, for a DataLoader."""
 
-    def __init__(self, n: int, seed: int) -> None:
-        self.sampler, self.seed, self.epoch = RandomSampler(n), seed, 0
+    def __init__(self, sampler: Sampler, seed: int) -> None:
+        self.sampler, self.seed, self.epoch = sampler, seed, 0
 
     def set_epoch(self, epoch: int) -> None:
         self.epoch = epoch
 
     def __len__(self) -> int:
-        return self.sampler.n
+        return self.sampler.places
 
     def __iter__(self) -> Iterator[int]:
         return iter(self.sampler.order(self.seed, self.epoch).sample.tolist())
 
 
-def dataset_loader(dataset: Any, batch_size: int, seed: int | None = None) -> DataLoader:
-    """Batches of a data set, read in this process. seed: as of `ArrayBatches`."""
+def dataset_loader(
+    dataset: Any, batch_size: int, seed: int | None = None, sampler: Sampler | None = None
+) -> DataLoader:
+    """Batches of a data set, read in this process. seed, sampler: as of `ArrayBatches`."""
     # Beginning an epoch draws a number; not from the generator that the peers draw from.
     options: dict[str, Any] = {"batch_size": batch_size, "generator": torch.Generator()}
     if seed is not None:
-        options |= {"sampler": EpochOrder(len(dataset), seed), "drop_last": True}
+        order = EpochOrder(sampler or RandomSampler(len(dataset)), seed)
+        options |= {"sampler": order, "drop_last": True}
     return DataLoader(dataset, **options)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import html
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -43,6 +44,8 @@ class TrainResult:
     precision: str  # of the networks: "fp32", "bf16" or "fp16"
     execution: str | None  # of the steps, for instance "eager"
     threads: int | None  # of the steps, on a CPU
+    images: Mapping[str, int] | None = None
+    """How many training images are "labelled" and "unlabelled"; None where that is not known."""
     stopped: str | None = None  # why training ended before its last epoch
     chosen_on: Literal["validation", "test"] | None = None
     """The images that chose the best weights. With validation `scores` and `best_scores` are of the
@@ -149,6 +152,9 @@ class TrainResult:
             best += f", stopped early: {self.stopped}"
         rate = f", {self.images_per_second:,.0f} images/s" if self.images_per_second else ""
         epochs = self.history[-1]["epoch"]
+        if self.images and self.images["unlabelled"]:
+            best += f", {self.images['labelled']:,} images with labels and "
+            best += f"{self.images['unlabelled']:,} without"
         return (
             f"{epochs:.4g} epoch{'s' * (epochs != 1)}{best}, {self.seconds:,.0f} s{rate}, "
             f"{self.precision} on {self.device}; run folder: {self.folder}"

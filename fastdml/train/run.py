@@ -55,6 +55,7 @@ from fastdml.train.stopping import Stop, listening
 from fastdml.train.tasks.task import Evaluate, Prepared, Task, scoring_of, task_of
 from fastdml.train.teachers import taught, untaught
 from fastdml.train.trainer import Trainer
+from fastdml.train.unlabelled import with_unlabelled
 from fastdml.yaml_file import CONFIG
 
 logger = logging.getLogger(__name__)
@@ -94,6 +95,7 @@ def fit(
     *,
     validation: Any | Evaluate | None = None,
     teachers: Sequence[str | nn.Module] = (),
+    unlabelled: Any = None,
     callbacks: Sequence[Callback] = (),
 ) -> TrainResult | None:
     """Trains `cohort` in place, on the device it is on, and leaves it with the last mutual weights.
@@ -107,7 +109,11 @@ def fit(
     to its scores, or None. validation: the same again; it chooses the best weights and when to stop
     (`patience`), and `test` is then read at the end alone. teachers: frozen networks that teach in
     this run, beside the cohort's own: modules as `Cohort` takes them, or names as the setting has
-    them. A description of the images is saved
+    them. unlabelled: inputs without labels, on which the peers imitate each other (semi-supervised
+    training): an array (N, ...), a data set or batches of inputs; labels in them are not looked at.
+    Beside arrays and data sets `config.unlabelled_share` of each batch is of these, and an epoch
+    shows as many samples as there are of both kinds; of a DataLoader each batch is added to one of
+    `train`, whose passes are the epochs. A description of the images is saved
     with the weights, see `Cohort`. config: its device is not used; its settings of data and peers
     are replaced in the run's record by those of `train` and `cohort`. callbacks: see `Callback`.
     Returns None after a dry run.
@@ -122,7 +128,7 @@ def fit(
     checks.extras(config)
     task = task_of(config)
     with held() as show:
-        prepared = Prepared(cohort, train, test, validation)
+        prepared = Prepared(cohort, train, test, validation, unlabelled)
         command = "fastdml.train.fit"
         return _fit(task, prepared, config, show, command, callbacks, own=True, teachers=teachers)
 
@@ -141,14 +147,15 @@ def _fit(
     """show: shows the log lines that were held back, once nothing can be refused any more. command:
     recorded in summary.json. own: data and peers are the caller's, not those that `config`
     names. teachers: beside the cohort's and the settings' own."""
-    cohort, train, test, validation = prepared
+    cohort, train, test, validation, unlabelled = prepared
     device = next(cohort.parameters()).device
-    train = as_batches(
-        *(train, device, cohort.num_classes),
-        check=task.check_labels,
-        batch_size=config.batch_size,
-        seed=config.seed,
-    )
+    size: dict[str, Any] = {"batch_size": config.batch_size, "seed": config.seed}
+    where = (device, cohort.num_classes)
+    if unlabelled is None or not config.unlabelled_share:
+        train = as_batches(train, *where, check=task.check_labels, **size)
+    else:
+        size["rows"] = config.unlabelled_rows
+        train = with_unlabelled(train, unlabelled, *where, task.check_labels, **size)
     amp = resolve_amp(config.amp, device)
     with (
         taught(cohort, config, teachers),
@@ -301,6 +308,7 @@ def _summary(result: TrainResult) -> dict[str, Any]:
         "images_per_second": result.images_per_second,
         "data_wait": result.data_wait,
         "wall_seconds": result.seconds,
+        "training_images": result.images,
         "epochs": result.history[-1]["epoch"],
         "precision": result.precision,
         "skipped_steps": result.skipped_steps,

@@ -15,6 +15,7 @@ from fastdml.data.loaders.batching import Batching
 from fastdml.errors import InputError
 from fastdml.train.own_batches import ArrayBatches
 from fastdml.train.run_folder import LAST_CHECKPOINT
+from fastdml.train.unlabelled import PairedBatches
 
 Marks = Mapping[str, str | None]  # by use: "training", "validation", "test"
 
@@ -23,10 +24,13 @@ def data_mark(batches: Any) -> str | None:
     """A digest of the labels in their order and, of files, of their names and lengths; not of the
     folder that they are all in, which may move. None of batches that fastdml does not make. Looks
     at each file's entry, and opens none."""
+    if isinstance(batches, PairedBatches):
+        marks = [data_mark(batches.labelled), data_mark(batches.others)]
+        return None if None in marks else "-".join(map(str, marks))
     if not isinstance(batches, (Batching, ArrayBatches)):
         return None
     digest = hashlib.blake2b(batches.labels.cpu().contiguous().numpy().tobytes(), digest_size=16)
-    paths = getattr(batches, "paths", None)
+    paths = getattr(batches, "paths", None) or getattr(batches, "files", None)
     if paths:
         common = len(os.path.commonpath([os.path.dirname(path) for path in paths]))
         for path in paths:

@@ -52,6 +52,7 @@ from fastdml.train.same_data import data_mark
 from fastdml.train.stopping import Stop
 from fastdml.train.tasks.task import Task, scoring_of
 from fastdml.train.trainer_state import restore, state_of
+from fastdml.train.unlabelled import image_counts, learns_without_labels
 from fastdml.units import duration, milliseconds
 from fastdml.yaml_file import CONFIG
 
@@ -101,7 +102,9 @@ class Trainer:
         rates = learning_rate.rates(config, self.steps)
         self.rates = rates.tolist()
         self.schedule = Schedule(self.optimizer, rates)
-        self.loss = task.mutual_loss(config, len(cohort) + len(cohort.teachers)).to(self.device)
+        partly = {"mimic_ignored": True} if learns_without_labels(train) else {}
+        networks = len(cohort) + len(cohort.teachers)
+        self.loss = task.mutual_loss(config, networks, **partly).to(self.device)
         self.loss_schedules = loss_schedules(config, self.steps, total, self.device)
         for name, scheduled in self.loss_schedules.items():
             setattr(self.loss, name, scheduled.value)
@@ -230,7 +233,7 @@ class Trainer:
             self.step(*batch)
             rows = len(batch[-1])
             progress.position += 1
-            totals.count(rows)
+            totals.count()
             clock.step(rows)
             self.bar.update(rows)
             self.profile.step()
@@ -451,6 +454,7 @@ class Trainer:
             precision=self.amp.name,
             execution=self.execution,
             threads=self.choice and self.choice.threads,
+            images=image_counts(self.train),
             stopped=progress.stopped,
             teachers=tuple(self.cohort.taught_by),
         )

@@ -26,6 +26,7 @@ def output(K: int, generator: torch.Generator) -> StepOutput:
         correct=(9 * rand(K)).floor(),
         ensemble_correct=(9 * rand(())).floor(),
     )
+    stats.packed[stats.layout.labelled] = 10
     return StepOutput(rand(K), stats)
 
 
@@ -60,7 +61,7 @@ def test_means_since_the_last_read_and_over_the_epoch(K):
 
     for step, o in enumerate(outputs, 1):
         totals.add(o)
-        totals.count(10)
+        totals.count()
         if step == 3:
             close(totals.read(), expected(outputs[:3]))
             assert totals.unread == 0
@@ -74,8 +75,28 @@ def test_means_since_the_last_read_and_over_the_epoch(K):
     totals.reset()
     assert totals.unread == 0
     totals.add(outputs[0])
-    totals.count(10)
+    totals.count()
     close(totals.read(), expected(outputs[:1]))
+
+
+def test_shares_are_of_the_rows_with_a_label_and_earlier_states_had_one_each():
+    o = output(2, torch.Generator().manual_seed(1))
+    o.stats.packed[o.stats.layout.labelled] = 4
+    totals = Totals(2, CPU)
+    totals.add(o)
+    totals.count()
+    right = o.stats.correct.double()
+    assert totals.read()["top1"] == (right / 4).tolist()
+    assert totals.epoch()["ensemble_top1"] == float(o.stats.ensemble_correct / 4)
+
+    state = totals.state()  # as before: no count of labels among the sums, and rows on the host
+    state |= {name: state[name][:-1] for name in ("sums", "marked_sums")}
+    state["counts"] = [1, 20, 0, 0]
+    state["marked_sums"] = torch.zeros_like(state["sums"])
+    totals = Totals(2, CPU)
+    totals.load(state)
+    assert totals.epoch()["top1"] == (right / 20).tolist()
+    assert totals.read()["top1"] == totals.epoch()["top1"]
 
 
 @pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])

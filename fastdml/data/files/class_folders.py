@@ -72,11 +72,29 @@ def read_class_folders(folder: Path) -> Listing:
         found.paths += [os.path.join(*parts) for parts in images]
         found.classes += [of_class] * len(images)
     if others:
-        found.notes.append(
-            f"{folder}: left out: {counted(len(others), 'file')} not called "
-            f"{' '.join(SUFFIXES)}, such as {others[0]}"
-        )
+        found.notes.append(_left_out(folder, others))
     return found
+
+
+def read_images(folder: Path) -> Listing:
+    """All images in `folder` or deeper, of no class. Raises InputError for a folder that holds
+    none, and for one that cannot be read."""
+    found, others = Listing(folder), list[str]()
+    if not folder.is_dir():
+        raise InputError(f"{folder}: no such folder: give the one that holds the images")
+    found.paths = [os.path.join(*parts) for parts in sorted(_walk(folder, others, found.notes))]
+    if not found.paths:
+        raise InputError(f"{folder}: holds no images ({' '.join(SUFFIXES)})")
+    if others:
+        found.notes.append(_left_out(folder, others))
+    return found
+
+
+def _left_out(folder: Path, others: list[str]) -> str:
+    return (
+        f"{folder}: left out: {counted(len(others), 'file')} not called "
+        f"{' '.join(SUFFIXES)}, such as {others[0]}"
+    )
 
 
 def class_name(name: str, place: object) -> str:

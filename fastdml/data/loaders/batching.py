@@ -67,6 +67,7 @@ class Batching:
             self.sampler = sampler or RandomSampler(self.n)
             self._steps = self._count(self.sampler)
         self.paths: tuple[str, ...] | None = None
+        self.files = getattr(images, "files", ())  # that images in memory were read from
         self.resize: Resize | None = None
         if isinstance(images, ImageSet):
             _, height, width, _ = images.pixels.shape
@@ -93,8 +94,9 @@ class Batching:
 
     def _count(self, sampler: Sampler) -> int:
         """The steps of an epoch of training."""
-        if getattr(sampler, "batch_size", self.batch_size) != self.batch_size:
-            raise InputError(f"batch size {self.batch_size} for a sampler of {sampler.batch_size}")
+        own = getattr(sampler, "batch_size", self.batch_size)
+        if own != self.batch_size:
+            raise InputError(f"batch size {self.batch_size} for a sampler of {own}")
         p, k = getattr(sampler, "p", 1), getattr(sampler, "k", 1)
         if p * k > 1 and self.batch_size != p * k:
             raise InputError(

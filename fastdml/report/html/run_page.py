@@ -203,6 +203,16 @@ def _teachers(run: RunFiles) -> list[tuple[str, str]]:
     return found
 
 
+def _training_images(phase: Mapping[str, Any]) -> str | None:
+    """How many have labels and how many do not, where the run tells."""
+    found = table(phase.get("training_images"))
+    labelled, unlabelled = (number(found.get(name)) for name in ("labelled", "unlabelled"))
+    if labelled is None:
+        return None
+    without = f", {unlabelled:,.0f} without" if unlabelled else ""
+    return f"{labelled:,.0f} with labels{without}"
+
+
 def _environment(run: RunFiles) -> list[tuple[str, str]]:
     """What the run ran on, as far as its summary tells."""
     summary, phase = run.summary, run.phase
@@ -216,6 +226,7 @@ def _environment(run: RunFiles) -> list[tuple[str, str]]:
         ("stopped early", phase.get("stopped")),
         ("independent peers stopped early", table(summary.get("independent")).get("stopped")),
         *_teachers(run),
+        ("training images", _training_images(phase)),
         ("device", summary.get("device")),
         ("precision", phase.get("precision")),
         ("execution of the steps", summary.get("execution")),

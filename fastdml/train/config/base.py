@@ -54,6 +54,15 @@ class TrainConfig:
     """Train on this many images, evenly of each class; 0 means all. Paper: all."""
     validation: float = 0.0
     """Training images kept to choose the best weights: below 1 a share, else a number; 0: none."""
+    labelled: int = 0
+    """Semi-supervised: so many training images keep their labels, evenly of each class, of which
+    validation is taken; the others lose theirs, and peers imitate each other on them. 0: all."""
+    unlabelled: str = ""
+    """Semi-supervised: a folder of images without labels, in it or deeper, on which peers imitate
+    each other."""
+    unlabelled_share: float = 0.5
+    """Share of each batch that has no labels, where labelled or unlabelled is given; 0: they are
+    not used. An epoch then shows as many images as there are of both kinds."""
     batch_size: int = 64
     """Images a step; the last short batch of an epoch is left out. Paper: 64."""
     pad: int = 4
@@ -187,6 +196,8 @@ class TrainConfig:
             lambda x: 0 <= x < 1 or x == int(x) >= 1,
             "a share below 1, a whole number of images, or 0",
         ),
+        "labelled": NOT_NEGATIVE,
+        "unlabelled_share": (lambda x: 0 <= x < 1, "at least 0 and below 1"),
         "batch_size": COUNT,
         "pad": NOT_NEGATIVE,
         "temperature": POSITIVE,
@@ -220,11 +231,12 @@ class TrainConfig:
     def __post_init__(self) -> None:
         for name, hint in field_types(type(self)).items():
             value = convert(name, getattr(self, name), hint)
-            if name in ("root", "folder") and value is not None:
+            if name in ("root", "folder", "unlabelled") and value:
                 value = expand(value)
             object.__setattr__(self, name, value)
             check_limit(name, value, self.limits)
         self._check_augment()
+        self._check_shares()
         self._check_losses()
         self._check_schedules()
         self._check_steps()
@@ -236,6 +248,15 @@ class TrainConfig:
             raise InputError(
                 f"augment none and {what} contradict each other: leave {what.split()[0]} out (in a "
                 "TrainConfig: pad=0, flip=False), or set augment to standard"
+            )
+
+    def _check_shares(self) -> None:
+        """Raises InputError where a batch has no place for one of both kinds of images."""
+        rows, share = self.unlabelled_rows, self.unlabelled_share
+        if (self.labelled or self.unlabelled) and share and not 0 < rows < self.batch_size:
+            raise InputError(
+                f"unlabelled_share {share:g} of batch_size {self.batch_size} is {rows} images: "
+                "give a share that leaves one of each kind at least, or a larger batch"
             )
 
     def _check_losses(self) -> None:
@@ -297,6 +318,11 @@ class TrainConfig:
         drops = list(self.lr_drops)
         if any(drop < 1 for drop in drops) or drops != sorted(set(drops)):
             raise InputError(f"lr_drops must be rising numbers of epochs, not {drops}")
+
+    @property
+    def unlabelled_rows(self) -> int:
+        """Images of a batch that have no label, where there are any."""
+        return round(self.unlabelled_share * self.batch_size)
 
     @property
     def policy(self) -> str | None:

@@ -137,6 +137,11 @@ class ReidConfig(TrainConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        if self.labelled or self.unlabelled:
+            raise InputError(
+                f"{'labelled' if self.labelled else 'unlabelled'} is for classification: "
+                "re-identification needs the identity of every training image; leave it out"
+            )
         if self.images_per_id and self.batch_size % self.images_per_id:
             raise InputError(
                 f"batch_size ({self.batch_size}) must be a multiple of images_per_id "

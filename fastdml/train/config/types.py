@@ -17,6 +17,9 @@ class TrainSettings(TypedDict, total=False):
     download: bool
     subset: int
     validation: float
+    labelled: int
+    unlabelled: str | os.PathLike
+    unlabelled_share: float
     batch_size: int
     pad: int
     flip: bool

@@ -15,6 +15,7 @@ from fastdml.cohort import Cohort
 from fastdml.data import (
     HINT,
     ImageSet,
+    MixedSampler,
     ResidentLoader,
     load,
     make_loader,
@@ -22,6 +23,7 @@ from fastdml.data import (
     split_validation,
 )
 from fastdml.data.image_files import Splits
+from fastdml.data.semi_supervised import joined, load_unlabelled, split_labelled
 from fastdml.engine.amp import Amp, AmpName, resolve_amp
 from fastdml.errors import InputError
 from fastdml.eval_mode import evaluating
@@ -79,12 +81,7 @@ class Classification(Task):
     def prepare(
         self, config: TrainConfig, device: torch.device, hint: str = HINT
     ) -> Iterator[Prepared]:
-        sets = self.splits(config, hint)
-        if config.validation:
-            train, validation = split_validation(sets.train, config.validation, config.seed)
-            sets = Splits(train, validation, sets.test)
-        if config.subset:
-            sets = sets._replace(train=sets.train.subset(config.subset, config.seed))
+        sets, rest = divided(self.splits(config, hint), config)
         channels, *size = sets.train.image_shape
         cohort = Cohort(
             config.peers,
@@ -95,14 +92,16 @@ class Classification(Task):
             image_size=size,
         ).to(device)
         sets = self.normalised(sets, config)
+        images, sampler = self.with_unlabelled(sets.train, rest, config)
         train = make_loader(
             config.loader,
-            sets.train,
+            images,
             config.batch_size,
             seed=config.seed,
             train=True,
             pad=config.pad,
             flip=config.flip,
+            sampler=sampler,
             policy=config.policy,
             device=device,
         )
@@ -124,6 +123,26 @@ class Classification(Task):
             return sets
         usual = pretrained_normalisation(config.peers, sets.train.image_shape[0])
         return sets.each(lambda images: images.normalised_by(*usual))
+
+    def with_unlabelled(
+        self, labelled: Any, rest: Any | None, config: Any
+    ) -> tuple[Any, MixedSampler | None]:
+        """The training images with those that have no label, and what makes batches of both; the
+        labelled images alone where the settings want no others."""
+        parts = [labelled]
+        if rest is not None:
+            parts.append(dataclasses.replace(rest, mean=labelled.mean, std=labelled.std))
+        if config.unlabelled and config.unlabelled_share:
+            bad_files, progress = getattr(config, "bad_files", None), config.progress or None
+            parts.append(
+                load_unlabelled(config.unlabelled, labelled, bad_files=bad_files, progress=progress)
+            )
+        if len(parts) == 1:
+            return labelled, None
+        images = joined(*parts)
+        without = len(images) - len(labelled)
+        logger.info(f"{len(labelled):,} labelled images and {without:,} without a label")
+        return images, MixedSampler(images.labels, config.batch_size, config.unlabelled_rows)
 
     def evaluation_batches(self, images: Any, config: Any, device: torch.device) -> Batches:
         """Batches of an `ImageSet` or `ImageFiles` to be scored on, in their order."""
@@ -162,6 +181,22 @@ class Classification(Task):
 
     def known_set(self, found: Mapping[str, Any]) -> str | None:
         return next((name for name in self.data if record(name) == found), None)
+
+
+def divided(sets: Splits, config: TrainConfig) -> tuple[Splits, Any | None]:
+    """The sets of a run, the training images labelled and as many as `config` says, with validation
+    images where it wants some; and the training images that lose their labels, None where none does
+    or they are not used."""
+    train, validation, rest = sets.train, sets.validation, None
+    if config.labelled:
+        if config.subset:
+            train = train.subset(config.subset, config.seed)
+        train, rest = split_labelled(train, config.labelled, config.seed)
+    if config.validation:
+        train, validation = split_validation(train, config.validation, config.seed)
+    if config.subset and not config.labelled:
+        train = train.subset(config.subset, config.seed)
+    return Splits(train, validation, sets.test), rest if config.unlabelled_share else None
 
 
 def score(cohort: Cohort, test: Batches, amp: Amp) -> ClassificationScores:

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from fastdml.cohort import Cohort
-from fastdml.data import HINT, split_validation
+from fastdml.data import HINT
 from fastdml.data.image_files import Splits
 from fastdml.data.reid_split import MEAN, STD
 from fastdml.data.sets.folder import load_folder, warn_of_copies
@@ -19,7 +19,7 @@ from fastdml.errors import InputError
 from fastdml.paths import expanded
 from fastdml.train.config.own_images import FolderConfig
 from fastdml.train.same_data import check_same_data, data_mark, marks_of
-from fastdml.train.tasks.classification import Classification, evaluate, table
+from fastdml.train.tasks.classification import Classification, divided, evaluate, table
 from fastdml.train.tasks.task import Evaluation, register_task
 
 logger = logging.getLogger(__name__)
@@ -80,12 +80,13 @@ class OwnImages(Classification):
                 f"{_difference(known['classes'] or [], splits.train.class_names)}"
             )
         _check_validation(splits, config)
-        images, which, carved = splits.test, "test", False
+        images: Any = splits.test
+        which, carved = "test", False
         if images is None:
             which = "validation"
             images = splits.validation
             if carved := images is None:
-                _, images = split_validation(splits.train, config.validation, config.seed)
+                images = divided(splits, config)[0].validation
             logger.info("no test images: the scores are of those for validation")
         mean, std = (tuple(known[name] or getattr(images, name)) for name in ("mean", "std"))
         images = dataclasses.replace(images, mean=mean, std=std)
