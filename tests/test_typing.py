@@ -62,7 +62,7 @@ def given(hint: Any, name: str) -> Any:
     """What people may give for a field of this type."""
     if get_origin(hint) is tuple:
         return Sequence[get_args(hint)[0]]
-    return hint | os.PathLike if name == "folder" else hint
+    return hint | os.PathLike if name in ("folder", "unlabelled") else hint
 
 
 @pytest.mark.parametrize(

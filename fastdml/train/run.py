@@ -154,6 +154,7 @@ def _fit(
     if unlabelled is None or not config.unlabelled_share:
         train = as_batches(train, *where, check=task.check_labels, **size)
     else:
+        config.check_gate()
         size["rows"] = config.unlabelled_rows
         train = with_unlabelled(train, unlabelled, *where, task.check_labels, **size)
     amp = resolve_amp(config.amp, device)

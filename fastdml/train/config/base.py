@@ -100,6 +100,17 @@ class TrainConfig:
     """The kl_weight at the last step; needs a kl_schedule that is not constant."""
     kl_warmup_epochs: float = 0.0
     """Epochs in which kl_weight first rises linearly from 0, fractions allowed. Paper: 0."""
+    target: Literal["peers", "ensemble", "ensemble_logits"] = "peers"
+    """What a peer imitates: each other peer, the mean of their probabilities (DML_e) or the softmax
+    of their mean logits. Paper: peers."""
+    gate: Literal["none", "correct", "best", "confidence", "entropy"] = "none"
+    """Who teaches on an image: all; who is right; the best, of lowest cross-entropy; all, weighted
+    by the probability of the label, or by how sure they are. Paper: none."""
+    divergence: Literal["forward", "reverse", "jeffreys", "jsd"] = "forward"
+    """KL from the teacher to the student (forward), from the student to the teacher (reverse), the
+    mean of both, or the divergence of Jensen and Shannon with jsd_beta. Paper: forward."""
+    jsd_beta: float = 0.5
+    """The teacher's share of the mixture in jsd: 0 is forward, 1 is reverse."""
     label_smoothing: float = 0.0
     """Share of the label's probability spread over all classes, 0 to 1. Paper: 0."""
     update: Literal["simultaneous", "sequential"] = "simultaneous"
@@ -207,6 +218,7 @@ class TrainConfig:
         "kl_weight": NOT_NEGATIVE,
         "kl_weight_end": (lambda x: x is None or x >= 0, "0 or more, or none"),
         "kl_warmup_epochs": NOT_NEGATIVE,
+        "jsd_beta": FRACTION,
         "label_smoothing": FRACTION,
         "lr": POSITIVE,
         "momentum": (lambda x: 0 <= x < 1, "at least 0 and below 1"),
@@ -259,8 +271,25 @@ class TrainConfig:
                 "give a share that leaves one of each kind at least, or a larger batch"
             )
 
+    def check_gate(self) -> None:
+        """Raises InputError for a gate that shuts out rows without a label, for a training that has
+        some."""
+        if self.unlabelled_share and self.gate in ("correct", "best", "confidence"):
+            raise InputError(
+                f"gate {self.gate} goes by labels, so that nobody would teach on images without "
+                "one: set gate to none or entropy"
+            )
+
     def _check_losses(self) -> None:
-        """Raises InputError where there are no peers, or no loss for one of them."""
+        """Raises InputError where there are no peers, no loss for one of them, or options of the
+        loss that do not go together."""
+        if self.labelled or self.unlabelled:
+            self.check_gate()
+        if self.divergence != "jsd" and self.jsd_beta != 0.5:
+            raise InputError(
+                f"jsd_beta {self.jsd_beta:g} has no effect with divergence {self.divergence}: set "
+                "divergence to jsd, or leave jsd_beta out"
+            )
         if not self.peers:
             raise InputError("peers is empty: name at least one model, for instance resnet32")
         alone = self.independent or (len(self.peers) == 1 and not self.teachers)

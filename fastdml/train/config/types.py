@@ -36,6 +36,10 @@ class TrainSettings(TypedDict, total=False):
     kl_schedule: Literal["constant", "linear", "cosine"]
     kl_weight_end: float | None
     kl_warmup_epochs: float
+    target: Literal["peers", "ensemble", "ensemble_logits"]
+    gate: Literal["none", "correct", "best", "confidence", "entropy"]
+    divergence: Literal["forward", "reverse", "jeffreys", "jsd"]
+    jsd_beta: float
     label_smoothing: float
     update: Literal["simultaneous", "sequential"]
     independent: bool

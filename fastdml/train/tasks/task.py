@@ -111,6 +111,10 @@ class Task:
             temperature=config.temperature,
             ce_weight=config.ce_weight,
             kl_weight=config.kl_weight,
+            target=config.target,
+            gate=config.gate,
+            divergence=config.divergence,
+            jsd_beta=config.jsd_beta,
             label_smoothing=config.label_smoothing,
             **options,
         )
