@@ -19,7 +19,13 @@ from typing import Any
 
 from typing_extensions import Unpack
 
-from fastdml.train.callbacks import Callback, EndEvent, EpochEvent, EvaluationEvent
+from fastdml.train.callbacks import (
+    Callback,
+    EndEvent,
+    EpochEvent,
+    EpochStartEvent,
+    EvaluationEvent,
+)
 from fastdml.train.config.base import TrainConfig
 from fastdml.train.config.own_images import FolderConfig
 from fastdml.train.config.reid import ReidConfig
@@ -36,6 +42,7 @@ __all__ = [
     "Callback",
     "EndEvent",
     "EpochEvent",
+    "EpochStartEvent",
     "EvaluationEvent",
     "FolderConfig",
     "ReidConfig",

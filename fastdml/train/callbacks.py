@@ -1,4 +1,5 @@
-"""Callbacks: what a training calls at the end of each epoch, after each evaluation, and at its end.
+"""Callbacks: what a training calls at the start and at the end of each epoch, after each
+evaluation, and at its own end.
 
 The checkpoint is on disk before the methods of an epoch are called, so that a callback that raises
 loses nothing: its error ends the run with its own traceback, and `resume` goes on with the epoch
@@ -11,8 +12,8 @@ from __future__ import annotations
 import copy
 import dataclasses
 import logging
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -26,7 +27,7 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-METHODS = ("on_epoch", "on_evaluation", "on_end")
+METHODS = ("on_epoch", "on_evaluation", "on_end")  # that a callback must have
 
 
 @dataclass(frozen=True)
@@ -42,6 +43,19 @@ class Event:
     steps: int  # of the whole training
     seconds: float  # since training began, over all resumptions
     seconds_left: float | None  # of the run, an estimate; None where it cannot be told
+
+
+@dataclass(frozen=True)
+class EpochStartEvent(Event):
+    """The start of an epoch; `epoch` is the number of those before it."""
+
+    losses: Mapping[str, list[float]] | None  # of the epoch before, as `EpochEvent` has them
+    set_peer_weights: Callable[[Any], None] = field(repr=False)
+    """Whom peers learn from, from here on: (L, L), not negative, row k how much network k learns
+    from each, the diagonal not used; L networks are the peers and then their teachers, whose rows
+    are not used. It is `peer_weights` of `fastdml.mutual_loss`, in place of an equal share of each,
+    and part of the checkpoint. Every execution follows it, and none captures anew. Raises
+    InputError for another shape, and for values that are negative or not finite."""
 
 
 @dataclass(frozen=True)
@@ -88,6 +102,10 @@ class Callback:
     summed up as at its end. The independent training still follows a mutual one that is stopped.
     """
 
+    def on_epoch_start(self, event: EpochStartEvent) -> None:
+        """Before the first step of each epoch; not where a resumed run goes on within one, which
+        has what was set at its start."""
+
     def on_epoch(self, event: EpochEvent) -> str | None:
         """After each epoch and its checkpoint."""
         return None
@@ -115,20 +133,46 @@ def check_callbacks(callbacks: Sequence[Any]) -> tuple[Any, ...]:
     return tuple(callbacks)
 
 
+def _losses(record: Mapping[str, Any]) -> dict[str, list[float]]:
+    return {n: record[n] for n in ("loss", "ce", "kl", "metric") if n in record}
+
+
 class Calls:
     """The callbacks of a training, called with its events."""
 
     def __init__(self, trainer: Trainer, callbacks: Sequence[Any]) -> None:
         self.trainer, self.callbacks = trainer, callbacks
 
+    def epoch_start(self) -> None:
+        history = self.trainer.progress.history
+        self._call(
+            "on_epoch_start",
+            EpochStartEvent,
+            losses=_losses(copy.deepcopy(history[-1])) if history else None,
+            set_peer_weights=self._set_peer_weights,
+        )
+
+    def _set_peer_weights(self, weights: Any) -> None:
+        trainer, loss = self.trainer, self.trainer.loss
+        size = len(trainer.cohort) + len(trainer.cohort.teachers)
+        given = torch.as_tensor(weights, dtype=torch.float32).detach().cpu()
+        if given.shape != (size, size) or not (given.isfinite() & (given >= 0)).all():
+            raise InputError(
+                f"peer weights {tuple(given.shape)}: give a matrix ({size}, {size}) of numbers "
+                "from 0 on, row k how much network k learns from each"
+            )
+        if loss.peer_weights is None:
+            loss.peer_weights = given.to(trainer.device, copy=True)
+        else:  # in place, where a captured graph reads it
+            loss.peer_weights.copy_(given)
+
     def epoch(self, record: Mapping[str, Any]) -> str | None:
         """The reason to stop that a callback gives, if one does; all are called."""
         record = copy.deepcopy(record)  # the run's own stays as it is, whatever is done to this one
-        losses = {n: record[n] for n in ("loss", "ce", "kl", "metric") if n in record}
         return self._call(
             "on_epoch",
             EpochEvent,
-            losses=losses,
+            losses=_losses(record),
             **{n: record[n] for n in ("lr", "images_per_second", "data_wait")},
             record=record,
         )
@@ -169,7 +213,8 @@ class Calls:
         # them, and as a resumed run does.
         devices = [trainer.device] if trainer.device.type == "cuda" else []
         with torch.random.fork_rng(devices=devices):
-            reasons = [self._reason(callback, name, event) for callback in self.callbacks]
+            called = [one for one in self.callbacks if hasattr(one, name)]
+            reasons = [self._reason(callback, name, event) for callback in called]
         return next((reason for reason in reasons if reason is not None), None)
 
     def _reason(self, callback: Any, name: str, event: Event) -> str | None:

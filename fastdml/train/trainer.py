@@ -223,6 +223,8 @@ class Trainer:
         epoch, start = divmod(progress.position, self.steps)
         end = min(self.steps, progress.total - epoch * self.steps)
         batches = self.batches(epoch, start)
+        if start == 0:
+            self.calls.epoch_start()
         clock.start()
         for done in range(start + 1, end + 1):
             clock.ask()

@@ -45,6 +45,7 @@ def state_of(trainer: Trainer) -> dict[str, Any]:
         "ema": trainer.ema.state_dict() if trainer.ema else None,
         "metric": trainer.metric.state_dict() if trainer.metric else None,
         "updates": trainer.schedule.updates,
+        "peer_weights": getattr(trainer.loss, "peer_weights", None),
         "loss_schedules": {n: s.state_dict() for n, s in trainer.loss_schedules.items()},
         "overflows": trainer.record.overflows,
         "rng": rng_state(trainer.device),
@@ -123,6 +124,8 @@ def _take(trainer: Trainer, state: dict[str, Any], path: Path) -> None:
     if trainer.metric:
         trainer.metric.load_state_dict(state["metric"])
     trainer.schedule.load(state["updates"])
+    if (weights := state.get("peer_weights")) is not None:  # that a callback may have set
+        trainer.loss.peer_weights = weights.to(trainer.device)
     for name, scheduled in trainer.loss_schedules.items():
         scheduled.load_state_dict(state["loss_schedules"][name])
     trainer.record.overflows.copy_(state["overflows"])

@@ -77,6 +77,29 @@ def test_a_step_sees_each_value(kind, inside):
     assert_same(followed(kind, inside=inside).state(), with_numbers(kind).state())
 
 
+@pytest.mark.parametrize("kind", KINDS)
+def test_peer_weights_that_are_filled_in_place_are_followed_too(kind):
+    def trained(kind, *, in_place: bool) -> Run:
+        run = Run(kind, peers=(0, 1, 2), loss=MutualLoss(peer_weights=torch.ones(3, 3)))
+        run.outputs = []
+        for i, batch in enumerate(batches(STEPS)):
+            weights = torch.roll(torch.eye(3), 1 + i // 2 % 2, 1)
+            if in_place:
+                run.loss.peer_weights.copy_(weights)
+            else:
+                run.loss.peer_weights = weights
+            run.outputs.append(run.step(*batch))
+        return run
+
+    found = trained(kind, in_place=True)
+    assert_same(
+        found.state(),
+        trained(kind.removesuffix("graph").strip() or "eager", in_place=False).state(),
+    )
+    if "graph" in kind:
+        assert found.step.captured.calls == STEPS
+
+
 def test_in_parts_and_in_half_precision_too():
     for options in ({"accumulate": 2}, {"precision": "fp16"}):
         found = followed("graph", inside=True, **options).state()
