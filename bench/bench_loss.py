@@ -2,15 +2,19 @@
 
 Each contender's losses and gradients are compared with ours before it is timed; one that differs
 fails. On CUDA wall time (what the host sees) and kernel time (graph replay, inputs cold in L2 at
-large shapes) are apart, with the peak memory beyond the logits. What torch.compile makes is
+large shapes) are apart. Both have the peak memory beyond the logits. What torch.compile makes is
 measured after the others, with ours in the same rounds, and its ratio is to that. Quick set on two
-CPU cores: about two minutes, most of it torch.compile.
+CPU cores: about three minutes, most of it torch.compile.
+
+Mutual learning is measured with the default options, distillation (one student, one frozen teacher)
+at a temperature and with each divergence.
 """
 
 from __future__ import annotations
 
 import statistics
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from functools import partial
 from itertools import product
 from typing import Any, NamedTuple
@@ -20,7 +24,7 @@ import torch
 from torch import Tensor
 
 from bench import timing
-from bench.baselines import closed_form, summed
+from bench.baselines import closed_form, distillation, summed
 from bench.conftest import chosen_device
 from bench.failures import Failure, in_words, once
 from fastdml import MutualLoss, mutual_loss
@@ -37,40 +41,64 @@ class Case(NamedTuple):
     N: int
     C: int
     dtype: str
+    divergence: str = ""  # of distillation, by which peer 0 alone learns; else mutual learning
 
     @property
-    def least_bytes(self) -> int:
-        """The least bytes of forward and backward: logits read once, gradients written once."""
-        return 2 * self.K * self.N * self.C * getattr(torch, self.dtype).itemsize
+    def students(self) -> int:
+        """The peers that learn; the first ones."""
+        return 1 if self.divergence else self.K
+
+    def least_bytes(self, direction: str) -> int:
+        """Logits read once, and the students' gradients written once."""
+        written = 0 if direction == "forward" else self.students
+        return (self.K + written) * self.N * self.C * getattr(torch, self.dtype).itemsize
 
     def smallest(self) -> Case:
         """For a dry run."""
-        return Case(self.K, min(self.N, 4), min(self.C, 12), self.dtype)
+        return self._replace(N=min(self.N, 4), C=min(self.C, 12))
+
+    def name(self) -> str:
+        shape = "x".join(map(str, self[:3]))
+        return f"{shape}-distillation-{self.divergence}" if self.divergence else shape
 
 
 def _cases(dtype: str, *shapes: tuple[int, int, int]) -> list[Case]:
     return [Case(*shape, dtype) for shape in shapes]
 
 
+def _distillation(dtype: str, *shapes: tuple[int, int], divergence: str = "forward") -> list[Case]:
+    return [Case(2, *shape, dtype, divergence) for shape in shapes]
+
+
 CIFAR = [(K, N, 100) for K, N in product((2, 3, 4, 8), (64, 128, 256, 1024))]
 MIDDLE = [(2, 64, 751), (4, 256, 751), (2, 256, 1000), (4, 1024, 1000)]
 WIDE = [(2, 128, 21841), (2, 512, 32000), (2, 128, 32768), (2, 64, 128256)]
+OTHER_DIVERGENCES = ("reverse", "jeffreys", "jsd")
 LARGE = [(4, 8192, 1000), (2, 8192, 16384), (2, 2048, 21841), (2, 4096, 32768), (2, 2048, 128256)]
 QUICK = {
     "cpu": _cases(
         "float32", (2, 64, 100), (4, 64, 100), (8, 128, 100), (4, 1024, 1000), (2, 512, 32000)
-    ),
+    )
+    + _distillation("float32", (64, 100), (1024, 1000), (512, 32000))
+    + [Case(2, 1024, 1000, "float32", divergence) for divergence in OTHER_DIVERGENCES],
     "cuda": [
         *_cases("float32", (2, 64, 100), (8, 128, 100)),
         *_cases("bfloat16", (2, 64, 100), (4, 256, 751), (4, 8192, 1000), (2, 8192, 16384)),
         *_cases("bfloat16", (2, 2048, 128256)),
+        *_distillation("float32", (64, 100)),
+        *_distillation("bfloat16", (8192, 1000), (2048, 128256)),
+        *[Case(2, 8192, 1000, "bfloat16", divergence) for divergence in OTHER_DIVERGENCES],
     ],
 }
 FULL = {
-    "cpu": _cases("float32", *CIFAR, *MIDDLE, *WIDE),
+    "cpu": [
+        *_cases("float32", *CIFAR, *MIDDLE, *WIDE),
+        *[case for case in QUICK["cpu"] if case.divergence],
+    ],
     "cuda": [
         *_cases("float32", *CIFAR, *MIDDLE, *LARGE),
         *_cases("bfloat16", *CIFAR, *MIDDLE, *LARGE),
+        *[case for case in QUICK["cuda"] if case.divergence],
     ],
 }
 
@@ -79,9 +107,28 @@ Call = Callable[[Sequence[Tensor], Tensor], Any]
 Methods = dict[str, tuple[Losses, Callable]]  # name -> (losses, gradients)
 
 
-def _methods(device: torch.device) -> Methods:
+def _methods(case: Case, device: torch.device) -> Methods:
     """name -> (losses, gradients); the optional ones where they are installed, and can run on
     `device`."""
+    return _of_distillation(case, device) if case.divergence else _of_mutual_learning(device)
+
+
+def _of_distillation(case: Case, device: torch.device) -> Methods:
+    """Those that compute the student's loss and gradient."""
+    ours = partial(mutual_loss, divergence=case.divergence, **distillation.OPTIONS)
+    formula = partial(distillation.losses, divergence=case.divergence)
+    losses = {"ours": ours, "formula": formula, "formula-c": formula}
+    if device.type == "cuda":
+        losses["formula-cg"] = formula
+        with suppress(ImportError):
+            from bench.baselines import liger
+
+            if case.divergence in liger.DIVERGENCES:
+                losses["liger"] = partial(liger.distillation, divergence=case.divergence)
+    return {name: (function, distillation.gradients) for name, function in losses.items()}
+
+
+def _of_mutual_learning(device: torch.device) -> Methods:
     methods = {
         "ours": (mutual_loss, summed.gradients),
         "pairwise": (pairwise.losses, pairwise.gradients),
@@ -90,35 +137,39 @@ def _methods(device: torch.device) -> Methods:
         "closed": (closed_form.losses, summed.gradients),
         "closed-c": (closed_form.losses, summed.gradients),
     }
-    try:
+    with suppress(ImportError):
         from bench.baselines import pytorch_dml
 
         methods["pydml"] = (pytorch_dml.losses, pytorch_dml.gradients)
-    except ImportError:
-        pass
     if device.type == "cuda":
         methods["closed-cg"] = methods["closed"]
-        try:
+        with suppress(ImportError):
             from bench.baselines import liger
 
             methods["liger"] = (liger.losses, summed.gradients)
-        except ImportError:
-            pass
-        try:
+        with suppress(ImportError):
             from bench.baselines import apex_xentropy
 
             methods["apex"] = (apex_xentropy.losses, summed.gradients)
-        except ImportError:
-            pass
     return methods
 
 
-def _call(name: str, direction: str, methods: Methods, backend: str = "inductor") -> Call:
-    """(logits, labels) -> (losses, gradients), or the losses alone. backend: of torch.compile."""
+def _direct(case: Case) -> Call:
+    options: dict[str, Any] = {}
+    if case.divergence:
+        options = {"divergence": case.divergence, **distillation.OPTIONS}
+    loss = MutualLoss(**options)
+    return lambda logits, labels: loss.value_and_grad(logits, labels)[::2]
+
+
+def _call(
+    name: str, case: Case, direction: str, device: torch.device, backend: str = "inductor"
+) -> Call:
+    """(logits, labels) -> (losses, gradients), or the losses alone. device: whose contenders are
+    meant; backend: of torch.compile."""
     if name == "direct":
-        loss = MutualLoss()
-        return lambda logits, labels: loss.value_and_grad(logits, labels)[::2]
-    losses, gradients = methods[name]
+        return _direct(case)
+    losses, gradients = _methods(case, device)[name]
     if name.endswith("-c"):
         losses = torch.compile(losses, dynamic=False, backend=backend)
     elif name.endswith("-cg"):  # the compiler's own CUDA graphs: fewer launches for the host
@@ -137,15 +188,14 @@ def _call(name: str, direction: str, methods: Methods, backend: str = "inductor"
 
 
 def _names(case: Case, direction: str, device: torch.device, full: bool) -> list[str]:
-    """Contenders of a row. "direct" takes gradients without autograd, as the training step does;
-    "summed" differs from "pairwise" in the backward alone. Compiling a forward for itself is left
-    to --full: it would double the quick set's time."""
-    names = list(_methods(device))
+    """Contenders of a row, ours first. "direct" takes gradients without autograd, as the training
+    step does; "summed" differs from "pairwise" in the backward alone. Compiling a forward for
+    itself is left to --full: it would double the quick set's time."""
+    names = list(_methods(case, device))
     if case.K > 2 and device.type == "cuda" and not full:
         names.remove("pairwise-c")  # the compiler takes minutes over 8 peers' 56 pairs
     if direction == "forward":
-        names.remove("summed")
-        return [name for name in names if full or not _is_compiled(name)]
+        return [n for n in names if n != "summed" and (full or not _is_compiled(n))]
     return ["ours", "direct", *names[1:]]
 
 
@@ -168,13 +218,14 @@ def pytest_generate_tests(metafunc):
     clocks = ("wall", "kernel") if device.type == "cuda" else ("wall",)
     values, ids = [], []
     for case, direction in product(cases, ("forward", "forward_backward")):
+        if case.divergence and direction == "forward":
+            continue  # what is frozen saves nothing there
         for group in _groups(_names(case, direction, device, full)):
             for clock, name in product(clocks, group):
                 if name == "ours" and group[1:] and _is_compiled(group[-1]):
                     continue  # measured among the others
                 values.append((case, direction, group, clock, name))
-                shape = "x".join(map(str, case[:3]))
-                ids.append(f"{device.type}-{case.dtype}-{shape}-{direction}-{clock}-{name}")
+                ids.append(f"{device.type}-{case.dtype}-{case.name()}-{direction}-{clock}-{name}")
     metafunc.parametrize(("case", "direction", "group", "clock", "name"), values, ids=ids)
 
 
@@ -183,19 +234,19 @@ def _inputs(case: Case, device: torch.device, seed: int) -> tuple[list[Tensor], 
     logits = [
         (2 * torch.randn(case.N, case.C, generator=generator, device=device))
         .to(getattr(torch, case.dtype))
-        .requires_grad_()
-        for _ in range(case.K)
+        .requires_grad_(k < case.students)
+        for k in range(case.K)
     ]
     return logits, torch.randint(case.C, (case.N,), generator=generator, device=device)
 
 
 def _check(result: Any, ours: Any, case: Case, direction: str) -> None:
-    """Raises AssertionError where losses or gradients differ."""
+    """Raises AssertionError where losses or gradients of those that learn differ."""
 
     def flat(result: Any) -> list[Tensor]:
         losses, gradients = (result, ()) if direction == "forward" else result
         losses = losses if isinstance(losses, Tensor) else torch.stack(list(losses))
-        return [losses.detach(), *gradients]
+        return [losses.detach()[: case.students], *(g for g in gradients if g is not None)]
 
     tolerance = TOLERANCE[case.dtype]
     for got, expected in zip(flat(result), flat(ours), strict=True):
@@ -237,24 +288,25 @@ def measure(row: Row, device: torch.device) -> Measured:
     """All contenders of a group, interleaved."""
     torch.compiler.reset()  # each shape is compiled for itself
     case, direction = row.case.smallest() if row.dry else row.case, row.direction
-    methods = _methods(torch.device(row.wanted))
+    wanted = torch.device(row.wanted)
     logits, labels = _inputs(case, device, seed=0)
-    ours = _call("ours", direction, methods)(logits, labels)
+    ours = _call("ours", case, direction, wanted)(logits, labels)
     timers, replays, extra, errors, not_captured = {}, {}, {}, {}, {}
     if row.wanted == "cuda":
         pool = None if row.dry else torch.cuda.graph_pool_handle()
-        copies = min(timing.CALLS_A_GRAPH, max(1, COLD_BYTES // case.least_bytes))
+        read = case.least_bytes("forward_backward")
+        copies = min(timing.CALLS_A_GRAPH, max(1, COLD_BYTES // read))
         inputs = [_inputs(case, device, seed) for seed in range(copies)]
     for name in row.names:
-        call = _call(name, direction, methods, "eager" if row.dry else "inductor")
+        call = _call(name, case, direction, wanted, "eager" if row.dry else "inductor")
         try:
             timers[name] = _warm(call, (logits, labels), ours, case, direction, device)
         except Exception as error:  # a rival that does not run fails alone
             errors[name] = in_words(error)
             continue
+        extra[name] = 0 if row.dry else timing.extra_memory(partial(call, logits, labels), device)
         if row.wanted != "cuda":
             continue
-        extra[name] = timing.extra_memory(partial(call, logits, labels), device)
         if name.endswith("-cg"):
             not_captured[name] = "a graph of its own"
             continue
@@ -282,14 +334,14 @@ def test_loss(case, direction, group, clock, name, device, dry, copy_bandwidth, 
         beside = statistics.median(samples["ours"])
     record(
         samples[name],
-        f"loss {wanted} {case.dtype} K{case.K} N{case.N} C{case.C} {direction} {clock}",
-        bench="loss",
+        f"loss {wanted} {case.dtype} {case.name()} {direction} {clock}",
+        bench="distillation" if case.divergence else "loss",
         **case._asdict(),
         device=wanted,
         direction=direction,
         clock=clock,
         name=name,
-        least_bytes=case.least_bytes // (2 if direction == "forward" else 1),
+        least_bytes=case.least_bytes(direction),
         extra_bytes=measured.extra_bytes.get(name),
         copy_bandwidth=copy_bandwidth,
         ours_beside=beside,

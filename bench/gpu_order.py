@@ -14,6 +14,7 @@ from pathlib import Path
 # Triton's interpreter: they are part of the tests on a device without being marked `gpu`.
 ON_DEVICE = (
     "tests/kernels/test_augment.py",
+    "tests/kernels/test_divergences.py",
     "tests/kernels/test_every_path.py",
     "tests/kernels/test_loss_op.py",
     "tests/kernels/test_register_rows.py",
@@ -33,6 +34,7 @@ TESTS = (
 BENCHMARKS = (
     r"bench_loss\.py.*-2x64x100-forward_backward-",
     r"bench_loss\.py.*-bfloat16-4x8192x1000-forward_backward-",
+    r"bench_loss\.py.*-distillation-forward-",
     r"bench_step\.py.*-2_resnet32-64-",
     r"bench_data\.py::test_kernel\[.*cifar",
     r"bench_step\.py.*-[14]_resnet32-64-",

@@ -25,11 +25,15 @@ LOSS_NAMES = (
     "direct", "pairwise", "summed", "pairwise-c", "closed", "closed-c", "closed-cg", "pydml",
     "liger", "apex",
 )  # fmt: skip
+DISTILLATION_NAMES = ("direct", "formula", "formula-c", "formula-cg", "liger")
 LOSS_LEGEND = """\
 A rival's column: its time divided by ours; below 1 it is faster. "-": not installed, or has no such
 time. direct: ours, gradients without autograd (as our training step takes them); pairwise: kl_div a
 pair, a backward a peer; summed: the same, one backward; closed: O(K C) in plain torch; -c: under
 torch.compile (one backward); -cg: the same with its own CUDA graphs; pydml: pytorch-dml."""
+DISTILLATION_LEGEND = """\
+One student, one frozen teacher, T = 4. formula: cross_entropy and kl_div (jsd: as Liger and TRL
+write it), a line each, and autograd; -c, -cg: under torch.compile; liger: Liger's kernels."""
 
 
 def machine(device: torch.device) -> str:
@@ -46,7 +50,7 @@ def machine(device: torch.device) -> str:
             if "avx512_bf16" in facts.get("flags", "").split():
                 name += " with avx512_bf16"
     parts = [name, f"CPU threads {torch.get_num_threads()}", f"torch {torch.__version__}"]
-    for package in ("triton", "pytorch-dml", "pytorch-metric-learning"):
+    for package in ("triton", "liger-kernel", "pytorch-dml", "pytorch-metric-learning"):
         try:
             parts.append(f"{package} {version(package)}")
         except PackageNotFoundError:
@@ -108,39 +112,61 @@ def over_ours(rival: Row, ours: Row) -> float:
 
 
 def _loss(rows: list[Row]) -> list[str]:
+    head = f"{'dtype':<9}{'K':>3}{'N':>6}{'C':>8}"
     parts = []
     for direction, clock in _groups(rows, "direction", "clock"):
-        lines = [
-            f"mutual loss, {direction.replace('_', ' + ')}, {clock} time",
-            f"{'dtype':<9}{'K':>3}{'N':>6}{'C':>8}{'ours us':>11}"
-            + "".join(f"{name:>12}" for name in LOSS_NAMES),
-        ]
-        memory = []
         chosen = [r for r in rows if (r["direction"], r["clock"]) == (direction, clock)]
-        for (dtype, K, N, C), group in _groups(chosen, "dtype", "K", "N", "C").items():
-            ours = group.get("ours")
-            if ours is None:
-                continue
-            line = f"{dtype:<9}{K:>3}{N:>6}{C:>8}"
-            ratios = [
-                f"{over_ours(group[name], ours):.2f}" if name in group else "-"
-                for name in LOSS_NAMES
-            ]
-            lines.append(
-                line + f"{1e6 * ours['median']:>11.1f}" + "".join(f"{r:>12}" for r in ratios)
-            )
-            if clock == "wall" and ours["extra_bytes"] is not None:
-                extra = [
-                    f"{group[name]['extra_bytes'] / 2**20:.1f}" if name in group else "-"
-                    for name in LOSS_NAMES
-                ]
-                own = f"{ours['extra_bytes'] / 2**20:>11.1f}"
-                memory.append(line + own + "".join(f"{each:>12}" for each in extra))
-        parts.append("\n".join(lines))
-        if memory:
-            title = f"{lines[0].rpartition(',')[0]}, peak memory beyond the logits, MiB, no ratios"
-            parts.append("\n".join([title, lines[1].replace("ours us", "   ours"), *memory]))
+        groups = _groups(chosen, "dtype", "K", "N", "C")
+        lines = {
+            f"{dtype:<9}{K:>3}{N:>6}{C:>8}": group for (dtype, K, N, C), group in groups.items()
+        }
+        title = f"mutual loss, {direction.replace('_', ' + ')}"
+        parts += _against_ours(title, clock, head, lines, LOSS_NAMES)
     return [*parts, LOSS_LEGEND]
+
+
+def _distillation(rows: list[Row]) -> list[str]:
+    head = f"{'divergence':<11}{'dtype':<9}{'N':>6}{'C':>8}"
+    parts = []
+    for (clock,) in _groups(rows, "clock"):
+        groups = _groups([r for r in rows if r["clock"] == clock], "divergence", "dtype", "N", "C")
+        lines = {
+            f"{divergence:<11}{dtype:<9}{N:>6}{C:>8}": group
+            for (divergence, dtype, N, C), group in groups.items()
+        }
+        title = "distillation, forward + backward"
+        parts += _against_ours(title, clock, head, lines, DISTILLATION_NAMES)
+    return [*parts, DISTILLATION_LEGEND]
+
+
+def _against_ours(
+    title: str, clock: str, head: str, lines: dict[str, dict[str, Row]], names: tuple[str, ...]
+) -> list[str]:
+    """A table of times and ratios, and one of memory where that is known. lines: the beginning of a
+    line -> the rows of its contenders, by name."""
+
+    def line(start: str, ours: float, cells: list[str]) -> str:
+        return f"{start}{ours:>11.1f}" + "".join(f"{cell:>12}" for cell in cells)
+
+    def memory(row: Row) -> float:
+        return row["extra_bytes"] / 2**20
+
+    lines = {start: group for start, group in lines.items() if "ours" in group}
+    columns = "".join(f"{name:>12}" for name in names)
+    times, memories = [], []
+    for start, group in lines.items():
+        ours = group["ours"]
+        there = [group.get(name) for name in names]
+        ratios = [f"{over_ours(row, ours):.2f}" if row else "-" for row in there]
+        times.append(line(start, 1e6 * ours["median"], ratios))
+        if clock == "wall" and ours["extra_bytes"] is not None:
+            extra = [f"{memory(row):.1f}" if row else "-" for row in there]
+            memories.append(line(start, memory(ours), extra))
+    tables = ["\n".join([f"{title}, {clock} time", f"{head}{'ours us':>11}{columns}", *times])]
+    if memories:
+        first = f"{title}, peak memory beyond the logits, MiB, no ratios"
+        tables.append("\n".join([first, f"{head}{'ours':>11}{columns}", *memories]))
+    return tables
 
 
 def _lines(
@@ -259,6 +285,7 @@ def _reid_training(rows: list[Row]) -> list[str]:
 
 _TABLES = (
     ("loss", _loss),
+    ("distillation", _distillation),
     ("step", _step),
     ("end_to_end", _end_to_end),
     ("data", _data),

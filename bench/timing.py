@@ -73,11 +73,9 @@ def device_time(calls: Sequence[Callable[[], Any]], pool: Any, device: torch.dev
 
 
 def extra_memory(call: Callable[[], Any], device: torch.device) -> int:
-    """Bytes that a call needs at its peak beyond what was allocated before, results included; in a
-    dry run without a device, 0."""
+    """Bytes that a call needs at its peak beyond what was allocated before, results included."""
     if device.type != "cuda":
-        call()
-        return 0
+        return _extra_memory_of_cpu(call)
     wait(device)
     with without_collector():
         torch.cuda.reset_peak_memory_stats(device)
@@ -85,6 +83,23 @@ def extra_memory(call: Callable[[], Any], device: torch.device) -> int:
         call()
         wait(device)
         return torch.cuda.max_memory_allocated(device) - before
+
+
+def _extra_memory_of_cpu(call: Callable[[], Any]) -> int:
+    """From what torch's allocator reports to its profiler; others' memory is not seen."""
+    activities = [torch.profiler.ProfilerActivity.CPU]
+    with (
+        without_collector(),
+        torch.profiler.profile(activities=activities, profile_memory=True) as profile,
+    ):
+        kept = call()
+    del kept
+    changes = [e for e in profile.profiler.kineto_results.events() if e.name() == "[memory]"]
+    now = peak = 0
+    for change in sorted(changes, key=lambda e: e.start_ns()):
+        now += change.nbytes()  # below 0 where memory is freed
+        peak = max(peak, now)
+    return peak
 
 
 def copy_bandwidth(device: torch.device, size: int = 1 << 30) -> float:

@@ -11,7 +11,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from bench import bench_loss
+from bench import bench_loss, timing
 from bench.baselines import summed
 from bench.bench_loss import FULL, QUICK, Case
 from fastdml import mutual_loss
@@ -23,15 +23,42 @@ APEX = Path(__file__).parents[2] / "bench/baselines/apex_xentropy.py"
 @pytest.mark.parametrize("direction", ["forward", "forward_backward"])
 @pytest.mark.parametrize("K", [1, 2, 4])
 def test_every_contender_has_our_losses_and_gradients(K, direction):
-    case = Case(K, 6, 10, "float32")
-    methods = bench_loss._methods(CPU)
+    names = agreeing(Case(K, 6, 10, "float32"), direction)
+    assert {"ours", "pairwise", "closed"} <= names
+
+
+def agreeing(case: Case, direction: str) -> set[str]:
+    """The contenders, all of which have our losses and gradients."""
     logits, labels = bench_loss._inputs(case, CPU, seed=0)
-    ours = bench_loss._call("ours", direction, methods)(logits, labels)
-    for name in bench_loss._names(case, direction, CPU, full=False):
-        if name.endswith("-c") or (K == 1 and name == "pydml"):  # it needs two peers
-            continue
-        result = bench_loss._call(name, direction, methods)(logits, labels)
+    ours = bench_loss._call("ours", case, direction, CPU)(logits, labels)
+    names = bench_loss._names(case, direction, CPU, full=False)
+    names = [n for n in names if not n.endswith("-c") and (case.K > 1 or n != "pydml")]
+    for name in names:  # pydml needs two peers
+        result = bench_loss._call(name, case, direction, CPU)(logits, labels)
         bench_loss._check(result, ours, case, direction)
+    return set(names)
+
+
+@pytest.mark.parametrize("divergence", ["forward", "reverse", "jeffreys", "jsd"])
+def test_the_formula_of_distillation_has_our_loss_and_gradient(divergence):
+    case = Case(2, 6, 10, "float32", divergence)
+    assert agreeing(case, "forward_backward") == {"ours", "direct", "formula"}
+
+
+@pytest.mark.parametrize("direction", ["forward", "forward_backward"])
+def test_the_least_bytes(direction):
+    """Each of K peers is read, each student's gradient written."""
+    gradients = 3 if direction == "forward_backward" else 0
+    assert Case(3, 5, 7, "bfloat16").least_bytes(direction) == (3 + gradients) * 5 * 7 * 2
+    written = gradients > 0
+    assert Case(2, 5, 7, "float32", "jsd").least_bytes(direction) == (2 + written) * 5 * 7 * 4
+
+
+def test_the_memory_of_a_call():
+    """A result and what it was made from, both of them new, and what was there before."""
+    z = torch.zeros(1 << 18)  # 1 MiB
+    assert 2 << 20 <= timing.extra_memory(lambda: (z + 1).exp(), CPU) <= (2 << 20) + 4096
+    assert timing.extra_memory(lambda: z.exp_(), CPU) == 0
 
 
 @pytest.mark.parametrize("wrong", ["loss", "gradient", "nan", "fewer"])
@@ -60,6 +87,8 @@ def test_the_shapes_are_there():
         assert {(K, N, 100) for K in (2, 3, 4, 8) for N in (64, 1024)} <= shapes
         assert {751, 1000, 21_841, 32_768, 128_256} <= {C for _, _, C in shapes}
         assert set(QUICK[device]) <= set(FULL[device])
+        distilled = {case.divergence for case in QUICK[device]} - {""}
+        assert distilled == {"forward", "reverse", "jeffreys", "jsd"}
 
 
 class Xentropy(torch.autograd.Function):
