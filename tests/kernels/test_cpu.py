@@ -12,8 +12,10 @@ from hypothesis import given, settings
 from oracle import LAYOUTS, OPTIONS, Problem, check, cpu, make, problems, upstream_of
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("one", OPTIONS)
 def test_every_pair_of_options(one):
+    """Each pair alone; `test_pairs_of_options.py` has all of them in fewer problems."""
     for other in [name for name in OPTIONS if name >= one]:
         for values in itertools.product(OPTIONS[one], OPTIONS[other]):
             p = make(3, 12, 10, ignored=0.2, **dict(zip((one, other), values, strict=True)))
