@@ -35,7 +35,8 @@ class MutualLoss(nn.Module):
     """`mutual_loss` with its options kept: `MutualLoss(temperature=2.0)(logits, labels)`.
 
     ce_weight, kl_weight and temperature are attributes that a schedule may assign or, as 0-d
-    tensors, fill in place. `peer_weights` and `class_weight` are buffers and move with the module.
+    tensors, fill in place. `peer_weights` and `class_weight` are buffers and move with the module;
+    sample_weight belongs to a batch and is given with it.
     """
 
     peer_weights: Tensor | None
@@ -146,8 +147,9 @@ def mutual_loss(
 
     L_k = ce_weight CE(y, p_k) + kl_weight T**2 sum_l w_kl KL(p_l || p_k), w_kl = 1 / (K - 1),
     with p_k = softmax(z_k / T) inside the KL. `loss.sum().backward()` trains all peers; with
-    constant teachers the k-th loss touches the k-th logits only. K = 1 is plain cross-entropy.
-    For a loop with a backward and an optimizer per peer there is `mutual_losses`.
+    constant teachers the k-th loss touches the k-th logits only. K = 1 is plain cross-entropy, and
+    K = 2 with one student plain distillation. For a loop with a backward and an optimizer per peer
+    there is `mutual_losses`.
 
     logits: (K, N, C), or a sequence of K tensors (N, C), which is not copied; float32, bfloat16,
         float16, or float64 on the CPU; any strides; dtypes may differ between peers. Sums are in
@@ -167,15 +169,32 @@ def mutual_loss(
         edge, the diagonal is not used. A mixed teacher is the weighted mean, times the row's sum.
     gate: "none". "correct": a teacher counts only on rows that it classifies right (Minami et al.
         2020). "best": on each row only the peer of lowest cross-entropy teaches, with weight 1
-        (or its peer weight). Rows without a label have no such teacher.
-    symmetric: (KL(t || p_k) + KL(p_k || t)) / 2 for every teacher t.
-    detach_targets: False lets gradients flow into the teachers as well.
+        (or its peer weight). Rows without a label have no such teacher. Softer ones share a peer's
+        weights among its teachers anew on each row, the sum unchanged: "confidence" in proportion
+        to the probability that a teacher gives the label (none on rows without one), "entropy" in
+        proportion to exp(-H(p_l)), which needs no label; both at T = 1, times the peer weights. A
+        teacher that is NaN counts for nothing. Gates are constants to the gradient.
+    divergence: from a teacher t to a student q = p_k. "forward": KL(t || q), the paper's.
+        "reverse": KL(q || t). "jeffreys": their mean. "jsd": b KL(t || m) + (1 - b) KL(q || m), the
+        mixture m = b t + (1 - b) q, b = jsd_beta: the generalised Jensen-Shannon divergence of GKD
+        (Agarwal et al. 2024, arXiv 2306.13649), in TRL and Liger; finite where supports differ. Of
+        jsd_beta 0 it is "forward", of 1 "reverse". All times T**2.
+    symmetric: True is another name for divergence="jeffreys".
+    students: the peers that learn, as indices (one or more) or as a mask, K bools; by default those
+        whose logits require a gradient. The others only teach: the losses are constants in their
+        logits, no gradient is computed or kept for them, rows of stacked logits get 0. Their losses
+        are reported like any.
+    detach_targets: False lets gradients flow into the teachers as well, if they are students.
     label_smoothing, class_weight (C,), ignore_index: as in `torch.nn.functional.cross_entropy`.
+    sample_weight: (N,) floating, not negative: a row of weight w counts as w rows, in means, sums,
+        statistics and their counts; reduction="none" multiplies by it. A row of weight 0 is absent:
+        what it holds, NaN too, has no effect.
     mimic_ignored: True keeps rows without a label in the KL term (semi-supervised, section 3.4);
         a batch without any label then has a cross-entropy of 0 instead of NaN.
     reduction: "mean" over rows (the CE's weighted as in cross_entropy; the KL's as in
         `kl_div(reduction="batchmean")`) or "sum", both (K,); "none", (K, N).
-    return_stats: also return `MutualStats`, from the same pass.
+    return_stats: also return `MutualStats`, from the same pass. Its pairwise_kl is the forward
+        divergence whatever `divergence` is.
 
     Raises ValueError and TypeError for shapes, dtypes, devices and values that do not fit;
     RuntimeError for a second derivative and under torch.func transforms.
@@ -240,6 +259,7 @@ def mutual_losses(
     logits: K tensors (N, C). One stacked tensor is refused: through it every peer's backward would
         run into the others'. Gradients of float16 logits are kept in float32 until the backward.
     reduction: "mean" or "sum", K losses of no dimension; "none", K of (N,).
+    students: the losses of the others are plain values, without a graph.
     detach_targets: False is refused: a teacher's gradient is a sum over its students' losses.
     Everything else is as in `mutual_loss`.
     """
