@@ -73,6 +73,7 @@ class StepOptions:
     after: After | None = None
     metric: MetricLoss | None = None
     output: Callable[[Any], Tensor] | None = None
+    taught: Callable[[Tensor], list[Tensor] | None] | None = None
 
 
 class Step(Protocol):

@@ -61,6 +61,7 @@ def make_step(
     metric: MetricLoss | None = None,
     threads: int | None = None,
     output: Callable[[Any], Tensor] | None = None,
+    taught: Callable[[Tensor], list[Tensor] | None] | None = None,
 ) -> Step:
     """A training step: `step(images, labels) -> StepOutput(losses, stats, metric)`.
 
@@ -98,6 +99,10 @@ def make_step(
         `lambda out: out.logits` for models of Hugging Face, where it is more than the logits; not
         with execution="stacked" or a metric loss. For evaluation wrap such a peer instead.
 
+    taught: gives the logits (N, C) of each teacher, computed before, from one more argument of the
+        step, behind all others: such as the numbers (N,) of the batch's images. Where it gives
+        None, the teachers run. In a graph it is captured too.
+
     Each step takes the groups of the optimizer and the peers' layers as they are: weights that are
     unfrozen, groups that are added and layers that are replaced train from the next step on. Those
     that no group holds stay as they are, with a warning; after a step no weight has a gradient.
@@ -131,6 +136,7 @@ def make_step(
         after=after,
         metric=metric,
         output=output,
+        taught=taught,
     )
     amp = resolve_amp(amp, device) if isinstance(amp, str) else amp
     make = Maker(cohort, loss, optimizer, amp, options, update)

@@ -51,6 +51,7 @@ from fastdml.train.run_folder import BEST, LAST_CHECKPOINT
 from fastdml.train.same_data import data_mark
 from fastdml.train.stopping import Stop
 from fastdml.train.tasks.task import Task, scoring_of
+from fastdml.train.teacher_cache import TeacherCache
 from fastdml.train.trainer_state import restore, state_of
 from fastdml.train.unlabelled import image_counts, learns_without_labels
 from fastdml.units import duration, milliseconds
@@ -120,6 +121,7 @@ class Trainer:
         self.record = Record(self.schedule, self.totals, [*self.loss_schedules.values()])
         self.ema = Ema(cohort, config.ema) if config.ema else None
         self.assemble = assembler(train, self.device)
+        self.cache = TeacherCache(cohort, train, amp) if config.cache_teachers else None
         self.choice = choice
         self.step = self._make_step()
         self.clock = Clock(self.device)
@@ -147,6 +149,7 @@ class Trainer:
             assemble=self.assemble,
             after=self.record,
             metric=self.metric,
+            taught=self.cache,
             threads=threads if self.device.type == "cpu" else None,
         )
 
@@ -169,11 +172,15 @@ class Trainer:
         """The step's arguments for each batch of an epoch: the batch, or the index that the step
         assembles it from."""
         if self.assemble is None:
-            yield from self.train.epoch(epoch, start)
+            found: Iterator[tuple[Tensor, ...]] = self.train.epoch(epoch, start)
+        else:
+            index = self.train.index  # type: ignore[attr-defined]  # there where `assemble` is
+            found = (index(epoch, step) for step in range(start, self.steps))
+        if self.cache is None:
+            yield from found
             return
-        index = self.train.index  # type: ignore[attr-defined]  # there where `assemble` is
-        for step in range(start, self.steps):
-            yield index(epoch, step)
+        for step, batch in enumerate(found, start):
+            yield *batch, self.cache.train.samples(epoch, step)
 
     def run(self, stop: Stop) -> TrainResult:
         """Trains to the end, or until a signal: then saves and raises TrainingStopped."""
@@ -192,6 +199,8 @@ class Trainer:
         else:  # so that a folder with results always has a checkpoint too
             self.config.save(self.folder / CONFIG)
             checkpoint.save(last, state_of(self))
+        if self.cache is not None and not progress.done:
+            self.cache.open(self.folder)
         with (
             MetricsLog(
                 self.folder,
@@ -275,6 +284,8 @@ class Trainer:
         measured once, and only where there is something to compare. The bar shows the shares."""
         if self.label != "mutual" or len(self.peers) == 1:
             return ""
+        if self.cache is not None:
+            batch = batch[:-1]
         inputs = (self.assemble(*batch) if self.assemble else batch)[0]
         before = torch.get_num_threads()
         torch.set_num_threads(choice.threads or before)

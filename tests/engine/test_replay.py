@@ -153,15 +153,18 @@ def loader():
     return ResidentLoader(images, BATCH, seed=7, train=True, pad=1, erase=0.5)
 
 
+KNOWN = torch.linspace(-2, 2, BATCH * STEPS * C).view(-1, C).sin()  # a teacher's logits
 KINDS = {"eager": EagerStep, "sequential": SequentialStep, "stacked": StackedStep}
 
 
 def train(
-    kind, graph, *, optimizer="sgd", scale=0.0, metric=False, after=After, epochs=EPOCHS, **options
-):
+    kind, graph, *, optimizer="sgd", scale=0.0, metric=False, after=After, epochs=EPOCHS,
+    teachers=(), **options,
+):  # fmt: skip
     """Everything that the epochs leave behind."""
     torch.manual_seed(5)
-    cohort = Cohort([Peer(0), Peer(1)], C).to(memory_format=torch.channels_last).train()
+    cohort = Cohort([Peer(0), Peer(1)], C, teachers=[Peer(seed) for seed in teachers])
+    cohort.to(memory_format=torch.channels_last).train()
     made = make_optimizer(cohort, optimizer, lr=0.05, weight_decay=1e-3)
     schedule = Schedule(made, torch.linspace(0.05, 0.005, EPOCHS * STEPS))
     scaler = LossScale(CPU, init=scale) if scale else None
@@ -169,6 +172,7 @@ def train(
     ema, end = Ema(cohort, 0.9), after(schedule)
     data, loss = loader(), Loss(label_smoothing=0.1)
     centres = MetricLoss(num_classes=C, dims=(8, 8), triplet=1.0, center=0.1) if metric else None
+    known = "taught" in options  # from the numbers of the images
     options = StepOptions(ema=ema, after=end, metric=centres, assemble=data.assemble, **options)
     step = KINDS[kind](cohort, loss, made, precision, options)
     if graph:
@@ -176,7 +180,9 @@ def train(
     losses = []
     for epoch in range(epochs):
         loss.kl_weight, loss.temperature = 0.5 * (epoch + 1), torch.tensor(1.0 + epoch)
-        losses += [step(*data.index(epoch, i)).losses for i in range(STEPS)]
+        for i in range(STEPS):
+            key = [data.samples(epoch, i)] if known else []
+            losses.append(step(*data.index(epoch, i), *key).losses)
     assert not graph or (step.failure is None and step.captured.tape.calls)
     found = {**cohort.state_dict(), "losses": torch.stack(losses), "updates": schedule.updates}
     tensors = [*optimizer_tensors(made), *ema.averages, *end.tensors(), torch.get_rng_state()]
@@ -197,6 +203,8 @@ CASES = [
     ("eager", {"optimizer": "adamw", "metric": True}),
     ("sequential", {"scale": 2.0**20}),
     ("stacked", {"metric": True}),
+    ("eager", {"teachers": (7, 8)}),
+    ("stacked", {"teachers": (7,), "taught": lambda samples: [KNOWN.index_select(0, samples)]}),
 ]
 
 

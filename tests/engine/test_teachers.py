@@ -175,6 +175,35 @@ def test_parts_of_a_batch_add_up(parts):
         torch.testing.assert_close(a, b)
 
 
+@pytest.mark.parametrize("options", [{}, {"accumulate": 2}], ids=str)
+@pytest.mark.parametrize(
+    "kind", ["eager", "threads", "stacked", "sequential", "eager in a graph", "stacked in a graph"]
+)
+def test_logits_that_are_known_take_the_place_of_the_teachers(kind, options, monkeypatch):
+    if options and kind == "sequential":
+        options = {"grad_clip": 0.5}  # parts do not go with it
+    found = []
+    for known in (False, True):
+        cohort = cohort_of(2, 2)
+        tables = [torch.stack([t(batch(i)[0]) for i in range(5)]) for t in cohort.teachers]
+        taught = {"taught": lambda i, tables=tables: [table[i[0]] for table in tables]}
+        step = step_of(kind, cohort, **options, **(taught if known else {}))
+        calls = [t.network.register_forward_hook(fail) for t in cohort.teachers if known]
+        keys = [(torch.full((8,), i),) if known else () for i in range(5)]
+        if kind == "threads" and known:  # with hooks it is another step
+            for hook in calls:
+                hook.remove()
+        outputs = [step(*batch(i), *key) for i, key in enumerate(keys)]
+        found.append([*cohort.parameters(), *(o.losses for o in outputs),
+                      *(o.teacher_kl for o in outputs)])  # fmt: skip
+    for a, b in zip(*found, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-12)
+
+
+def fail(*_):
+    raise AssertionError("a teacher ran")
+
+
 @pytest.mark.parametrize("amp", ["bf16", "fp16"])
 def test_teachers_run_under_the_peers_autocast(amp):
     seen = []

@@ -11,17 +11,20 @@ import pytest
 import torch
 import yaml
 from runs import logged, same_weights
+from safetensors import safe_open
+from safetensors.torch import save_file
 from tiny_runs import CLASSES, CPU, TinyPeer, make_cohort, make_images, make_loaders
 from torch import nn
 
 import fastdml
 from fastdml import cli
 from fastdml.cohort import Cohort
-from fastdml.cohort_teachers import digest
+from fastdml.cohort_teachers import Teacher, digest
 from fastdml.data import ResidentLoader
 from fastdml.errors import InputError
 from fastdml.predictor import Predictor
 from fastdml.train import fit
+from fastdml.train.teacher_cache import _digest
 
 pytestmark = pytest.mark.usefixtures("_no_pictures")
 SMALL = ["--subset", "16", "--batch-size", "8", "--epochs", "1", "--no-tensorboard", "--threads",
@@ -207,3 +210,118 @@ class TestFit:
             found[1]["teacher_kl/ByHand"], rel=1e-4
         )
         assert found[0]["loss"] == pytest.approx(found[1]["loss"], rel=1e-5)
+
+
+class TestCache:
+    """--cache-teachers: digits without augmentation."""
+
+    PLAIN = ("--augment", "none", "--epochs", "2")
+
+    @pytest.fixture(autouse=True)
+    def _here(self, here):
+        self.file = here / "cached/teacher_logits.safetensors"
+
+    def cached(self, *more, folder="cached", epochs="2"):
+        options = [*self.PLAIN[:-1], epochs, "--cache-teachers", *more]
+        return taught("big", folder=folder, peers=("resnet8", "resnet8"), more=options)
+
+    @pytest.mark.parametrize(
+        "options",
+        [
+            # of 16: two are shown in no batch of the first epoch
+            ("--batch-size", "7", "--amp", "bf16", "--update", "sequential"),
+            ("--loader", "torch", "--accumulate", "2"),
+            pytest.param(("--execution", "stacked"), marks=pytest.mark.slow),
+            pytest.param(("--execution", "threads", "--threads", "2"), marks=pytest.mark.slow),
+        ],
+        ids=" ".join,
+    )
+    def test_a_run_with_it_is_the_run_without(self, options, monkeypatch):
+        more = [*self.PLAIN, *options]
+        assert taught("big", folder="plain", peers=("resnet8", "resnet8"), more=more) == 0
+        calls = []
+        forward = Teacher.forward
+        monkeypatch.setattr(
+            Teacher, "forward", lambda self, x: calls.append(len(x)) or forward(self, x)
+        )
+        assert self.cached(*options) == 0
+        batches = 4 if "--batch-size" in options else 2
+        assert len(calls) == 2 * (1 + batches)  # of each of the two teachers, after a first look
+        if "bf16" in options:
+            with safe_open(self.file, framework="pt") as file:
+                assert file.get_tensor("0").dtype == torch.bfloat16
+        for a, b in zip(logged("plain"), logged("cached"), strict=True):
+            for key in ("loss", "teacher_kl/big:resnet14"):
+                assert (key in a) == (key in b)
+                assert a.get(key, []) == pytest.approx(b.get(key, []), rel=1e-5)
+        with_it, without = Cohort.load("cached").state_dict(), Cohort.load("plain").state_dict()
+        for key, w in with_it.items():
+            torch.testing.assert_close(w, without[key], rtol=1e-5, atol=1e-6)
+
+    def test_a_resumed_run_reads_it_and_makes_a_bad_one_anew(self, capsys):
+        assert self.cached(folder="whole") == 0
+        assert self.cached(epochs="1") == 0
+        assert "the teachers' logits on 16 images" in capsys.readouterr().err
+        good = self.file.read_bytes()
+
+        def again(epochs):
+            on = ["train", "digits", "--folder", "cached", "--resume", "--epochs", epochs]
+            assert cli.main(on) == 0
+            return capsys.readouterr().err
+
+        err = again("2")
+        assert "teacher_logits" not in err  # read, and nothing to say
+        assert "the teachers' logits" not in err
+        assert same_weights(Cohort.load("cached"), Cohort.load("whole"))
+
+        damaged = bytearray(good)
+        damaged[-3] ^= 0x40
+        self.file.write_bytes(damaged)
+        assert "teacher_logits.safetensors is made anew: it is damaged" in again("3")
+        self.file.write_bytes(good[:100])
+        assert "is made anew: it cannot be read" in again("4")
+        with safe_open(self.file, framework="pt") as file:
+            facts = file.metadata()
+            tables = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
+        save_file(tables, self.file, {**facts, "made_of": "{}"})
+        assert "is made anew: it was made of other teachers or images" in again("5")
+        other = {key: t.roll(1, 0).contiguous() for key, t in tables.items()}
+        save_file(other, self.file, {**facts, "sha256": _digest([*other.values()])})
+        assert "is made anew: its rows are not what the teachers say" in again("6")
+        assert "anew" not in again("7")
+
+    @pytest.mark.parametrize(
+        ("options", "message"),
+        [
+            ((), "keeps one prediction for each image, and these are augmented (pad)"),
+            (("--pad", "0", "--flip"), "these are augmented (flip)"),
+        ],
+    )
+    def test_with_augmentation_it_is_refused(self, options, message, capsys):
+        more = [*options, "--cache-teachers"]
+        assert taught("big", folder="cached", more=more) == 2
+        err = capsys.readouterr().err
+        assert message in err
+        assert err.count("\n") == 1 or "stay in memory" in err
+        assert not self.file.parent.exists()
+
+    def test_without_teachers_or_numbers_of_images_it_is_refused(self, settings, capsys):
+        assert train("--augment", "none", "--cache-teachers", "--folder", "cached") == 2
+        assert "there are no teachers whose logits it could keep" in capsys.readouterr().err
+        loader, _ = make_loaders()
+        batches = list(loader.epoch(0))
+        with pytest.raises(InputError, match="does not say which images a batch shows"):
+            fit(make_cohort(), batches, None, settings(cache_teachers=True),
+                teachers=[TinyPeer(9, 77)])  # fmt: skip
+
+    def test_of_arrays(self, settings, tmp_path):
+        images = make_images(40, 1)
+        x, y = images.pixels.permute(0, 3, 1, 2).float() / 100, images.labels
+        found = []
+        for cached in (False, True):
+            cohort = make_cohort()
+            config = settings(folder=str(tmp_path / str(cached)), cache_teachers=cached)
+            fit(cohort, (x, y), None, config, teachers=[TinyPeer(9, 77)])
+            found.append(cohort.state_dict())
+        for key, w in found[0].items():
+            torch.testing.assert_close(w, found[1][key], rtol=1e-5, atol=1e-6)

@@ -80,6 +80,8 @@ class TrainConfig:
     """Models to train together; a name given twice is two peers with different initial weights."""
     teachers: tuple[str, ...] = ()
     """Frozen networks that teach too: RUN, RUN:PEER or timm:NAME (pretrained). Paper: no."""
+    cache_teachers: bool = False
+    """Ask teachers once for each image and keep what they say on the disk; with augment none."""
     pretrained: bool = False
     """Begin with timm's weights, a new head on top; for peers called timm:NAME. Paper: no."""
     temperature: float = 1.0
@@ -373,7 +375,8 @@ class TrainConfig:
         without teachers."""
         constant = {"kl_schedule": "constant", "kl_weight_end": None, "kl_warmup_epochs": 0.0}
         none = dict.fromkeys(self.mutual_weights, 0.0)
-        return self.replace(**none, **constant, teachers=(), independent=False)
+        frozen = {"teachers": (), "cache_teachers": False}
+        return self.replace(**none, **constant, **frozen, independent=False)
 
     def save(self, path: Path) -> None:
         write_settings(path, self.to_dict())

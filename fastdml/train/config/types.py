@@ -26,6 +26,7 @@ class TrainSettings(TypedDict, total=False):
     augment: Literal["none", "standard", "trivial", "rand"]
     loader: Literal["auto", "resident", "dali", "torch"]
     teachers: Sequence[str]
+    cache_teachers: bool
     pretrained: bool
     temperature: float
     temperature_schedule: Literal["constant", "linear", "cosine"]
