@@ -64,7 +64,7 @@ def _loss_against_rivals() -> str:
     rows, _ = report.load(str(RESULTS / "loss-cpu-epyc.json"))
     times: dict[tuple[int, int, int], dict[str, report.Row]] = {}  # by K, N, C and contender
     for row in rows:
-        if row["direction"] == "forward_backward":
+        if (row["bench"], row["direction"]) == ("loss", "forward_backward"):
             times.setdefault((row["K"], row["N"], row["C"]), {})[row["name"]] = row
     cells = [
         [
