@@ -307,15 +307,29 @@ def parts_from_ensemble(k: tl.constexpr, LOG_Q, Q, peer_weights, GATES, like,
 
 
 @triton.jit
-def sloped_divergences(LOG_Q, Q, peer_weights, GATES, like,
-                       K: tl.constexpr, EDGE: tl.constexpr, GATED: tl.constexpr,
-                       TARGET: tl.constexpr, DIVERGENCE: tl.constexpr,
-                       JSD_BETA: tl.constexpr):  # fmt: skip
-    """Each student's divergences from its teachers, weighted and added up, and the gradient of the
-    sum with respect to its z / T."""
+def even_pair(LOG_Q, Q, w_0, w_1):
+    """`sloped_divergences` of two peers with half a share each in the mixture, which then is one
+    for both. w_0, w_1 (ROWS,): how much each learns from the other."""
+    ratio_1, ratio_0 = log_ratios(LOG_Q[1] - LOG_Q[0], 0.5)
+    SUMS = reduced((times(Q[0], ratio_0), times(Q[1], ratio_1)), 2, "sum")
+    both = 0.5 * (SUMS[0] + SUMS[1])
+    slope_0 = times(Q[0], ratio_0 - SUMS[0][:, None])
+    slope_1 = times(Q[1], ratio_1 - SUMS[1][:, None])
+    half_0 = tl.broadcast_to((0.5 * w_0)[:, None], slope_0.shape)
+    half_1 = tl.broadcast_to((0.5 * w_1)[:, None], slope_1.shape)
+    return (times(w_0, both), times(w_1, both)), (times(half_0, slope_0), times(half_1, slope_1))
+
+
+@triton.jit
+def divergences_of_each(LOG_Q, Q, peer_weights, GATES, like,
+                        K: tl.constexpr, EDGE: tl.constexpr, GATED: tl.constexpr,
+                        TARGET: tl.constexpr, DIVERGENCE: tl.constexpr,
+                        JSD_BETA: tl.constexpr):  # fmt: skip
+    """`sloped_divergences`, one student after the other."""
     PARTS = ()
     INNER = ()
     PULL = ()
+    SUMS = ()
     for k in tl.static_range(K):
         if TARGET == "ensemble":
             forward, inner, pull = parts_from_ensemble(
@@ -327,11 +341,15 @@ def sloped_divergences(LOG_Q, Q, peer_weights, GATES, like,
             )
         INNER = INNER + (inner,)
         PULL = PULL + (pull,)
-        PARTS = PARTS + (times(Q[k], inner),)
-        if DIVERGENCE != "reverse":
-            PARTS = PARTS + (forward,)
+        if DIVERGENCE == "reverse":
+            PARTS = PARTS + (times(Q[k], inner),)
+        elif DIVERGENCE == "jsd" and K > 2:  # together they would need too many registers
+            SUMS = SUMS + reduced((times(Q[k], inner), forward), 2, "sum")
+        else:
+            PARTS = PARTS + (times(Q[k], inner), forward)
+    if len(PARTS) > 0:
+        SUMS = reduced(PARTS, len(PARTS), "sum")
     EACH: tl.constexpr = 1 if DIVERGENCE == "reverse" else 2
-    SUMS = reduced(PARTS, EACH * K, "sum")
     KL = ()
     SLOPES = ()
     for k in tl.static_range(K):
@@ -346,4 +364,21 @@ def sloped_divergences(LOG_Q, Q, peer_weights, GATES, like,
             KL = KL + (JSD_BETA * SUMS[EACH * k + 1] + (1.0 - JSD_BETA) * back,)
             slope *= 1.0 - JSD_BETA
         SLOPES = SLOPES + (slope,)
+    return KL, SLOPES
+
+
+@triton.jit
+def sloped_divergences(LOG_Q, Q, peer_weights, GATES, like,
+                       K: tl.constexpr, EDGE: tl.constexpr, GATED: tl.constexpr,
+                       TARGET: tl.constexpr, DIVERGENCE: tl.constexpr,
+                       JSD_BETA: tl.constexpr):  # fmt: skip
+    """Each student's divergences from its teachers, weighted and added up, and the gradient of the
+    sum with respect to its z / T."""
+    if DIVERGENCE == "jsd" and JSD_BETA == 0.5 and K == 2:
+        w_0 = edge(0, 1, peer_weights, GATES, like, K, EDGE, GATED)
+        w_1 = edge(1, 0, peer_weights, GATES, like, K, EDGE, GATED)
+        KL, SLOPES = even_pair(LOG_Q, Q, w_0, w_1)
+    else:
+        KL, SLOPES = divergences_of_each(LOG_Q, Q, peer_weights, GATES, like, K, EDGE, GATED,
+                                         TARGET, DIVERGENCE, JSD_BETA)  # fmt: skip
     return KL, SLOPES

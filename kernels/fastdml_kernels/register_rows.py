@@ -93,9 +93,13 @@ def register_rows(
     S: tl.constexpr = LAYOUT.size
 
     # Whether there are registers for the next rows beside these.
-    FEW: tl.constexpr = K < 8 and (TARGET == "peers" or K * BLOCK_C <= 4096)
+    FEW: tl.constexpr = (
+        K < 8
+        and (TARGET == "peers" or K * BLOCK_C <= 4096)
+        and (K == 2 or not (SLOPED and DIVERGENCE != "reverse"))
+    )
     AHEAD: tl.constexpr = FEW or (
-        UNIFORM and TARGET == "peers" and not (STATS or TEMPERED or SMOOTHED)
+        UNIFORM and TARGET == "peers" and not (STATS or TEMPERED or SMOOTHED or SLOPED)
     )
 
     # ---- the first rows; what follows up to the loop happens while they are on their way

@@ -255,6 +255,8 @@ def choose(
                 f"regime='register' holds K x C = {most_logits()} logits, C rounded up to "
                 f"a power of two; for K = {K} peers and C = {C} classes leave regime out"
             )
+        if options.divergence == "jsd" and K > 2 and K * tile.rows * tile.block_c > 2048:
+            tile = replace(tile, warps=max(8, tile.warps))  # else registers would be spilled
     elif tile is None:
         tile = wide_tile(K, C, stats or not gradient, size, arch)
         if options.target != "peers":  # whose second pass takes all the registers there are
@@ -276,5 +278,9 @@ def _has_options(options: Options, upstream: Tensor | None) -> bool:
 
 
 def fits_registers(K: int, C: int, options: Options, upstream: Tensor | None) -> bool:
-    """Whether the register kernel has the options, and room for the rows."""
-    return _has_options(options, upstream) and register_tile(K, C) is not None
+    """Whether the register kernel has the options, and room for the rows; a mixture for each of
+    many pairs takes more room than the rows themselves."""
+    tile = register_tile(K, C) if _has_options(options, upstream) else None
+    if tile is None:
+        return False
+    return options.divergence != "jsd" or K <= 2 or (K <= 4 and K * tile.block_c <= 4096)
