@@ -158,6 +158,30 @@ def test_every_kind_of_option_compiles_without_spills(options):
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("arch", [*ARCHS, "gfx942"])
+@pytest.mark.parametrize("K_C", [(2, 100), (2, 1000), (2, 32_768)], ids=str)
+def test_distillation_compiles_everywhere(K_C, arch):
+    """One student, every divergence, the softer gates, weights of rows."""
+    settings = [{"divergence": name} for name in ("forward", "reverse", "jeffreys", "jsd")]
+    settings += [{"gate": "confidence"}, {"gate": "entropy"}]
+    cases = [(K_C, arch, {"options": {"students": (0,)} | each, "sample_weight": weighed})
+             for each in settings for weighed in (False, True)]  # fmt: skip
+    for report in reports(*cases):
+        assert report["spills"] == report["stack_bytes"] == report["float64"] == 0, report
+        if report["kernel"] == "register_rows" and arch != "gfx942":
+            assert report["ratio"] == 1.0, report
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("divergence", ["reverse", "jeffreys", "jsd"])
+def test_divergences_of_more_peers_spill_nothing(divergence):
+    for report in reports(*(((K, C), "sm_90", {"options": {"divergence": divergence}})
+                            for K, C in ((3, 1000), (4, 100), (4, 1000), (2, 4096)))):  # fmt: skip
+        assert report["kernel"] == "register_rows"
+        assert report["spills"] <= 4, report
+
+
+@pytest.mark.slow
 def test_the_kernels_compile_for_amd():
     for report in reports(((2, 100), "gfx942", {}), ((2, 32_768), "gfx942", {})):
         assert report["spills"] == 0, report

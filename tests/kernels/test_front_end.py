@@ -57,12 +57,14 @@ def loss(K, C, dtype, layout, label_dtype, gradient, stats, upstream, counted, r
     regime, tile = choose(K, C, p.options, gradient=gradient, stats=stats, upstream=own,
                           regime=regime)
     kernel, named, warps = arguments(
-        p.logits, p.labels, p.options, grads=[torch.empty_like(z) for z in p.logits] * gradient,
+        p.logits, p.labels, p.options,
+        grads=[torch.empty_like(z) if k in (p.options.students or range(K)) else None
+               for k, z in enumerate(p.logits)] * gradient,
         want_stats=stats, upstream=own, regime=regime, tile=tile, temperature=scalar(temperature),
         ce_weight=scalar(ce_weight), kl_weight=scalar(kl_weight), **p.weights,
     )
     if counted:  # as where a batch is long
-        named["counts"] = torch.empty(2)
+        named["counts"] = torch.empty(3)
     return kernel, named, lambda nvidia: compiler_options(warps, nvidia)
 
 def scale(K, dtype, gap, rows):
@@ -73,9 +75,10 @@ def scale(K, dtype, gap, rows):
     )
     return scale_grads.scale_rows, named, lambda nvidia: {}
 
-def count(C, label_dtype, class_weight):
+def count(C, label_dtype, class_weight, sample_weight):
     named = dict(
-        labels=torch.zeros(4, dtype=getattr(torch, label_dtype)), counts=torch.empty(2), N=4,
+        labels=torch.zeros(4, dtype=getattr(torch, label_dtype)), counts=torch.empty(3), N=4,
+        sample_weight=torch.ones(4) if sample_weight else None,
         class_weight=torch.ones(C) if class_weight else None, label_stride=1, ignore_index=-100,
         C=C,
     )
@@ -107,8 +110,11 @@ for name, settings in json.loads(sys.argv[1]):
 
 LOSS = {
     "gradient": (True, False), "stats": (False, True),
-    "target": ("peers", "ensemble", "ensemble_logits"), "gate": ("none", "correct", "best"),
-    "divergence": ("forward", "jeffreys"), "detach_targets": (True, False),
+    "target": ("peers", "ensemble", "ensemble_logits"),
+    "gate": ("none", "correct", "best", "confidence", "entropy"),
+    "divergence": ("forward", "reverse", "jeffreys", "jsd"),
+    "detach_targets": (True, False), "students": (None, "first", "others"),
+    "sample_weight": (False, True),
     "label_smoothing": (0.0, 0.1), "mimic_ignored": (False, True),
     "reduction": ("mean", "sum", "none"), "temperature": (1.0, 2.5, "tensor"),
     "ce_weight": (0.7, "tensor"), "kl_weight": (0.7, "tensor"),
@@ -122,17 +128,19 @@ NEVER = (  # the losses' own gradient, and labels that are counted beforehand, a
     (("upstream", True), ("gradient", False)), (("counted", True), ("gradient", False)),
     (("counted", True), ("reduction", "sum")), (("counted", True), ("reduction", "none")),
 )  # fmt: skip
-CORE = ("gradient", "stats", "target", "gate", "divergence", "detach_targets", "label_smoothing",
+CORE = ("gradient", "stats", "target", "divergence", "detach_targets", "label_smoothing",
         "mimic_ignored", "reduction")  # fmt: skip
+MANY_MIXTURES = tuple((("divergence", "jsd"), ("K", K)) for K in (5, 8))  # are not for registers
 REGISTER = {  # what rows that are held in registers have
-    "target": ("peers", "ensemble"), "divergence": ("forward",), "detach_targets": (True,),
+    "target": ("peers", "ensemble"), "detach_targets": (True,),
     "upstream": (False,), "regime": (None,), "C": (1, 2, 100, 751),
 }  # fmt: skip
 COUPLING = ("divergence", "detach_targets", "target")  # they change what a gradient is made of
 SCALE = {
     "K": (1, 2, 3, 5, 8), "dtype": LOSS["dtype"], "gap": (0, 6), "rows": (False, True),
 }  # fmt: skip
-COUNT = {"C": LOSS["C"], "label_dtype": LOSS["label_dtype"], "class_weight": (False, True)}
+COUNT = {"C": LOSS["C"], "label_dtype": LOSS["label_dtype"], "class_weight": (False, True),
+         "sample_weight": (False, True)}  # fmt: skip
 AUGMENTED = {
     "stored": ((32, 16), (16, 8)), "channels": (1, 3), "pad": (0, 4), "reflect": (True, False),
     "flip": (False, True), "erase": (0.0, 0.5), "cutout": (0, 8),
@@ -148,7 +156,8 @@ def combinations_of_options(strength: int = 2) -> list[dict[str, Any]]:
     alone, several = LOSS["K"][:1], LOSS["K"][1:]
     rows = Covering(LOSS | {"K": several}, strength, core=CORE, never=NEVER).rows()
     rows += Covering(LOSS | {"K": alone}, strength - 1, never=NEVER).rows()
-    return rows + Covering(LOSS | REGISTER | {"K": several}, strength, never=NEVER).rows()
+    held = Covering(LOSS | REGISTER | {"K": several}, strength, never=(*NEVER, *MANY_MIXTURES))
+    return rows + held.rows()
 
 
 AT_ONCE = 150  # combinations in one process, whose command line holds them
@@ -179,7 +188,9 @@ def test_any_two_options_combine(passed):
     held = [case for case, kernel in passed if kernel == "register_rows"]
     space = LOSS | REGISTER
     for names in itertools.combinations(space, 2):
-        excluded = [dict(pair) for pair in NEVER if {n for n, _ in pair} == {*names}]
+        excluded = [
+            dict(pair) for pair in (*NEVER, *MANY_MIXTURES) if {n for n, _ in pair} == {*names}
+        ]
         for values in itertools.product(*(space[n] for n in names)):
             pair = dict(zip(names, values, strict=True))
             if pair.get("K") != 1 and pair not in excluded:
@@ -197,11 +208,11 @@ def test_options_that_couple_the_peers_combine_with_every_other(passed):
 
 def test_smoothing_with_gradients_that_hold_divergences_compiles():
     """Label smoothing keeps a number of each peer in one tensor, where otherwise it is a scalar."""
-    all_of_it = {"divergence": "jeffreys", "detach_targets": False}
-    settings = [{"divergence": "jeffreys"}, {"detach_targets": False},
+    all_of_it = {"divergence": "jsd", "detach_targets": False}
+    settings = [{"divergence": "jsd"}, {"detach_targets": False},
                 {**all_of_it, "target": "ensemble"},
                 {**all_of_it, "target": "ensemble_logits"}]  # fmt: skip
-    usual = {name: values[0] for name, values in LOSS.items()}
+    usual = {name: values[0] for name, values in LOSS.items()} | {"regime": "wide"}
     usual |= {"label_smoothing": 0.1, "class_weight": True, "stats": True, "K": 3, "C": 40}
     cases = [usual | each | {"upstream": not each.get("detach_targets", True)} for each in settings]
     assert set(through_the_front_end(cases)) == {"coupled_rows"}

@@ -152,7 +152,20 @@ def loss_calls() -> dict[str, Callable]:
         "upstream by row": loss_call(z, y, Options(reduction="none"), upstream=torch.ones(2, 12)),
         "coupled": loss_call(z, y, Options(detach_targets=False), upstream=torch.ones(2)),
         "a tile": loss_call(z, y, regime="wide", max_programs=2),
+        "the first learns": loss_call(z, y, grads=[z[0].clone(), None]),
+        "the second learns": loss_call(z, y, grads=[None, z[1].clone()]),
+        "the second learns, wide": loss_call(z, y, grads=[None, z[1].clone()], regime="wide"),
+        "nobody learns": loss_call(z, y, grads=[None, None]),
+        "row weights": loss_call(z, y, sample_weight=torch.ones(12)),
+        "row weights not aligned": loss_call(z, y, sample_weight=torch.ones(13)[1:]),
+        "row weights in bfloat16": loss_call(z, y, sample_weight=torch.ones(12).bfloat16()),
+        "jsd 0.2": loss_call(z, y, Options(divergence="jsd", jsd_beta=0.2)),
     }
+    for divergence in ("reverse", "jeffreys", "jsd"):
+        calls[divergence] = loss_call(z, y, Options(divergence=divergence))
+    for gate in ("confidence", "entropy"):  # wide rows have a scratch for their edges
+        calls[gate] = loss_call(z, y, Options(gate=gate))
+        calls[f"{gate}, wide"] = loss_call(z, y, Options(gate=gate), regime="wide")
     for N in (1, 7, 700, 0):
         calls[f"N = {N}"] = loss_call(rows(2, N, 10), labels_of(N))
         mutual = Options(divergence="jeffreys", reduction="sum")
@@ -186,6 +199,9 @@ def loss_calls() -> dict[str, Callable]:
     calls["stacked"] = loss_call(list(torch.randn(2, 13, 10).unbind()), labels_of(13))
     calls["labels counted before"] = loss_call(rows(2, 5000, 10), labels_of(5000))
     calls["one more"] = loss_call(rows(2, 5001, 10), labels_of(5001))
+    weight = torch.ones(5000)
+    calls["weights counted before"] = loss_call(rows(2, 5000, 10), labels_of(5000),
+                                                sample_weight=weight)  # fmt: skip
     calls["counted by row"] = loss_call(
         rows(2, 5000, 10), labels_of(5000), Options(reduction="sum")
     )
@@ -244,6 +260,9 @@ def scales(gpu):
         }.items()
     }  # fmt: skip
     calls["fewer classes"] = scale([g[:, :6] for g in rows(2, 300, 10)], ones[:2, 0])
+    (one,) = rows(1, 300, 10)
+    calls["the first one alone"] = scale([one, None], ones[:2, 0])
+    calls["the second one alone"] = scale([None, one], ones[:2, 0])
     return both_ways(gpu, calls)
 
 

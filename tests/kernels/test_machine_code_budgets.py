@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import itertools
 import json
+import math
 from pathlib import Path
 
 import pytest
@@ -33,9 +34,10 @@ def event(step):
     read, written = logits_moved(step)
     return "read" if read else "write" if written else step.name
 
-for K, C, arch in json.loads(sys.argv[1]):
+for K, C, arch, *students in json.loads(sys.argv[1]):
     compiled = []
-    report = static_report.report(K, C, arch=arch)
+    options = Options(students=tuple(students) or None)
+    report = static_report.report(K, C, arch=arch, options=options)
     code = parse_sass(cuobjdump(compiled[-1], "-sass"))
     rows = row_loop(code, logits_moved)
     row = usual_path(code, rows, logits_moved, (math.inf, math.inf))
@@ -71,7 +73,10 @@ WIDE_ROWS = {(2, 32_768): (155, 28), (8, 32_768): (950, 50), (2, 128_256): (560,
 ON_SM_90 = [(*shape, "sm_90") for shape in REGISTER_ROWS]
 HELD = [*ON_SM_90, (4, 1000, "sm_80"), (4, 1000, "sm_100"), (2, 100, "sm_80"), (2, 100, "sm_100")]
 WIDE = [(*shape, "sm_90") for shape in WIDE_ROWS]
-CASES = list(dict.fromkeys([*LAST_PROGRAM, *HELD, *WIDE]))
+# (K, C, architecture, students): most instructions of a row of plain distillation, whose teacher
+# costs no gradient
+TAUGHT = {(2, 100, "sm_90", 0): 135, (2, 1000, "sm_90", 0): 680, (2, 32_768, "sm_90", 0): None}
+CASES = list(dict.fromkeys([*LAST_PROGRAM, *HELD, *WIDE, *TAUGHT]))
 
 
 def name(case: tuple) -> str:
@@ -109,6 +114,22 @@ def test_all_rows_are_on_their_way_before_the_first_barrier(compiled, case):
     assert report["waits"] <= WAITS.get(case, 1)
 
 
+@pytest.mark.parametrize("case", TAUGHT, ids=name)
+def test_a_teacher_costs_no_write_and_no_gradient(compiled, case):
+    """K C logits are read and S C gradients written, for S students of K peers."""
+    taught, both = compiled[case], compiled[case[:3]]
+    K, C, size = 2, case[1], 2
+    passes = 2 if taught["kernel"] == "wide_rows" else 1
+    assert taught["least_bytes"] == (K + 1) * C * size
+    assert taught["bytes_per_row"] == (passes * K + 1) * C * size
+    assert both["bytes_per_row"] == (passes * K + K) * C * size
+    assert sum(taught["store_widths"].values()) * 2 == sum(both["store_widths"].values())
+    assert taught["load_widths"] == both["load_widths"]
+    assert taught["instructions"] <= min(both["instructions"], TAUGHT[case] or math.inf)
+    assert taught["barriers"] <= both["barriers"]
+    assert taught["spills"] == taught["stack_bytes"] == 0
+
+
 @pytest.mark.parametrize("case", WIDE, ids=name)
 def test_barriers_and_waits_of_a_wide_row(compiled, case):
     report = compiled[case]
@@ -144,19 +165,21 @@ for report in reports(archs=["sm_90"]):
 
 
 def stored() -> dict[tuple, dict]:
-    return {(r["kernel"], r["K"], r["C"]): r for r in json.loads(TABLE.read_text())}
+    kept = json.loads(TABLE.read_text())
+    return {(r["kernel"], r["K"], r["C"], r["options"]): r for r in kept}
 
 
 @TABLED
 def test_the_tables_are_of_the_code_as_it_is(compiled):
     """Else: `fastdml kernels --archs sm_90 --json`, as kernels/README.md says, and `make docs`."""
     rows, seen = stored(), 0
-    for (K, C, arch), report in compiled.items():
-        if arch == "sm_90" and (report["kernel"], K, C) in rows:
-            kept = rows[report["kernel"], K, C]
+    for (K, C, arch, *_), report in compiled.items():
+        key = (report["kernel"], K, C, report["options"])
+        if arch == "sm_90" and key in rows:
+            kept = rows[key]
             assert {name: report[name] for name in kept} == kept
             seen += 1
-    assert seen >= len(REGISTER_ROWS)
+    assert seen >= len(REGISTER_ROWS) + len(TAUGHT)
 
 
 @TABLED
