@@ -50,12 +50,13 @@ class EpochStartEvent(Event):
     """The start of an epoch; `epoch` is the number of those before it."""
 
     losses: Mapping[str, list[float]] | None  # of the epoch before, as `EpochEvent` has them
+    networks: int  # L: the peers and after them their teachers, which an independent run lacks
     set_peer_weights: Callable[[Any], None] = field(repr=False)
     """Whom peers learn from, from here on: (L, L), not negative, row k how much network k learns
-    from each, the diagonal not used; L networks are the peers and then their teachers, whose rows
-    are not used. It is `peer_weights` of `fastdml.mutual_loss`, in place of an equal share of each,
-    and part of the checkpoint. Every execution follows it, and none captures anew. Raises
-    InputError for another shape, and for values that are negative or not finite."""
+    from each; neither the diagonal nor the rows of teachers are used. It is `peer_weights` of
+    `fastdml.mutual_loss`, in place of an equal share of each, and part of the checkpoint. Every
+    execution follows it, and none captures anew. Raises InputError for another shape, and for
+    values that are negative or not finite."""
 
 
 @dataclass(frozen=True)
@@ -149,12 +150,16 @@ class Calls:
             "on_epoch_start",
             EpochStartEvent,
             losses=_losses(copy.deepcopy(history[-1])) if history else None,
+            networks=self._networks,
             set_peer_weights=self._set_peer_weights,
         )
 
+    @property
+    def _networks(self) -> int:
+        return len(self.trainer.cohort) + len(self.trainer.cohort.teachers)
+
     def _set_peer_weights(self, weights: Any) -> None:
-        trainer, loss = self.trainer, self.trainer.loss
-        size = len(trainer.cohort) + len(trainer.cohort.teachers)
+        trainer, loss, size = self.trainer, self.trainer.loss, self._networks
         given = torch.as_tensor(weights, dtype=torch.float32).detach().cpu()
         if given.shape != (size, size) or not (given.isfinite() & (given >= 0)).all():
             raise InputError(

@@ -128,9 +128,9 @@ def fit(
     checks.extras(config)
     task = task_of(config)
     with held() as show:
-        prepared = Prepared(cohort, train, test, validation, unlabelled)
+        run_of = partial(_fit, task, Prepared(cohort, train, test, validation), config, show)
         command = "fastdml.train.fit"
-        return _fit(task, prepared, config, show, command, callbacks, own=True, teachers=teachers)
+        return run_of(command, callbacks, own=True, teachers=teachers, unlabelled=unlabelled)
 
 
 def _fit(
@@ -143,11 +143,12 @@ def _fit(
     *,
     own: bool = False,
     teachers: Sequence[str | nn.Module] = (),
+    unlabelled: Any = None,
 ) -> TrainResult | None:
     """show: shows the log lines that were held back, once nothing can be refused any more. command:
     recorded in summary.json. own: data and peers are the caller's, not those that `config`
-    names. teachers: beside the cohort's and the settings' own."""
-    cohort, train, test, validation, unlabelled = prepared
+    names. teachers: beside the cohort's and the settings' own. unlabelled: of the caller's data."""
+    cohort, train, test, validation = prepared
     device = next(cohort.parameters()).device
     size: dict[str, Any] = {"batch_size": config.batch_size, "seed": config.seed}
     where = (device, cohort.num_classes)

@@ -29,6 +29,7 @@ class Ring(Callback):
         self.called = []
 
     def on_epoch_start(self, event):
+        assert event.networks == 3
         self.called.append((event.run, event.epoch, event.losses))
         event.set_peer_weights(ring(event.epoch))
 

@@ -38,7 +38,6 @@ class Prepared(NamedTuple):
     train: Any  # batches, as `fastdml.train.fit` takes them
     test: Any | Evaluate | None  # batches, or what gives a cohort's scores
     validation: Any | Evaluate | None = None  # the same, of images that choose the best weights
-    unlabelled: Any = None  # as `fit` takes it
 
 
 class Evaluation(NamedTuple):
