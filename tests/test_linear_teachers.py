@@ -80,13 +80,14 @@ def test_given_logits_get_no_gradient():
 
 
 @pytest.mark.parametrize("divergence", ["forward", "jsd"])
+@pytest.mark.parametrize("gate", ["none", "best", "confidence"])
 @pytest.mark.parametrize("index_dtype", [torch.int64, torch.int32])
-def test_top_k_is_the_teacher_with_all_else_at_minus_infinity(divergence, index_dtype):
+def test_top_k_is_the_teacher_with_all_else_at_minus_infinity(divergence, gate, index_dtype):
     hidden, weight, labels, teachers = layers()
     wanted = [*hidden, *weight]
     values, indices = top(teachers[0], 5)
     full = torch.full((N, C), -torch.inf).scatter(1, indices, values)
-    options = {"divergence": divergence, "temperature": 2.0}
+    options = {"divergence": divergence, "temperature": 2.0, "gate": gate}
     expected = linear_mutual_loss(
         hidden, weight, labels, teacher_logits=[teachers[1], full], **options
     )
@@ -96,6 +97,18 @@ def test_top_k_is_the_teacher_with_all_else_at_minus_infinity(divergence, index_
     )  # fmt: skip
     assert ours.isfinite().all()
     same(with_grads(ours, wanted), with_grads(expected, wanted))
+
+
+def test_a_lone_teacher_that_gives_the_label_nothing_is_trusted_on_no_row():
+    """With the gate "confidence"; whatever else it says then has no weight."""
+    hidden, weight, labels, _ = layers()
+    labels.fill_(3)
+    topk = torch.zeros(N, 2), torch.tensor([[1, 2]] * N)
+    losses = linear_mutual_loss(
+        hidden[:1], weight[:1], labels, teacher_topk=topk, gate="confidence"
+    )
+    alone = linear_mutual_loss(hidden[:1], weight[:1], labels)
+    torch.testing.assert_close(losses, alone)
 
 
 def test_all_classes_as_top_k_are_the_logits():
@@ -123,9 +136,9 @@ def test_a_class_that_is_none_is_nan_where_nobody_looks():
     """On a device the host does not wait to see the indices."""
     values, indices = torch.tensor([[0.0, -1.0], [0.0, -1.0]]), torch.tensor([[1, 2], [1, 3]])
     (logits,) = GivenTeachers((), values, indices).chunk(
-        slice(0, 2), 3, torch.device("cpu"), torch.float32
+        slice(0, 2), 3, torch.device("cpu"), torch.float32, "none"
     )
-    assert logits[0].tolist() == [-torch.inf, 0.0, -1.0]
+    assert logits[0].softmax(0).tolist() == [0.0, *torch.tensor([0.0, -1.0]).softmax(0)]
     assert logits[1].log_softmax(0).isnan().all()
 
 

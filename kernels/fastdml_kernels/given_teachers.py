@@ -12,6 +12,13 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from .options import Gate
+
+# The logit of a class of probability 0. A finite one, of which exp is 0 all the same, is left to
+# the CPU's native code, which -inf is not; only a gate that weighs a teacher by the probability of
+# the label tells the two apart.
+ABSENT = -1e30
+
 
 class GivenTeachers(NamedTuple):
     """They stand after the peers that have layers, those of `logits` first."""
@@ -32,14 +39,17 @@ class GivenTeachers(NamedTuple):
         sizes = [z.element_size() for z in self.logits]
         return C * (sum(sizes) + (0 if self.log_probs is None else 4))
 
-    def chunk(self, rows: slice, C: int, device: torch.device, dtype: torch.dtype) -> list[Tensor]:
+    def chunk(
+        self, rows: slice, C: int, device: torch.device, dtype: torch.dtype, gate: Gate
+    ) -> list[Tensor]:
         """Their logits of some rows, (n, C) each, on the device; of top-k ones in `dtype`. The host
         waits for a copy from its own memory, unless that is pinned."""
         given = [t[rows].to(device, non_blocking=True) for t in self.tensors()]
         if self.log_probs is None:
             return given
         *logits, log_probs, indices = given
-        return [*logits, _spread(log_probs.to(dtype), indices.long(), C)]
+        absent = -torch.inf if gate == "confidence" else ABSENT
+        return [*logits, _spread(log_probs.to(dtype), indices.long(), C, absent)]
 
     def check_indices(self, C: int) -> None:
         """Raises ValueError for a class that is none of C, where looking costs no wait."""
@@ -56,10 +66,11 @@ class GivenTeachers(NamedTuple):
 NO_TEACHERS = GivenTeachers()
 
 
-def _spread(log_probs: Tensor, indices: Tensor, C: int) -> Tensor:
-    """Logits (n, C) that are -inf but at `indices` (n, k): their softmax is that of the k alone. A
-    row with an index that is no class is NaN."""
+def _spread(log_probs: Tensor, indices: Tensor, C: int, absent: float) -> Tensor:
+    """Logits (n, C) that are `absent` but at `indices` (n, k): their softmax is that of the k
+    alone. A row with an index that is no class is NaN."""
     known = (indices >= 0) & (indices < C)
-    rest = torch.where(known.all(1, keepdim=True), -torch.inf, log_probs.new_full((), torch.nan))
+    nan = log_probs.new_full((), torch.nan)
+    rest = torch.where(known.all(1, keepdim=True), absent, nan)
     logits = rest.to(log_probs.dtype).expand(-1, C).contiguous()
     return logits.scatter_(1, indices.clamp(0, C - 1), log_probs)

@@ -164,7 +164,7 @@ def _compute(layers: _Layers, rest: _Rest) -> _Computed:
             z = [t[:n] for t in logits]
             slope = [None if t is None else t[:n] for t in slopes]
             layers.write_logits(rows, z)
-            teachers = given.chunk(rows, C, device, dtype)
+            teachers = given.chunk(rows, C, device, dtype, call.options.gate)
             to_fill = [*slope, *(None for _ in teachers)] if any(learns) else []
             sums, _ = compute([*z, *teachers], _part(call, rows), to_fill)
             losses += sums[:K]
