@@ -18,7 +18,7 @@ from pathlib import Path
 from types import NoneType
 from typing import Any, Literal, get_args, get_origin, get_type_hints
 
-from bench import host_time, report
+from bench import host_time, linear, report
 from fastdml.data.registry import dataset_names
 from fastdml.train import FolderConfig, ReidConfig, TrainConfig
 from fastdml.train.checkpoint import FREE_ON_RESUME
@@ -55,6 +55,9 @@ def part(name: str) -> str:
     if name.startswith("host-time"):
         found = json.loads((RESULTS / f"{name}.json").read_text())
         return f"```text\n{host_time.table(**found)}\n```"
+    if name.startswith("linear"):
+        found = json.loads((RESULTS / f"{name}.json").read_text())
+        return f"```text\n{linear.table(**found)}\n```"
     rows, where = report.load(str(RESULTS / f"{name}.json"))
     return f"```text\n{report.tables(rows, where)}\n```"
 

@@ -61,6 +61,7 @@ NOT_RUN = {
     "git worktree add": "needs the history",
     "python -m pytest bench/bench_reid.py": "measures for minutes",
     "python -m bench.host_time": "measures for minutes; needs the command above it",
+    "python -m bench.linear": "measures for minutes",
 }
 # Blocks of kind text, by their beginning, and what they are.
 NOT_CODE = {
