@@ -29,8 +29,9 @@ OPTIONS = [
      "gate": "correct"},
     {"target": "ensemble", "class_weight": torch.linspace(0.5, 1.5, C), "label_smoothing": 0.2},
     {"kl_weight": torch.tensor(0.7), "temperature": torch.tensor(2.0), "reduction": "sum"},
+    {"divergence": "jsd", "jsd_beta": 0.3, "gate": "entropy", "temperature": 2.0},
 ]  # fmt: skip
-IDS = ["plain", "smoothed", "rows", "symmetric", "weighted", "tensors"]
+IDS = ["plain", "smoothed", "rows", "symmetric", "weighted", "tensors", "divergent"]
 
 
 def data(seed: int = 0, dtype: torch.dtype = torch.float32) -> tuple[list[Tensor], Tensor]:

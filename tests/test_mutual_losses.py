@@ -28,6 +28,7 @@ OPTIONS = {
     "symmetric": {"symmetric": True, "target": "ensemble_logits"},
     "weighted": {"class_weight": torch.linspace(0.5, 1.5, C), "peer_weights": torch.ones(K, K)},
     "tensors": {"kl_weight": torch.tensor(0.7), "temperature": torch.tensor(2.0)},
+    "divergent": {"divergence": "jsd", "jsd_beta": 0.3, "sample_weight": torch.linspace(0, 2, N)},
 }
 
 

@@ -27,6 +27,8 @@ OPTIONS = [
     {"reduction": "sum", "temperature": 3.0, "class_weight": True},
     {"detach_targets": False},
     {"detach_targets": False, "reduction": "none", "target": "ensemble"},
+    {"divergence": "jsd", "gate": "confidence", "sample_weight": True},
+    {"detach_targets": False, "divergence": "reverse", "gate": "entropy", "sample_weight": True},
 ]
 
 
@@ -48,7 +50,10 @@ def call(labels: Tensor, *, want_stats=True, **settings) -> Call:
     options = Options(**{k: v for k, v in settings.items() if k in OPTION_NAMES})
     weight = torch.linspace(0.5, 1.5, 10, device=DEVICE) if settings.get("class_weight") else None
     numbers = (settings.get(n, 1.0) for n in ("temperature", "ce_weight", "kl_weight"))
-    return Call(labels, options, *numbers, None, weight, None, want_stats)
+    times = None
+    if settings.get("sample_weight"):
+        times = torch.arange(len(labels), device=DEVICE) * 0.25  # the first row is absent
+    return Call(labels, options, *numbers, None, weight, times, want_stats)
 
 
 def loss(logits: list[Tensor], **settings) -> Tensor:
@@ -167,7 +172,7 @@ def test_logits_changed_before_a_second_backward_are_noticed():
 
 
 CHANGEABLE = ("logits", "labels", "temperature", "ce_weight", "kl_weight", "peer_weights",
-              "class_weight")  # fmt: skip
+              "class_weight", "sample_weight")  # fmt: skip
 
 
 def changeable(dtype=torch.float32, **options) -> tuple[list[Tensor], list[Tensor], dict, Call]:
@@ -176,18 +181,13 @@ def changeable(dtype=torch.float32, **options) -> tuple[list[Tensor], list[Tenso
     logits = [x * 1 for x in z]
     parts = {
         "logits": logits[1], "labels": labels_for(z), "peer_weights": torch.ones(3, 3),
-        "class_weight": torch.linspace(0.5, 1.5, 10),
+        "class_weight": torch.linspace(0.5, 1.5, 10), "sample_weight": torch.linspace(0.5, 2.0, 6),
         **{name: torch.tensor(2.0) for name in ("temperature", "ce_weight", "kl_weight")},
     }  # fmt: skip
     parts = {name: t.to(DEVICE) for name, t in parts.items()}
     scalars = (parts[name] for name in ("temperature", "ce_weight", "kl_weight"))
-    weights = parts["peer_weights"], parts["class_weight"]
-    return (
-        z,
-        logits,
-        parts,
-        Call(parts["labels"], Options(**options), *scalars, *weights, None, False),
-    )
+    weights = (parts[name] for name in ("peer_weights", "class_weight", "sample_weight"))
+    return z, logits, parts, Call(parts["labels"], Options(**options), *scalars, *weights, False)
 
 
 def changed(parts: dict[str, Tensor], name: str) -> None:
@@ -368,6 +368,9 @@ def test_derivatives_that_bypass_the_graph_are_refused_by_name():
     {"detach_targets": False, "divergence": "jeffreys", "temperature": 2.0, "reduction": "none"},
     {"detach_targets": False, "target": "ensemble", "divergence": "jeffreys"},
     {"detach_targets": False, "target": "ensemble_logits", "divergence": "jeffreys"},
+    {"detach_targets": False, "divergence": "reverse", "gate": "none", "sample_weight": True},
+    {"detach_targets": False, "divergence": "jsd", "jsd_beta": 0.3, "target": "ensemble"},
+    {"detach_targets": False, "divergence": "jsd", "target": "ensemble_logits"},
 ])  # fmt: skip
 def test_gradcheck(settings):
     """Possible where the teachers are not constants."""
@@ -529,8 +532,8 @@ from fastdml_kernels.scale_grads import scale_rows
 for kernel in (register_rows, wide_rows, coupled_rows, count_labels, scale_rows):
     free = {p.name for p in kernel.params if p.do_not_specialize or p.is_constexpr}
     floats = {"ce_weight", "kl_weight", "temperature", "label_smoothing"}
-    pointers = {"logits", "grads", "labels", "peer_weights", "class_weight", "upstream", "losses",
-                "stats", "partials", "scratch", "counter", "counts"}
+    pointers = {"logits", "grads", "labels", "peer_weights", "class_weight", "sample_weight",
+                "upstream", "losses", "stats", "partials", "scratch", "counter", "counts"}
     left = {p.name for p in kernel.params} - free - floats - pointers
     assert not left, (kernel, left)
 """

@@ -30,6 +30,11 @@ apart: tuple[Tensor, ...] | tuple[tuple[Tensor, ...], MutualStats] = mutual_loss
     logits, labels, return_stats=wanted
 )
 each: tuple[Tensor, ...] = mutual_losses(logits, labels, label_smoothing=0.1)
+taught: Tensor = mutual_loss(logits, labels, students=[0], divergence="jsd", jsd_beta=0.1)
+masked: Tensor = mutual_loss(logits, labels, students=[True, False], gate="entropy")
+by_row: Tensor = mutual_loss(logits, labels, students=torch.tensor([1]), sample_weight=entropy)
+of_batch = MutualLoss(gate="confidence")(logits, labels, sample_weight=entropy)
+grads: list[Tensor | None] = MutualLoss(students=[0]).value_and_grad(logits, labels)[2]
 linear: Tensor = fastdml.linear_mutual_loss(logits, logits, labels, reduction="sum", chunk_rows=4)
 
 cohort = Cohort(["resnet8", nn.Flatten()], 10, seed=1)

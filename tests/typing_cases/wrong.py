@@ -18,6 +18,7 @@ fastdml_kernels.mutual_los(logits)  # error
 mutual_loss(logits, labels, temprature=2.0)  # error
 mutual_loss(logits, labels, target="peer")  # error
 mutual_loss(logits, labels, gate="right")  # error
+mutual_loss(logits, labels, divergence="symmetric")  # error
 mutual_loss(logits, labels, reduction="batchmean")  # error
 mutual_loss(logits, labels, 2.0)  # error
 mutual_losses(logits, labels, symmetric="yes")  # error
