@@ -16,7 +16,8 @@ class MutualStats(Sequence[Tensor]):
     """Statistics of the peers on one batch: device tensors without gradient; reading a value waits.
 
     `packed` is the vector that the loss's kernel wrote; each field is a view of it, made when
-    somebody reads the field. Unpacks, iterates and indexes as a named tuple of the fields.
+    somebody reads the field. Unpacks, iterates and indexes as a named tuple of the fields. With
+    `sample_weight` a row of weight w is w rows, in means and in numbers of rows.
     """
 
     _fields = ("ce", "kl", "pairwise_kl", "entropy", "correct", "ensemble_correct")
