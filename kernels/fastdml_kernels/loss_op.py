@@ -8,7 +8,7 @@ the launcher. Tracers, dispatch modes, and tensors that are not plain memory get
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any, NamedTuple, cast
 
 import torch
@@ -224,7 +224,7 @@ def compute(
     upstream: Tensor | None = None,
 ) -> tuple[Tensor, Tensor | None]:
     """Losses (K,) or (K, N) and packed statistics (None if not wanted)."""
-    of_device = launch
+    of_device: Callable[..., tuple[Tensor, Tensor | None]] = launch
     if logits[0].device.type == "cpu":
         of_device = mutual_loss_cpu
         if torch.is_autocast_enabled("cpu"):  # float32 whatever surrounds it, as in the kernels

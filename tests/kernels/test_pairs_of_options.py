@@ -65,7 +65,8 @@ def test_all_options_at_once_on_the_cpu(seed, N, C):
     check_row(cpu, Covering(SPACE, 2, seed=seed).random_row(), N, C, seed)
 
 
-@pytest.mark.parametrize("kernel", ["register", pytest.param("wide", marks=pytest.mark.slow)])
+@pytest.mark.slow  # interpreted
+@pytest.mark.parametrize("kernel", ["register", "wide"])
 def test_in_the_kernels(kernel):
     path = {"register": register, "wide": wide}[kernel]
     for at, row in enumerate(rows_of(kernel)):
