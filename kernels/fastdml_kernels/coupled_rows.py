@@ -34,7 +34,7 @@ from .device_functions import (
     put,
     times,
 )
-from .divergences import ahead_terms, back_terms, divergence_of, student_slope, teacher_slope
+from .divergences import divergence_of, log_ratios, student_slope, teacher_slope
 from .mixed_teachers import (
     mean_logits_normalisers,
     mixed_block,
@@ -69,22 +69,37 @@ from .wide_functions import (
 
 
 @triton.jit
+def ratios_of_pair(l: tl.constexpr, k: tl.constexpr, D,  # noqa: E741
+                   K: tl.constexpr, BETA: tl.constexpr):  # fmt: skip
+    """`log_ratios` of teacher l and student k. With equal weights both orders have the same mean:
+    of two peers they are written alike, so that the compiler has them once."""
+    if BETA == 0.5 and K == 2 and l > k:
+        of_student, of_teacher = log_ratios(D[k] - D[l], BETA)
+    else:
+        of_teacher, of_student = log_ratios(D[l] - D[k], BETA)
+    return of_teacher, of_student
+
+
+@triton.jit
 def add_block_to_jsd(ahead, back, D, Q, teacher, K: tl.constexpr, PEERS: tl.constexpr,
                      BLOCK_C: tl.constexpr, BETA: tl.constexpr):  # fmt: skip
     """Adds a block's share of KL(q_l || m) and KL(q_k || m) of teacher l and student k at [l, k],
-    where m is their mean."""
+    where m is their mean. With equal weights `back` is `ahead` with the places of l and k changed,
+    and left out."""
     for l in tl.static_range(K):  # noqa: E741
         AHEAD = ()
         BACK = ()
         for k in tl.static_range(K):
             if l != k:
-                AHEAD = AHEAD + (ahead_terms(Q[l], D[l] - D[k], "jsd", BETA),)
-                BACK = BACK + (back_terms(Q[k], D[l] - D[k], "jsd", BETA),)
+                of_teacher, of_student = ratios_of_pair(l, k, D, K, BETA)
+                AHEAD = AHEAD + (times(Q[l], of_teacher),)
+                BACK = BACK + (times(Q[k], of_student),)
             else:
                 AHEAD = AHEAD + (tl.zeros((BLOCK_C,), tl.float32),)
                 BACK = BACK + (tl.zeros((BLOCK_C,), tl.float32),)
         ahead += tl.where(teacher == l, peer_sums(AHEAD, K, PEERS, BLOCK_C)[None, :], 0.0)
-        back += tl.where(teacher == l, peer_sums(BACK, K, PEERS, BLOCK_C)[None, :], 0.0)
+        if BETA != 0.5:
+            back += tl.where(teacher == l, peer_sums(BACK, K, PEERS, BLOCK_C)[None, :], 0.0)
     return ahead, back
 
 
@@ -106,8 +121,8 @@ def jsd_of_pairs(logits, n64, LSE_T, teacher, inv_t,
 
 # ---- a block of the KL gradient with respect to peer j's z / T. What it contains of the row's
 # divergences lies in `row_pairs`, this program's (3, K, K), each at [teacher l, student k]:
-# KL(q_l || q_k), with "jsd" KL(q_l || m) and KL(q_k || m); `toward` and `ratios` of a mixed teacher
-# have the second and third place.
+# KL(q_l || q_k), with "jsd" KL(q_l || m) and, unless weights are equal, KL(q_k || m); `toward` and
+# `ratios` of a mixed teacher have the second and third place.
 
 
 @triton.jit
@@ -115,7 +130,7 @@ def learning_from_peer(j: tl.constexpr, o: tl.constexpr, D, Q, row_pairs, K: tl.
                        DIVERGENCE: tl.constexpr, BETA: tl.constexpr):  # fmt: skip
     """The gradient of student j's divergence from teacher o through j's own prediction."""
     back = tl.cast(0.0, tl.float32)
-    if DIVERGENCE == "jsd":
+    if DIVERGENCE == "jsd" and BETA != 0.5:
         back = tl.load(row_pairs + K * K + o * K + j)
     elif DIVERGENCE != "forward":
         back = tl.load(row_pairs + j * K + o)
@@ -214,7 +229,7 @@ def coupled_rows(
     losses,  # (K,), or (K, N) with REDUCTION "none"
     stats,  # packed statistics, float32
     partials,  # (programs, their size) float32
-    scratch,  # (programs, 3, K, K) float32: `row_pairs`; with a soft gate 4, its edges behind them
+    scratch,  # (programs, 3, K, K) float32: `row_pairs`; one K x K more for a soft gate's edges
     counter,  # (1,) int32, zero before and after
     counts,  # (2,) float32, (3,) with sample_weight: `count_rows` of an earlier launch, or None
     N, label_stride, ignore_index, u_stride_k, u_stride_n,
@@ -223,6 +238,7 @@ def coupled_rows(
     STRIDES: tl.constexpr,  # per peer: logits row, logits column, gradient row
     READABLE: tl.constexpr,  # per peer: columns that may be read, C or more
     BLOCK_C: tl.constexpr, PEERS: tl.constexpr, PROGRAMS_BLOCK: tl.constexpr,
+    LANE: tl.constexpr, ADJACENT: tl.constexpr,  # see online_sums
     LAYOUT: tl.constexpr,  # a StatsLayout: of the statistics, and of a program's sums
     NEED_GRAD: tl.constexpr, STATS: tl.constexpr, REDUCTION: tl.constexpr,
     STUDENTS: tl.constexpr,  # the peers whose gradients are wanted
@@ -285,9 +301,9 @@ def coupled_rows(
         # 4. [online softmax] First pass: maxima and normalisers, divergences of single peers.
         M, SUM, SUM_T, energy, spread, first, _, cross = online_sums(
             logits, class_weight, None, n64, inv_t, peer, teacher,
-            K, C, STRIDES, READABLE, BLOCK_C, BLOCK_C, True, PEERS, TEMPERED, SMOOTHED, ENTROPY,
-            ARGMAX=STATS or GATE == "correct", PAIRS=ONLINE_PAIRS, REVERSE=False, LAST=not SECOND,
-            STAGES=1,
+            K, C, STRIDES, READABLE, BLOCK_C, BLOCK_C if ONLINE_PAIRS else LANE, ADJACENT, PEERS,
+            TEMPERED, SMOOTHED, ENTROPY, ARGMAX=STATS or GATE == "correct", PAIRS=ONLINE_PAIRS,
+            REVERSE=False, LAST=not SECOND, STAGES=1,
         )  # fmt: skip
 
         # 5. Cross-entropy, entropy, and which peers are right.
@@ -350,7 +366,8 @@ def coupled_rows(
             ahead, back = jsd_of_pairs(logits, n64, LSE_T, teacher, inv_t, K, C, STRIDES, READABLE,
                                        BLOCK_C, PEERS, TEMPERED, JSD_BETA)  # fmt: skip
             tl.store(row_pairs + pair_at, ahead, mask=is_pair)
-            tl.store(row_pairs + K * K + pair_at, back, mask=is_pair)
+            if JSD_BETA != 0.5:
+                tl.store(row_pairs + K * K + pair_at, back, mask=is_pair)
         if COUPLED:
             tl.debug_barrier()
 
@@ -414,6 +431,8 @@ def coupled_rows(
         if MIXED:
             for k in tl.static_range(K):
                 kl = put(kl, k, KL[k], PEERS)
+        elif JSD and JSD_BETA == 0.5:
+            kl = kl_of_pairs(ahead, weights, GATES, K, EDGE, GATED, "jeffreys", PEERS)
         elif JSD:
             values = divergence_of(ahead, back, DIVERGENCE, JSD_BETA)
             kl = kl_of_pairs(values, weights, GATES, K, EDGE, GATED, "forward", PEERS)

@@ -25,19 +25,22 @@ from .device_functions import times
 def log_ratios(d, BETA: tl.constexpr):
     """log t - log m and log q - log m, both 0 for d = 0 and finite for the larger of t and q.
 
-    m is the larger one times 1 - w (1 - exp(-|d|)), where w is the smaller one's weight. Below a
-    quarter, 1 - exp(-a) comes of its series, and -log(1 - x) of that of 2 artanh(x / (2 - x)):
-    neither has digits cancelled there, as the difference and the logarithm themselves would."""
+    m is the larger one times 1 - w (1 - exp(-|d|)), where w is the smaller one's weight. Near 0,
+    1 - exp(-a) comes of its series, and -log(1 - x) of that of 2 artanh(x / (2 - x)): neither has
+    digits cancelled there, as the difference and the logarithm themselves would. With equal weights
+    x is a half at most, where the series is good to the last digit."""
     a = tl.abs(d)
     smaller = tl.where(d > 0, 1.0 - BETA, BETA)
-    larger = tl.where(d > 0, BETA, 1.0 - BETA)
     decay = tl.exp(-a)
     series = a * (1 - a * (1 / 2 - a * (1 / 6 - a * (1 / 24 - a * (1 / 120 - a * (1 / 720))))))
     x = smaller * tl.where(a < 0.25, series, 1.0 - decay)
     y = x / (2.0 - x)
-    y2 = y * y
-    near = 2 * y * (1 + y2 * (1 / 3 + y2 * (1 / 5 + y2 * (1 / 7 + y2 * (1 / 9)))))
-    above = tl.where(x < 0.25, near, -tl.log(larger + smaller * decay))
+    v = y * y
+    above = 1 / 7 + v * (1 / 9 + v * (1 / 11 + v * (1 / 13)))
+    above = 2 * y * (1 + v * (1 / 3 + v * (1 / 5 + v * above)))
+    if BETA != 0.5:
+        larger = tl.where(d > 0, BETA, 1.0 - BETA)
+        above = tl.where(x < 0.5, above, -tl.log(larger + smaller * decay))
     below = above - a
     return tl.where(d > 0, above, below), tl.where(d > 0, below, above)
 

@@ -158,15 +158,15 @@ def arguments(
         upstream=upstream,
         u_stride_k=0 if upstream is None else upstream.stride(0),
         u_stride_n=upstream.stride(1) if upstream is not None and upstream.dim() == 2 else 0,
-        PEERS=triton.next_power_of_2(max(K, 2)),
+        PEERS=triton.next_power_of_2(max(K, 2)), LANE=lane(tile, logits),
+        ADJACENT=all(_loads_vectors(z) for z in logits),
     )  # fmt: skip
     soft = options.gate in SOFT_GATES
     room = lambda size: torch.empty((programs, size), dtype=torch.float32, device=device)  # noqa: E731
     if not _is_coupled(K, options, bool(students)):
         walk = dict(
             scratch=room(K * K) if soft else None,
-            STAGES=tile.stages, BACK_STAGES=tile.back_stages, LANE=lane(tile, logits),
-            ADJACENT=all(_loads_vectors(z) for z in logits),
+            STAGES=tile.stages, BACK_STAGES=tile.back_stages,
         )  # fmt: skip
         return wide_rows, named | wide | walk, tile.warps
     coupled = dict(

@@ -261,6 +261,8 @@ def choose(
         tile = wide_tile(K, C, stats or not gradient, size, arch)
         if options.target != "peers":  # whose second pass takes all the registers there are
             tile = replace(tile, back_stages=1)
+        if options.divergence == "jsd" and K > 2:  # a mean for every pair of peers, in registers
+            tile = replace(tile, block_c=min(tile.block_c, max(tile.block_c // 4, 32 * tile.warps)))
     return regime, tile
 
 
