@@ -182,6 +182,34 @@ def test_divergences_of_more_peers_spill_nothing(divergence):
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("options", [
+    {"divergence": "reverse"}, {"divergence": "jeffreys", "gate": "confidence"},
+    {"divergence": "jsd", "gate": "entropy"}, {"divergence": "jsd", "jsd_beta": 0.2},
+    {"divergence": "jsd", "detach_targets": False, "target": "ensemble", "gate": "confidence"},
+], ids=str)  # fmt: skip
+def test_wide_rows_of_every_divergence_and_gate_never_spill(options):
+    settings = {"options": options, "stats": True, "sample_weight": True}
+    (report,) = reports(((4, 32_768), "sm_90", settings))
+    assert report["spills"] == report["stack_bytes"] == report["float64"] == 0, report
+
+
+@pytest.mark.slow
+def test_distillation_of_a_vocabulary_reads_twice_whatever_the_direction():
+    """And writes the student's gradient alone. The reverse divergence needs no more instructions
+    and barriers than the forward one; the Jensen-Shannon divergence one more read."""
+    shape, student = (2, 151_936), {"students": [0]}
+    forward, reverse, jsd = reports(
+        *((shape, "sm_90", {"options": student | {"divergence": divergence}})
+          for divergence in ("forward", "reverse", "jsd"))
+    )  # fmt: skip
+    hold_budget(forward, ratio=5 / 3)
+    hold_budget(reverse, ratio=5 / 3)
+    hold_budget(jsd, ratio=7 / 3)
+    assert reverse["instructions"] <= forward["instructions"]
+    assert reverse["barriers"] <= forward["barriers"]
+
+
+@pytest.mark.slow
 def test_the_kernels_compile_for_amd():
     for report in reports(((2, 100), "gfx942", {}), ((2, 32_768), "gfx942", {})):
         assert report["spills"] == 0, report

@@ -6,11 +6,13 @@ import itertools
 
 import pytest
 import torch
+from covering import Covering
 from fastdml_kernels.launch import _loads_vectors
 from fastdml_kernels.tiles import Tile, fits_registers, lane, wide_tile
 from hypothesis import given, settings
 from oracle import (
     OPTIONS,
+    Problem,
     assert_finite_on_the_verge_of_zero,
     check,
     launched,
@@ -21,25 +23,100 @@ from oracle import (
 )
 
 OPTION_VALUES = [(name, value) for name, values in OPTIONS.items() for value in values]
+AWAY = object()  # an option that is left out
+COMBINATIONS = Covering(
+    {name: (AWAY, *values) for name, values in OPTIONS.items()}
+    | {"K": (2, 3), "C": (7, 8, 9), "results": ("all", "gradients", "statistics", "losses"),
+       "dtype": (torch.float32, torch.bfloat16)},
+).rows()  # fmt: skip
 
 
+@pytest.mark.parametrize("row", range(len(COMBINATIONS)))
+def test_every_pair_of_options_occurs(row):
+    """With two and three peers, a last block of classes that is full or not, and all that may be
+    asked for: blocks have four classes."""
+    asked = {name: value for name, value in COMBINATIONS[row].items() if value is not AWAY}
+    results = asked.pop("results")
+    p = make(asked.pop("K"), 4, asked.pop("C"), ignored=0.2, seed=row, **asked)
+    grad, stats = results in ("all", "gradients"), results in ("all", "statistics")
+    check(p, wide, upstream=upstream_of(p), grad=grad, stats=stats, tile=Tile(1, 4, 4))
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize(("name", "value"), OPTION_VALUES)
 def test_each_option(name, value):
     p = make(3, 3, 7, ignored=0.2, **{name: value})
     check(p, wide, upstream=upstream_of(p))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("options", [
     {"target": "ensemble", "detach_targets": False, "divergence": "jeffreys"},
-    {"target": "ensemble_logits", "detach_targets": False, "divergence": "jeffreys",
-     "temperature": 2.0},
-    {"target": "peers", "detach_targets": False, "divergence": "jeffreys", "peer_weights": True},
+    {"target": "ensemble_logits", "detach_targets": False, "divergence": "jsd", "temperature": 2.0},
+    {"target": "peers", "detach_targets": False, "divergence": "jsd 0.2", "peer_weights": True},
     {"target": "ensemble_logits", "gate": "best", "peer_weights": True},
-    {"detach_targets": False, "gate": "correct", "reduction": "none"},
+    {"detach_targets": False, "gate": "confidence", "reduction": "none"},
 ])  # fmt: skip
 def test_options_that_share_a_pass(options):
     p = make(3, 3, 10, ignored=0.2, seed=1, **options)
     check(p, wide, upstream=upstream_of(p))
+
+
+@pytest.mark.parametrize("target", ["peers", "ensemble", "ensemble_logits"])
+@pytest.mark.parametrize(
+    ("K", "divergence"), [(3, "reverse"), (2, "jeffreys"), (2, "jsd"), (3, "jsd 0.2")]
+)
+def test_identical_peers_have_no_divergence_at_all(K, divergence, target):
+    p = make(1, 1, 10, target=target, divergence=divergence, spread=5.0, temperature=3.0,
+             ce_weight=0.0)  # fmt: skip
+    own = wide(Problem(p.logits * K, p.labels, p.options, p.weights), stats=K == 3)
+    assert (own.losses == 0).all()
+    assert all((g == 0).all() for g in own.grads)
+
+
+@pytest.mark.parametrize("gate", ["confidence", "entropy"])
+def test_a_soft_gate_changes_nothing_for_a_student_with_one_teacher(gate):
+    without, gated = make(2, 3, 9), make(2, 3, 9, gate=gate)
+    one, two = wide(without), wide(gated)
+    assert torch.equal(one.losses, two.losses)
+    assert all(map(torch.equal, one.grads, two.grads))
+
+
+def test_teachers_who_all_but_rule_the_label_out_are_weighed_by_their_ratio():
+    """Both probabilities are 0 in float32."""
+    p = make(3, 4, 9, gate="confidence", divergence="jsd")
+    for z, low in zip(p.logits, (-200.0, -201.0, -203.0), strict=True):
+        z[torch.arange(4), p.labels] = low
+    own = check(p, wide, yardsticks=False)
+    assert own.losses.isfinite().all()
+
+
+@pytest.mark.parametrize("divergence", ["jsd", "jsd 0.2"])
+def test_the_jensen_shannon_divergence_is_finite_where_supports_differ(divergence):
+    p = make(2, 2, 9, divergence=divergence, ce_weight=0.0)
+    p.logits[0][:, :4] = -torch.inf
+    p.logits[1][:, 6:] = -torch.inf
+    own = check(p, wide, yardsticks=False, grad=False, stats=False)
+    assert own.losses.isfinite().all()
+    assert all(g.isfinite().all() for g in wide(p).grads)
+
+
+@pytest.mark.parametrize("options", [{}, {"gate": "entropy", "divergence": "jsd"}], ids=str)
+def test_a_row_of_weight_zero_may_hold_anything(options):
+    p = make(3, 4, 9, sample_weight=True, mimic_ignored=True, **options)
+    p.weights["sample_weight"] = torch.tensor([0.5, 0.0, 2.0, 0.0])
+    for z in p.logits:
+        z[1] = torch.nan
+        z[3, 2] = torch.inf
+    p.labels[3] = 99
+    own, few = wide(p), Problem([z[::2] for z in p.logits], p.labels[::2], p.options,
+                                {"sample_weight": torch.tensor([0.5, 2.0])})  # fmt: skip
+    alone = wide(few)
+    assert torch.equal(own.losses, alone.losses)
+    for g, want in zip(own.grads, alone.grads, strict=True):
+        assert torch.equal(g[::2], want)
+        assert (g[1::2] == 0).all()
+    assert all(torch.equal(own.stats[name], alone.stats[name]) for name in own.stats)
 
 
 @pytest.mark.parametrize("options", [
