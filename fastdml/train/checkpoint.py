@@ -42,6 +42,7 @@ UNTOUCHED = STILLBORN | {CONFIG, INITIAL_CHECKPOINT} | {
 # of them changes a weight. `device`, `execution`, `threads` and `amp` may change because the
 # machine may: the precision that `amp` stands for must stay, "auto" and 0 threads take what the run
 # began with, and a run repeats bit for bit on a device of the same kind.
+# `teachers` says where they are; that they are the same, their digests tell.
 FREE_ON_RESUME = frozenset(
     [
         "folder",

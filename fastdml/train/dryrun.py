@@ -14,6 +14,7 @@ from fastdml.report.loggers import TABLE
 from fastdml.report.predictions import PREDICTIONS
 from fastdml.train.predictions import Scorer
 from fastdml.train.run_folder import run_name
+from fastdml.train.teacher_cache import TABLES
 from fastdml.train.unlabelled import image_counts
 from fastdml.units import size
 
@@ -93,6 +94,8 @@ def _files(trainer: Trainer) -> list[str]:
         files += [PREDICTIONS]
     if config.tensorboard:
         files += ["tensorboard/"]
+    if config.cache_teachers:
+        files += [TABLES]
     if config.csv:
         files += [TABLE]
     if config.independent:

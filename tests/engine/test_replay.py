@@ -203,7 +203,7 @@ CASES = [
     ("eager", {"optimizer": "adamw", "metric": True}),
     ("sequential", {"scale": 2.0**20}),
     ("stacked", {"metric": True}),
-    ("eager", {"teachers": (7, 8)}),
+    ("eager", {"teachers": (7, 8), "metric": True}),
     ("stacked", {"teachers": (7,), "taught": lambda samples: [KNOWN.index_select(0, samples)]}),
 ]
 

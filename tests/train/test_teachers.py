@@ -10,6 +10,7 @@ import shutil
 import pytest
 import torch
 import yaml
+from reid_runs import SMALL as SMALL_REID
 from runs import logged, same_weights
 from safetensors import safe_open
 from safetensors.torch import save_file
@@ -96,8 +97,11 @@ def test_without_a_peer_all_of_a_run_teach_and_the_independent_phase_has_none(he
 
 
 def test_a_dry_run_names_them(here, capsys):
-    assert taught("big:1", more=["--dry-run"]) == 0
-    assert "teacher 0   big:resnet14, frozen" in capsys.readouterr().out
+    assert taught("big:1", more=["--dry-run", "--augment", "none", "--cache-teachers"]) == 0
+    shown = capsys.readouterr().out
+    assert "teacher 0   big:resnet14, frozen" in shown
+    assert "teacher_logits.safetensors" in shown
+    assert not (here / "small").exists()
 
 
 @pytest.mark.parametrize(
@@ -230,7 +234,8 @@ class TestCache:
         [
             # of 16: two are shown in no batch of the first epoch
             ("--batch-size", "7", "--amp", "bf16", "--update", "sequential"),
-            ("--loader", "torch", "--accumulate", "2"),
+            ("--accumulate", "2"),
+            pytest.param(("--loader", "torch"), marks=pytest.mark.slow),
             pytest.param(("--execution", "stacked"), marks=pytest.mark.slow),
             pytest.param(("--execution", "threads", "--threads", "2"), marks=pytest.mark.slow),
         ],
@@ -325,3 +330,22 @@ class TestCache:
             found.append(cohort.state_dict())
         for key, w in found[0].items():
             torch.testing.assert_close(w, found[1][key], rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("cached", [pytest.param(False, marks=pytest.mark.slow), True])
+def test_identities_are_classes_to_a_teacher(market_root, tmp_path, cached):
+    """Its classifier teaches beside losses on features, and the authors' sum counts it."""
+    still = {"pad": 0, "flip": False, "erasing": 0.0} if cached else {}
+    values = {"root": market_root, **SMALL_REID, **still, "epochs": 1, "triplet_weight": 1.0}
+    train_reid = fastdml.train.market1501
+    train_reid(**values, folder=str(tmp_path / "big"), independent=False)
+    result = train_reid(
+        **values, folder=str(tmp_path / "small"), teachers=[f"{tmp_path / 'big'}:1"], kl_sum=True,
+        cache_teachers=cached,
+    )  # fmt: skip
+    (name,) = [t.name for t in result.teachers]
+    (epoch,) = result.history
+    pairs, taught = epoch["pairwise_kl"], epoch[f"teacher_kl/{name}"]
+    for k in range(2):
+        assert epoch["kl"][k] == pytest.approx(pairs[1 - k][k] + taught[k], rel=1e-4)
+    assert (tmp_path / "small" / "teacher_logits.safetensors").exists() == cached
