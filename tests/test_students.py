@@ -10,6 +10,7 @@ from fastdml_kernels import cpu_rows, loss_op
 from fastdml_kernels.reference import mutual_loss_reference
 from torch import Tensor, nn
 from torch.profiler import ProfilerActivity, profile
+from torch.utils.flop_counter import FlopCounterMode
 
 from fastdml import MutualLoss, mutual_loss, mutual_losses
 from fastdml.loss_options import call_with
@@ -255,6 +256,21 @@ def test_opcheck(name, stacked):
     arguments = (logits, upstream, [0, 2], True, *loss_op.flatten(call))
     results = torch.library.opcheck(torch.ops.fastdml.mutual_loss.default, arguments)
     assert set(results.values()) == {"SUCCESS"}
+
+
+def test_a_mode_that_looks_at_operations_changes_nothing():
+    z, y = data()
+    fixed = [x.detach() for x in z]
+    loss = MutualLoss(students=[0, 2], divergence="jsd", gate="entropy")
+    for logits in (fixed, torch.stack(fixed)):
+        expected = loss.value_and_grad(logits, y, TIMES)[2]
+        with FlopCounterMode(display=False):
+            found = loss.value_and_grad(logits, y, TIMES)[2]
+        for one, two in zip(found, expected, strict=True):
+            assert (one is None and two is None) or torch.equal(one, two)
+    with FlopCounterMode(display=False):
+        mutual_loss(z, y, students=[1], sample_weight=TIMES).sum().backward()
+    assert [x.grad is None for x in z] == [True, False, True]
 
 
 def test_a_loop_of_plain_distillation():

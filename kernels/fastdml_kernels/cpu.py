@@ -1,7 +1,7 @@
 """The same loss on the CPU: the closed form, in torch.
 
-The common options go to `cpu_rows`, which is native code. This file handles every case: all
-options, float64 and float16, logits that are not finite, an installation without a C compiler. It
+Constant teachers go to `cpu_rows`, which is native code. This file handles every case: gradients
+into the teachers, float64 and float16, logits that are not finite, no C compiler at hand. It
 takes one pass for each pair of peers, O(K**2 C), in which a class of probability 0 contributes 0.
 Rows are taken in blocks whose intermediates stay in cache, so that each logit is read from memory
 and each gradient written to it about once, as in the kernels.
