@@ -14,8 +14,8 @@ an expectation under the student's own prediction, so that the first pass has it
 a student. Jeffreys' divergence has that sum, and the forward one's from the second pass.
 
 Without a second pass the forward KL terms are summed before the normalisers are known, so that each
-ordered pair of peers needs its own running sum, O(K**2 C). Statistics, gates and edge weights cost
-as much. All else is O(K C).
+ordered pair of peers needs its own running sum, O(K**2 C). Statistics, gates, edge weights and the
+reverse divergence cost as much. All else is O(K C).
 
 `coupled_rows` is the kernel for the Jensen-Shannon divergence, for others than the forward one
 under gates or a mixed teacher, for gradients into the teachers, and for a mean of logits. Both are
