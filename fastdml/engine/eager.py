@@ -164,6 +164,7 @@ class EagerStep:
         """The outputs of peer k, or from K on of a teacher. fp16 is cast to fp32, so that gradients
         are multiplied by the loss scale before they are rounded to fp16, not after."""
         taught = k - self.learning
+        out: Any
         if taught >= 0 and self.given is not None:
             out = self.given[taught]
         else:
