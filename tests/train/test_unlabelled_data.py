@@ -61,7 +61,7 @@ def command(folders, run, *options: str, unlabelled: str = "unlabelled") -> int:
     )
 
 
-@pytest.mark.parametrize("loader", ["resident", "torch"])
+@pytest.mark.parametrize("loader", ["resident", pytest.param("torch", marks=pytest.mark.slow)])
 def test_a_folder_joins_images_of_ones_own(folders, tmp_path, monkeypatch, capsys, loader):
     assert command(folders, tmp_path / "whole", "--loader", loader) == 0
     assert "18 labelled images and 20 without a label" in capsys.readouterr().err
