@@ -83,6 +83,9 @@ class Cohort(nn.Module):
     classes: Sequence[str] | None
     resize: str | None
     stored: Sequence[int] | None
+    # Tuples, which torch does not take for modules of this one; a pickle of old has neither.
+    _teachers: tuple[Teacher, ...] = ()
+    _taught_by: Sequence[Identity] = ()
 
     def __init__(
         self,
@@ -122,9 +125,6 @@ class Cohort(nn.Module):
             for k, p in enumerate(peers)
         )
         self._check_peers_differ()
-        # A tuple, which torch does not take for modules of this one.
-        self._teachers: tuple[Teacher, ...] = ()
-        self._taught_by: list[Identity] = []
         self.teachers = teachers
 
     @property
@@ -133,13 +133,13 @@ class Cohort(nn.Module):
 
     @teachers.setter
     def teachers(self, teachers: Sequence[str | nn.Module]) -> None:
-        self._teachers, self._taught_by = as_teachers(teachers, self), []
+        self._teachers, self._taught_by = as_teachers(teachers, self), ()
 
     @property
     def taught_by(self) -> list[Identity]:
         """Which teachers these weights have learnt from, as far as known: those at hand, or those
         that a file names. The digests of weights are computed at the first reading."""
-        return [t.identity() for t in self._teachers] or self._taught_by
+        return [t.identity() for t in self._teachers] or [*self._taught_by]
 
     @taught_by.setter
     def taught_by(self, identities: Sequence[Identity]) -> None:
