@@ -86,7 +86,7 @@ def test_equal_peers_diverge_by_exactly_nothing_in_the_kernels(kernel, divergenc
     assert all((g == 0).all() for g in own.grads)
 
 
-def test_the_divergence_of_jensen_and_shannon_has_its_limits(path):
+def test_a_beta_of_0_and_of_1_names_another_divergence(path):
     """Bit for bit: jsd_beta 0 is the forward divergence, 1 the reverse one."""
     for beta, limit in ((0.0, "forward"), (1.0, "reverse")):
         equal(path(make(3, 4, 10, divergence="jsd", jsd_beta=beta)),
