@@ -256,19 +256,37 @@ INLINE int plain_block(const Problem *p, int64_t begin, int64_t end, Sums *sums,
     return 1;
 }
 
-/* Each call of `plain_block` is inlined with its own constants: one for each common case, and one
-   for the rest. */
-static int plain_rows(const Problem *p, int64_t begin, int64_t end, Sums *sums, float *memory) {
-    const int K = (int)p->K, tempered = p->temperature != 1 && K > 1;
-    const int grads = p->any_grads, stats = p->stats != NULL;
-    int narrow = 0;
-    for (int k = 0; k < K; k++) narrow |= p->types[k] != FLOAT32;
-    if (narrow || !grads)
-        return plain_block(p, begin, end, sums, memory, K, 1, tempered, stats, grads);
-    if (K == 2 && !stats)
-        return tempered ? plain_block(p, begin, end, sums, memory, 2, 0, 1, 0, 1)
-                        : plain_block(p, begin, end, sums, memory, 2, 0, 0, 0, 1);
-    if (tempered) return plain_block(p, begin, end, sums, memory, K, 0, 1, stats, 1);
-    if (stats) return plain_block(p, begin, end, sums, memory, K, 0, 0, 1, 1);
-    return plain_block(p, begin, end, sums, memory, K, 0, 0, 0, 1);
+typedef int Rows(const Problem *p, int64_t begin, int64_t end, Sums *sums, float *memory);
+
+/* `plain_block` with constants: training without statistics of the most usual numbers of peers, whose
+   values then stay in registers; other float32; and all else. */
+static int two_peers(const Problem *p, int64_t begin, int64_t end, Sums *sums, float *memory) {
+    return plain_block(p, begin, end, sums, memory, 2, 0, 0, 0, 1);
+}
+static int two_tempered_peers(const Problem *p, int64_t begin, int64_t end, Sums *sums, float *memory) {
+    return plain_block(p, begin, end, sums, memory, 2, 0, 1, 0, 1);
+}
+static int four_peers(const Problem *p, int64_t begin, int64_t end, Sums *sums, float *memory) {
+    return plain_block(p, begin, end, sums, memory, 4, 0, 0, 0, 1);
+}
+static int eight_peers(const Problem *p, int64_t begin, int64_t end, Sums *sums, float *memory) {
+    return plain_block(p, begin, end, sums, memory, 8, 0, 0, 0, 1);
+}
+static int float32_peers(const Problem *p, int64_t begin, int64_t end, Sums *sums, float *memory) {
+    return plain_block(p, begin, end, sums, memory, (int)p->K, 0, p->temperature != 1 && p->K > 1,
+                       p->stats != NULL, 1);
+}
+static int any_peers(const Problem *p, int64_t begin, int64_t end, Sums *sums, float *memory) {
+    return plain_block(p, begin, end, sums, memory, (int)p->K, 1, p->temperature != 1 && p->K > 1,
+                       p->stats != NULL, p->any_grads);
+}
+
+static Rows *choose_plain(const Problem *p) {
+    for (int k = 0; k < p->K; k++)
+        if (p->types[k] != FLOAT32 || !p->any_grads) return any_peers;
+    if (p->stats) return float32_peers;
+    if (p->K == 2) return p->temperature == 1 ? two_peers : two_tempered_peers;
+    if (p->K == 4 && p->temperature == 1) return four_peers;
+    if (p->K == 8 && p->temperature == 1) return eight_peers;
+    return float32_peers;
 }
