@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from .cpu_divergences import Part, divergence_of, times
-from .cpu_rows import rows_loss, takes
+from .cpu_rows import rows_loss
 from .cpu_teacher_weights import right, teacher_weights
 from .options import Options, Scalar, default_edge
 from .stats_layout import stats_layout
@@ -355,16 +355,16 @@ def mutual_loss_cpu(
     """Losses, (K,) or (K, N), and packed statistics (`StatsLayout`; None if not wanted), both
     float32, or float64 where any logits are; writes `grads`. Raises ValueError for a label that is
     no class."""
-    K, (N, C) = len(logits), logits[0].shape
-    dtype = torch.float64 if any(z.dtype == torch.float64 for z in logits) else torch.float32
     temperature, ce_weight, kl_weight = float(temperature), float(ce_weight), float(kl_weight)
-    if N and takes(logits, options, upstream):
+    if upstream is None:
         done = rows_loss(
             logits, labels, options, temperature, ce_weight, kl_weight, grads, want_stats,
             peer_weights, class_weight, sample_weight,
         )  # fmt: skip
         if done is not None:
             return done
+    K, (N, C) = len(logits), logits[0].shape
+    dtype = torch.float64 if any(z.dtype == torch.float64 for z in logits) else torch.float32
     present = None
     if sample_weight is not None and not bool(sample_weight.all()):
         present = sample_weight != 0

@@ -8,10 +8,11 @@ so that results do not depend on the number of threads. Differences between peer
 sum, and identical peers diverge by exactly 0.
 
 The loops over rows (`cpu_plain_rows.h`, `cpu_weighted_rows.h`) are compiled once for each width of
-vectors, in cpu_rows_*.c, and the processor chooses. Python's ctypes calls `fastdml_loss`: its name
+vectors, in cpu_rows_*.c, and the processor chooses. Python's ctypes calls `fastdml_mutual_loss`: its name
 changes with its arguments, so that a library built from other code is not called. */
 
 #include <pthread.h>
+#include <stddef.h>
 
 #include "cpu_rows.h"
 
@@ -114,29 +115,39 @@ static int read_edges(Problem *p, const float *peer_weights) {
     return 1;
 }
 
-enum { NUMBERS = 17, OF_PEER = 5 };
+/* The arguments as cpu_rows.py packs them: addresses are numbers. */
+typedef struct {
+    int64_t K, N, C, label_bytes, ignore_index, threads;
+    int64_t reduction, divergence, target, gate, mimic_ignored;
+    int64_t labels, losses, stats, stats_layout, peer_weights, class_weight, sample_weight;
+    double temperature, smoothing, ce_weight, kl_weight, beta;
+    struct {
+        int64_t logits, grads, row_bytes, grad_row_bytes, type;
+    } peers[PEERS]; /* K of them */
+} Call;
 
 /* Fills the problem; 0 where the caller must compute it otherwise. */
-static int read_problem(Problem *p, const int64_t *whole, const double *real,
-                        const StatsLayout *at) {
-    const float *peer_weights = (const float *)whole[14];
+static int read_problem(Problem *p, const Call *call) {
+    const float *peer_weights = (const float *)call->peer_weights;
     *p = (Problem){
-        .K = whole[0], .N = whole[1], .C = whole[2], .label_bytes = whole[3],
-        .ignore_index = whole[4], .threads = whole[5], .reduction = whole[6],
-        .divergence = whole[7], .target = whole[8], .gate = whole[9], .mimic_ignored = whole[10],
-        .labels = (const char *)whole[11], .losses = (float *)whole[12],
-        .stats = (float *)whole[13], .at = at, .class_weight = (const float *)whole[15],
-        .sample_weight = (const float *)whole[16], .temperature = real[0], .smoothing = real[1],
-        .ce_weight = real[2], .kl_weight = real[3], .beta = real[4],
+        .K = call->K, .N = call->N, .C = call->C, .label_bytes = call->label_bytes,
+        .ignore_index = call->ignore_index, .threads = call->threads,
+        .reduction = call->reduction, .divergence = call->divergence, .target = call->target,
+        .gate = call->gate, .mimic_ignored = call->mimic_ignored,
+        .labels = (const char *)call->labels, .losses = (float *)call->losses,
+        .stats = (float *)call->stats, .at = (const StatsLayout *)call->stats_layout,
+        .class_weight = (const float *)call->class_weight,
+        .sample_weight = (const float *)call->sample_weight, .temperature = call->temperature,
+        .smoothing = call->smoothing, .ce_weight = call->ce_weight, .kl_weight = call->kl_weight,
+        .beta = call->beta,
     };
     for (int k = 0; k < p->K; k++) {
-        const int64_t *own = whole + NUMBERS + OF_PEER * k;
-        p->logits[k] = (const char *)own[0];
-        p->grads[k] = (char *)own[1];
-        p->row_bytes[k] = own[2];
-        p->grad_row_bytes[k] = own[3];
-        p->types[k] = (int)own[4];
-        p->any_grads |= own[1] != 0;
+        p->logits[k] = (const char *)call->peers[k].logits;
+        p->grads[k] = (char *)call->peers[k].grads;
+        p->row_bytes[k] = call->peers[k].row_bytes;
+        p->grad_row_bytes[k] = call->peers[k].grad_row_bytes;
+        p->types[k] = (int)call->peers[k].type;
+        p->any_grads |= p->grads[k] != NULL;
     }
     p->plain = !peer_weights && !p->class_weight && !p->sample_weight && p->reduction != NONE &&
                p->divergence == FORWARD && p->target == EACH_PEER && p->gate == NO_GATE &&
@@ -150,16 +161,14 @@ static int read_problem(Problem *p, const int64_t *whole, const double *real,
     return 1;
 }
 
-/* Returns 0: done; 1: a case that the caller must compute otherwise, outputs are undefined; 2: no
-   memory.
-   whole: K, N, C, bytes of a label, ignore_index, threads, reduction, divergence, target, gate,
-   mimic_ignored; addresses of the labels, the losses, the statistics, the weights of the peers, the
-   classes and the samples; then for each peer the addresses of its logits and gradients, the bytes
-   from one row to the next of both, and its type. real: temperature, label smoothing, ce_weight,
-   kl_weight, beta. */
-int fastdml_loss(const int64_t *whole, const double *real, const StatsLayout *at) {
+/* Computes the losses of a `Call`. Returns 0: done; 1: a case that the caller must compute otherwise,
+   outputs are undefined; 2: no memory. */
+int fastdml_mutual_loss(const char *packed) {
+    Call call;
+    memcpy(&call, packed, offsetof(Call, peers));
+    memcpy(&call.peers, packed + offsetof(Call, peers), call.K * sizeof *call.peers);
     Problem problem, *p = &problem;
-    if (!read_problem(p, whole, real, at)) return 1;
+    if (!read_problem(p, &call)) return 1;
     const int64_t count = (p->N + BLOCK - 1) / BLOCK;
     int64_t threads = p->K * p->N * p->C / WORTH;
     if (threads > p->threads) threads = p->threads;

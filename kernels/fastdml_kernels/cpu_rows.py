@@ -8,7 +8,7 @@ all reductions. `cpu` computes in torch, slower, what is left:
 - gradients into the teachers (detach_targets=False), which mix the losses' own gradients, and with
   them every `upstream`;
 - more than 16 peers;
-- what `rows_loss` refuses once it sees the values: a logit or a loss that is not finite, whose
+- what the C code refuses once it sees the values: a logit or a loss that is not finite, whose
   infinities and NaNs torch propagates; a label that is no class; weights that are negative or not
   finite; a batch in which no row counts;
 - everything, where there was no C compiler at installation.
@@ -21,6 +21,7 @@ from array import array
 from collections.abc import Sequence
 from functools import cache
 from pathlib import Path
+from struct import Struct
 
 import torch
 from torch import Tensor
@@ -29,10 +30,12 @@ from .options import Options
 from .stats_layout import stats_layout
 
 MOST_PEERS = 16  # as in cpu_rows.h, like the numbers of these choices
-TYPES = {torch.float32: (0, 4), torch.bfloat16: (1, 2)}  # number, bytes
+TYPES: dict[torch.dtype, tuple[int | None, int]] = {torch.float32: (0, 4), torch.bfloat16: (1, 2)}
+UNKNOWN = (None, 0)  # of a type: its number, and its bytes
 REDUCTIONS = {"mean": 0, "sum": 1, "none": 2}
 DIVERGENCES = {"forward": 0, "reverse": 1, "jeffreys": 2, "jsd": 3}
 TARGETS = {"peers": 0, "ensemble": 1, "ensemble_logits": 2}
+CPU = torch.device("cpu")
 GATES = {"none": 0, "correct": 1, "best": 2, "confidence": 3, "entropy": 4}
 
 
@@ -44,8 +47,8 @@ def library() -> ctypes.CDLL | None:
             found = ctypes.CDLL(str(path))
         except OSError:  # built for another system
             continue
-        if hasattr(found, "fastdml_loss"):  # else it was built from earlier code
-            found.fastdml_loss.argtypes = [ctypes.c_void_p] * 3
+        if hasattr(found, "fastdml_mutual_loss"):  # else it was built from earlier code
+            found.fastdml_mutual_loss.argtypes = [ctypes.c_char_p]
             return found
     return None
 
@@ -56,21 +59,22 @@ def stats_positions(K: int) -> array[int]:
     return array("q", stats_layout(K))
 
 
-def takes(logits: Sequence[Tensor], options: Options, upstream: Tensor | None = None) -> bool:
-    """Whether `rows_loss` supports these logits and options."""
-    return (
-        options.detach_targets and upstream is None and len(logits) <= MOST_PEERS
-        and all(z.dtype in TYPES for z in logits) and library() is not None
-    )  # fmt: skip
+@cache
+def _form(K: int) -> Struct:
+    """The arguments of the C code for K peers: `Call` in cpu_rows.c."""
+    return Struct(f"=18q5d{5 * K}q")
 
 
-def _floats(weights: Tensor | None) -> Tensor | None:
-    """Weights as the C code reads them."""
-    return None if weights is None else weights.to(torch.float32).contiguous()
+def _address(weights: Tensor | None, held: list[Tensor]) -> int:
+    """Of weights as the C code reads them, which are kept in `held`; 0 for none."""
+    if weights is None:
+        return 0
+    held.append(weights.to(torch.float32).contiguous())
+    return held[-1].data_ptr()
 
 
 def rows_loss(
-    logits: Sequence[Tensor],  # K tensors (N, C), float32 or bfloat16
+    logits: Sequence[Tensor],  # K tensors (N, C)
     labels: Tensor,  # (N,)
     options: Options,
     temperature: float,
@@ -83,34 +87,43 @@ def rows_loss(
     sample_weight: Tensor | None = None,  # (N,)
 ) -> tuple[Tensor, Tensor | None] | None:
     """Losses (K,) or (K, N) and packed statistics (None if not wanted) in float32; None altogether
-    where the values are a case for torch: `grads` may then hold anything. Raises MemoryError."""
-    K, (N, C) = len(logits), logits[0].shape
-    logits = [z if z.stride(1) == 1 else z.contiguous() for z in logits]
-    labels = labels.contiguous()
-    shape = (K, N) if options.reduction == "none" else (K,)
-    losses = torch.empty(shape, dtype=torch.float32, device="cpu")
-    stats = None
-    if want_stats:
-        stats = torch.zeros(stats_layout(K).size, dtype=torch.float32, device="cpu")
-    weights = [_floats(w) for w in (peer_weights, class_weight, sample_weight)]
-    whole = [
-        K, N, C, labels.itemsize, options.ignore_index, torch.get_num_threads(),
-        REDUCTIONS[options.reduction], DIVERGENCES[options.divergence], TARGETS[options.target],
-        GATES[options.gate], options.mimic_ignored, labels.data_ptr(), losses.data_ptr(),
-        0 if stats is None else stats.data_ptr(),
-        *[0 if w is None else w.data_ptr() for w in weights],
-    ]  # fmt: skip
+    for what is a case for torch: `grads` may then hold anything. Raises MemoryError."""
+    K, (N, C), native = len(logits), logits[0].shape, library()
+    if native is None or not options.detach_targets or K > MOST_PEERS or not N:
+        return None
+    held = [labels.contiguous()]
+    of_peers: list[int] = []
     for z, g in zip(logits, grads or (None,) * K, strict=True):
-        number, size = TYPES[z.dtype]
-        to, g_row = (0, 0) if g is None else (g.data_ptr(), g.stride(0))
-        whole += (z.data_ptr(), to, size * z.stride(0), size * g_row, number)
-    real = (temperature, options.label_smoothing, ce_weight, kl_weight, options.jsd_beta)
-    native = library()
-    assert native is not None  # `takes` has seen it
-    wholes, reals = array("q", whole), array("d", real)
-    status = native.fastdml_loss(
-        wholes.buffer_info()[0], reals.buffer_info()[0], stats_positions(K).buffer_info()[0]
-    )
+        number, size = TYPES.get(z.dtype, UNKNOWN)
+        if number is None:
+            return None
+        row, step = z.stride()
+        if step != 1:
+            z = z.contiguous()
+            held.append(z)
+            row = z.stride(0)
+        if g is None:
+            of_peers += z.data_ptr(), 0, size * row, 0, number
+        else:
+            of_peers += z.data_ptr(), g.data_ptr(), size * row, size * g.stride(0), number
+    reduction = REDUCTIONS[options.reduction]
+    shape = (K, N) if reduction == 2 else (K,)
+    losses = torch.empty(shape, dtype=torch.float32, device=CPU)
+    stats, of_stats = None, 0
+    if want_stats:
+        stats = torch.zeros(stats_layout(K).size, dtype=torch.float32, device=CPU)
+        of_stats = stats.data_ptr()
+    status = native.fastdml_mutual_loss(
+        _form(K).pack(
+            K, N, C, labels.itemsize, options.ignore_index, torch.get_num_threads(), reduction,
+            DIVERGENCES[options.divergence], TARGETS[options.target], GATES[options.gate],
+            options.mimic_ignored, held[0].data_ptr(), losses.data_ptr(), of_stats,
+            stats_positions(K).buffer_info()[0], _address(peer_weights, held),
+            _address(class_weight, held), _address(sample_weight, held),
+            temperature, options.label_smoothing, ce_weight, kl_weight, options.jsd_beta,
+            *of_peers,
+        )
+    )  # fmt: skip
     if status == 2:
         raise MemoryError(f"mutual_loss: no memory for the sums of {N} rows")
     return None if status else (losses, stats)

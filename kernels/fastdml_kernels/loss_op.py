@@ -49,15 +49,11 @@ class Call(NamedTuple):
     want_stats: bool
 
     def tensors(self) -> list[Tensor]:
-        # isinstance(v, Tensor) is slow for what is none, and every call of the loss comes by here.
-        return [
-            self.labels,
-            *[
-                v
-                for v in self[2:8]
-                if v is not None and type(v) is not float and isinstance(v, Tensor)
-            ],
-        ]
+        # Every call of the loss comes by here, most with numbers and labels alone.
+        labels, _, T, ce, kl, of_peers, of_classes, of_rows, _ = self
+        if of_peers is of_classes is of_rows is None and type(T) is type(ce) is type(kl) is float:
+            return [labels]
+        return [labels, *[v for v in self[2:8] if isinstance(v, Tensor)]]
 
 
 def refuse_transforms(name: str, tensors: Sequence[Tensor]) -> None:
@@ -225,7 +221,7 @@ def compute(
 ) -> tuple[Tensor, Tensor | None]:
     """Losses (K,) or (K, N) and packed statistics (None if not wanted)."""
     of_device: Callable[..., tuple[Tensor, Tensor | None]] = launch
-    if logits[0].device.type == "cpu":
+    if logits[0].is_cpu:
         of_device = mutual_loss_cpu
         if torch.is_autocast_enabled("cpu"):  # float32 whatever surrounds it, as in the kernels
             with torch.autocast("cpu", enabled=False):

@@ -10,7 +10,7 @@ that touch the same bytes: every tensor is an allocation of its own that ends wi
 #include <stdio.h>
 
 extern int fastdml_widest;
-int fastdml_loss(const int64_t *whole, const double *real, const StatsLayout *at);
+int fastdml_mutual_loss(const char *packed);
 
 static uint64_t state;
 static int64_t seed, problem;
@@ -149,19 +149,25 @@ static int64_t lay_out(int64_t K, StatsLayout *at) {
 }
 
 static int call(const Case *c, float *losses, float *stats, const StatsLayout *layout) {
-    int64_t whole[17 + 5 * PEERS] = {
+    union {
+        int64_t whole[1];
+        double real[1];
+    } packed[23 + 5 * PEERS];
+    const int64_t first[] = {
         c->K, c->N, c->C, c->label_bytes, c->ignore_index, c->threads, c->reduction,
-        c->divergence, c->target, c->gate, c->mimic_ignored,
-        (int64_t)c->labels, (int64_t)losses, (int64_t)(c->stats ? stats : NULL),
-        (int64_t)c->weights[0], (int64_t)c->weights[1], (int64_t)c->weights[2],
+        c->divergence, c->target, c->gate, c->mimic_ignored, (int64_t)c->labels, (int64_t)losses,
+        (int64_t)(c->stats ? stats : NULL), (int64_t)layout, (int64_t)c->weights[0],
+        (int64_t)c->weights[1], (int64_t)c->weights[2],
     };
+    for (int i = 0; i < 18; i++) packed[i].whole[0] = first[i];
+    for (int i = 0; i < 5; i++) packed[18 + i].real[0] = c->real[i];
     for (int64_t k = 0; k < c->K; k++) {
-        int64_t *own = whole + 17 + 5 * k;
         const int64_t size = size_of(c->types[k]);
-        own[0] = (int64_t)c->z[k], own[1] = (int64_t)c->g[k];
-        own[2] = size * c->stride[k], own[3] = size * c->grad_stride[k], own[4] = c->types[k];
+        const int64_t own[] = {(int64_t)c->z[k], (int64_t)c->g[k], size * c->stride[k],
+                               size * c->grad_stride[k], c->types[k]};
+        for (int i = 0; i < 5; i++) packed[23 + 5 * k + i].whole[0] = own[i];
     }
-    return fastdml_loss(whole, c->real, layout);
+    return fastdml_mutual_loss((const char *)packed);
 }
 
 static double log_sum(const Case *c, int64_t k, int64_t n, double T) {

@@ -79,7 +79,6 @@ NATIVE = pytest.mark.skipif(
 def test_native_rows(C, options, dtype):
     for K, N in ((1, 5), (2, 33), (3, 40), (16, 70)):
         p = make(K, N, C, dtype=dtype, **options)
-        assert cpu_rows.takes(p.logits, p.options)
         check(p)
 
 

@@ -60,7 +60,7 @@ def test_packing_is_the_way_back():
 
 
 def in_torch(monkeypatch):
-    monkeypatch.setattr(cpu_module, "takes", lambda *_: False)
+    monkeypatch.setattr(cpu_module, "rows_loss", lambda *_: None)
     return mutual_loss_cpu, "cpu", {}
 
 
