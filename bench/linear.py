@@ -24,8 +24,6 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
-from contextlib import suppress
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -202,8 +200,6 @@ def main() -> None:
     else:
         rows = measure(tuple(chosen.shape), chosen.compiled)
         where = report.machine(torch.device("cpu"))
-        with suppress(PackageNotFoundError):
-            where += f", liger-kernel {version('liger-kernel')}"
         found = {"rows": rows, "shape": chosen.shape, "where": where}
     if chosen.json:
         chosen.json.write_text(json.dumps(found, indent=1) + "\n")
