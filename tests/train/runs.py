@@ -4,12 +4,16 @@ from __future__ import annotations
 
 import os
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
+import pytest
 import torch
 
 from fastdml.cohort import Cohort
 from fastdml.report.metrics_log import read_metrics
+from fastdml.train.meters import Totals
 
 ROOT = Path(__file__).parents[2]
 TIMES = ("time", "images_per_second", "data_wait")
@@ -40,6 +44,24 @@ class Crash(Exception):
 
 def crash():
     raise Crash
+
+
+@contextmanager
+def crashing(at: int) -> Iterator[None]:
+    """A run that is begun within it crashes after its step `at`, counted from 1, before it is
+    recorded."""
+    count, steps = Totals.count, []
+
+    def counting(totals: Totals) -> None:
+        steps.append(totals)
+        if len(steps) == at:
+            raise Crash
+        count(totals)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Totals, "count", counting)
+        with pytest.raises(Crash):
+            yield
 
 
 class CrashingLoader:

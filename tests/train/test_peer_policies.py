@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import pytest
 import torch
-from runs import Crash, logged, same_weights
+from runs import crashing, logged, same_weights
 from tiny_runs import make_cohort, make_loaders
 
 from fastdml.engine import make_optimizer, make_step
 from fastdml.errors import InputError
 from fastdml.loss import MutualLoss
 from fastdml.train import Callback, fit
-from fastdml.train.meters import Totals
 
 pytestmark = pytest.mark.usefixtures("_no_pictures")
 WIDTHS = (4, 7, 5)
@@ -75,27 +74,15 @@ def test_each_epoch_has_the_weights_that_were_set_at_its_start(settings):
 @pytest.mark.parametrize(
     ("policy", "execution"), [(Ring, "eager"), (Best, "threads")], ids=["ring", "best"]
 )
-def test_a_run_goes_on_with_them_in_the_middle_of_an_epoch(
-    settings, tmp_path, monkeypatch, policy, execution
-):
+def test_a_run_goes_on_with_them_in_the_middle_of_an_epoch(settings, tmp_path, policy, execution):
     options = {"save_every_steps": 2, "execution": execution}
     whole, again = quiet_cohort(), quiet_cohort()
     unbroken = fit(whole, *make_loaders(), settings(**options), callbacks=[policy()])
     config = settings(**options, folder=str(tmp_path / "broken"))
     for at in (7, 4):  # within the second epoch, and at the end of it
-        count, steps = Totals.count, []
-
-        def crash(totals, at=at, count=count, steps=steps):
-            steps.append(totals)
-            if len(steps) == at:
-                raise Crash
-            count(totals)
-
-        with monkeypatch.context() as patch:
-            patch.setattr(Totals, "count", crash)
-            broken = config.replace(resume=(tmp_path / "broken").exists())
-            with pytest.raises(Crash):
-                fit(quiet_cohort(), *make_loaders(), broken, callbacks=[policy()])
+        broken = config.replace(resume=(tmp_path / "broken").exists())
+        with crashing(at):
+            fit(quiet_cohort(), *make_loaders(), broken, callbacks=[policy()])
     resumed = fit(again, *make_loaders(), config.replace(resume=True), callbacks=[policy()])
     assert same_weights(whole, again)
     assert logged(resumed.folder) == logged(unbroken.folder)

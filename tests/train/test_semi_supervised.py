@@ -8,12 +8,13 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from runs import Crash, logged, same_weights
+from runs import crashing, logged, same_weights
 from torch import nn
 
 from fastdml import train as training
 from fastdml.cohort import Cohort
 from fastdml.data import ImageSet, MixedSampler, ResidentLoader, load_digits
+from fastdml.data.image_files import Splits
 from fastdml.data.image_set import IGNORED
 from fastdml.data.loaders import make
 from fastdml.data.semi_supervised import split_labelled
@@ -23,7 +24,6 @@ from fastdml.report.html import run_page
 from fastdml.report.run_files import read_run
 from fastdml.train import ReidConfig, fit
 from fastdml.train.config.sources import preset
-from fastdml.train.meters import Totals
 from fastdml.train.tasks.classification import SCORING, divided
 
 pytestmark = pytest.mark.usefixtures("_no_pictures")
@@ -124,21 +124,11 @@ def test_training_is_that_of_a_plain_loop(settings, accumulate):
     ],
     ids=lambda options: options["loader"],
 )
-def test_a_run_resumes_bit_for_bit_in_the_middle_of_an_epoch(tmp_path, monkeypatch, options):
+def test_a_run_resumes_bit_for_bit_in_the_middle_of_an_epoch(tmp_path, options):
     options = {**options, "labelled": 40, "save_every_steps": 1}
     whole, peers = digits(tmp_path / "whole", **options)
-    count, steps = Totals.count, []
-
-    def crash(totals):
-        steps.append(totals)
-        if len(steps) == (4 if "epochs" in options else 10):
-            raise Crash
-        count(totals)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(Totals, "count", crash)
-        with pytest.raises(Crash):
-            digits(tmp_path / "broken", **options)
+    with crashing(4 if "epochs" in options else 10):
+        digits(tmp_path / "broken", **options)
     resumed, again = digits(tmp_path / "broken", **options, resume=True)
     assert same_weights(peers, again)
     assert logged(resumed.folder) == logged(whole.folder)
@@ -156,12 +146,14 @@ def test_a_run_resumes_bit_for_bit_in_the_middle_of_an_epoch(tmp_path, monkeypat
         assert resumed.scores.rows == whole.scores.rows
 
 
-@pytest.mark.parametrize("execution", ["threads", "stacked"])
-def test_executions_take_the_eager_steps(tmp_path, execution):
-    _, eager = digits(tmp_path / "eager", labelled=40, epochs=1)
-    _, other = digits(tmp_path / "other", labelled=40, epochs=1, execution=execution)
-    for a, b in zip(eager.parameters(), other.parameters(), strict=True):
-        torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-4)
+def test_executions_take_the_eager_steps(tmp_path):
+    eager, *others = (
+        digits(tmp_path / execution, labelled=40, epochs=1, execution=execution)[1]
+        for execution in ("eager", "threads", "stacked")
+    )
+    for other in others:
+        for a, b in zip(eager.parameters(), other.parameters(), strict=True):
+            torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-4)
 
 
 def test_labels_are_kept_evenly_by_the_seed_and_validation_is_taken_of_these():
@@ -173,17 +165,11 @@ def test_labels_are_kept_evenly_by_the_seed_and_validation_is_taken_of_these():
     assert len(rest) == len(train) - 50
     assert not torch.equal(split_labelled(train, 50, seed=4)[0].images, labelled.images)
     config = preset("digits", labelled=50, validation=0.2, seed=3, subset=0)
-    sets, others = divided((train, None, test) and _splits(train, test), config)
+    sets, others = divided(Splits(train, None, test), config)
     expected = split_validation(labelled, 0.2, 3)
     assert torch.equal(sets.train.images, expected[0].images)
     assert torch.equal(sets.validation.images, expected[1].images)
     assert torch.equal(others.images, rest.images)
-
-
-def _splits(train, test):
-    from fastdml.data.image_files import Splits
-
-    return Splits(train, None, test)
 
 
 @pytest.mark.parametrize(

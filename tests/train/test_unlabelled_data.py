@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from runs import Crash, logged, same_weights
+from runs import crashing, logged, same_weights
 from torch import nn
 from torch.utils.data import DataLoader, Dataset, TensorDataset
 
@@ -19,7 +19,6 @@ from fastdml.data.image_set import IGNORED
 from fastdml.data.semi_supervised import joined, load_unlabelled
 from fastdml.errors import InputError
 from fastdml.train import checkpoint, fit
-from fastdml.train.meters import Totals
 from fastdml.train.unlabelled import with_unlabelled
 
 pytestmark = pytest.mark.usefixtures("_no_pictures")
@@ -62,23 +61,13 @@ def command(folders, run, *options: str, unlabelled: str = "unlabelled") -> int:
 
 
 @pytest.mark.parametrize("loader", ["resident", pytest.param("torch", marks=pytest.mark.slow)])
-def test_a_folder_joins_images_of_ones_own(folders, tmp_path, monkeypatch, capsys, loader):
+def test_a_folder_joins_images_of_ones_own(folders, tmp_path, capsys, loader):
     assert command(folders, tmp_path / "whole", "--loader", loader) == 0
     assert "18 labelled images and 20 without a label" in capsys.readouterr().err
     whole = Cohort.load(tmp_path / "whole")
-    count, steps = Totals.count, []
-
-    def crash(totals):
-        steps.append(totals)
-        if len(steps) == 6:
-            raise Crash
-        count(totals)
-
     options = ("--loader", loader, "--save-every-steps", "1")
-    with monkeypatch.context() as patch:
-        patch.setattr(Totals, "count", crash)
-        with pytest.raises(Crash):
-            command(folders, tmp_path / "broken", *options)
+    with crashing(6):
+        command(folders, tmp_path / "broken", *options)
     moved = tmp_path / "moved"
     shutil.copytree(folders / "unlabelled", moved)  # which may be elsewhere when a run goes on
     assert command(folders, tmp_path / "broken", *options, "--resume", unlabelled=str(moved)) == 0
@@ -182,24 +171,14 @@ KINDS = {
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_fit_takes_them_and_resumes_bit_for_bit(settings, tmp_path, monkeypatch, kind):
+def test_fit_takes_them_and_resumes_bit_for_bit(settings, tmp_path, kind):
     options = {"batch_size": 16, "epochs": 3, "save_every_steps": 1}
     whole, again = mlps(), mlps()
     train, unlabelled = KINDS[kind](*data())
     result = fit(whole, train, None, settings(**options), unlabelled=unlabelled)
-    count, steps = Totals.count, []
-
-    def crash(totals):
-        steps.append(totals)
-        if len(steps) == 6:
-            raise Crash
-        count(totals)
-
     config = settings(**options, folder=str(tmp_path / "broken"))
-    with monkeypatch.context() as patch:
-        patch.setattr(Totals, "count", crash)
-        with pytest.raises(Crash):
-            fit(mlps(), train, None, config, unlabelled=unlabelled)
+    with crashing(6):
+        fit(mlps(), train, None, config, unlabelled=unlabelled)
     train, unlabelled = KINDS[kind](*data())
     resumed = fit(again, train, None, config.replace(resume=True), unlabelled=unlabelled)
     assert same_weights(whole, again)
@@ -251,7 +230,7 @@ def test_batches_of_loaders_go_round_and_go_on_over_epochs():
         (torch.randn(8, 4), {}, "the unlabelled inputs are 4 and the labelled ones 5"),
         (torch.full((8, 5), float("nan")), {}, "unlabelled data: .* NaN or infinite"),
         (["a", "b"], {}, "unlabelled batch 0"),
-        (torch.randn(8, 5), {"unlabelled_share": 0.01}, None),
+        (torch.randn(8, 5), {"unlabelled_share": 0.01}, "0 unlabelled of 8 images in a batch"),
         (torch.randn(8, 5), {"gate": "best"}, "gate best goes by labels"),
         (torch.randn(8, 5), {"batch_size": 64}, "batch_size is 64 and there are 32 samples"),
         (7, {}, "unlabelled data: a int is not batches with a length"),
