@@ -19,8 +19,6 @@ from oracle import (
     cpu,
     make,
     reference,
-    register,
-    wide,
 )
 
 DIVERGENCES = ("forward", "reverse", "jeffreys", "jsd", "jsd 0.2")
@@ -75,15 +73,6 @@ def test_equal_peers_diverge_by_exactly_nothing(path, target):
         assert (own.losses == 0).all(), (divergence, gate)
         assert all((g == 0).all() for g in own.grads), (divergence, gate)
         assert (own.stats["kl"] == 0).all()
-
-
-@pytest.mark.parametrize("kernel", [register, wide])
-@pytest.mark.parametrize("divergence", DIVERGENCES[1:])
-def test_equal_peers_diverge_by_exactly_nothing_in_the_kernels(kernel, divergence):
-    p = make(3, 1, 5, divergence=divergence, gate="confidence", temperature=2.0)
-    own = kernel(Problem([p.logits[0]] * 3, p.labels, p.options, p.weights | {"ce_weight": 0.0}))
-    assert (own.losses == 0).all()
-    assert all((g == 0).all() for g in own.grads)
 
 
 def test_a_beta_of_0_and_of_1_names_another_divergence(path):
