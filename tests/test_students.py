@@ -51,7 +51,7 @@ def exact_gradients(z: list[Tensor], y: Tensor, upstream: Tensor, **options) -> 
     call = call_with(y, False, **options)
     leaves = [x.detach().double().requires_grad_() for x in z]
     weights = {name: options[name] for name in options.keys() & {
-        "temperature", "peer_weights", "sample_weight"}}  # fmt: skip
+        "temperature", "ce_weight", "kl_weight", "peer_weights", "sample_weight"}}  # fmt: skip
     losses, _ = mutual_loss_reference(leaves, y, call.options, **weights)
     return list(torch.autograd.grad(losses, leaves, upstream.double()))
 
@@ -189,6 +189,7 @@ def test_value_and_grad_is_of_students_alone():
 @pytest.mark.parametrize("name", ["everything", "rows"])
 def test_losses_apart_are_differentiable_for_students_alone(name, traced):
     z, y = data()
+    torch._dynamo.reset()
     options = VARIANTS[name]
     run = torch.compile(mutual_losses, backend="aot_eager", fullgraph=True) if traced else (
         mutual_losses)  # fmt: skip
@@ -200,6 +201,28 @@ def test_losses_apart_are_differentiable_for_students_alone(name, traced):
     close(z[2].grad, exact_gradients(z, y, upstream, **options)[2])
     assert z[0].grad is None
     assert z[1].grad is None
+
+
+@pytest.mark.parametrize("traced", [False, True])
+def test_a_loss_scale_comes_before_students_gradients_are_rounded_to_float16(traced):
+    """By every route; without the scale they would be 0."""
+    small = {"ce_weight": 1e-7, "kl_weight": 1e-7, "gate": "entropy"}
+    z, y = data(dtype=torch.float16)
+    upstream = torch.full((K,), 2.0**20)
+    upstream[1] = 0
+    exact = exact_gradients(z, y, upstream, **small)
+    torch._dynamo.reset()
+    for function, stacked in ((mutual_loss, True), (mutual_loss, False), (mutual_losses, False)):
+        run = torch.compile(function, backend="aot_eager", fullgraph=True) if traced else function
+        leaves = [x.detach().requires_grad_() for x in z]
+        logits = torch.stack([x.detach() for x in z]).requires_grad_() if stacked else leaves
+        losses = run(logits, y, students=[0, 2], **small)
+        (losses[0] * upstream[0] + losses[2] * upstream[2]).backward()
+        for k in (0, 2):
+            found = logits.grad[k] if stacked else leaves[k].grad
+            assert found.dtype == torch.float16
+            torch.testing.assert_close(found.double(), exact[k], rtol=1e-3, atol=1e-7)
+        assert (logits.grad[1] == 0).all() if stacked else leaves[1].grad is None
 
 
 @pytest.mark.parametrize(

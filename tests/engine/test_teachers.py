@@ -107,7 +107,7 @@ def loop(peers, nets, steps, sequential):
     return torch.stack(losses), torch.stack(apart).view(steps, K, -1).transpose(1, 2)
 
 
-KINDS = ["eager", "threads", "streams", "stacked", "sequential", "eager in a graph",
+KINDS = ["eager", "threads", "auto", "streams", "stacked", "sequential", "eager in a graph",
          "streams in a graph", "stacked in a graph", "sequential in a graph"]  # fmt: skip
 
 
