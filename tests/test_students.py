@@ -120,6 +120,16 @@ def test_a_student_that_requires_no_gradient_gets_none():
         assert not mutual_loss(z, y, students=[1]).requires_grad
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_losses_where_only_the_teachers_require_a_gradient(dtype):
+    """As where nobody does: float64 is computed in torch, float32 in native code."""
+    z, y = data(requires=(1,), dtype=dtype)
+    exact = mutual_loss([x.detach() for x in z], y)
+    for losses in (mutual_loss(z, y, students=[0]), torch.stack(mutual_losses(z, y, students=[0]))):
+        assert not losses.requires_grad
+        assert torch.equal(losses, exact)
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
 @pytest.mark.parametrize("options", VARIANTS.values(), ids=VARIANTS.keys())
 def test_a_second_backward_gives_the_same(options, dtype):

@@ -98,6 +98,7 @@ class _Problem:
     want_stats: bool
     scratch: Tensor  # (2 or 4, K, step, C)
 
+    @torch.no_grad()  # logits of peers that only teach may require a gradient
     def block(self, rows: slice) -> _BlockResult:
         """Loss terms of some rows; writes their gradients."""
         K, n = len(self.logits), rows.stop - rows.start
