@@ -206,7 +206,7 @@ class _Problem:
             share, parts = learn(k, log_t, log_t.exp(), w_sum)
             for teacher in taught:
                 if options.target == "ensemble":
-                    slope = _added([part.of_mixed(q[teacher]) for part in parts])
+                    slope = _added([part.of_mixed(q[teacher], log_q[teacher]) for part in parts])
                 else:
                     slope = _added([part.of_teacher() for part in parts])
                 pull[teacher] += times((share * weights[k, teacher] * up[k])[:, None], slope)

@@ -26,6 +26,7 @@ def times(p: Tensor, gap: Tensor) -> Tensor:
 class Part:
     """One term of a divergence between a teacher t and a student q, over rows (n, C)."""
 
+    log_t: Tensor
     t: Tensor
     q: Tensor
     gap: Tensor  # log t - log q
@@ -42,7 +43,7 @@ class Part:
         """Its derivative in the teacher's z / T, (n, C)."""
         raise NotImplementedError
 
-    def of_mixed(self, p: Tensor) -> Tensor:
+    def of_mixed(self, p: Tensor, log_p: Tensor) -> Tensor:
         """Its derivative in z / T of one peer p = softmax(z / T), of which the teacher's
         probabilities hold a share, but for that share, (n, C)."""
         raise NotImplementedError
@@ -61,7 +62,7 @@ class Forward(Part):
     def of_teacher(self) -> Tensor:
         return times(self.t, self.gap) - self.t * self.kl[:, None]
 
-    def of_mixed(self, p: Tensor) -> Tensor:
+    def of_mixed(self, p: Tensor, log_p: Tensor) -> Tensor:
         toward = times(p, self.gap)
         return toward - p * toward.sum(1, keepdim=True)
 
@@ -80,8 +81,9 @@ class Reverse(Part):
     def of_teacher(self) -> Tensor:
         return self.t - self.q
 
-    def of_mixed(self, p: Tensor) -> Tensor:
-        ratio = torch.where(self.t == 0, 0.0, p * self.q / self.t)
+    def of_mixed(self, p: Tensor, log_p: Tensor) -> Tensor:
+        # p / t is no more than one over the share, also where both are too small for a number.
+        ratio = torch.where(self.log_t == -torch.inf, 0.0, self.q * (log_p - self.log_t).exp())
         return p * ratio.sum(1, keepdim=True) - ratio
 
 
@@ -93,10 +95,12 @@ class JensenShannon(Part):
 
     def value(self) -> Tensor:
         # log m relative to the larger of the two, L = log(m / max(t, q)), is exactly 0 where they
-        # are equal, and finite where one of them is 0.
+        # are equal, and finite where one of them is 0, and where the larger's share rounds to 0.
         of_q = self.gap.new_full((), 1 - self.beta)  # torch.where takes numbers for float32
         share_of_smaller = torch.where(self.gap >= 0, of_q, self.beta)
-        log_m = torch.log1p(share_of_smaller * torch.expm1(-self.gap.abs()))
+        above_minus_1 = torch.finfo(self.gap.dtype).eps / 2 - 1
+        less = share_of_smaller * torch.expm1(-self.gap.abs())
+        log_m = torch.log1p(less.clamp(min=above_minus_1))
         self.over_t = self.gap.clamp(max=0) - log_m  # log(t / m)
         self.t_terms = times(self.t, self.over_t)
         self.q_terms = times(self.q, (-self.gap).clamp(max=0) - log_m)
@@ -109,7 +113,7 @@ class JensenShannon(Part):
     def of_teacher(self) -> Tensor:
         return self.beta * (self.t_terms - self.t * self.kl_t[:, None])
 
-    def of_mixed(self, p: Tensor) -> Tensor:
+    def of_mixed(self, p: Tensor, log_p: Tensor) -> Tensor:
         toward = times(p, self.over_t)
         return self.beta * (toward - p * toward.sum(1, keepdim=True))
 
@@ -121,7 +125,9 @@ def divergence_of(
     for after its value."""
     gap = log_t - log_q
     if options.divergence == "jsd":
-        return 1.0, [JensenShannon(t, q, gap, options.jsd_beta)]
+        return 1.0, [JensenShannon(log_t, t, q, gap, options.jsd_beta)]
     if options.divergence == "jeffreys":
-        return 0.5, [Forward(t, q, gap), Reverse(t, q, gap)]
-    return 1.0, [Forward(t, q, gap) if options.divergence == "forward" else Reverse(t, q, gap)]
+        return 0.5, [Forward(log_t, t, q, gap), Reverse(log_t, t, q, gap)]
+    return 1.0, [
+        Forward(log_t, t, q, gap) if options.divergence == "forward" else Reverse(log_t, t, q, gap)
+    ]

@@ -8,6 +8,7 @@ import pytest
 import torch
 from fastdml_kernels import cpu as cpu_module
 from fastdml_kernels import cpu_rows
+from fastdml_kernels.options import Options
 from hypothesis import given, settings
 from oracle import LAYOUTS, OPTIONS, Problem, check, cpu, make, problems, upstream_of
 
@@ -203,3 +204,24 @@ def test_an_ignore_index_among_the_labels_that_no_row_has():
     p = make(2, 3, 10, ignore_index=4)
     p.labels[:] = torch.tensor([2, 3, 8])
     check(p)
+
+
+@pytest.mark.parametrize("divergence", ["reverse", "jeffreys"])
+def test_a_mixed_teacher_is_pulled_by_classes_below_the_smallest_number(divergence):
+    """The gradient holds the share of one teacher in the mixture, where both are rounded to 0."""
+    logits = [torch.zeros(1, 3) for _ in range(3)]
+    logits[0][0, 0], logits[1][0, 1], logits[2][0, 2] = 200.0, 201.0, 199.0
+    options = Options(target="ensemble", divergence=divergence, detach_targets=False)
+    check(Problem(logits, torch.tensor([0]), options), yardsticks=False)
+
+
+@pytest.mark.parametrize("beta", [1e-9, 1e-50, 1 - 1e-12])
+@pytest.mark.parametrize("native", [pytest.param(True, marks=NATIVE), False])
+def test_jensen_shannon_is_finite_however_small_a_share(monkeypatch, beta, native):
+    """Also where 1 - beta is 1 in float32, and a class has no probability for one of two."""
+    if not native:
+        monkeypatch.setattr(cpu_rows, "library", lambda: None)
+    p = make(2, 4, 10, divergence="jsd", jsd_beta=beta)
+    p.logits[0].mul_(40.0)
+    p.logits[1].mul_(-40.0)
+    check(p, yardsticks=False)
