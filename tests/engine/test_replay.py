@@ -32,6 +32,8 @@ from fastdml.engine.sequential import SequentialStep
 from fastdml.engine.stacked import StackedStep
 from fastdml.loss import MutualLoss
 from fastdml.metric_losses import MetricLoss
+from fastdml.scalar_schedule import ScalarSchedule
+from fastdml.train.meters import Record, Totals
 
 C, SIDE, BATCH, CPU = 4, 6, 8, torch.device("cpu")
 EPOCHS, STEPS = 3, 4  # of a run
@@ -225,6 +227,39 @@ def test_the_augmentation_kernel_takes_its_epoch_from_the_device(monkeypatch):
     monkeypatch.setattr(augment, "augment", one_call(augment.augment))
     assert [t.shape for t in loader().index(1, 2)] == [(1,), (BATCH,)]
     assert_same(train("eager", True, epochs=2), expected)
+
+
+def test_what_a_run_does_after_a_step_moves_the_losss_schedules_on_the_tape():
+    """Temperature and weight change at every step; one capture serves them all."""
+
+    def run(graph):
+        cohort = Cohort([Peer(0), Peer(1)], C, teachers=[Peer(7)]).eval()  # draws nothing
+        made = make_optimizer(cohort, "sgd", lr=0.05)
+        rates = Schedule(made, torch.linspace(0.05, 0.005, EPOCHS * STEPS))
+        of_loss = {
+            "temperature": ScalarSchedule(4.0, 1.5, steps=EPOCHS * STEPS, kind="cosine"),
+            "kl_weight": ScalarSchedule(1.0, 2.0, steps=EPOCHS * STEPS, warmup=STEPS),
+        }
+        loss = Loss(**{name: one.value for name, one in of_loss.items()})
+        record = Record(rates, Totals(2, CPU, teachers=["t"]), [*of_loss.values()])
+        data = loader()
+        options = StepOptions(after=record, assemble=data.assemble)
+        step = EagerStep(cohort, loss, made, Amp(CPU, None, None), options)
+        step = GraphStep(step, TapeCapture) if graph else step
+        seen, first = [], None
+        for epoch in range(EPOCHS):
+            for i in range(STEPS):
+                seen.append(torch.stack([loss.temperature, loss.kl_weight]))
+                losses = step(*data.index(epoch, i)).losses
+                first = first or (graph and step.captured)
+                seen.append(losses)
+        assert not graph or (step.failure is None and step.captured is first)
+        return torch.stack(seen[::2]), torch.stack(seen[1::2]), record.totals.sums
+
+    values, losses, sums = run(graph=False)
+    assert len(values.unique(dim=0)) == EPOCHS * STEPS
+    for found, expected in zip(run(graph=True), (values, losses, sums), strict=True):
+        assert torch.equal(found, expected)
 
 
 def test_the_tape_would_find_a_number_from_the_host():
