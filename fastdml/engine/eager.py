@@ -199,17 +199,18 @@ class EagerStep:
         outputs: list[Outputs],
         labels: Tensor,
         loss: MutualLoss,
-        metric_of: Sequence[int] | None = None,
+        learning: Sequence[int] | None = None,
     ) -> tuple[StepOutput, list[Outputs]]:
         """The losses, and the gradients of the peers' outputs, both unscaled.
 
-        metric_of: the peers whose metric loss is computed and whose centres move; all by default.
-        Where there are teachers, also those whose logits get a gradient.
+        learning: the peers that are about to be updated, all by default: of these the metric loss
+        is computed and the centres move. Where there are teachers, the others' logits get no
+        gradient, but None.
         """
         K = len(self.peers)
         logits = [out[0] for out in outputs]
         if self.teachers:
-            students = range(K) if metric_of is None else metric_of
+            students = range(K) if learning is None else learning
             for k, z in enumerate(logits):  # detached: this tells the loss who learns, no more
                 z.requires_grad_(k in students)
         losses, stats, found = loss.value_and_grad(logits, labels)
@@ -219,7 +220,7 @@ class EagerStep:
         if self.options.metric is None:
             return StepOutput(losses, stats), [(g,) for g in grads]
         features = [out[1] for out in outputs[:K]]
-        metric, more = self.options.metric.value_and_grad(features, labels, metric_of)
+        metric, more = self.options.metric.value_and_grad(features, labels, learning)
         output = StepOutput(with_metric(losses, metric), stats, metric)
         return output, list(zip(grads, more, strict=True))
 

@@ -131,7 +131,7 @@ class _Problem:
                 log_softmax(z, 1.0 / self.temperature, log_q)
                 torch.exp(log_q, out=q)
             weights = teacher_weights(self.options, self.edges, y, labelled, log_p, nll)
-            kl, pull = self._general_kl(rows, log_q, q, weights)
+            kl, pull = self._divergences(rows, log_q, q, weights)
             if stats is not None:
                 self._fill_pairwise(rows, log_q, q, stats.pairwise)
         if self.grads:
@@ -163,7 +163,7 @@ class _Problem:
                     terms = terms.sum(1) * self.sample_weight[rows]
                 pairwise[teacher, k] = terms.sum()
 
-    def _general_kl(
+    def _divergences(
         self, rows: slice, log_q: Tensor, q: Tensor, weights: Tensor
     ) -> tuple[Tensor, dict[int, Tensor]]:
         """KL terms (K, n) and, of each student, their gradient without the shared factor
