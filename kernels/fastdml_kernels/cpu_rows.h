@@ -70,9 +70,21 @@ enum { WIDEST = 16 }; /* lanes of a vector, in any variant */
 /* Classes that a row in scratch memory has room for. */
 static inline int64_t padded(int64_t C) { return (C + 2 * WIDEST - 1) / WIDEST * WIDEST; }
 
-/* Three rows a peer, six rows that all peers share, and a vector to align them. */
+enum {
+    GROUP = 8,              /* rows at most that `plain_rows` normalises together */
+    GROUP_FLOATS = 1 << 12, /* of their logits at most, whose exponentials then stay in the cache */
+};
+
+static inline int64_t plain_group(int64_t K, int64_t C) {
+    const int64_t group = GROUP_FLOATS / (K * padded(C));
+    return group < 1 ? 1 : group > GROUP ? GROUP : group;
+}
+
+/* Three rows a peer and six rows that all peers share, or two rows a peer for each sample of a group
+   and one; and a vector to align them. */
 static inline int64_t scratch_floats(int64_t K, int64_t C) {
-    return (3 * K + 6) * padded(C) + WIDEST;
+    const int64_t weighted = 3 * K + 6, plain = 2 * K * plain_group(K, C) + 1;
+    return (weighted > plain ? weighted : plain) * padded(C) + WIDEST;
 }
 
 static inline int64_t label(const Problem *p, int64_t row) {

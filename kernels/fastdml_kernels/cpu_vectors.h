@@ -139,8 +139,8 @@ INLINE vec expm1_(vec x) {
     return less_1;
 }
 
-/* log(1 + x) for 1 + x = u, a normal number of at most 1; exactly 0 at x = 0. Near u = 1, x says
-   more than u does. The polynomial is that of Cephes' logf (Moshier). */
+/* log(1 + x) for 1 + x = u, a normal number; exactly 0 at x = 0. Near u = 1, x says more than u
+   does. The polynomial is that of Cephes' logf (Moshier). */
 INLINE vec log_(vec u, vec x) {
     const ints bits = (ints)u;
     const ints exponent = (bits - 0x3f3504f3) >> 23; /* of u / sqrt(1/2), rounded down */
