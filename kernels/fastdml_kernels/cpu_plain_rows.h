@@ -132,32 +132,69 @@ INLINE void exponentials(const char *z, int type, int64_t C, float top, float in
     if (tempered) *sum_t += total(part_t);
 }
 
+/* What `terms` reads of a row. Copied from the problem and the row, as a store to a gradient might
+   change those, for all that the compiler knows, and they would be read anew for each vector. */
+typedef struct {
+    const char *z[PEERS];
+    char *g[PEERS];
+    const float *e[PEERS], *q[PEERS]; /* exponentials at 1 and at T */
+    float *mean;
+    float top[PEERS], log_sum[PEERS], log_sum_t[PEERS], scale[PEERS], scale_t[PEERS];
+    int types[PEERS];
+    int64_t C, y;
+    float inverse_t, spread, pair, ce, hit;
+} View;
+
+INLINE View view_of(const Problem *p, const Row *row, int K, int narrow, int tempered) {
+    View v; /* no initialiser, which would write all of it */
+    v.mean = row->mean;
+    v.C = p->C;
+    v.y = row->y;
+    v.inverse_t = (float)(1 / p->temperature);
+    v.spread = (float)(p->smoothing / (double)p->C);
+    v.pair = K > 1 ? p->kl_factor / (float)(K - 1) : 0;
+    v.ce = p->ce_factor;
+    v.hit = p->ce_factor * (float)(1 - p->smoothing);
+    for (int k = 0; k < K; k++) {
+        v.z[k] = row->z[k];
+        v.g[k] = row->g[k];
+        v.e[k] = row->e[k];
+        v.top[k] = row->top[k];
+        v.log_sum[k] = row->log_sum[k];
+        v.scale[k] = row->scale[k];
+        v.types[k] = narrow ? p->types[k] : FLOAT32;
+        if (!tempered) continue;
+        v.q[k] = row->e_t[k];
+        v.log_sum_t[k] = row->log_sum_t[k];
+        v.scale_t[k] = row->scale_t[k];
+    }
+    return v;
+}
+
 /* The terms of LANES classes from c on; `part` marks the last vector, which overlaps the previous.
-   narrow: logits may be bfloat16. All of this is inlined, so that a flag that is off costs nothing
-   where `plain_rows` gives it as a constant. */
-INLINE void terms(const Problem *p, const Row *row, Lanes *lanes, int64_t c, int part, int K,
-                  int narrow, int tempered, int stats, int grads) {
-    const float inverse_t = (float)(1 / p->temperature);
-    const float spread = (float)(p->smoothing / (double)p->C);
+   All of this is inlined, so that a flag that is off costs nothing where `plain_block` gets it as a
+   constant. */
+INLINE void terms(const View *v, Lanes *lanes, int64_t c, int part, int K, int tempered, int stats,
+                  int grads) {
     vec prob[PEERS], q[PEERS], gap[PEERS], top = all(-INFINITY), sum = all(0), together = all(0);
     for (int k = 0; k < K; k++) {
-        const vec x = load(row->z[k], narrow ? p->types[k] : FLOAT32, c) - row->top[k];
-        const vec log_p = x - row->log_sum[k];
-        prob[k] = get(row->e[k], c) * row->scale[k];
-        if (spread != 0) lanes->towards_all[k] += part ? fresh(log_p, p->C) : log_p;
+        const vec x = load(v->z[k], v->types[k], c) - v->top[k];
+        const vec log_p = x - v->log_sum[k];
+        prob[k] = get(v->e[k], c) * v->scale[k];
+        if (v->spread != 0) lanes->towards_all[k] += part ? fresh(log_p, v->C) : log_p;
         if (stats) {
-            const vec counted = part ? fresh(prob[k], p->C) : prob[k];
+            const vec counted = part ? fresh(prob[k], v->C) : prob[k];
             lanes->entropy[k] = muladd(counted, log_p, lanes->entropy[k]);
             together += prob[k];
         }
-        gap[k] = tempered ? muladd(x, all(inverse_t), all(-row->log_sum_t[k])) : log_p;
-        q[k] = tempered ? get(row->e_t[k], c) * row->scale_t[k] : prob[k];
+        gap[k] = tempered ? muladd(x, all(v->inverse_t), all(-v->log_sum_t[k])) : log_p;
+        q[k] = tempered ? get(v->q[k], c) * v->scale_t[k] : prob[k];
         top = maximum(gap[k], top);
         sum += q[k];
     }
     for (int k = 0; k < K; k++) {
         gap[k] -= top;
-        if (part) gap[k] = fresh(gap[k], p->C);
+        if (part) gap[k] = fresh(gap[k], v->C);
         lanes->energy = muladd(q[k], gap[k], lanes->energy);
         lanes->pull[k] = muladd(sum, gap[k], lanes->pull[k]);
     }
@@ -165,20 +202,18 @@ INLINE void terms(const Problem *p, const Row *row, Lanes *lanes, int64_t c, int
         for (int l = 0; l < K; l++)
             for (int k = 0; k < K; k++)
                 lanes->cross[l][k] = muladd(q[l], gap[k], lanes->cross[l][k]);
-        put(row->mean, c, together);
+        put(v->mean, c, together);
     }
     if (grads) {
-        const vec pair = all(K > 1 ? p->kl_factor / (float)(K - 1) : 0);
-        const float hit = p->ce_factor * (float)(1 - p->smoothing);
-        const int hits = c <= row->y && row->y < c + LANES;
+        const int hits = c <= v->y && v->y < c + LANES;
         vec apart = all(0);
         for (int k = 1; k < K; k++) apart += q[k] - q[0];
         for (int k = 0; k < K; k++) {
-            if (!row->g[k]) continue;
+            if (!v->g[k]) continue;
             const vec away = muladd(q[k] - q[0], all((float)K), -apart);
-            vec grad = muladd(pair, away, p->ce_factor * (prob[k] - spread));
-            if (hits) grad -= at_label(row->y, c, hit);
-            store(row->g[k], narrow ? p->types[k] : FLOAT32, c, grad);
+            vec grad = muladd(all(v->pair), away, v->ce * (prob[k] - v->spread));
+            if (hits) grad -= at_label(v->y, c, v->hit);
+            store(v->g[k], v->types[k], c, grad);
         }
     }
     lanes->vectors++;
@@ -235,6 +270,7 @@ INLINE void finish_row(const Problem *p, const Row *row, Lanes *lanes, Totals *t
                        int K, int narrow, int tempered, int stats, int grads) {
     const int64_t C = p->C;
     const double spread = p->smoothing / (double)C;
+    const View v = view_of(p, row, K, narrow, tempered);
     for (int k = 0; k < K; k++) {
         const int type = narrow ? p->types[k] : FLOAT32;
         const float at_y = load_one(row->z[k], type, row->y), top = row->top[k];
@@ -246,11 +282,11 @@ INLINE void finish_row(const Problem *p, const Row *row, Lanes *lanes, Totals *t
         }
     }
     for (int64_t c = 0; c < whole_vectors(C); c += LANES) {
-        terms(p, row, lanes, c, 0, K, narrow, tempered, stats, grads);
+        terms(&v, lanes, c, 0, K, tempered, stats, grads);
         if (lanes->vectors == FLUSH) flush(lanes, totals, sums, K, spread, stats);
     }
     if (C % LANES) {
-        terms(p, row, lanes, last_vector(C), 1, K, narrow, tempered, stats, grads);
+        terms(&v, lanes, last_vector(C), 1, K, tempered, stats, grads);
         if (lanes->vectors == FLUSH) flush(lanes, totals, sums, K, spread, stats);
     }
     for (int k = 0; k < K && C < LANES; k++)
