@@ -57,12 +57,20 @@ class Teacher(nn.Module):
         record: Mapping[str, Any] | None = None,
     ) -> None:
         super().__init__()
-        self.network = network.requires_grad_(False).eval()
+        self.network = network.requires_grad_(False)
+        self.eval()
         self.name, self.source, self.model, self.record = name, source, model, record
         self.register_buffer("scale", None, persistent=False)
         self.register_buffer("shift", None, persistent=False)
         self._images: dict[str, Any] | None = None  # those that it is fitted to
         self._sha256: str | None = None
+
+    def twin(self) -> Teacher:
+        """The same network for another cohort, whose names and images may be others."""
+        known = {"source": self.source, "model": self.model, "record": self.record}
+        twin = Teacher(self.network, name=self.name, **known)
+        twin._sha256 = self._sha256
+        return twin
 
     def train(self, mode: bool = True) -> Teacher:
         """Stays in evaluation mode."""
@@ -92,15 +100,17 @@ class Teacher(nn.Module):
         """
         if images == self._images:
             return  # a step that was captured goes on with its tensors
-        self.scale = self.shift = None
-        own = self.record
-        if own is None:
-            return
-        _check_classes(self.name, own["classes"], images["classes"])
-        _check_shape(self.name, own["image_shape"], images["image_shape"])
-        self._images = dict(images)
-        if all(own[key] == images[key] for key in ("mean", "std")):
-            return
+        own, scale, shift = self.record, None, None
+        if own is not None:
+            _check_classes(self.name, own["classes"], images["classes"])
+            _check_shape(self.name, own["image_shape"], images["image_shape"])
+            if any(own[key] != images[key] for key in ("mean", "std")):
+                scale, shift = self._renormalisation(own, images)
+        self.scale, self.shift, self._images = scale, shift, dict(images)
+
+    def _renormalisation(self, own: Mapping[str, Any], images: Mapping[str, Any]) -> list[Tensor]:
+        """The factor and the summand, a number a channel, that undo the peers' normalisation and
+        do its own. Raises InputError where one of these is not known."""
         if None in (own["mean"], own["std"], images["mean"], images["std"]):
             unknown, remedy = "the peers' images", "set mean and std of the cohort before training"
             if None in (own["mean"], own["std"]):
@@ -115,9 +125,7 @@ class Teacher(nn.Module):
             for record in (own, images)
         )
         device = next((t.device for t in chain(self.parameters(), self.buffers())), None)
-        self.scale, self.shift = (
-            t.to(device, torch.float32).view(-1, 1, 1) for t in (std / s, (mean - m) / s)
-        )
+        return [t.to(device, torch.float32).view(-1, 1, 1) for t in (std / s, (mean - m) / s)]
 
 
 def _check_classes(name: str, own: Sequence[str] | None, theirs: Sequence[str] | None) -> None:
@@ -172,7 +180,7 @@ def as_teachers(found: Iterable[str | nn.Module], cohort: Cohort) -> tuple[Teach
 
 def _teacher(k: int, found: str | nn.Module, cohort: Cohort) -> Teacher:
     if isinstance(found, Teacher):
-        return found
+        return found.twin()
     if isinstance(found, str):
         if not found.startswith(TIMM):
             raise InputError(

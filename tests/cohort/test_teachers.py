@@ -46,6 +46,7 @@ def test_a_teacher_is_no_part_of_the_cohort_and_moves_with_it():
     assert len([*cohort.buffers()]) == len([*alone.buffers()])
     assert len(cohort) == 1
     assert teacher.name == "ResNetCifar"
+    assert not any(m.training for m in teacher.modules())
     cohort.train()
     teacher.train()
     assert not any(m.training for m in teacher.modules())
@@ -180,8 +181,35 @@ def test_another_normalisation_is_undone_and_redone():
 )
 def test_what_was_trained_on_other_images_is_refused(changes, message):
     teacher = Teacher(net(), name="t", record=record(**{"classes": list("abcde"), **changes}))
-    with pytest.raises(InputError, match=message):
-        teacher.match(record(classes=list("abcde")))
+    for _ in range(2):  # asked again, too
+        with pytest.raises(InputError, match=message):
+            teacher.match(record(classes=list("abcde"), std=(1.0, 2.0, 3.0)))
+
+
+def test_images_that_are_refused_leave_it_as_it_was_fitted():
+    teacher = Teacher(net(), name="t", record=record())
+    fitting = record(mean=(1.0, 2.0, 3.0))
+    teacher.match(fitting)
+    before = teacher.scale, teacher.shift
+    for bad in (record(shape=(3, 16, 16)), record(mean=None)):
+        with pytest.raises(InputError):
+            teacher.match(bad)
+        teacher.match(fitting)
+        assert teacher.scale is before[0]
+        assert teacher.shift is before[1]
+
+
+def test_two_cohorts_have_the_same_teacher_by_names_and_images_of_their_own():
+    first = Cohort(["resnet8"], C, teachers=[Teacher(net(), name="resnet8", record=record())])
+    second = Cohort([net(seed=3)], C, teachers=first.teachers)
+    (one,), (other,) = first.teachers, second.teachers
+    assert one.network is other.network
+    assert (one.name, other.name) == ("resnet8-2", "resnet8-2")
+    one.match(record())
+    other.match(record(mean=(1.0, 2.0, 3.0)))
+    assert one.scale is None
+    assert other.scale is not None
+    assert one.identity().sha256 == other.identity().sha256
 
 
 def test_a_step_refuses_a_teacher_that_it_cannot_prove_right():
