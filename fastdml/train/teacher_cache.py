@@ -108,9 +108,14 @@ class TeacherCache:
             return [teacher(images) for teacher in self.cohort.teachers]
 
     def _fits(self, tables: list[Tensor]) -> bool:
-        """Whether the first batch's rows are those of the tables, to rounding."""
+        """Whether there is a table for each teacher, in the form of its logits, and the first
+        batch's rows are those of the tables, to rounding."""
         samples, images = next(self._batches())
-        for table, now in zip(tables, self._of_batch(images), strict=True):
+        found, n = self._of_batch(images), len(self.train.labels)
+        forms = [((n, z.shape[1]), z.dtype) for z in found]
+        if [(tuple(table.shape), table.dtype) for table in tables] != forms:
+            return False
+        for table, now in zip(tables, found, strict=True):
             rows = table.index_select(0, samples.cpu()).to(now)
             apart = (rows.float() - now.float()).abs().max()
             if not apart <= CLOSE.get(now.dtype, 1e-4) * now.float().abs().max():

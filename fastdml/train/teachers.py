@@ -68,6 +68,13 @@ def found(names: Sequence[str | nn.Module]) -> list[str | nn.Module]:
             teachers += _of_a_run(name)
         except InputError as error:
             raise InputError(f"teacher {name}: {error}") from None
+    sources = [one.source if isinstance(one, Teacher) else one for one in teachers]
+    for place, source in enumerate(sources):
+        if isinstance(source, str) and source in sources[:place]:
+            raise InputError(
+                f"teacher {source} is named twice: name it once; how much it counts, a callback's "
+                "set_peer_weights says"
+            )
     return teachers
 
 
@@ -83,11 +90,12 @@ def _of_a_run(name: str) -> list[Teacher]:
         chosen = [best_peer(path, weights, cohort.names)]
     else:
         chosen = peer_numbers(cohort.names, "ensemble" if peer is None else peer)
-    place, record = name.removesuffix(f":{peer}"), cohort.record()
+    place = name if peer is None else name.removesuffix(f":{peer}")
+    shown, record = path.name or path.resolve().name, cohort.record()  # "." has no name
     return [
         Teacher(
             full_precision(cohort.peers[k]),
-            name=f"{path.name}:{cohort.names[k]}",
+            name=f"{shown}:{cohort.names[k]}",
             source=f"{place}:{cohort.names[k]}",
             model=cohort.models[k],
             record=record,

@@ -26,6 +26,7 @@ from fastdml.errors import InputError
 from fastdml.predictor import Predictor
 from fastdml.train import fit
 from fastdml.train.teacher_cache import _digest
+from fastdml.train.teachers import found
 
 pytestmark = pytest.mark.usefixtures("_no_pictures")
 SMALL = ["--subset", "16", "--batch-size", "8", "--epochs", "1", "--no-tensorboard", "--threads",
@@ -86,6 +87,14 @@ def test_a_peer_of_a_run_teaches_and_is_named_everywhere(here, capsys):
     assert entry["sha256"] == digest(Cohort.load("small").peers[0])
 
 
+def test_a_place_without_a_name_of_its_own_is_called_as_its_folder(here, monkeypatch):
+    (here / "big").rename(here / "a:None")
+    monkeypatch.chdir(here / "a:None")
+    for given, source in ((".:0", ".:resnet8"), ("../a:None", "../a:None:resnet8")):
+        teacher = found([given])[0]
+        assert (teacher.name, teacher.source) == ("a:None:resnet8", source)
+
+
 def test_without_a_peer_all_of_a_run_teach_and_the_independent_phase_has_none(here):
     assert taught("big", peers=("resnet8", "resnet8"), more=["--independent"]) == 0
     names = [t["name"] for t in json.loads((here / "small/cohort.json").read_text())["teachers"]]
@@ -112,6 +121,7 @@ def test_a_dry_run_names_them(here, capsys):
         ("big:ensemble", "teacher big:ensemble: an ensemble gives no logits"),
         ("big/peers", "teacher big/peers: big/peers is neither the folder of a run"),
         ("grey", "teacher grey:TinyPeer tells 4 classes apart, and the peers 10"),
+        ("big big:1", "teacher big:resnet14 is named twice: name it once"),
     ],
 )
 def test_what_cannot_teach_is_one_line(here, capsys, teacher, message):
@@ -119,7 +129,7 @@ def test_what_cannot_teach_is_one_line(here, capsys, teacher, message):
         cohort = Cohort(["resnet8"], 4, in_channels=1)
         cohort.names = ["TinyPeer"]
         cohort.save("grey")
-    assert taught(teacher) == 2
+    assert taught(*teacher.split()) == 2
     err = capsys.readouterr().err.splitlines()
     assert len(err) == 1, err
     assert message in err[0]
@@ -290,10 +300,16 @@ class TestCache:
             tables = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
         save_file(tables, self.file, {**facts, "made_of": "{}"})
         assert "is made anew: it was made of other teachers or images" in again("5")
-        other = {key: t.roll(1, 0).contiguous() for key, t in tables.items()}
-        save_file(other, self.file, {**facts, "sha256": _digest([*other.values()])})
-        assert "is made anew: its rows are not what the teachers say" in again("6")
-        assert "anew" not in again("7")
+        for epochs, other in (
+            ("6", [t.roll(1, 0) for t in tables.values()]),
+            ("7", [t[:3] for t in tables.values()]),
+            ("8", [tables["0"].half(), tables["1"]]),
+            ("9", [tables["0"]]),
+        ):
+            named = {str(i): t.contiguous() for i, t in enumerate(other)}
+            save_file(named, self.file, {**facts, "sha256": _digest([*named.values()])})
+            assert "is made anew: its rows are not what the teachers say" in again(epochs)
+        assert "anew" not in again("10")
 
     @pytest.mark.parametrize(
         ("options", "message"),
