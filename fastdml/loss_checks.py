@@ -153,6 +153,8 @@ def _check_labels(labels: Tensor, N: int, device: torch.device) -> None:
 
 
 def check_students(students: tuple[int, ...] | None, K: int, peers: int | None) -> None:
+    """Raises ValueError for students that K peers do not have, and for a mask of another number of
+    `peers` (None: they were given as indices)."""
     if peers is not None and peers != K:
         raise ValueError(f"students as a mask of {peers} for K = {K} peers: give one bool a peer")
     if students is not None and students[-1] >= K:

@@ -17,6 +17,8 @@ def write_row_values(
     log_prob: Tensor,  # (K, n), written: 0 for a row without a label, NaN for one that is no class
     entropy: Tensor,  # (K, n), written
 ) -> None:
+    """Writes both of every row, in the dtype of `entropy`; log-probabilities exist for a block of
+    rows at a time."""
     n, C = logits[0].shape
     step = max(1, BLOCK_BYTES[labels.device.type] // (entropy.element_size() * C))
     known = (labels >= 0) & (labels < C)
