@@ -67,8 +67,13 @@ class Teacher(nn.Module):
 
     def twin(self) -> Teacher:
         """The same network for another cohort, whose names and images may be others."""
-        known = {"source": self.source, "model": self.model, "record": self.record}
-        twin = Teacher(self.network, name=self.name, **known)
+        twin = Teacher(
+            self.network,
+            name=self.name,
+            source=self.source,
+            model=self.model,
+            record=self.record,
+        )
         twin._sha256 = self._sha256
         return twin
 
