@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 
@@ -17,7 +19,7 @@ def total_steps(config: TrainConfig, steps: int) -> int:
 def rates(config: TrainConfig, steps: int) -> Tensor:
     """The learning rate of every step of a run, (total_steps,) fp32 on the host."""
     total = total_steps(config, steps)
-    epochs = -(-total // steps)
+    epochs = max(-(-total // steps), math.ceil(config.warmup_epochs))  # it may end in the warm-up
     if config.schedule == "cosine" and config.iterations:  # half a cosine over these steps
         warmup = config.warmup_epochs * steps / total
         return learning_rates(

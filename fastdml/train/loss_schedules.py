@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import torch
 
+from fastdml.errors import InputError
 from fastdml.scalar_schedule import ScalarSchedule
 from fastdml.train.config.base import TrainConfig
 
@@ -12,24 +13,26 @@ def loss_schedules(
     config: TrainConfig, steps: int, total: int, device: torch.device
 ) -> dict[str, ScalarSchedule]:
     """Those of `MutualLoss`'s temperature and kl_weight that change during a run, by name. steps:
-    an epoch. total: steps of the run. A number that stays has none, so that the loss knows it."""
+    an epoch. total: steps of the run. A number that stays has none, so that the loss knows it.
+    Raises InputError for a warm-up that leaves no step to go to the end in."""
     found = {}
-    for name, kind, end, warmup_epochs, warmup_from in (
-        (
-            "temperature",
-            config.temperature_schedule,
-            config.temperature_end,
-            config.temperature_warmup_epochs,
-            1.0,
-        ),
-        ("kl_weight", config.kl_schedule, config.kl_weight_end, config.kl_warmup_epochs, 0.0),
+    for name, prefix, warmup_from in (
+        ("temperature", "temperature", 1.0),
+        ("kl_weight", "kl", 0.0),
     ):
-        warmup = min(round(warmup_epochs * steps), total)
+        kind, end = getattr(config, f"{prefix}_schedule"), getattr(config, f"{name}_end")
+        warmup = round(getattr(config, f"{prefix}_warmup_epochs") * steps)
+        if kind != "constant" and warmup >= total:
+            raise InputError(
+                f"{prefix}_warmup_epochs is {warmup} steps, and the run has {total}, so that none "
+                f"is left for {prefix}_schedule {kind}: shorten the warm-up, or set "
+                f"{prefix}_schedule to constant"
+            )
         if kind != "constant" or warmup:
             found[name] = ScalarSchedule(
                 getattr(config, name),
                 end,
-                steps=total,
+                steps=max(total, warmup),  # a run may end within the warm-up, and be prolonged
                 kind=kind,
                 warmup=warmup,
                 warmup_from=warmup_from,

@@ -98,6 +98,27 @@ def test_a_longer_run_is_refused_where_a_schedule_ends_with_it(settings):
         fit(make_cohort(), *make_loaders(), config.replace(epochs=2, resume=True))
 
 
+def test_a_run_that_ends_in_the_warm_ups_is_prolonged_bit_for_bit(settings, tmp_path):
+    rising = {"warmup_epochs": 1.25, "kl_warmup_epochs": 1.5, "temperature_warmup_epochs": 1.0}
+    options = {"epochs": 0, "temperature": 4.0, **rising}
+    whole, parts = make_cohort(), make_cohort()
+    last = fit(whole, *make_loaders(), settings(**options, iterations=11)).history[-1]
+    config = settings(**options, iterations=3, folder=str(tmp_path / "parts"))
+    first = fit(make_cohort(), *make_loaders(), config).history[-1]
+    assert (first["kl_weight"], first["temperature"]) == (pytest.approx(3 / 9), 1 + 3 * 3 / 6)
+    fit(parts, *make_loaders(), config.replace(iterations=11, resume=True))
+    assert same_weights(whole, parts)
+    assert (last["kl_weight"], last["temperature"]) == (1.0, 4.0)
+
+
+def test_a_schedule_that_has_no_step_after_its_warm_up_is_refused(settings, tmp_path):
+    ends = {"kl_schedule": "linear", "kl_weight_end": 0.0, "kl_warmup_epochs": 1.0}
+    for length in ({"epochs": 1}, {"epochs": 0, "iterations": 4}):
+        with pytest.raises(InputError, match=r"epochs is 6 steps, and the run has [64], so that"):
+            fit(make_cohort(), *make_loaders(), settings(**ends, **length))
+    assert not (tmp_path / "run").exists()
+
+
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
