@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import logging
 import os
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, TypeVar
@@ -56,6 +57,7 @@ def load_unlabelled(
     folder: str | Path,
     like: ImageSet | ImageFiles,
     *,
+    apart: Mapping[str, Any] | None = None,
     bad_files: str | None = None,
     progress: bool | None = None,
     cache: Path | None = None,
@@ -63,10 +65,11 @@ def load_unlabelled(
     """All images in a folder or deeper, without labels, in the form, size and normalisation of
     `like`, which they join: `ImageFiles`, or of an `ImageSet` one, decoded.
 
+    apart: other sets by name, or None, such as "test", whose files must not be in the folder.
     bad_files: "error" or "skip", for files that cannot be decoded; None: an error, where there is
     no such setting. progress, cache: as of `scan`. Raises InputError where there are no images, for
-    files that cannot be decoded, where images of `like` lie in the folder too, and for sets that
-    are not of colours in bytes."""
+    files that cannot be decoded, where files of `like` or of `apart` lie in the folder too, and for
+    sets that are not of colours in bytes."""
     check_bad_files(bad_files or "error")
     if isinstance(like, ImageSet) and (like.image_shape[0] != 3 or like.white != 255):
         channels = like.image_shape[0]
@@ -76,8 +79,9 @@ def load_unlabelled(
             "give labelled to drop labels of the set itself"
         )
     found = read_images(expanded(folder))
-    if isinstance(like, ImageFiles):
-        _check_apart(found, like)
+    for name, images in {"labelled": like, **(apart or {})}.items():
+        if isinstance(images, ImageFiles):
+            _check_apart(found, name, images)
     bad = scan(found.paths, progress=progress, cache=cache).bad
     if bad:
         said = Scan(bad, files=len(found.paths)).describe(NAMED)
@@ -111,13 +115,13 @@ def joined(*parts: Set) -> Set:
     return replace(first, images=pixels.permute(0, 3, 1, 2), labels=labels, files=files)
 
 
-def _check_apart(found: Listing, labelled: ImageFiles) -> None:
-    """Raises InputError where labelled images are among those without labels: then the folder is a
-    class of its own, or holds the classes."""
-    known = set(map(os.path.realpath, labelled.paths))
+def _check_apart(found: Listing, name: str, images: ImageFiles) -> None:
+    """Raises InputError where images of a set are among those without labels: then the folder is a
+    class of its own, or holds the classes. Peers that saw them would be judged too well."""
+    known = set(map(os.path.realpath, images.paths))
     shared = [path for path in found.paths if os.path.realpath(path) in known]
     if shared:
         raise InputError(
-            f"unlabelled={found.place}: {len(shared):,} of its images are labelled ones too, such "
+            f"unlabelled={found.place}: {len(shared):,} of its images are {name} ones too, such "
             f"as {shared[0]}: give a folder outside of the class folders"
         )

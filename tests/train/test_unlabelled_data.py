@@ -99,6 +99,7 @@ def test_where_the_folder_is_wrong_one_line_says_so(folders, tmp_path, capsys):
         ("nowhere", "no such folder: give the one that holds the images"),
         (str(tmp_path / "empty"), "holds no images"),
         ("photos", "18 of its images are labelled ones too"),
+        ("photos/val", "6 of its images are validation ones too"),
     ):
         assert command(folders, tmp_path / "run", unlabelled=place) == 2
         assert message in capsys.readouterr().err

@@ -92,7 +92,7 @@ class Classification(Task):
             image_size=size,
         ).to(device)
         sets = self.normalised(sets, config)
-        images, sampler = self.with_unlabelled(sets.train, rest, config)
+        images, sampler = self.with_unlabelled(sets, rest, config)
         train = make_loader(
             config.loader,
             images,
@@ -125,18 +125,23 @@ class Classification(Task):
         return sets.each(lambda images: images.normalised_by(*usual))
 
     def with_unlabelled(
-        self, labelled: Any, rest: Any | None, config: Any
+        self, sets: Splits, rest: Any | None, config: Any
     ) -> tuple[Any, MixedSampler | None]:
         """The training images with those that have no label, and what makes batches of both; the
         labelled images alone where the settings want no others."""
+        labelled, validation, test = sets
         parts = [labelled]
         if rest is not None:
             parts.append(dataclasses.replace(rest, mean=labelled.mean, std=labelled.std))
         if config.unlabelled and config.unlabelled_share:
-            bad_files, progress = getattr(config, "bad_files", None), config.progress or None
-            parts.append(
-                load_unlabelled(config.unlabelled, labelled, bad_files=bad_files, progress=progress)
+            others = load_unlabelled(
+                config.unlabelled,
+                labelled,
+                apart={"validation": validation, "test": test},
+                bad_files=getattr(config, "bad_files", None),
+                progress=config.progress or None,
             )
+            parts.append(others)
         if len(parts) == 1:
             return labelled, None
         images = joined(*parts)
