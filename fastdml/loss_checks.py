@@ -29,7 +29,10 @@ def check_call(
     """The logits as K tensors (N, C) or one (K, N, C), after every check that needs no value on
     the device; and whether the call is the usual one (`fastdml_kernels.at_once`). peers: how many
     the students, given as a mask, speak of."""
-    tensors = [logits] if isinstance(logits, Tensor) else list(logits)
+    if logits.__class__ is not list and isinstance(logits, Tensor):
+        tensors = [logits]
+    else:
+        tensors = list(logits)
     usual = at_once([*tensors, *call.tensors()])
     signature = _signature(logits, tensors, call, peers) if usual else None
     if signature is not None and signature in _passed:
@@ -59,45 +62,60 @@ def _signature(
 ) -> Hashable | None:
     """What the checks look at in a usual call: one like another that was in order is in order.
     Values of numbers and the number of rows are looked at here, and are not of it. None where the
-    checks have to look."""
-    given = call[2:7]  # temperature to class_weight
-    sample_weight = call.sample_weight
-    others: list[Any] = []
-    for value in given:
-        if value.__class__ not in NUMBERS:
-            others.append(value)
-        elif value is not None and not 0 <= value <= FARTHEST:
-            return None
-    temperature, labels = call.temperature, call.labels
-    if temperature is None or (temperature.__class__ in NUMBERS and temperature < 1 / FARTHEST):
-        return None
+    checks have to look. Every call of the loss comes by here: each attribute of a tensor is asked
+    for once."""
     if not tensors:
         return None
-    device = tensors[0].device
-    for t in others:
+    labels, options, T, ce, kl, of_peers, of_classes, of_rows, _ = call
+    first, ignore = tensors[0], options.ignore_index
+    device, shape = first.device, first.shape
+    axes = len(shape)
+    if axes < 2 or labels.shape != (shape[-2],) or labels.device != device:
+        return None
+    if ignore.__class__ is not int or not INT64[0] <= ignore <= INT64[1]:
+        return None
+    kinds: list[Hashable] = [labels.dtype]
+    for t in tensors:
+        if t.shape != shape or t.device != device:
+            return None
+        kinds.append(t.dtype)
+    if T.__class__ is ce.__class__ is kl.__class__ is float and (
+        of_peers is of_classes is of_rows is None
+    ):
+        if not (1 / FARTHEST <= T <= FARTHEST and 0 <= ce <= FARTHEST and 0 <= kl <= FARTHEST):
+            return None
+    else:
+        others = _signature_of_others(call, device, shape[-2])
+        if others is None:
+            return None
+        kinds.append(others)
+    K = shape[0] if axes == 3 else len(tensors)
+    return device, first is logits, axes, K, shape[-1], options.students, peers, *kinds
+
+
+def _signature_of_others(call: Call, device: torch.device, N: int) -> Hashable | None:
+    """That of weights and of numbers, which may be 0-d tensors; None where the checks look."""
+    given, sample_weight = call[2:7], call.sample_weight  # temperature to class_weight
+    tensors: list[Any] = []
+    for value in given:
+        if value.__class__ not in NUMBERS:
+            tensors.append(value)
+        elif value is not None and not 0 <= value <= FARTHEST:
+            return None
+    temperature = call.temperature
+    if temperature is None or (temperature.__class__ in NUMBERS and temperature < 1 / FARTHEST):
+        return None
+    for t in tensors:
         if not isinstance(t, Tensor) or t.device != device:
             return None
-    shape, ignore = tensors[0].shape, call.options.ignore_index
     kind: Hashable = None
     if sample_weight is not None:
         if not isinstance(sample_weight, Tensor) or sample_weight.device != device:
             return None
-        if sample_weight.shape != shape[-2:-1]:
+        if sample_weight.shape != (N,):
             return None
         kind = sample_weight.dtype, sample_weight.requires_grad
-    if len(shape) < 2 or labels.shape != shape[-2:-1] or labels.device != device:
-        return None
-    if ignore.__class__ is not int or not INT64[0] <= ignore <= INT64[1]:
-        return None
-    for t in tensors:
-        if t.shape != shape or t.device != device:
-            return None
-    return (
-        device, tensors[0] is logits, len(tensors), shape[:-2], shape[-1:],
-        tuple([t.dtype for t in tensors]), labels.dtype, kind, call.options.students,
-        peers,
-        tuple(map(type, given)), tuple([(t.shape, t.requires_grad) for t in others]),
-    )  # fmt: skip
+    return kind, tuple(map(type, given)), tuple([(t.shape, t.requires_grad) for t in tensors])
 
 
 def _sizes(logits: Tensor | Sequence[Tensor], tensors: list[Tensor]) -> tuple[int, int, int]:

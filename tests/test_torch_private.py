@@ -368,12 +368,40 @@ def test_ordinary_tensors():
     assert not any(seen)
 
 
-def test_transforms_that_are_on_are_seen():
-    seen = [kernels_private.transforms_active()]
-    torch.vmap(lambda t: seen.append(kernels_private.transforms_active()) or t)(torch.ones(2, 2))
+def test_what_watches_operations_or_changes_derivatives_is_seen():
+    seen = [kernels_private.watched()]
+
+    def look(t):
+        seen.append(kernels_private.watched())
+        return t + 1
+
+    torch.vmap(look)(torch.ones(2, 2))
+    torch.func.grad(lambda t: look(t).sum())(torch.ones(2))
     with forward_ad.dual_level():
-        seen.append(kernels_private.transforms_active())
-    assert seen == [False, True, True]
+        look(torch.ones(2))
+    make_fx(look)(torch.ones(2))
+    torch.jit.trace(look, torch.ones(2), check_trace=False)
+    look(torch.ones(2))
+    assert seen == [False, True, True, True, True, True, False]
+
+
+def test_apply_of_ordinary_tensors_is_apply():
+    class Doubled(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, x, factor):
+            ctx.factor = factor
+            return x * factor
+
+        @staticmethod
+        def backward(ctx, upstream):
+            return upstream * ctx.factor, None
+
+    x = torch.ones(3, requires_grad=True)
+    for apply in (Doubled.apply, kernels_private.ordinary_apply(Doubled)):
+        result = apply(x, 2.0)
+        (grad,) = torch.autograd.grad(result.sum(), x)
+        assert result.tolist() == grad.tolist() == [2.0] * 3
+        assert type(result.grad_fn).__name__ == "DoubledBackward"
 
 
 @pytest.mark.gpu

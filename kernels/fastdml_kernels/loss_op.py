@@ -26,7 +26,8 @@ from .torch_private import (
     has_tangents,
     is_plain,
     ordinary,
-    transforms_active,
+    ordinary_apply,
+    watched,
 )
 
 NO_SECOND_DERIVATIVE = (
@@ -108,12 +109,7 @@ def at_once(tensors: Iterable[Tensor]) -> bool:
     """Whether a call is the usual one: eager, of plain tensors, with nothing on that looks at
     operations or changes what a derivative is. Said in one pass; what is not usual is told apart by
     `refuse_transforms`, `by_operator` and `keepable`."""
-    return not (
-        torch.compiler.is_compiling()
-        or dispatch_mode_active()
-        or torch.jit.is_tracing()
-        or transforms_active()
-    ) and ordinary(tensors)
+    return not (torch.compiler.is_compiling() or watched()) and ordinary(tensors)
 
 
 def by_operator(tensors: Iterable[Tensor]) -> bool:
@@ -266,7 +262,8 @@ class _EagerLoss(torch.autograd.Function):
             raise RuntimeError(NO_SECOND_DERIVATIVE)
         if upstream is None:
             return (None,) * len(ctx.needs_input_grad)
-        refuse_transforms("mutual_loss", (upstream,))
+        if watched() or not ordinary((upstream,)):
+            refuse_transforms("mutual_loss", (upstream,))
         # The stored gradients are given away, as the next node may write into them; a second
         # backward through a retained graph computes them again.
         grads, ctx.grads = ctx.grads, None
@@ -280,6 +277,8 @@ class _EagerLoss(torch.autograd.Function):
             scale_(grads_of_peers(grads, ctx.students), upstream)
         return None, None, None, *grads
 
+
+_apply = ordinary_apply(_EagerLoss)
 
 # ---- the operator that compiled code sees
 
@@ -454,5 +453,6 @@ def mutual_loss(
             )
             return losses, stats if call.want_stats else None
     if students:
-        return _EagerLoss.apply(call, students, tensors, *logits)
+        apply = _apply if usual else _EagerLoss.apply
+        return apply(call, students, tensors, *logits)
     return compute(logits, call)

@@ -7,7 +7,8 @@ newest torch by a test of its own. ("Public: none" is as of torch 2.14.)
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -67,10 +68,24 @@ def ordinary(tensors: Iterable[Tensor]) -> bool:
     return True
 
 
-def transforms_active() -> bool:
-    """Whether a transform of torch.func or forward-mode differentiation is on, whatever tensors it
-    is for. Public: none."""
-    return forward_ad._current_level >= 0 or torch._C._are_functorch_transforms_active()
+_modes = torch._C._len_torch_dispatch_stack
+_transforms = torch._C._are_functorch_transforms_active
+_traced = torch._C._is_tracing
+
+
+def watched() -> bool:
+    """Whether anything looks at operations or changes what a derivative is, whatever tensors it is
+    for: a TorchDispatchMode, torch.jit.trace, a transform of torch.func or forward-mode
+    differentiation. One question, as every call of the loss asks it. Public:
+    `torch.jit.is_tracing` for the second."""
+    return _modes() > 0 or _traced() or forward_ad._current_level >= 0 or _transforms()
+
+
+def ordinary_apply(function: type[torch.autograd.Function]) -> Callable[..., Any]:
+    """A function's `apply` for tensors that are `ordinary` while nothing is `watched`. The public
+    one looks for transforms, and among all arguments for tensors of transforms that have ended.
+    Public: `function.apply`."""
+    return super(torch.autograd.Function, function).apply  # type: ignore[misc]
 
 
 def dispatch_mode_active() -> bool:
