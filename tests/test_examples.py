@@ -48,7 +48,7 @@ def test_lightning_module():
 
 
 def test_lightning_optimizer_per_peer():
-    metrics = example("lightning_optimizer_per_peer", "sklearn", "lightning").main()
+    metrics = example("lightning_optimizer_per_peer", "sklearn", "lightning").main(epochs=3)
     assert min(metrics["val/top1_0"], metrics["val/top1_1"]) > 0.75  # chance is 0.1
     assert metrics["train/kl_1"] > 0
 
