@@ -3,6 +3,8 @@ who gets a gradient, by which route, and what is refused."""
 
 from __future__ import annotations
 
+from contextlib import nullcontext
+
 import numpy as np
 import pytest
 import torch
@@ -118,6 +120,21 @@ def test_a_student_that_requires_no_gradient_gets_none():
     assert not mutual_loss(z, y, students=[0, 2]).requires_grad
     with torch.no_grad():
         assert not mutual_loss(z, y, students=[1]).requires_grad
+
+
+@pytest.mark.parametrize("mode", [nullcontext, lambda: FlopCounterMode(display=False)])
+def test_a_backward_leaves_the_graphs_of_those_who_only_teach_alone(mode):
+    """A peer that learns from another loss: its graph is neither freed nor its hooks called."""
+    z, y = data()
+    taught = [x * x for x in z]
+    seen: list[object] = []
+    taught[1].register_hook(seen.append)
+    with mode():
+        losses = mutual_loss(taught, y, students=[0, 2])
+    losses.sum().backward()
+    assert seen == []
+    taught[1].sum().backward()
+    assert torch.equal(z[1].grad, 2 * z[1].detach())
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])

@@ -105,6 +105,14 @@ def students_of(logits: Sequence[Tensor], given: tuple[int, ...] | None) -> tupl
     return tuple([k for k in given if logits[k].requires_grad])
 
 
+def teachers_detached(logits: Sequence[Tensor], students: Sequence[int]) -> Sequence[Tensor]:
+    """The logits, those of other peers than the students without their graphs, which a backward
+    would otherwise pass, call the hooks of, and free. A stacked tensor has one graph, and stays."""
+    if is_stacked(logits):
+        return logits
+    return [z if k in students else z.detach() for k, z in enumerate(logits)]
+
+
 def at_once(tensors: Iterable[Tensor]) -> bool:
     """Whether a call is the usual one: eager, of plain tensors, with nothing on that looks at
     operations or changes what a derivative is. Said in one pass; what is not usual is told apart by
@@ -437,21 +445,22 @@ def mutual_loss(
     CPU for a label that is no class."""
     enabled = torch.is_grad_enabled()
     students = students_of(logits, call.options.students) if enabled else ()
+    looked_at = usual or torch.compiler.is_compiling()
+    if not looked_at:
+        refuse_transforms("mutual_loss", logits)
+    if call.options.students is not None:
+        logits = teachers_detached(logits, students)
+    if students and not looked_at:
+        logits, call = keepable(logits, call)
     tensors = [*logits, *call.tensors()]
-    if not usual:
-        if not torch.compiler.is_compiling():
-            refuse_transforms("mutual_loss", logits)
-            if students:
-                logits, call = keepable(logits, call)
-                tensors = [*logits, *call.tensors()]
-        if by_operator(tensors):
-            if not students:
-                logits = [z.detach() for z in logits]
-            now = bool(students) and gradients_now(logits, call)
-            losses, stats, _ = torch.ops.fastdml.mutual_loss(
-                logits, None, students, now, *flatten(call)
-            )
-            return losses, stats if call.want_stats else None
+    if not usual and by_operator(tensors):
+        if not students:
+            logits = [z.detach() for z in logits]
+        now = bool(students) and gradients_now(logits, call)
+        losses, stats, _ = torch.ops.fastdml.mutual_loss(
+            logits, None, students, now, *flatten(call)
+        )
+        return losses, stats if call.want_stats else None
     if students:
         apply = _apply if usual else _EagerLoss.apply
         return apply(call, students, tensors, *logits)
