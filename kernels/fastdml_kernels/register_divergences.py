@@ -270,8 +270,8 @@ def parts_from_peers(k: tl.constexpr, LOG_Q, Q, peer_weights, GATES, like,
             w = tl.broadcast_to(edge(k, l, peer_weights, GATES, like, K, EDGE, GATED)[:, None],
                                 Q[0].shape)  # fmt: skip
             forward, inner, pull = add_teacher(
-                forward, inner, pull, w, w * Q[l], times(w, Q[k] - Q[l]), LOG_Q[l] - LOG_Q[k],
-                DIVERGENCE, JSD_BETA,
+                forward, inner, pull, w, times(w, Q[l]), times(w, Q[k] - Q[l]),
+                LOG_Q[l] - LOG_Q[k], DIVERGENCE, JSD_BETA,
             )  # fmt: skip
     return forward, inner, pull
 
