@@ -99,8 +99,9 @@ class Callback:
     """The base of callbacks, which override what they need; any object with these methods serves.
 
     Each is called for the mutual training and, with `independent`, for the other one too:
-    `event.run` says which. To stop a training return a text, the reason: it is evaluated, saved and
-    summed up as at its end. The independent training still follows a mutual one that is stopped.
+    `event.run` says which. To stop a training return a text, the reason, from `on_epoch` or
+    `on_evaluation`: it is evaluated, saved and summed up as at its end. The independent training
+    still follows a mutual one that is stopped.
     """
 
     def on_epoch_start(self, event: EpochStartEvent) -> None:
@@ -160,12 +161,16 @@ class Calls:
 
     def _set_peer_weights(self, weights: Any) -> None:
         trainer, loss, size = self.trainer, self.trainer.loss, self._networks
-        given = torch.as_tensor(weights, dtype=torch.float32).detach().cpu()
+        wanted = (
+            f"give a matrix ({size}, {size}) of numbers from 0 on, row k how much network k learns "
+            "from each"
+        )
+        try:
+            given = torch.as_tensor(weights, dtype=torch.float32).detach().cpu()
+        except (TypeError, ValueError, RuntimeError) as error:
+            raise InputError(f"peer weights, a {type(weights).__name__}: {wanted}") from error
         if given.shape != (size, size) or not (given.isfinite() & (given >= 0)).all():
-            raise InputError(
-                f"peer weights {tuple(given.shape)}: give a matrix ({size}, {size}) of numbers "
-                "from 0 on, row k how much network k learns from each"
-            )
+            raise InputError(f"peer weights {tuple(given.shape)}: {wanted}")
         if loss.peer_weights is None:
             loss.peer_weights = given.to(trainer.device, copy=True)
         else:  # in place, where a captured graph reads it
@@ -234,6 +239,11 @@ class Calls:
                 event.step,
             )
             raise
+        if reason is not None and name == "on_epoch_start":
+            raise InputError(
+                f"{what} returned {reason!r}: return nothing; on_epoch and on_evaluation stop a "
+                "training"
+            )
         if reason is not None and not isinstance(reason, str):
             raise InputError(
                 f"{what} returned {reason!r}: return None to go on, or a text, the reason, to stop "

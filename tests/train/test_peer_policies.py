@@ -89,15 +89,26 @@ def test_a_run_goes_on_with_them_in_the_middle_of_an_epoch(settings, tmp_path, p
 
 
 @pytest.mark.parametrize(
-    "weights", [torch.ones(2, 2), -torch.ones(3, 3), torch.full((3, 3), float("nan"))], ids=str
+    "weights",
+    [torch.ones(2, 2), -torch.ones(3, 3), torch.full((3, 3), float("nan")), [[0, 1], [1]], None],
+    ids=str,
 )
 def test_others_are_refused(settings, weights):
     class Wrong(Callback):
         def on_epoch_start(self, event):
             event.set_peer_weights(weights)
 
-    with pytest.raises(InputError, match=r"peer weights .*: give a matrix \(3, 3\) of numbers"):
+    with pytest.raises(InputError, match=r"peer weights.*: give a matrix \(3, 3\) of numbers"):
         fit(quiet_cohort(), *make_loaders(), settings(), callbacks=[Wrong()])
+
+
+def test_the_start_of_an_epoch_stops_nothing(settings):
+    class Stops(Callback):
+        def on_epoch_start(self, event):
+            return "enough"
+
+    with pytest.raises(InputError, match=r"on_epoch_start returned 'enough': return nothing"):
+        fit(quiet_cohort(), *make_loaders(), settings(), callbacks=[Stops()])
 
 
 def test_an_object_of_before_lacks_the_method(settings):
