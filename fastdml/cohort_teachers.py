@@ -167,13 +167,18 @@ def digest(network: nn.Module) -> str:
     return found.hexdigest()
 
 
-def as_teachers(found: Iterable[str | nn.Module], cohort: Cohort) -> tuple[Teacher, ...]:
-    """The teachers of a cohort, on its device: each a `Teacher`, a module that gives logits, or
-    timm:NAME with its pretrained weights. Raises InputError, see `Cohort`."""
+def listed_teachers(found: Iterable[str | nn.Module]) -> list[str | nn.Module]:
+    """`found` as a list. Raises InputError for a name or a module, which may be iterable too."""
     if isinstance(found, (str, nn.Module)) or not isinstance(found, Iterable):
         one = type(found).__name__ if isinstance(found, nn.Module) else repr(found)
         raise InputError(f"teachers must be a list, such as ['timm:resnet18'], not {one}")
-    teachers = [_teacher(k, one, cohort) for k, one in enumerate(found)]
+    return [*found]
+
+
+def as_teachers(found: Iterable[str | nn.Module], cohort: Cohort) -> tuple[Teacher, ...]:
+    """The teachers of a cohort, on its device: each a `Teacher`, a module that gives logits, or
+    timm:NAME with its pretrained weights. Raises InputError, see `Cohort`."""
+    teachers = [_teacher(k, one, cohort) for k, one in enumerate(listed_teachers(found))]
     names = unique([*cohort.names, *(t.name for t in teachers)])[len(cohort.names) :]
     for teacher, name in zip(teachers, names, strict=True):
         teacher.name = name

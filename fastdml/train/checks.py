@@ -111,7 +111,10 @@ def first_look(cohort: Cohort, train: Batches, config: TrainConfig, amp: Amp) ->
             setattr(cohort, name, before)
     for teacher in cohort.teachers:
         teacher.match(cohort.record())
-        _try_evaluation(teacher.name, teacher, part, cohort.num_classes, amp, role="teacher")
+        logits = _try_evaluation(
+            teacher.name, teacher, part, cohort.num_classes, amp, role="teacher"
+        )
+        _can_teach(teacher.name, logits)
     return images
 
 
@@ -163,7 +166,7 @@ def _try_evaluation(
     amp: Amp,
     what: str = "",
     role: str = "peer",
-) -> None:
+) -> Tensor:
     try:
         with evaluating(peer), torch.inference_mode(), amp.autocast():
             logits = peer(images)
@@ -173,6 +176,18 @@ def _try_evaluation(
             f"{_of_another_type(peer, images)}"
         ) from error
     check_logits(name, logits, images, num_classes, REMEDY, role=role)
+    return logits
+
+
+def _can_teach(name: str, logits: Tensor) -> None:
+    if not logits.is_floating_point():
+        kind = str(logits.dtype).removeprefix("torch.")
+        raise InputError(f"teacher {name} gives logits of {kind}: wrap it, and cast them to float")
+    if bad := int(logits.isnan().any(1).sum()):
+        raise InputError(
+            f"teacher {name} gives logits with NaN for {bad} of the {len(logits)} first inputs: "
+            "nobody can learn from it, so leave it out"
+        )
 
 
 def _of_another_type(peer: nn.Module, images: Tensor) -> str:

@@ -12,7 +12,7 @@ from typing import Any
 from torch import nn
 
 from fastdml.cohort import Cohort
-from fastdml.cohort_teachers import TIMM, Identity, Teacher
+from fastdml.cohort_teachers import TIMM, Identity, Teacher, listed_teachers
 from fastdml.errors import InputError
 from fastdml.paths import expanded
 from fastdml.peer_outputs import full_precision, peer_numbers
@@ -29,7 +29,7 @@ def taught(
     """Within it `cohort` has behind its own teachers those that the settings name, and `more`;
     afterwards its own, and it knows by which its weights were taught. Raises InputError."""
     before = cohort.teachers
-    if wanted := [*config.teachers, *more]:
+    if wanted := [*config.teachers, *listed_teachers(more)]:
         try:
             cohort.teachers = [*before, *found(wanted)]
         except InputError as error:

@@ -157,6 +157,17 @@ def test_a_run_goes_on_with_the_same_teachers_wherever_they_are(here, capsys):
     assert same_weights(Cohort.load("small"), Cohort.load("whole"))
 
 
+class Says(nn.Module):
+    """The same number for each image and class."""
+
+    def __init__(self, number):
+        super().__init__()
+        self.number = number
+
+    def forward(self, x):
+        return torch.full((len(x), CLASSES), self.number)
+
+
 class TestFit:
     def test_modules_teach_in_one_run_or_for_good(self, settings, tmp_path):
         teacher = TinyPeer(9, 77)
@@ -195,6 +206,20 @@ class TestFit:
     def test_what_load_gives_is_refused_with_its_remedy(self, settings):
         with pytest.raises(InputError, match=r"teachers=\[\*it\.peers\]"):
             fit(make_cohort(), *make_loaders(), settings(), teachers=[Predictor(make_cohort())])
+
+    @pytest.mark.parametrize(
+        ("teachers", "message"),
+        [
+            ("big", r"teachers must be a list, such as \['timm:resnet18'\], not 'big'"),
+            (nn.Sequential(nn.Flatten()), "teachers must be a list, .* not Sequential"),
+            (None, "teachers must be a list, .* not None"),
+            ([Says(float("nan"))], "Says gives logits with NaN for 16 of the 16 first inputs"),
+            ([Says(1)], "teacher Says gives logits of int64: wrap it"),
+        ],
+    )
+    def test_what_gives_no_logits_to_learn_from_is_one_line(self, settings, teachers, message):
+        with pytest.raises(InputError, match=message):
+            fit(make_cohort(), *make_loaders(), settings(), teachers=teachers)
 
     def test_a_teacher_of_another_normalisation_gets_the_images_as_it_was_trained(
         self, settings, tmp_path
