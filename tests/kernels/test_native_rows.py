@@ -5,6 +5,8 @@ from __future__ import annotations
 
 import ctypes
 import itertools
+import re
+from pathlib import Path
 
 import pytest
 import torch
@@ -110,6 +112,47 @@ def test_sums_do_not_depend_on_the_number_of_threads(options, native_alone):
         assert all(torch.equal(answers[0].stats[name], v) for name, v in other.stats.items())
         for ours, theirs in zip(answers[0].grads, other.grads, strict=True):
             assert (ours is None and theirs is None) or torch.equal(ours, theirs)
+
+
+@pytest.mark.parametrize("options", [{}, {"temperature": 2.0}, {"students": "first"}])
+def test_a_row_has_the_same_bits_alone_and_among_others(options, native_alone):
+    """Short rows are normalised in groups, without those that have no label."""
+    for K, C in ((2, 5), (3, 21), (2, 1000)):
+        p = make(K, 21, C, reduction="sum", seed=C, **options)
+        p.labels[::5] = -100
+        p.labels[6:8] = -100
+        together = cpu(p)
+        for n in range(21):
+            row = slice(n, n + 1)
+            alone = Problem([z[row] for z in p.logits], p.labels[row], p.options, p.weights)
+            for grad, one in zip(together.grads, cpu(alone).grads, strict=True):
+                assert (grad is None and one is None) or torch.equal(grad[row], one)
+
+
+def _flags_of_memory(address: int) -> list[str]:
+    """The kernel's flags of the mapping that an address lies in."""
+    inside = False
+    for line in Path("/proc/self/smaps").read_text().splitlines():
+        words = line.split()
+        if words[0] == "VmFlags:" and inside:
+            return words[1:]
+        if re.fullmatch(r"[0-9a-f]+-[0-9a-f]+", words[0]):
+            start, end = (int(part, 16) for part in words[0].split("-"))
+            inside = start <= address < end
+    raise AssertionError(f"no mapping holds {address:#x}")
+
+
+@pytest.mark.skipif(
+    not Path("/sys/kernel/mm/transparent_hugepage/enabled").exists()
+    or not Path("/proc/self/smaps").exists(),
+    reason="the system has no large pages to ask for",
+)
+def test_memory_of_large_gradients_is_asked_for_in_large_pages(native_alone):
+    p = make(2, 2, 1 << 20)
+    grads = [torch.empty_like(z) for z in p.logits]  # 8 MiB each: at least three pages of 2 MiB
+    cpu_module.mutual_loss_cpu(list(p.logits), p.labels, p.options, grads=grads)
+    for grad in grads:
+        assert "hg" in _flags_of_memory(grad.data_ptr() + (4 << 20))
 
 
 @pytest.mark.parametrize("width", WIDTHS)
