@@ -59,7 +59,10 @@ def _matrices(name: str, value: Tensor | Sequence[Tensor]) -> list[Tensor]:
     if not tensors or any(not isinstance(t, Tensor) or t.dim() != 2 for t in tensors):
         shapes = [tuple(t.shape) if isinstance(t, Tensor) else type(t).__name__ for t in given]
         shown = shapes[0] if isinstance(value, Tensor) else shapes
-        raise ValueError(f"{name} {shown}: give K tensors, each 2-d, or one 3-d tensor")
+        raise ValueError(
+            f"{name} {shown}: give K tensors, each 2-d, or one 3-d tensor; flatten(0, -2) makes "
+            "rows of (batch, length, D)"
+        )
     return tensors
 
 
@@ -77,8 +80,11 @@ def check_given(
         if z.shape != (N, C):
             raise ValueError(
                 f"teacher_logits of shape {tuple(z.shape)} for rows and classes of ({N}, {C}): "
-                "give (N, C), (T, N, C), or a list of T (N, C)"
+                "give (N, C), (T, N, C), or a list of T (N, C); flatten(0, -2) makes rows of "
+                "(batch, length, C)"
             )
+        if z.dtype not in LOGIT_DTYPES:
+            raise TypeError(f"teacher_logits of {z.dtype}: give logits of a floating dtype")
         _check_given_device("teacher_logits", z, device)
     dtypes = [z.dtype for z in each]
     log_probs = indices = None

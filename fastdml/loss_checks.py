@@ -131,7 +131,10 @@ def _sizes(logits: Tensor | Sequence[Tensor], tensors: list[Tensor]) -> tuple[in
             shapes = [
                 tuple(z.shape) if isinstance(z, Tensor) else type(z).__name__ for z in tensors
             ]
-            raise ValueError(f"logits {shapes}: give at least one tensor, each of shape (N, C)")
+            raise ValueError(
+                f"logits {shapes}: give at least one tensor, each of shape (N, C); flatten(0, -2) "
+                "makes rows of more dimensions, torch.from_numpy a tensor of an array"
+            )
         K, (N, C) = len(tensors), tensors[0].shape
         if any(z.shape != tensors[0].shape for z in tensors):
             shapes = [tuple(z.shape) for z in tensors]
@@ -211,7 +214,7 @@ def _check_numbers(call: Call, device: torch.device) -> None:
         if type(value) is float or not isinstance(value, Tensor):
             if not isinstance(value, (float, int)) and not hasattr(value, "__float__"):
                 raise TypeError(f"{name}={value!r}: give a number, or a 0-d tensor on {device}")
-            numbers[name] = value
+            numbers[name] = value if isinstance(value, int) else float(value)
             continue
         if value.dim() != 0 or value.device != device:
             raise ValueError(

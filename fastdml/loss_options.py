@@ -15,6 +15,8 @@ from fastdml_kernels import Call, Options
 from fastdml_kernels.options import EVEN, Divergence, Gate, Reduction, Scalar, Target
 from torch import Tensor
 
+from fastdml.names import advice
+
 Students = Sequence[int] | Sequence[bool] | Tensor  # indices of peers, or a mask over them
 Function = TypeVar("Function", bound=Callable[..., Any])
 
@@ -73,10 +75,16 @@ def call_with(
     ignore_index: int = -100,
     mimic_ignored: bool = False,
     reduction: Reduction = "mean",
+    **unknown: Any,
 ) -> Call:
     """The `Call` that the kernels get. Raises ValueError for an option that is not one of its
     choices, TypeError for a name that is no option. Of students given as a mask, its length is
     still to be checked (`mask_length`)."""
+    if unknown:
+        name = next(iter(unknown))
+        known = inspect.signature(call_with).parameters.values()
+        names = [p.name for p in known if p.kind is p.KEYWORD_ONLY]
+        raise TypeError(f"{name} is no option of the loss; {advice(name, names)}")
     # The kernels are compiled for Python's own numbers: numpy's, say, are no constants to Triton.
     if type(label_smoothing) is not float and hasattr(label_smoothing, "__float__"):
         label_smoothing = float(label_smoothing)

@@ -144,9 +144,9 @@ def test_a_class_that_is_none_is_nan_where_nobody_looks():
 
 BAD = [
     ({"teacher_logits": torch.zeros(N, C + 1)}, ValueError, r"teacher_logits of shape \(11, 14\)"),
-    ({"teacher_logits": [torch.zeros(1, N, C)]}, ValueError, "or a list of T"),
+    ({"teacher_logits": [torch.zeros(1, N, C)]}, ValueError, r"of T .*; flatten\(0, -2\) makes"),
     ({"teacher_logits": [np.zeros((N, C))]}, TypeError, "torch.from_numpy"),
-    ({"teacher_logits": torch.zeros(N, C, dtype=torch.int32)}, TypeError, "logits of torch.int32"),
+    ({"teacher_logits": torch.zeros(N, C).int()}, TypeError, "teacher_logits of torch.int32: give"),
     ({"teacher_logits": torch.zeros(N, C, device="meta")}, ValueError, "on meta, hidden on cpu"),
     ({"teacher_topk": torch.zeros(N, 2)}, TypeError, r"give \(log_probs, indices\)"),
     ({"teacher_topk": (torch.zeros(N, 2), torch.zeros(N, 3).long())}, ValueError, "of shapes"),

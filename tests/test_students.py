@@ -407,6 +407,13 @@ WRONG = {
     "list": ({"sample_weight": [1.0] * N}, TypeError, "of type list: give a tensor"),
     "device": ({"sample_weight": torch.ones(N, device="meta")}, ValueError, "on meta: give"),
     "gradient": ({"sample_weight": torch.ones(N).requires_grad_()}, ValueError, "requires a grad"),
+    "negative weight": ({"sample_weight": -TIMES}, ValueError, "sample_weight holds -.* give 0"),
+    "no weight": ({"sample_weight": TIMES * torch.nan}, ValueError, "holds nan: .* finite numbers"),
+    "endless weight": ({"sample_weight": TIMES + torch.inf}, ValueError, "sample_weight holds inf"),
+    "beta's type": ({"divergence": "jsd", "jsd_beta": "0.3"}, TypeError, "='0.3': give a number"),
+    "smoothing's type": ({"label_smoothing": None}, TypeError, "=None: give a number, 0 to 1"),
+    "other name": ({"tau": 4.0}, TypeError, "tau is no option of the loss; did you mean temperat"),
+    "no name": ({"qqqq": 1}, TypeError, "qqqq is no option .*; there is temperature, ce_weight"),
     "sparse": ({"sample_weight": torch.ones(N).to_sparse()}, TypeError, "sparse_coo tensor"),
 }
 

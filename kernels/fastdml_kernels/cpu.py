@@ -61,6 +61,16 @@ def _find_labelled(labels: Tensor, ignore_index: int, C: int) -> Tensor | None:
     return None if bool(labelled.all()) else labelled
 
 
+def _refuse_weights(sample_weight: Tensor) -> None:
+    """Raises ValueError for a weight that counts no rows: the native code leaves them to torch."""
+    misfit = sample_weight[~((sample_weight >= 0) & (sample_weight < float("inf")))]
+    if misfit.numel():
+        raise ValueError(
+            f"sample_weight holds {misfit[0].item():g}: a row counts as so many rows; give 0, "
+            "which leaves it out, or more, and finite numbers"
+        )
+
+
 class _BlockStats(NamedTuple):
     """Sums over a block's rows."""
 
@@ -355,7 +365,7 @@ def mutual_loss_cpu(
 ) -> tuple[Tensor, Tensor | None]:
     """Losses, (K,) or (K, N), and packed statistics (`StatsLayout`; None if not wanted), both
     float32, or float64 where any logits are; writes `grads`. Raises ValueError for a label that is
-    no class."""
+    no class, and for a row's weight that is below 0 or not finite."""
     temperature, ce_weight, kl_weight = float(temperature), float(ce_weight), float(kl_weight)
     if upstream is None:
         done = rows_loss(
@@ -367,8 +377,10 @@ def mutual_loss_cpu(
     K, (N, C) = len(logits), logits[0].shape
     dtype = torch.float64 if any(z.dtype == torch.float64 for z in logits) else torch.float32
     present = None
-    if sample_weight is not None and not bool(sample_weight.all()):
-        present = sample_weight != 0
+    if sample_weight is not None:
+        _refuse_weights(sample_weight)
+        if not bool(sample_weight.all()):
+            present = sample_weight != 0
     labelled = None
     if present is None:
         labelled = _find_labelled(labels, options.ignore_index, C)

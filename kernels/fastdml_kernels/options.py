@@ -51,6 +51,9 @@ class Options:
             value = getattr(self, name)
             if value not in allowed:
                 raise ValueError(f"{name}={value!r}: choose one of {', '.join(map(repr, allowed))}")
+        for name in ("label_smoothing", "jsd_beta"):
+            if not isinstance(getattr(self, name), (int, float)):
+                raise TypeError(f"{name}={getattr(self, name)!r}: give a number, 0 to 1")
         if not 0.0 <= self.label_smoothing <= 1.0:
             raise ValueError(
                 f"label_smoothing={self.label_smoothing}: give a share of the target, 0 to 1"
