@@ -10,7 +10,7 @@ CPU_ROWS = Extension(
     "fastdml_kernels._cpu_rows",
     sorted(map(str, NATIVE.glob("cpu_rows*.c"))),
     depends=sorted(map(str, NATIVE.glob("cpu_*.h"))),
-    extra_compile_args=["-O3", "-std=c11", "-ffp-contract=off", "-pthread", "-Wno-psabi"],
+    extra_compile_args=["-O3", "-g0", "-std=c11", "-ffp-contract=off", "-pthread", "-Wno-psabi"],
     extra_link_args=["-pthread", "-lm"],
     py_limited_api=True,  # it has no Python in it: ctypes loads it
     optional=True,

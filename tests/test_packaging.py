@@ -67,6 +67,8 @@ def test_the_wheel_holds_both_import_names_and_nothing_else(tmp_path):
     expected |= {str(path.relative_to(ROOT)) for path in templates}
     if shutil.which("gcc") or shutil.which("clang"):
         expected.add("fastdml_kernels/_cpu_rows.abi3.so")
+        code = wheel.read("fastdml_kernels/_cpu_rows.abi3.so")
+        assert b".debug_info" not in code  # five times the size
     assert {n for n in names if not n.startswith(info)} == expected
     assert f"{info}/licenses/LICENSE" in names
     entry_points = wheel.read(f"{info}/entry_points.txt").decode()
