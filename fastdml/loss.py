@@ -188,7 +188,8 @@ def mutual_loss(
     label_smoothing, class_weight (C,), ignore_index: as in `torch.nn.functional.cross_entropy`.
     sample_weight: (N,) floating, not negative: a row of weight w counts as w rows, in means, sums,
         statistics and their counts; reduction="none" multiplies by it. A row of weight 0 is absent:
-        what it holds, NaN too, has no effect.
+        what it holds, NaN too, has no effect. On the CPU a weight below 0, infinite or NaN raises
+        ValueError.
     mimic_ignored: True keeps rows without a label in the KL term (semi-supervised, section 3.4);
         a batch without any label then has a cross-entropy of 0 instead of NaN.
     reduction: "mean" over rows (the CE's weighted as in cross_entropy; the KL's as in

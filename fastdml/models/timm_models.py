@@ -224,7 +224,7 @@ def _weights(timm: ModuleType, name: str) -> dict[str, str]:
     except Exception as error:  # whatever the installed HTTP client raises
         raise InputError(
             f"the pretrained weights of timm:{name} ({repo}) are not in {cache}, and {endpoint} "
-            f"cannot be reached ({type(error).__name__}): go online once, copy the cache here, or "
-            "set pretrained to false"
+            f"cannot be reached ({type(error).__name__}): go online once, or copy the cache "
+            "here; or, for peers, set pretrained to false"
         ) from None
     return {}

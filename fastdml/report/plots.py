@@ -17,7 +17,7 @@ from typing import Any
 from fastdml.errors import InputError, require
 from fastdml.files import write_atomically
 from fastdml.paths import expanded
-from fastdml.report.metrics_log import INDEPENDENT, METRICS, read_metrics
+from fastdml.report.metrics_log import INDEPENDENT, METRICS, TEACHER_KL, read_metrics
 from fastdml.report.scoring import Headline
 from fastdml.yaml_file import CONFIG, read_settings
 
@@ -115,13 +115,21 @@ def _panels(
 ) -> list[tuple[str, str, str, float]]:
     """The panels of a figure: (kind of record, its key, title, unit) of each."""
     panels = [("train", "ce", "training cross-entropy (nats)", 1.0)]
-    if K > 1:
-        panels.append(("train", "kl", "training KL from the other peers (nats)", 1.0))
+    if others := whom_peers_learn_from(records, K):
+        panels.append(("train", "kl", f"training KL from {others} (nats)", 1.0))
     if any("metric" in r for r in records):
         panels.append(("train", "metric", "training loss on features", 1.0))
     images = "validation" if any(r["kind"] == "validation" for r in records) else "test"
     panels += [(images, score.name, f"{images} {score.title} (%)", 100.0) for score in headlines]
     return panels
+
+
+def whom_peers_learn_from(records: Records, K: int) -> str:
+    """The networks that the KL term of a run of K peers is from, by its records; empty: none."""
+    taught = any(key.startswith(TEACHER_KL) for record in records for key in record)
+    others = ["the other peers"] if K > 1 else []
+    others += ["the teachers"] if taught else []
+    return " and ".join(others)
 
 
 def _legend(names: Sequence[str], runs: Sequence[str]) -> list[tuple[Any, str, str, str]]:

@@ -45,6 +45,15 @@ class RunFiles:
         """Whether the peers learnt from each other: "mutual" or "independent"."""
         return "mutual" if len(self.peers) == 1 or is_mutual(self.settings) else INDEPENDENT
 
+    @property
+    def teachers(self) -> list[str]:
+        """Names of the frozen networks that taught the peers."""
+        found = self.summary.get("teachers")
+        if not isinstance(found, list):  # it has not ended
+            found = self.settings.get("teachers") or []
+            return [str(name) for name in found] if isinstance(found, (list, tuple)) else []
+        return [str(table(teacher).get("name")) for teacher in found]
+
     def of_kind(self, kind: str) -> list[dict[str, Any]]:
         return [record for record in self.records if record["kind"] == kind]
 

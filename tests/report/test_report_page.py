@@ -17,6 +17,7 @@ from report_runs import Page, make_retrieval_run, make_run, predictions, scores
 from fastdml.errors import InputError
 from fastdml.report.html.comparison_page import comparison_page
 from fastdml.report.html.run_page import run_page
+from fastdml.report.metrics_log import MetricsLog
 from fastdml.report.predictions import PREDICTIONS
 from fastdml.report.run_files import read_run
 from fastdml.report.statistics import binomial_interval, calibration, class_accuracy, confusion
@@ -279,6 +280,26 @@ def test_one_peer(tmp_path):
     assert "Hardest class first" in page.tables
     assert "Hardest images" in page.text
     assert "ensemble" not in page.text.lower().replace("ensemble: ", "")
+
+
+@pytest.mark.parametrize("K", [1, 2])
+def test_peers_with_a_teacher(tmp_path, K):
+    """The page names it, and says whom the peers learnt from and what the KL term is of."""
+    peers = [f"resnet8-{k + 1}" for k in range(K)]
+    teachers = {"teachers": [{"name": "big:resnet20", "source": "runs/big"}]}
+    run = make_run(tmp_path / "run", predictions(K=K, peers=peers), summary=teachers)
+    make_run(run / "independent", predictions(K=K, peers=peers), kl_weight=0.0)
+    with MetricsLog(run, peers, tensorboard=False, resume_step=30) as log:
+        values = {"kl": [0.1] * K, "teacher_kl/big:resnet20": [0.2] * K}
+        log.log("train", 40, 4, **values)
+        log.log("epoch", 40, 4, **values)
+    page = page_of(run)
+    how = "One peer" if K == 1 else "Trained together on digits"
+    others = "" if K == 1 else "from each other and "
+    assert f"{how}, taught by big:resnet20" in page.text
+    assert "labels alone" not in page.text
+    assert f"Learning {others}from teachers changed that by" in page.text
+    assert f"Training KL from {'' if K == 1 else 'the other peers and '}the teachers" in page.text
 
 
 def test_many_peers_and_a_thousand_classes(tmp_path):

@@ -15,7 +15,7 @@ from fastdml.report.html.charts import (
     number_text,
     peer_look,
 )
-from fastdml.report.plots import curve_points
+from fastdml.report.plots import curve_points, whom_peers_learn_from
 from fastdml.report.run_files import RunFiles, number, numbers
 from fastdml.report.scoring import Headline
 
@@ -44,8 +44,8 @@ def training(run: RunFiles, headlines: Sequence[Headline]) -> list[Panel]:
     runs = phases(run)
     K = len(run.peers)
     losses = [("ce", "Training cross-entropy (nats)")]
-    if K > 1:
-        losses.append(("kl", "Training KL from the other peers (nats)"))
+    if others := whom_peers_learn_from(run.records, K):
+        losses.append(("kl", f"Training KL from {others} (nats)"))
     losses.append(("metric", "Training loss on features"))
     panels = []
     for key, title in losses:

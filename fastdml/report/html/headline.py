@@ -17,7 +17,7 @@ from fastdml.report.statistics import Interval, binomial_interval, paired_interv
 
 IN_NATS = {"nll": "NLL (nats)", "entropy": "entropy (nats)"}
 TITLES = {"top1": "top-1", "top5": "top-5", "ece": "calibration error"}  # of others, their names
-NAMED_PEERS = 3  # more are summed up in a sentence
+NAMED_PEERS = 3  # more, of teachers too, are summed up in a sentence
 
 
 class Cell(NamedTuple):
@@ -170,14 +170,22 @@ def _result(shown: Shown) -> str:
     mutual = _values_text(numbers(shown.scores.get(lead.name), len(run.peers)))
     where = f"{label} on {cases_text(shown)}"
     data = data_text(run.settings)
-    if len(run.peers) == 1:
-        return f"One peer, trained from the labels alone on {data}, reaches {mutual} {where}."
     if run.label != "mutual":
         return f"Each trained by itself on {data}, the peers reach {mutual} {where}."
-    text = f"Trained together on {data}, the peers reach {mutual} {where}"
+    taught = ""
+    if teachers := run.teachers:
+        few = len(teachers) <= NAMED_PEERS
+        taught = f"taught by {' and '.join(teachers) if few else f'{len(teachers)} teachers'}"
+    if len(run.peers) == 1:
+        how = taught or "trained from the labels alone"
+        text, alone = f"One peer, {how} on {data}, reaches {mutual} {where}", "by itself"
+    else:
+        how = f", {taught}" if taught else ""
+        text = f"Trained together on {data}{how}, the peers reach {mutual} {where}"
+        alone = "each by itself"
     if shown.alone:
         other = _values_text(numbers(shown.alone.get(lead.name), len(run.peers)))
-        text += f"; each by itself, from the same start on the same batches, {other}"
+        text += f"; {alone}, from the same start on the same batches, {other}"
     return f"{text}."
 
 
@@ -189,7 +197,11 @@ def _comparison(shown: Shown) -> str:
     gaps = [a - b for a, b in pairs if a is not None and b is not None]
     if not gaps:
         return ""
-    text = f"Learning from each other changed that by {_points(sum(gaps) / len(gaps))} on average"
+    taught = bool(shown.run.teachers)
+    others = ["from each other"] if K > 1 or not taught else []
+    others += ["from teachers"] if taught else []
+    mean = _points(sum(gaps) / len(gaps))
+    text = f"Learning {' and '.join(others)} changed that by {mean} on average"
     if shown.pairs is None or lead.name != "top1":
         return f"{text}."
     a, b = (right(found)[:-1].mean(axis=0) for found in shown.pairs)
