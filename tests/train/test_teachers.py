@@ -11,7 +11,7 @@ import pytest
 import torch
 import yaml
 from reid_runs import SMALL as SMALL_REID
-from runs import logged, same_weights
+from runs import crashing, logged, same_weights
 from safetensors import safe_open
 from safetensors.torch import save_file
 from tiny_runs import CLASSES, CPU, TinyPeer, make_cohort, make_images, make_loaders
@@ -155,6 +155,46 @@ def test_a_run_goes_on_with_the_same_teachers_wherever_they_are(here, capsys):
     assert message in capsys.readouterr().err
     assert cli.main([*on, "--teachers", "moved"]) == 0
     assert same_weights(Cohort.load("small"), Cohort.load("whole"))
+
+
+class Drawn(fastdml.train.Callback):
+    def on_epoch_start(self, event):
+        generator = torch.Generator().manual_seed(int(event.epoch))
+        weights = torch.rand(event.networks, event.networks, generator=generator)
+        event.set_peer_weights(weights)
+
+
+@pytest.mark.parametrize(
+    "own",
+    [
+        {"gate": "entropy", "augment": "none", "cache_teachers": True},
+        pytest.param({"target": "ensemble", "ema": 0.9}, marks=pytest.mark.slow),
+        pytest.param({"peers": ("resnet8",), "accumulate": 2, "amp": "bf16"},
+                     marks=pytest.mark.slow),
+    ],
+)  # fmt: skip
+def test_with_all_else_that_changes_over_a_run_it_resumes_bit_for_bit(here, own):
+    """Few labels, schedules of both numbers, another divergence and a callback's weights; the
+    cache changes no bit of it."""
+    options = {
+        "teachers": ["big"], "labelled": 20, "subset": 60, "batch_size": 12, "epochs": 2,
+        "divergence": "jsd", "jsd_beta": 0.2, "kl_schedule": "cosine", "kl_weight_end": 0.1,
+        "kl_warmup_epochs": 0.5, "temperature": 4.0, "temperature_schedule": "linear",
+        "temperature_end": 1.0, "eval_every": 2, "save_every_steps": 1, "threads": 1, "amp": "off",
+        "execution": "eager", "device": "cpu", "tensorboard": False, **own,
+    }  # fmt: skip
+
+    def run(folder, **changes):
+        fastdml.train.digits(**{**options, "folder": folder, **changes}, callbacks=[Drawn()])
+        return Cohort.load(folder)
+
+    whole = run("whole")
+    with crashing(8):
+        run("broken")
+    assert same_weights(run("broken", resume=True), whole)
+    assert logged("broken") == logged("whole")
+    if own.get("cache_teachers"):
+        assert same_weights(run("asked", cache_teachers=False), whole)
 
 
 class Says(nn.Module):
