@@ -114,6 +114,11 @@ def _changed(key: str, was: Any, now: Any) -> str:
 
 
 def _take(trainer: Trainer, state: dict[str, Any], path: Path) -> None:
+    teachers = state.get("description", {}).get("teachers", [])
+    names = [entry["name"] for entry in teachers]  # which stay in the log, wherever they are now
+    for teacher, name in zip(trainer.cohort.teachers, names, strict=True):
+        teacher.name = name
+    trainer.totals.teachers = tuple(names)
     trainer.progress.load(state)
     checkpoint.load_weights(trainer.cohort, state["cohort"], path)
     trainer.optimizer.load_state_dict(state["optimizer"])

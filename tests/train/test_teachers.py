@@ -155,6 +155,9 @@ def test_a_run_goes_on_with_the_same_teachers_wherever_they_are(here, capsys):
     assert message in capsys.readouterr().err
     assert cli.main([*on, "--teachers", "moved"]) == 0
     assert same_weights(Cohort.load("small"), Cohort.load("whole"))
+    assert logged("small") == logged("whole")  # by the names that they had
+    entry = Cohort.load("small").taught_by[1]
+    assert (entry.name, entry.source) == ("big:resnet14", "moved:resnet14")
 
 
 class Drawn(fastdml.train.Callback):
