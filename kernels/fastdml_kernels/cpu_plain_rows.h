@@ -351,10 +351,14 @@ INLINE int plain_block(const Problem *p, int64_t begin, int64_t end, Sums *sums,
 
 typedef int Rows(const Problem *p, int64_t begin, int64_t end, Sums *sums, float *memory);
 
-/* `plain_block` with constants: training without statistics of the most usual numbers of peers, whose
-   values then stay in registers; other float32; and all else. */
+/* `plain_block` with constants: training of the most usual numbers of peers, two of them also with the
+   statistics of a training step, whose values then stay in registers; other float32; and all else. */
 static int two_peers(const Problem *p, int64_t begin, int64_t end, Sums *sums, float *memory) {
     return plain_block(p, begin, end, sums, memory, 2, 0, 0, 0, 1);
+}
+static int two_peers_and_statistics(const Problem *p, int64_t begin, int64_t end, Sums *sums,
+                                    float *memory) {
+    return plain_block(p, begin, end, sums, memory, 2, 0, 0, 1, 1);
 }
 static int two_tempered_peers(const Problem *p, int64_t begin, int64_t end, Sums *sums, float *memory) {
     return plain_block(p, begin, end, sums, memory, 2, 0, 1, 0, 1);
@@ -377,7 +381,7 @@ static int any_peers(const Problem *p, int64_t begin, int64_t end, Sums *sums, f
 static Rows *choose_plain(const Problem *p) {
     for (int k = 0; k < p->K; k++)
         if (p->types[k] != FLOAT32 || !p->any_grads) return any_peers;
-    if (p->stats) return float32_peers;
+    if (p->stats) return p->K == 2 && p->temperature == 1 ? two_peers_and_statistics : float32_peers;
     if (p->K == 2) return p->temperature == 1 ? two_peers : two_tempered_peers;
     if (p->K == 4 && p->temperature == 1) return four_peers;
     if (p->K == 8 && p->temperature == 1) return eight_peers;
