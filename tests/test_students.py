@@ -3,6 +3,7 @@ who gets a gradient, by which route, and what is refused."""
 
 from __future__ import annotations
 
+import warnings
 from contextlib import nullcontext
 
 import numpy as np
@@ -14,7 +15,7 @@ from torch import Tensor, nn
 from torch.profiler import ProfilerActivity, profile
 from torch.utils.flop_counter import FlopCounterMode
 
-from fastdml import MutualLoss, mutual_loss, mutual_losses
+from fastdml import MutualLoss, linear_mutual_loss, mutual_loss, mutual_losses
 from fastdml.loss_options import call_with
 
 K, N, C = 3, 6, 10
@@ -427,6 +428,24 @@ def test_what_is_wrong_is_named_with_its_remedy(options, error, match):
         with pytest.raises(error, match=match) as found:
             function(z, y, **options)
         assert "\n" not in str(found.value)
+
+
+def test_rows_of_more_dimensions_are_refused_with_what_makes_them_flat():
+    tokens = torch.zeros(2, 3, dtype=torch.long)
+    for function in (mutual_loss, mutual_losses):
+        with pytest.raises(ValueError, match=r"; flatten\(0, -2\) makes rows"):
+            function([torch.zeros(2, 3, 5)] * 2, tokens)
+    with pytest.raises(ValueError, match=r"; flatten\(0, -2\) makes rows"):
+        linear_mutual_loss([torch.zeros(2, 3, 4)], [torch.zeros(5, 4)], tokens)
+
+
+def test_numbers_of_numpy_warn_of_nothing():
+    z, y = data()
+    ours = mutual_loss(z, y, temperature=4.0, kl_weight=0.5)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        found = mutual_loss(z, y, temperature=np.float32(4), kl_weight=np.float32(0.5))
+    assert torch.equal(found, ours)
 
 
 def test_a_module_refuses_a_mask_of_another_length_and_weights_of_one_batch():
