@@ -19,6 +19,7 @@ from oracle import (
     one_row,
     reference,
     register,
+    wide,
     within,
 )
 
@@ -102,10 +103,14 @@ def test_teachers_that_hardly_believe_the_label_are_weighed_against_each_other(p
     assert all((g == 0).all() for g in answer.grads)
 
 
-@pytest.mark.parametrize("path", IN_REGISTERS)
-@pytest.mark.parametrize("gate", ["confidence", "entropy"])
-def test_a_peer_that_is_nan_teaches_nobody_behind_a_soft_gate(gate, path):
-    p = make(3, 4, 5, gate=gate, reduction="none")
+@pytest.mark.parametrize("path", [*IN_REGISTERS, wide])
+@pytest.mark.parametrize(
+    ("gate", "divergence"),
+    [("confidence", "forward"), ("entropy", "reverse"), ("confidence", "jeffreys"),
+     ("entropy", "jsd"), ("confidence", "jsd 0.2")],
+)  # fmt: skip
+def test_a_peer_that_is_nan_teaches_nobody_behind_a_soft_gate(gate, divergence, path):
+    p = make(3, 4, 5, gate=gate, divergence=divergence, reduction="none")
     p.logits[1][:] = torch.nan
     answer = path(p, stats=False)
     others = replace(p, logits=[p.logits[0], p.logits[2]])
