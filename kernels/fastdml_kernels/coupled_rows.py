@@ -42,6 +42,7 @@ from .mixed_teachers import (
     mixed_kl,
     mixed_teacher,
     parts_slope,
+    ratio_excess,
 )
 from .online_softmax import online_sums
 from .wide_functions import (
@@ -154,7 +155,7 @@ def learning_from_mixture(j: tl.constexpr, Z, D, Q, top, peer_weights, GATES, DI
                           BETA: tl.constexpr):  # fmt: skip
     """The gradient of student j's divergence from its mixed teacher through j's own prediction."""
     gap, t = mixed_teacher(j, Z, D, top, peer_weights, GATES, DIVISOR, MIX_LSE, inv_t,
-                           K, EDGE, GATED, TARGET)  # fmt: skip
+                           K, EDGE, GATED, TARGET, DIVERGENCE)  # fmt: skip
     return student_slope(t, Q[j], gap - D[j], BACK[j], DIVERGENCE, BETA)
 
 
@@ -166,7 +167,7 @@ def teaching_mixture(j: tl.constexpr, o: tl.constexpr, Z, D, Q, top, row_pairs, 
                      BETA: tl.constexpr):  # fmt: skip
     """The gradient of student o's divergence from its mixed teacher through peer j's part in it."""
     gap, t = mixed_teacher(o, Z, D, top, peer_weights, GATES, DIVISOR, MIX_LSE, inv_t,
-                           K, EDGE, GATED, TARGET)  # fmt: skip
+                           K, EDGE, GATED, TARGET, DIVERGENCE)  # fmt: skip
     if TARGET == "ensemble":
         ahead = tl.zeros_like(gap)
         if DIVERGENCE != "reverse":
@@ -175,7 +176,7 @@ def teaching_mixture(j: tl.constexpr, o: tl.constexpr, Z, D, Q, top, row_pairs, 
         back = tl.zeros_like(gap)
         if DIVERGENCE == "reverse" or DIVERGENCE == "jeffreys":
             ratios = tl.load(row_pairs + 2 * K * K + j * K + o)
-            back = times(Q[j], ratios) - tl.where(t == 0.0, 0.0, Q[j] * Q[o] / t)
+            back = times(Q[j], ratios) - ratio_excess(Q[o] - t, D[j] - gap)
         slope = divergence_of(ahead, back, DIVERGENCE, BETA)
     else:
         slope = teacher_slope(t, Q[o], gap - D[o], AHEAD[o], DIVERGENCE, BETA)
@@ -257,6 +258,8 @@ def coupled_rows(
     COUPLED: tl.constexpr = NEED_GRAD and (DIVERGENCE != "forward" or not DETACH)
     SECOND: tl.constexpr = NEED_GRAD or STATS or MIXED or JSD  # whether there is a second pass
     ONLINE_PAIRS: tl.constexpr = not MIXED and not JSD and (COUPLED or not SECOND)
+    # as in `mean_logits_normalisers`, so that identical peers have normalisers that are identical
+    ONE_LANE: tl.constexpr = ONLINE_PAIRS or TARGET == "ensemble_logits"
     TO_PEERS: tl.constexpr = TARGET == "ensemble" and not DETACH
     COUNT_ALL: tl.constexpr = (sample_weight is not None) and MIMIC_IGNORED
     LAST_BLOCK: tl.constexpr = (C - 1) // BLOCK_C * BLOCK_C
@@ -301,7 +304,7 @@ def coupled_rows(
         # 4. [online softmax] First pass: maxima and normalisers, divergences of single peers.
         M, SUM, SUM_T, energy, spread, first, _, cross = online_sums(
             logits, class_weight, None, n64, inv_t, peer, teacher,
-            K, C, STRIDES, READABLE, BLOCK_C, BLOCK_C if ONLINE_PAIRS else LANE, ADJACENT, PEERS,
+            K, C, STRIDES, READABLE, BLOCK_C, BLOCK_C if ONE_LANE else LANE, ADJACENT, PEERS,
             TEMPERED, SMOOTHED, ENTROPY, ARGMAX=STATS or GATE == "correct", PAIRS=ONLINE_PAIRS,
             REVERSE=False, LAST=not SECOND, STAGES=1,
         )  # fmt: skip

@@ -41,6 +41,13 @@ def log_probability(z, inv_t, lse, TEMPERED: tl.constexpr):
 
 
 @triton.jit
+def log_mean(total, weight):
+    """log(total / weight), 0 where they are equal: a GPU's quotient of equal numbers need not be 1,
+    as it multiplies by an approximate reciprocal."""
+    return tl.log(total) - tl.log(weight)
+
+
+@triton.jit
 def joined(T, HALF: tl.constexpr):
     """2 * HALF tensors, each of the first half beside one of the second."""
     OUT = ()

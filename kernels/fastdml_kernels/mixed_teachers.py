@@ -9,16 +9,16 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from .device_functions import times
+from .device_functions import log_probability, times
 from .divergences import ahead_terms, back_terms, divergence_of, log_ratios
 from .wide_functions import edge, load_peers, log_probabilities, mean_probability
 
 
 @triton.jit
-def mean_logits(k: tl.constexpr, Z, peer_weights, GATES, divisor, inv_t,
+def mean_logits(k: tl.constexpr, Z, peer_weights, GATES, divisor,
                 K: tl.constexpr, EDGE: tl.constexpr, GATED: tl.constexpr):  # fmt: skip
-    """Weighted mean of the other peers' logits / T, from differences to the first teacher, so that
-    the mean of identical peers is exactly themselves."""
+    """Weighted mean of the other peers' logits, from differences to the first teacher, so that the
+    mean of identical peers is exactly themselves."""
     base = Z[(0 if k else 1)]
     for back in tl.static_range(K):  # peers that do not teach have weight 0
         if K - 1 - back != k:
@@ -31,7 +31,7 @@ def mean_logits(k: tl.constexpr, Z, peer_weights, GATES, divisor, inv_t,
             w = edge(k, l, peer_weights, GATES, K, EDGE, GATED) / divisor
             low = tl.where(w != 0.0, tl.minimum(low, Z[l]), low)
             mixed += times(w, tl.where(Z[l] == base, 0.0, Z[l] - base))
-    return tl.where(low == float("-inf"), low, base + mixed) * inv_t
+    return tl.where(low == float("-inf"), low, base + mixed)
 
 
 @triton.jit
@@ -39,7 +39,8 @@ def mean_logits_normalisers(logits, n64, peer_weights, GATES, DIVISOR, inv_t,
                             K: tl.constexpr, C: tl.constexpr, STRIDES: tl.constexpr,
                             READABLE: tl.constexpr, BLOCK_C: tl.constexpr, EDGE: tl.constexpr,
                             GATED: tl.constexpr):  # fmt: skip
-    """One pass over the row: logsumexp of each student's `mean_logits`, by an online softmax."""
+    """One pass over the row: logsumexp of each student's `mean_logits` / T, by an online softmax
+    with the steps of `online_sums` in one lane: of identical peers it is theirs, exactly."""
     M = ()
     SUM = ()
     for k in tl.static_range(K):
@@ -51,11 +52,11 @@ def mean_logits_normalisers(logits, n64, peer_weights, GATES, DIVISOR, inv_t,
         NEW_M = ()
         NEW_SUM = ()
         for k in tl.static_range(K):
-            z = mean_logits(k, Z, peer_weights, GATES, DIVISOR[k], inv_t, K, EDGE, GATED)
+            z = mean_logits(k, Z, peer_weights, GATES, DIVISOR[k], K, EDGE, GATED)
             m = tl.maximum(M[k], tl.max(z, axis=0))
             shift = tl.where(m == float("-inf"), 0.0, m)
-            total = SUM[k] * tl.exp(M[k] - shift)
-            total += tl.sum(tl.exp(z - shift), axis=0)
+            total = SUM[k] * tl.exp((M[k] - shift) * inv_t)
+            total += tl.sum(tl.exp((z - shift) * inv_t), axis=0)
             NEW_M = NEW_M + (m,)
             NEW_SUM = NEW_SUM + (total,)
         M = NEW_M
@@ -63,21 +64,22 @@ def mean_logits_normalisers(logits, n64, peer_weights, GATES, DIVISOR, inv_t,
     LSE = ()
     for k in tl.static_range(K):
         shift = tl.where(M[k] == float("-inf"), 0.0, M[k])
-        LSE = LSE + (shift + tl.log(SUM[k]),)
+        LSE = LSE + (tl.fma(shift, tl.cast(inv_t, tl.float32), tl.log(SUM[k])),)
     return LSE
 
 
 @triton.jit
 def mixed_teacher(k: tl.constexpr, Z, D, top, peer_weights, GATES, DIVISOR, MIX_LSE, inv_t,
                   K: tl.constexpr, EDGE: tl.constexpr, GATED: tl.constexpr,
-                  TARGET: tl.constexpr):  # fmt: skip
+                  TARGET: tl.constexpr, DIVERGENCE: tl.constexpr):  # fmt: skip
     """log t - top of student k's mixed teacher t, and t itself."""
     if TARGET == "ensemble":
-        gap = mean_probability(k, D, peer_weights, GATES, DIVISOR[k], K, EDGE, GATED)
+        # the reverse divergence counts log t by the student's probability, however small t is
+        FAR: tl.constexpr = DIVERGENCE == "reverse" or DIVERGENCE == "jeffreys"
+        gap = mean_probability(k, D, peer_weights, GATES, DIVISOR[k], K, EDGE, GATED, FAR)
     else:
-        z = mean_logits(k, Z, peer_weights, GATES, DIVISOR[k], inv_t, K, EDGE, GATED)
-        log_t = z - MIX_LSE[k]
-        gap = log_t - top
+        z = mean_logits(k, Z, peer_weights, GATES, DIVISOR[k], K, EDGE, GATED)
+        gap = log_probability(z, tl.cast(inv_t, tl.float32), MIX_LSE[k], True) - top
     return gap, tl.exp(gap + top)
 
 
@@ -94,6 +96,15 @@ def parts_slope(q, gap, d, DIVERGENCE: tl.constexpr, BETA: tl.constexpr):
 
 
 @triton.jit
+def ratio_excess(apart, log_share):
+    """q_l (q_k - t) / t for the gradient of the reverse divergence into the teacher l of a mean of
+    probabilities t: 0 for identical peers, and bounded, however small q_l and t are. apart:
+    q_k - t, log_share: log (q_l / t)."""
+    share = tl.exp(tl.where(log_share == log_share, log_share, float("-inf")))
+    return times(apart, share)
+
+
+@triton.jit
 def mixed_divergences(logits, n64, LSE_T, teacher, student, peer_weights, GATES, DIVISOR, MIX_LSE,
                       inv_t,
                       K: tl.constexpr, C: tl.constexpr, STRIDES: tl.constexpr,
@@ -104,8 +115,8 @@ def mixed_divergences(logits, n64, LSE_T, teacher, student, peer_weights, GATES,
     """One pass over the row for what the gradients of mixed teachers t_k contain.
 
     AHEAD, BACK: the parts of each student's divergence from t_k, as in `divergences`.
-    toward, ratios (PEERS, PEERS): the sums of `parts_slope` and of q_l q_k / t_k at [l, k], for the
-    gradient of a mean of probabilities into its teacher l (TO_PEERS).
+    toward, ratios (PEERS, PEERS): the sums of `parts_slope` and of q_l (q_k - t_k) / t_k at [l, k],
+    for the gradient of a mean of probabilities into its teacher l (TO_PEERS).
     """
     AHEAD = ()
     BACK = ()
@@ -122,7 +133,7 @@ def mixed_divergences(logits, n64, LSE_T, teacher, student, peer_weights, GATES,
         NEW_BACK = ()
         for k in tl.static_range(K):
             gap, t = mixed_teacher(k, Z, D, top, peer_weights, GATES, DIVISOR, MIX_LSE, inv_t,
-                                   K, EDGE, GATED, TARGET)  # fmt: skip
+                                   K, EDGE, GATED, TARGET, DIVERGENCE)  # fmt: skip
             ahead = AHEAD[k]
             if DIVERGENCE != "reverse":
                 ahead += tl.sum(ahead_terms(t, gap - D[k], DIVERGENCE, BETA), axis=0)
@@ -139,8 +150,8 @@ def mixed_divergences(logits, n64, LSE_T, teacher, student, peer_weights, GATES,
                             part = tl.sum(parts_slope(Q[l], gap, D[k], DIVERGENCE, BETA), axis=0)
                             toward += tl.where(at, part, 0.0)
                         if DIVERGENCE == "reverse" or DIVERGENCE == "jeffreys":
-                            ratio = tl.where(t == 0.0, 0.0, Q[l] * Q[k] / t)
-                            ratios += tl.where(at, tl.sum(ratio, axis=0), 0.0)
+                            part = tl.sum(ratio_excess(Q[k] - t, D[l] - gap), axis=0)
+                            ratios += tl.where(at, part, 0.0)
         AHEAD = NEW_AHEAD
         BACK = NEW_BACK
     return AHEAD, BACK, toward, ratios
@@ -154,7 +165,7 @@ def mixed_block(Z, D, Q, top, peer_weights, GATES, DIVISOR, MIX_LSE, inv_t,
     OUT = ()
     for k in tl.static_range(K):
         gap, t = mixed_teacher(k, Z, D, top, peer_weights, GATES, DIVISOR, MIX_LSE, inv_t,
-                               K, EDGE, GATED, TARGET)  # fmt: skip
+                               K, EDGE, GATED, TARGET, DIVERGENCE)  # fmt: skip
         d = gap - D[k]
         value = divergence_of(ahead_terms(t, d, DIVERGENCE, BETA),
                               back_terms(Q[k], d, DIVERGENCE, BETA), DIVERGENCE, BETA)  # fmt: skip

@@ -9,7 +9,15 @@ import triton
 import triton.language as tl
 from triton.language.extra import libdevice
 
-from .device_functions import learned_from, log_probability, put, soft_edge, soft_gates, times
+from .device_functions import (
+    learned_from,
+    log_mean,
+    log_probability,
+    put,
+    soft_edge,
+    soft_gates,
+    times,
+)
 from .divergences import log_ratios
 from .register_reductions import reduce_group, reduced, row_totals, selected, weighed
 
@@ -222,7 +230,7 @@ def ensemble_divergences(LOG_Q, Q, peer_weights, GATES, like,
                 mass += times(w[:, None] + 0.0 * mass, Q[l])
                 mixed += times(w[:, None] + 0.0 * mass, exponential(LOG_Q[l] - top))
         scale = tl.where(w_sum > 0, w_sum, 1.0)
-        log_mixed = tl.log(mixed / scale[:, None])
+        log_mixed = log_mean(mixed, scale[:, None])
         # Below 2**-126 GPUs take exponentials and arguments of logarithms for 0, but not mass.
         mass = tl.where(log_mixed == float("-inf"), 0.0, mass)
         part = times(mass, log_mixed - (LOG_Q[k] - top))
@@ -300,7 +308,7 @@ def parts_from_ensemble(k: tl.constexpr, LOG_Q, Q, peer_weights, GATES, like,
             mixed += times(w, exponential(LOG_Q[l] - top))
             mass += times(w, Q[l])
             apart += times(w, Q[k] - Q[l])
-    log_t = tl.log(mixed / tl.where(w_sum > 0, w_sum, 1.0))  # less top
+    log_t = log_mean(mixed, tl.where(w_sum > 0, w_sum, 1.0))  # less top
     zeros = tl.zeros_like(top)
     return add_teacher(zeros, zeros, zeros, w_sum, mass, apart, log_t - (LOG_Q[k] - top),
                        DIVERGENCE, JSD_BETA)  # fmt: skip

@@ -14,7 +14,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from .device_functions import joined, log_probability, put, soft_edge, soft_gates, times
+from .device_functions import joined, log_mean, log_probability, put, soft_edge, soft_gates, times
 from .divergences import divergence_of
 
 # ---- reading a row
@@ -263,14 +263,28 @@ def log_probabilities(Z, LSE_T, inv_t, K: tl.constexpr, TEMPERED: tl.constexpr):
 
 @triton.jit
 def mean_probability(k: tl.constexpr, D, peer_weights, GATES, divisor,
-                     K: tl.constexpr, EDGE: tl.constexpr, GATED: tl.constexpr):  # fmt: skip
+                     K: tl.constexpr, EDGE: tl.constexpr, GATED: tl.constexpr,
+                     FAR: tl.constexpr):  # fmt: skip
     """log t - top of student k's teacher under target "ensemble": t is the weighted mean of the
-    other peers' q."""
+    other peers' q. FAR: also where all of them are less than 2**-126 of the student's; else -inf
+    there."""
+    highest = tl.zeros_like(D[0])  # of the teachers
+    if FAR:
+        highest += float("-inf")
+        for l in tl.static_range(K):  # noqa: E741
+            if l != k:
+                w = edge(k, l, peer_weights, GATES, K, EDGE, GATED)
+                highest = tl.maximum(highest, tl.where(w != 0.0, D[l], float("-inf")))
+        highest = tl.where(highest == float("-inf"), 0.0, highest)
     mixed = tl.zeros_like(D[0])
     for l in tl.static_range(K):  # noqa: E741
         if l != k:
-            mixed += times(edge(k, l, peer_weights, GATES, K, EDGE, GATED), tl.exp(D[l]))
-    return tl.log(mixed / divisor)
+            w = edge(k, l, peer_weights, GATES, K, EDGE, GATED)
+            mixed += times(w, tl.exp(D[l] - highest))
+    gap = log_mean(mixed, divisor)
+    if FAR:
+        gap += highest
+    return gap
 
 
 @triton.jit

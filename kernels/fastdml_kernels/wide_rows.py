@@ -88,7 +88,7 @@ def kl_terms(D, Q, top, DIVISOR, peer_weights, GATES,
                         w = edge(k, l, peer_weights, GATES, K, EDGE, GATED)
                         total += times(w, tl.sum(times(Q[l], D[l] - D[k]), axis=0))
             else:
-                gap = mean_probability(k, D, peer_weights, GATES, DIVISOR[k], K, EDGE, GATED)
+                gap = mean_probability(k, D, peer_weights, GATES, DIVISOR[k], K, EDGE, GATED, False)
                 t = tl.exp(gap + top)
                 total = tl.sum(times(t, gap - D[k]), axis=0)
             OUT = OUT + (total,)

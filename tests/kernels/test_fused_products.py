@@ -59,19 +59,31 @@ CASES = [
     *(("wide", K, 100, {}) for K in (2, 3)),
     ("wide", 2, 100, {"target": "ensemble"}),
 ]
+WEIGHED = {"target": "ensemble", "peer_weights": True}
+DIVERGENCES = [
+    ("register", 2, 100, {"divergence": "jsd"}),
+    ("register", 3, 100, WEIGHED | {"divergence": "reverse"}),
+    ("wide", 2, 100, {"target": "ensemble_logits"}),
+    ("wide", 3, 100, WEIGHED),
+]
 SAME_VALUE = ("tt.splat", "tt.broadcast", "tt.expand_dims", "tt.reshape", "arith.negf")
 
 
 @pytest.fixture(scope="module")
 def code() -> list[str]:
     """Triton's intermediate code of each case, made in one process."""
-    return printed_by(CODE, ["make_ttgir"] * 2, [("sm_90", *case) for case in CASES])
+    return printed_by(CODE, ["make_ttgir"] * 2, [("sm_90", *case) for case in CASES + DIVERGENCES])
+
+
+def instructions(text: str) -> list[tuple[str, str, str]]:
+    """Result, operation and operands."""
+    instruction = re.compile(r"(%\w+) = \"?([\w.]+)\"? ?(.*?)(?: : |$)")
+    return [m.group(1, 2, 3) for m in map(instruction.search, text.splitlines()) if m]
 
 
 def products(text: str) -> tuple[int, list[str]]:
     """How many fused products there are with 1 / T, and the sums that take an unfused one."""
-    instruction = re.compile(r"(%\w+) = \"?([\w.]+)\"? ?(.*?)(?: : |$)")
-    parsed = [m.groups() for m in map(instruction.search, text.splitlines()) if m]
+    parsed = instructions(text)
     # 1 / T is the quotient that the source calls so; its copies in other shapes are it as well.
     inverse = {name for name, op, _ in parsed if op == "arith.divf" and "inv_t" in name}
     assert len(inverse) == 1
@@ -103,6 +115,26 @@ def test_every_peer_has_the_same_fused_products(code, case):
     regime, K, C, _ = CASES[case]
     each = {"register": 3, "wide": 2}[regime] * K
     assert products(code[case]) == (each + (K - 1 if C == 1000 else 0), [])
+
+
+@pytest.mark.skipif(torch.version.hip is not None, reason="compiles for NVIDIA's architectures")
+@pytest.mark.parametrize(
+    "case", range(len(DIVERGENCES)), ids=lambda i: "-".join(map(str, DIVERGENCES[i]))
+)
+def test_the_divergences_of_identical_peers_start_from_equal_numbers(code, case):
+    """Every other product that they contain then has a factor of 0, fused or not. A quotient of
+    equal numbers need not be 1 on a GPU: none has its logarithm taken."""
+    text, (_, K, *_) = code[len(CASES) + case], DIVERGENCES[case]
+    fused, sums = products(text)
+    assert sums == []
+    assert fused >= 2 * K
+    assert fused % K == 0
+    quotients: set[str] = set()
+    for name, op, operands in instructions(text):
+        taken = quotients.intersection(re.findall(r"%\w+", operands))
+        if op == "arith.divf" or (op in SAME_VALUE and taken):
+            quotients.add(name)
+        assert not (op == "math.log" and taken), operands
 
 
 OPTIMISED = [

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from dataclasses import replace
 
 import pytest
 import torch
@@ -74,6 +75,25 @@ def test_identical_peers_have_no_divergence_at_all(K, divergence, target):
     assert all((g == 0).all() for g in own.grads)
 
 
+@pytest.mark.parametrize("divergence", ["reverse", "jeffreys"])
+def test_identical_peers_teach_their_mean_nothing(divergence):
+    """Through the teachers' parts in it: differences come before quotients."""
+    p = make(1, 2, 20, target="ensemble", divergence=divergence, detach_targets=False,
+             ce_weight=0.0)  # fmt: skip
+    own = wide(replace(p, logits=p.logits * 3), upstream=torch.tensor([1.0, -2.0, 0.3]))
+    assert all((g == 0).all() for g in own.grads)
+
+
+@pytest.mark.parametrize(("N", "C", "temperature"), [(8, 700, 1.0), (6, 300, 3.0)])
+def test_the_mean_of_identical_logits_has_their_normaliser_to_the_last_bit(N, C, temperature):
+    """In tiles where a thread could sum several classes by itself."""
+    p = make(1, N, C, spread=1.0, target="ensemble_logits", ce_weight=0.0,
+             temperature=temperature)  # fmt: skip
+    own = wide(replace(p, logits=p.logits * 2), stats=False, tile=Tile(1, 128, 1))
+    assert (own.losses == 0).all()
+    assert all((g == 0).all() for g in own.grads)
+
+
 @pytest.mark.parametrize("gate", ["confidence", "entropy"])
 def test_a_soft_gate_changes_nothing_for_a_student_with_one_teacher(gate):
     without, gated = make(2, 3, 9), make(2, 3, 9, gate=gate)
@@ -130,10 +150,12 @@ def test_float16_gradients_are_scaled_before_they_are_rounded(options):
     check(p, wide, upstream=torch.linspace(-1, 3, 3 ** len(shape)).view(shape))
 
 
+@pytest.mark.parametrize("divergence", ["forward", "reverse", "jeffreys"])
 @pytest.mark.parametrize("detach", [True, False])
 @pytest.mark.parametrize("teacher", [-80.0, -86.9, -97.0])
-def test_a_mixed_teacher_on_the_verge_of_zero(teacher, detach):
-    assert_finite_on_the_verge_of_zero(wide, 3, teacher, detach_targets=detach)
+def test_a_mixed_teacher_on_the_verge_of_zero(teacher, detach, divergence):
+    assert_finite_on_the_verge_of_zero(wide, 3, teacher, detach_targets=detach,
+                                       divergence=divergence)  # fmt: skip
 
 
 @given(problems(most_peers=3, most_rows=4, most_classes=40, most_logits=60, options=OPTIONS))
