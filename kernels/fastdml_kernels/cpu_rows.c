@@ -11,21 +11,13 @@ The loops over rows (`cpu_plain_rows.h`, `cpu_weighted_rows.h`) are compiled onc
 vectors, in cpu_rows_*.c, and the processor chooses. Python's ctypes calls `fastdml_mutual_loss`: its name
 changes with its arguments, so that a library built from other code is not called. */
 
-#if defined(__linux__)
-#define _DEFAULT_SOURCE /* madvise */
-#endif
 #include <pthread.h>
 #include <stddef.h>
-#if defined(__linux__)
-#include <sys/mman.h>
-#endif
 
 #include "cpu_rows.h"
 
 /* Lanes of the vectors at most: 16 AVX-512, 8 AVX2, 4 neither. Tests lower it. */
 int fastdml_widest = 16;
-
-enum { LARGE_PAGE = 1 << 21 }; /* bytes, of x86-64 and of 64-bit ARM with pages of 4 KiB */
 
 static Blocks *choose_blocks(void) {
 #ifdef FASTDML_X86
@@ -169,23 +161,6 @@ static int read_problem(Problem *p, const Call *call) {
     return 1;
 }
 
-/* Asks for large pages of memory under the gradients, which are written whole: new memory is else
-   paged in 4 KiB at a time, which takes longer than the arithmetic. Where the system has none to
-   give, or the memory is in use already, nothing changes. */
-static void ask_for_large_pages(const Problem *p) {
-#ifdef MADV_HUGEPAGE
-    for (int k = 0; k < p->K; k++) {
-        if (!p->grads[k]) continue;
-        const uintptr_t start = (uintptr_t)p->grads[k];
-        const uintptr_t first = (start + LARGE_PAGE - 1) & -(uintptr_t)LARGE_PAGE;
-        const uintptr_t end = (start + p->N * p->grad_row_bytes[k]) & -(uintptr_t)LARGE_PAGE;
-        if (first < end) madvise((void *)first, end - first, MADV_HUGEPAGE);
-    }
-#else
-    (void)p;
-#endif
-}
-
 /* Computes the losses of a `Call`. Returns 0: done; 1: a case that the caller must compute otherwise,
    outputs are undefined; 2: no memory. */
 int fastdml_mutual_loss(const char *packed) {
@@ -194,7 +169,6 @@ int fastdml_mutual_loss(const char *packed) {
     memcpy(&call.peers, packed + offsetof(Call, peers), call.K * sizeof *call.peers);
     Problem problem, *p = &problem;
     if (!read_problem(p, &call)) return 1;
-    ask_for_large_pages(p);
     const int64_t count = (p->N + BLOCK - 1) / BLOCK;
     int64_t threads = p->K * p->N * p->C / WORTH;
     if (threads > p->threads) threads = p->threads;

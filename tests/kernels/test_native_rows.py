@@ -5,8 +5,6 @@ from __future__ import annotations
 
 import ctypes
 import itertools
-import re
-from pathlib import Path
 
 import pytest
 import torch
@@ -127,32 +125,6 @@ def test_a_row_has_the_same_bits_alone_and_among_others(options, native_alone):
             alone = Problem([z[row] for z in p.logits], p.labels[row], p.options, p.weights)
             for grad, one in zip(together.grads, cpu(alone).grads, strict=True):
                 assert (grad is None and one is None) or torch.equal(grad[row], one)
-
-
-def _flags_of_memory(address: int) -> list[str]:
-    """The kernel's flags of the mapping that an address lies in."""
-    inside = False
-    for line in Path("/proc/self/smaps").read_text().splitlines():
-        words = line.split()
-        if words[0] == "VmFlags:" and inside:
-            return words[1:]
-        if re.fullmatch(r"[0-9a-f]+-[0-9a-f]+", words[0]):
-            start, end = (int(part, 16) for part in words[0].split("-"))
-            inside = start <= address < end
-    raise AssertionError(f"no mapping holds {address:#x}")
-
-
-@pytest.mark.skipif(
-    not Path("/sys/kernel/mm/transparent_hugepage/enabled").exists()
-    or not Path("/proc/self/smaps").exists(),
-    reason="the system has no large pages to ask for",
-)
-def test_memory_of_large_gradients_is_asked_for_in_large_pages(native_alone):
-    p = make(2, 2, 1 << 20)
-    grads = [torch.empty_like(z) for z in p.logits]  # 8 MiB each: at least three pages of 2 MiB
-    cpu_module.mutual_loss_cpu(list(p.logits), p.labels, p.options, grads=grads)
-    for grad in grads:
-        assert "hg" in _flags_of_memory(grad.data_ptr() + (4 << 20))
 
 
 @pytest.mark.parametrize("width", WIDTHS)
