@@ -161,9 +161,10 @@ KINDS = {"eager": EagerStep, "sequential": SequentialStep, "stacked": StackedSte
 
 def train(
     kind, graph, *, optimizer="sgd", scale=0.0, metric=False, after=After, epochs=EPOCHS,
-    teachers=(), **options,
+    teachers=(), known=False, **options,
 ):  # fmt: skip
-    """Everything that the epochs leave behind."""
+    """Everything that the epochs leave behind. known: the teacher's logits, from the numbers of the
+    images."""
     torch.manual_seed(5)
     cohort = Cohort([Peer(0), Peer(1)], C, teachers=[Peer(seed) for seed in teachers])
     cohort.to(memory_format=torch.channels_last).train()
@@ -174,7 +175,8 @@ def train(
     ema, end = Ema(cohort, 0.9), after(schedule)
     data, loss = loader(), Loss(label_smoothing=0.1)
     centres = MetricLoss(num_classes=C, dims=(8, 8), triplet=1.0, center=0.1) if metric else None
-    known = "taught" in options  # from the numbers of the images
+    if known:
+        options["taught"] = lambda samples: [KNOWN.index_select(0, samples)]
     options = StepOptions(ema=ema, after=end, metric=centres, assemble=data.assemble, **options)
     step = KINDS[kind](cohort, loss, made, precision, options)
     if graph:
@@ -206,7 +208,7 @@ CASES = [
     ("sequential", {"scale": 2.0**20}),
     ("stacked", {"metric": True}),
     ("eager", {"teachers": (7, 8), "metric": True}),
-    ("stacked", {"teachers": (7,), "taught": lambda samples: [KNOWN.index_select(0, samples)]}),
+    ("stacked", {"teachers": (7,), "known": True}),
 ]
 
 

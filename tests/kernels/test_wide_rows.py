@@ -166,7 +166,7 @@ def test_any_shape_layout_dtype_and_three_options(drawn):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("one", "other"), itertools.combinations(OPTIONS, 2))
+@pytest.mark.parametrize(("one", "other"), [*itertools.combinations(OPTIONS, 2)])
 def test_every_pair_of_options(one, other):
     for values in itertools.product(OPTIONS[one], OPTIONS[other]):
         p = make(3, 4, 10, ignored=0.2, **dict(zip((one, other), values, strict=True)))
