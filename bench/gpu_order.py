@@ -17,8 +17,11 @@ ON_DEVICE = (
     "tests/kernels/test_divergences.py",
     "tests/kernels/test_every_path.py",
     "tests/kernels/test_loss_op.py",
+    "tests/kernels/test_pairs_of_options.py",
+    "tests/kernels/test_register_options.py",
     "tests/kernels/test_register_rows.py",
     "tests/kernels/test_stats_layout.py",
+    "tests/kernels/test_teachers_on_every_path.py",
     "tests/kernels/test_wide_rows.py",
     "tests/test_loss.py",
 )

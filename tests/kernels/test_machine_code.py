@@ -123,13 +123,13 @@ def test_the_cost_of_a_row_of_several_blocks():
     """Five blocks of 512 bytes: 32 threads that move 16 by an instruction."""
     code = parse_sass(NESTED)
     path = usual_path(code, row_loop(code, logits_moved), logits_moved, ANY)
-    row = RowCost(path, logits_moved, 32, block_bytes=512, class_blocks=5)
+    row = RowCost(path, logits_moved, 32, block_bytes=(512, 512), class_blocks=5)
     assert row.total(lambda step: 1) == 3 + 5 * 4 + 5 * 3
     assert row.total(lambda step: step.is_barrier) == 5
     assert (row.passes(0), row.passes(1)) == (2, 1)
     assert (row.widths(0), row.widths(1)) == ({16: 2}, {16: 1})
     assert row.waits() == (1 + 5, 5)  # label and first pass from memory, second from the cache
-    unrolled = RowCost(path, logits_moved, 32, block_bytes=256, class_blocks=5)
+    unrolled = RowCost(path, logits_moved, 32, block_bytes=(256, 256), class_blocks=5)
     assert unrolled.total(lambda step: step.is_barrier) == 3
     assert (unrolled.passes(0), unrolled.passes(1)) == (2, 1)
 
@@ -143,7 +143,7 @@ def test_copies_ahead_are_counted_in_the_loop_alone():
         f"@!P0 BRA {at(4)}", f"@!P1 BRA {at(0)}", "EXIT",
     ))  # fmt: skip
     path = usual_path(code, row_loop(code, logits_moved), logits_moved, ANY)
-    row = RowCost(path, logits_moved, 32, block_bytes=512, class_blocks=6)
+    row = RowCost(path, logits_moved, 32, block_bytes=(512, 512), class_blocks=6)
     assert (row.passes(0), row.passes(1), row.widths(0)) == (1, 0, {16: 1})
     assert row.total(lambda step: step.is_barrier) == 6
     assert row.waits() == (3, 0)  # two copies share each wait
@@ -253,7 +253,7 @@ def test_amd_code():
     assert len(path.flat()) == 9  # with the load that lanes without work would jump over
     assert sum(step.is_barrier for step in path.flat()) == 1
     assert memory_waits(path, lambda loop: 1) == 1
-    row = RowCost(path, logits_moved, 64, block_bytes=640)
+    row = RowCost(path, logits_moved, 64, block_bytes=(640, 640))
     assert (row.passes(0), row.passes(1)) == (1, 1)
     with pytest.raises(ValueError, match="no label of the listing"):
         parse_amdgcn("\ts_branch .LBB0_9\n")

@@ -30,7 +30,7 @@ for C, dtype in json.loads(sys.argv[2]):
 MATRICES = [
     (2, 10, "bf16", 2, "forward", "register_rows"),
     (2, 9002, "bf16", 2, "forward", "wide_rows"),
-    (2, 9002, "fp32", 4, "jeffreys", "coupled_rows"),
+    (2, 9002, "fp32", 4, "jsd", "coupled_rows"),
 ]
 # classes, dtype and bytes of an element
 SCALED = [(6, "fp32", 4), (1000, "fp32", 4), (100, "bf16", 2), (1000, "bf16", 2), (751, "bf16", 2)]
