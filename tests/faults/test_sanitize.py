@@ -11,7 +11,9 @@ def need(tmp_path, build):
         pytest.skip(f"the compiler here has no sanitizer for {build}")
 
 
-@pytest.mark.parametrize("build", BUILDS)
+@pytest.mark.parametrize(
+    "build", [pytest.param(b, marks=[pytest.mark.slow] * (b == "thread")) for b in BUILDS]
+)
 def test_random_problems(build, tmp_path):
     need(tmp_path, build)
     assert problems(driver(tmp_path, build), 0, 60 if build == "thread" else 150) is None

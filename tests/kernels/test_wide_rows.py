@@ -84,7 +84,10 @@ def test_identical_peers_teach_their_mean_nothing(divergence):
     assert all((g == 0).all() for g in own.grads)
 
 
-@pytest.mark.parametrize(("N", "C", "temperature"), [(8, 700, 1.0), (6, 300, 3.0)])
+@pytest.mark.parametrize(
+    ("N", "C", "temperature"),
+    [pytest.param(8, 700, 1.0, marks=pytest.mark.slow), (6, 300, 3.0)],
+)
 def test_the_mean_of_identical_logits_has_their_normaliser_to_the_last_bit(N, C, temperature):
     """In tiles where a thread could sum several classes by itself."""
     p = make(1, N, C, spread=1.0, target="ensemble_logits", ce_weight=0.0,
