@@ -99,23 +99,6 @@ def test_native_rows_are_those_of_torch(monkeypatch):
 
 
 @NATIVE
-def test_native_sums_do_not_depend_on_the_number_of_threads():
-    p = make(4, 600, 1000)  # worth several threads
-    before, answers = torch.get_num_threads(), []
-    try:
-        for threads in (1, 2, 3):
-            torch.set_num_threads(threads)
-            answers.append(cpu(p))
-    finally:
-        torch.set_num_threads(before)
-    for other in answers[1:]:
-        assert torch.equal(answers[0].losses, other.losses)
-        for name, values in answers[0].stats.items():
-            assert torch.equal(values, other.stats[name]), name
-        assert all(map(torch.equal, answers[0].grads, other.grads))
-
-
-@NATIVE
 @pytest.mark.parametrize("bad", [torch.nan, torch.inf, -torch.inf])
 @pytest.mark.parametrize("at", [0, 7, 8, 95, 96, 99])
 def test_a_logit_that_is_not_finite_goes_the_careful_way(at, bad):
