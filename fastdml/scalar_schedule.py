@@ -20,14 +20,8 @@ from fastdml.errors import InputError
 ScheduleKind = Literal["constant", "linear", "cosine"]
 
 
-def scalar_values(
-    start: float,
-    end: float | None = None,
-    *,
-    steps: int,
-    kind: ScheduleKind = "linear",
-    warmup: int = 0,
-    warmup_from: float = 0.0,
+def _table(
+    start: float, end: float | None, steps: int, kind: str, warmup: int, warmup_from: float
 ) -> Tensor:
     """The value at each of `steps` steps, (steps,) float32 on the host; see `ScalarSchedule`."""
     if kind not in get_args(ScheduleKind):
@@ -85,9 +79,7 @@ class ScalarSchedule:
         warmup_from: float = 0.0,
         device: torch.device | str = "cpu",
     ) -> None:
-        values = scalar_values(
-            start, end, steps=steps, kind=kind, warmup=warmup, warmup_from=warmup_from
-        )
+        values = _table(start, end, steps, kind, warmup, warmup_from)
         self._values = values.to(device)  # (steps,)
         self.step = torch.zeros(1, dtype=torch.int64, device=device)  # the steps made, (1,)
         self._at = torch.zeros(1, dtype=torch.int64, device=device)  # the same, within the table
