@@ -27,6 +27,7 @@ from fastdml.train.config.fields import (
     documented,
     field_types,
 )
+from fastdml.train.config.mesh_sizes import MeshSizes, read_mesh
 from fastdml.yaml_file import write_settings
 
 if TYPE_CHECKING:
@@ -166,6 +167,25 @@ class TrainConfig:
     profile: bool = False
     """Record ten steps: trace.json (for Chrome) and profile.txt, in the run's folder."""
 
+    # --- several devices ---
+    mesh: str = ""
+    """peer=P,data=D: P * D processes, the peers spread over P rows of them, each batch over D
+    columns; auto: chosen and balanced by measured times. Empty: one process."""
+    timeout: float = 300.0
+    """Seconds that a process waits for another before the job ends."""
+    max_restarts: int = 0
+    """How often a job that lost a process starts again by itself, from its last checkpoint."""
+    sync_batchnorm: bool = False
+    """BatchNorm over the whole batch instead of each column's share of it."""
+    exchange: Literal["logits", "weights"] = "logits"
+    """What peers on other devices send: their logits, or their weights, of which copies are kept
+    and run (codistillation)."""
+    exchange_every: int = 1
+    """Steps between two exchanges. With logits the KL term exists on those steps only, with weights
+    the copies are as old. Paper: 1."""
+    fsdp: bool = False
+    """Split the weights of each peer over the columns (FSDP2), for peers too large for a device."""
+
     # --- reproducibility ---
     seed: int = 0
     """Fixes initial weights, order and augmentation."""
@@ -189,6 +209,8 @@ class TrainConfig:
     """Steps between two checkpoints; 0: none by count. Every epoch ends with one anyway."""
     save_every_minutes: float = 10.0
     """Minutes between two checkpoints; 0: none by time."""
+    keep_checkpoints: int = 2
+    """Checkpoints kept of a run on a mesh, the newest; and that of the best weights."""
     progress: bool = False
     """Show the progress bar even where the output is not a terminal."""
     tensorboard: bool = True
@@ -235,11 +257,15 @@ class TrainConfig:
         "ema": (lambda x: 0 <= x < 1, "at least 0 and below 1"),
         "seed": (lambda x: 0 <= x < 2**63, "within 0..2**63-1"),
         "threads": (lambda x: 0 <= x <= 1024, "within 0..1024"),
+        "timeout": POSITIVE,
+        "max_restarts": NOT_NEGATIVE,
+        "exchange_every": COUNT,
         "eval_every": COUNT,
         "patience": NOT_NEGATIVE,
         "log_every": NOT_NEGATIVE,
         "save_every_steps": NOT_NEGATIVE,
         "save_every_minutes": NOT_NEGATIVE,
+        "keep_checkpoints": COUNT,
     }
 
     def __post_init__(self) -> None:
@@ -255,6 +281,7 @@ class TrainConfig:
         self._check_schedules()
         self._check_steps()
         self._check_length()
+        self._check_mesh()
 
     def _check_augment(self) -> None:
         if self.augment == "none" and (self.pad or self.flip):
@@ -349,6 +376,30 @@ class TrainConfig:
         drops = list(self.lr_drops)
         if any(drop < 1 for drop in drops) or drops != sorted(set(drops)):
             raise InputError(f"lr_drops must be rising numbers of epochs, not {drops}")
+
+    def _check_mesh(self) -> None:
+        """Raises InputError for a mesh that cannot be read, or that an option does not go with."""
+        sizes = self.mesh_sizes
+        if self.mesh and self.update == "sequential":
+            raise InputError(
+                f"mesh {self.mesh} needs update simultaneous: sequential, one peer after the "
+                "other, leaves all other processes waiting"
+            )
+        if sizes is None or self.accumulate == 1:
+            return
+        for column in range(sizes.data):
+            start, stop = (self.batch_size * (column + i) // sizes.data for i in (0, 1))
+            if (stop - start) % self.accumulate:
+                raise InputError(
+                    f"batch_size {self.batch_size} over data={sizes.data} is {stop - start} images "
+                    f"a column, which do not split into accumulate={self.accumulate} equal parts: "
+                    f"set batch_size to a multiple of {sizes.data * self.accumulate}"
+                )
+
+    @property
+    def mesh_sizes(self) -> MeshSizes | None:
+        """Rows and columns that `mesh` names; None where it is empty or auto."""
+        return read_mesh(self.mesh)
 
     @property
     def unlabelled_rows(self) -> int:

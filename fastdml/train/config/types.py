@@ -65,6 +65,13 @@ class TrainSettings(TypedDict, total=False):
     amp: Literal["auto", "off", "bf16", "fp16"]
     compile: bool
     profile: bool
+    mesh: str
+    timeout: float
+    max_restarts: int
+    sync_batchnorm: bool
+    exchange: Literal["logits", "weights"]
+    exchange_every: int
+    fsdp: bool
     seed: int
     deterministic: bool
     folder: str | os.PathLike | None
@@ -75,6 +82,7 @@ class TrainSettings(TypedDict, total=False):
     log_every: int
     save_every_steps: int
     save_every_minutes: float
+    keep_checkpoints: int
     progress: bool
     tensorboard: bool
     csv: bool
