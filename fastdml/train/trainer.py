@@ -36,7 +36,7 @@ from fastdml.errors import InputError
 from fastdml.eval_mode import evaluating
 from fastdml.notebook import progress_bar
 from fastdml.report.metrics_log import METRICS, MetricsLog
-from fastdml.train import checkpoint, learning_rate
+from fastdml.train import learning_rate
 from fastdml.train.batches import Batches, assembler
 from fastdml.train.callbacks import Calls
 from fastdml.train.config.base import TrainConfig
@@ -47,12 +47,12 @@ from fastdml.train.peer_costs import peer_seconds
 from fastdml.train.progress import Progress
 from fastdml.train.random_state import seed_generators
 from fastdml.train.result import TrainResult
-from fastdml.train.run_folder import BEST, LAST_CHECKPOINT
+from fastdml.train.run_folder import BEST
 from fastdml.train.same_data import data_mark
+from fastdml.train.saving import checkpoints_of
 from fastdml.train.stopping import Stop
 from fastdml.train.tasks.task import Task, scoring_of
 from fastdml.train.teacher_cache import TeacherCache
-from fastdml.train.trainer_state import restore, state_of
 from fastdml.train.unlabelled import image_counts, learns_without_labels
 from fastdml.units import duration, milliseconds
 from fastdml.yaml_file import CONFIG
@@ -128,6 +128,7 @@ class Trainer:
         self.calls = Calls(self, callbacks)
         self.shares = ""  # of the peers in the time of a step, for the bar
         self.data_marks = {"training": data_mark(train), **evaluations.marks}
+        self.checkpoints = checkpoints_of(self)
 
     def _make_step(self) -> Any:
         config = self.config
@@ -188,17 +189,17 @@ class Trainer:
         seed_generators(self.config.seed, self.device)
         progress.start()
         self.saved = time.monotonic()
-        last, metrics = self.folder / LAST_CHECKPOINT, self.folder / METRICS
+        metrics = self.folder / METRICS
         ended = False
-        if last.is_file():
-            restore(self)
+        if self.checkpoints.found():
+            self.checkpoints.restore()
             ended = progress.done and (self.folder / "cohort.json").is_file()
             self.config.save(self.folder / CONFIG)
             if progress.stopped is not None:
                 self._say_stopped()
         else:  # so that a folder with results always has a checkpoint too
             self.config.save(self.folder / CONFIG)
-            checkpoint.save(last, state_of(self))
+            self.checkpoints.save()
         if self.cache is not None and not progress.done:
             self.cache.open(self.folder)
         with (
@@ -394,7 +395,7 @@ class Trainer:
             raise self._diverged(f"the {LOSS_NAMES[loss]} of peer {k} ({name})", step)
 
     def _diverged(self, what: str, step: int) -> TrainingDiverged:
-        epoch, path = (step - 1) // self.steps + 1, self.folder / LAST_CHECKPOINT
+        epoch, path = (step - 1) // self.steps + 1, self.checkpoints.path
         return TrainingDiverged(
             f"training diverged: at step {step} (epoch {epoch}) {what} is not finite; {path}, from "
             "before it, is kept; try a lower lr, warmup_epochs or grad_clip"
@@ -408,7 +409,7 @@ class Trainer:
         )
 
     def _where(self) -> str:
-        return self.progress.where(self.folder / LAST_CHECKPOINT)
+        return self.progress.where(self.checkpoints.path)
 
     def save(self) -> None:
         """Replaces the checkpoint, unless a loss or a weight has gone bad."""
@@ -419,7 +420,7 @@ class Trainer:
                 name = self.cohort.names[k]
                 raise self._diverged(f"a weight of peer {k} ({name})", self.progress.position)
         self.log.sync()  # a run resumed from this checkpoint does not log these points again
-        checkpoint.save(self.folder / LAST_CHECKPOINT, state_of(self))
+        self.checkpoints.save()
         self.saved = time.monotonic()
 
     def parameters(self) -> tuple[int, ...]:
