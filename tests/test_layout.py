@@ -18,6 +18,7 @@ COHORT = {
     "cohort", "cohort_export", "cohort_files", "cohort_teachers", "export_check",
     "exported_weights", "image_record", "models", "peer_outputs",
 }  # fmt: skip
+PARTS = {"engine", "parallel", "data", "machine", "report", "train"}
 BUILT_ON = {"model_card", "preprocessing", "predictor"}  # the trainers
 MAY_IMPORT = {
     "fastdml_kernels": set(),
@@ -25,13 +26,14 @@ MAY_IMPORT = {
     "data": {"fastdml_kernels"},
     "metrics": set(),
     "report": set(),
-    "engine": {*LOSSES, *COHORT},
-    "train": {*LOSSES, *COHORT, "engine", "data", "metrics", "report"},
+    "engine": {*LOSSES, *COHORT, "parallel"},
+    "parallel": {*LOSSES, *COHORT},
+    "train": {*LOSSES, *COHORT, "engine", "parallel", "data", "metrics", "report"},
     "machine": {*LOSSES, *COHORT, "engine"},
     "preprocessing": {*COHORT, "data"},
     "model_card": {*COHORT, "data", "report", "train"},
     "predictor": {*COHORT, "preprocessing", "train"},
-    "cli": {*COHORT, *BUILT_ON, "fastdml_kernels", "engine", "data", "machine", "report", "train"},
+    "cli": {*COHORT, *BUILT_ON, *PARTS, "fastdml_kernels"},
     **dict.fromkeys(LOSSES - {"fastdml_kernels"}, LOSSES),
     **dict.fromkeys(COHORT - {"models"}, COHORT),
 }

@@ -1,0 +1,11 @@
+"""A cohort over several devices or machines: a mesh ("peer", "data") of torchrun's ranks.
+
+Along "peer" each row trains its own peers, along "data" each column sees its share of a batch.
+"""
+
+from __future__ import annotations
+
+from fastdml.parallel.mesh import Mesh, make_mesh
+from fastdml.parallel.remote_peer import RemotePeer
+
+__all__ = ["Mesh", "RemotePeer", "make_mesh"]

@@ -1,0 +1,41 @@
+"""Which row of a mesh trains which peer."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+from fastdml.errors import InputError
+
+
+def place(K: int, rows: int, costs: Sequence[float] | None = None) -> tuple[int, ...]:
+    """The row of each of K peers.
+
+    costs: of each peer's step, in any unit. Without them, or where all are equal, rows get blocks
+    of neighbours. Else peers go, the dearest first, to the row with the least to do, which is at
+    most a third above the best there is (Graham 1969).
+
+    Raises InputError for more rows than peers, and for costs that are not K positive numbers.
+    """
+    if rows > K:
+        raise InputError(
+            f"a mesh with peer={rows} needs at least {rows} peers, and the cohort has {K}: take "
+            f"peer={K} or fewer, and a larger data="
+        )
+    if costs is None or len(set(costs)) == 1:
+        costs = [1.0] * K if costs is None else costs
+        found = tuple(k * rows // K for k in range(K))
+    else:
+        found = _balanced(costs, rows)
+    if len(costs) != K or not all(c > 0 and math.isfinite(c) for c in costs):
+        raise InputError(f"costs must be {K} positive numbers, one a peer, not {list(costs)}")
+    return found
+
+
+def _balanced(costs: Sequence[float], rows: int) -> tuple[int, ...]:
+    load = [0.0] * rows
+    found = [0] * len(costs)
+    for k in sorted(range(len(costs)), key=lambda k: -costs[k]):
+        found[k] = load.index(min(load))
+        load[found[k]] += costs[k]
+    return tuple(found)

@@ -1,0 +1,33 @@
+"""What stands in a cohort for a peer whose weights are on other ranks."""
+
+from __future__ import annotations
+
+from typing import Any, NoReturn
+
+from torch import nn
+
+from fastdml.errors import InputError
+
+
+class RemotePeer(nn.Module):
+    """A module without weights, in the place of a peer that other ranks train.
+
+    peer_name, model: as in `Cohort.names` and `Cohort.models`. num_parameters: of the peer there.
+    row: of the mesh, whose ranks hold it. Calling it raises InputError.
+    """
+
+    def __init__(self, peer_name: str, model: str | None, num_parameters: int, row: int) -> None:
+        super().__init__()
+        self.peer_name = peer_name
+        self.model = model
+        self.num_parameters = num_parameters
+        self.row = row
+
+    def forward(self, *inputs: Any, **options: Any) -> NoReturn:
+        raise InputError(
+            f"peer {self.peer_name} is trained by row {self.row} of the mesh and is not here: "
+            "`Mesh.local` lists the peers that are"
+        )
+
+    def extra_repr(self) -> str:
+        return f"{self.peer_name}, {self.num_parameters:,} parameters in row {self.row}"
