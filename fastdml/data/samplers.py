@@ -1,10 +1,11 @@
 """Which images an epoch shows, in which order: pure functions of (seed, epoch), cut into batches by
 (step, rank).
 
-A sampler gives the order of a whole epoch, for all ranks together; the batch of a step and rank is
-a slice of it (`part`). So ranks never overlap, whatever their number, and resuming means asking for
-the next slice. An order takes milliseconds: one sort for the random ones; for `PKSampler` also a
-Python loop over the groups (about 3,500 for Market-1501).
+A sampler gives the order of a whole epoch, for all ranks together; the batch of a step is a slice
+of it, and each rank shows a share of that slice (`part`). So batches do not depend on the number of
+ranks, and resuming, on another number too, means asking for the next slice. An order takes
+milliseconds: one sort for the random ones; for `PKSampler` also a Python loop over the groups
+(about 3,500 for Market-1501).
 """
 
 from __future__ import annotations
@@ -37,16 +38,29 @@ class Sampler(Protocol):
     def order(self, seed: int, epoch: int, device: torch.device | str = "cpu") -> Order: ...
 
 
-def part(step: int, batch_size: int, rank: int = 0, world: int = 1) -> slice:
-    """The places of an epoch's order that `rank` of `world` shows at `step`."""
-    start = (step * world + rank) * batch_size
-    return slice(start, start + batch_size)
+def part(step: int, batch_size: int, rank: int = 0, world: int = 1, together: int = 1) -> slice:
+    """The places of an epoch's order that `rank` of `world` shows at `step`: its share of the
+    `batch_size` places of the batch, the shares in the order of the ranks. Where `world` does not
+    divide the batch, shares differ by one; places are cut between multiples of `together`."""
+    groups, start = batch_size // together, step * batch_size
+    first, end = (start + groups * r // world * together for r in (rank, rank + 1))
+    return slice(first, end)
 
 
 def check_rank(rank: int, world: int) -> None:
     """Raises InputError for a rank that is not from 0 to world - 1."""
     if world < 1 or not 0 <= rank < world:
         raise InputError(f"rank {rank} of {world}: ranks count from 0 to one below their number")
+
+
+def check_share(batch_size: int, world: int, together: int = 1) -> None:
+    """Raises InputError for batches of which `part` would give some rank nothing."""
+    if batch_size // together < world:
+        identities = f" ({batch_size // together} identities)" if together > 1 else ""
+        raise InputError(
+            f"batch size {batch_size}{identities} for {world} ranks, which each show a share of "
+            f"every batch: give {world * together} or more, or take fewer ranks"
+        )
 
 
 @dataclass(frozen=True)

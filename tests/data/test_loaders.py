@@ -32,6 +32,7 @@ from fastdml.data import (
 from fastdml.data.files.decode import decode
 from fastdml.data.loaders import make, torch_workers
 from fastdml.data.loaders.dali import checked
+from fastdml.data.samplers import part
 from fastdml.errors import InputError, MissingExtra
 from fastdml.report import plots
 from fastdml.train import checkpoint
@@ -88,9 +89,10 @@ def a_sampler(kind: str, n: int, batch_size: int, data):
     [("resident", 25), ("torch", 15), pytest.param("dali", 4, marks=needs_dali)],
 )
 def test_an_epoch_is_the_samplers_for_any_batch_ranks_and_resume(kind, examples, sampler):
-    """Whatever the batch size, the number of ranks and the step at which they were stopped, what
-    all ranks show, before and after, is the sampler's order with each place once, less a last batch
-    that is too short. So a random sampler shows every sample once."""
+    """Whatever the batch size, the number of ranks, the step at which they were stopped and the
+    number that goes on from there, each batch, the ranks' shares side by side, is the next of the
+    sampler's order, less a last batch that is too short. So a random sampler shows every sample
+    once."""
 
     @settings(max_examples=examples, deadline=None)
     @given(
@@ -102,31 +104,34 @@ def test_an_epoch_is_the_samplers_for_any_batch_ranks_and_resume(kind, examples,
         options = {"seed": seed, "train": True, "sampler": chosen, "pad": 0, "flip": False}
         source = numbered_set(n)
         order = (chosen or RandomSampler(n)).order(seed, epoch).sample
-        steps = len(order) // (batch_size * world)
-        if steps == 0:
-            with pytest.raises(InputError, match="is larger than the"):
+        steps = len(order) // batch_size
+        together = getattr(chosen, "k", 1)
+        if steps == 0 or batch_size // together < world:
+            with pytest.raises(InputError, match=r"is larger than the|a share of every batch"):
                 KINDS[kind](source, batch_size, **options, rank=world - 1, world=world)
             return
         stop = data.draw(st.integers(0, steps), label="stop")
-        shown = torch.full((steps, world, batch_size), -1)
-        for rank in range(world):
-            for start, end in ((0, stop), (stop, steps)):  # each by a process of its own
-                if start == end:
-                    continue
-                loader = KINDS[kind](source, batch_size, **options, rank=rank, world=world)
+        other = data.draw(st.integers(1, batch_size // together), label="ranks after the stop")
+        shown = torch.full((steps, batch_size), -1)
+        for ranks, start, end in ((world, 0, stop), (other, stop, steps)):
+            if start == end:
+                continue
+            for rank in range(ranks):  # each a process of its own
+                loader = KINDS[kind](source, batch_size, **options, rank=rank, world=ranks)
                 assert len(loader) == steps
+                share = part(0, batch_size, rank, ranks, together)
                 batches = loader.epoch(epoch, start)
                 for step in range(start, end):
                     images, labels = next(batches)
-                    assert images.shape == (batch_size, 1, 2, 2)
+                    assert images.shape == (share.stop - share.start, 1, 2, 2)
                     assert (images == labels.view(-1, 1, 1, 1)).all()
-                    assert (shown[step, rank] == -1).all()
+                    assert (shown[step, share] == -1).all()
                     assert torch.equal(loader.samples(epoch, step), labels)
-                    shown[step, rank] = labels
+                    shown[step, share] = labels
         assert torch.equal(shown.view(-1), order[: shown.numel()])
         if sampler == "random":
             assert len(shown.unique()) == shown.numel()
-            assert n - shown.numel() < batch_size * world
+            assert n - shown.numel() < batch_size
 
     check()
 
@@ -216,20 +221,22 @@ def test_iterators_beside_each_other(market, make):
     assert torch.equal(next(first)[0], expected[3])
 
 
-@both
-def test_ranks_share_an_epoch(market, make):
-    seen = []
-    for rank in range(2):
-        loader = make(market.train, 16, train=True, **MARKET, rank=rank, world=2)
-        assert len(loader) == 4
-        seen += [
-            sample
-            for step in range(4)
-            for sample in loader.order(0).sample[loader.part(0, step)].tolist()
-        ]
-        _, labels = next(iter(loader.epoch(0)))
-        assert torch.equal(labels, market.train.labels[seen[-64:-48]])
-    assert sorted(seen) == list(range(128))
+@pytest.mark.parametrize("world", [2, 3])
+@pytest.mark.parametrize("kind", ["resident", "torch", pytest.param("dali", marks=needs_dali)])
+def test_ranks_show_the_batches_of_one_process_to_the_last_bit(market, kind, world):
+    """Of files, augmented, in batches that are cut between identities."""
+    make, sampler = KINDS[kind], PKSampler(market.train.ids, 4, 4, market.train.cameras)
+    options = {"train": True, "sampler": sampler, "seed": 3, **MARKET, "size": (40, 24)}
+    whole = make(market.train, 16, **options)
+    ranks = [make(market.train, 16, **options, rank=r, world=world) for r in range(world)]
+    assert len(whole) == len(ranks[0]) == 8
+    epochs = zip(whole.epoch(1, 6), *(loader.epoch(1, 6) for loader in ranks), strict=True)
+    for step, ((images, labels), *shares) in enumerate(epochs, 6):
+        assert torch.equal(torch.cat([share[0] for share in shares]), images)
+        assert torch.equal(torch.cat([share[1] for share in shares]), labels)
+        for loader, (_, own) in zip(ranks, shares, strict=True):
+            assert own.unique(return_counts=True)[1].tolist() == [4] * (len(own) // 4)
+            assert torch.equal(market.train.labels[loader.samples(1, step)], own)
 
 
 @pytest.mark.parametrize("workers", [0, 1])

@@ -12,7 +12,8 @@ from image_sets import random_set
 
 from fastdml.data import ImageSet, ResidentLoader, load_cifar100
 from fastdml.data.augment import Augment, choose
-from fastdml.data.samplers import RandomSampler
+from fastdml.data.loaders import resident
+from fastdml.data.samplers import RandomSampler, RepeatedSampler
 from fastdml.errors import InputError
 
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
@@ -278,3 +279,18 @@ def test_cuda_makes_the_same_batches_and_never_waits(train):
         expected = cpu.batch(epoch, step)
         assert torch.equal(found.cpu(), expected[0])
         assert torch.equal(labels.cpu(), expected[1])
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="the kernel runs under the interpreter")
+@pytest.mark.parametrize("repeats", [1, 2])
+def test_the_kernel_makes_each_ranks_share_of_a_batch(monkeypatch, repeats):
+    monkeypatch.setattr(resident, "has_kernel", lambda device: True)
+    images = random_set(20, 3, 6, 5)
+    options = {"train": True, "pad": 1, "erase": 0.5, "sampler": RepeatedSampler(20, repeats)}
+    whole = ResidentLoader(images, 7, **options)
+    ranks = [ResidentLoader(images, 7, **options, rank=r, world=3) for r in range(3)]
+    expected = whole.batch(1, 1)
+    shares = [loader.assemble(*loader.index(1, 1)) for loader in ranks]
+    assert [len(labels) for _, labels in shares] == [2, 2, 3]
+    for values, found in zip(expected, zip(*shares, strict=True), strict=True):
+        assert torch.equal(torch.cat(found), values)

@@ -7,6 +7,7 @@ from hypothesis import strategies as st
 from image_sets import numbered_set
 
 from fastdml.data import PKSampler, RandomSampler, RepeatedSampler, ResidentLoader
+from fastdml.data.samplers import check_share, part
 from fastdml.errors import InputError
 
 seeds = st.integers(0, 2**63 - 1)
@@ -29,15 +30,32 @@ def batches(n, batch_size, seed, epoch, world, *, start=0, train=True, sampler=N
 
 
 @settings(max_examples=60, deadline=None)
-@given(st.integers(1, 150), st.integers(1, 40), st.integers(1, 4), seeds, st.integers(0, 99))
+@given(st.integers(4, 150), st.integers(4, 40), st.integers(1, 4), seeds, st.integers(0, 99))
 def test_each_sample_once_an_epoch(n, batch_size, world, seed, epoch):
-    batch_size = max(1, min(batch_size, n // world))
-    if batch_size * world > n:
-        return
+    batch_size = min(batch_size, n)
     shown = [s for step in batches(n, batch_size, seed, epoch, world) for b in step for s in b]
-    assert len(set(shown)) == len(shown) == n // (batch_size * world) * batch_size * world
-    if n % (batch_size * world) == 0:
+    assert len(set(shown)) == len(shown) == n // batch_size * batch_size
+    if n % batch_size == 0:
         assert set(shown) == set(range(n))
+
+
+@settings(max_examples=100, deadline=None)
+@given(st.integers(0, 9), st.integers(1, 70), st.integers(1, 9), st.integers(1, 4))
+def test_shares_are_the_batch_in_pieces_that_differ_by_one(step, groups, world, together):
+    batch_size = groups * together
+    if groups < world:
+        with pytest.raises(InputError, match=f"for {world} ranks.*give {world * together} or more"):
+            check_share(batch_size, world, together)
+        return
+    check_share(batch_size, world, together)
+    shares = [part(step, batch_size, rank, world, together) for rank in range(world)]
+    shown = [place for share in shares for place in range(share.start, share.stop)]
+    assert shown == list(range(step * batch_size, (step + 1) * batch_size))
+    sizes = [share.stop - share.start for share in shares]
+    assert min(sizes) > 0
+    assert max(sizes) - min(sizes) <= together
+    assert all(size % together == 0 for size in sizes)
+    assert part(step, batch_size) == slice(step * batch_size, (step + 1) * batch_size)
 
 
 @settings(max_examples=30, deadline=None)
@@ -48,7 +66,7 @@ def test_evaluation_shows_all_in_order(n, batch_size):
 
 
 @settings(max_examples=30, deadline=None)
-@given(st.integers(8, 90), st.integers(1, 4), st.integers(1, 2), seeds, st.data())
+@given(st.integers(8, 90), st.integers(2, 8), st.integers(1, 2), seeds, st.data())
 def test_resuming_goes_on_where_it_was(n, batch_size, world, seed, data):
     sampler = data.draw(st.sampled_from([None, RepeatedSampler(n, 2)]))
     whole = batches(n, batch_size, seed, 3, world, sampler=sampler)
@@ -99,8 +117,10 @@ def test_equal_identities_are_shown_whole():
 def test_ranks_of_pk_batches_share_the_epoch():
     ids = torch.arange(12).repeat_interleave(8)
     steps = batches(96, 16, 0, 0, 2, sampler=PKSampler(ids, 4, 4))
-    assert len(steps) == 3
+    assert len(steps) == 6
     assert sorted(s for step in steps for rank in step for s in rank) == list(range(96))
+    for rank in (rank for step in steps for rank in step):
+        assert ids[rank].unique(return_counts=True)[1].tolist() == [4, 4]  # whole identities
 
 
 def test_groups_take_turns_through_cameras():
@@ -136,7 +156,12 @@ def test_repeated_augmentation(n, repeats, seed, cycle):
         (lambda: PKSampler(torch.arange(3), 4, 2), "batches of 4 identities from 3"),
         (lambda: PKSampler(torch.arange(3), 0, 2), "0 identities x 2 images"),
         (lambda: RepeatedSampler(5, 6), "6 repeats of 5 images"),
-        (lambda: batches(10, 6, 0, 0, 2), "batch size 6 x 2 ranks is larger than the 10"),
+        (lambda: batches(10, 12, 0, 0, 2), "batch size 12 is larger than the 10.*give 10 or less"),
+        (lambda: batches(10, 2, 0, 0, 3), "batch size 2 for 3 ranks.*give 3 or more"),
+        (
+            lambda: batches(6, 4, 0, 0, 3, sampler=PKSampler(torch.arange(6), 2, 2)),
+            r"batch size 4 \(2 identities\) for 3 ranks.*give 6 or more",
+        ),
         (lambda: batches(10, 0, 0, 0, 1), "batch size 0"),
         (
             lambda: ResidentLoader(numbered_set(9), 3, train=True, pad=0, rank=2, world=2),

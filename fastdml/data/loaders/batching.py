@@ -15,7 +15,7 @@ from fastdml.data.image_files import ImageFiles
 from fastdml.data.image_set import IGNORED, ImageSet
 from fastdml.data.philox import check_seed
 from fastdml.data.reid_split import ReidSplit
-from fastdml.data.samplers import Order, RandomSampler, Sampler, check_rank, part
+from fastdml.data.samplers import Order, RandomSampler, Sampler, check_rank, check_share, part
 from fastdml.errors import InputError
 
 if TYPE_CHECKING:
@@ -26,10 +26,10 @@ Files = ReidSplit | ImageFiles
 
 
 class Batching:
-    """In training the order is the sampler's and a last batch too short for all ranks is dropped.
-    In evaluation the order is the set's and the last batch may be short; every rank sees all of it.
-    `ResidentLoader` says what the arguments mean. `paths` are the files in the order of `labels`,
-    None for an `ImageSet`.
+    """In training the order is the sampler's, a last short batch is dropped, and each rank shows
+    its share of every batch. In evaluation the order is the set's and the last batch may be short;
+    every rank sees all of it. `ResidentLoader` says what the arguments mean. `paths` are the files
+    in the order of `labels`, None for an `ImageSet`.
     """
 
     stored: tuple[int, int]  # (height, width) that files are decoded to, or that images have
@@ -63,6 +63,7 @@ class Batching:
         self.rank, self.world = (rank, world) if train else (0, 1)
         self.sampler: Sampler | None = None
         self._steps = -(-self.n // batch_size)
+        self._together = getattr(sampler, "k", 1)  # images of an identity, on one rank
         if train:
             self.sampler = sampler or RandomSampler(self.n)
             self._steps = self._count(self.sampler)
@@ -102,13 +103,13 @@ class Batching:
             raise InputError(
                 f"batch size {self.batch_size} for {p} identities x {k} images: give {p * k}"
             )
+        check_share(self.batch_size, self.world, self._together)
         places = sampler.places
-        steps = places // (self.batch_size * self.world)
+        steps = places // self.batch_size
         if steps == 0:
-            ranks = f" x {self.world} ranks" if self.world > 1 else ""
             raise InputError(
-                f"batch size {self.batch_size}{ranks} is larger than the {places} training images: "
-                f"give {places // self.world} or less, or more images"
+                f"batch size {self.batch_size} is larger than the {places} training images: "
+                f"give {places} or less, or more images"
             )
         return steps
 
@@ -136,11 +137,18 @@ class Batching:
         return self._steps
 
     def part(self, epoch: int, step: int) -> slice:
+        """The places of the epoch's order that this rank shows at a step."""
         if epoch < 0 or not 0 <= step < self._steps:
             raise IndexError(
                 f"epoch {epoch}, step {step}: an epoch has steps 0 to {self._steps - 1}"
             )
-        return part(step, self.batch_size, self.rank, self.world)
+        return part(step, self.batch_size, self.rank, self.world, self._together)
+
+    @property
+    def rows(self) -> int:
+        """The most images that this rank shows at a step: its share of the batch."""
+        share = part(0, self.batch_size, self.rank, self.world, self._together)
+        return share.stop - share.start
 
     def epoch(self, epoch: int, start: int = 0) -> Iterator[tuple[Tensor, Tensor]]:
         """The batches of an epoch from step `start` on."""

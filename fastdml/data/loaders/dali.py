@@ -103,7 +103,7 @@ class DALILoader(Batching):
         if gpu and index is None:
             index = torch.cuda.current_device()
         pipe = dali.Pipeline(
-            batch_size=self.batch_size,
+            batch_size=self.rows,
             num_threads=self.threads,
             device_id=index if gpu else None,
             prefetch_queue_depth=1,  # the next batch is made while this one, a copy, is used

@@ -40,14 +40,16 @@ class ResidentLoader(Batching):
     In training every epoch has its own order (`sampler`'s; by default each sample once), each image
     is resized to `size` (height, width; default: as stored), cropped from a border of `pad` pixels,
     reflected or black, with `flip` mirrored half of the time, and with probability `erase` loses a
-    rectangle of random size to the mean colour, or a square of `cutout` pixels. Rank `rank` of
-    `world` shows `batch_size` images of each step that the others do not; a last batch too short
-    for all ranks is dropped. In evaluation the order is the set's, images are resized only, the
-    last batch may be short, and every rank sees all of it. Files are decoded at once, to `stored`
-    (height, width; default: the size that they say).
+    rectangle of random size to the mean colour, or a square of `cutout` pixels. A last short batch
+    is dropped. Of the `batch_size` images of each step rank `rank` of `world` shows its share:
+    those of all ranks together, in their order, are the batch of one process. In evaluation the
+    order is the set's, images are resized only, the last batch may be short, and every rank sees
+    all of it. Files are decoded at once, to `stored` (height, width; default: the size that they
+    say).
 
     Raises InputError for a batch size, rank, seed or augmentation out of range, for a batch larger
-    than an epoch has images, and (BadImage) for a file that cannot be decoded.
+    than an epoch has images or too small for `world` shares, and (BadImage) for a file that cannot
+    be decoded.
     """
 
     def _take_in(self, images: ImageSet | Files) -> None:
