@@ -19,13 +19,13 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from fastdml.cohort import REMEDY, check_logits
-from fastdml.engine.accumulate import Split
 from fastdml.engine.amp import Amp
 from fastdml.engine.execution import ExecutionName, StepOptions, StepOutput, register_execution
 from fastdml.engine.update import Update
 from fastdml.errors import InputError
 from fastdml.loss import MutualLoss
 from fastdml.mutual_stats import MutualStats
+from fastdml.parallel.global_means import GlobalMeans
 from fastdml.torch_private import foreach_mul_
 
 if TYPE_CHECKING:
@@ -135,13 +135,13 @@ class EagerStep:
                     f"a batch of {len(labels)} images does not split into accumulate={parts} equal "
                     "parts: choose a batch size that does"
                 )
-            split = Split(self.loss, labels, parts)
+            means = GlobalMeans(self.loss, labels, parts=parts)
             batches = zip(images.chunk(parts), labels.chunk(parts), strict=True)
             given, found = self.given, []
             for i, (x, y) in enumerate(batches):
                 self.given = given and [z.chunk(parts)[i] for z in given]
-                found.append(self.gradients(x, y, split.loss))
-            output = StepOutput(*split.whole(found))
+                found.append(self.gradients(x, y, means.loss))
+            output = StepOutput(*means.whole(found))
         self.update.apply(range(len(self.peers)))
         return self.of_peers(output)
 

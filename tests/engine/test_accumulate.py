@@ -73,7 +73,7 @@ OPTIONS = {
 def test_parts_are_the_whole_batch(options, rows, parts):
     expected = one_step(1, ROWS[rows], **OPTIONS[options])
     found = one_step(parts, ROWS[rows], **OPTIONS[options])
-    if options == "smoothed class weights":  # see `Split`
+    if options == "smoothed class weights":  # see `GlobalMeans`
         del found[1], expected[1]
     for a, b in zip(found, expected, strict=True):
         assert a.shape == b.shape
