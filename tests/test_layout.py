@@ -18,7 +18,7 @@ COHORT = {
     "cohort", "cohort_export", "cohort_files", "cohort_teachers", "export_check",
     "exported_weights", "image_record", "models", "peer_outputs",
 }  # fmt: skip
-PARTS = {"engine", "parallel", "data", "machine", "report", "train"}
+PARTS = {"engine", "parallel", "plan", "data", "machine", "report", "train"}
 BUILT_ON = {"model_card", "preprocessing", "predictor"}  # the trainers
 MAY_IMPORT = {
     "fastdml_kernels": set(),
@@ -30,6 +30,7 @@ MAY_IMPORT = {
     "parallel": {*LOSSES, *COHORT},
     "train": {*LOSSES, *COHORT, "engine", "parallel", "data", "metrics", "report"},
     "machine": {*LOSSES, *COHORT, "engine"},
+    "plan": {*LOSSES, *COHORT, "engine", "parallel", "data"},
     "preprocessing": {*COHORT, "data"},
     "model_card": {*COHORT, "data", "report", "train"},
     "predictor": {*COHORT, "preprocessing", "train"},

@@ -1,0 +1,358 @@
+"""What a step on a mesh sends, takes and holds: formulas, as functions of numbers alone.
+
+Nothing here communicates or measures. Seconds, bytes and images throughout; docs/scaling.md has the
+same formulas with their check against measured steps.
+
+P rows ("peer" axis) and D columns ("data" axis). A row's peers share its devices in turn. N: images
+of a column's share of the batch, or of one of its `parts`. s: bytes of one logit.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
+
+from fastdml.plan.links import Link
+
+# DistributedDataParallel's first bucket of gradients, and the others, in bytes (its defaults).
+FIRST_BUCKET, BUCKET = 1 << 20, 25 << 20
+
+
+class Line(NamedTuple):
+    """A quantity that grows with the number of images: `fixed + each * images`."""
+
+    fixed: float
+    each: float
+
+    def __call__(self, images: float) -> float:
+        return self.fixed + self.each * images
+
+
+NOTHING = Line(0.0, 0.0)
+
+
+@dataclass(frozen=True)
+class PeerCost:
+    """What one peer costs a device by itself."""
+
+    name: str
+    forward: Line  # seconds of so many images
+    backward: Line  # the same
+    update: float  # seconds of its optimizer step
+    weights: int  # bytes of parameters and buffers
+    gradients: int  # bytes of the gradients: of what is trained
+    optimizer: int  # bytes of the optimizer's state
+    activations: Line  # bytes that the backward pass needs, of so many images
+
+    def seconds(self, images: float) -> float:
+        """Of a step of this peer alone."""
+        return self.forward(images) + self.backward(images) + self.update
+
+
+@dataclass(frozen=True)
+class Layout:
+    """Where peers are: `rows[k]` is the row of peer k, each of `data` devices.
+
+    Ranks go along the data axis first (rank = row * data + column), so many on each of `nodes`.
+    fsdp: peers are cut over their row (`fully_shard`), not copied to each of its devices.
+    """
+
+    rows: tuple[int, ...]
+    data: int = 1
+    nodes: int = 1
+    fsdp: bool = False
+
+    @property
+    def peer(self) -> int:
+        return max(self.rows) + 1
+
+    @property
+    def devices(self) -> int:
+        return self.peer * self.data
+
+    def of_row(self, row: int) -> list[int]:
+        """The peers that live there."""
+        return [k for k, r in enumerate(self.rows) if r == row]
+
+    def columns_a_node(self) -> int:
+        """How many columns have devices on one node."""
+        return min(self.data, self.devices // self.nodes)
+
+
+@dataclass(frozen=True)
+class Step:
+    """One step of one row, in seconds, and what each of its devices sends, in bytes."""
+
+    forward: float
+    exchange: float  # that the device waits for logits
+    loss: float
+    backward: float
+    reduction: float  # that it waits for gradients, of FSDP also for weights
+    update: float
+    logits_sent: float
+    gradients_sent: float  # of FSDP also weights
+
+    @property
+    def seconds(self) -> float:
+        return (
+            self.forward + self.exchange + self.loss + self.backward + self.reduction + self.update
+        )
+
+    @property
+    def sent(self) -> float:
+        return self.logits_sent + self.gradients_sent
+
+
+@dataclass(frozen=True)
+class Memory:
+    """What one device holds at the end of the forward passes, in bytes."""
+
+    weights: float
+    gradients: float  # and, with more than one column, DistributedDataParallel's copy of them
+    optimizer: float
+    activations: float
+    logits: float  # of all peers, and the gradients of its own
+
+    @property
+    def total(self) -> float:
+        return self.weights + self.gradients + self.optimizer + self.activations + self.logits
+
+
+# --- bytes ---
+
+
+def exchange_bytes(images: int, classes: int, itemsize: int) -> int:
+    """One peer's logits along the peer axis: N x C numbers. Of a distance loss N x N distances:
+    `exchange_bytes(images, images, itemsize)`."""
+    return images * classes * itemsize
+
+
+def all_reduce_bytes(nbytes: float, ranks: int) -> float:
+    """What each of the ranks sends in a ring all-reduce: 2 (D - 1) / D of it."""
+    return 2 * (ranks - 1) / ranks * nbytes
+
+
+def gather_bytes(nbytes: float, ranks: int) -> float:
+    """What each rank sends in a ring all-gather of a tensor of `nbytes` in all, or in a
+    reduce-scatter of one: (D - 1) / D of it."""
+    return (ranks - 1) / ranks * nbytes
+
+
+def fsdp_bytes(weights: float, gradients: float, ranks: int, gathers: int = 2) -> float:
+    """What each rank sends of a peer that is cut over the ranks: its weights are gathered for the
+    forward pass and, freed in between, again for the backward pass; its gradients are reduced and
+    scattered."""
+    return gathers * gather_bytes(weights, ranks) + gather_bytes(gradients, ranks)
+
+
+# --- seconds of one collective ---
+
+
+def broadcast_seconds(nbytes: float, ranks: int, link: Link) -> float:
+    """From one rank to all others along a chain, in pieces that follow each other."""
+    if ranks < 2:
+        return 0.0
+    return link.start + (ranks - 1) * link.hop + nbytes / link.bandwidth
+
+
+def all_reduce_seconds(nbytes: float, ranks: int, link: Link) -> float:
+    """The faster of a ring, whose hops grow with the ranks, and of a pair of trees."""
+    if ranks < 2:
+        return 0.0
+    ring = 2 * (ranks - 1) * link.hop + all_reduce_bytes(nbytes, ranks) / link.bandwidth
+    trees = 2 * math.ceil(math.log2(ranks)) * link.hop + 2 * nbytes / link.bandwidth
+    return link.start + min(ring, trees)
+
+
+def gather_seconds(nbytes: float, ranks: int, link: Link) -> float:
+    """Of an all-gather or a reduce-scatter of a tensor of `nbytes` in all."""
+    if ranks < 2:
+        return 0.0
+    return link.start + (ranks - 1) * link.hop + gather_bytes(nbytes, ranks) / link.bandwidth
+
+
+# --- what of it the device waits for ---
+
+
+def exchange_wait(forwards: Sequence[float], rounds: Sequence[float]) -> float:
+    """Seconds from the last forward pass until all logits are there. The peers of a row run in
+    turn; round i of the exchange, `rounds[i]` seconds, begins when pass i has ended and round i - 1
+    is through, while later passes go on."""
+    now = arrived = 0.0
+    for passed, takes in zip(forwards, rounds, strict=True):
+        now += passed
+        arrived = max(now, arrived) + takes
+    return arrived - now
+
+
+def pipelined_wait(forward: float, backward: float, exchange: float, parts: int) -> float:
+    """The same of a batch in `parts`, whose passes take `forward` and `backward` seconds and whose
+    exchange takes `exchange` after the forward pass: part i's logits travel during the forward pass
+    of part i + 1, the last part's during the backward pass of the part before."""
+    if parts == 1:
+        return exchange
+    return (parts - 1) * max(0.0, exchange - forward) + max(0.0, exchange - backward)
+
+
+def reduction_wait(gradients: Iterable[float], backward: float, ranks: int, link: Link) -> float:
+    """Seconds after the backward pass until the gradients of a row's peers are summed.
+
+    They leave in buckets as the pass goes on, so that it hides all but what it has no time for, and
+    never the last bucket, which is complete only at its end."""
+    total = last = 0.0
+    for nbytes in gradients:
+        times = [all_reduce_seconds(bucket, ranks, link) for bucket in buckets(nbytes)]
+        total += sum(times)
+        last = max(last, times[-1] if times else 0.0)
+    return max(last, total - backward)
+
+
+def buckets(nbytes: float) -> list[float]:
+    """Sizes of the buckets that DistributedDataParallel makes of so many bytes of gradients, in the
+    order in which they are sent."""
+    found: list[float] = []
+    rest = nbytes
+    while rest > 0:
+        found.append(min(rest, BUCKET if found else FIRST_BUCKET))
+        rest -= found[-1]
+    return found
+
+
+# --- links along the axes ---
+
+
+def link_along_data(layout: Layout, inside: Link, between: Link) -> Link:
+    """Of the groups along the data axis. A row that goes over several nodes passes from each to the
+    next once; rows that have devices on the same node then share what joins it to the others."""
+    a_node = layout.devices // layout.nodes
+    if layout.data <= a_node and a_node % layout.data == 0:
+        return inside
+    return between.shared(1 if layout.data % a_node == 0 else 2)
+
+
+def link_along_peer(layout: Layout, inside: Link, between: Link) -> Link:
+    """Of the groups along the peer axis: columns with devices on the same node share what joins it
+    to the others."""
+    if layout.nodes == 1:
+        return inside
+    return between.shared(layout.columns_a_node())
+
+
+# --- a whole step ---
+
+
+@dataclass(frozen=True)
+class Batch:
+    """What a step computes: `images` of the whole batch, cut by column and then in `parts`."""
+
+    images: int
+    classes: int
+    itemsize: int = 4  # bytes of a logit: 4 of float32, 2 of bf16 and fp16
+    parts: int = 1
+
+    def share(self, data: int) -> int:
+        """Images of the largest share of so many columns."""
+        return -(-self.images // data)
+
+
+def step(
+    peers: Sequence[PeerCost],
+    layout: Layout,
+    batch: Batch,
+    link: Link,
+    network: Link | None = None,
+    loss: Line = NOTHING,
+) -> Step:
+    """The slowest row's step, which is the mesh's: rows wait for each other's logits.
+
+    link: between devices of a node. network: between nodes (default: `link`). loss: seconds of the
+    loss of all K peers' logits, of so many images.
+    """
+    rows = [
+        _step_of_row(row, peers, layout, batch, link, network or link, loss)
+        for row in range(layout.peer)
+    ]
+    return max(rows, key=lambda row: row.seconds)
+
+
+def _step_of_row(
+    row: int,
+    peers: Sequence[PeerCost],
+    layout: Layout,
+    batch: Batch,
+    link: Link,
+    network: Link,
+    loss: Line,
+) -> Step:
+    P, D, parts = layout.peer, layout.data, batch.parts
+    own = [peers[k] for k in layout.of_row(row)]
+    share = batch.share(D)
+    images = share / parts  # of a part
+    forwards = [peer.forward(images) for peer in own]
+    forward, backward = sum(forwards), sum(peer.backward(images) for peer in own)
+
+    along_peer = link_along_peer(layout, link, network)
+    nbytes = exchange_bytes(share, batch.classes, batch.itemsize) if P > 1 else 0
+    received = (len(peers) - len(own)) * nbytes / parts
+    a_round = broadcast_seconds(received / len(own), P, along_peer)
+    wait = exchange_wait(forwards, [a_round] * len(own))
+    exchange = pipelined_wait(forward, backward, wait, parts)
+
+    along_data = link_along_data(layout, link, network)
+    reduction, sent = _reduction(own, layout, backward, along_data, parts)
+    return Step(
+        forward=parts * forward,
+        exchange=exchange,
+        loss=parts * loss(images),
+        backward=parts * backward,
+        reduction=reduction,
+        update=sum(peer.update for peer in own) / (D if layout.fsdp else 1),
+        logits_sent=float(len(own) * nbytes),
+        gradients_sent=sent,
+    )
+
+
+def _reduction(
+    own: Sequence[PeerCost], layout: Layout, backward: float, link: Link, parts: int
+) -> tuple[float, float]:
+    """(seconds that a row waits for its data axis, bytes that each of its devices sends)."""
+    D = layout.data
+    if not layout.fsdp:
+        wait = reduction_wait((p.gradients for p in own), backward, D, link)
+        return wait, sum(all_reduce_bytes(p.gradients, D) for p in own)
+    # A peer that is one unit of FSDP has nothing to compute while its weights are gathered.
+    gather = sum(gather_seconds(p.weights, D, link) for p in own)
+    scatter = sum(gather_seconds(p.gradients, D, link) for p in own)
+    sent = sum(fsdp_bytes(p.weights, p.gradients, D) for p in own)
+    return parts * (2 * gather + scatter), parts * sent
+
+
+# --- memory ---
+
+
+def memory(peers: Sequence[PeerCost], layout: Layout, batch: Batch) -> Memory:
+    """Of the device that holds most. Not in it: the images, the allocator's reserve, workspaces of
+    libraries and the context of the driver."""
+    rows = [_memory_of_row(row, peers, layout, batch) for row in range(layout.peer)]
+    return max(rows, key=lambda row: row.total)
+
+
+def _memory_of_row(row: int, peers: Sequence[PeerCost], layout: Layout, batch: Batch) -> Memory:
+    D = layout.data
+    own = [peers[k] for k in layout.of_row(row)]
+    images = -(-batch.share(D) // batch.parts)
+    cut = D if layout.fsdp else 1
+    weights, gradients = sum(p.weights for p in own), sum(p.gradients for p in own)
+    # Gathered for its passes, one peer after the other.
+    whole = max(p.weights + p.gradients for p in own) if layout.fsdp and D > 1 else 0
+    copies = 2 if D > 1 and not layout.fsdp else 1
+    logits = exchange_bytes(images, batch.classes, batch.itemsize)
+    return Memory(
+        weights=weights / cut + whole,
+        gradients=copies * gradients / cut,
+        optimizer=sum(p.optimizer for p in own) / cut,
+        activations=sum(p.activations(images) for p in own),
+        logits=float((len(peers) + len(own)) * logits),
+    )
