@@ -40,6 +40,15 @@ def register_tree_node(
     )
 
 
+# ---- several processes
+
+
+def default_store() -> Any:
+    """The store through which the ranks of torch.distributed found each other. Public: none, where
+    another's code has initialised it."""
+    return torch.distributed.distributed_c10d._get_default_store()
+
+
 # ---- many tensors in one launch
 
 

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import torch.distributed as dist
 from fastdml_kernels import torch_private as kernels_private
 from torch import nn
 from torch.autograd import forward_ad
@@ -39,6 +40,19 @@ def test_tree_nodes():
     doubled = tree_map(lambda t: 2 * t, {"pair": Pair(*tensors(1.0, 2.0))})["pair"]
     assert type(doubled) is Pair
     assert doubled.fields == [2, 4]
+
+
+# ---- several processes
+
+
+def test_default_store():
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    try:
+        store = private.default_store()
+        store.set("key", "value")
+        assert store.get("key") == b"value"
+    finally:
+        dist.destroy_process_group()
 
 
 # ---- many tensors in one launch

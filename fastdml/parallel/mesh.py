@@ -9,6 +9,7 @@ from __future__ import annotations
 import datetime
 import json
 import math
+import os
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any, cast
 
@@ -55,27 +56,33 @@ def make_mesh(
             f"torchrun --nproc-per-node {peer * data} starts as many on one machine"
         )
     own = processes.own_device(device)
-    processes.start(own, timeout)
-    return Mesh(peer, data, own, timeout)
+    return Mesh(peer, data, own, timeout, processes.start(own, timeout))
 
 
 class Mesh:
     """Ranks as rows that share the peers and columns that share a batch; `make_mesh` makes it.
 
     peer, data: the numbers of rows and columns. row, column: of this rank; rank = row * data +
-    column, of `world`. lead: whether this is rank 0. device, timeout: as given.
+    column, of `world`. lead: whether this is rank 0. local_rank, local_world: the number of this
+    rank among those of its machine, and theirs. device, timeout: as given.
     device_mesh: torch's, with the dimensions "peer" and "data".
+    store, job_store, attempt: as of `processes.Job`.
     control: a gloo group of all ranks, for flags and small objects on the CPU.
     peers_group, data_group: the ranks of the own column and of the own row, for what belongs to no
     peer. After `place`: rows, the row of each of the K peers; local, the numbers of the own ones.
     """
 
-    def __init__(self, peer: int, data: int, device: torch.device, timeout: float) -> None:
+    def __init__(
+        self, peer: int, data: int, device: torch.device, timeout: float, job: processes.Job
+    ) -> None:
         self.peer, self.data = peer, data
+        self.store, self.job_store, self.attempt = job
         self.rank, self.world = dist.get_rank(), dist.get_world_size()
         self.row, self.column = divmod(self.rank, data)
         self.device, self.timeout = device, timeout
         self.lead = self.rank == 0
+        self.local_rank = int(os.environ.get("LOCAL_RANK", self.rank))
+        self.local_world = int(os.environ.get("LOCAL_WORLD_SIZE", self.world))
         self.control = self._group(range(self.world), "gloo")
         self.peers_group = self._along_peers()
         rows = [self._along_data(row) for row in range(peer)]
@@ -88,6 +95,7 @@ class Mesh:
         )
         self.rows: tuple[int, ...] = ()
         self.local: tuple[int, ...] = ()
+        self.names: tuple[str, ...] = ()  # of all peers, once a cohort is distributed
         self._peer_groups: list[dist.ProcessGroup] = []
         self._data_groups: list[dist.ProcessGroup | None] = []
 
@@ -131,6 +139,7 @@ class Mesh:
         that nothing has placed are placed."""
         if len(self.rows) != len(cohort):
             self.place(len(cohort))
+        self.names = tuple(cohort.names)
         taken = {}
         for k, peer in enumerate(cohort):
             if k not in self.local and not isinstance(peer, RemotePeer):

@@ -39,3 +39,22 @@ def _balanced(costs: Sequence[float], rows: int) -> tuple[int, ...]:
         found[k] = load.index(min(load))
         load[found[k]] += costs[k]
     return tuple(found)
+
+
+def auto_sizes(world: int, costs: Sequence[float]) -> tuple[int, int]:
+    """The numbers of rows and columns of `world` ranks with which a step should take the least
+    time: that of the row with the most to do, divided by the columns.
+
+    costs: of each of K peers on a whole batch, in any unit. Of sizes within a tenth of the best the
+    most rows are taken, since logits are fewer bytes than gradients. Raises InputError as `place`.
+    """
+    times: dict[int, float] = {}
+    for rows in range(1, min(world, len(costs)) + 1):
+        if world % rows == 0:
+            load = [0.0] * rows
+            for k, row in enumerate(place(len(costs), rows, costs)):
+                load[row] += costs[k]
+            times[rows] = max(load) / (world // rows)
+    best = min(times.values())
+    rows = max(rows for rows, time in times.items() if time <= 1.1 * best)
+    return rows, world // rows

@@ -4,15 +4,20 @@ from __future__ import annotations
 
 import datetime
 import os
+import time
+import uuid
 from collections.abc import Mapping
+from typing import NamedTuple
 
 import torch
 import torch.distributed as dist
 
 from fastdml.errors import InputError
+from fastdml.torch_private import default_store
 
 # What torchrun, and whoever stands in for it, tells each process.
 VARIABLES = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+STARTING = 120.0  # seconds that ranks have at least until all have imported what they need
 
 
 def started(environment: Mapping[str, str] = os.environ) -> bool:
@@ -25,6 +30,12 @@ def world_size() -> int:
     if dist.is_available() and dist.is_initialized():
         return dist.get_world_size()
     return int(os.environ["WORLD_SIZE"]) if started() else 1
+
+
+def own_rank() -> int:
+    if dist.is_available() and dist.is_initialized():
+        return dist.get_rank()
+    return int(os.environ["RANK"]) if started() else 0
 
 
 def own_device(device: str | torch.device | None = None) -> torch.device:
@@ -55,41 +66,94 @@ def own_device(device: str | torch.device | None = None) -> torch.device:
     return torch.device("cuda", local)
 
 
-def start(device: torch.device, timeout: float) -> None:
+class Job(NamedTuple):
+    """What the ranks of a job write for each other; `start` makes it.
+
+    store: of this attempt alone. job_store: of all attempts, held by torchrun's agent; None where a
+    rank holds it, with which it ends. attempt: 0, 1, ...: how often the ranks were started before.
+    """
+
+    store: dist.Store
+    job_store: dist.Store | None
+    attempt: int
+
+
+_JOB: list[Job] = []  # of this process, while torch.distributed runs
+
+
+def start(device: torch.device, timeout: float) -> Job:
     """Initialises torch.distributed, with NCCL for CUDA and gloo for a CPU, unless that is done."""
-    if dist.is_initialized():
-        return
-    limit = datetime.timedelta(seconds=timeout)
+    if dist.is_initialized() and _JOB:
+        return _JOB[0]
     if device.type == "cuda":
         torch.cuda.set_device(device)
-    backend = backend_of(device)
-    if not started():
+    if dist.is_initialized():
+        job = Job(dist.PrefixStore("fastdml", default_store()), None, 0)
+    elif started():
+        job = _join(timeout)
+    else:
+        job = Job(dist.HashStore(), None, 0)
+    if not dist.is_initialized():
         dist.init_process_group(
-            backend, store=dist.HashStore(), rank=0, world_size=1, timeout=limit
+            backend_of(device),
+            store=job.store,
+            rank=own_rank(),
+            world_size=world_size(),
+            timeout=datetime.timedelta(seconds=timeout),
         )
-        return
-    missing = [name for name in VARIABLES if name not in os.environ]
-    if missing:
-        raise InputError(f"{missing[0]} is not set beside RANK: start the ranks with torchrun")
-    rank, world = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
-    dist.init_process_group(
-        backend, store=_store(rank, limit), rank=rank, world_size=world, timeout=limit
-    )
+    _JOB[:] = [job]
+    return job
 
 
 def backend_of(device: torch.device) -> str:
     return "nccl" if device.type == "cuda" else "gloo"
 
 
-def _store(rank: int, limit: datetime.timedelta) -> dist.Store:
-    """The launcher's store, or one that rank 0 holds. What an attempt writes begins with its
-    number: a restarted job would else read the addresses of processes that are gone."""
+def _join(timeout: float) -> Job:
+    """Meets the other ranks of this attempt in the launcher's store, or in one that rank 0 holds.
+
+    What an attempt writes begins with its number: a restarted job would else read the addresses of
+    processes that are gone.
+    """
+    missing = [name for name in VARIABLES if name not in os.environ]
+    if missing:
+        raise InputError(f"{missing[0]} is not set beside RANK: start the ranks with torchrun")
     of_agent = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
+    limit = max(timeout, STARTING)
     store = dist.TCPStore(
         os.environ["MASTER_ADDR"],
         int(os.environ["MASTER_PORT"]),
-        is_master=rank == 0 and not of_agent,
-        timeout=limit,
+        is_master=own_rank() == 0 and not of_agent,
+        timeout=datetime.timedelta(seconds=limit),
     )
-    attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
-    return dist.PrefixStore(f"fastdml/{attempt}", store)
+    job_store = dist.PrefixStore("fastdml", store)
+    number = _number(job_store, own_rank(), world_size(), time.monotonic() + limit)
+    this = dist.PrefixStore(f"fastdml/attempt{number}", store)
+    return Job(this, job_store if of_agent else None, number - 1)
+
+
+def _number(store: dist.Store, rank: int, world: int, deadline: float) -> int:
+    """The number of this attempt, from 1, the same on all ranks. torchrun's own count is one of a
+    machine, and machines may have been restarted more or less often.
+
+    Rank 0 counts, and answers each other rank until that has thanked: it may find the question of a
+    process that is gone before that of its successor.
+    """
+    if rank != 0:
+        question = uuid.uuid4().hex
+        store.set(f"question/{rank}", question)
+        number = int(store.get(f"answer/{question}"))
+        store.set(f"thanks/{number}/{rank}", "")
+        return number
+    number = store.add("attempts", 1)
+    for other in range(1, world):
+        while True:
+            question = store.get(f"question/{other}").decode()
+            store.set(f"answer/{question}", str(number))
+            try:
+                store.wait([f"thanks/{number}/{other}"], datetime.timedelta(seconds=0.2))
+                break
+            except dist.DistStoreError:
+                if time.monotonic() > deadline:
+                    raise
+    return number

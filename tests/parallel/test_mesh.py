@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import time
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
@@ -12,7 +13,7 @@ from ranks import RankFailed, run_ranks
 
 from fastdml import Cohort
 from fastdml.errors import InputError
-from fastdml.parallel import RemotePeer, make_mesh
+from fastdml.parallel import RemotePeer, auto_sizes, make_mesh, processes
 from fastdml.parallel.placement import place
 
 WORLD, PEER, DATA, K, TIMEOUT = 4, 2, 2, 3, 7.5
@@ -36,7 +37,9 @@ def on_a_mesh() -> dict:
     whole = [sum(p.numel() for p in peer.parameters()) for peer in cohort]
     first = {k: next(peer.parameters()).detach().clone() for k, peer in enumerate(cohort)}
     taken = mesh.distribute(cohort)
+    mesh.store.add("ranks", 1)
     found = {
+        "started": (mesh.attempt, mesh.local_rank, mesh.local_world, mesh.job_store is not None),
         "at": (mesh.rank, mesh.row, mesh.column, mesh.device_mesh.get_coordinate()),
         "timeouts": [seconds(group) for group in groups],
         "groups": len(dist.distributed_c10d._world.pg_map),
@@ -64,6 +67,7 @@ def on_a_mesh() -> dict:
             for parameter in cohort[k].parameters():
                 parameter.add_(k + 1 + 100 * mesh.column)  # that of column 0 counts
     mesh.collect(cohort, taken)
+    found["counted"] = mesh.store.add("ranks", 0)
     found["trained"] = [
         torch.equal(next(peer.parameters()), first[k] + (k + 1)) for k, peer in enumerate(cohort)
     ]
@@ -106,6 +110,12 @@ def test_peers_of_other_rows_have_no_weights_here(found):
         assert rank["names"] == ["resnet8-1", "resnet8-2", "mobilenet"]
 
 
+def test_where_a_rank_is_and_what_it_shares(found):
+    for r, rank in enumerate(found):
+        assert rank["started"] == (0, r, WORLD, True)
+        assert rank["counted"] == WORLD
+
+
 def test_small_objects(found):
     for rank in found:
         assert rank["shared"] == {"from": 0}
@@ -135,6 +145,22 @@ def test_work_is_balanced():
     costs = [5.0, 1.0, 4.0, 2.0, 3.0]
     rows = place(5, 2, costs)
     assert sum(cost for cost, row in zip(costs, rows, strict=True) if row == 0) in (7.0, 8.0)
+
+
+@pytest.mark.parametrize(
+    ("world", "costs", "sizes"),
+    [
+        (4, [1.0] * 4, (4, 1)),  # as fast as 2 x 2 and 1 x 4, and the fewest bytes
+        (4, [1.0] * 3, (1, 4)),  # 3 peers on 4 ranks: 3 / 4, where two rows take 2 / 2
+        (4, [1.0, 1.0, 2.0], (2, 2)),
+        (2, [1.0] * 5, (1, 2)),  # two rows take 3, two columns 2.5
+        (2, [3.0, 1.0, 1.0, 1.0], (2, 1)),
+        (3, [1.0, 1.0], (1, 3)),
+        (1, [1.0, 2.0], (1, 1)),
+    ],
+)
+def test_sizes_that_take_the_least_time(world, costs, sizes):
+    assert auto_sizes(world, costs) == sizes
 
 
 @pytest.mark.parametrize("costs", [[1.0, 2.0], [1.0, 2.0, 0.0], [1.0, float("nan"), 2.0]])
@@ -173,3 +199,22 @@ def test_a_rank_that_raises_is_named():
     with pytest.raises(RankFailed, match=r"(?s)rank 1 raised.*ValueError: on purpose") as caught:
         run_ranks(2, raises, 1)
     assert caught.value.rank == 1
+
+
+def test_attempts_know_each_other_from_those_before():
+    """One rank of three lacked in an attempt, and all questions of that attempt are still there."""
+    store = dist.HashStore()
+
+    def attempt(ranks: list[int]) -> list:
+        def ask(rank: int) -> int | str:
+            try:
+                return processes._number(store, rank, 3, time.monotonic() + 0.3)
+            except dist.DistStoreError:
+                return "late"
+
+        with ThreadPoolExecutor(3) as pool:
+            return [*pool.map(ask, ranks)]
+
+    assert attempt([0, 1, 2]) == [1, 1, 1]
+    assert attempt([0, 1]) == ["late", 2]
+    assert attempt([2, 1, 0]) == [3, 3, 3]
