@@ -10,7 +10,7 @@ All peers are updated from the same predictions: K forward and K backward passes
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from itertools import chain
 from typing import TYPE_CHECKING, Any
 
@@ -125,25 +125,37 @@ class EagerStep:
         if parts == 1:
             output = self.gradients(images, labels, self.loss)
         else:
-            if not isinstance(images, Tensor):
-                raise InputError(
-                    f"accumulate={parts} splits images that are one tensor, not "
-                    f"{type(images).__name__}: use accumulate=1"
-                )
-            if len(labels) % parts:
-                raise InputError(
-                    f"a batch of {len(labels)} images does not split into accumulate={parts} equal "
-                    "parts: choose a batch size that does"
-                )
+            batches = self.parts_of(images, labels)
             means = GlobalMeans(self.loss, labels, parts=parts)
-            batches = zip(images.chunk(parts), labels.chunk(parts), strict=True)
-            given, found = self.given, []
-            for i, (x, y) in enumerate(batches):
-                self.given = given and [z.chunk(parts)[i] for z in given]
-                found.append(self.gradients(x, y, means.loss))
+            found = [self.gradients(x, y, means.loss) for x, y in batches]
             output = StepOutput(*means.whole(found))
         self.update.apply(range(len(self.peers)))
         return self.of_peers(output)
+
+    def parts_of(self, images: Tensor, labels: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
+        """The batch in its parts; `given` is the current part's while they are run."""
+        parts = self.options.accumulate
+        if parts == 1:
+            return iter([(images, labels)])
+        if not isinstance(images, Tensor):
+            raise InputError(
+                f"accumulate={parts} splits images that are one tensor, not "
+                f"{type(images).__name__}: use accumulate=1"
+            )
+        if len(labels) % parts:
+            raise InputError(
+                f"a batch of {len(labels)} images does not split into accumulate={parts} equal "
+                "parts: choose a batch size that does"
+            )
+        return self._parts_of(images, labels, parts)
+
+    def _parts_of(
+        self, images: Tensor, labels: Tensor, parts: int
+    ) -> Iterator[tuple[Tensor, Tensor]]:
+        given = self.given
+        for i, pair in enumerate(zip(images.chunk(parts), labels.chunk(parts), strict=True)):
+            self.given = given and [z.chunk(parts)[i] for z in given]
+            yield pair
 
     def of_peers(self, output: StepOutput) -> StepOutput:
         """The peers' figures alone, and beside them their divergence from the teachers."""
@@ -163,6 +175,11 @@ class EagerStep:
     def forward(self, k: int, images: Tensor) -> Outputs:
         """The outputs of peer k, or from K on of a teacher. fp16 is cast to fp32, so that gradients
         are multiplied by the loss scale before they are rounded to fp16, not after."""
+        out = self.run(k, images)
+        return tuple(map(widened, out))
+
+    def run(self, k: int, images: Tensor) -> Outputs:
+        """The outputs as the network gives them, checked."""
         taught = k - self.learning
         out: Any
         if taught >= 0 and self.given is not None:
@@ -170,8 +187,7 @@ class EagerStep:
         else:
             with self.amp.autocast():
                 out = self.forwards[k](images)
-        out = self.checked(k, out, images) if taught < 0 else self.lesson(taught, out, images)
-        return tuple(t.float() if t.dtype == torch.float16 else t for t in out)
+        return self.checked(k, out, images) if taught < 0 else self.lesson(taught, out, images)
 
     def lesson(self, t: int, out: Any, images: Tensor) -> Outputs:
         """The logits in what teacher t returned. Raises InputError where they are not in it."""
@@ -208,21 +224,35 @@ class EagerStep:
         gradient, but None.
         """
         K = len(self.peers)
-        logits = [out[0] for out in outputs]
+        students: Sequence[int] | None = None
         if self.teachers:
             students = range(K) if learning is None else learning
-            for k, z in enumerate(logits):  # detached: this tells the loss who learns, no more
-                z.requires_grad_(k in students)
-        losses, stats, found = loss.value_and_grad(logits, labels)
-        if self.teachers:
-            count_ensemble(stats, logits[:K], labels)
-        grads: list[Any] = found[:K]  # None where nobody learns in this round
+        logits = [out[0] for out in outputs]
+        losses, stats, grads = self.logit_grads(logits, labels, loss, students)
         if self.options.metric is None:
             return StepOutput(losses, stats), [(g,) for g in grads]
         features = [out[1] for out in outputs[:K]]
         metric, more = self.options.metric.value_and_grad(features, labels, learning)
         output = StepOutput(with_metric(losses, metric), stats, metric)
         return output, list(zip(grads, more, strict=True))
+
+    def logit_grads(
+        self,
+        logits: Sequence[Tensor],
+        labels: Tensor,
+        loss: MutualLoss,
+        students: Sequence[int] | None,
+    ) -> tuple[Tensor, MutualStats, list[Any]]:
+        """Losses and statistics of peers and teachers, and the gradients of the peers' logits, None
+        for those that are no students. students: None for all, where there are no teachers."""
+        K = len(self.peers)
+        if students is not None:
+            for k, z in enumerate(logits):  # detached: this tells the loss who learns, no more
+                z.requires_grad_(k in students)
+        losses, stats, grads = loss.value_and_grad(logits, labels)
+        if self.teachers:
+            count_ensemble(stats, logits[:K], labels)
+        return losses, stats, grads[:K]
 
     def backward(self, outputs: Sequence[Outputs], grads: Sequence[Outputs]) -> None:
         pairs = zip(chain(*outputs[: len(grads)]), chain(*grads), strict=True)
@@ -260,6 +290,10 @@ def count_ensemble(stats: MutualStats, logits: Sequence[Tensor], labels: Tensor)
         mean = torch.stack([z.softmax(1, dtype=kind) for z in logits]).mean(0)
         right = (mean.argmax(1) == labels).sum()
     stats.ensemble_correct.copy_(right)
+
+
+def widened(t: Tensor) -> Tensor:
+    return t.float() if t.dtype == torch.float16 else t
 
 
 def detached(out: Outputs) -> Outputs:

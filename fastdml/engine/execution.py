@@ -29,9 +29,11 @@ from fastdml.mutual_stats import MutualStats
 if TYPE_CHECKING:
     from fastdml.cohort import Cohort
     from fastdml.metric_losses import MetricLoss
+    from fastdml.parallel import Mesh
 
 ExecutionName = Literal["auto", "eager", "threads", "streams", "graph", "stacked"]
 UpdateOrder = Literal["simultaneous", "sequential"]
+ExchangeName = Literal["logits", "weights"]  # what peers on different ranks learn from
 
 
 class StepOutput(NamedTuple):
@@ -74,6 +76,10 @@ class StepOptions:
     metric: MetricLoss | None = None
     output: Callable[[Any], Tensor] | None = None
     taught: Callable[[Tensor], list[Tensor] | None] | None = None
+    mesh: Mesh | None = None
+    exchange: ExchangeName = "logits"
+    exchange_every: int = 1
+    seed: int = 0
 
 
 class Step(Protocol):

@@ -23,6 +23,7 @@ from fastdml.engine.ema import Ema
 from fastdml.engine.execution import (
     EXECUTIONS,
     After,
+    ExchangeName,
     ExecutionName,
     Step,
     StepOptions,
@@ -30,6 +31,7 @@ from fastdml.engine.execution import (
     executions,
     in_turn,
 )
+from fastdml.engine.mesh_step import mesh_step
 from fastdml.engine.optimizers import check_optimizer
 from fastdml.engine.rehearsal import Uncopyable
 from fastdml.engine.weights import check_weights
@@ -39,6 +41,7 @@ if TYPE_CHECKING:
     from fastdml.cohort import Cohort
     from fastdml.loss import MutualLoss
     from fastdml.metric_losses import MetricLoss
+    from fastdml.parallel import Mesh
 
 
 logger = logging.getLogger(__name__)
@@ -62,6 +65,10 @@ def make_step(
     threads: int | None = None,
     output: Callable[[Any], Tensor] | None = None,
     taught: Callable[[Tensor], list[Tensor] | None] | None = None,
+    mesh: Mesh | None = None,
+    exchange: ExchangeName = "logits",
+    exchange_every: int = 1,
+    seed: int = 0,
 ) -> Step:
     """A training step: `step(images, labels) -> StepOutput(losses, stats, metric)`.
 
@@ -102,6 +109,17 @@ def make_step(
     taught: gives the logits (N, C) of each teacher, computed before, from one more argument of the
         step, behind all others: such as the numbers (N,) of the batch's images. Where it gives
         None, the teachers run. In a graph it is captured too.
+    mesh: ranks that share the peers and the batch, `fastdml.parallel.make_mesh`; all ranks make the
+        step and call it, each on its column's share. The cohort has been distributed. "auto" is
+        eager on a CPU and streams on CUDA; compile, threads, stacked and sequential updates are
+        refused. The output is the column's share, whose sum over the columns is the whole batch's,
+        and right for the peers that are here.
+    exchange, exchange_every: on a mesh, what peers on different rows learn from. "logits": those of
+        the same batch; of n > 1, the KL term exists at every n-th step only and nothing travels at
+        the others. "weights": copies of the other rows' peers, run by every row, whose weights are
+        fetched every n steps (codistillation: Anil et al. 2018, arXiv 1804.03235).
+    seed: on a mesh, of what peers draw in a forward pass, such as dropout: a function of it, the
+        peer, the step and the part of the batch.
 
     Each step takes the groups of the optimizer and the peers' layers as they are: weights that are
     unfrozen, groups that are added and layers that are replaced train from the next step on. Those
@@ -125,7 +143,7 @@ def make_step(
     _check_update(update, accumulate)
     if metric is not None:
         _check_metric(cohort, metric, device, accumulate, output)
-    if execution != "auto":
+    if execution != "auto" and mesh is None:
         _check_execution(execution, update, device)
     options = StepOptions(
         compile=compile,
@@ -137,9 +155,22 @@ def make_step(
         metric=metric,
         output=output,
         taught=taught,
+        mesh=mesh,
+        exchange=exchange,
+        exchange_every=exchange_every,
+        seed=seed,
     )
     amp = resolve_amp(amp, device) if isinstance(amp, str) else amp
-    make = Maker(cohort, loss, optimizer, amp, options, update)
+    if mesh is not None:
+        return mesh_step(execution, update, threads, cohort, loss, optimizer, amp, options)
+    return _chosen(Maker(cohort, loss, optimizer, amp, options, update), execution, threads, device)
+
+
+def _chosen(
+    make: Maker, execution: ExecutionName, threads: int | None, device: torch.device
+) -> Step:
+    """The step of the execution that was named, or one that chooses."""
+    optimizer, update = make.optimizer, make.update
     if execution != "auto" and (threads is None or device.type != "cpu"):
         return make(execution)
     if execution == "auto" and takes_number(optimizer):

@@ -40,6 +40,10 @@ if TYPE_CHECKING:
     from fastdml.cohort import Cohort
 
 Group = dict[str, Any]
+NOTHING_TRAINED = (
+    "the step has trained nothing: no weight that the optimizer holds has a gradient; "
+    "unfreeze some with requires_grad_(True)"
+)
 
 
 class Holdings:
@@ -188,10 +192,7 @@ class Update:
     def finish(self) -> None:
         """Updates the loss scale and the moving averages, once a training step."""
         if not self.updated:
-            raise InputError(
-                "the step has trained nothing: no weight that the optimizer holds has a gradient; "
-                "unfreeze some with requires_grad_(True)"
-            )
+            raise InputError(NOTHING_TRAINED)
         if self.scaler is not None and self.overflow is not None:
             flags = torch.stack([self.overflow[k] for k in self.updated])
             torch.amin(flags, dim=0, out=self.skipped)
