@@ -17,11 +17,13 @@ from fastdml.data.image_set import IGNORED, ImageSet
 from fastdml.errors import InputError
 from fastdml.train.own_batches import (
     ArrayBatches,
+    EpochBatches,
     as_tensor,
     dataset_loader,
     is_arrays,
     is_dataset,
 )
+from fastdml.train.sharding import check_shares, sharding_sampler
 
 # (labels, images, num_classes, where, values): refuses labels that cannot be learnt. where: which
 # batch, for messages. values: whether to read the labels, which waits for their device.
@@ -63,19 +65,24 @@ class IterableBatches:
         num_classes: int,
         what: str = "training",
         check: CheckLabels | None = None,
+        *,
+        world: int = 1,
     ) -> None:
         self.source, self.device, self.num_classes, self.what = source, device, num_classes, what
-        self.check = check or check_labels
-        self.batch_size = getattr(source, "batch_size", None) or 0
+        self.check, self.world = check or check_labels, world
+        own = getattr(source, "batch_sampler", None)
+        self.batch_size = (getattr(source, "batch_size", None) or 0) * world  # of all ranks
+        if isinstance(own, EpochBatches):
+            self.batch_size = own.batch_size
         self.shape: tuple[int, ...] | None = None  # of the first image
 
     def __len__(self) -> int:
         return len(self.source)
 
     def epoch(self, epoch: int, start: int = 0) -> Iterator[tuple[Tensor, Tensor]]:
-        sampler: Any = getattr(self.source, "sampler", None)
-        if hasattr(sampler, "set_epoch"):
-            sampler.set_epoch(epoch)
+        for sampler in self._samplers():
+            if hasattr(sampler, "set_epoch"):
+                sampler.set_epoch(epoch)
         drawn = torch.get_rng_state()
         batches = iter(self.source)
         for _ in range(start):
@@ -94,6 +101,17 @@ class IterableBatches:
                 "length promises: give a length that is right"
             )
 
+    def _samplers(self) -> list[Any]:
+        """Those of a DataLoader that are told the epoch."""
+        batches = getattr(self.source, "batch_sampler", None)
+        told = [getattr(self.source, "sampler", None)]
+        if isinstance(batches, EpochBatches):
+            told.append(batches)
+        if self.world > 1:
+            shards = sharding_sampler(self.source)
+            told += [shards] if shards is not told[0] else []
+        return told
+
     def _checked(self, batch: Any, step: int) -> tuple[Tensor, Tensor]:
         where = f"{self.what} batch {step}"
         inputs, labels = check_batch(batch, where)
@@ -108,7 +126,7 @@ class IterableBatches:
                 f"{where} holds {what}s of {sizes(inputs.shape[1:])}, the first one of "
                 f"{sizes(shape)}: {remedy}"
             )
-        self.shape, self.batch_size = shape, self.batch_size or len(inputs)
+        self.shape, self.batch_size = shape, self.batch_size or len(inputs) * self.world
         values = first or labels.device.type == "cpu"
         self.check(labels, inputs, self.num_classes, where, values)
         if first or self.device.type == "cpu" == inputs.device.type:
@@ -238,24 +256,30 @@ def as_batches(
     *,
     batch_size: int = 500,
     seed: int | None = None,
+    rank: int = 0,
+    world: int = 1,
 ) -> Batches:
     """`source` as `Batches`. what: "training", "validation" or "test", for messages. check: of the
     labels, by default that they are class indices. batch_size, seed: of arrays and data sets, which
-    are no batches yet, see `own_batches`. Raises InputError for no source of batches, or an empty
-    one."""
+    are no batches yet, see `own_batches`. rank, world: of training, which share of every batch is
+    wanted; batches that are no such share are refused. Raises InputError for no source of batches,
+    or an empty one."""
     batches: Batches
     if callable(getattr(source, "epoch", None)):
+        check_shares(source, what, rank, world)
         batches = source
     elif is_arrays(source):
         inputs, labels = checked_arrays(source, num_classes, what, check or check_labels)
         check_size(len(labels), batch_size, seed, what)
-        batches = ArrayBatches(inputs.to(device), labels.to(device), batch_size, seed)
+        tensors = inputs.to(device), labels.to(device)
+        batches = ArrayBatches(*tensors, batch_size, seed, rank=rank, world=world)
     elif is_dataset(source):
         check_size(len(source), batch_size, seed, what)
-        loader = dataset_loader(source, batch_size, seed)
+        loader = dataset_loader(source, batch_size, seed, rank=rank, world=world)
         batches = IterableBatches(loader, device, num_classes, what, check)
     elif hasattr(source, "__iter__") and _length(source) is not None:
-        batches = IterableBatches(source, device, num_classes, what, check)
+        check_shares(source, what, rank, world)
+        batches = IterableBatches(source, device, num_classes, what, check, world=world)
     elif isinstance(source, (ImageSet, ImageFiles)):
         train = what == "training"
         raise InputError(

@@ -1,7 +1,8 @@
 """Batches of data that the user gives as arrays or as a data set of torch.
 
 In training their order is a function of (seed, epoch), as that of fastdml's own loaders, so that a
-run resumes exactly; a last short batch is left out. Arrays are kept on the device.
+run resumes exactly; a last short batch is left out, and of several ranks each shows its share of
+every batch. Arrays are kept on the device.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, IterableDataset
 from torch.utils.data import Sampler as TorchSampler
 
-from fastdml.data.samplers import RandomSampler, Sampler, part
+from fastdml.data.samplers import RandomSampler, Sampler, check_share, part
 from fastdml.errors import InputError, one_line
 
 NUMBERS = "biufc"  # numpy's kinds of numbers
@@ -39,7 +40,8 @@ def is_array(value: Any) -> bool:
 class ArrayBatches:
     """Batches of inputs (N, ...) and labels (N, ...), tensors on the device. seed: of the random
     order of training; None: in the given order, whose last batch may be short. sampler: which order
-    that is, by default one of each sample once."""
+    that is, by default one of each sample once. rank, world: of training, as of `ResidentLoader`.
+    """
 
     def __init__(
         self,
@@ -48,7 +50,12 @@ class ArrayBatches:
         batch_size: int,
         seed: int | None = None,
         sampler: Sampler | None = None,
+        *,
+        rank: int = 0,
+        world: int = 1,
     ) -> None:
+        check_share(batch_size, world)
+        self.rank, self.world = rank, world
         self.images = inputs.dim() == 4
         # Of images a batch is in the memory format channels_last without another copy.
         self.inputs = inputs.permute(0, 2, 3, 1).contiguous() if self.images else inputs
@@ -62,7 +69,7 @@ class ArrayBatches:
 
     def epoch(self, epoch: int, start: int = 0) -> Iterator[tuple[Tensor, Tensor]]:
         for step in range(start, len(self)):
-            chosen: Any = part(step, self.batch_size)
+            chosen: Any = self._part(step)
             if self.seed is not None:
                 chosen = self.order(epoch, self.seed)[chosen]
             inputs = self.inputs[chosen]
@@ -71,9 +78,12 @@ class ArrayBatches:
     def samples(self, epoch: int, step: int) -> Tensor:
         """Which samples of the arrays the batch shows, (B,) int64 on the device, in its order."""
         if self.seed is not None:
-            return self.order(epoch, self.seed)[part(step, self.batch_size)]
+            return self.order(epoch, self.seed)[self._part(step)]
         every = torch.arange(len(self.inputs), device=self.inputs.device)
-        return every[part(step, self.batch_size)]
+        return every[self._part(step)]
+
+    def _part(self, step: int) -> slice:
+        return part(step, self.batch_size, self.rank, self.world)
 
     def order(self, epoch: int, seed: int) -> Tensor:
         if self._order is None or self._order[0] != epoch:
@@ -102,29 +112,43 @@ def as_tensor(values: Any, what: str) -> Tensor:
     )
 
 
-class EpochOrder(TorchSampler):
-    """The samples of an epoch in a sampler's order, for a DataLoader."""
+class EpochBatches(TorchSampler[list[int]]):
+    """The samples of each batch of an epoch, or of a rank's share of it, in a sampler's order, for
+    a DataLoader. A last short batch is left out."""
 
-    def __init__(self, sampler: Sampler, seed: int) -> None:
-        self.sampler, self.seed, self.epoch = sampler, seed, 0
+    def __init__(
+        self, sampler: Sampler, batch_size: int, seed: int, rank: int = 0, world: int = 1
+    ) -> None:
+        check_share(batch_size, world)
+        self.sampler, self.batch_size, self.seed, self.epoch = sampler, batch_size, seed, 0
+        self.rank, self.world = rank, world
 
     def set_epoch(self, epoch: int) -> None:
         self.epoch = epoch
 
     def __len__(self) -> int:
-        return self.sampler.places
+        return self.sampler.places // self.batch_size
 
-    def __iter__(self) -> Iterator[int]:
-        return iter(self.sampler.order(self.seed, self.epoch).sample.tolist())
+    def __iter__(self) -> Iterator[list[int]]:
+        order = self.sampler.order(self.seed, self.epoch).sample.tolist()
+        for step in range(len(self)):
+            yield order[part(step, self.batch_size, self.rank, self.world)]
 
 
 def dataset_loader(
-    dataset: Any, batch_size: int, seed: int | None = None, sampler: Sampler | None = None
+    dataset: Any,
+    batch_size: int,
+    seed: int | None = None,
+    sampler: Sampler | None = None,
+    *,
+    rank: int = 0,
+    world: int = 1,
 ) -> DataLoader:
-    """Batches of a data set, read in this process. seed, sampler: as of `ArrayBatches`."""
+    """Batches of a data set, read in this process. seed, sampler, rank, world: as of
+    `ArrayBatches`."""
     # Beginning an epoch draws a number; not from the generator that the peers draw from.
-    options: dict[str, Any] = {"batch_size": batch_size, "generator": torch.Generator()}
-    if seed is not None:
-        order = EpochOrder(sampler or RandomSampler(len(dataset)), seed)
-        options |= {"sampler": order, "drop_last": True}
-    return DataLoader(dataset, **options)
+    own = torch.Generator()
+    if seed is None:
+        return DataLoader(dataset, batch_size, generator=own)
+    order = EpochBatches(sampler or RandomSampler(len(dataset)), batch_size, seed, rank, world)
+    return DataLoader(dataset, batch_sampler=order, generator=own)

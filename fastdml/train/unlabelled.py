@@ -49,12 +49,15 @@ def with_unlabelled(
     batch_size: int,
     rows: int,
     seed: int,
+    rank: int = 0,
+    world: int = 1,
 ) -> Batches:
     """Batches of `train`, as `fit` takes it, and of `unlabelled`: an array of inputs, a data set or
     batches of inputs, or any of these with labels, which are not looked at. rows: of a batch of
-    `batch_size`, those without a label. Raises InputError for sources that give no batches, and for
-    inputs that do not fit each other."""
+    `batch_size`, those without a label. rank, world: as of `as_batches`. Raises InputError for
+    sources that give no batches, and for inputs that do not fit each other."""
     alone = unlabelled[0] if is_arrays(unlabelled) else unlabelled
+    share: dict[str, Any] = {"rank": rank, "world": world}
     if is_arrays(train) and is_array(alone):
         inputs, labels = checked_arrays(train, num_classes, "training", check)
         more = checked_inputs(alone, "unlabelled data")
@@ -63,17 +66,21 @@ def with_unlabelled(
         labels = torch.cat([labels, labels.new_full((len(more),), IGNORED)])
         check_size(len(labels), batch_size, seed, "training")
         mixed = MixedSampler(labels, batch_size, rows)
-        return ArrayBatches(inputs.to(device), labels.to(device), batch_size, seed, mixed)
+        tensors = inputs.to(device), labels.to(device)
+        return ArrayBatches(*tensors, batch_size, seed, mixed, **share)
     if is_dataset(train) and is_dataset(alone):
         both = Both(train, alone)
         check_size(len(both), batch_size, seed, "training")
         mixed = MixedSampler(both.kinds, batch_size, rows)
-        loader = dataset_loader(both, batch_size, seed, mixed)
+        loader = dataset_loader(both, batch_size, seed, mixed, **share)
         return IterableBatches(loader, device, num_classes, "training", check)
     labelled = as_batches(
-        *(train, device, num_classes, "training", check), batch_size=batch_size - rows, seed=seed
+        *(train, device, num_classes, "training", check),
+        batch_size=batch_size - rows,
+        seed=seed,
+        **share,
     )
-    return PairedBatches(labelled, _inputs_alone(alone, device, num_classes, rows, seed))
+    return PairedBatches(labelled, _inputs_alone(alone, device, num_classes, rows, seed, **share))
 
 
 def _check_alike(labelled: Tensor, unlabelled: Tensor) -> None:
@@ -85,20 +92,27 @@ def _check_alike(labelled: Tensor, unlabelled: Tensor) -> None:
 
 
 def _inputs_alone(
-    source: Any, device: torch.device, num_classes: int, rows: int, seed: int
+    source: Any,
+    device: torch.device,
+    num_classes: int,
+    rows: int,
+    seed: int,
+    rank: int,
+    world: int,
 ) -> Batches:
     """Batches whose labels are all IGNORED."""
+    share: dict[str, Any] = {"rank": rank, "world": world}
     what = "unlabelled"
     if is_array(source):
         inputs = checked_inputs(source, f"{what} data")
         check_size(len(inputs), rows, seed, what)
         labels = torch.full((len(inputs),), IGNORED, device=device)
-        return ArrayBatches(inputs.to(device), labels, rows, seed)
+        return ArrayBatches(inputs.to(device), labels, rows, seed, **share)
     if is_dataset(source):
         source = WithoutLabels(source)
     elif hasattr(source, "__iter__") and not callable(getattr(source, "epoch", None)):
         source = InputsAlone(source)
-    return as_batches(source, device, num_classes, what, batch_size=rows, seed=seed)
+    return as_batches(source, device, num_classes, what, batch_size=rows, seed=seed, **share)
 
 
 def _input(item: Any) -> Any:
@@ -152,6 +166,7 @@ class InputsAlone:
         self.source = source
         self.batch_size = getattr(source, "batch_size", None)
         self.sampler = getattr(source, "sampler", None)
+        self.batch_sampler = getattr(source, "batch_sampler", None)
 
     def __len__(self) -> int:
         return len(self.source)
@@ -165,7 +180,7 @@ class InputsAlone:
 
 class PairedBatches:
     """Each batch of `labelled` with the next of `unlabelled`, which goes on over epochs where it
-    was. An epoch is one of `labelled`."""
+    was. An epoch is one of `labelled`. Of several ranks each shows its share of either."""
 
     def __init__(self, labelled: Batches, others: Batches) -> None:
         self.labelled, self.others = labelled, others

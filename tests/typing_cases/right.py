@@ -104,6 +104,12 @@ class MyTask(Task):
 
     @contextmanager
     def prepare(
-        self, config: MySettings, device: torch.device, hint: str = HINT
+        self,
+        config: MySettings,
+        device: torch.device,
+        hint: str = HINT,
+        *,
+        rank: int = 0,
+        world: int = 1,
     ) -> Iterator[Prepared]:
         yield Prepared(Cohort(config.peers, 2).to(device), [], None)

@@ -79,7 +79,13 @@ class Classification(Task):
 
     @contextmanager
     def prepare(
-        self, config: TrainConfig, device: torch.device, hint: str = HINT
+        self,
+        config: TrainConfig,
+        device: torch.device,
+        hint: str = HINT,
+        *,
+        rank: int = 0,
+        world: int = 1,
     ) -> Iterator[Prepared]:
         sets, rest = divided(self.splits(config, hint), config)
         channels, *size = sets.train.image_shape
@@ -103,6 +109,8 @@ class Classification(Task):
             flip=config.flip,
             sampler=sampler,
             policy=config.policy,
+            rank=rank,
+            world=world,
             device=device,
         )
         validation, test = (

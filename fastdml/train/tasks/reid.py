@@ -111,10 +111,16 @@ class Reidentification(Task):
 
     @contextmanager
     def prepare(
-        self, config: ReidConfig, device: torch.device, hint: str = HINT
+        self,
+        config: ReidConfig,
+        device: torch.device,
+        hint: str = HINT,
+        *,
+        rank: int = 0,
+        world: int = 1,
     ) -> Iterator[Prepared]:
         with opened(config, hint=hint) as market:
-            yield prepare(market, config, device)
+            yield prepare(market, config, device, rank, world)
 
     def recorded(self, cohort: Cohort, train: Batches, images: Tensor) -> dict[str, Any]:
         """Sizes, sampling and augmentation of what ran, and the peers' head."""
@@ -262,8 +268,14 @@ def _check_queries(market: ImageFolderReID) -> None:
         )
 
 
-def prepare(market: ImageFolderReID, config: ReidConfig, device: torch.device) -> Prepared:
-    """The peers, training batches and evaluation of a run."""
+def prepare(
+    market: ImageFolderReID,
+    config: ReidConfig,
+    device: torch.device,
+    rank: int = 0,
+    world: int = 1,
+) -> Prepared:
+    """The peers, training batches and evaluation of a run. rank, world: as of `Task.prepare`."""
     split, validation = market.train, None
     if config.validation:
         split, held_out = hold_out_identities(split, config.validation, config.seed)
@@ -300,6 +312,8 @@ def prepare(market: ImageFolderReID, config: ReidConfig, device: torch.device) -
         seed=config.seed,
         sampler=sampler,
         policy=config.policy,
+        rank=rank,
+        world=world,
         device=device,
         **options,
     )

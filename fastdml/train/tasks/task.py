@@ -7,6 +7,7 @@ settings or by the name of a data set, and know none by name.
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from functools import partial
@@ -80,12 +81,19 @@ class Task:
         return dict(self.presets.get(data, {}))
 
     def prepare(
-        self, config: Any, device: torch.device, hint: str = HINT
+        self,
+        config: Any,
+        device: torch.device,
+        hint: str = HINT,
+        *,
+        rank: int = 0,
+        world: int = 1,
     ) -> AbstractContextManager[Prepared]:
         """Peers and data of the run that `config` describes, with `config.validation` also the data
         that the best weights are chosen on; files and memory that they use are released when the
         context ends. Downloads nothing in a dry run. hint: how to ask for a download, for
-        messages."""
+        messages. rank, world: which share of every training batch is wanted, as loaders take
+        them."""
         raise NotImplementedError
 
     def check_labels(
@@ -155,6 +163,22 @@ class Task:
     def known_set(self, record: Mapping[str, Any]) -> str | None:
         """The data set that peers with this `Cohort.record` were trained on, if it tells."""
         return None
+
+
+def prepared(
+    task: Task, config: Any, device: torch.device, hint: str, rank: int = 0, world: int = 1
+) -> AbstractContextManager[Prepared]:
+    """`task.prepare`, for one of `world` columns of a mesh. Raises InputError where a task does not
+    take them, whose batches would be the same on all."""
+    if world == 1:
+        return task.prepare(config, device, hint)
+    takes = inspect.signature(task.prepare).parameters
+    if not {"rank", "world"} <= takes.keys():
+        raise InputError(
+            f"{task.title} runs cannot be cut into {world} columns: {type(task).__name__}.prepare "
+            "must take rank and world, and give them to its loader"
+        )
+    return task.prepare(config, device, hint, rank=rank, world=world)
 
 
 TASKS: list[Task] = []

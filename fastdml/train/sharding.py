@@ -1,0 +1,112 @@
+"""Which of a user's batches the ranks of a mesh may train on: those that give each column its
+share, and all rows of a column the same.
+
+fastdml's loaders, arrays and data sets of torch are cut by fastdml. A DataLoader cuts by itself, by
+a sampler with `num_replicas` and `rank` as torch's DistributedSampler has them; other batches say
+by attributes `rank` and `world` which share they are. That rows see the same is compared while
+training goes on, by a sum over the labels.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from fastdml.data.loaders.batching import Batching
+from fastdml.errors import InputError
+from fastdml.train.own_batches import ArrayBatches
+
+if TYPE_CHECKING:
+    from fastdml.parallel import Mesh
+
+FACTOR = 6364136223846793005  # odd, so that multiplying by it loses nothing modulo 2**64
+
+
+def check_shares(source: Any, what: str, rank: int, world: int) -> None:
+    """Refuses batches of which not each of `world` columns gets its share. what: "training" or
+    "unlabelled", for messages."""
+    if isinstance(source, Batching):
+        if (source.rank, source.world) != (rank, world):
+            raise InputError(
+                f"the {what} loader shows the share of rank {source.rank} of {source.world}, and "
+                f"this is column {rank} of {world}: make it with rank={rank}, world={world} (of a "
+                "mesh: mesh.column and mesh.data)"
+            )
+        return
+    if world == 1:
+        return
+    sampler = sharding_sampler(source)
+    if sampler is not None:
+        found = sampler.rank, sampler.num_replicas
+    elif callable(getattr(source, "epoch", None)):
+        found = getattr(source, "rank", 0), getattr(source, "world", 1)
+    else:
+        found = 0, 1
+    if found == (rank, world):
+        return
+    kind = type(getattr(source, "source", source)).__name__  # of `InputsAlone` the user's own
+    if found == (0, 1):
+        has = f"a {kind} gives each of the {world} columns of the mesh the same batches"
+    else:
+        has = f"the {kind} gives this column, {rank} of {world}, the share {found[0]} of {found[1]}"
+    remedy = "DistributedSampler(data, num_replicas=mesh.data, rank=mesh.column)"
+    if callable(getattr(source, "epoch", None)):
+        remedy = (
+            "attributes rank (mesh.column) and world (mesh.data), and batches that are that share"
+        )
+    raise InputError(
+        f"{what} data: {has}: give it {remedy}, or give the data set or the arrays themselves"
+    )
+
+
+def sharding_sampler(source: Any) -> Any:
+    """What divides the samples of a DataLoader among ranks; None where nothing does."""
+    batches = getattr(source, "batch_sampler", None)
+    for sampler in (getattr(source, "sampler", None), batches, getattr(batches, "sampler", None)):
+        if hasattr(sampler, "num_replicas") and hasattr(sampler, "rank"):
+            return sampler
+    return None
+
+
+class SeenLabels:
+    """A sum over the labels of all batches, in their order, that the rows of a column must have in
+    common. Of batches that are functions of the seed and the step, which fastdml makes, and without
+    a second row there is none, and nothing is done."""
+
+    def __init__(self, mesh: Mesh | None, train: Any) -> None:
+        self.mesh = mesh
+        self.total: Tensor | None = None  # () int64, modulo 2**64
+        self.needed = mesh is not None and mesh.peer > 1 and not _by_seed(train)
+
+    def add(self, labels: Tensor) -> None:
+        """Labels (N, ...) of a batch; does not wait for their device."""
+        if not self.needed:
+            return
+        flat = labels.detach().flatten().to(torch.int64)
+        places = torch.arange(1, len(flat) + 1, device=flat.device)
+        batch = (flat * (2 * places + 1) + places).sum()
+        self.total = batch if self.total is None else self.total * FACTOR + batch
+
+    def check(self) -> None:
+        """Refuses rows of one column that saw other batches; all ranks call it."""
+        if not self.needed or self.mesh is None:
+            return
+        mesh = self.mesh
+        found = mesh.gather(0 if self.total is None else int(self.total))
+        for column in range(mesh.data):
+            if len({*found[column :: mesh.data]}) > 1:
+                raise InputError(
+                    f"the rows of column {column} of the mesh have trained on other batches than "
+                    "each other: a DataLoader must shuffle by the same generator on all of them, "
+                    "and a sampler cut by mesh.data and mesh.column, not by the number of ranks"
+                )
+
+
+def _by_seed(train: Any) -> bool:
+    """Whether the batches are functions of the seed and the step."""
+    parts = [getattr(train, name, None) for name in ("labelled", "others")]
+    if None not in parts:
+        return all(map(_by_seed, parts))
+    return isinstance(train, (Batching, ArrayBatches))

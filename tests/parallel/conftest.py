@@ -1,0 +1,19 @@
+"""What tests of several ranks share."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from market_files import write_market
+
+
+@pytest.fixture(scope="session")
+def market_root(tmp_path_factory) -> Path:
+    """Not to be changed."""
+    return write_market(tmp_path_factory.mktemp("market"))
+
+
+@pytest.fixture(autouse=True)
+def _own_scans(scans):
+    """The scans of these files are not kept in the user's own cache."""
