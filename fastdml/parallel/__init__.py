@@ -5,8 +5,9 @@ Along "peer" each row trains its own peers, along "data" each column sees its sh
 
 from __future__ import annotations
 
+from fastdml.parallel.failure import RankLost
 from fastdml.parallel.mesh import Mesh, make_mesh
 from fastdml.parallel.placement import auto_sizes
 from fastdml.parallel.remote_peer import RemotePeer
 
-__all__ = ["Mesh", "RemotePeer", "auto_sizes", "make_mesh"]
+__all__ = ["Mesh", "RankLost", "RemotePeer", "auto_sizes", "make_mesh"]

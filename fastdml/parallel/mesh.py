@@ -20,6 +20,7 @@ from torch.distributed.device_mesh import DeviceMesh
 
 from fastdml.errors import InputError
 from fastdml.parallel import placement, processes
+from fastdml.parallel.failure import Whereabouts
 from fastdml.parallel.remote_peer import RemotePeer
 
 if TYPE_CHECKING:
@@ -66,7 +67,7 @@ class Mesh:
     column, of `world`. lead: whether this is rank 0. local_rank, local_world: the number of this
     rank among those of its machine, and theirs. device, timeout: as given.
     device_mesh: torch's, with the dimensions "peer" and "data".
-    store, job_store, attempt: as of `processes.Job`.
+    whereabouts: of each rank. store, job_store, attempt: as of `processes.Job`.
     control: a gloo group of all ranks, for flags and small objects on the CPU.
     peers_group, data_group: the ranks of the own column and of the own row, for what belongs to no
     peer. After `place`: rows, the row of each of the K peers; local, the numbers of the own ones.
@@ -84,6 +85,7 @@ class Mesh:
         self.local_rank = int(os.environ.get("LOCAL_RANK", self.rank))
         self.local_world = int(os.environ.get("LOCAL_WORLD_SIZE", self.world))
         self.control = self._group(range(self.world), "gloo")
+        self.whereabouts = [Whereabouts(*own) for own in self.gather(Whereabouts.own())]
         self.peers_group = self._along_peers()
         rows = [self._along_data(row) for row in range(peer)]
         self.data_group = cast("dist.ProcessGroup", rows[self.row])

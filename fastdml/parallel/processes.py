@@ -118,18 +118,35 @@ def _join(timeout: float) -> Job:
     missing = [name for name in VARIABLES if name not in os.environ]
     if missing:
         raise InputError(f"{missing[0]} is not set beside RANK: start the ranks with torchrun")
-    of_agent = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
     limit = max(timeout, STARTING)
-    store = dist.TCPStore(
-        os.environ["MASTER_ADDR"],
-        int(os.environ["MASTER_PORT"]),
-        is_master=own_rank() == 0 and not of_agent,
-        timeout=datetime.timedelta(seconds=limit),
-    )
+    store = _launchers_store(limit)
     job_store = dist.PrefixStore("fastdml", store)
     number = _number(job_store, own_rank(), world_size(), time.monotonic() + limit)
     this = dist.PrefixStore(f"fastdml/attempt{number}", store)
-    return Job(this, job_store if of_agent else None, number - 1)
+    return Job(this, job_store if _agent_has_store() else None, number - 1)
+
+
+def _agent_has_store() -> bool:
+    return os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
+
+
+def _launchers_store(limit: float) -> dist.Store:
+    return dist.TCPStore(
+        os.environ["MASTER_ADDR"],
+        int(os.environ["MASTER_PORT"]),
+        is_master=own_rank() == 0 and not _agent_has_store(),
+        timeout=datetime.timedelta(seconds=limit),
+    )
+
+
+def reachable_store() -> dist.Store | None:
+    """A store that all attempts share, or else this one's ranks; also before `start`, where
+    torchrun's agent has one."""
+    if _JOB:
+        return _JOB[0].job_store or _JOB[0].store
+    if started() and _agent_has_store() and "MASTER_PORT" in os.environ:
+        return dist.PrefixStore("fastdml", _launchers_store(10.0))
+    return None
 
 
 def _number(store: dist.Store, rank: int, world: int, deadline: float) -> int:

@@ -12,7 +12,7 @@ import pickle
 import sys
 import time
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from multiprocessing import connection
 from typing import Any
 
@@ -32,9 +32,17 @@ class RankFailed(AssertionError):
         self.rank = rank
 
 
-def run_ranks(world: int, function: Callable[..., Any], *args: Any, timeout: float = 60) -> list:
+def run_ranks(
+    world: int,
+    function: Callable[..., Any],
+    *args: Any,
+    timeout: float = 60,
+    lost: Collection[int] = (),
+) -> list:
     """Calls function(*args), a function of a module, on each of `world` ranks with torchrun's
     environment; its results, in the order of the ranks.
+
+    lost: ranks that are to die or hang: nobody waits for them, and their result is None.
 
     Raises RankFailed with the traceback of the first rank that raises, dies or is late; the others
     are killed. Results and arguments are pickled.
@@ -53,14 +61,16 @@ def run_ranks(world: int, function: Callable[..., Any], *args: Any, timeout: flo
         writer.close()
         ranks.append(process)
     try:
-        return _results(readers, time.monotonic() + timeout, timeout)
+        awaited = {reader: rank for reader, rank in readers.items() if rank not in lost}
+        found = _results(awaited, time.monotonic() + timeout, timeout)
+        return [found.get(rank) for rank in range(world)]
     finally:
         for process in ranks:
             process.kill()
             process.join()
 
 
-def _results(readers: dict[Any, int], deadline: float, timeout: float) -> list:
+def _results(readers: dict[Any, int], deadline: float, timeout: float) -> dict[int, Any]:
     results = {}
     while readers:
         ready = connection.wait([*readers], max(0.0, deadline - time.monotonic()))
@@ -75,7 +85,7 @@ def _results(readers: dict[Any, int], deadline: float, timeout: float) -> list:
             if not fine:
                 raise RankFailed(rank, f"raised\n{result}")
             results[rank] = result
-    return [results[rank] for rank in sorted(results)]
+    return results
 
 
 def _rank(
