@@ -4,6 +4,7 @@ modules, shards."""
 from __future__ import annotations
 
 import sys
+from typing import Any
 
 from torch import Tensor
 from torch.nn.parameter import is_lazy
@@ -21,8 +22,17 @@ def is_sharded(t: Tensor) -> bool:
     return module is not None and isinstance(t, module.DTensor)
 
 
-def absence(t: Tensor) -> str | None:
-    """Why `t` has no values or only some, and the remedy, in words; None where it has all."""
+def local_part(t: Tensor) -> Tensor:
+    """Of a shard the values that are here, sharing its memory; every other tensor itself."""
+    if not is_sharded(t):
+        return t
+    shard: Any = t.detach()
+    return shard.to_local()
+
+
+def absence(t: Tensor, *, shards: bool = False) -> str | None:
+    """Why `t` has no values or only some, and the remedy, in words; None where it has all. shards:
+    those may have some."""
     if is_lazy(t):
         return (
             "of a lazy layer, and has no shape yet: run a batch through the cohort first, as in "
@@ -33,10 +43,10 @@ def absence(t: Tensor) -> str | None:
             "on the meta device, and has no values: give it some first, as with "
             "cohort.to_empty(device='cpu') and load_state_dict"
         )
-    if is_sharded(t):
+    if is_sharded(t) and not shards:
         return (
             "sharded (a DTensor, as fully_shard of FSDP2 makes them), and only a part of it is "
-            "here: keep each peer whole, or gather it into a plain one first, as with "
-            "get_model_state_dict of torch.distributed.checkpoint.state_dict"
+            "here: keep each peer whole, train it on a mesh, as with make_step(mesh=...), or "
+            "gather it into a plain one, as with fastdml.parallel.whole_weights"
         )
     return None

@@ -55,15 +55,16 @@ def train(cohort, optimizer):
     return step(*batch())
 
 
-def refused(tmp_path, cohort, message):
-    """By everything that needs the weights, before anything is written."""
+def refused(tmp_path, cohort, message, but=()):
+    """By everything that needs the weights, except for `but`, before anything is written."""
     work = {
         "make_optimizer": lambda: make_optimizer(cohort, lr=0.1),
         "make_step": lambda: make_step(cohort, MutualLoss(), sgd(cohort), execution="eager"),
         "auto": lambda: make_step(cohort, MutualLoss(), sgd(cohort)),
         "save": lambda: cohort.save(tmp_path / "saved"),
     }
-    for name, call in work.items():
+    for name in work.keys() - {*but}:
+        call = work[name]
         with pytest.raises(InputError, match=message) as caught:
             call()
         assert "\n" not in str(caught.value), name
@@ -95,9 +96,8 @@ def test_lazy_peers_are_refused_until_they_have_seen_a_batch(tmp_path):
 @pytest.mark.filterwarnings("ignore")  # of FSDP's, about one process
 def test_sharded_peers_are_refused(tmp_path, sharded):
     cohort = Cohort(sharded(), C)
-    refused(
-        tmp_path, cohort, r"1\.weight of peer FSDPSequential-1 is sharded \(a DTensor.*keep each"
-    )
+    message = r"1\.weight of peer FSDPSequential-1 is sharded \(a DTensor.*keep each.*mesh="
+    refused(tmp_path, cohort, message, but=["make_optimizer"])  # for a step on a mesh
 
 
 @pytest.mark.filterwarnings("ignore")

@@ -64,7 +64,14 @@ class EagerStep:
     ) -> None:
         self.cohort, self.peers = cohort, list(cohort.peers)
         self.loss, self.optimizer, self.amp, self.options = loss, optimizer, amp, options
-        self.update = Update(cohort, optimizer, amp, grad_clip=options.grad_clip, ema=options.ema)
+        self.update = Update(
+            cohort,
+            optimizer,
+            amp,
+            grad_clip=options.grad_clip,
+            ema=options.ema,
+            mesh=options.mesh,
+        )
         networks = self.networks()
         self.learning = len(networks)
         self.teachers = cohort.teachers

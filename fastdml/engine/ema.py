@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from fastdml.absent_tensors import is_sharded, local_part
 from fastdml.engine.weights import Parts
 from fastdml.errors import InputError
 from fastdml.torch_private import foreach_copy_, foreach_lerp_
@@ -60,49 +61,61 @@ class Ema:
         self.names, self.live, self.averages = list(named), list(named.values()), []
         for name, t in named.items():
             average = before.get(name)
+            if average is not None and is_sharded(average) != is_sharded(t):
+                raise InputError(
+                    f"the average of {name} was begun before the weight was sharded: make the "
+                    "averages after the peers are sharded"
+                )
             if average is None or average.shape != t.shape:
                 average = t.detach().clone()
             self.averages.append(average.to(t.device, t.dtype))
         # Weights with infinite entries, such as a bias that masks: inf - inf would make the
         # average NaN, so `update` leaves entries alone that are equal already.
-        self.infinite = [bool((~t.isfinite()).any()) for t in self.live]
+        self.infinite = [bool((~local_part(t).isfinite()).any()) for t in self.live]
+        self.sharded = any(map(is_sharded, self.live))
 
     @torch.no_grad()
     def update(self) -> None:
         self.refresh()
         trained: tuple[list[Tensor], list[Tensor]] = ([], [])
         copied: tuple[list[Tensor], list[Tensor]] = ([], [])
-        for average, t, infinite in zip(self.averages, self.live, self.infinite, strict=True):
+        pairs = zip(self._parts(self.averages), self._parts(self.live), strict=True)
+        for (average, t), live, infinite in zip(pairs, self.live, self.infinite, strict=True):
             if infinite:
                 moved = average.lerp(t, 1 - self.decay)
                 average.copy_(torch.where(average == t, t, moved))
                 continue
             # Buffers require no gradient, and yet these are averaged: they change with every batch.
-            lists = trained if t.requires_grad or not isinstance(t, torch.nn.Parameter) else copied
+            frozen = isinstance(live, torch.nn.Parameter) and not live.requires_grad
+            lists = copied if frozen else trained
             lists[0].append(average)
             lists[1].append(t)
         foreach_lerp_(*trained, 1 - self.decay)
         if copied[0]:
             foreach_copy_(*copied)
 
+    def _parts(self, tensors: list[Tensor]) -> list[Tensor]:
+        """Of shards the values that are here, each of which has its average here too."""
+        return [local_part(t) for t in tensors] if self.sharded else tensors
+
     @torch.no_grad()
     def copy_to_cohort(self) -> None:
         """The cohort has the averages from now on; its own weights are lost."""
         self.refresh()
-        foreach_copy_(self.live, self.averages)
+        foreach_copy_(self._parts(self.live), self._parts(self.averages))
 
     @contextmanager
     def applied(self) -> Iterator[None]:
         """Inside, the cohort has the averages; afterwards its own weights again."""
         self.refresh()
         with torch.no_grad():
-            own = [t.detach().clone() for t in self.live]
+            own = [t.detach().clone() for t in self._parts(self.live)]
         self.copy_to_cohort()
         try:
             yield
         finally:
             with torch.no_grad():
-                foreach_copy_(self.live, own)
+                foreach_copy_(self._parts(self.live), own)
 
     def state_dict(self) -> dict[str, Tensor]:
         return dict(zip(self.names, self.averages, strict=True))

@@ -134,7 +134,7 @@ def make_step(
     does not split into `accumulate` parts, where nothing is trained, under `torch.no_grad()`, and
     where a named execution does not go with these peers.
     """
-    check_weights(cohort)
+    check_weights(cohort, shards=mesh is not None)
     check_optimizer(optimizer)
     _check_loss(loss)
     for teacher in cohort.teachers:

@@ -44,6 +44,7 @@ from fastdml.parallel.exchange import Exchange, Kind, Transfer
 from fastdml.parallel.global_means import GlobalMeans, check_loss
 from fastdml.parallel.mesh import Mesh
 from fastdml.parallel.remote_peer import RemotePeer
+from fastdml.parallel.shards import is_sharded
 
 if TYPE_CHECKING:
     from fastdml.cohort import Cohort
@@ -232,11 +233,13 @@ def mesh_step(
         )
     on_cuda = amp.device.type == "cuda"
     able = [name for name in ON_A_MESH if on_cuda or "cpu" in EXECUTIONS[name].devices]
-    name = execution if execution != "auto" else "streams" if on_cuda else "eager"
+    where = f"a mesh on {amp.device.type}"
+    if any(map(is_sharded, cohort.peers)):  # FSDP2 has streams of its own
+        able, where = ["eager"], "peers that are sharded"
+    name = execution if execution != "auto" else able[-1]
     if name not in able:
         raise InputError(
-            f"execution {execution!r} does not go with a mesh on {amp.device.type}: use "
-            f"{' or '.join(able)}"
+            f"execution {execution!r} does not go with {where}: use {' or '.join(able)}"
         )
     if options.exchange_every < 1:
         raise InputError(f"exchange_every must be 1 or more, not {options.exchange_every!r}")

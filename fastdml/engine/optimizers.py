@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 from torch.optim import SGD, Adam, AdamW, Optimizer, SparseAdam
 
+from fastdml.absent_tensors import is_sharded
 from fastdml.engine.apex import NAMES as APEX_NAMES
 from fastdml.engine.apex import make_apex_optimizer, takes_number
 from fastdml.engine.weights import check_weights, same
@@ -53,9 +54,10 @@ def make_optimizer(
 
     Raises InputError where the name does not exist, where Apex is not installed, is another package
     of that name or has no CUDA device, where no weight requires a gradient, and where some cannot
-    be trained (on the meta device, of lazy layers, shards, inference tensors).
+    be trained (on the meta device, of lazy layers, inference tensors, of Apex shards). Peers that
+    are sharded (`fastdml.parallel.shard`) are so before their optimizer is made.
     """
-    check_weights(cohort)
+    check_weights(cohort, shards=name not in APEX_NAMES)
     groups = [
         {"params": [w for w in peer.parameters() if w.requires_grad]} for peer in cohort.peers
     ]
@@ -137,8 +139,8 @@ class LayoutHook:
             self.state, self.known = optimizer.state, {}
         for group in optimizer.param_groups:
             weights = group["params"]
-            if not group.get("fused") or not weights:
-                continue
+            if not group.get("fused") or not weights or is_sharded(weights[0]):
+                continue  # of shards a step has the local parts here
             memory = [w.data_ptr() for w in weights]
             known, was = self.known.get(id(weights[0]), ((), ()))
             if memory == was and same(weights, known):

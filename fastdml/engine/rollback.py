@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from fastdml.absent_tensors import local_part
 from fastdml.engine.weights import same
 from fastdml.torch_private import buffer_table, foreach_copy_
 
@@ -93,7 +94,8 @@ class Snapshot:
         if self.buffers is not None:
             self.buffers.put_back()
         for t in self.tensors():
-            t.copy_(self.values[id(t)][1]) if id(t) in self.values else t.zero_()
+            part = local_part(t)
+            part.copy_(local_part(self.values[id(t)][1])) if id(t) in self.values else part.zero_()
         if self.device is not None:
             torch.set_rng_state(self.rng)
             if self.cuda_rng is not None:
@@ -105,8 +107,10 @@ class Snapshot:
         waits."""
         condition = condition.bool()
         for t in self.tensors():
-            was = self.values[id(t)][1] if id(t) in self.values else torch.zeros_like(t)
-            t.copy_(torch.where(condition, was, t))
+            part = local_part(t)
+            known = id(t) in self.values
+            was = local_part(self.values[id(t)][1]) if known else torch.zeros_like(part)
+            part.copy_(torch.where(condition, was, part))
 
 
 def optimizer_tensors(optimizer: Optimizer) -> list[Tensor]:

@@ -20,6 +20,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from functools import partial
 from itertools import chain
 from typing import TYPE_CHECKING, Any
@@ -28,8 +29,10 @@ import torch
 from torch import Tensor, nn
 from torch.optim import SGD, Adam, AdamW, Optimizer
 
+from fastdml.absent_tensors import is_sharded, local_part
 from fastdml.engine.amp import Amp
 from fastdml.engine.ema import Ema
+from fastdml.engine.local_shards import any_of, on_local_parts
 from fastdml.engine.optimizers import check_optimizer, follow_layouts
 from fastdml.engine.rollback import Snapshot, optimizer_tensors
 from fastdml.engine.weights import Parts, check_weights, same
@@ -38,6 +41,7 @@ from fastdml.torch_private import step_unless
 
 if TYPE_CHECKING:
     from fastdml.cohort import Cohort
+    from fastdml.parallel.mesh import Mesh
 
 Group = dict[str, Any]
 NOTHING_TRAINED = (
@@ -49,8 +53,8 @@ NOTHING_TRAINED = (
 class Holdings:
     """Which weights of which peer the optimizer holds, and in which of its groups."""
 
-    def __init__(self, cohort: Cohort, optimizer: Optimizer) -> None:
-        check_weights(cohort)
+    def __init__(self, cohort: Cohort, optimizer: Optimizer, *, shards: bool) -> None:
+        check_weights(cohort, shards=shards)
         self.optimizer, self.parts = optimizer, Parts(cohort, buffers=False)
         self.groups = [list(group["params"]) for group in optimizer.param_groups]
         held = {id(w) for params in self.groups for w in params}
@@ -63,6 +67,12 @@ class Holdings:
         for k, name in enumerate(cohort.names):
             self.warn(k, name, [w for w in self.loose[k] if w.requires_grad])
         strays = [w for ws in self.groups for w in ws if id(w) not in self.owner]
+        self.sharded = any(is_sharded(w) for own in peers for w in own)
+        if strays and self.sharded:
+            raise InputError(
+                f"the optimizer holds {len(strays)} weights that the peers no longer have: make it "
+                "after the peers are sharded"
+            )
         if any(w.requires_grad for w in strays):
             warnings.warn(
                 f"the optimizer holds {len(strays)} weights that belong to no peer: the step "
@@ -119,13 +129,15 @@ class Update:
         *,
         grad_clip: float | None = None,
         ema: Ema | None = None,
+        mesh: Mesh | None = None,
     ) -> None:
         check_optimizer(optimizer)
         self.cohort, self.optimizer, self.ema = cohort, optimizer, ema
         self.peers = list(cohort.peers)
         self.scaler, self.grad_clip = amp.scaler, grad_clip
         self.torchs_own = type(optimizer) in (SGD, Adam, AdamW)
-        self.holdings = Holdings(cohort, optimizer)
+        self.shards = mesh is not None  # whether peers may be sharded
+        self.holdings = Holdings(cohort, optimizer, shards=self.shards)
         self.layouts = follow_layouts(optimizer)
         self.layouts(optimizer)
         self.updated: list[int] = []  # the peers, in this training step
@@ -138,7 +150,7 @@ class Update:
     def refresh(self) -> None:
         """Takes the optimizer's groups and the peers' weights as they are now."""
         if not self.holdings.current():
-            holdings = Holdings(self.cohort, self.optimizer)
+            holdings = Holdings(self.cohort, self.optimizer, shards=self.shards)
             if not same(list(self.cohort.peers), self.peers):
                 raise InputError(
                     "the cohort has other peers than when the step was made: make a new step (only "
@@ -166,12 +178,13 @@ class Update:
         scaler, overflow = self.scaler, self.overflow
         for k in trained:
             if scaler is not None and overflow is not None:
-                grads = [w.grad for w in weights[k] if w.grad is not None]
+                grads = [local_part(w.grad) for w in weights[k] if w.grad is not None]
                 overflow[k].copy_(scaler.unscale_(grads))
+                any_of(overflow[k], weights[k])
             if self.grad_clip:
                 nn.utils.clip_grad_norm_(weights[k], self.grad_clip)
         if overflow is None and trained:
-            self._only(self.holdings.groups_of(ks), self.optimizer.step)
+            self._only(self.holdings.groups_of(ks), self._step)
         elif overflow is not None:
             for k in trained:
                 step = partial(self._guarded, k, overflow[k])
@@ -201,14 +214,24 @@ class Update:
         if self.ema is not None:
             self.ema.update()
 
+    def _step(self) -> None:
+        with self._on_local_parts():
+            self.optimizer.step()
+
+    def _on_local_parts(self) -> AbstractContextManager[None]:
+        """What torch's own optimizers see shards in; others take them as they are."""
+        sharded = self.torchs_own and self.holdings.sharded
+        return on_local_parts(self.optimizer) if sharded else nullcontext()
+
     def _guarded(self, k: int, overflow: Tensor) -> None:
         """A step of peer k that changes nothing where its gradients overflowed."""
         optimizer = self.optimizer
         if self.torchs_own and all(group["fused"] for group in optimizer.param_groups):
-            step_unless(optimizer, overflow)
+            with self._on_local_parts():
+                step_unless(optimizer, overflow)
         else:
             before = Snapshot(lambda: self._tensors_of(k), None)
-            optimizer.step()
+            self._step()
             before.restore_where(overflow)
 
     def _tensors_of(self, k: int) -> list[Tensor]:

@@ -42,13 +42,14 @@ class Parts:
         return sum(map(len, self.tables)) == len(self.values) and all(map(is_, now, self.values))
 
 
-def check_weights(cohort: Cohort) -> None:
-    """Refuses weights that no update can change: none, those without values, and shards."""
+def check_weights(cohort: Cohort, *, shards: bool = False) -> None:
+    """Refuses weights that no update can change: none, those without values, and, except where
+    `shards` may be, those of which others hold a part."""
     if next(cohort.parameters(), None) is None:
         raise InputError("the peers have no parameters, so that there is nothing to train")
     for name, peer in zip(cohort.names, cohort.peers, strict=True):
         for key, t in chain(peer.named_parameters(), peer.named_buffers()):
-            if (why := absence(t)) is not None:
+            if (why := absence(t, shards=shards)) is not None:
                 raise InputError(f"{key} of peer {name} is {why}")
             if t.is_inference():
                 raise InputError(

@@ -9,5 +9,14 @@ from fastdml.parallel.failure import RankLost
 from fastdml.parallel.mesh import Mesh, make_mesh
 from fastdml.parallel.placement import auto_sizes
 from fastdml.parallel.remote_peer import RemotePeer
+from fastdml.parallel.shards import shard, whole_weights
 
-__all__ = ["Mesh", "RankLost", "RemotePeer", "auto_sizes", "make_mesh"]
+__all__ = [
+    "Mesh",
+    "RankLost",
+    "RemotePeer",
+    "auto_sizes",
+    "make_mesh",
+    "shard",
+    "whole_weights",
+]
