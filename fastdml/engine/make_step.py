@@ -113,7 +113,8 @@ def make_step(
         step and call it, each on its column's share. The cohort has been distributed. "auto" is
         eager on a CPU and streams on CUDA; compile, threads, stacked and sequential updates are
         refused. The output is the column's share, whose sum over the columns is the whole batch's,
-        and right for the peers that are here.
+        and right for the peers that are here. Peers may be sharded (`fastdml.parallel.shard`), and
+        then run eager.
     exchange, exchange_every: on a mesh, what peers on different rows learn from. "logits": those of
         the same batch; of n > 1, the KL term exists at every n-th step only and nothing travels at
         the others. "weights": copies of the other rows' peers, run by every row, whose weights are
@@ -128,8 +129,9 @@ def make_step(
     Raises InputError, which names the value and the remedy: for an execution, amp or update that
     does not exist or does not go with this device or the other options; for teachers of other
     classes, or of images that the peers' cannot be made into; for weights that no step
-    can change (on the meta device, of lazy layers, shards, inference tensors); for an optimizer
-    that needs a closure or sparse gradients; for a metric loss and peers that do not fit together.
+    can change (on the meta device, of lazy layers, inference tensors, without a mesh shards); for
+    an optimizer that needs a closure or sparse gradients; for a metric loss and peers that do not
+    fit together.
     The step itself raises it where peers return something else than logits (N, C), where a batch
     does not split into `accumulate` parts, where nothing is trained, under `torch.no_grad()`, and
     where a named execution does not go with these peers.

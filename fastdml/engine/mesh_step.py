@@ -236,7 +236,9 @@ def mesh_step(
     where = f"a mesh on {amp.device.type}"
     if any(map(is_sharded, cohort.peers)):  # FSDP2 has streams of its own
         able, where = ["eager"], "peers that are sharded"
-    name = execution if execution != "auto" else able[-1]
+    name = execution
+    if execution == "auto":
+        name = "streams" if "streams" in able else "eager"
     if name not in able:
         raise InputError(
             f"execution {execution!r} does not go with {where}: use {' or '.join(able)}"
