@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import gc
 from collections.abc import Callable, Iterable, Sequence
+from contextlib import AbstractContextManager
 from types import CodeType
 from typing import Any, cast
 
@@ -232,3 +233,15 @@ def fetches_from_worker(code: CodeType) -> bool:
     from torch.utils.data import dataloader
 
     return (code.co_filename, code.co_name) == (dataloader.__file__, "_try_get_data")
+
+
+# ---- tensors without values
+
+
+def valueless_tensors() -> AbstractContextManager:
+    """In this block tensors have shapes, dtypes, devices and storages of a size, but no values and
+    no memory; autograd and autocast work on them. Public: none; the meta device has no autocast,
+    and `torch.compile` traces with the same."""
+    from torch._subclasses.fake_tensor import FakeTensorMode
+
+    return FakeTensorMode()

@@ -30,7 +30,7 @@ MAY_IMPORT = {
     "parallel": {*LOSSES, *COHORT},
     "train": {*LOSSES, *COHORT, "engine", "parallel", "data", "metrics", "report"},
     "machine": {*LOSSES, *COHORT, "engine"},
-    "plan": {*LOSSES, *COHORT, "engine", "parallel", "data"},
+    "plan": {*LOSSES, *COHORT, "engine", "parallel", "data", "report"},
     "preprocessing": {*COHORT, "data"},
     "model_card": {*COHORT, "data", "report", "train"},
     "predictor": {*COHORT, "preprocessing", "train"},

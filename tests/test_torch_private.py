@@ -438,6 +438,21 @@ def test_dispatch_modes_are_seen():
     assert seen == [False, True]
 
 
+# ---- tensors without values
+
+
+def test_valueless_tensors():
+    with private.valueless_tensors():
+        weight = nn.Parameter(torch.zeros(2**40, 3))
+        saved = []
+        hooks = torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t) or t, tuple)
+        with hooks, torch.autocast("cpu", torch.bfloat16):
+            out = nn.functional.linear(torch.zeros(2, 3), weight)
+        assert (out.shape, out.dtype) == ((2, 2**40), torch.bfloat16)
+        assert [t.untyped_storage().nbytes() for t in saved] == [2 * 3 * 2]  # what is cast
+        assert weight[1:].untyped_storage() is weight.untyped_storage()
+
+
 # ---- and nowhere else
 
 

@@ -23,6 +23,7 @@ from fastdml.cli.evaluate import evaluate
 from fastdml.cli.export import export
 from fastdml.cli.kernels import kernels
 from fastdml.cli.models import models
+from fastdml.cli.plan import plan
 from fastdml.cli.predict import predict
 from fastdml.cli.report import report
 from fastdml.cli.train import train
@@ -46,6 +47,7 @@ COMMANDS: dict[str, Callable[[list[str]], None]] = {
     "doctor": doctor,
     "bench": bench,
     "kernels": kernels,
+    "plan": plan,
     "models": models,
     "data": data,
     "config": config,

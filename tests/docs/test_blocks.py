@@ -173,7 +173,7 @@ def processes_have_learnt(values: dict[str, object]) -> None:
 
 CHECKS = {  # after a page has run
     "docs/tutorial.md": plain_torch_agrees,
-    "docs/multi_gpu.md": processes_have_learnt,
+    "docs/multi-gpu.md": processes_have_learnt,
 }
 
 
