@@ -8,7 +8,7 @@ import dataclasses
 import hashlib
 import json
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -34,22 +34,40 @@ LONGEST_NAME = 231  # bytes of a peer's name in a file's, whose temporary name m
 
 def save(cohort: Cohort, folder: str | os.PathLike) -> None:
     """Writes cohort.json and the weights: see `Cohort.save`."""
-    safetensors = require("safetensors.torch", "train")
     check_savable(cohort)
     folder = expanded(folder)
-    description = describe(cohort)
     with writing(folder), Staged() as staged:
-        (folder / "peers").mkdir(parents=True, exist_ok=True)
-        for k, (name, peer) in enumerate(zip(cohort.names, cohort.peers, strict=True)):
-            # A copy per tensor: safetensors wants them contiguous and refuses shared storage.
-            weights = {
-                key: value.detach().to("cpu", copy=True, memory_format=torch.contiguous_format)
-                for key, value in peer.state_dict().items()
-            }
-            data = safetensors.save(weights)
-            staged.write(folder / peer_file(k, name), data)
-            description["peers"][k]["sha256"] = hashlib.sha256(data).hexdigest()
-        staged.write(folder / "cohort.json", json.dumps(description, indent=2).encode())
+        digests = stage_peers(cohort, range(len(cohort)), folder, staged)
+        stage_description(cohort, digests, folder, staged)
+
+
+def stage_peers(
+    cohort: Cohort, numbers: Iterable[int], folder: Path, staged: Staged
+) -> dict[int, str]:
+    """Writes the weights of these peers, and returns the SHA-256 of their files. Raises OSError."""
+    safetensors = require("safetensors.torch", "train")
+    (folder / "peers").mkdir(parents=True, exist_ok=True)
+    digests = {}
+    for k in numbers:
+        # A copy per tensor: safetensors wants them contiguous and refuses shared storage.
+        weights = {
+            key: value.detach().to("cpu", copy=True, memory_format=torch.contiguous_format)
+            for key, value in cohort.peers[k].state_dict().items()
+        }
+        data = safetensors.save(weights)
+        staged.write(folder / peer_file(k, cohort.names[k]), data)
+        digests[k] = hashlib.sha256(data).hexdigest()
+    return digests
+
+
+def stage_description(
+    cohort: Cohort, digests: Mapping[int, str], folder: Path, staged: Staged
+) -> None:
+    """Writes cohort.json, to get its name after the files of all peers. Raises OSError."""
+    description = describe(cohort)
+    for k, entry in enumerate(description["peers"]):
+        entry["sha256"] = digests[k]
+    staged.write(folder / "cohort.json", json.dumps(description, indent=2).encode())
 
 
 def describe(cohort: Cohort) -> dict[str, Any]:

@@ -46,8 +46,12 @@ class Staged:
             file.write(data)
 
     def __exit__(self, kind: type | None, *_: object) -> None:
+        self.close(kind is None)
+
+    def close(self, fine: bool) -> None:
+        """Gives the files their names, or where something was not fine removes them."""
         try:
-            if kind is None:
+            if fine:
                 for path in self.paths:
                     with _naming(path):
                         os.replace(partial(path), path)

@@ -170,27 +170,35 @@ class Mesh:
 
     # ---- small objects
 
-    def share(self, value: Any) -> Any:
+    def new_control(self) -> dist.ProcessGroup:
+        """Another gloo group of all ranks, for a thread that talks while others do. All ranks call
+        it."""
+        return self._group(range(self.world), "gloo")
+
+    def share(self, value: Any, group: dist.ProcessGroup | None = None) -> Any:
         """What rank 0 gave, on every rank: plain values, which go through JSON. All ranks call it,
-        and the others' values do not matter."""
+        and the others' values do not matter. group: of `new_control`, by default `control`."""
+        group = group or self.control
         text = json.dumps(value if self.lead else None).encode()
         size = torch.tensor([len(text)])
-        dist.broadcast(size, 0, group=self.control)
+        dist.broadcast(size, 0, group=group)
         data = torch.empty(int(size), dtype=torch.uint8)
         if self.lead:
             data = torch.frombuffer(bytearray(text), dtype=torch.uint8)
-        dist.broadcast(data, 0, group=self.control)
+        dist.broadcast(data, 0, group=group)
         return json.loads(data.numpy().tobytes())
 
-    def gather(self, value: Any) -> list[Any]:
-        """What every rank gave, in their order, on all: plain values, which go through JSON."""
+    def gather(self, value: Any, group: dist.ProcessGroup | None = None) -> list[Any]:
+        """What every rank gave, in their order, on all: plain values, which go through JSON. group:
+        as of `share`."""
+        group = group or self.control
         text = json.dumps(value).encode()
         sizes = [torch.tensor([0]) for _ in range(self.world)]
-        dist.all_gather(sizes, torch.tensor([len(text)]), group=self.control)
+        dist.all_gather(sizes, torch.tensor([len(text)]), group=group)
         longest = max(map(int, sizes))
         data = torch.frombuffer(bytearray(text.ljust(longest)), dtype=torch.uint8)
         all_data = [torch.empty_like(data) for _ in range(self.world)]
-        dist.all_gather(all_data, data, group=self.control)
+        dist.all_gather(all_data, data, group=group)
         return [json.loads(d.numpy().tobytes()) for d in all_data]
 
     # ---- groups

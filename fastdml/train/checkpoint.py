@@ -14,9 +14,9 @@ from __future__ import annotations
 import dataclasses
 import os
 import zipfile
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import torch
 from torch import Tensor
@@ -25,6 +25,13 @@ from fastdml.cohort import Cohort
 from fastdml.errors import InputError
 from fastdml.files import NO_ROOM, Staged, partial, writing
 from fastdml.report.metrics_log import INDEPENDENT, METRICS, read_metrics
+from fastdml.train.checkpoint_folder import (
+    CHECKPOINTS,
+    Hashing,
+    Mark,
+    mark_of,
+    whole_folders,
+)
 from fastdml.train.config.base import TrainConfig
 from fastdml.train.config.fields import check_names
 from fastdml.train.config.sources import is_known, load_config
@@ -34,7 +41,7 @@ from fastdml.yaml_file import CONFIG
 
 FORMAT = 1
 # Files that a process killed before the first checkpoint may leave.
-UNTOUCHED = STILLBORN | {CONFIG, INITIAL_CHECKPOINT} | {
+UNTOUCHED = STILLBORN | {CONFIG, INITIAL_CHECKPOINT, CHECKPOINTS} | {
     partial(Path(name)).name for name in (INITIAL_CHECKPOINT, LAST_CHECKPOINT)
 }  # fmt: skip
 
@@ -87,14 +94,27 @@ DEFAULTS_OF_FIT = frozenset(["data", "peers", "subset", "batch_size"])
 
 def save(path: Path, state: dict[str, Any]) -> None:
     """Replaces the checkpoint. Raises InputError where it cannot be written."""
+    kept = " (the one before it is kept)" if path.exists() else ""
+    _write(path, state, kept, lambda file: file)
+
+
+def save_marked(path: Path, state: dict[str, Any], kept: str = "") -> Mark:
+    """Writes a file of a checkpoint and returns its mark. kept: for the message, what remains where
+    that cannot be done. Raises InputError."""
+    return _write(path, state, kept, Hashing).mark()
+
+
+def _write(path: Path, state: dict[str, Any], kept: str, through: Callable[[BinaryIO], Any]) -> Any:
+    """through: makes of the file what is written to, which is returned."""
     try:
         with Staged() as staged, staged.open(path) as file:
-            torch.save({"format": FORMAT, **state}, file)
+            written = through(file)
+            torch.save({"format": FORMAT, **state}, written)
+        return written
     except (OSError, RuntimeError) as error:
         cause = _origin(error)
         if not isinstance(cause, OSError):
             raise cause from None
-        kept = " (the one before it is kept)" if path.exists() else ""
         remedy = ": make room and resume" if cause.errno in NO_ROOM else ""
         raise InputError(
             f"cannot write the checkpoint {path}{kept}: {cause.strerror or cause}{remedy}"
@@ -109,8 +129,11 @@ def _origin(error: BaseException) -> BaseException:
     return error
 
 
-def load(path: Path) -> dict[str, Any]:
-    """The state that `save` wrote, on the host. Raises InputError for any other file."""
+def load(path: Path, mark: Mark | None = None) -> dict[str, Any]:
+    """The state that `save` wrote, on the host. Raises InputError for any other file.
+
+    mark: that the file must have; without one the checksums in the file are compared.
+    """
     try:
         opened = path.open("rb")
     except FileNotFoundError:
@@ -119,11 +142,16 @@ def load(path: Path) -> dict[str, Any]:
         raise InputError(f"cannot read the checkpoint {path}: {error.strerror}") from None
     try:
         with opened:
-            with zipfile.ZipFile(opened) as file:
-                if file.testzip():  # torch itself looks at no checksum
-                    raise zipfile.BadZipFile
+            if mark is None:
+                with zipfile.ZipFile(opened) as file:
+                    if file.testzip():  # torch itself looks at no checksum
+                        raise zipfile.BadZipFile
+            elif mark_of(opened) != mark:
+                raise InputError(f"{path} is damaged: its SHA-256 is not the manifest's")
             opened.seek(0)
             state = torch.load(opened, map_location="cpu", weights_only=True)
+    except InputError:
+        raise
     except Exception:  # a damaged file can raise nearly anything
         raise InputError(
             f"{path} is not a checkpoint that can be read (truncated, damaged or another program's)"
@@ -150,8 +178,13 @@ def load_or_save_initial(folder: Path, cohort: Cohort) -> None:
     path = folder / INITIAL_CHECKPOINT
     if path.is_file():
         load_weights(cohort, load(path)["cohort"], path)
-    elif not (folder / LAST_CHECKPOINT).exists():
+    elif not has_begun(folder):
         save(path, {"cohort": cohort.state_dict()})
+
+
+def has_begun(folder: Path) -> bool:
+    """Whether there is a checkpoint, of either form."""
+    return (folder / LAST_CHECKPOINT).exists() or bool(whole_folders(folder))
 
 
 def check_resume(folder: Path, config: TrainConfig) -> None:
@@ -162,9 +195,9 @@ def check_resume(folder: Path, config: TrainConfig) -> None:
     for phase in (folder, alone):
         if _has_checkpoint(phase) and (phase / METRICS).exists():
             read_metrics(phase)  # raises now for a damaged file, not at the end of the run
-    needed = config.independent and (folder / LAST_CHECKPOINT).is_file()
+    needed = config.independent and has_begun(folder)
     initial = folder / INITIAL_CHECKPOINT
-    if needed and not initial.is_file() and not (alone / LAST_CHECKPOINT).is_file():
+    if needed and not initial.is_file() and not has_begun(alone):
         raise InputError(
             f"cannot resume {folder}: {initial.name} {_absence(initial)}, the weights that the "
             "independent phase starts from: restore it from a copy, or start a new run"
@@ -181,6 +214,8 @@ def check_resumable(saved: Mapping[str, Any], config: TrainConfig) -> None:
     check_names(saved, type(config), " in the checkpoint")
     wanted = config.to_dict()
     free = FREE_ON_RESUME
+    if saved.get("mesh") or config.mesh:
+        free |= {"accumulate"}  # which follows the mesh: see `saving.accumulate_on`
     if not is_known(config.data):
         task = task_of(config)
         free |= SHOWN_BY_LOADER | task.shown_by_loader
@@ -210,7 +245,7 @@ def check_resumable(saved: Mapping[str, Any], config: TrainConfig) -> None:
 def _has_checkpoint(folder: Path) -> bool:
     """Whether there is a checkpoint to go on from; False where this phase has not begun."""
     path = folder / LAST_CHECKPOINT
-    if path.is_file():
+    if path.is_file() or whole_folders(folder):
         return True
     if not os.path.lexists(folder):
         return False
@@ -218,6 +253,13 @@ def _has_checkpoint(folder: Path) -> bool:
         found = {p.name for p in folder.iterdir()} - UNTOUCHED
     if not found:
         return False
+    if (folder / CHECKPOINTS).is_dir() and not os.path.lexists(path):
+        raise InputError(
+            f"cannot resume {folder}: {CHECKPOINTS} holds no whole checkpoint, and there is "
+            f"{', '.join(sorted(found))}, which starting from the "
+            f"beginning would overwrite: restore {CHECKPOINTS} from a copy, or start a new run in "
+            "another folder"
+        )
     others = ", ".join(sorted(found - {LAST_CHECKPOINT})) or "nothing else of the run"
     raise InputError(
         f"cannot resume {folder}: {LAST_CHECKPOINT} {_absence(path)}, and there is {others}, which "

@@ -45,7 +45,6 @@ from fastdml.train.evaluations import concluding, evaluations, keep_predictions
 from fastdml.train.result import TrainResult
 from fastdml.train.run_folder import (
     INITIAL_CHECKPOINT,
-    LAST_CHECKPOINT,
     alone_in,
     check_new_folder,
     new_folder,
@@ -245,7 +244,7 @@ def _independent(mutual: Trainer, stop: Stop) -> TrainResult:
     """The same peers from the same weights on the same batches, each by itself."""
     cohort, folder = mutual.cohort, mutual.folder / INDEPENDENT
     trained = {key: value.clone() for key, value in cohort.state_dict().items()}
-    if not (folder / LAST_CHECKPOINT).exists():
+    if not checkpoint.has_begun(folder):
         initial = mutual.folder / INITIAL_CHECKPOINT
         checkpoint.load_weights(cohort, checkpoint.load(initial)["cohort"], initial)
     with writing(folder):

@@ -19,6 +19,7 @@ from fastdml.errors import InputError
 from fastdml.files import NO_ROOM, partial, safe_name, writing
 from fastdml.paths import expanded
 from fastdml.report.metrics_log import METRICS
+from fastdml.train.checkpoint_folder import whole_folders
 from fastdml.train.config.base import TrainConfig
 from fastdml.yaml_file import CONFIG
 
@@ -96,7 +97,8 @@ def needs_pretrained(config: TrainConfig) -> bool:
     if not config.pretrained or not config.resume:
         return config.pretrained
     folder = resume_folder(config)
-    return not any((folder / name).exists() for name in (LAST_CHECKPOINT, INITIAL_CHECKPOINT))
+    names = (LAST_CHECKPOINT, INITIAL_CHECKPOINT)
+    return not any((folder / name).exists() for name in names) and not whole_folders(folder)
 
 
 def records_a_run(path: str | Path) -> bool:

@@ -9,13 +9,11 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from fastdml.data.image_set import IGNORED
 from fastdml.data.loaders.batching import Batching
 from fastdml.errors import InputError
+from fastdml.train.checkpoint_reading import run_part
 from fastdml.train.own_batches import ArrayBatches
-from fastdml.train.run_folder import LAST_CHECKPOINT
 from fastdml.train.unlabelled import PairedBatches
 
 Marks = Mapping[str, str | None]  # by use: "training", "validation", "test"
@@ -64,13 +62,9 @@ def check_same_data(saved: Marks | None, found: Marks, what: str) -> None:
 
 def marks_of(run: Path) -> Marks | None:
     """What the run in a folder has saved of its data; None where that is not known."""
-    try:
-        # Mapped, so that no weights are read.
-        state = torch.load(run / LAST_CHECKPOINT, map_location="cpu", weights_only=True, mmap=True)
-    except Exception:  # a damaged file can raise nearly anything
-        return None
-    found = state.get("data") if isinstance(state, dict) else None
-    return found if isinstance(found, dict) else None
+    found = run_part(run) or {}
+    marks = found.get("data")
+    return marks if isinstance(marks, dict) else None
 
 
 def _length(path: str) -> int | None:

@@ -15,7 +15,7 @@ import time
 from collections.abc import Iterator, Sequence
 from contextlib import nullcontext
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -56,6 +56,9 @@ from fastdml.train.teacher_cache import TeacherCache
 from fastdml.train.unlabelled import image_counts, learns_without_labels
 from fastdml.units import duration, milliseconds
 from fastdml.yaml_file import CONFIG
+
+if TYPE_CHECKING:
+    from fastdml.parallel import Mesh
 
 logger = logging.getLogger(__name__)
 
@@ -128,6 +131,7 @@ class Trainer:
         self.calls = Calls(self, callbacks)
         self.shares = ""  # of the peers in the time of a step, for the bar
         self.data_marks = {"training": data_mark(train), **evaluations.marks}
+        self.mesh: Mesh | None = None
         self.checkpoints = checkpoints_of(self)
 
     def _make_step(self) -> Any:

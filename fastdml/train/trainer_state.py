@@ -2,30 +2,46 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from itertools import zip_longest
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
+from torch import Tensor
 
 from fastdml.engine import executions
 from fastdml.engine.auto import Choice
+from fastdml.engine.optimizer_state import by_name, load_by_name, state_by_name
 from fastdml.errors import InputError
 from fastdml.train import checkpoint
 from fastdml.train.random_state import rng_state, set_rng_state
-from fastdml.train.run_folder import LAST_CHECKPOINT
 from fastdml.train.same_data import check_same_data
 from fastdml.train.teachers import check_same_teachers
 
 if TYPE_CHECKING:
     from fastdml.train.trainer import Trainer
 
+PEERS, CENTERS = "peers", "centers"  # before a peer's number, in names of weights and of centres
 # Raised where a value in a checkpoint is of the wrong kind.
 DAMAGE = (ArithmeticError, AttributeError, IndexError, RuntimeError, TypeError, ValueError)
 
 
 def state_of(trainer: Trainer) -> dict[str, Any]:
     """Everything that a resumed run goes on from, as tensors and plain values."""
+    return {
+        **run_state(trainer),
+        "cohort": trainer.cohort.state_dict(),
+        "optimizer": trainer.optimizer.state_dict(),
+        "ema": trainer.ema.state_dict() if trainer.ema else None,
+        "metric": trainer.metric.state_dict() if trainer.metric else None,
+        "rng": rng_state(trainer.device),
+        "totals": trainer.totals.state(),
+    }
+
+
+def run_state(trainer: Trainer) -> dict[str, Any]:
+    """What belongs to no peer, and is the same on all ranks of a mesh."""
     threads = trainer.choice and {
         "step": trainer.choice.threads,
         "elsewhere": trainer.choice.elsewhere,
@@ -37,29 +53,56 @@ def state_of(trainer: Trainer) -> dict[str, Any]:
         "steps_per_epoch": trainer.steps,
         "description": trainer.cohort.description(),
         "data": trainer.data_marks,
-        "cohort": trainer.cohort.state_dict(),
-        "optimizer": trainer.optimizer.state_dict(),
         "scaler": trainer.amp.scaler.state_dict() if trainer.amp.scaler else None,
         "execution": trainer.execution,
         "threads": threads,
-        "ema": trainer.ema.state_dict() if trainer.ema else None,
-        "metric": trainer.metric.state_dict() if trainer.metric else None,
         "updates": trainer.schedule.updates,
         "peer_weights": getattr(trainer.loss, "peer_weights", None),
         "loss_schedules": {n: s.state_dict() for n, s in trainer.loss_schedules.items()},
         "overflows": trainer.record.overflows,
-        "rng": rng_state(trainer.device),
-        "totals": trainer.totals.state(),
         "clock": trainer.clock.state(),
         **trainer.progress.state(),
     }
 
 
-def restore(trainer: Trainer) -> None:
-    """Goes on from the checkpoint. Raises InputError where it is of another run, or damaged in
-    a way that its checksums do not show."""
-    path = trainer.folder / LAST_CHECKPOINT
-    state = checkpoint.load(path)
+def peer_state(trainer: Trainer, k: int) -> dict[str, Any]:
+    """What belongs to peer k, under names that do not depend on the other peers."""
+    peer, metric = trainer.cohort.peers[k], trainer.metric
+    return {
+        "name": trainer.cohort.names[k],
+        "weights": peer.state_dict(),
+        "optimizer": state_by_name(trainer.optimizer, peer),
+        "ema": below(PEERS, k, trainer.ema.state_dict()) if trainer.ema else None,
+        "metric": below(CENTERS, k, metric.state_dict()) if metric else None,
+    }
+
+
+def rank_state(trainer: Trainer) -> dict[str, Any]:
+    """What one rank of a mesh alone has: its share of the statistics' sums, its generators, copies
+    that its step keeps of other peers, and the buffers of its peers, since each column has running
+    statistics of its own."""
+    saved = trainer.cohort.state_dict().keys()
+    buffers = {n: t for n, t in trainer.cohort.named_buffers() if n in saved}
+    averages = trainer.ema.state_dict() if trainer.ema else {}
+    kept = getattr(trainer.step, "state_dict", None)
+    return {
+        "totals": trainer.totals.state(),
+        "rng": rng_state(trainer.device),
+        "step": kept() if kept else {},
+        "buffers": buffers,
+        "ema": {name: t for name, t in averages.items() if name in buffers},
+    }
+
+
+def below(prefix: str, k: int, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Those of peer k, without what their names begin with."""
+    own = f"{prefix}.{k}."
+    return {n.removeprefix(own): t for n, t in tensors.items() if n.startswith(own)}
+
+
+def restore(trainer: Trainer, state: dict[str, Any], path: Path) -> None:
+    """Goes on from the checkpoint that was read from `path`. Raises InputError where it is of
+    another run, or damaged in a way that its checksums do not show."""
     try:
         checkpoint.check_resumable(state["config"], trainer.config)
         _take_record(trainer, state, path)
@@ -120,14 +163,15 @@ def _take(trainer: Trainer, state: dict[str, Any], path: Path) -> None:
         teacher.name = name
     trainer.totals.teachers = tuple(names)
     trainer.progress.load(state)
-    checkpoint.load_weights(trainer.cohort, state["cohort"], path)
-    trainer.optimizer.load_state_dict(state["optimizer"])
+    checkpoint.load_weights(trainer.cohort, _own(trainer, PEERS, state["cohort"]), path)
+    _load_optimizer(trainer, state["optimizer"])
     if trainer.amp.scaler:
         trainer.amp.scaler.load_state_dict(state["scaler"])
     if trainer.ema:
         trainer.ema.load_state_dict(state["ema"])
     if trainer.metric:
-        trainer.metric.load_state_dict(state["metric"])
+        own = _own(trainer, CENTERS, state["metric"])
+        trainer.metric.load_state_dict({**trainer.metric.state_dict(), **own})
     trainer.schedule.load(state["updates"])
     if (weights := state.get("peer_weights")) is not None:  # that a callback may have set
         trainer.loss.peer_weights = weights.to(trainer.device)
@@ -138,6 +182,33 @@ def _take(trainer: Trainer, state: dict[str, Any], path: Path) -> None:
     _restore_choice(trainer, state)
     trainer.clock.load(state["clock"])
     set_rng_state(state["rng"], trainer.device)
+    if hasattr(trainer.step, "number"):  # of steps, by which peers that draw are seeded
+        trainer.step.number = trainer.progress.position
+    if state.get("step"):
+        trainer.step.load_state_dict(state["step"])
+
+
+def local_peers(trainer: Trainer) -> tuple[int, ...]:
+    """The numbers of the peers that this process trains."""
+    return trainer.mesh.local if trainer.mesh else tuple(range(len(trainer.cohort)))
+
+
+def _own(trainer: Trainer, prefix: str, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Without those of peers that other ranks train."""
+    if trainer.mesh is None:
+        return tensors
+    own = tuple(f"{prefix}.{k}." for k in local_peers(trainer))
+    return {name: t for name, t in tensors.items() if name.startswith(own)}
+
+
+def _load_optimizer(trainer: Trainer, saved: dict[Any, Any]) -> None:
+    """saved: as torch keeps the state, or by peer as `peer_state` has it."""
+    if "param_groups" in saved and trainer.mesh is None:
+        trainer.optimizer.load_state_dict(saved)
+        return
+    peers = {k: trainer.cohort.peers[k] for k in local_peers(trainer)}
+    states = by_name(saved, peers) if "param_groups" in saved else {k: saved[k] for k in peers}
+    load_by_name(trainer.optimizer, peers, states)
 
 
 def _restore_choice(trainer: Trainer, state: dict[str, Any]) -> None:

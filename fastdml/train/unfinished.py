@@ -1,4 +1,4 @@
-"""The peers of a run that has not ended, from its checkpoint."""
+"""The peers of a run that has not ended, from its newest checkpoint."""
 
 from __future__ import annotations
 
@@ -11,8 +11,7 @@ import torch
 from fastdml.cohort import Cohort
 from fastdml.errors import InputError
 from fastdml.image_record import FIELDS
-from fastdml.train import checkpoint
-from fastdml.train.run_folder import LAST_CHECKPOINT
+from fastdml.train.checkpoint_reading import read_newest
 
 ENTRIES = {  # of a checkpoint that are used here
     "description": dict,
@@ -24,8 +23,8 @@ ENTRIES = {  # of a checkpoint that are used here
 
 
 class Unfinished(NamedTuple):
-    path: Path
-    state: dict[str, Any]  # of the checkpoint
+    path: Path  # of the checkpoint
+    state: dict[str, Any]
 
     def cohort(self, device: str | torch.device, peers: Sequence[str] | None) -> Cohort:
         """The peers as the end of training would save them: with `ema` their averages."""
@@ -47,10 +46,10 @@ class Unfinished(NamedTuple):
 def unfinished(folder: Path) -> Unfinished | None:
     """The run in this folder as its checkpoint has it; None without a checkpoint, or with one of an
     early version that does not describe the peers."""
-    path = folder / LAST_CHECKPOINT
-    if not path.is_file():
+    found = read_newest(folder)
+    if found is None:
         return None
-    state = checkpoint.load(path)
+    state, path = found.state, found.path
     if "description" not in state:
         return None
     for name, kind in ENTRIES.items():
