@@ -45,6 +45,7 @@ class PeerCost:
     gradients: int  # bytes of the gradients: of what is trained
     optimizer: int  # bytes of the optimizer's state
     activations: Line  # bytes that the backward pass needs, of so many images
+    units: tuple[int, ...] = ()  # bytes of the weights that FSDP gathers together; (): of all
 
     def seconds(self, images: float) -> float:
         """Of a step of this peer alone."""
@@ -140,11 +141,11 @@ def gather_bytes(nbytes: float, ranks: int) -> float:
     return (ranks - 1) / ranks * nbytes
 
 
-def fsdp_bytes(weights: float, gradients: float, ranks: int, gathers: int = 2) -> float:
-    """What each rank sends of a peer that is cut over the ranks: its weights are gathered for the
-    forward pass and, freed in between, again for the backward pass; its gradients are reduced and
-    scattered."""
-    return gathers * gather_bytes(weights, ranks) + gather_bytes(gradients, ranks)
+def fsdp_bytes(weights: float, gradients: float, ranks: int, parts: int = 1) -> float:
+    """What each rank sends of a peer that is cut over the ranks: in each part of the batch its
+    weights are gathered for the forward pass and, freed in between, again for the backward pass;
+    its gradients are reduced and scattered once."""
+    return 2 * parts * gather_bytes(weights, ranks) + gather_bytes(gradients, ranks)
 
 
 # --- seconds of one collective ---
@@ -218,6 +219,19 @@ def buckets(nbytes: float) -> list[float]:
         found.append(min(rest, BUCKET if found else FIRST_BUCKET))
         rest -= found[-1]
     return found
+
+
+def fsdp_wait(
+    peers: Sequence[PeerCost], forward: float, backward: float, ranks: int, link: Link, parts: int
+) -> float:
+    """The same of peers that are cut over the ranks, with the waits for weights, of a batch in
+    `parts` whose passes take `forward` and `backward` seconds. A unit is gathered while the one
+    before it computes: what is left is the largest unit, or what the passes have no time for."""
+    units = [unit for peer in peers for unit in peer.units or (peer.weights,)]
+    gathers = [gather_seconds(unit, ranks, link) for unit in units]
+    first, total = max(gathers), sum(gathers)
+    a_part = max(first, total - forward) + max(first, total - backward)
+    return parts * a_part + max(first, total - max(0.0, backward - total))
 
 
 # --- links along the axes ---
@@ -301,7 +315,12 @@ def _step_of_row(
     exchange = pipelined_wait(forward, backward, wait, parts)
 
     along_data = link_along_data(layout, link, network)
-    reduction, sent = _reduction(own, layout, backward, along_data, parts)
+    if layout.fsdp:
+        reduction = fsdp_wait(own, forward, backward, D, along_data, parts)
+        sent = sum(fsdp_bytes(p.weights, p.gradients, D, parts) for p in own)
+    else:
+        reduction = reduction_wait((p.gradients for p in own), backward, D, along_data)
+        sent = sum(all_reduce_bytes(p.gradients, D) for p in own)
     return Step(
         forward=parts * forward,
         exchange=exchange,
@@ -312,21 +331,6 @@ def _step_of_row(
         logits_sent=float(len(own) * nbytes),
         gradients_sent=sent,
     )
-
-
-def _reduction(
-    own: Sequence[PeerCost], layout: Layout, backward: float, link: Link, parts: int
-) -> tuple[float, float]:
-    """(seconds that a row waits for its data axis, bytes that each of its devices sends)."""
-    D = layout.data
-    if not layout.fsdp:
-        wait = reduction_wait((p.gradients for p in own), backward, D, link)
-        return wait, sum(all_reduce_bytes(p.gradients, D) for p in own)
-    # A peer that is one unit of FSDP has nothing to compute while its weights are gathered.
-    gather = sum(gather_seconds(p.weights, D, link) for p in own)
-    scatter = sum(gather_seconds(p.gradients, D, link) for p in own)
-    sent = sum(fsdp_bytes(p.weights, p.gradients, D) for p in own)
-    return parts * (2 * gather + scatter), parts * sent
 
 
 # --- memory ---
@@ -345,13 +349,19 @@ def _memory_of_row(row: int, peers: Sequence[PeerCost], layout: Layout, batch: B
     images = -(-batch.share(D) // batch.parts)
     cut = D if layout.fsdp else 1
     weights, gradients = sum(p.weights for p in own), sum(p.gradients for p in own)
-    # Gathered for its passes, one peer after the other.
-    whole = max(p.weights + p.gradients for p in own) if layout.fsdp and D > 1 else 0
     copies = 2 if D > 1 and not layout.fsdp else 1
+    whole = 0
+    if layout.fsdp and D > 1:  # of the unit that computes and the one gathered behind it
+        for p in own:
+            unit = max(p.units or (p.weights,))
+            whole = max(whole, min(2 * unit, p.weights) + min(unit, p.gradients))
+    held = copies * gradients / cut
+    if cut > 1 and batch.parts > 1:
+        held += gradients  # which the parts add up whole
     logits = exchange_bytes(images, batch.classes, batch.itemsize)
     return Memory(
         weights=weights / cut + whole,
-        gradients=copies * gradients / cut,
+        gradients=held,
         optimizer=sum(p.optimizer for p in own) / cut,
         activations=sum(p.activations(images) for p in own),
         logits=float((len(peers) + len(own)) * logits),

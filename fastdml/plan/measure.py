@@ -11,6 +11,7 @@ import time
 import warnings
 from collections.abc import Sequence
 from contextlib import nullcontext
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -21,6 +22,7 @@ from fastdml.engine.amp import Amp, AmpName, resolve_amp
 from fastdml.engine.optimizers import OptimizerName
 from fastdml.errors import InputError
 from fastdml.loss import MutualLoss
+from fastdml.parallel import shards
 from fastdml.plan.costs import Line, PeerCost
 from fastdml.torch_private import valueless_tensors
 
@@ -44,25 +46,31 @@ def peer_costs(
     forward pass and its backward pass, of so many images, and its update; `measured_seconds` and
     `given_seconds` make them.
     """
-    known: dict[str, tuple[int, int, int, Line]] = {}
+    known: dict[str, Bytes] = {}
     found = []
     for name, (forward, backward, update) in zip(names, seconds, strict=True):
         if name not in known:
             known[name] = _bytes(name, classes, image_shape, amp, optimizer)
-        weights, gradients, state, activations = known[name]
-        found.append(
-            PeerCost(name, forward, backward, update, weights, gradients, state, activations)
-        )
+        found.append(PeerCost(name, forward, backward, update, *known[name]))
     return found
 
 
 # --- bytes ---
 
 
+class Bytes(NamedTuple):
+    """The fields of `PeerCost` that are bytes."""
+
+    weights: int
+    gradients: int
+    optimizer: int
+    activations: Line
+    units: tuple[int, ...]
+
+
 def _bytes(
     name: str, classes: int, image_shape: Sequence[int], amp: AmpName, optimizer: OptimizerName
-) -> tuple[int, int, int, Line]:
-    """(weights and buffers, gradients, optimizer's state, what the backward pass needs)."""
+) -> Bytes:
     arguments = (name, classes, image_shape, amp, optimizer)
     try:
         with warnings.catch_warnings():
@@ -82,7 +90,7 @@ def _counted(
     optimizer: OptimizerName,
     *,
     values: bool,
-) -> tuple[int, int, int, Line]:
+) -> Bytes:
     with nullcontext() if values else valueless_tensors():
         cohort = Cohort(
             [name], classes, in_channels=image_shape[0], image_size=tuple(image_shape[1:])
@@ -95,8 +103,10 @@ def _counted(
         weights = sum(t.nbytes for t in (*cohort.parameters(), *cohort.buffers()))
         trained = [w for w in cohort.parameters() if w.requires_grad]
         state = _state_bytes(cohort, trained, optimizer)
+        units = _unit_bytes(cohort.peers[0])
     each = (more - few) / (MORE - FEW)
-    return weights, sum(w.nbytes for w in trained), state, Line(few - FEW * each, each)
+    activations = Line(few - FEW * each, each)
+    return Bytes(weights, sum(w.nbytes for w in trained), state, activations, units)
 
 
 def _saved_bytes(peer: nn.Module, images: Tensor, amp: Amp) -> int:
@@ -114,6 +124,13 @@ def _saved_bytes(peer: nn.Module, images: Tensor, amp: Amp) -> int:
     with torch.autograd.graph.saved_tensors_hooks(note, lambda t: t), amp.autocast():
         peer(images)
     return sum(storage.nbytes() for storage in saved.values())
+
+
+def _unit_bytes(peer: nn.Module) -> tuple[int, ...]:
+    """Of the weights that FSDP gathers together: of each block, then of what is in none."""
+    blocks = [sum(w.nbytes for w in block.parameters()) for block in shards.blocks(peer)]
+    rest = sum(w.nbytes for w in peer.parameters()) - sum(blocks)
+    return (*blocks, rest) if rest else tuple(blocks)
 
 
 def _state_bytes(cohort: Cohort, trained: Sequence[Tensor], name: OptimizerName) -> int:

@@ -64,6 +64,8 @@ def test_weights_gradients_and_optimizer_are_what_training_holds(name, moments):
     assert cost.gradients == sum(w.grad.nbytes for w in cohort.parameters())
     assert cost.optimizer == sum(t.nbytes for t in held if isinstance(t, torch.Tensor))
     assert cost.optimizer >= moments * cost.gradients
+    assert sum(cost.units) == cost.gradients  # FSDP's, a block each
+    assert len(cost.units) > 2
 
 
 @pytest.mark.parametrize("name", ["resnet8", "mobilenet"])

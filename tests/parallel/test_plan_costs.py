@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
+import ast
 import dataclasses
+import inspect
 import math
-import subprocess
-import sys
 
 import pytest
 from hypothesis import given
@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 
 from fastdml.errors import InputError
 from fastdml.plan import costs
+from fastdml.plan import links as links_module
 from fastdml.plan.costs import Batch, Layout, Line, PeerCost
 from fastdml.plan.links import LINKS, Link, find_link
 
@@ -123,10 +124,10 @@ def test_bytes_of_the_data_axis_are_those_of_a_ring():
 
 
 def test_bytes_of_a_peer_that_is_cut_over_its_row():
-    """Two all-gathers of the weights and a reduce-scatter of the gradients, in every part."""
+    """Two all-gathers of the weights in every part, and a reduce-scatter of the gradients."""
     layout = Layout((0,), 4, fsdp=True)
     found = costs.step([peer(nbytes=4_000_000)], layout, Batch(64, 10, parts=2), SLOW)
-    assert found.gradients_sent == pytest.approx(2 * (2 * 3 / 4 * 4_001_000 + 3 / 4 * 4_000_000))
+    assert found.gradients_sent == pytest.approx(4 * 3 / 4 * 4_001_000 + 3 / 4 * 4_000_000)
 
 
 def test_the_last_pass_hides_no_exchange_and_the_ones_before_hide_theirs():
@@ -185,7 +186,10 @@ def test_memory_of_a_device():
     columns = costs.memory(peers, Layout((0, 0), 2), Batch(64, 10, 4))
     assert (columns.activations, columns.gradients) == (64e6, 6000)  # and their buckets
     cut = costs.memory(peers, Layout((0, 0), 2, fsdp=True), Batch(64, 10, 4))
-    assert (cut.weights, cut.optimizer) == (2500 + 5000, 1500)
+    assert (cut.weights, cut.gradients, cut.optimizer) == (2500 + 3000 + 2000, 1500, 1500)
+    blocks = [dataclasses.replace(p, units=(p.weights // 2, p.weights // 2)) for p in peers]
+    cut = costs.memory(blocks, Layout((0, 0), 2, fsdp=True), Batch(64, 10, 4, parts=2))
+    assert (cut.weights, cut.gradients) == (2500 + 3000 + 1500, 1500 + 3000)
     parts = costs.memory(peers, Layout((0, 0)), Batch(64, 10, 4, parts=4))
     assert parts.activations == one.activations / 4
 
@@ -203,6 +207,22 @@ def test_stated_links_name_their_source_and_give_way_to_measured_ones():
             find_link("pcie", **wrong)
 
 
-def test_the_formulas_need_no_torch():
-    code = "import sys, fastdml.plan.costs; sys.exit('torch' in sys.modules)"
-    assert subprocess.run([sys.executable, "-c", code]).returncode == 0
+def test_the_formulas_import_neither_torch_nor_what_communicates():
+    allowed = {"__future__", "math", "collections", "dataclasses", "typing", "fastdml"}
+    for module in (costs, links_module):
+        nodes = list(ast.walk(ast.parse(inspect.getsource(module))))
+        names = [a.name for n in nodes if isinstance(n, ast.Import) for a in n.names]
+        names += [n.module for n in nodes if isinstance(n, ast.ImportFrom)]
+        assert {name.split(".")[0] for name in names} <= allowed
+        ours = {name for name in names if name.startswith("fastdml")}
+        assert ours <= {"fastdml.errors", "fastdml.names", "fastdml.plan.links"}
+
+
+def test_units_are_gathered_while_others_compute():
+    whole = costs.gather_seconds(4_001_000, 2, SLOW)
+    one = peer(nbytes=4_000_000)
+    assert costs.fsdp_wait([one], 1e9, 1e9, 2, SLOW, 1) == pytest.approx(3 * whole)
+    unit = costs.gather_seconds(1_000_250, 2, SLOW)
+    four = dataclasses.replace(one, units=(1_000_250,) * 4)
+    assert costs.fsdp_wait([four], 1e9, 1e9, 2, SLOW, 1) == pytest.approx(3 * unit)
+    assert costs.fsdp_wait([four], 0.0, 0.0, 2, SLOW, 1) == pytest.approx(3 * 4 * unit)
