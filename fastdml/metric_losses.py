@@ -12,7 +12,7 @@ A loss with its gradient costs about 4 N**2 D multiply-adds for a peer: 34M at 6
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 
 import torch
 import torch.nn.functional as F
@@ -34,7 +34,7 @@ def triplet_loss(features: Tensor, labels: Tensor, *, margin: float | None = 0.3
     """
     _check([features], labels)
     same, other = _pairs(labels)
-    d = _distances(features)
+    d = distances(features)
     furthest = d.masked_fill(~same, -torch.inf).amax(1)
     nearest = d.masked_fill(~other, torch.inf).amin(1)
     gap = furthest - nearest  # -inf for an anchor without one of them: no loss, no gradient
@@ -73,9 +73,15 @@ def distance_mutual_loss(features: Sequence[Tensor]) -> Tensor:
     features: K tensors (N, D_k), whose widths may differ. Raises InputError for other shapes.
     """
     _check(features)
-    m = torch.stack([_distances(x) for x in features])  # (K, N, N)
-    K, N, _ = m.shape
-    gaps = m[:, None] - m.detach()  # (K, K, N, N): 0 between a peer and itself
+    m = torch.stack([distances(x) for x in features])  # (K, N, N)
+    return _mutual(m, m)
+
+
+def _mutual(own: Tensor, all: Tensor) -> Tensor:
+    """The loss of each of L peers' distances (L, N, N) against those of all K, (K, N, N), -> (L,).
+    A peer's own are among them, and 0 away from it."""
+    K, N, _ = all.shape
+    gaps = own[:, None] - all.detach()  # (L, K, N, N)
     return gaps.square().sum((1, 2, 3)) / (max(K - 1, 1) * N * N)
 
 
@@ -165,43 +171,69 @@ class MetricLoss(nn.Module):
         self.centers = nn.ModuleList(CenterLoss(num_classes, d) for d in self.dims if center)
 
     def forward(
-        self, features: Sequence[Tensor], labels: Tensor, peers: Iterable[int] | None = None
+        self,
+        features: Sequence[Tensor | None],
+        labels: Tensor,
+        peers: Iterable[int] | None = None,
+        elsewhere: Mapping[int, Tensor] | None = None,
     ) -> Tensor:
         """features: K tensors (N, D_k), labels: (N,) -> (K,); updates the centres in training mode.
 
         peers: those to compute; the others' losses are 0, and their centres stay.
+        elsewhere: of peers whose features are None, as other processes have them, the `distances`
+            (N, N), which `distance_mutual` needs. Such a peer's loss is 0.
         """
-        _check(features, labels)
-        if tuple(x.shape[1] for x in features) != self.dims:
-            found = [tuple(x.shape) for x in features]
+        here = {k: x for k, x in enumerate(features) if x is not None}
+        _check([*here.values()], labels)
+        widths = {k: x.shape[1] for k, x in here.items()}
+        if len(features) != len(self.dims) or any(self.dims[k] != d for k, d in widths.items()):
+            found = [tuple(x.shape) for x in here.values()]
             raise InputError(f"features of shapes {found}: this loss is for widths {self.dims}")
         w, wanted = self.weights, range(len(features)) if peers is None else {*peers}
-        mutual = distance_mutual_loss(features) if w["distance_mutual"] else None
+        mutual = self._mutual_losses(here, elsewhere or {})
+        nothing = _precise(next(iter(here.values())).detach()[:0]).sum()
         losses = []
         for k, x in enumerate(features):
-            loss = _precise(x[:0]).sum()  # 0, with a gradient
-            if k in wanted:
+            loss = nothing if x is None else _precise(x[:0]).sum()  # 0, with a gradient
+            if x is not None and k in wanted:
                 if w["triplet"]:
                     loss = loss + w["triplet"] * triplet_loss(x, labels, margin=self.margin)
                 if w["circle"]:
                     loss = loss + w["circle"] * circle_loss(x, labels)
                 if w["center"]:
                     loss = loss + w["center"] * self.centers[k](x, labels)
-                if mutual is not None:
+                if mutual:
                     loss = loss + w["distance_mutual"] * mutual[k]
             losses.append(loss)
         return torch.stack(losses)
 
+    def _mutual_losses(
+        self, here: Mapping[int, Tensor], elsewhere: Mapping[int, Tensor]
+    ) -> dict[int, Tensor]:
+        """The loss of the peers that are here against all; none where it is not wanted."""
+        if not self.weights["distance_mutual"]:
+            return {}
+        own = {k: distances(x) for k, x in here.items()}
+        everyone = own | dict(elsewhere)
+        all = torch.stack([everyone[k] for k in sorted(everyone)])
+        some = torch.stack([*own.values()]) if elsewhere else all
+        return dict(zip(own, _mutual(some, all), strict=True))
+
     def value_and_grad(
-        self, features: Sequence[Tensor], labels: Tensor, peers: Iterable[int] | None = None
-    ) -> tuple[Tensor, list[Tensor]]:
+        self,
+        features: Sequence[Tensor | None],
+        labels: Tensor,
+        peers: Iterable[int] | None = None,
+        elsewhere: Mapping[int, Tensor] | None = None,
+    ) -> tuple[Tensor, list[Tensor | None]]:
         """Losses (K,) and the gradient of their sum with respect to the features, K tensors
-        (N, D_k) in their dtypes. Arguments and effect as of `forward`."""
+        (N, D_k) in their dtypes, None where there are none. Arguments and effect as of
+        `forward`."""
         with torch.enable_grad():
-            leaves = [x.detach().requires_grad_() for x in features]
-            losses = self(leaves, labels, peers)
-            grads = torch.autograd.grad(losses.sum(), leaves)
-        return losses.detach(), list(grads)
+            leaves = [None if x is None else x.detach().requires_grad_() for x in features]
+            losses = self(leaves, labels, peers, elsewhere)
+            grads = iter(torch.autograd.grad(losses.sum(), [x for x in leaves if x is not None]))
+        return losses.detach(), [None if x is None else next(grads) for x in leaves]
 
     def tensors(self) -> list[Tensor]:
         """The tensors that a step changes."""
@@ -237,7 +269,7 @@ def _products(x: Tensor) -> Tensor:
         return x @ x.T
 
 
-def _distances(x: Tensor) -> Tensor:
+def distances(x: Tensor) -> Tensor:
     """(N, D) -> (N, N) Euclidean distances from inner products. A square below what rounding
     leaves counts as 0, where the gradient is 0 too: an image and itself, and equal images."""
     x = _precise(x)
