@@ -13,6 +13,7 @@ A loss with its gradient costs about 4 N**2 D multiply-adds for a peer: 34M at 6
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -225,7 +226,7 @@ class MetricLoss(nn.Module):
         labels: Tensor,
         peers: Iterable[int] | None = None,
         elsewhere: Mapping[int, Tensor] | None = None,
-    ) -> tuple[Tensor, list[Tensor | None]]:
+    ) -> tuple[Tensor, list[Any]]:
         """Losses (K,) and the gradient of their sum with respect to the features, K tensors
         (N, D_k) in their dtypes, None where there are none. Arguments and effect as of
         `forward`."""

@@ -13,7 +13,7 @@ is posted, and `wait` makes the current stream wait for the broadcasts.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, NamedTuple
 
 import torch
@@ -41,29 +41,32 @@ class Exchange:
         self.in_rounds = dist.get_backend(mesh.peers_group) == "nccl"
         self.remote = tuple(k for k in range(len(mesh.rows)) if k not in mesh.local)
 
-    def begin(self, kinds: Mapping[int, Kind]) -> Transfer:
-        """One tensor of every peer is about to travel. kinds: of the other rows' tensors."""
-        return Transfer(self, kinds)
+    def begin(self, kinds: Mapping[int, Kind], peers: Sequence[int] | None = None) -> Transfer:
+        """One tensor of every peer, or of these, is about to travel. kinds: of the other rows'
+        tensors."""
+        return Transfer(self, kinds, range(len(self.mesh.rows)) if peers is None else peers)
 
-    def rounds(self) -> list[list[int]]:
+    def rounds(self, peers: Sequence[int]) -> list[list[int]]:
         """The peers in the order in which rounds take them: one a row that still has some."""
         rows = self.mesh.rows
-        own = [[k for k, row in enumerate(rows) if row == r] for r in range(self.mesh.peer)]
+        own = [[k for k in peers if rows[k] == r] for r in range(self.mesh.peer)]
         return [[ks[i] for ks in own if i < len(ks)] for i in range(max(map(len, own)))]
 
 
 class Transfer:
     """A tensor of every peer under way: `give` each local one, then `wait` for the others'."""
 
-    def __init__(self, exchange: Exchange, kinds: Mapping[int, Kind]) -> None:
-        self.exchange, mesh = exchange, exchange.mesh
-        device = mesh.device
-        self.tensors = {k: torch.empty(kinds[k].shape, dtype=kinds[k].dtype, device=device)
-                        for k in exchange.remote}  # fmt: skip
+    def __init__(self, exchange: Exchange, kinds: Mapping[int, Kind], peers: Sequence[int]) -> None:
+        self.exchange, device = exchange, exchange.mesh.device
+        self.tensors: dict[int, Tensor] = {}
+        self.remote = [k for k in exchange.remote if k in peers]
+        for k in self.remote:
+            shape, dtype = kinds[k]
+            self.tensors[k] = torch.empty(shape, dtype=dtype, device=device)
         self.works: list[dist.Work] = []
-        self.rounds = exchange.rounds() if exchange.in_rounds else []
+        self.rounds = exchange.rounds(peers) if exchange.in_rounds else []
         if not exchange.in_rounds:
-            for k in exchange.remote:
+            for k in self.remote:
                 self._post(k)
 
     def give(self, k: int, tensor: Tensor) -> None:
@@ -72,10 +75,10 @@ class Transfer:
         if self.exchange.mesh.peer == 1:
             return
         self.tensors[k] = tensor.detach().contiguous()
-        if self.exchange.in_rounds:
-            self._next_round()
-        else:
+        if not self.exchange.in_rounds:
             self._post(k)
+            return
+        self._next_round()
 
     def wait(self) -> dict[int, Tensor]:
         """The tensors of the other rows' peers by their numbers. The current stream, on a CPU the
@@ -85,7 +88,7 @@ class Transfer:
         for work in self.works:
             work.wait()
         self.works = []
-        return {k: self.tensors[k] for k in self.exchange.remote}
+        return {k: self.tensors[k] for k in self.remote}
 
     def _next_round(self) -> None:
         for k in self.rounds.pop(0):

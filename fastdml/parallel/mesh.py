@@ -135,10 +135,10 @@ class Mesh:
         """The rank of the own column that holds peer k."""
         return self.rows[k] * self.data + self.column
 
-    def distribute(self, cohort: Cohort) -> dict[int, nn.Module]:
+    def distribute(self, cohort: Cohort, *, keep: bool = False) -> dict[int, nn.Module]:
         """Puts a `RemotePeer` in the place of each peer that is not local, and returns the peers
         that were there by their numbers. All ranks have built the same cohort and call it; peers
-        that nothing has placed are placed."""
+        that nothing has placed are placed. keep: steps that exchange weights copy these peers."""
         if len(self.rows) != len(cohort):
             self.place(len(cohort))
         self.names = tuple(cohort.names)
@@ -147,7 +147,9 @@ class Mesh:
             if k not in self.local and not isinstance(peer, RemotePeer):
                 size = sum(p.numel() for p in peer.parameters())
                 taken[k] = peer
-                cohort.peers[k] = RemotePeer(cohort.names[k], cohort.models[k], size, self.rows[k])
+                cohort.peers[k] = RemotePeer(
+                    cohort.names[k], cohort.models[k], size, self.rows[k], peer if keep else None
+                )
         return taken
 
     def collect(self, cohort: Cohort, taken: Mapping[int, nn.Module]) -> None:

@@ -13,15 +13,29 @@ class RemotePeer(nn.Module):
     """A module without weights, in the place of a peer that other ranks train.
 
     peer_name, model: as in `Cohort.names` and `Cohort.models`. num_parameters: of the peer there.
-    row: of the mesh, whose ranks hold it. Calling it raises InputError.
+    row: of the mesh, whose ranks hold it. original: the module that was here, where it is kept to
+    make copies of, as ranks that exchange weights do; no part of this one. Calling it raises
+    InputError.
     """
 
-    def __init__(self, peer_name: str, model: str | None, num_parameters: int, row: int) -> None:
+    def __init__(
+        self,
+        peer_name: str,
+        model: str | None,
+        num_parameters: int,
+        row: int,
+        original: nn.Module | None = None,
+    ) -> None:
         super().__init__()
+        self._original = (original,)  # which torch does not take for a module of this one
         self.peer_name = peer_name
         self.model = model
         self.num_parameters = num_parameters
         self.row = row
+
+    @property
+    def original(self) -> nn.Module | None:
+        return self._original[0]
 
     def forward(self, *inputs: Any, **options: Any) -> NoReturn:
         raise InputError(
