@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.graph import get_gradient_edge
 from torch.nn.modules import module as _module
+from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
 from torch.utils import _pytree
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -200,6 +201,50 @@ def tensors_with_held_accumulators() -> list[Tensor]:
     it. Nodes do not list their hooks, so all objects are searched for nodes. Public: none."""
     nodes: list[Any] = [node for node in gc.get_objects() if type(node) is ACCUMULATE_GRAD]
     return [node.variable for node in nodes]
+
+
+# ---- several processes
+
+
+def sum_in_next_backward(replica: DistributedDataParallel) -> None:
+    """Has the next backward pass through a network communicate whose forward passes ran within its
+    `no_sync`. Public: none; DistributedDataParallel decides this at the forward pass, where parts
+    of a batch that overlap do not know yet which backward pass will be the last."""
+    replica.reducer.prepare_for_backward([])
+
+
+def batch_norm_stats(x: Tensor) -> tuple[Tensor, Tensor]:
+    """Mean and biased variance of each channel, (C,) float32 or more, of x (N, C, ...) on CUDA,
+    read once in its own dtype. Public: none; `nn.SyncBatchNorm` uses the same."""
+    mean, invstd = torch.batch_norm_stats(x, 0.0)
+    return mean, invstd.square().reciprocal().masked_fill(invstd == 0, 0.0)  # 0: no variance
+
+
+def batch_norm_sums(dy: Tensor, x: Tensor, mean: Tensor, invstd: Tensor) -> tuple[Tensor, Tensor]:
+    """Of each channel (C,) the sums of dy and of dy * (x - mean) * invstd in the dtype of mean, in
+    one pass over both. Public: none."""
+    ones = torch.ones_like(mean)
+    _, away, plain = torch.ops.aten.native_batch_norm_backward(
+        dy, x, ones, None, None, mean, invstd, True, 0.0, [False, True, True]
+    )
+    return plain, away
+
+
+def batch_norm_input_gradient(
+    dy: Tensor,
+    x: Tensor,
+    weight: Tensor | None,
+    mean: Tensor,
+    invstd: Tensor,
+    sum_dy: Tensor,
+    sum_dy_away: Tensor,
+    counts: Tensor,
+) -> Tensor:
+    """The gradient of x on CUDA, from the sums of dy and dy * (x - mean) over all processes, whose
+    numbers of values are `counts`. Public: none; `nn.SyncBatchNorm` uses the same."""
+    return torch.batch_norm_backward_elemt(
+        dy, x, mean, invstd, weight, sum_dy, sum_dy_away, counts.to(torch.int32)
+    )
 
 
 # ---- CUDA

@@ -93,6 +93,10 @@ class EagerStep:
         """Whether the peers have changed since the networks that run were made from them."""
         return False
 
+    def refresh(self) -> None:
+        """Takes the peers and the optimizer's groups as they are now."""
+        self.update.refresh()
+
     def tensors(self) -> list[Tensor]:
         """Everything that a step changes."""
         parts = (self.update, self.options.after, self.options.metric)
@@ -106,7 +110,7 @@ class EagerStep:
 
     def __call__(self, *batch: Tensor) -> StepOutput:
         check_gradients_wanted()
-        self.update.refresh()
+        self.refresh()
         if self.cohort.teachers is not self.teachers:
             raise InputError(
                 "the cohort has other teachers than when the step was made: make a new step"

@@ -18,15 +18,15 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from fastdml.engine.amp import Amp
-from fastdml.engine.eager import EagerStep, Outputs, widened
+from fastdml.engine.eager import EagerStep, Outputs, WithFeatures, widened
 from fastdml.engine.execution import (
     EXECUTIONS,
     Builder,
@@ -44,6 +44,7 @@ from fastdml.parallel.exchange import Exchange, Kind, Transfer
 from fastdml.parallel.global_means import GlobalMeans, check_loss
 from fastdml.parallel.mesh import Mesh
 from fastdml.parallel.remote_peer import RemotePeer
+from fastdml.parallel.replicas import Replicas
 from fastdml.parallel.shards import is_sharded
 
 if TYPE_CHECKING:
@@ -78,6 +79,16 @@ class MeshStep(EagerStep):
         self.dtypes: dict[int, torch.dtype] = {}  # in which the logits of each peer travel
         self.agreed = False  # whether all ranks know them
 
+    def networks(self) -> list[nn.Module]:
+        assert self.options.mesh is not None
+        wrap = (lambda peer: peer) if self.options.metric is None else WithFeatures
+        self.replicas = Replicas(self.cohort, self.options.mesh, wrap)
+        return self.replicas.networks
+
+    def refresh(self) -> None:
+        if self.replicas.refresh(self.update.refresh()):
+            self.forwards[: self.learning] = self.replicas.networks
+
     def train(self, images: Tensor, labels: Tensor) -> StepOutput:
         mesh, parts = self.mesh, self.options.accumulate
         batches = self.parts_of(images, labels)
@@ -85,14 +96,18 @@ class MeshStep(EagerStep):
         means = None if whole else GlobalMeans(self.loss, labels, mesh, parts)
         found: list[StepOutput] = []
         waiting: Part | None = None
-        for i, (x, y) in enumerate(batches):
-            self.part = mesh.column * parts + i
-            part = self.forwarded(x, y)
-            if waiting is not None:
-                found.append(self.finished(waiting, means.loss if means else self.loss))
-            waiting = part
+        with self.replicas.unsynchronised() if parts > 1 else nullcontext():
+            for i, (x, y) in enumerate(batches):
+                self.part = mesh.column * parts + i
+                part = self.forwarded(x, y)
+                if waiting is not None:
+                    found.append(self.finished(waiting, means.loss if means else self.loss))
+                waiting = part
         assert waiting is not None
+        if parts > 1:
+            self.replicas.synchronise()
         found.append(self.finished(waiting, means.loss if means else self.loss))
+        self.replicas.check()
         output = StepOutput(*means.whole(found)) if means else found[0]
         self.update.apply(self.local)
         self.number += 1

@@ -26,6 +26,7 @@ from itertools import chain
 from typing import TYPE_CHECKING, Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 from torch.optim import SGD, Adam, AdamW, Optimizer
 
@@ -118,7 +119,8 @@ class Update:
     """`apply(ks)` updates some peers, `finish()` ends the training step.
 
     `overflow` (K,) is 1 where a peer skipped its last update, and `skipped` () where all that train
-    did; both are None without fp16.
+    did; both are None without fp16. On a mesh every rank has the flags of all peers after `finish`,
+    and so the same scale.
     """
 
     def __init__(
@@ -133,6 +135,7 @@ class Update:
     ) -> None:
         check_optimizer(optimizer)
         self.cohort, self.optimizer, self.ema = cohort, optimizer, ema
+        self.mesh = mesh if mesh is not None and mesh.peer > 1 else None  # peers are elsewhere too
         self.peers = list(cohort.peers)
         self.scaler, self.grad_clip = amp.scaler, grad_clip
         self.torchs_own = type(optimizer) in (SGD, Adam, AdamW)
@@ -147,9 +150,11 @@ class Update:
             self.overflow = torch.zeros(len(cohort.peers), dtype=torch.float32, device=amp.device)
             self.skipped = torch.zeros((), dtype=torch.float32, device=amp.device)
 
-    def refresh(self) -> None:
-        """Takes the optimizer's groups and the peers' weights as they are now."""
-        if not self.holdings.current():
+    def refresh(self) -> bool:
+        """Takes the optimizer's groups and the peers' weights as they are now. Returns whether
+        some are other ones than before."""
+        changed = not self.holdings.current()
+        if changed:
             holdings = Holdings(self.cohort, self.optimizer, shards=self.shards)
             if not same(list(self.cohort.peers), self.peers):
                 raise InputError(
@@ -159,6 +164,7 @@ class Update:
             self.holdings = holdings
             if self.ema is not None:
                 self.ema.refresh()
+        return changed
 
     def tensors(self) -> list[Tensor]:
         """Everything that a training step changes."""
@@ -204,11 +210,14 @@ class Update:
 
     def finish(self) -> None:
         """Updates the loss scale and the moving averages, once a training step."""
-        if not self.updated:
+        if not self.updated and self.mesh is None:
             raise InputError(NOTHING_TRAINED)
         if self.scaler is not None and self.overflow is not None:
-            flags = torch.stack([self.overflow[k] for k in self.updated])
-            torch.amin(flags, dim=0, out=self.skipped)
+            if self.mesh is None:
+                flags = torch.stack([self.overflow[k] for k in self.updated])
+                torch.amin(flags, dim=0, out=self.skipped)
+            else:
+                flags = self._flags_of_all(self.mesh, self.overflow)
             self.scaler.update_(flags.amax())
         self.updated = []
         if self.ema is not None:
@@ -222,6 +231,16 @@ class Update:
         """What torch's own optimizers see shards in; others take them as they are."""
         sharded = self.torchs_own and self.holdings.sharded
         return on_local_parts(self.optimizer) if sharded else nullcontext()
+
+    def _flags_of_all(self, mesh: Mesh, overflow: Tensor) -> Tensor:
+        """The flags of the peers of all rows (K,), also put into `overflow`. One collective."""
+        found = torch.full_like(overflow, -1.0)  # of a peer that has not trained
+        for k in self.updated:
+            found[k].copy_(overflow[k])
+        dist.all_reduce(found, dist.ReduceOp.MAX, group=mesh.peers_group)
+        overflow.copy_(found.clamp(min=0))
+        torch.amin(found.masked_fill(found < 0, 1.0), dim=0, out=self.skipped)
+        return overflow
 
     def _guarded(self, k: int, overflow: Tensor) -> None:
         """A step of peer k that changes nothing where its gradients overflowed."""

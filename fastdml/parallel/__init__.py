@@ -5,7 +5,13 @@ Along "peer" each row trains its own peers, along "data" each column sees its sh
 
 from __future__ import annotations
 
+from fastdml.parallel.batch_norm import (
+    averaged_statistics,
+    separate_batchnorm,
+    sync_batchnorm,
+)
 from fastdml.parallel.failure import RankLost
+from fastdml.parallel.global_means import total
 from fastdml.parallel.mesh import Mesh, make_mesh
 from fastdml.parallel.placement import auto_sizes
 from fastdml.parallel.remote_peer import RemotePeer
@@ -16,7 +22,11 @@ __all__ = [
     "RankLost",
     "RemotePeer",
     "auto_sizes",
+    "averaged_statistics",
     "make_mesh",
+    "separate_batchnorm",
     "shard",
+    "sync_batchnorm",
+    "total",
     "whole_weights",
 ]

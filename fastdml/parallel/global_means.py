@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -22,6 +22,7 @@ from torch import Tensor
 from fastdml.errors import InputError
 from fastdml.loss import MutualLoss
 from fastdml.mutual_stats import MutualStats
+from fastdml.parallel.gather import Rows
 
 if TYPE_CHECKING:
     from fastdml.parallel.mesh import Mesh
@@ -34,6 +35,19 @@ class HasLosses(Protocol):
     def losses(self) -> Tensor: ...
     @property
     def stats(self) -> MutualStats: ...
+
+
+class Output(HasLosses, Protocol):
+    """The output of a step (`fastdml.engine.StepOutput`)."""
+
+    @property
+    def metric(self) -> Tensor | None: ...
+    @property
+    def teacher_kl(self) -> Tensor | None: ...
+    def _replace(self, **changes: Any) -> Any: ...
+
+
+AnyOutput = TypeVar("AnyOutput", bound=Output)
 
 
 class GlobalMeans:
@@ -104,14 +118,54 @@ class GlobalMeans:
         return losses, stats
 
 
+def total(output: AnyOutput, mesh: Mesh) -> AnyOutput:
+    """The figures of the whole batch and of all peers on every rank, from the share that a step on
+    a mesh gives each: a collective of all ranks. With the loss's reduction "none" the losses (K, N)
+    are of the whole batch's rows, in its order."""
+    losses, packed, K = output.losses, output.stats.packed, output.stats.K
+    own = torch.zeros(K, dtype=torch.bool, device=packed.device)
+    own[list(mesh.local)] = True
+    no_peers = torch.full_like(own[0], mesh.row == 0)  # what is the same in all rows, from one
+    mine = output.stats.layout.pack(
+        {
+            "ce": own, "kl": own, "label_weight": no_peers, "labelled": no_peers, "entropy": own,
+            "correct": own, "ensemble_correct": no_peers, "pairwise_kl": own.expand(K, K),
+        }
+    )  # fmt: skip
+    if losses.dim() == 2:
+        losses = _among_all_rows(losses, mesh)
+    figures = [(losses, own if losses.dim() == 1 else own[:, None]), (packed, mine)]
+    figures += [(t, own) for t in (output.metric, output.teacher_kl) if t is not None]
+    flat = torch.cat([t.masked_fill(~mask, 0.0).flatten() for t, mask in figures])
+    dist.all_reduce(flat)
+    parts = flat.split([t.numel() for t, _ in figures])
+    whole = [part.view_as(t).to(t.dtype) for part, (t, _) in zip(parts, figures, strict=True)]
+    losses, packed, *others = whole
+    return output._replace(
+        losses=losses,
+        stats=MutualStats.from_packed(packed, K),
+        metric=None if output.metric is None else others[0],
+        teacher_kl=None if output.teacher_kl is None else others[-1],
+    )
+
+
+def _among_all_rows(losses: Tensor, mesh: Mesh) -> Tensor:
+    """This column's (K, rows) at its place among the whole batch's (K, N), the others' 0."""
+    sizes = Rows(losses.shape[1], mesh).sizes
+    whole = losses.new_zeros(len(losses), sum(sizes))
+    start = sum(sizes[: mesh.column])
+    whole[:, start : start + sizes[mesh.column]] = losses
+    return whole
+
+
 def check_loss(loss: object) -> None:
     """Raises InputError for a loss whose means over a batch are not known to be sums of rows."""
-    own = type(loss)
-    if not isinstance(loss, MutualLoss) or own.value_and_grad is not MutualLoss.value_and_grad:
-        raise InputError(
-            f"a mesh adds up losses of fastdml.MutualLoss alone, and this one is {own.__name__}, "
-            "whose mean over a batch in parts is not known: use MutualLoss, or train without a mesh"
-        )
+    if isinstance(loss, MutualLoss) and type(loss).value_and_grad is MutualLoss.value_and_grad:
+        return
+    raise InputError(
+        f"a mesh adds up losses of fastdml.MutualLoss alone, and this is a {type(loss).__name__}, "
+        "whose mean over a batch in parts is not known: use MutualLoss, or train without a mesh"
+    )
 
 
 def _divided(weight: Tensor | float, count: Tensor) -> Tensor:

@@ -63,7 +63,7 @@ def train(
     steps: int = STEPS,
     loss: MutualLoss | None = None,
     batches: Any = batch,
-    optimizer: str = "sgd",
+    optimizer: Any = "sgd",
     **options: Any,
 ) -> tuple[list[StepOutput], Any]:
     """Trains a cohort; its outputs step by step, and the step."""
@@ -74,7 +74,9 @@ def train(
     else:
         options.setdefault("execution", "eager")
     options.setdefault("amp", "off")
-    made = make_optimizer(peers, optimizer, lr=0.1)
+    made = optimizer
+    if isinstance(optimizer, str):
+        made = make_optimizer(peers, optimizer, lr=0.1)
     step = make_step(peers, loss or MutualLoss(temperature=2.0), made, **options)
     dtype = next(peers.parameters()).dtype
     return [step(*share(batches(i, dtype), mesh)) for i in range(steps)], step
