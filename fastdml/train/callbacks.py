@@ -5,6 +5,9 @@ The checkpoint is on disk before the methods of an epoch are called, so that a c
 loses nothing: its error ends the run with its own traceback, and `resume` goes on with the epoch
 after it. A resumed run does not call again for what it had called for before. torch's random
 generators are after a call what they were before it, so that a callback changes no training.
+
+On a mesh they are called on rank 0 alone, once for all ranks: what they return and the weights of
+peers that they set are everybody's.
 """
 
 from __future__ import annotations
@@ -18,11 +21,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
+from torch import Tensor
 
 from fastdml.errors import InputError
 from fastdml.train.tasks.task import scoring_of
 
 if TYPE_CHECKING:
+    from fastdml.train.result import TrainResult
     from fastdml.train.trainer import Trainer
 
 logger = logging.getLogger(__name__)
@@ -147,20 +152,28 @@ class Calls:
 
     def epoch_start(self) -> None:
         history = self.trainer.progress.history
-        self._call(
-            "on_epoch_start",
-            EpochStartEvent,
-            losses=_losses(copy.deepcopy(history[-1])) if history else None,
-            networks=self._networks,
-            set_peer_weights=self._set_peer_weights,
-        )
+        weights: list[Tensor] = []
+
+        def called() -> list[Any] | None:
+            self._call(
+                "on_epoch_start",
+                EpochStartEvent,
+                losses=_losses(copy.deepcopy(history[-1])) if history else None,
+                networks=self._networks,
+                set_peer_weights=lambda given: weights.append(self._checked(given)),
+            )
+            return weights[-1].tolist() if weights else None
+
+        chosen = self.trainer.ranks.decided(called)
+        if chosen is not None:
+            self._set_peer_weights(torch.tensor(chosen))
 
     @property
     def _networks(self) -> int:
         return len(self.trainer.cohort) + len(self.trainer.cohort.teachers)
 
-    def _set_peer_weights(self, weights: Any) -> None:
-        trainer, loss, size = self.trainer, self.trainer.loss, self._networks
+    def _checked(self, weights: Any) -> Tensor:
+        size = self._networks
         wanted = (
             f"give a matrix ({size}, {size}) of numbers from 0 on, row k how much network k learns "
             "from each"
@@ -171,6 +184,10 @@ class Calls:
             raise InputError(f"peer weights, a {type(weights).__name__}: {wanted}") from error
         if given.shape != (size, size) or not (given.isfinite() & (given >= 0)).all():
             raise InputError(f"peer weights {tuple(given.shape)}: {wanted}")
+        return given
+
+    def _set_peer_weights(self, given: Tensor) -> None:
+        trainer, loss = self.trainer, self.trainer.loss
         if loss.peer_weights is None:
             loss.peer_weights = given.to(trainer.device, copy=True)
         else:  # in place, where a captured graph reads it
@@ -179,7 +196,7 @@ class Calls:
     def epoch(self, record: Mapping[str, Any]) -> str | None:
         """The reason to stop that a callback gives, if one does; all are called."""
         record = copy.deepcopy(record)  # the run's own stays as it is, whatever is done to this one
-        return self._call(
+        return self._decided(
             "on_epoch",
             EpochEvent,
             losses=_losses(record),
@@ -190,7 +207,7 @@ class Calls:
     def evaluation(self, scores: Any) -> str | None:
         """As `epoch`."""
         progress = self.trainer.progress
-        return self._call(
+        return self._decided(
             "on_evaluation",
             EvaluationEvent,
             data=progress.images,
@@ -200,8 +217,22 @@ class Calls:
             best_epoch=progress.best_epoch,
         )
 
-    def end(self, **values: Any) -> None:
-        self._call("on_end", EndEvent, **values)
+    def end(self, result: TrainResult) -> None:
+        scores, best = (s and dataclasses.asdict(s) for s in (result.scores, result.best_scores))
+        self._decided(
+            "on_end",
+            EndEvent,
+            stopped=result.stopped,
+            chosen_on=result.chosen_on,
+            scores=scores,
+            best_scores=best,
+            best_epoch=result.best_epoch,
+            weights=result.weights,
+        )
+
+    def _decided(self, name: str, kind: type[Event], **values: Any) -> str | None:
+        """On a mesh the lead's callbacks alone are called, and decide for all ranks."""
+        return self.trainer.ranks.decided(lambda: self._call(name, kind, **values))
 
     def _call(self, name: str, kind: type[Event], **values: Any) -> str | None:
         if not self.callbacks:

@@ -24,6 +24,7 @@ from torch import Tensor
 from fastdml.cohort import Cohort
 from fastdml.errors import InputError
 from fastdml.files import NO_ROOM, Staged, partial, writing
+from fastdml.parallel import RemotePeer
 from fastdml.report.metrics_log import INDEPENDENT, METRICS, read_metrics
 from fastdml.train.checkpoint_folder import (
     CHECKPOINTS,
@@ -165,7 +166,10 @@ def load(path: Path, mark: Mark | None = None) -> dict[str, Any]:
 
 
 def load_weights(cohort: Cohort, weights: dict[str, Tensor], path: Path) -> None:
-    """Puts the weights of a checkpoint, `path`, into the peers, or raises InputError."""
+    """Puts the weights of a checkpoint, `path`, into the peers that are here, or raises
+    InputError."""
+    away = [f"peers.{k}." for k, peer in enumerate(cohort) if isinstance(peer, RemotePeer)]
+    weights = {name: t for name, t in weights.items() if not name.startswith(tuple(away))}
     try:
         cohort.load_state_dict(weights)
     except RuntimeError as error:  # names the tensors
@@ -173,13 +177,21 @@ def load_weights(cohort: Cohort, weights: dict[str, Tensor], path: Path) -> None
         raise InputError(f"{path} was written for other peers: {reason}") from None
 
 
-def load_or_save_initial(folder: Path, cohort: Cohort) -> None:
-    """Both phases start from this file, also when a resumed run builds its cohort otherwise."""
+def save_initial(folder: Path, weights: dict[str, Tensor]) -> bool:
+    """Saves what both phases start from, and a resumed run that builds its cohort otherwise;
+    whether it was there already."""
     path = folder / INITIAL_CHECKPOINT
     if path.is_file():
-        load_weights(cohort, load(path)["cohort"], path)
-    elif not has_begun(folder):
-        save(path, {"cohort": cohort.state_dict()})
+        return True
+    if not has_begun(folder):
+        save(path, {"cohort": weights})
+    return False
+
+
+def load_initial(folder: Path, cohort: Cohort) -> None:
+    """Puts what `save_initial` saved into the peers that are here."""
+    path = folder / INITIAL_CHECKPOINT
+    load_weights(cohort, load(path)["cohort"], path)
 
 
 def has_begun(folder: Path) -> bool:

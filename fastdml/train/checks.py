@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import logging
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from itertools import zip_longest
 from typing import Any
 
@@ -19,6 +19,7 @@ from fastdml.data.image_set import IGNORED
 from fastdml.engine.amp import Amp
 from fastdml.errors import InputError, one_line, require
 from fastdml.eval_mode import evaluating
+from fastdml.parallel import RemotePeer
 from fastdml.torch_private import wraps_compiled
 from fastdml.train.batches import Batches, described, first_batch, noun, sizes
 from fastdml.train.config.base import TrainConfig
@@ -49,7 +50,8 @@ def one_process(environment: Mapping[str, str] = os.environ) -> None:
     if several:
         raise InputError(
             f"started as one of several processes ({several[0]}), each of which would train the "
-            "same run: a run takes one process, so start it without torchrun, srun or mpirun"
+            "same run: say how they share it (--mesh peer=2,data=2, or mesh= of fit), or start one "
+            "process, without torchrun, srun or mpirun"
         )
 
 
@@ -93,7 +95,7 @@ def first_look(cohort: Cohort, train: Batches, config: TrainConfig, amp: Amp) ->
     check = task_of(config).check_labels
     images, _ = first_batch(train, cohort.num_classes, check=check)
     part = images[: max(1, len(images) // config.accumulate)]
-    for name, peer in zip(cohort.names, cohort.peers, strict=True):
+    for name, peer in _here(cohort):
         _try_evaluation(name, peer, part, cohort.num_classes, amp)
         _try_training(name, peer, part, cohort.num_classes, amp)
     cohort.image_shape = None
@@ -118,13 +120,19 @@ def first_look(cohort: Cohort, train: Batches, config: TrainConfig, amp: Amp) ->
     return images
 
 
+def _here(cohort: Cohort) -> list[tuple[str, nn.Module]]:
+    """The peers that this process holds, with their names."""
+    pairs = zip(cohort.names, cohort.peers, strict=True)
+    return [(name, peer) for name, peer in pairs if not isinstance(peer, RemotePeer)]
+
+
 def test_look(cohort: Cohort, test: Batches, config: TrainConfig, amp: Amp, what: str) -> Tensor:
     """Checks that every peer can be evaluated on the first batch, before an epoch is trained, and
     that its labels mean what they do in training. what: "test" or "validation", for messages.
     Returns its labels."""
     same_images(cohort, test, what)
     images, labels = first_batch(test, cohort.num_classes, what, task_of(config).check_labels)
-    for name, peer in zip(cohort.names, cohort.peers, strict=True):
+    for name, peer in _here(cohort):
         _try_evaluation(name, peer, images, cohort.num_classes, amp, f"{what} ")
     return labels
 
@@ -230,11 +238,25 @@ def copied(peer: nn.Module) -> nn.Module | None:
         return None
 
 
+def kinds_of(cohort: Cohort) -> list[str]:
+    """The architecture of each peer, by its name or its class."""
+    pairs = zip(cohort.models, cohort.peers, strict=True)
+    return [model or type(peer).__name__ for model, peer in pairs]
+
+
 def recorded(
-    config: TrainConfig, cohort: Cohort, train: Batches, images: Tensor, validation: Any = None
+    config: TrainConfig,
+    cohort: Cohort,
+    train: Batches,
+    images: Tensor,
+    validation: Any = None,
+    *,
+    kinds: Sequence[str],
+    rows: int,
 ) -> TrainConfig:
     """`config` for the caller's own data: the settings of data and augmentation replaced by those
-    that the loader has. validation: what the best weights are chosen on, as `fit` takes it."""
+    that the loader has. validation: what the best weights are chosen on, as `fit` takes it. kinds:
+    of the peers, see `kinds_of`. rows: of a whole batch, of which `images` may be a share."""
     if config.validation:
         raise InputError(
             f"validation={config.validation:g} divides the data sets that fastdml knows by name: "
@@ -254,17 +276,14 @@ def recorded(
     labelled: Any = getattr(train, "labelled", train)
     augment = getattr(labelled, "augment", None)  # of fastdml's loaders
     changes: dict[str, Any] = {
-        "data": f"{label}: {len(train)} batches of {len(images)}, {kind}{validated}",
+        "data": f"{label}: {len(train)} batches of {rows}, {kind}{validated}",
         "download": False,
         "subset": 0,
-        "batch_size": len(images),
+        "batch_size": rows,
         "pad": getattr(augment, "pad", 0),
         "flip": bool(getattr(augment, "flip", False)),
         "augment": getattr(labelled, "policy", None) or "standard",
-        "peers": tuple(
-            model or type(peer).__name__
-            for model, peer in zip(cohort.models, cohort.peers, strict=True)
-        ),
+        "peers": tuple(kinds),
         "teachers": tuple(teacher.source or teacher.name for teacher in cohort.teachers),
     }
     changes |= task_of(config).recorded(cohort, train, images)

@@ -29,9 +29,10 @@ def plan(trainer: Trainer) -> str:
     batch = next(trainer.batches(0))
     choice = trainer.choose(batch)
     started = time.perf_counter()
-    losses = trainer.step(*batch).losses.tolist()
+    losses = trainer.ranks.whole(trainer.step(*batch)).losses.tolist()
     seconds = time.perf_counter() - started
     peers = zip(cohort.names, trainer.parameters(), losses, strict=True)
+    whole = trainer.ranks.rows(len(batch[-1]), trainer.train)
     phases = 2 if config.independent else 1
     epochs = f"{progress.epochs} epoch" + "s" * (progress.epochs != 1)
     folder = config.folder or f"runs/{run_name(config)}-NNN, the next free number"
@@ -50,7 +51,7 @@ def plan(trainer: Trainer) -> str:
         ("execution", trainer.step.name),
         (
             "steps",
-            f"{trainer.steps:,} an epoch of {len(batch[-1])} images, {epochs}, "
+            f"{trainer.steps:,} an epoch of {whole} images, {epochs}, "
             f"{progress.total * phases:,} in all" + (" (mutual and independent)" * (phases - 1)),
         ),
         *_images(trainer),

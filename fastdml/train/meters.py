@@ -1,7 +1,8 @@
 """Measurements in the step loop that do not wait for the device: loss statistics and time.
 
 `Totals` adds each step's statistics to float64 sums on the device and notes the first step whose
-loss is not finite; the host reads them when it wants to. About seven small launches a step, which
+loss is not finite; the host reads them when it wants to. On a mesh each rank sums its share, and
+reading adds the shares of all. About seven small launches a step, which
 become part of the step's graph where there is one: everything that `add` does is on the device.
 `Clock` measures images a second and the wait for batches; on CUDA by events.
 """
@@ -19,6 +20,7 @@ from fastdml.engine import Schedule, StepOutput
 from fastdml.engine.update import Update
 from fastdml.report.metrics_log import TEACHER_KL
 from fastdml.scalar_schedule import ScalarSchedule
+from fastdml.train.ranks import OneProcess
 
 NEVER = 2**62  # a step number that no run reaches
 
@@ -28,9 +30,15 @@ class Totals:
     M teachers of these names."""
 
     def __init__(
-        self, K: int, device: torch.device, metric: bool = False, teachers: Sequence[str] = ()
+        self,
+        K: int,
+        device: torch.device,
+        metric: bool = False,
+        teachers: Sequence[str] = (),
+        ranks: OneProcess | None = None,
     ) -> None:
         self.K, self.teachers = K, tuple(teachers)
+        self.ranks = ranks or OneProcess()
         self.watched = ("ce", "kl", "metric") if metric else ("ce", "kl")
         self.per_peer = ("loss", *self.watched, "entropy", "top1")
         # each of per_peer (K), ensemble_correct (1), pairwise (K*K), teachers' (M*K), and the rows
@@ -75,25 +83,41 @@ class Totals:
         )
 
     def read(self) -> dict[str, Any]:
-        """Means since the last read. Waits for the device."""
-        sums = self.sums.to("cpu", copy=True)
-        means = self._means(sums - self.marked_sums, self.steps - self.marked_steps)
+        """Means since the last read. Waits for the device, and on a mesh for all ranks."""
+        sums = self._share()
+        unread = self.ranks.sum(sums - self.marked_sums)
+        means = self._means(unread, self.steps - self.marked_steps)
         self._mark(sums)
         return means
 
+    def _share(self) -> Tensor:
+        """The sums on the host. On a mesh they are this rank's share: of the peers that it holds,
+        and of what belongs to no peer on its first row."""
+        sums = self.sums.to("cpu", copy=True)
+        own = torch.tensor([self.ranks.holds(k) for k in range(self.K)])
+        P = len(self.per_peer)
+        first = torch.tensor([self.ranks.first_row])
+        columns = torch.cat([own.repeat(P), first, own.repeat(self.K + len(self.teachers)), first])
+        return torch.where(columns, sums, 0.0)  # not a product: others' may be NaN
+
+    def _first_bad(self) -> Tensor:
+        """On the host; as `_share`."""
+        own = torch.tensor([self.ranks.holds(k) for k in range(self.K)])
+        return torch.where(own.repeat(len(self.watched)), self.first_bad.cpu(), NEVER)
+
     def bad(self) -> tuple[int, str, int] | None:
-        """(step, loss, peer) of the first loss that was not finite. Waits for the device.
+        """(step, loss, peer) of the first loss that was not finite, on any rank. Waits as `read`.
 
         Within a step the cross-entropy is reported before the KL: a peer whose cross-entropy is not
         finite makes the KL of all others so.
         """
-        steps = self.first_bad.tolist()
+        steps = self.ranks.min(self._first_bad()).tolist()
         i = min(range(len(steps)), key=steps.__getitem__)
         return None if steps[i] == NEVER else (steps[i], self.watched[i // self.K], i % self.K)
 
     def epoch(self) -> dict[str, Any]:
-        """Means over the whole epoch so far. Waits for the device."""
-        return self._means(self.sums.cpu(), self.steps)
+        """Means over the whole epoch so far. Waits as `read`."""
+        return self._means(self.ranks.sum(self._share()), self.steps)
 
     @property
     def unread(self) -> int:
@@ -106,9 +130,10 @@ class Totals:
         self._mark()
 
     def state(self) -> dict[str, Any]:
+        """For a checkpoint: on a mesh this rank's share."""
         return {
-            "sums": self.sums,
-            "first_bad": self.first_bad,
+            "sums": self._share(),
+            "first_bad": self._first_bad(),
             "step": self.step,
             "counts": [self.steps, self.marked_steps],
             "marked_sums": self.marked_sums,

@@ -54,6 +54,9 @@ class TrainResult:
     best_validation_scores: Any = None  # that the best weights were chosen by
     independent: TrainResult | None = None  # the same peers trained without the KL term
     teachers: tuple[Identity, ...] = ()  # by which the peers were taught, without their weights
+    mesh: Mapping[str, Any] | None = None
+    """Of a run on a mesh: its sizes peer and data, ranks, the row of each peer (rows), and
+    bytes_a_step, what all ranks together send of logits, distances and weights."""
 
     @property
     def scored_on(self) -> Literal["validation", "test"] | None:

@@ -7,6 +7,9 @@ accuracy, or mAP, of the peers. Where validation images chose them, the summary'
 best weights; where the test images did, which flatters, the last ones.
 With `independent` there is also initial.ckpt, the weights both phases start from, and independent/,
 a run folder of its own. The empty .lock keeps a second process out while one trains.
+
+On a mesh every rank runs this, with peers of its own and its share of each batch; rank 0 makes the
+folder and alone writes what is not a peer's.
 """
 
 from __future__ import annotations
@@ -15,7 +18,7 @@ import dataclasses
 import logging
 import os
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -27,31 +30,32 @@ from fastdml.cohort import Cohort
 from fastdml.data import HINT
 from fastdml.data.loaders.torch_workers import naming_dead_workers
 from fastdml.devices import choose_device
-from fastdml.engine import cpus
 from fastdml.engine.amp import resolve_amp
 from fastdml.errors import InputError
 from fastdml.files import writing
 from fastdml.logs import held
+from fastdml.parallel import Mesh
 from fastdml.report import plots
 from fastdml.report.metrics_log import INDEPENDENT
 from fastdml.report.summary import write_summary
 from fastdml.terminal import lenient_stderr
 from fastdml.train import checkpoint, checks
-from fastdml.train.batches import as_batches
+from fastdml.train.batches import Batches, as_batches
 from fastdml.train.callbacks import Callback, check_callbacks
 from fastdml.train.config.base import TrainConfig
 from fastdml.train.dryrun import plan
 from fastdml.train.evaluations import concluding, evaluations, keep_predictions
+from fastdml.train.ranks import OneProcess, ranks_of
 from fastdml.train.result import TrainResult
 from fastdml.train.run_folder import (
-    INITIAL_CHECKPOINT,
     alone_in,
     check_new_folder,
     new_folder,
     resume_folder,
 )
+from fastdml.train.saving import accumulate_on
 from fastdml.train.stopping import Stop, listening
-from fastdml.train.tasks.task import Evaluate, Prepared, Task, scoring_of, task_of
+from fastdml.train.tasks.task import Evaluate, Prepared, Task, prepared, scoring_of, task_of
 from fastdml.train.teachers import taught, untaught
 from fastdml.train.trainer import Trainer
 from fastdml.train.unlabelled import with_unlabelled
@@ -71,19 +75,21 @@ def run(
     messages say that a download is asked for by. command: what summary.json says was called.
     callbacks: see `Callback`. Raises as `fit` does."""
     callbacks = check_callbacks(callbacks)
-    checks.one_process()
+    ranks = ranks_of(config, len(config.peers))
     checks.extras(config)
     task = task_of(config)
-    with (
-        held() as show,
-        task.prepare(config, choose_device(config.device), hint) as prepared,
-    ):
-        if config.validation and prepared.validation is None:
+    with held() as show, ranks.speaking(), ExitStack() as stack:
+        config = ranks.begun(config)
+        device = choose_device(config.device) if ranks.mesh is None else ranks.mesh.device
+        with ranks.in_turn():
+            found = prepared(task, config, device, hint, **ranks.share)
+            ready = stack.enter_context(found)
+        if config.validation and ready.validation is None:
             raise InputError(
                 f"validation={config.validation:g}: {config.data} keeps no validation images; set "
                 "validation to 0"
             )
-        return _fit(task, prepared, config, show, command, callbacks)
+        return _fit(task, ready, config, ranks, show, command, callbacks)
 
 
 def fit(
@@ -96,6 +102,7 @@ def fit(
     teachers: Sequence[str | nn.Module] = (),
     unlabelled: Any = None,
     callbacks: Sequence[Callback] = (),
+    mesh: Mesh | None = None,
 ) -> TrainResult | None:
     """Trains `cohort` in place, on the device it is on, and leaves it with the last mutual weights.
 
@@ -115,27 +122,30 @@ def fit(
     `train`, whose passes are the epochs. A description of the images is saved
     with the weights, see `Cohort`. config: its device is not used; its settings of data and peers
     are replaced in the run's record by those of `train` and `cohort`. callbacks: see `Callback`.
-    Returns None after a dry run.
+    mesh: of the ranks that all call this, with the same cohort and data, from
+    `fastdml.parallel.make_mesh`; config.mesh does the same. batch_size is then that of all, of
+    which a DataLoader must give each column its share. Returns None after a dry run.
 
     Raises InputError, one line with the remedy, for peers, batches, settings or a folder that
     cannot be used; TrainingDiverged, also an InputError, where a loss is no longer finite;
     TrainingStopped, a SystemExit, after a signal, when the checkpoint is written.
     """
     callbacks = check_callbacks(callbacks)
-    checks.one_process()
     checks.arguments(cohort, config)
+    ranks = ranks_of(config, len(cohort), mesh)
     checks.extras(config)
     task = task_of(config)
-    with held() as show:
-        run_of = partial(_fit, task, Prepared(cohort, train, test, validation), config, show)
-        command = "fastdml.train.fit"
-        return run_of(command, callbacks, own=True, teachers=teachers, unlabelled=unlabelled)
+    with held() as show, ranks.speaking():
+        ready, config = Prepared(cohort, train, test, validation), ranks.begun(config)
+        run_of = partial(_fit, task, ready, config, ranks, show, "fastdml.train.fit", callbacks)
+        return run_of(own=True, teachers=teachers, unlabelled=unlabelled)
 
 
 def _fit(
     task: Task,
-    prepared: Prepared,
+    ready: Prepared,
     config: TrainConfig,
+    ranks: OneProcess,
     show: Callable[[], None],
     command: str,
     callbacks: Sequence[Callback],
@@ -147,22 +157,18 @@ def _fit(
     """show: shows the log lines that were held back, once nothing can be refused any more. command:
     recorded in summary.json. own: data and peers are the caller's, not those that `config`
     names. teachers: beside the cohort's and the settings' own. unlabelled: of the caller's data."""
-    cohort, train, test, validation = prepared
-    device = next(cohort.parameters()).device
-    size: dict[str, Any] = {"batch_size": config.batch_size, "seed": config.seed}
-    where = (device, cohort.num_classes)
-    if unlabelled is None or not config.unlabelled_share:
-        train = as_batches(train, *where, check=task.check_labels, **size)
-    else:
-        config.check_gate()
-        size["rows"] = config.unlabelled_rows
-        train = with_unlabelled(train, unlabelled, *where, task.check_labels, **size)
+    cohort, train, test, validation = ready
+    device = next(cohort.parameters()).device if ranks.mesh is None else ranks.mesh.device
+    kinds = checks.kinds_of(cohort)
+    train = _batches(train, unlabelled, cohort, device, config, task, ranks)
     amp = resolve_amp(config.amp, device)
     with (
         taught(cohort, config, teachers),
         lenient_stderr(),
         naming_dead_workers(),
-        _reproducible(config, device),
+        _reproducible(config, device, ranks.threads(config.threads)),
+        ranks.distributed(cohort, train, config, amp, give_back=own) as initial,
+        ExitStack() as stack,
     ):
         # 1. Prepare: refuse what cannot run before anything is written.
         if len(cohort) + len(cohort.teachers) == 1:
@@ -171,22 +177,35 @@ def _fit(
         images = checks.first_look(cohort, train, config, amp)
         scored = evaluations(task, cohort, validation, test, config, amp)
         if own:
-            config = checks.recorded(config, cohort, train, images, validation)
-        new_trainer = partial(Trainer, cohort, train, scored, task, callbacks=callbacks)
+            facts: Any = {"kinds": kinds, "rows": ranks.rows(len(images), train)}
+            config = checks.recorded(config, cohort, train, images, validation, **facts)
+        ranks.prepare_layers(cohort, config)
+        new_trainer = partial(
+            Trainer, cohort, train, scored, task, callbacks=callbacks, ranks=ranks
+        )
+        resumed = ranks.decided(lambda: _resumed_folder(config))
+        if resumed:
+            config = accumulate_on(Path(resumed), config, ranks.mesh)
         trainer = new_trainer(config, Path(), amp, label="mutual")
-        resumed = _resumed_folder(config)
+        ranks.check_same({f"{use} data": mark for use, mark in trainer.data_marks.items()})
         if config.dry_run:
             show()
-            print(plan(trainer))
+            text = plan(trainer)
+            if ranks.lead:
+                print(text)
             return None
-        folder = resumed or new_folder(config)
+        folder = Path(resumed or ranks.decided(lambda: str(new_folder(config))))
+        ranks.found_folder(folder)
         show()
         config = config.replace(folder=str(folder), resume=False)
-        with alone_in(folder), listening() as stop:
-            if not resumed:
+        ranks.decided(lambda: stack.enter_context(alone_in(folder)))
+        with listening() as stop:
+            if not resumed and ranks.lead:
                 config.save(folder / CONFIG)  # from here on it can be resumed
             if config.independent:
-                checkpoint.load_or_save_initial(folder, cohort)
+                whole = cohort.state_dict() if initial is None else initial
+                if ranks.decided(lambda: checkpoint.save_initial(folder, whole)):
+                    checkpoint.load_initial(folder, cohort)
             # 2. Train the peers together.
             trainer = new_trainer(config, folder, amp, label="mutual")
             mutual = trainer.run(stop)
@@ -198,22 +217,42 @@ def _fit(
                 with untaught(cohort):
                     independent = _independent(trainer, stop)
             # 4. Conclude: pictures and summaries.
-            return _conclude(mutual, independent, command)
+            return _conclude(mutual, independent, command, ranks)
 
 
-def _resumed_folder(config: TrainConfig) -> Path | None:
+def _batches(
+    train: Any,
+    unlabelled: Any,
+    cohort: Cohort,
+    device: torch.device,
+    config: TrainConfig,
+    task: Task,
+    ranks: OneProcess,
+) -> Batches:
+    """This process's share of the caller's batches, or those that the task prepared."""
+    size: dict[str, Any] = {"batch_size": config.batch_size, "seed": config.seed, **ranks.share}
+    where = (device, cohort.num_classes)
+    if unlabelled is None or not config.unlabelled_share:
+        return as_batches(train, *where, check=task.check_labels, **size)
+    config.check_gate()
+    size["rows"] = config.unlabelled_rows
+    return with_unlabelled(train, unlabelled, *where, task.check_labels, **size)
+
+
+def _resumed_folder(config: TrainConfig) -> str | None:
     """The folder of the run to go on with, checked; None: a new run, whose folder can be made."""
     if not config.resume:
         check_new_folder(config)
         return None
     folder = resume_folder(config)
     checkpoint.check_resume(folder, config)
-    return folder
+    return str(folder)
 
 
 @contextmanager
-def _reproducible(config: TrainConfig, device: torch.device) -> Iterator[None]:
-    """Restores the caller's generators, threads and determinism settings at the end."""
+def _reproducible(config: TrainConfig, device: torch.device, count: int) -> Iterator[None]:
+    """Restores the caller's generators, threads and determinism settings at the end. count: of
+    threads, within it."""
     was = (
         torch.are_deterministic_algorithms_enabled(),
         torch.is_deterministic_algorithms_warn_only_enabled(),
@@ -223,7 +262,7 @@ def _reproducible(config: TrainConfig, device: torch.device) -> Iterator[None]:
     memory: Any = torch.utils.deterministic  # whose property type checkers do not see
     fills = memory.fill_uninitialized_memory
     threads = torch.get_num_threads()
-    torch.set_num_threads(config.threads or cpus.sensible())
+    torch.set_num_threads(count)
     if config.deterministic:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # read when cuBLAS starts
         torch.use_deterministic_algorithms(True)
@@ -244,9 +283,8 @@ def _independent(mutual: Trainer, stop: Stop) -> TrainResult:
     """The same peers from the same weights on the same batches, each by itself."""
     cohort, folder = mutual.cohort, mutual.folder / INDEPENDENT
     trained = {key: value.clone() for key, value in cohort.state_dict().items()}
-    if not checkpoint.has_begun(folder):
-        initial = mutual.folder / INITIAL_CHECKPOINT
-        checkpoint.load_weights(cohort, checkpoint.load(initial)["cohort"], initial)
+    if not mutual.ranks.decided(lambda: checkpoint.has_begun(folder)):
+        checkpoint.load_initial(mutual.folder, cohort)
     with writing(folder):
         folder.mkdir(exist_ok=True)
     config = mutual.config.alone().replace(folder=str(folder))
@@ -260,6 +298,7 @@ def _independent(mutual: Trainer, stop: Stop) -> TrainResult:
             label="independent",
             choice=choice,
             callbacks=mutual.calls.callbacks,
+            ranks=mutual.ranks,
         )
         result = trainer.run(stop)
         with concluding():
@@ -269,10 +308,12 @@ def _independent(mutual: Trainer, stop: Stop) -> TrainResult:
         cohort.load_state_dict(trained)
 
 
-def _conclude(mutual: TrainResult, independent: TrainResult | None, command: str) -> TrainResult:
+def _conclude(
+    mutual: TrainResult, independent: TrainResult | None, command: str, ranks: OneProcess
+) -> TrainResult:
     """Pictures and summaries, of the independent run too."""
     with concluding():
-        _report(mutual, independent, command)
+        ranks.decided(lambda: _report(mutual, independent, command))
     return dataclasses.replace(mutual, independent=independent)
 
 
@@ -317,6 +358,7 @@ def _summary(result: TrainResult) -> dict[str, Any]:
         "best_epoch": result.best_epoch,
         "best_scores": dataclasses.asdict(result.best_scores),
         "stopped": result.stopped,
+        **({"mesh": result.mesh} if result.mesh else {}),
         "validation": _validation(result),
     }
 

@@ -4,6 +4,9 @@ Inside the step loop nothing waits for the device. It is waited for every `log_e
 the losses, at checkpoints, and at the end of an epoch. A loss that is not finite is noted on the
 device at its step and noticed at the next reading; a checkpoint is written only after such a
 reading, so the last one is always good.
+
+On a mesh all ranks run this loop, and what they must do together they do at the same step: see
+`fastdml.train.ranks`.
 """
 
 from __future__ import annotations
@@ -20,6 +23,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from fastdml.absent_tensors import local_part
 from fastdml.cohort import Cohort
 from fastdml.devices import device_name
 from fastdml.engine import (
@@ -35,7 +39,8 @@ from fastdml.engine.profile import Profile
 from fastdml.errors import InputError
 from fastdml.eval_mode import evaluating
 from fastdml.notebook import progress_bar
-from fastdml.report.metrics_log import METRICS, MetricsLog
+from fastdml.parallel import RemotePeer
+from fastdml.report.metrics_log import METRICS
 from fastdml.train import learning_rate
 from fastdml.train.batches import Batches, assembler
 from fastdml.train.callbacks import Calls
@@ -46,19 +51,22 @@ from fastdml.train.meters import Clock, Record, Totals
 from fastdml.train.peer_costs import peer_seconds
 from fastdml.train.progress import Progress
 from fastdml.train.random_state import seed_generators
+from fastdml.train.ranks import OneProcess
 from fastdml.train.result import TrainResult
 from fastdml.train.run_folder import BEST
 from fastdml.train.same_data import data_mark
-from fastdml.train.saving import checkpoints_of
-from fastdml.train.stopping import Stop
+from fastdml.train.saving import checkpoints_of, save_cohort
+from fastdml.train.sharding import SeenLabels
+from fastdml.train.stopping import FAILED, SAVE, Stop
 from fastdml.train.tasks.task import Task, scoring_of
 from fastdml.train.teacher_cache import TeacherCache
-from fastdml.train.unlabelled import image_counts, learns_without_labels
+from fastdml.train.trainer_result import result_of
+from fastdml.train.unlabelled import learns_without_labels
 from fastdml.units import duration, milliseconds
 from fastdml.yaml_file import CONFIG
 
 if TYPE_CHECKING:
-    from fastdml.parallel import Mesh
+    pass
 
 logger = logging.getLogger(__name__)
 
@@ -85,8 +93,11 @@ class Trainer:
         label: str,  # "mutual" or "independent", for the user
         choice: Choice | None = None,  # what the steps run as; made at the first one by default
         callbacks: Sequence[Any] = (),
+        ranks: OneProcess | None = None,
     ) -> None:
         self.cohort, self.peers = cohort, list(cohort.peers)
+        self.ranks = ranks or OneProcess()
+        self.mesh = self.ranks.mesh
         self.train, self.evaluations = train, evaluations
         self.task, self.config, self.folder, self.amp = task, config, folder, amp
         self.label = label
@@ -120,6 +131,7 @@ class Trainer:
             self.device,
             metric=self.metric is not None,
             teachers=[teacher.name for teacher in cohort.teachers],
+            ranks=self.ranks,
         )
         self.record = Record(self.schedule, self.totals, [*self.loss_schedules.values()])
         self.ema = Ema(cohort, config.ema) if config.ema else None
@@ -129,9 +141,9 @@ class Trainer:
         self.step = self._make_step()
         self.clock = Clock(self.device)
         self.calls = Calls(self, callbacks)
+        self.seen = SeenLabels(self.mesh, train)
         self.shares = ""  # of the peers in the time of a step, for the bar
         self.data_marks = {"training": data_mark(train), **evaluations.marks}
-        self.mesh: Mesh | None = None
         self.checkpoints = checkpoints_of(self)
 
     def _make_step(self) -> Any:
@@ -155,7 +167,7 @@ class Trainer:
             after=self.record,
             metric=self.metric,
             taught=self.cache,
-            threads=threads if self.device.type == "cpu" else None,
+            **self.ranks.step_options(config, threads if self.device.type == "cpu" else None),
         )
 
     def use(self, choice: Choice) -> None:
@@ -168,7 +180,7 @@ class Trainer:
         everything else."""
         if self.choice is None:
             choose = getattr(self.step, "choose", None)
-            self.choice = choose(*batch) if choose else Choice(self.step.name)
+            self.choice = choose(*batch) if choose else self.ranks.choice(self.step)
         if self.choice.elsewhere:
             torch.set_num_threads(self.choice.elsewhere)
         return self.choice
@@ -198,16 +210,16 @@ class Trainer:
         if self.checkpoints.found():
             self.checkpoints.restore()
             ended = progress.done and (self.folder / "cohort.json").is_file()
-            self.config.save(self.folder / CONFIG)
+            self._save_config()
             if progress.stopped is not None:
                 self._say_stopped()
         else:  # so that a folder with results always has a checkpoint too
-            self.config.save(self.folder / CONFIG)
+            self._save_config()
             self.checkpoints.save()
         if self.cache is not None and not progress.done:
             self.cache.open(self.folder)
         with (
-            MetricsLog(
+            self.ranks.metrics_log(
                 self.folder,
                 self.cohort.names,
                 resume_step=progress.position if metrics.exists() else None,
@@ -216,19 +228,29 @@ class Trainer:
                 wandb=self.config.to_dict() if self.config.wandb else None,
             ) as self.log,
             self._bar() as self.bar,
-            Profile(self.folder, self.device, self.config.profile, self.steps) as self.profile,
+            self._profile() as self.profile,
         ):
             self.cohort.train()
             while not progress.done:
                 self._epoch(stop)
                 self._end_epoch()
+                stop.heed(self.ranks.settle(stop.flags))
                 if not progress.done:
-                    stop.leave_if_asked(self._where)
+                    self._leave_if_asked(stop)
             read_test_set(self)
-        result = self._finish()
+            self.checkpoints.wait()
+        result = result_of(self)
         if not ended:
-            self._call_end(result)
+            self.calls.end(result)
         return result
+
+    def _save_config(self) -> None:
+        if self.ranks.lead:
+            self.config.save(self.folder / CONFIG)
+
+    def _profile(self) -> Profile:
+        wanted = self.config.profile and self.ranks.lead
+        return Profile(self.folder, self.device, wanted, self.steps)
 
     def _epoch(self, stop: Stop) -> None:
         """The steps of an epoch, from wherever the run stands."""
@@ -237,6 +259,7 @@ class Trainer:
         epoch, start = divmod(progress.position, self.steps)
         end = min(self.steps, progress.total - epoch * self.steps)
         batches = self.batches(epoch, start)
+        self.ranks.stands_at(self.step, progress.position)
         if start == 0:
             self.calls.epoch_start()
         clock.start()
@@ -247,7 +270,8 @@ class Trainer:
                 self._begin(batch)
             clock.got()
             self.step(*batch)
-            rows = len(batch[-1])
+            self.seen.add(batch[-1])
+            rows = self.ranks.rows(len(batch[-1]), self.train)
             progress.position += 1
             totals.count()
             clock.step(rows)
@@ -255,14 +279,24 @@ class Trainer:
             self.profile.step()
             if done == end:
                 break  # the end of the epoch reads, saves and heeds signals anyway
+            asked = self.ranks.ask(stop.flags | self._wishes())
             if log_every and progress.position % log_every == 0:
                 self._read()
-            if stop.signal or self._save_due():
+            if asked & FAILED:
+                self.checkpoints.wait()  # raises what the writing thread met
+            if stop.heed(asked) or self._save_due():
                 clock.stop()
                 self.save()
-                stop.leave_if_asked(self._where)
+                stop.save = False
+                self.ranks.done(SAVE)
+                self._leave_if_asked(stop)
                 clock.start()
         clock.stop()
+
+    def _leave_if_asked(self, stop: Stop) -> None:
+        if stop.signal is not None:
+            self.checkpoints.wait()
+        stop.leave_if_asked(self._where)
 
     @property
     def execution(self) -> ExecutionName | None:
@@ -287,8 +321,8 @@ class Trainer:
     def _costs(self, batch: tuple[Tensor, ...], choice: Choice) -> str:
         """What a step's passes of each peer by itself cost, with the threads that the steps have;
         measured once, and only where there is something to compare. The bar shows the shares."""
-        if self.label != "mutual" or len(self.peers) == 1:
-            return ""
+        if self.label != "mutual" or len(self.peers) == 1 or self.mesh is not None:
+            return ""  # on a mesh peers do not take turns
         if self.cache is not None:
             batch = batch[:-1]
         inputs = (self.assemble(*batch) if self.assemble else batch)[0]
@@ -380,10 +414,12 @@ class Trainer:
             values = dataclasses.asdict(scores)
             self.log.log(progress.images, progress.position, progress.trained, **values)
             if best:
-                self.cohort.save(self.folder / BEST)
+                save_cohort(self.cohort, self.mesh, self.folder / BEST)
 
     def _read(self) -> None:
-        """Logs the losses since the last reading and stops a run that has diverged."""
+        """Logs the losses since the last reading and stops a run that has diverged, or whose ranks
+        see other batches."""
+        self.seen.check()
         if self.totals.unread:
             means = self.totals.read()
             step = self.progress.position
@@ -406,11 +442,15 @@ class Trainer:
         )
 
     def _save_due(self) -> bool:
-        every, minutes = self.config.save_every_steps, self.config.save_every_minutes
-        return bool(
-            (every and self.progress.position % every == 0)
-            or (minutes and time.monotonic() - self.saved >= 60 * minutes)
-        )
+        """By the number of steps, which all ranks know."""
+        every = self.config.save_every_steps
+        return bool(every and self.progress.position % every == 0)
+
+    def _wishes(self) -> int:
+        """Flags of what this process finds due by itself: to save, by the lead's clock."""
+        minutes = self.config.save_every_minutes
+        late = minutes and time.monotonic() - self.saved >= 60 * minutes
+        return SAVE * bool(late and self.ranks.lead) | FAILED * self.checkpoints.failed
 
     def _where(self) -> str:
         return self.progress.where(self.checkpoints.path)
@@ -418,8 +458,7 @@ class Trainer:
     def save(self) -> None:
         """Replaces the checkpoint, unless a loss or a weight has gone bad."""
         self._check_losses()
-        fine = [torch.stack([w.isfinite().all() for w in p.parameters()]).all() for p in self.peers]
-        for k, good in enumerate(torch.stack(fine).tolist()):
+        for k, good in enumerate(self.ranks.min(self._finite()).tolist()):
             if not good:  # the update of the last step; its loss was still finite
                 name = self.cohort.names[k]
                 raise self._diverged(f"a weight of peer {k} ({name})", self.progress.position)
@@ -427,8 +466,25 @@ class Trainer:
         self.checkpoints.save()
         self.saved = time.monotonic()
 
+    def _finite(self) -> Tensor:
+        """(K,) on the host: 1 where this process holds no weight of the peer that is not finite."""
+        fine = [
+            torch.stack([local_part(w).isfinite().all() for w in peer.parameters()]).all()
+            for k, peer in enumerate(self.peers)
+            if self.ranks.holds(k)
+        ]
+        found = iter(torch.stack(fine).tolist())
+        return torch.tensor(
+            [next(found) if self.ranks.holds(k) else 1 for k in range(len(self.peers))]
+        )
+
     def parameters(self) -> tuple[int, ...]:
-        return tuple(sum(w.numel() for w in peer.parameters()) for peer in self.peers)
+        return tuple(
+            peer.num_parameters
+            if isinstance(peer, RemotePeer)
+            else sum(w.numel() for w in peer.parameters())
+            for peer in self.peers
+        )
 
     def _bar(self) -> Any:
         size = self.train.batch_size
@@ -438,52 +494,5 @@ class Trainer:
             unit=" images",
             unit_scale=True,
             desc=self.label,
-            show=self.config.progress or sys.stderr.isatty(),
-        )
-
-    def _finish(self) -> TrainResult:
-        """Writes the last weights, where Cohort.load finds them; with `ema` their averages."""
-        progress = self.progress
-        tested, validated = progress.tested or {}, progress.images == "validation"
-        if self.ema:
-            self.ema.copy_to_cohort()
-        self.cohort.save(self.folder)
-        weights = {"last": self.folder}
-        if progress.best_scores:
-            weights["best"] = self.folder / BEST
-        return TrainResult(
-            folder=self.folder,
-            config=self.config,
-            peers=tuple(self.cohort.names),
-            parameters=self.parameters(),
-            history=progress.history,
-            scores=tested.get("last", progress.scores),
-            best_epoch=progress.best_epoch,
-            best_scores=tested.get("best", progress.best_scores),
-            chosen_on=progress.images if progress.best_scores else None,
-            validation_scores=progress.scores if validated else None,
-            best_validation_scores=progress.best_scores if validated else None,
-            weights=weights,
-            images_per_second=self.clock.images_per_second,
-            data_wait=self.clock.data_wait,
-            seconds=progress.elapsed(),
-            skipped_steps=progress.position - int(self.schedule.updates),
-            device=device_name(self.device, self.choice and self.choice.threads),
-            precision=self.amp.name,
-            execution=self.execution,
-            threads=self.choice and self.choice.threads,
-            images=image_counts(self.train),
-            stopped=progress.stopped,
-            teachers=tuple(self.cohort.taught_by),
-        )
-
-    def _call_end(self, result: TrainResult) -> None:
-        scores, best = (s and dataclasses.asdict(s) for s in (result.scores, result.best_scores))
-        self.calls.end(
-            stopped=result.stopped,
-            chosen_on=result.chosen_on,
-            scores=scores,
-            best_scores=best,
-            best_epoch=result.best_epoch,
-            weights=result.weights,
+            show=self.ranks.lead and (self.config.progress or sys.stderr.isatty()),
         )

@@ -34,10 +34,10 @@ from fastdml.train import (
     evaluations,
     fit,
     predictions,
+    trainer,
 )
 from fastdml.train.tasks import classification
 from fastdml.train.tasks.classification import SCORING, Classification
-from fastdml.train.trainer import Trainer
 
 pytestmark = pytest.mark.usefixtures("_no_pictures")
 
@@ -143,7 +143,7 @@ class TestTheTestSet:
             elif moment == "predictions":
                 patch.setattr(predictions, "write_predictions", die)
             elif moment == "saved":
-                patch.setattr(Trainer, "_finish", die)
+                patch.setattr(trainer, "result_of", die)
             patch.setattr(MetricsLog, "log", log)
             with pytest.raises(Crash):
                 fitted(config)
