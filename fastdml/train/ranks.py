@@ -22,7 +22,15 @@ from fastdml.engine import Ema, cpus
 from fastdml.engine.auto import Choice
 from fastdml.errors import InputError
 from fastdml.logs import LOGGER
-from fastdml.parallel import auto_sizes, make_mesh, shard
+from fastdml.parallel import (
+    auto_sizes,
+    averaged_statistics,
+    make_mesh,
+    separate_batchnorm,
+    shard,
+    sync_batchnorm,
+    total,
+)
 from fastdml.parallel.agreement import Agreement
 from fastdml.parallel.failure import explained
 from fastdml.parallel.node_turns import wait_for, working
@@ -231,6 +239,9 @@ class Ranks(OneProcess):
         threads = None if self.mesh.device.type == "cuda" else torch.get_num_threads()
         return Choice(step.name, threads, threads)
 
+    def whole(self, output: StepOutput) -> StepOutput:
+        return total(output, self.mesh)
+
     def stands_at(self, step: Any, position: int) -> None:
         step.number = position
 
@@ -252,6 +263,14 @@ class Ranks(OneProcess):
             "rows": list(self.mesh.rows),
             "bytes_a_step": float(self.sum(sent)) / steps,
         }
+
+    def keep_averages(self, cohort: Cohort, ema: Ema | None) -> None:
+        tensors = [*cohort.buffers(), *(ema.averages if ema else [])]
+        with torch.no_grad():
+            with averaged_statistics(cohort, self.mesh, ema):
+                means = [t.clone() for t in tensors]
+            for t, mean in zip(tensors, means, strict=True):
+                t.copy_(mean)
 
     def threads(self, wanted: int) -> int:
         """A setting is of each rank; else the machine's CPUs are divided among its ranks."""
@@ -321,12 +340,12 @@ class Ranks(OneProcess):
     def distributed(
         self, cohort: Cohort, train: Batches, config: TrainConfig, amp: Amp, give_back: bool
     ) -> Iterator[dict[str, Tensor] | None]:
-        mesh, initial = self.mesh, None
+        mesh, initial, device = self.mesh, None, next(cohort.parameters()).device
         if len(mesh.rows) != len(cohort):
             mesh.place(len(cohort), self._costs(cohort, train, amp))
         if config.independent and self.lead:
             initial = {n: t.detach().to("cpu", copy=True) for n, t in cohort.state_dict().items()}
-        taken = mesh.distribute(cohort)
+        taken = mesh.distribute(cohort, keep=config.exchange == "weights")
         cohort.to(mesh.device)
         if not give_back:
             taken.clear()
@@ -336,8 +355,10 @@ class Ranks(OneProcess):
             for k, peer in taken.items():
                 cohort.peers[k] = peer
             raise
+        separate_batchnorm(cohort)
         if give_back:
             mesh.collect(cohort, taken)
+            cohort.to(device)
 
     def _costs(self, cohort: Cohort, train: Batches, amp: Amp) -> list[float] | None:
         """What a step of each peer takes, measured on the lead, where peers differ."""
@@ -350,6 +371,8 @@ class Ranks(OneProcess):
         return None if None in found else [each[0] for each in found if each]
 
     def prepare_layers(self, cohort: Cohort, config: TrainConfig) -> None:
+        if config.sync_batchnorm:
+            sync_batchnorm(cohort, self.mesh)
         if config.fsdp:
             shard(cohort, self.mesh)
 
