@@ -42,12 +42,9 @@ _BUFFERS = next(
 
 class Replica(DistributedDataParallel):
     """A network whose gradients are summed over the processes of a group, which all make it at the
-    same time. Makes its parameters and buffers those of the group's first process, but for running
-    statistics."""
+    same time from the same weights."""
 
-    def __init__(self, network: nn.Module, name: str, group: dist.ProcessGroup) -> None:
-        _check_alike(network, name, group)
-        _follow_first(network, group)
+    def __init__(self, network: nn.Module, group: dist.ProcessGroup) -> None:
         options: dict[str, Any] = {_BUFFERS: False}
         super().__init__(
             network,
@@ -85,8 +82,12 @@ class Replicas:
     """The networks that a step on a mesh runs, one a peer: `networks`.
 
     A peer of the own row is replicated where the mesh has several columns and the peer something to
-    train, unless it is sharded: its shards have a sum of their own. wrap: makes what runs of a
-    peer, such as one that gives its features too.
+    train, unless it is sharded: its shards have a sum of their own. Its weights become those of
+    column 0, and its buffers but for running statistics. wrap: makes what runs of a peer, such as
+    one that gives its features too.
+
+    Raises InputError for peers that communicate by themselves, and for those that are not the same
+    network in all columns.
     """
 
     def __init__(
@@ -105,10 +106,15 @@ class Replicas:
         self.trained[k] = [w.requires_grad for w in self.weights[k]]
         # An earlier replica goes first: its hooks on the parameters go with it.
         self.networks[k] = network = self.wrap(peer)
-        if self.mesh.data > 1 and any(self.trained[k]) and not is_sharded(peer):
-            group = self.mesh.data_group_of(k)
+        name, group = self.cohort.names[k], self.mesh.data_group_of(k)
+        if self.mesh.world > 1:
+            _check_silent(peer, name)
+        if self.mesh.data > 1 and not is_sharded(peer):
             assert group is not None  # of the own row
-            self.networks[k] = Replica(network, self.cohort.names[k], group)
+            _check_alike(peer, name, group)
+            _follow_first(peer, group)
+            if any(self.trained[k]):
+                self.networks[k] = Replica(network, group)
 
     def refresh(self, replaced: bool) -> bool:
         """Replicates peers anew that train other parameters than before, in all columns at the same
@@ -173,6 +179,22 @@ def _is(a: object, b: object) -> bool:
     return a is b
 
 
+def _check_silent(peer: nn.Module, name: str) -> None:
+    """Refuses what communicates over all ranks, among which are those of other peers."""
+    remedies = {
+        DistributedDataParallel: "give the network without it, which a mesh replicates itself",
+        nn.SyncBatchNorm: "use nn.BatchNorm and parallel.sync_batchnorm (--sync-batchnorm)",
+    }
+    for where, m in peer.named_modules():
+        for kind, remedy in remedies.items():
+            if isinstance(m, kind):
+                at = f" at {where}" if where else ""
+                raise InputError(
+                    f"peer {name} has a {kind.__name__}{at}, which knows nothing of a mesh: "
+                    f"{remedy}"
+                )
+
+
 def _check_alike(network: nn.Module, name: str, group: dist.ProcessGroup) -> None:
     """Raises InputError on every process where they disagree on names, shapes, dtypes or on what
     trains. Waits for the others."""
@@ -182,7 +204,7 @@ def _check_alike(network: nn.Module, name: str, group: dist.ProcessGroup) -> Non
     buffers = [(n, tuple(b.shape), str(b.dtype)) for n, b in network.named_buffers()]
     digest = hashlib.sha256(repr((parameters, buffers)).encode()).digest()
     own = int.from_bytes(digest[:7], "big")
-    device = next(network.parameters()).device
+    device = next(network.parameters()).device  # every peer has some
     found = torch.tensor([own, -own], dtype=torch.int64, device=device)
     dist.all_reduce(found, dist.ReduceOp.MAX, group=group)
     if found.tolist() != [own, -own]:

@@ -7,11 +7,14 @@ for shares of unequal size and rows without a label.
 
 from __future__ import annotations
 
+import gc
+import weakref
 from typing import Any
 
 import pytest
 import torch
-from mesh_runs import SIDE, C, batch, cohort, train
+import torch.distributed as dist
+from mesh_runs import SIDE, C, batch, cohort, network, share, train
 from ranks import run_ranks
 from torch import Tensor, nn
 
@@ -70,7 +73,8 @@ def parameters(peers: Cohort) -> dict[str, Tensor]:
 
 def figures(outputs: list[Any], mesh: Mesh | None) -> list[list[Tensor]]:
     whole = outputs if mesh is None else [total(o, mesh) for o in outputs]
-    return [[o.losses, *o.stats, labelled_rows(o)] for o in whole]
+    taught = [[] if o.teacher_kl is None else [o.teacher_kl] for o in whole]
+    return [[o.losses, *o.stats, labelled_rows(o), *t] for o, t in zip(whole, taught, strict=True)]
 
 
 def labelled_rows(output: Any) -> Tensor:
@@ -186,10 +190,14 @@ def changing(mesh: Mesh | None, parts: int) -> tuple[Any, list[Tensor], Any]:
 def bits(mesh: Mesh | None, parts: int) -> dict[str, Any]:
     """Runs whose parts are the same on every mesh."""
     found: dict[str, Any] = {}
+    statistics: dict[str, Any] = {}
+    found["statistics"] = statistics
 
     def run(name: str, peers: Cohort, **options: Any) -> None:
         outputs, _ = train(peers, mesh, **{"accumulate": parts, "steps": 6, **options})
-        found[name] = parameters(peers), [losses for losses, *_ in figures(outputs, mesh)]
+        seen = figures(outputs, mesh)
+        found[name] = parameters(peers), [losses for losses, *_ in seen]
+        statistics[name] = [values[1:] for values in seen]
 
     few = labelled([True, False, False, True, False, True, True, True])
     run("thirty steps", cohort(3), steps=30)
@@ -201,6 +209,10 @@ def bits(mesh: Mesh | None, parts: int) -> dict[str, Any]:
     run("bf16", cohort(2, torch.float32), amp="bf16")
     run("fp16", cohort(2, torch.float32), amp=Amp(CPU, torch.float16, LossScale(CPU, 2.0**24)))
     run("dropout", cohort(2, drop=0.5))
+    run("channels_last", cohort(2).to(memory_format=torch.channels_last))
+    peers = cohort(2)
+    peers.teachers = [network(9, 6)]
+    run("taught", peers)
     peers = cohort(2)
     ema = Ema(peers, 0.9)
     run("ema", peers, ema=ema)
@@ -250,9 +262,17 @@ def refusals(mesh: Mesh) -> dict[str, Any]:
     with pytest.raises(InputError) as error:
         train(peers, mesh)
     found["unlike"] = str(error.value)
+    for name, wrong in (
+        ("wrapped", nn.parallel.DistributedDataParallel(network(1, 4))),
+        ("torch's", nn.Sequential(network(1, 4), nn.SyncBatchNorm(C))),
+    ):
+        with pytest.raises(InputError) as error:
+            train(Cohort([*cohort(1), wrong], C), mesh)
+        found[name] = str(error.value)
     peers = cohort(2)
     with torch.no_grad():  # built from other seeds: column 0's count
         peers.peers[1][0].weight += mesh.column
+        peers.peers[0].requires_grad_(False)[0].weight += mesh.column
     train(peers, mesh, steps=2)
     found["weights of column 0"] = parameters(peers)
     return found
@@ -271,7 +291,40 @@ def on_two_columns() -> dict[str, Any]:
     _, step = train(peers, mesh, steps=1)
     found["frozen"] = step.replicas.networks[0] is peers.peers[0], [*step.replicas.replicated()]
     found["shares"] = shares
+    found["freed"] = freed(mesh)
+    found["sent"] = sent(mesh)
     return found
+
+
+def freed(mesh: Mesh) -> bool:
+    """Whether a replica that was replaced is gone, with its copy of the gradients."""
+    peers = cohort(2)
+    _, step = train(peers, mesh, steps=2)
+    before = weakref.ref(step.replicas.networks[0])
+    peers.peers[0][0].requires_grad_(False)
+    step(*share(batch(2), mesh))
+    gc.collect()
+    return before() is None
+
+
+def sent(mesh: Mesh) -> list[tuple[str, int]]:
+    """What a step of two parts gives to each collective: its name and the bytes."""
+    peers = cohort(2)
+    _, step = train(peers, mesh, steps=2, accumulate=2)
+    calls: list[tuple[str, int]] = []
+    with pytest.MonkeyPatch.context() as patch:
+        for name in ("all_reduce", "all_gather", "broadcast"):
+            patch.setattr(dist, name, counted(name, getattr(dist, name), calls))
+        step(*share(batch(2), mesh))
+    return calls
+
+
+def counted(name: str, function: Any, calls: list[tuple[str, int]]) -> Any:
+    def call(tensor: Any, *arguments: Any, **options: Any) -> Any:
+        calls.append((name, tensor.nbytes if isinstance(tensor, Tensor) else -1))
+        return function(tensor, *arguments, **options)
+
+    return call
 
 
 def in_one_process(parts: int) -> dict[str, Any]:
@@ -300,6 +353,14 @@ def test_two_columns_are_two_parts_of_one_process_bit_for_bit(two_columns, one_p
                 assert torch.equal(now[w], weights[w]), (name, w)
             for step, loss in enumerate(losses):
                 assert torch.equal(found[step], loss), (name, step)
+
+
+def test_statistics_add_up(two_columns, one_process):
+    for rank in two_columns:
+        close(
+            rank["1 part"]["statistics"]["thirty steps"], one_process["statistics"]["thirty steps"]
+        )
+        close(rank["1 part"]["statistics"]["taught"], one_process["statistics"]["taught"])
 
 
 def test_two_columns_of_two_parts_are_four_parts_to_rounding(two_columns):
@@ -340,6 +401,23 @@ def test_peers_that_differ_between_columns(two_columns):
         assert "is not the same network in all processes of the data axis" in rank["unlike"]
         expected = two_columns[0]["weights of column 0"]
         assert all(torch.equal(rank["weights of column 0"][n], w) for n, w in expected.items())
+
+
+def test_peers_that_communicate_by_themselves_are_refused(two_columns):
+    for rank in two_columns:
+        assert "has a DistributedDataParallel, which knows nothing of a mesh" in rank["wrapped"]
+        assert "has a SyncBatchNorm at 1, which knows nothing of a mesh" in rank["torch's"]
+
+
+def test_what_was_replaced_is_freed(two_columns):
+    assert all(rank["freed"] for rank in two_columns)
+
+
+def test_a_step_sends_each_gradient_once_and_the_numbers_of_labels(two_columns):
+    gradients = [8 * sum(w.numel() for w in peer.parameters()) for peer in cohort(2)]
+    for rank in two_columns:
+        calls = sorted(rank["sent"])
+        assert calls == sorted([("all_reduce", 3 * 8), *(("all_reduce", n) for n in gradients)])
 
 
 def test_frozen_peers_are_not_wrapped(two_columns):

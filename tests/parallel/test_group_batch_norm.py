@@ -225,6 +225,7 @@ def test_the_formula_of_torchs_sync_batch_norm(ranks):
 
 @pytest.mark.slow
 def test_models_that_others_wrote():
+    pytest.importorskip("timm")
     ranks = run_ranks(3, models, timeout=120)
     for name, model in foreign().items():
         expected = whole_model(model, slice(None))
@@ -274,7 +275,7 @@ def test_layers_of_their_own_kind_are_refused_by_name(norm):
 
 @pytest.mark.slow
 def test_a_running_variance_of_an_unknown_layer_is_refused():
-    from timm.layers import EvoNorm2dB0
+    EvoNorm2dB0 = pytest.importorskip("timm.layers").EvoNorm2dB0
     from torchvision.ops import FrozenBatchNorm2d
 
     cohort = Cohort([nn.Sequential(FrozenBatchNorm2d(3), EvoNorm2dB0(3))], 5)
