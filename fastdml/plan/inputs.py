@@ -36,8 +36,8 @@ class Inputs:
 
     @property
     def itemsize(self) -> int:
-        """Bytes of a logit as it travels: fp16's are float32 before they do."""
-        return 2 if self.precision == "bf16" else 4
+        """Bytes of a logit, which travels in the dtype that the networks compute in."""
+        return 4 if self.precision == "off" else 2
 
 
 def checked_inputs(

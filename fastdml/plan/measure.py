@@ -186,15 +186,24 @@ def measured_seconds(
         channels, *size = image_shape
         cohort = Cohort([name], classes, in_channels=channels, image_size=tuple(size))
         cohort = cohort.to(device).to(memory_format=torch.channels_last).train()
-        timed = [
-            _timed(cohort, torch.randn(n, *image_shape, device=device), amp, optimizer)
-            for n in images
-        ]
-        forward, backward = (
-            _line([(n, times[i]) for n, times in zip(images, timed, strict=True)]) for i in (0, 1)
-        )
-        known[name] = forward, backward, min(times[2] for times in timed)
+        batches = [torch.randn(n, *image_shape, device=device) for n in images]
+        known[name] = lines(cohort, batches, amp, optimizer)
     return [known[name] for name in names]
+
+
+def lines(
+    cohort: Cohort, batches: Sequence[Tensor], amp: AmpName, optimizer: OptimizerName
+) -> tuple[Line, Line, float]:
+    """Seconds of the first peer's forward and backward pass, of so many images, and of its update.
+
+    batches: one or two, of different numbers of images (N, ...).
+    """
+    timed = [_timed(cohort, batch, amp, optimizer) for batch in batches]
+    sizes = [len(batch) for batch in batches]
+    forward, backward = (
+        _line([(n, times[i]) for n, times in zip(sizes, timed, strict=True)]) for i in (0, 1)
+    )
+    return forward, backward, min(times[2] for times in timed)
 
 
 def loss_seconds(K: int, classes: int, images: Sequence[int], device: torch.device) -> Line:
