@@ -1,8 +1,9 @@
 """The command `fastdml`: finds the subcommand, hands over, turns the user's mistakes into a line.
 
-Exit codes: 0 done; 1 the output could not be written; 2 the input is wrong (one line on stderr,
-nothing written); 130 interrupted; 141 the reader of the output went away. Anything else is a defect
-and keeps its traceback. A stderr that cannot be written to stops nothing.
+Exit codes: 0 done; 1 the output could not be written, or a rank of the job was lost; 2 the input is
+wrong (one line on stderr, nothing written); 130 interrupted; 141 the reader of the output went
+away. Anything else is a defect and keeps its traceback. A stderr that cannot be written to stops
+nothing.
 
 Subcommands import what they need when they are called, so that `fastdml --help` and a mistyped name
 answer at once.
@@ -14,6 +15,7 @@ import sys
 from collections.abc import Callable, Sequence
 
 from fastdml import __version__
+from fastdml.cli import ranks
 from fastdml.cli.bench import bench
 from fastdml.cli.completion import print_completion
 from fastdml.cli.config import config
@@ -58,8 +60,9 @@ COMMANDS: dict[str, Callable[[list[str]], None]] = {
 def main(argv: Sequence[str] | None = None) -> int:
     complete_streams()
     print_anything()
+    args = list(sys.argv[1:] if argv is None else argv)
     with lenient_stderr():
-        return _run(list(sys.argv[1:] if argv is None else argv))
+        return ranks.run(_run, args) if ranks.started() else _run(args)
 
 
 def _run(args: list[str]) -> int:
@@ -68,7 +71,7 @@ def _run(args: list[str]) -> int:
         sys.stdout.flush()
         return code
     except InputError as error:
-        return _complain(f"error: {error}", 2)
+        return _complain(f"error: {ranks.line_of(error)}", 2)
     except KeyboardInterrupt:
         # Training itself ends by a checkpoint and its own message, unless it is asked twice.
         return _complain("interrupted", 130)
@@ -125,5 +128,7 @@ def _complain(message: str, code: int) -> int:
         sys.stdout.flush()
     except OSError:
         discard(sys.stdout)
-    print(f"fastdml: {' '.join(message.splitlines())}", file=sys.stderr)
+    line = f"fastdml: {' '.join(message.splitlines())}"
+    if not ranks.started() or ranks.speaks(line):
+        print(line, file=sys.stderr)
     return code

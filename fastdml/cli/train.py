@@ -7,9 +7,11 @@ import io
 import os
 import re
 import shlex
+import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from fastdml.cli import ranks
 from fastdml.cli.parsing import check_options
 from fastdml.cli.runs import find_own_models
 from fastdml.errors import InputError
@@ -41,6 +43,8 @@ def train(args: list[str]) -> None:
         raise InputError(f"cannot train on {data!r}; {what}")
     config = train_config(data, options)
     find_own_models(config.peers)
+    if config.mesh and not ranks.started() and (code := _launched(config, args)) is not None:
+        raise SystemExit(code)
 
     from fastdml.report.summary import read_summary
     from fastdml.report.tables import summary_table
@@ -49,10 +53,24 @@ def train(args: list[str]) -> None:
 
     command = shlex.join(["fastdml", "train", *args])
     result = run(config, hint="--download", command=command)
-    if result is not None:  # None after a dry run, which has said its part
+    if result is not None and ranks.lead():  # None after a dry run, which has said its part
         summary = read_summary(result.folder)
         table = summary_table(summary, scoring_of(summary["mutual"]["scores"]))
         print(f"\n{table}\n{result.device}; run folder: {result.folder}")
+
+
+def _launched(config: TrainConfig, args: list[str]) -> int | None:
+    """Starts the ranks of a mesh on this machine, and returns the exit code of the job; None where
+    one rank is enough, which is this process."""
+    from fastdml.parallel import launch
+
+    sizes = config.mesh_sizes
+    count = sizes.processes if sizes else launch.ranks_here(config.device, len(config.peers))
+    launch.check_devices(config.device, count, config.mesh)
+    if count == 1:
+        return None
+    command = [sys.executable, "-m", "fastdml", "train", *args]
+    return launch.launch(command, count, config.max_restarts)
 
 
 def train_config(data: str, options: list[str]) -> TrainConfig:

@@ -10,10 +10,10 @@ from fastdml.parallel.batch_norm import (
     separate_batchnorm,
     sync_batchnorm,
 )
-from fastdml.parallel.failure import RankLost
 from fastdml.parallel.global_means import total
 from fastdml.parallel.mesh import Mesh, make_mesh
 from fastdml.parallel.placement import auto_sizes
+from fastdml.parallel.processes import RankLost
 from fastdml.parallel.remote_peer import RemotePeer
 from fastdml.parallel.shards import shard, whole_weights
 

@@ -23,6 +23,7 @@ import torch.distributed as dist
 
 from fastdml.errors import InputError, one_line
 from fastdml.parallel import processes
+from fastdml.parallel.processes import RankLost
 
 if TYPE_CHECKING:
     from fastdml.parallel.mesh import Mesh
@@ -32,10 +33,6 @@ GRACE = 2.0  # seconds in which the ranks that still live report
 OF_COLLECTIVES = ("gloo", "Connection closed by peer", "Timed out waiting", "NCCL")
 NOTE, TOLD = "failed", "told"
 TOGETHER = 0.5  # seconds in which ranks that fail alike do so
-
-
-class RankLost(RuntimeError):
-    """The job cannot go on, because of another rank: one line that names it and the reason."""
 
 
 @contextlib.contextmanager

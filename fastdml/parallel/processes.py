@@ -17,6 +17,7 @@ from fastdml.torch_private import default_store
 
 # What torchrun, and whoever stands in for it, tells each process.
 VARIABLES = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+POLL = 0.01  # seconds between looks into a store
 STARTING = 120.0  # seconds that ranks have at least until all have imported what they need
 
 
@@ -64,6 +65,10 @@ def own_device(device: str | torch.device | None = None) -> torch.device:
             f"{there}: start at most as many ranks a machine as it has GPUs, or say cpu"
         )
     return torch.device("cuda", local)
+
+
+class RankLost(RuntimeError):
+    """The job cannot go on, because of another rank: one line that names it and the reason."""
 
 
 class Job(NamedTuple):
@@ -119,9 +124,13 @@ def _join(timeout: float) -> Job:
     if missing:
         raise InputError(f"{missing[0]} is not set beside RANK: start the ranks with torchrun")
     limit = max(timeout, STARTING)
-    store = _launchers_store(limit)
+    try:
+        store = _launchers_store(limit)
+    except dist.DistError:
+        address = f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
+        raise RankLost(f"no store of the job answers at {address} within {limit:g} s") from None
     job_store = dist.PrefixStore("fastdml", store)
-    number = _number(job_store, own_rank(), world_size(), time.monotonic() + limit)
+    number = _number(job_store, own_rank(), world_size(), limit)
     this = dist.PrefixStore(f"fastdml/attempt{number}", store)
     return Job(this, job_store if _agent_has_store() else None, number - 1)
 
@@ -149,28 +158,35 @@ def reachable_store() -> dist.Store | None:
     return None
 
 
-def _number(store: dist.Store, rank: int, world: int, deadline: float) -> int:
+def _number(store: dist.Store, rank: int, world: int, limit: float) -> int:
     """The number of this attempt, from 1, the same on all ranks. torchrun's own count is one of a
     machine, and machines may have been restarted more or less often.
 
     Rank 0 counts, and answers each other rank until that has thanked: it may find the question of a
-    process that is gone before that of its successor.
+    process that is gone before that of its successor. Raises RankLost after `limit` seconds.
     """
+    end = time.monotonic() + limit
     if rank != 0:
         question = uuid.uuid4().hex
         store.set(f"question/{rank}", question)
+        _wait(store, f"answer/{question}", end, 0)
         number = int(store.get(f"answer/{question}"))
         store.set(f"thanks/{number}/{rank}", "")
         return number
     number = store.add("attempts", 1)
     for other in range(1, world):
-        while True:
-            question = store.get(f"question/{other}").decode()
-            store.set(f"answer/{question}", str(number))
-            try:
-                store.wait([f"thanks/{number}/{other}"], datetime.timedelta(seconds=0.2))
-                break
-            except dist.DistStoreError:
-                if time.monotonic() > deadline:
-                    raise
+        while not store.check([f"thanks/{number}/{other}"]):
+            _wait(store, f"question/{other}", end, other)
+            store.set(f"answer/{store.get(f'question/{other}').decode()}", str(number))
+            time.sleep(POLL)
+            if time.monotonic() > end:
+                raise RankLost(f"rank {other} did not start in time")
     return number
+
+
+def _wait(store: dist.Store, key: str, end: float, rank: int) -> None:
+    """Without the store's own wait, which prints a warning where it is in vain."""
+    while not store.check([key]):
+        if time.monotonic() > end:
+            raise RankLost(f"rank {rank} did not start in time")
+        time.sleep(POLL)

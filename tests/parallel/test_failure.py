@@ -16,16 +16,17 @@ from ranks import run_ranks
 
 from fastdml import Cohort
 from fastdml.errors import InputError
-from fastdml.parallel import RankLost, make_mesh
+from fastdml.parallel import RankLost, failure, make_mesh
 from fastdml.parallel.failure import Whereabouts, explained, line_of, process_state
 
-TIMEOUT, LOST = 2.0, 2
+TIMEOUT, LOST = 1.0, 2
 NAMES = ["resnet8-1", "resnet8-2", "mobilenet"]
 
 
 def fail(how: str) -> tuple[str, str, float]:
     """Three rows in a loop of broadcasts, as peers' logits travel, in which rank 2 fails: what the
     others raise, its line, and the seconds until then."""
+    failure.GRACE = 0.5
     mesh = make_mesh(3, 1, timeout=TIMEOUT)
     mesh.distribute(Cohort(["resnet8", "resnet8", "mobilenet"], 10))
     start = time.monotonic()
@@ -60,7 +61,7 @@ def end(how: str) -> None:
     [
         ("kill", "is gone"),  # its parent is told at once, and forgets it
         ("stop", "is stopped, as by SIGSTOP"),
-        ("hang", "did not answer within 2 s"),
+        ("hang", "did not answer within 1 s"),
     ],
 )
 def test_a_rank_that_is_lost(how, reason):

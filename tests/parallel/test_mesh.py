@@ -13,7 +13,7 @@ from ranks import RankFailed, run_ranks
 
 from fastdml import Cohort
 from fastdml.errors import InputError
-from fastdml.parallel import RemotePeer, auto_sizes, make_mesh, processes
+from fastdml.parallel import RankLost, RemotePeer, auto_sizes, make_mesh, processes
 from fastdml.parallel.placement import place
 
 WORLD, PEER, DATA, K, TIMEOUT = 4, 2, 2, 3, 7.5
@@ -208,13 +208,13 @@ def test_attempts_know_each_other_from_those_before():
     def attempt(ranks: list[int]) -> list:
         def ask(rank: int) -> int | str:
             try:
-                return processes._number(store, rank, 3, time.monotonic() + 0.3)
-            except dist.DistStoreError:
-                return "late"
+                return processes._number(store, rank, 3, 0.3)
+            except RankLost as late:
+                return str(late)
 
         with ThreadPoolExecutor(3) as pool:
             return [*pool.map(ask, ranks)]
 
     assert attempt([0, 1, 2]) == [1, 1, 1]
-    assert attempt([0, 1]) == ["late", 2]
+    assert attempt([0, 1]) == ["rank 2 did not start in time", 2]
     assert attempt([2, 1, 0]) == [3, 3, 3]

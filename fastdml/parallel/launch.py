@@ -1,0 +1,118 @@
+"""Starts the ranks of a job on this machine as torchrun does, with the settings that work.
+
+The rendezvous is static, on a free loopback port: no second machine can join, so that nothing needs
+to be found. The agent looks at its processes every 2 s, not ten times a second: those that lose a
+rank then have the time to say which. It waits for a checkpoint before it kills those that it has
+asked to end.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import signal
+import sys
+import uuid
+from collections.abc import Iterable, Sequence
+from typing import TYPE_CHECKING, Any
+
+import torch
+import torch.distributed as dist
+
+from fastdml.errors import InputError
+from fastdml.host import cpus
+from fastdml.parallel.failure import TOLD
+
+if TYPE_CHECKING:
+    from torch.distributed.elastic.multiprocessing.errors import ProcessFailure
+
+INTERVAL = 2.0  # seconds between looks at the processes
+SAVING = 300  # seconds that ranks have to save and end after a signal
+
+
+def check_devices(device: str, ranks: int, mesh: str) -> None:
+    """Raises InputError where this machine lacks GPUs for a mesh, which is named."""
+    kind, _, number = device.partition(":")
+    if kind == "cpu" or (kind == "auto" and not torch.cuda.is_available()):
+        return
+    if number and ranks > 1:
+        raise InputError(
+            f"device {device} is one GPU, and --mesh {mesh} takes {ranks}: leave --device out"
+        )
+    there = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    if there < ranks:
+        raise InputError(
+            f"--mesh {mesh} takes {ranks} GPUs, and torch finds {there} here: take a smaller mesh, "
+            "start torchrun on several machines, or say --device cpu"
+        )
+
+
+def ranks_here(device: str, peers: int) -> int:
+    """How many ranks --mesh auto takes on this machine: one a GPU; without, one a peer while there
+    are cores."""
+    if device != "cpu" and torch.cuda.is_available():
+        return 1 if ":" in device else torch.cuda.device_count()
+    return max(1, min(peers, cpus()))
+
+
+def launch(command: Sequence[str], ranks: int, max_restarts: int = 0) -> int:
+    """Runs a command, such as ["python", "train.py"], on so many ranks, and returns the exit code:
+    0; 2 where a rank ended so; 128 + the number of a signal that ended the job; else 1.
+
+    max_restarts: how often all ranks are started again after one has failed.
+    """
+    from torch.distributed.elastic.multiprocessing.api import SignalException
+    from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+    from torch.distributed.launcher.api import LaunchConfig, elastic_launch
+
+    os.environ.setdefault("TORCH_ELASTIC_SHUTDOWN_TIMEOUT", str(SAVING))
+    os.environ.setdefault("OMP_NUM_THREADS", str(max(1, cpus() // ranks)))
+    _quieten()
+    # The agent's own store, as a process has one server a port, and notes can be read at the end.
+    store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False, multi_tenant=True)
+    config = LaunchConfig(
+        min_nodes=1,
+        max_nodes=1,
+        nproc_per_node=ranks,
+        run_id=uuid.uuid4().hex,
+        rdzv_backend="static",
+        rdzv_endpoint=f"127.0.0.1:{store.port}",
+        rdzv_configs={"rank": 0},
+        max_restarts=max_restarts,
+        monitor_interval=INTERVAL,
+    )
+    program, *arguments = command
+    try:
+        elastic_launch(config, program)(*arguments)
+        return 0
+    except SignalException as stop:
+        return 128 + int(stop.sigval)
+    except ChildFailedError as error:
+        told = any(store.check([f"fastdml/{TOLD}/0/{n}"]) for n in range(max_restarts + 1))
+        if not told:
+            print(f"fastdml: error: {_line(error.failures)}", file=sys.stderr)
+        return exit_code(failure.exitcode for failure in error.failures.values())
+
+
+def exit_code(codes: Iterable[int]) -> int:
+    """Of a job whose ranks ended so, those killed by a signal with its number below 0."""
+    found = {*codes}
+    of_signals = sorted(code for code in found if code > 128)  # saved, and ended by themselves
+    return 2 if 2 in found else of_signals[0] if of_signals else 1
+
+
+def _line(failures: dict[int, ProcessFailure]) -> str:
+    """What the agent knows of ranks that ended, all at once, before any could say why."""
+    rank = min(failures, key=lambda rank: (failures[rank].timestamp, rank))
+    code = failures[rank].exitcode
+    what = f"was killed by {signal.Signals(-code).name}" if code < 0 else f"ended with code {code}"
+    others = len(failures) - 1
+    return f"rank {rank} {what}" + (f", and {others} more" if others else "")
+
+
+def _quieten() -> None:
+    """Has torchrun's agent log nothing: what a user should know, the ranks say."""
+    loggers: dict[str, Any] = logging.root.manager.loggerDict
+    for name in [*loggers]:
+        if name.startswith(("torch.distributed.elastic", "torch.distributed.launcher")):
+            logging.getLogger(name).setLevel(logging.CRITICAL + 1)
