@@ -453,6 +453,102 @@ def test_valueless_tensors():
         assert weight[1:].untyped_storage() is weight.untyped_storage()
 
 
+# ---- several processes
+
+
+@pytest.fixture
+def alone():
+    """A process group of this process."""
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    yield dist.group.WORLD
+    dist.destroy_process_group()
+
+
+def test_the_next_backward_pass_communicates(alone):
+    replica = nn.parallel.DistributedDataParallel(nn.Linear(3, 2))
+    sums = []
+
+    def hook(state, bucket):
+        sums.append(bucket.buffer().numel())
+        done = torch.futures.Future()
+        done.set_result(bucket.buffer())
+        return done
+
+    replica.register_comm_hook(None, hook)
+    with replica.no_sync():
+        first, second = replica(torch.ones(1, 3)), replica(torch.ones(1, 3))
+        first.sum().backward()
+    assert sums == []
+    private.sum_in_next_backward(replica)
+    second.sum().backward()
+    assert sums == [8]
+
+
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+def test_batch_norm_sums(dtype, layout):
+    generator = torch.Generator().manual_seed(0)
+    x, dy = (
+        torch.randn(5, 4, 3, 2, generator=generator).to(dtype, memory_format=layout)
+        for _ in range(2)
+    )
+    kind = torch.promote_types(dtype, torch.float32)
+    mean, invstd = torch.arange(4, dtype=kind), torch.tensor([1, 2, 0.5, 3], dtype=kind)
+    plain, away = private.batch_norm_sums(dy, x, mean, invstd)
+    assert plain.dtype == away.dtype == kind
+    wide_x, wide_dy = x.double(), dy.double()
+    away_from = (wide_x - mean.view(-1, 1, 1)) * invstd.view(-1, 1, 1)
+    close = {"rtol": 1e-5, "atol": 1e-5} if kind == torch.float32 else {"rtol": 1e-12, "atol": 0}
+    torch.testing.assert_close(plain.double(), wide_dy.sum((0, 2, 3)), **close)
+    torch.testing.assert_close(away.double(), (wide_dy * away_from).sum((0, 2, 3)), **close)
+
+
+def test_batch_norm_on_cuda_passes_what_the_kernels_take(monkeypatch):
+    """They run on CUDA alone: here their place is taken by what they are to compute."""
+
+    def stats(x, eps):
+        var, mean = torch.var_mean(x, (0, 2, 3), correction=0)
+        return mean, torch.where(var + eps == 0, 0.0, (var + eps).rsqrt())
+
+    def elements(dy, x, mean, invstd, weight, sum_dy, sum_dy_away, counts):
+        assert counts.dtype == torch.int32
+        n, wide = counts.sum(), lambda t: t.view(-1, 1, 1)
+        away = (x - wide(mean)) * wide(invstd.square() * sum_dy_away / n)
+        return (dy - wide(sum_dy / n) - away) * wide(invstd * weight)
+
+    monkeypatch.setattr(torch, "batch_norm_stats", stats)
+    monkeypatch.setattr(torch, "batch_norm_backward_elemt", elements)
+    x = torch.randn(5, 4, 3, 2, dtype=torch.float64, requires_grad=True)
+    with torch.no_grad():
+        x[:, 2] = 7.0  # of no variance
+    mean, var = private.batch_norm_stats(x.detach())
+    torch.testing.assert_close(var, x.detach().var((0, 2, 3), correction=0))
+    assert var[2] == 0
+    weight, dy = torch.tensor([1.0, 2.0, 3.0, 4.0]).double(), torch.randn(5, 4, 3, 2).double()
+    nn.functional.batch_norm(x, None, None, weight, None, True).backward(dy)
+    invstd = (var + 1e-5).rsqrt()
+    plain, away = private.batch_norm_sums(dy, x.detach(), mean, invstd)
+    counts = torch.tensor([10.0, 20.0])  # of two processes: 30 values of each channel
+    dx = private.batch_norm_input_gradient(
+        dy, x.detach(), weight, mean, invstd, plain, away / invstd, counts
+    )
+    torch.testing.assert_close(dx, x.grad)
+
+
+def test_the_kernels_of_batch_norm_on_cuda_take_these_arguments():
+    for name, arguments in (
+        ("batch_norm_stats", ["input", "eps"]),
+        (
+            "batch_norm_backward_elemt",
+            [
+                "grad_out", "input", "mean", "invstd", "weight", "sum_dy", "sum_dy_xmu", "count",
+            ],
+        ),
+    ):  # fmt: skip
+        schema = getattr(torch.ops.aten, name).default._schema
+        assert [argument.name for argument in schema.arguments] == arguments
+
+
 # ---- and nowhere else
 
 
