@@ -63,9 +63,12 @@ def _launched(config: TrainConfig, args: list[str]) -> int | None:
     """Starts the ranks of a mesh on this machine, and returns the exit code of the job; None where
     one rank is enough, which is this process."""
     from fastdml.parallel import launch
+    from fastdml.parallel.placement import place
 
     sizes = config.mesh_sizes
     count = sizes.processes if sizes else launch.ranks_here(config.device, len(config.peers))
+    if sizes:
+        place(len(config.peers), sizes.peer)  # refuses more rows than peers
     launch.check_devices(config.device, count, config.mesh)
     if count == 1:
         return None

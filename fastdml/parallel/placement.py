@@ -58,3 +58,24 @@ def auto_sizes(world: int, costs: Sequence[float]) -> tuple[int, int]:
     best = min(times.values())
     rows = max(rows for rows, time in times.items() if time <= 1.1 * best)
     return rows, world // rows
+
+
+def refitted(peer: int, data: int, world: int, K: int, parts: int = 0) -> tuple[int, int]:
+    """The rows and columns of a job of peer * data ranks that goes on with `world`: the same number
+    of rows where that is possible, so that a rank has no more peers than before, else the nearest.
+
+    parts: that a batch is computed in, a column or more of them each; 0: any number of columns will
+    do. Raises InputError where K peers and these parts do not fit so many ranks.
+    """
+    fitting = [
+        rows
+        for rows in range(1, min(world, K) + 1)
+        if world % rows == 0 and (not parts or parts % (world // rows) == 0)
+    ]
+    if not fitting:
+        raise InputError(
+            f"{world} ranks are left of a mesh peer={peer},data={data}, and no other mesh has so "
+            f"many for {K} peers and {parts} parts of a batch: start with another number of ranks"
+        )
+    rows = min(fitting, key=lambda rows: (abs(math.log(rows / peer)), -rows))
+    return rows, world // rows

@@ -34,7 +34,8 @@ from fastdml.parallel import (
 from fastdml.parallel.agreement import Agreement
 from fastdml.parallel.failure import explained
 from fastdml.parallel.node_turns import wait_for, working
-from fastdml.parallel.processes import world_size
+from fastdml.parallel.placement import refitted
+from fastdml.parallel.processes import own_device, own_rank, start, started, world_size
 from fastdml.report.metrics_log import MetricsLog
 from fastdml.report.summary import versions
 from fastdml.train import checks
@@ -51,6 +52,8 @@ if TYPE_CHECKING:
     from fastdml.train.batches import Batches
     from fastdml.train.config.base import TrainConfig
     from fastdml.train.trainer import Trainer
+
+logger = logging.getLogger(__name__)
 
 T = TypeVar("T")
 FOLDER = "folder"  # of the run, in the launcher's store
@@ -384,9 +387,24 @@ def ranks_of(config: TrainConfig, K: int, mesh: Mesh | None = None) -> OneProces
         checks.one_process()
         return OneProcess()
     if mesh is None:
-        sizes = config.mesh_sizes or auto_sizes(world_size(), [1.0] * K)
+        sizes = config.mesh_sizes or MeshSizes(*auto_sizes(world_size(), [1.0] * K))
+        if sizes.processes != world_size():
+            sizes = _sizes_left(sizes, config, K)
         mesh = make_mesh(*sizes, timeout=config.timeout, device=config.device)
     return Ranks(mesh)
+
+
+def _sizes_left(sizes: MeshSizes, config: TrainConfig, K: int) -> MeshSizes:
+    """The mesh of a job that was started again with another number of ranks; `sizes` for one that
+    begins."""
+    if not started() or start(own_device(config.device), config.timeout).attempt == 0:
+        return sizes
+    world = world_size()
+    parts = 0 if config.sync_batchnorm else config.accumulate * sizes.data
+    found = MeshSizes(*refitted(*sizes, world, K, parts))
+    if own_rank() == 0:
+        logger.info("%d ranks go on where %d were: mesh %s", world, sizes.processes, found)
+    return found
 
 
 class Silent:

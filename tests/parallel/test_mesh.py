@@ -14,7 +14,7 @@ from ranks import RankFailed, run_ranks
 from fastdml import Cohort
 from fastdml.errors import InputError
 from fastdml.parallel import RankLost, RemotePeer, auto_sizes, make_mesh, processes
-from fastdml.parallel.placement import place
+from fastdml.parallel.placement import place, refitted
 
 WORLD, PEER, DATA, K, TIMEOUT = 4, 2, 2, 3, 7.5
 
@@ -161,6 +161,28 @@ def test_work_is_balanced():
 )
 def test_sizes_that_take_the_least_time(world, costs, sizes):
     assert auto_sizes(world, costs) == sizes
+
+
+@pytest.mark.parametrize(
+    ("sizes", "world", "K", "parts", "found"),
+    [
+        ((2, 2), 2, 4, 2, (2, 1)),
+        ((2, 2), 1, 4, 2, (1, 1)),
+        ((2, 2), 8, 4, 4, (2, 4)),
+        ((2, 2), 8, 4, 2, (4, 2)),  # each column at least one of two parts
+        ((2, 2), 3, 4, 2, (3, 1)),
+        ((2, 2), 3, 2, 0, (1, 3)),
+        ((4, 1), 2, 4, 1, (2, 1)),
+        ((1, 4), 2, 3, 4, (1, 2)),
+    ],
+)
+def test_sizes_for_the_ranks_that_are_left(sizes, world, K, parts, found):
+    assert refitted(*sizes, world, K, parts) == found
+
+
+def test_ranks_that_no_mesh_has():
+    with pytest.raises(InputError, match="3 ranks are left of a mesh peer=2,data=2, and no other"):
+        refitted(2, 2, 3, 2, 2)
 
 
 @pytest.mark.parametrize("costs", [[1.0, 2.0], [1.0, 2.0, 0.0], [1.0, float("nan"), 2.0]])
