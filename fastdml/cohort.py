@@ -86,6 +86,8 @@ class Cohort(nn.Module):
     # Tuples, which torch does not take for modules of this one; a pickle of old has neither.
     _teachers: tuple[Teacher, ...] = ()
     _taught_by: Sequence[Identity] = ()
+    # The `parallel.Mesh` that the peers are spread over; `Mesh.distribute` sets it.
+    mesh: Any = None
 
     def __init__(
         self,
@@ -177,11 +179,7 @@ class Cohort(nn.Module):
         InputError where a peer has no re-identification head."""
         peers: Iterable[Any] = self.peers
         for name, peer in zip(self.names, peers, strict=True):
-            if not hasattr(peer, "embed"):
-                raise InputError(
-                    f"peer {name} has no re-identification head: build the cohort with "
-                    "head=ReidHead()"
-                )
+            check_embeds(name, peer)
         return [peer.embed(x) for peer in peers]
 
     def record(self) -> dict[str, Any]:
@@ -374,6 +372,14 @@ class Cohort(nn.Module):
                     f"peers {a} and {b} start with identical parameters (a deepcopy?) and would "
                     f"never differ; {remedy}"
                 )
+
+
+def check_embeds(name: str, peer: nn.Module) -> None:
+    """Raises InputError for a peer without a re-identification head."""
+    if not hasattr(peer, "embed"):
+        raise InputError(
+            f"peer {name} has no re-identification head: build the cohort with head=ReidHead()"
+        )
 
 
 def check_logits(

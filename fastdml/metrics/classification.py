@@ -1,9 +1,10 @@
 """Top-1, top-5, calibration error, NLL and entropy of K peers and of their ensemble.
 
-Batches add to one float64 tensor on the device, (K + 1) rows of 21 sums; nothing returns to the
-host before `compute`, which is one transfer. A batch costs about four passes over each peer's
-(N, C) logits, and one (N, C) buffer of fp32 probabilities for the ensemble. With `keep` a fifth
-pass finds each row's class, and a few numbers a row stay on the device.
+Each batch leaves a float64 tensor on the device, (K + 1) rows of 21 sums; nothing returns to the
+host before `compute`, which is one transfer and adds them in the order of the batches. A batch
+costs about four passes over each peer's (N, C) logits, and one (N, C) buffer of fp32 probabilities
+for the ensemble. With `keep` a fifth pass finds each row's class, and a few numbers a row stay on
+the device.
 
 Rules, the same for every peer and for the ensemble (the mean of the peers' probabilities):
 - Ties: of equal scores the lowest class index ranks first, as numpy's argmax has it.
@@ -32,6 +33,7 @@ BINS = 15
 # Columns of the totals: five sums over rows, the rows whose label is out of range, then the bins'
 # sums of (right - confidence).
 TOP1, TOP5, NLL, ENTROPY, NONFINITE, BAD_LABEL = range(6)
+COLUMNS = 6 + BINS
 
 
 @dataclass(frozen=True)
@@ -74,11 +76,11 @@ class Classification:
     ) -> None:
         if K < 1 or C < 1:
             raise InputError(f"scores need at least one peer and one class, not K={K} and C={C}")
-        self.K, self.C = K, C
+        self.K, self.C, self.device = K, C, torch.device(device)
         self.rows = 0
         self.keep = keep
         self.kept: list[Rows] = []  # of each batch
-        self.totals = torch.zeros(K + 1, 6 + BINS, dtype=torch.float64, device=device)
+        self.sums: list[Tensor] = []  # of each batch, (K + 1, 21) float64
 
     @torch.no_grad()
     def update(self, logits: Sequence[Tensor], labels: Tensor) -> None:
@@ -96,7 +98,7 @@ class Classification:
         labels = labels.long().clamp(0, self.C - 1)
 
         found = []
-        p_sum = torch.zeros(N, self.C, device=self.totals.device)
+        p_sum = torch.zeros(N, self.C, device=self.device)
         log_p_true = []
         for z in logits:
             z = z.float()
@@ -109,7 +111,7 @@ class Classification:
         log_mean = torch.stack(log_p_true).logsumexp(dim=0) - math.log(self.K)
         p_mean = p_sum / self.K
         found.append(_of_batch(p_mean, p_mean, log_mean, labels, bad_label, self.keep))
-        self.totals += torch.stack([batch.sums for batch in found])
+        self.sums.append(torch.stack([batch.sums for batch in found]))
         self.rows += N
         if self.keep:
             entropy = torch.stack([batch.entropy for batch in found])
@@ -128,7 +130,9 @@ class Classification:
         nothing was added or a label is out of range."""
         if self.rows == 0:
             raise InputError("there is nothing to score: the test set gave no rows")
-        totals = self.totals.cpu()
+        totals = torch.zeros(self.K + 1, COLUMNS, dtype=torch.float64)
+        for sums in torch.stack(self.sums).cpu():
+            totals += sums
         if bad := int(totals[0, BAD_LABEL]):
             raise InputError(f"{bad} of {self.rows} labels lie outside 0..{self.C - 1}")
         ece = totals[:, 6:].abs().sum(dim=1)
@@ -151,11 +155,13 @@ class Classification:
         )
 
     def kept_rows(self) -> Rows:
-        """What `keep` kept of everything added so far, on the device. Raises InputError where that
-        is nothing."""
-        if not self.kept:
+        """What `keep` kept of everything added so far, on the device. Raises InputError where it
+        was not to keep anything."""
+        if not self.keep:
             raise InputError("nothing was kept of the rows: make Classification with keep=True")
-        parts = zip(*self.kept, strict=True)
+        ints = torch.zeros(self.K + 1, 0, dtype=torch.int64, device=self.device)
+        none = Rows(ints[0], ints, ints.float(), ints.float(), ints[0].float())
+        parts = zip(none, *self.kept, strict=True)
         return Rows(*(torch.cat(tensors, dim=-1) for tensors in parts))
 
 

@@ -10,6 +10,7 @@ from fastdml.parallel.batch_norm import (
     separate_batchnorm,
     sync_batchnorm,
 )
+from fastdml.parallel.evaluation import answering, exchanged, forward
 from fastdml.parallel.global_means import total
 from fastdml.parallel.mesh import Mesh, make_mesh
 from fastdml.parallel.placement import auto_sizes
@@ -21,8 +22,11 @@ __all__ = [
     "Mesh",
     "RankLost",
     "RemotePeer",
+    "answering",
     "auto_sizes",
     "averaged_statistics",
+    "exchanged",
+    "forward",
     "make_mesh",
     "separate_batchnorm",
     "shard",

@@ -104,6 +104,9 @@ class Mesh:
     def __repr__(self) -> str:
         return f"Mesh(peer={self.peer}, data={self.data}, rank {self.rank} on {self.device})"
 
+    def __deepcopy__(self, memo: dict[int, Any]) -> Mesh:
+        return self  # a copy of a cohort is on the same ranks
+
     # ---- peers
 
     def place(self, K: int, costs: Sequence[float] | None = None) -> None:
@@ -150,6 +153,7 @@ class Mesh:
                 cohort.peers[k] = RemotePeer(
                     cohort.names[k], cohort.models[k], size, self.rows[k], peer if keep else None
                 )
+        cohort.mesh = self
         return taken
 
     def collect(self, cohort: Cohort, taken: Mapping[int, nn.Module]) -> None:
@@ -161,6 +165,7 @@ class Mesh:
                 if isinstance(value, Tensor):
                     self._broadcast(value, row * self.data)
             cohort.peers[k] = peer
+        cohort.mesh = None
 
     def _broadcast(self, value: Tensor, source: int) -> None:
         """Gives all ranks the values of one rank, in place."""

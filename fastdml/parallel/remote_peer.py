@@ -43,5 +43,7 @@ class RemotePeer(nn.Module):
             "`Mesh.local` lists the peers that are"
         )
 
+    embed = forward
+
     def extra_repr(self) -> str:
         return f"{self.peer_name}, {self.num_parameters:,} parameters in row {self.row}"

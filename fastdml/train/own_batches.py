@@ -67,8 +67,8 @@ class ArrayBatches:
         whole, rest = divmod(len(self.inputs), self.batch_size)
         return whole if self.seed is not None else whole + (rest > 0)
 
-    def epoch(self, epoch: int, start: int = 0) -> Iterator[tuple[Tensor, Tensor]]:
-        for step in range(start, len(self)):
+    def epoch(self, epoch: int, start: int = 0, every: int = 1) -> Iterator[tuple[Tensor, Tensor]]:
+        for step in range(start, len(self), every):
             chosen: Any = self._part(step)
             if self.seed is not None:
                 chosen = self.order(epoch, self.seed)[chosen]

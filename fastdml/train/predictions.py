@@ -8,19 +8,22 @@ from __future__ import annotations
 
 import os
 from collections.abc import Sequence
+from contextlib import nullcontext
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
+from fastdml import parallel
 from fastdml.cohort import Cohort
 from fastdml.engine.amp import Amp
 from fastdml.eval_mode import evaluating
 from fastdml.metrics import Classification as Counts
 from fastdml.metrics import ClassificationScores
-from fastdml.metrics.classification import Rows
+from fastdml.metrics.classification import COLUMNS, Rows
 from fastdml.report.predictions import (
     PICTURE_SIDE,
     PICTURES,
@@ -29,36 +32,60 @@ from fastdml.report.predictions import (
     write_predictions,
 )
 from fastdml.train.batches import Batches
+from fastdml.train.sharding import Dealt
+
+if TYPE_CHECKING:
+    from fastdml.parallel import Mesh
 
 
 class Scorer:
     """Scores cohorts in evaluation mode on the same batches (images, labels), and keeps of the last
-    one what it said of each image. keep: False keeps nothing."""
+    one what it said of each image. keep: False keeps nothing.
+
+    Of a cohort on a mesh all ranks call it together: the columns take turns with the batches, peers
+    are evaluated where they are, and every rank gets the same scores, to the bit those of one
+    process. What is kept stays on the ranks until `predictions` puts it together.
+    """
 
     def __init__(self, test: Batches, amp: Amp, *, keep: bool = True) -> None:
         self.test, self.amp, self.keep = test, amp, keep
-        self.rows: Rows | None = None
+        self.rows: Rows | None = None  # of this rank's batches
+        self.places = torch.empty(0, dtype=torch.int64)  # (N,) of these rows among all
         self.pictures = Pictures()
 
     def __call__(self, cohort: Cohort) -> ClassificationScores:
+        mesh = cohort.mesh
         counts = Counts(len(cohort), cohort.num_classes, self.amp.device, keep=self.keep)
         self.pictures = Pictures()
+        places = [self.places[:0]]
+        turns = Dealt(self.test, mesh)
         with torch.inference_mode():
-            for images, labels in self.test.epoch(0):
+            for start, images, labels, own in turns:
                 with self.amp.autocast():
-                    logits = cohort(images)
+                    logits = parallel.forward(cohort, images)
+                if not own:
+                    continue
                 counts.update(logits, labels)
+                places.append(torch.arange(start, start + len(labels)))
                 if self.keep:
-                    self.pictures.add(images, counts.kept[-1])
+                    self.pictures.add(images, counts.kept[-1], start)
+            turns.check()
+            if mesh is not None and mesh.data > 1:
+                _add_columns(counts, turns.steps, mesh)
         scores = counts.compute()
         self.rows = counts.kept_rows() if self.keep else None
+        self.places = torch.cat(places)
         return scores
 
     def predictions(self, cohort: Cohort, weights: str) -> Predictions:
-        """Of the cohort that was scored last, which is `cohort`."""
+        """Of the cohort that was scored last, which is `cohort`; on a mesh all ranks call it."""
         assert self.rows is not None, "nothing has been scored"
-        known = cohort.record()
-        rows = [tensor.cpu().numpy() for tensor in self.rows]
+        known, mesh = cohort.record(), cohort.mesh
+        found = self.rows
+        if mesh is not None and mesh.data > 1:
+            found = _all_rows(found, self.places, mesh)
+            self.pictures.join(mesh)
+        rows = [tensor.cpu().numpy() for tensor in found]
         names = known["classes"] or getattr(self.test, "class_names", None) or ()
         mean, std = (known[n] or getattr(self.test, n, None) for n in ("mean", "std"))
         pictured, pictures, true_colours = self.pictures.fetch(mean, std)
@@ -85,14 +112,12 @@ class Pictures:
 
     def __init__(self, count: int = PICTURES) -> None:
         self.count = count
-        self.seen = 0  # images
         self.images: Tensor | None = None  # (M, channels, h, w), float32
         self.interest = self.place = torch.empty(0)  # (M,) of each image
 
-    def add(self, images: Tensor, rows: Rows) -> None:
-        """A batch (N, channels, H, W), of which `rows` were kept. What no picture can be made of is
-        passed over."""
-        start, self.seen = self.seen, self.seen + len(images)
+    def add(self, images: Tensor, rows: Rows, start: int) -> None:
+        """A batch (N, channels, H, W), of which `rows` were kept, from place `start` of the set on.
+        What no picture can be made of is passed over."""
         if images.dim() != 4 or images.shape[1] not in (1, 3) or not images.is_floating_point():
             return
         K = len(rows.top) - 1
@@ -108,6 +133,24 @@ class Pictures:
             most, kept = most.topk(min(self.count, len(most)))
             found, place = found[kept], place[kept]
         self.images, self.interest, self.place = found, most, place
+
+    def join(self, mesh: Mesh) -> None:
+        """Chooses among the images of all columns; all ranks call it."""
+        own = None if self.images is None else [len(self.images), *self.images.shape[1:]]
+        found = mesh.gather(own)[mesh.row * mesh.data :][: mesh.data]
+        sizes = [size for size in found if size is not None]
+        if not sizes:
+            return
+        count, shape, device = max(size[0] for size in sizes), sizes[0][1:], mesh.device
+        images = torch.zeros(count, *shape, device=device)
+        interest = torch.full((count,), -torch.inf, device=device)
+        place = torch.zeros(count, dtype=torch.int64, device=device)
+        if self.images is not None and [*self.images.shape[1:]] == shape:
+            n = len(self.images)
+            images[:n], interest[:n], place[:n] = self.images, self.interest, self.place
+        interest, place, images = (_columns(t, mesh) for t in (interest, place, images))
+        most, chosen = interest.topk(min(self.count, int((interest > -torch.inf).sum())))
+        self.images, self.interest, self.place = images[chosen], most, place[chosen]
 
     def fetch(self, mean: Any, std: Any) -> tuple[np.ndarray, np.ndarray, bool]:
         """Places (M,) and pictures (M, h, w, channels) uint8, and whether their colours are true.
@@ -132,17 +175,55 @@ def save_predictions(folder: Path, cohort: Cohort, evaluate: Any, weights: str =
     nothing is saved yet, it scores the cohort first. Of other evaluations than a `Scorer` nothing
     is saved. weights: "last" or "best".
 
-    Raises InputError where the file cannot be written.
+    On a mesh all ranks call it, and rank 0 writes. Raises InputError where the file cannot be
+    written.
     """
     if not isinstance(evaluate, Scorer) or not evaluate.keep:
         return
+    mesh = cohort.mesh
     if evaluate.rows is None:
-        if (folder / PREDICTIONS).exists():
+        saved = (folder / PREDICTIONS).exists()
+        if saved if mesh is None else mesh.share(saved):
             return
-        with evaluating(cohort):
+        averaged = nullcontext() if mesh is None else parallel.averaged_statistics(cohort, mesh)
+        with averaged, evaluating(cohort):
             evaluate(cohort)
-    write_predictions(folder, evaluate.predictions(cohort, weights))
+    predictions = evaluate.predictions(cohort, weights)
+    if mesh is None or mesh.lead:
+        write_predictions(folder, predictions)
     evaluate.rows = None  # another cohort's may follow
+
+
+def _add_columns(counts: Counts, steps: int, mesh: Mesh) -> None:
+    """Gives the counts of one column's batches those of the others, in the order of the set."""
+    rows, columns = counts.K + 1, slice(mesh.column, None, mesh.data)
+    sums = torch.zeros(steps, rows, COLUMNS, dtype=torch.float64, device=counts.device)
+    if counts.sums:
+        sums[columns] = torch.stack(counts.sums)
+    seen = torch.tensor([counts.rows], device=counts.device)
+    for tensor in (sums, seen):  # all others gave zeros for what one gives
+        dist.all_reduce(tensor, group=mesh.data_group)
+    counts.sums, counts.rows = list(sums), int(seen)
+
+
+def _all_rows(own: Rows, places: Tensor, mesh: Mesh) -> Rows:
+    """The rows of all columns in the order of the set. places: (N,) of the own ones."""
+    count = torch.tensor([len(places)], device=own.label.device)
+    dist.all_reduce(count, group=mesh.data_group)
+    found = []
+    for tensor in own:
+        rows = tensor.new_zeros(*tensor.shape[:-1], int(count))
+        rows[..., places.to(rows.device)] = tensor
+        dist.all_reduce(rows, group=mesh.data_group)
+        found.append(rows)
+    return Rows(*found)
+
+
+def _columns(tensor: Tensor, mesh: Mesh) -> Tensor:
+    """The tensors of all columns, of one shape, one after the other."""
+    found = [torch.empty_like(tensor) for _ in range(mesh.data)]
+    dist.all_gather(found, tensor, group=mesh.data_group)
+    return torch.cat(found)
 
 
 def _below_common(paths: Sequence[str], places: np.ndarray) -> tuple[str, ...]:

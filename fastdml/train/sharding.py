@@ -9,7 +9,9 @@ training goes on, by a sum over the labels.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+import inspect
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -20,6 +22,7 @@ from fastdml.train.own_batches import ArrayBatches
 
 if TYPE_CHECKING:
     from fastdml.parallel import Mesh
+    from fastdml.train.batches import Batches
 
 FACTOR = 6364136223846793005  # odd, so that multiplying by it loses nothing modulo 2**64
 
@@ -70,37 +73,108 @@ def sharding_sampler(source: Any) -> Any:
     return None
 
 
-class SeenLabels:
-    """A sum over the labels of all batches, in their order, that the rows of a column must have in
-    common. Of batches that are functions of the seed and the step, which fastdml makes, and without
-    a second row there is none, and nothing is done."""
+class LabelSum:
+    """A sum over the labels of batches that knows their order; never waits for their device."""
 
-    def __init__(self, mesh: Mesh | None, train: Any) -> None:
-        self.mesh = mesh
+    def __init__(self) -> None:
         self.total: Tensor | None = None  # () int64, modulo 2**64
-        self.needed = mesh is not None and mesh.peer > 1 and not _by_seed(train)
 
     def add(self, labels: Tensor) -> None:
-        """Labels (N, ...) of a batch; does not wait for their device."""
-        if not self.needed:
-            return
+        """Labels (N, ...) of the next batch."""
         flat = labels.detach().flatten().to(torch.int64)
         places = torch.arange(1, len(flat) + 1, device=flat.device)
         batch = (flat * (2 * places + 1) + places).sum()
         self.total = batch if self.total is None else self.total * FACTOR + batch
 
+    def value(self) -> int:
+        return 0 if self.total is None else int(self.total)
+
+
+class SeenLabels:
+    """The labels of all batches of a training, of which the rows of a column must have seen the
+    same. Of batches that are functions of the seed and the step, which fastdml makes, and without a
+    second row nothing is done."""
+
+    def __init__(self, mesh: Mesh | None, train: Any) -> None:
+        self.mesh, self.seen = mesh, LabelSum()
+        self.needed = mesh is not None and mesh.peer > 1 and not _by_seed(train)
+
+    def add(self, labels: Tensor) -> None:
+        """Labels (N, ...) of the next batch."""
+        if self.needed:
+            self.seen.add(labels)
+
     def check(self) -> None:
         """Refuses rows of one column that saw other batches; all ranks call it."""
         if not self.needed or self.mesh is None:
             return
-        mesh = self.mesh
-        found = mesh.gather(0 if self.total is None else int(self.total))
-        for column in range(mesh.data):
-            if len({*found[column :: mesh.data]}) > 1:
+        found, columns = self.mesh.gather(self.seen.value()), self.mesh.data
+        for column in range(columns):
+            if len({*found[column::columns]}) > 1:
                 raise InputError(
                     f"the rows of column {column} of the mesh have trained on other batches than "
                     "each other: a DataLoader must shuffle by the same generator on all of them, "
                     "and a sampler cut by mesh.data and mesh.column, not by the number of ranks"
+                )
+
+
+class Turn(NamedTuple):
+    """A batch that a column evaluates."""
+
+    start: int  # the number of rows in the batches before
+    images: Tensor
+    labels: Tensor
+    counts: bool  # whether it is a batch of the column's own
+
+
+class Dealt:
+    """The batches of `test` that a column of the mesh evaluates: whole ones, in turn, so that each
+    is evaluated as in one process. Columns with one fewer than others get one more, which does not
+    count: where a peer is cut over columns, all must call it equally often.
+
+    Batches whose `epoch` takes `every`, as fastdml's own do, are read where they are needed; of
+    others each rank reads all, and `check` compares their labels."""
+
+    def __init__(self, test: Batches, mesh: Mesh | None) -> None:
+        self.test, self.mesh = test, mesh
+        self.column, self.columns = (mesh.column, mesh.data) if mesh else (0, 1)
+        self.seen = LabelSum()
+        self.steps = 0  # of an epoch; known after one
+        self.compared = mesh is not None and not _by_seed(test)
+
+    def __iter__(self) -> Iterator[Turn]:
+        skips = "every" in inspect.signature(self.test.epoch).parameters
+        return self._read_own() if self.columns > 1 and skips else self._read_all()
+
+    def _read_own(self) -> Iterator[Turn]:
+        test, self.steps = self.test, len(self.test)
+        steps = range(self.column, self.steps, self.columns)
+        batches = test.epoch(0, self.column, self.columns)  # type: ignore[call-arg]
+        for step, (images, labels) in zip(steps, batches, strict=True):
+            yield Turn(step * test.batch_size, images, labels, True)
+        if len(steps) < -(-self.steps // self.columns):
+            yield Turn(0, *next(iter(test.epoch(0))), False)
+
+    def _read_all(self) -> Iterator[Turn]:
+        self.seen, self.steps, start = LabelSum(), 0, 0
+        for step, (images, labels) in enumerate(self.test.epoch(0)):
+            self.steps = step + 1
+            if self.compared:
+                self.seen.add(labels)
+            if step % self.columns == self.column:
+                yield Turn(start, images, labels, True)
+            start += len(labels)
+        if 0 < self.steps % self.columns <= self.column:
+            yield Turn(0, images, labels, False)
+
+    def check(self) -> None:
+        """Refuses batches that ranks read in another order; all ranks call it after an epoch."""
+        if self.compared and self.mesh is not None:
+            found = self.mesh.gather(self.seen.value())
+            if len({*found}) > 1:
+                raise InputError(
+                    "the batches to score on differ between the ranks: give a DataLoader that does "
+                    "not shuffle or shard, or the data set or the arrays themselves"
                 )
 
 

@@ -274,10 +274,10 @@ def scores_of(cuda: Device, keep: bool = False) -> Classification:
     """keep: also each row's predictions, and the images of most interest."""
     scores, pictures = Classification(2, C, CUDA, keep=keep), Pictures(3)
     with cuda.watched():
-        for _ in range(2):
+        for step in range(2):
             scores.update([torch.empty(N, C, device=CUDA) for _ in range(2)], cuda.labels(N))
             if keep:
-                pictures.add(cuda.images(N, 3, SIDE, SIDE), scores.kept[-1])
+                pictures.add(cuda.images(N, 3, SIDE, SIDE), scores.kept[-1], step * N)
     return scores
 
 

@@ -150,8 +150,8 @@ class Batching:
         share = part(0, self.batch_size, self.rank, self.world, self._together)
         return share.stop - share.start
 
-    def epoch(self, epoch: int, start: int = 0) -> Iterator[tuple[Tensor, Tensor]]:
-        """The batches of an epoch from step `start` on."""
+    def epoch(self, epoch: int, start: int = 0, every: int = 1) -> Iterator[tuple[Tensor, Tensor]]:
+        """The batches of an epoch from step `start` on, or of these each `every`-th."""
         raise NotImplementedError
 
     def batch(self, epoch: int, step: int) -> tuple[Tensor, Tensor]:

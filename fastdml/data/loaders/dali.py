@@ -193,9 +193,9 @@ class DALILoader(Batching):
         self._ahead = None
         return images
 
-    def epoch(self, epoch: int, start: int = 0) -> Iterator[tuple[Tensor, Tensor]]:
-        """The batches of an epoch from step `start` on."""
-        for step in range(start, len(self)):
+    def epoch(self, epoch: int, start: int = 0, every: int = 1) -> Iterator[tuple[Tensor, Tensor]]:
+        """The batches of an epoch from step `start` on, or of these each `every`-th."""
+        for step in range(start, len(self), every):
             try:
                 if self._pipe is None:
                     self._pipe = self._build()
@@ -204,9 +204,9 @@ class DALILoader(Batching):
                         self._take()
                     self._feed(epoch, step)
                 images = self._take()
-                if step + 1 < len(self):
+                if step + every < len(self):
                     with contextlib.suppress(BadImage):  # raised again when that batch is asked for
-                        self._feed(epoch, step + 1)
+                        self._feed(epoch, step + every)
             except RuntimeError as error:
                 at = self._ahead or (epoch, step)
                 self._pipe, self._ahead = None, None  # it is of no further use

@@ -115,9 +115,9 @@ class ResidentLoader(Batching):
         )  # fmt: skip
         return (images if self.channels_last else images.contiguous()), labels
 
-    def epoch(self, epoch: int, start: int = 0) -> Iterator[tuple[Tensor, Tensor]]:
-        """The batches of an epoch from step `start` on."""
-        for step in range(start, len(self)):
+    def epoch(self, epoch: int, start: int = 0, every: int = 1) -> Iterator[tuple[Tensor, Tensor]]:
+        """The batches of an epoch from step `start` on, or of these each `every`-th."""
+        for step in range(start, len(self), every):
             yield self.batch(epoch, step)
 
 

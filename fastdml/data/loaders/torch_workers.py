@@ -243,8 +243,8 @@ class TorchLoader(Batching):
         policy = self.policy if self.train else None
         self._images = _Images(source, self.augment, self.stored, policy)
 
-    def epoch(self, epoch: int, start: int = 0) -> Iterator[tuple[Tensor, Tensor]]:
-        """The batches of an epoch from step `start` on."""
+    def epoch(self, epoch: int, start: int = 0, every: int = 1) -> Iterator[tuple[Tensor, Tensor]]:
+        """The batches of an epoch from step `start` on, or of these each `every`-th."""
         rows = torch.stack(self.choices(epoch), 1).tolist()
         order = self.order(epoch)
         samples = order.sample.tolist()
@@ -252,7 +252,8 @@ class TorchLoader(Batching):
         if self._images.policy:
             seeds = policies.seeds(self.seed, epoch, order.sample, order.repetition).tolist()
         drawn = list(map(_Item, samples, map(tuple, rows), seeds))
-        parts = [self.part(epoch, step) for step in range(start, len(self))]
+        steps = range(start, len(self), every)
+        parts = [self.part(epoch, step) for step in steps]
         asked = [drawn[part] for part in parts]
         loader: Any = DataLoader(
             self._images,
@@ -263,7 +264,7 @@ class TorchLoader(Batching):
             generator=torch.Generator(),  # or it would draw from the one that peers draw from
             pin_memory=self.device.type == "cuda",
         )
-        for step, images in enumerate(_started(loader), start):
+        for step, images in zip(steps, _started(loader), strict=True):
             if isinstance(images, str):
                 raise InputError(images)
             yield self._finished(epoch, step, images.to(self.device, non_blocking=True))

@@ -277,9 +277,10 @@ def prepare(
 ) -> Prepared:
     """The peers, training batches and evaluation of a run. rank, world: as of `Task.prepare`."""
     split, validation = market.train, None
+    share: dict[str, Any] = {"rank": rank, "world": world}
     if config.validation:
         split, held_out = hold_out_identities(split, config.validation, config.seed)
-        validation = Retrieval(held_out, config, device)
+        validation = Retrieval(held_out, config, device, **share)
     if config.subset:
         split = split.subset(config.subset, config.seed)
     options: dict[str, Any] = {
@@ -312,9 +313,8 @@ def prepare(
         seed=config.seed,
         sampler=sampler,
         policy=config.policy,
-        rank=rank,
-        world=world,
         device=device,
+        **share,
         **options,
     )
-    return Prepared(cohort, train, Retrieval(market, config, device), validation)
+    return Prepared(cohort, train, Retrieval(market, config, device, **share), validation)

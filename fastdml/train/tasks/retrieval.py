@@ -2,25 +2,29 @@
 
 Evaluation reads every query and gallery image once through all peers, twice with the flip test, and
 keeps K features of each on the device, (N, D_k) float32: 160 MB a peer of 2048 for Market-1501.
-Images stay decoded between evaluations where they fit. In a run under `torch.distributed` each
-process extracts its share and all get all.
+Images stay decoded between evaluations where they fit.
+
+On a mesh the columns share the images, peers embed them where they are, all ranks get all features,
+and the ranks share the scoring of peers and ensemble. Under `torch.distributed` without a mesh each
+process embeds its share of the images and all get all. Images are shared in whole batches, so that
+features are to the bit those of one process.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from fastdml import metrics
-from fastdml.cohort import Cohort
+from fastdml import metrics, parallel
+from fastdml.cohort import Cohort, check_embeds
 from fastdml.data import ImageFolderReID, ReidSplit, choose_loader, make_loader
 from fastdml.data.loaders.dali import checked
 from fastdml.data.reid_validation import HeldOut
@@ -34,6 +38,9 @@ from fastdml.names import unique
 from fastdml.report.tables import fixed_columns
 from fastdml.train.config.reid import ReidConfig
 from fastdml.units import percent
+
+if TYPE_CHECKING:
+    from fastdml.parallel import Mesh
 
 EVALUATION_BATCH = 128  # images
 RANKS = (1, 5, 10, 20)
@@ -92,7 +99,8 @@ class RetrievalScores:
 
 class Features:
     """The features of a set's images, by any cohort; the images are read and decoded once where
-    they fit into memory."""
+    they fit into memory. rank, world: of the processes that share them, on a mesh its columns; by
+    default those of `torch.distributed`."""
 
     def __init__(
         self,
@@ -103,40 +111,87 @@ class Features:
         loader: str = "auto",
         bad_files: str = "error",
         batch_size: int = EVALUATION_BATCH,
+        rank: int | None = None,
+        world: int | None = None,
     ) -> None:
         kind = choose_loader(loader, source, device, train=False, size=size)
         if kind == "dali":
             source = checked(source, bad_files)
         self.source, self.device = source, device
-        self.n, self.world = len(source), _world()
-        own = source
-        if self.world > 1:  # as many images for each process, so that they gather without padding
-            share = -(-self.n // self.world)
-            places = (dist.get_rank() * share + torch.arange(share)) % self.n
-            own = source.at(places)
-        self.loader = make_loader(kind, own, batch_size, device=device, train=False, size=size)
+        self.rank, self.world = (rank, world) if rank is not None and world else _processes()
+        # of each process, then batches that some repeat, so that all embed as many
+        turns = [dealt(len(source), batch_size, r, self.world) for r in range(self.world)]
+        self.places = [torch.cat(own) for own, _ in turns]
+        own, again = turns[self.rank]
+        shown = source if self.world == 1 else source.at(torch.cat([*own, *again]))
+        self.loader = make_loader(kind, shown, batch_size, device=device, train=False, size=size)
 
     def __call__(self, cohort: Cohort, amp: Amp, flip_test: bool = True) -> list[Tensor]:
         """K of (N, D_k) float32, each row of unit length, on the device; the cohort must be in
-        evaluation mode."""
-        found: list[list[Tensor]] = [[] for _ in cohort.peers]
+        evaluation mode. Processes that share the images call it together."""
+        mesh = cohort.mesh
+        if mesh is not None and (mesh.column, mesh.data) != (self.rank, self.world):
+            raise InputError(
+                f"features of the share {self.rank} of {self.world}, in column {mesh.column} of "
+                f"{mesh.data}: make them with rank=mesh.column, world=mesh.data"
+            )
+        local = range(len(cohort)) if mesh is None else mesh.local
+        found: dict[int, list[Tensor]] = {k: [] for k in local}
         with torch.inference_mode():
             for images, _ in self.loader.epoch(0):
                 with amp.autocast():
-                    features = [f.float() for f in cohort.embed(images)]
+                    features = [f.float() for f in _embedded(cohort, images, local)]
                     if flip_test:  # the sum has the direction of the mean
-                        mirrored = cohort.embed(images.flip(3))
+                        mirrored = _embedded(cohort, images.flip(3), local)
                         features = [f + m for f, m in zip(features, mirrored, strict=True)]
-                for k, f in enumerate(features):
+                for k, f in zip(local, features, strict=True):
                     found[k].append(metrics.normalize_features(f))
-            return [self._gathered(torch.cat(parts)) for parts in found]
+            whole = {
+                k: self._gathered(torch.cat(parts), None if mesh is None else mesh.data_group)
+                for k, parts in found.items()
+            }
+            return [*(whole.values() if mesh is None else _of_all_peers(whole, mesh))]
 
-    def _gathered(self, own: Tensor) -> Tensor:
+    def _gathered(self, own: Tensor, group: Any) -> Tensor:
         if self.world == 1:
             return own
-        shares = [torch.empty_like(own) for _ in range(self.world)]
-        dist.all_gather(shares, own.contiguous())
-        return torch.cat(shares)[: self.n]
+        most = max(map(len, self.places))
+        share = own.new_zeros(most, own.shape[1])
+        count = len(self.places[self.rank])
+        share[:count] = own[:count]
+        shares = [torch.empty_like(share) for _ in range(self.world)]
+        dist.all_gather(shares, share, group=group)
+        found = own.new_empty(len(self.source), own.shape[1])
+        for places, rows in zip(self.places, shares, strict=True):
+            found[places.to(found.device)] = rows[: len(places)]
+        return found
+
+
+def dealt(n: int, batch_size: int, rank: int, world: int) -> tuple[list[Tensor], list[Tensor]]:
+    """The places of each batch of `n` images that is one process's of `world`, which take turns;
+    and of one more for a process that would have one fewer than others."""
+    batches = [*torch.arange(n).split(batch_size)]
+    own = batches[rank::world]
+    again = batches[:1] if len(own) < -(-len(batches) // world) else []
+    return [torch.arange(0), *own], again
+
+
+def _embedded(cohort: Cohort, images: Tensor, local: Sequence[int]) -> list[Tensor]:
+    """The features of the local peers."""
+    peers: list[Any] = [cohort.peers[k] for k in local]
+    for k, peer in zip(local, peers, strict=True):
+        check_embeds(cohort.names[k], peer)
+    return [peer.embed(images) for peer in peers]
+
+
+def _of_all_peers(own: Mapping[int, Tensor], mesh: Mesh) -> tuple[Tensor, ...]:
+    """The features of all peers from those of the local ones."""
+    shapes = {int(k): shape for each in mesh.gather(_shapes(own)) for k, shape in each.items()}
+    return parallel.exchanged(mesh, own, shapes)
+
+
+def _shapes(features: Mapping[int, Tensor]) -> dict[str, list[int]]:
+    return {str(k): [*f.shape] for k, f in features.items()}
 
 
 def extract_features(
@@ -153,28 +208,39 @@ def extract_features(
     re-identification head, on its device, make of a set's images at `size` (height, width).
 
     With the flip test an image and its mirror image are averaged. Under an initialised
-    `torch.distributed` each process extracts a share, and all get all. Raises InputError where a
+    `torch.distributed` each process extracts a share, and all get all; of a cohort on a mesh each
+    column does. Raises InputError where a
     peer has no such head, an image cannot be decoded, or the device lacks the precision.
     """
     device = next(cohort.parameters()).device
+    share = {} if cohort.mesh is None else _column(cohort.mesh)
     with evaluating(cohort), held():  # the loader's line on where it keeps images is not shown
-        features = Features(source, size, device, loader=loader, batch_size=batch_size)
+        features = Features(source, size, device, loader=loader, batch_size=batch_size, **share)
         return features(cohort, resolve_amp(amp, device), flip_test)
 
 
 class Retrieval:
     """The evaluation of a run on its query and gallery images. Called, it gives the scores that
-    training is judged by: single query, without re-ranking."""
+    training is judged by: single query, without re-ranking. rank, world: as of `Features`. Of a
+    cohort on a mesh all ranks call it together, and get the same."""
 
     def __init__(
-        self, market: ImageFolderReID | HeldOut, config: ReidConfig, device: torch.device
+        self,
+        market: ImageFolderReID | HeldOut,
+        config: ReidConfig,
+        device: torch.device,
+        *,
+        rank: int | None = None,
+        world: int | None = None,
     ) -> None:
         self.market, self.config = market, config
+        self.share: dict[str, Any] = {"rank": rank, "world": world}
         self.amp = resolve_amp(config.amp, device)
         self.query, self.gallery = self._features(market.query), self._features(market.gallery)
 
     def __call__(self, cohort: Cohort) -> RetrievalScores:
-        return self._scores(self._read(self.query, cohort), self._read(self.gallery, cohort))
+        query, gallery = self._read(self.query, cohort), self._read(self.gallery, cohort)
+        return self._scores(query, gallery, cohort.mesh)
 
     def all_scores(
         self, cohort: Cohort, rerank: bool = True, *, expansion: int = 0, ties: str = "worst"
@@ -196,7 +262,8 @@ class Retrieval:
         for kind, asked in (("single", query), ("multi", self._several(query, cohort))):
             for suffix, n in expansions.items():
                 for ending, again in rerankings.items():
-                    found = self._scores(asked, gallery, again, n, ties) if asked else None
+                    how: dict[str, Any] = {"rerank": again, "expansion": n, "ties": ties}
+                    found = self._scores(asked, gallery, cohort.mesh, **how) if asked else None
                     scores[f"{kind}{suffix}{ending}"] = found
         return scores, query, gallery
 
@@ -245,6 +312,7 @@ class Retrieval:
             self.amp.device,
             loader=config.loader,
             bad_files=config.bad_files,
+            **self.share,
         )
 
     def _read(self, features: Features, cohort: Cohort) -> list[Tensor]:
@@ -269,16 +337,26 @@ class Retrieval:
         self,
         query: Sequence[Tensor],
         gallery: Sequence[Tensor],
+        mesh: Mesh | None,
+        *,
         rerank: bool = False,
         expansion: int = 0,
         ties: str = "worst",
     ) -> RetrievalScores:
-        score = partial(self._score, rerank=rerank, expansion=expansion, ties=ties)
-        peers = [score(q, g) for q, g in zip(query, gallery, strict=True)]
-        if len(peers) == 1:
-            return RetrievalScores.of(peers, peers[0])
-        together = metrics.ensemble_features(query), metrics.ensemble_features(gallery)
-        return RetrievalScores.of(peers, score(*together))
+        """From the features of all peers. On a mesh the ranks take turns with the peers."""
+        described = list(zip(query, gallery, strict=True))
+        K = len(described)
+        rank, world = (0, 1) if mesh is None else (mesh.rank, mesh.world)
+        found = {}
+        for k in range(rank, K + (K > 1), world):
+            if k < K:
+                asked, among = described[k]
+            else:
+                asked, among = map(metrics.ensemble_features, (query, gallery))
+            found[k] = self._score(asked, among, rerank, expansion, ties)
+        if mesh is not None:
+            found = _of_all_ranks(found, mesh)
+        return RetrievalScores.of([found[k] for k in range(K)], found[K if K > 1 else 0])
 
     def _score(
         self, query: Tensor, gallery: Tensor, rerank: bool, expansion: int, ties: str
@@ -298,6 +376,19 @@ class Retrieval:
             ties=ties,
             fprs=tuple(FPRS.values()),
         )
+
+
+def _of_all_ranks(own: Mapping[int, ReIDScores], mesh: Mesh) -> dict[int, ReIDScores]:
+    """The scores that each rank has, by peer, on all of them."""
+    plain = {
+        str(k): {**dataclasses.asdict(scores), "tpr": [*scores.tpr.items()]}
+        for k, scores in own.items()
+    }
+    return {
+        int(k): ReIDScores(**{**values, "tpr": dict(values["tpr"])})
+        for each in mesh.gather(plain)
+        for k, values in each.items()
+    }
 
 
 def _check_finite(names: Sequence[str], query: list[Tensor], gallery: list[Tensor]) -> None:
@@ -330,6 +421,12 @@ def table(
     return f"{fixed_columns(rows)}\n{note}{remark}"
 
 
-def _world() -> int:
-    """The number of processes that share the extraction."""
-    return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
+def _processes() -> tuple[int, int]:
+    """The number of this process among those of `torch.distributed`, and how many there are."""
+    if dist.is_available() and dist.is_initialized():
+        return dist.get_rank(), dist.get_world_size()
+    return 0, 1
+
+
+def _column(mesh: Mesh) -> dict[str, Any]:
+    return {"rank": mesh.column, "world": mesh.data}
