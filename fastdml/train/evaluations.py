@@ -8,16 +8,22 @@ images do both, and the best scores are flattered by it.
 from __future__ import annotations
 
 import dataclasses
+import json
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
+from pathlib import Path
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+import torch
+
+from fastdml import cohort_files, parallel
 from fastdml.cohort import Cohort
 from fastdml.data.loaders.batching import Batching
 from fastdml.engine.amp import Amp
 from fastdml.errors import InputError
 from fastdml.eval_mode import evaluating
+from fastdml.parallel import shards
 from fastdml.report.metrics_log import read_metrics
 from fastdml.train import checks
 from fastdml.train.batches import Batches, as_batches
@@ -120,17 +126,65 @@ def concluding() -> Iterator[None]:
 def _last_and_best(trainer: Trainer, evaluate: Evaluate) -> dict[str, Any]:
     """The test scores of the last weights and, scored last, of the best ones."""
     cohort, progress = trainer.cohort, trainer.progress
-    with evaluating(cohort):
-        with trainer.ema.applied() if trainer.ema else nullcontext():
-            last = evaluate(cohort)
-        if progress.best_epoch == progress.trained:
-            return {"last": last, "best": last}
-        trained = {key: value.clone() for key, value in cohort.state_dict().items()}
-        try:
-            Cohort.load(trainer.folder / BEST, trainer.device, peers=list(cohort.peers))
-            return {"last": last, "best": evaluate(cohort)}
-        finally:
-            cohort.load_state_dict(trained)
+    with scoring_weights(trainer):
+        last = scored(evaluate, cohort)
+    if progress.best_epoch == progress.trained:
+        return {"last": last, "best": last}
+    trained = {key: value.clone() for key, value in cohort.state_dict().items()}
+    try:
+        _load(cohort, trainer.folder / BEST, trainer.device)
+        with evaluating(cohort):
+            return {"last": last, "best": scored(evaluate, cohort)}
+    finally:
+        cohort.load_state_dict(trained)
+
+
+@contextmanager
+def scoring_weights(trainer: Trainer) -> Iterator[None]:
+    """Inside, the cohort has the weights that are scored, and saved where they are the best: the
+    averages of `ema`, and on a mesh the running statistics of all columns. It is in evaluation
+    mode."""
+    cohort, mesh = trainer.cohort, trainer.cohort.mesh
+    with (
+        trainer.ema.applied() if trainer.ema else nullcontext(),
+        nullcontext() if mesh is None else parallel.averaged_statistics(cohort, mesh),
+        evaluating(cohort),
+    ):
+        yield
+
+
+def scored(evaluate: Evaluate, cohort: Cohort) -> Any:
+    """The cohort's scores. On a mesh all ranks call it and get the same; a function of the user's
+    reads all its data on each of them, and gets the logits of all peers."""
+    mesh = cohort.mesh
+    if mesh is None or getattr(evaluate, "shares_ranks", False):
+        return evaluate(cohort)
+    with parallel.answering(cohort):
+        scores = evaluate(cohort)
+    texts = mesh.gather(json.dumps(dataclasses.asdict(scores), default=str, sort_keys=True))
+    for rank, text in enumerate(texts):
+        if text != texts[0]:
+            raise InputError(
+                f"the function that scores the cohort says something else on rank {rank} than on "
+                "rank 0: it must read the same data in the same order and draw nothing, or give "
+                "batches in its place"
+            )
+    return scores
+
+
+def _load(cohort: Cohort, folder: Path, device: torch.device) -> None:
+    """Weights that were saved into the cohort, on a mesh into the peers that are here."""
+    if cohort.mesh is None:
+        Cohort.load(folder, device, peers=list(cohort.peers))
+        return
+    entries = cohort_files.read_description(folder / "cohort.json")["peers"]
+    for k in cohort.mesh.local:
+        peer, name = cohort.peers[k], cohort.names[k]
+        weights, path = cohort_files.read_peer(folder, k, entries[k])
+        if shards.is_sharded(peer):
+            shards.load_weights(peer, weights.items())
+        else:
+            cohort_files.load_peer(peer, name, weights, path)
 
 
 def keep_predictions(trainer: Trainer) -> None:

@@ -47,6 +47,8 @@ class Scorer:
     process. What is kept stays on the ranks until `predictions` puts it together.
     """
 
+    shares_ranks = True  # knows what to do on a mesh
+
     def __init__(self, test: Batches, amp: Amp, *, keep: bool = True) -> None:
         self.test, self.amp, self.keep = test, amp, keep
         self.rows: Rows | None = None  # of this rank's batches

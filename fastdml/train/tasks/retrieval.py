@@ -224,6 +224,8 @@ class Retrieval:
     training is judged by: single query, without re-ranking. rank, world: as of `Features`. Of a
     cohort on a mesh all ranks call it together, and get the same."""
 
+    shares_ranks = True  # knows what to do on a mesh
+
     def __init__(
         self,
         market: ImageFolderReID | HeldOut,
