@@ -149,12 +149,13 @@ def cohort_of(case: Case) -> Cohort:
     peers = [
         p if isinstance(p, str) else Sleeper(*p, case.classes, k) for k, p in enumerate(case.peers)
     ]
-    return Cohort(peers, case.classes)
+    return Cohort(peers, case.classes).to(memory_format=torch.channels_last)
 
 
 def images_of(case: Case, rows: int) -> tuple[Tensor, Tensor]:
     side = 32 if isinstance(case.peers[0], str) else 1
-    return torch.randn(rows, 3, side, side), torch.arange(rows) % case.classes
+    images = torch.randn(rows, 3, side, side).contiguous(memory_format=torch.channels_last)
+    return images, torch.arange(rows) % case.classes
 
 
 # --- what the model is given ---
@@ -327,7 +328,7 @@ def _row(case: Case, peers: list[PeerCost], loss: Line, found: dict[str, Any]) -
 
 def table(rows: list[dict[str, Any]], where: str, commit: str) -> str:
     head = (
-        f"{'':<46}{'mesh':<16}{'one device':>11}{'predicted':>10}{'measured':>10}{'ratio':>7}"
+        f"{'':<49}{'mesh':<16}{'one device':>11}{'predicted':>10}{'measured':>10}{'ratio':>7}"
         f"{'wire MB':>9}{'counted':>9}"
     )
     lines = [
@@ -338,7 +339,7 @@ def table(rows: list[dict[str, Any]], where: str, commit: str) -> str:
     ]
     for row in rows:
         lines.append(
-            f"{row['name']:<46}{row['mesh']:<16}{1e3 * row['one_device']:>11.1f}"
+            f"{row['name']:<49}{row['mesh']:<16}{1e3 * row['one_device']:>11.1f}"
             f"{1e3 * row['predicted']:>10.1f}{1e3 * row['measured']:>10.1f}"
             f"{row['measured'] / row['predicted']:>7.2f}{row['wire_predicted'] / 1e6:>9.2f}"
             f"{row['wire_counted'] / 1e6:>9.2f}"

@@ -111,7 +111,7 @@ class Memory:
     """What one device holds at the end of the forward passes, in bytes."""
 
     weights: float
-    gradients: float  # and, with more than one column, DistributedDataParallel's copy of them
+    gradients: float  # in DistributedDataParallel's buckets, where there are columns
     optimizer: float
     activations: float
     logits: float  # of all peers, and the gradients of its own
@@ -349,13 +349,12 @@ def _memory_of_row(row: int, peers: Sequence[PeerCost], layout: Layout, batch: B
     images = -(-batch.share(D) // batch.parts)
     cut = D if layout.fsdp else 1
     weights, gradients = sum(p.weights for p in own), sum(p.gradients for p in own)
-    copies = 2 if D > 1 and not layout.fsdp else 1
     whole = 0
     if layout.fsdp and D > 1:  # of the unit that computes and the one gathered behind it
         for p in own:
             unit = max(p.units or (p.weights,))
             whole = max(whole, min(2 * unit, p.weights) + min(unit, p.gradients))
-    held = copies * gradients / cut
+    held = gradients / cut
     if cut > 1 and batch.parts > 1:
         held += gradients  # which the parts add up whole
     logits = exchange_bytes(images, batch.classes, batch.itemsize)
