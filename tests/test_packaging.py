@@ -137,6 +137,7 @@ def test_the_source_distribution_can_be_built_and_read(tmp_path):
     assert not [name for name in names if name.endswith(".so")]
 
 
+@pytest.mark.slow
 def test_an_editable_install_finds_both_import_names(tmp_path):
     wheel = zipfile.ZipFile(build("build_editable", tmp_path))
     finders = "".join(

@@ -106,6 +106,7 @@ def test_what_hangs_crashes_or_breaks_the_device_costs_itself_alone(folder, what
     assert f"FAILED {name}::test_hangs\nE   " in gpu_summary.text(found)
 
 
+@pytest.mark.slow
 def test_what_passed_is_not_run_again_however_often_a_run_goes_on(folder):
     stored = folder / "out" / "results.jsonl"
     rest = ["bench/bench_faulty.py", "-k"]

@@ -136,6 +136,7 @@ def test_every_benchmark_runs_in_its_smallest_form(tmp_path):
     assert not [test for test in found.collected if re.search(gpu_order.LEFT_OUT, test)]
 
 
+@pytest.mark.slow
 def test_where_the_time_is_over_nothing_starts_and_the_rest_is_named(tmp_path):
     call = [sys.executable, "-m", "pytest", "-q", "-p", "bench.gpu_plugin", "--dry-run"]
     call += ["--stored", str(tmp_path / "stored.jsonl"), "--until", "1", "--device", "cuda"]

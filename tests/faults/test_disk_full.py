@@ -11,14 +11,16 @@ from recovery import Recovery, outcome, said_why
 
 pytest.importorskip("sklearn", reason="the digits come with scikit-learn, which is absent")
 
-STAGES = (  # the file under way, and which of the times that it is opened
+SOME = (  # the file under way, and which of the times that it is opened
     ("config.yaml", 0),
-    ("initial.ckpt", 0),
     ("last.ckpt", 3),
+    ("summary.json", 0),
+)
+OTHERS = (
+    ("initial.ckpt", 0),
     ("best/peers/01-resnet8-2.safetensors", 0),
     ("independent/last.ckpt", 2),
     ("curves.png", 0),
-    ("summary.json", 0),
 )
 
 
@@ -47,14 +49,15 @@ def fill(ballast, left):
     os.truncate(ballast, ballast.stat().st_size - left)
 
 
-def test_the_disk_fills_up_at_each_stage(breakable, disk, tmp_path):
+@pytest.mark.parametrize("stages", [SOME, pytest.param(OTHERS, marks=pytest.mark.slow)])
+def test_the_disk_fills_up_at_each_stage(breakable, disk, tmp_path, stages):
     """A run is killed where it begins to write a file, finds no room for it, and then some."""
     whole = Recovery(breakable, disk / "run")
     ended = whole.at_event("count", -1)
     assert ended.code == 0, ended.output
     expected, events = outcome(whole.folder), whole.events()
     stopped = []
-    for turn, (name, time) in enumerate(STAGES):
+    for turn, (name, time) in enumerate(stages):
         place, _, file = name.rpartition("/")
         opened = f"open {'/' + place if place else ''}/.{file}.partial"
         number = [at for at, what in enumerate(events) if what == opened][time]
@@ -70,5 +73,5 @@ def test_the_disk_fills_up_at_each_stage(breakable, disk, tmp_path):
         assert run.differences(expected) == [], (name, ended)
         for path in disk.iterdir():
             subprocess.run(["rm", "-r", str(path)], check=True)
-    for name, line in zip(STAGES, stopped, strict=True):
+    for name, line in zip(stages, stopped, strict=True):
         assert str(disk) in line, name

@@ -22,23 +22,28 @@ def whole(breakable, tmp_path_factory):
     return outcome(run.folder), run.events()
 
 
-def test_killed_at_any_time(warm, tmp_path):
+SAMPLES = [5, pytest.param(20, marks=pytest.mark.slow)]
+
+
+@pytest.mark.parametrize("times", [10, pytest.param(40, marks=pytest.mark.slow)])
+def test_killed_at_any_time(warm, tmp_path, times):
     drawn = Recovery(warm, tmp_path / "drawn")
     ended = drawn.go()
     assert ended.code == 0, ended.output
     expected = outcome(drawn.folder)
-    assert [*random_kills(warm, tmp_path, expected, ended.seconds, Random(0), 20)] == []
+    assert [*random_kills(warm, tmp_path, expected, ended.seconds, Random(0), times)] == []
 
 
+@pytest.mark.parametrize("samples", SAMPLES)
 @pytest.mark.parametrize("mode", ["kill", "power", "full"])
-def test_broken_at_file_events(breakable, whole, tmp_path, mode):
+def test_broken_at_file_events(breakable, whole, tmp_path, mode, samples):
     """Killed, also within a write; by a machine that dies with what is not synced; or told that the
     disk is full. Of each call on each file one, and of these a sample."""
     expected, events = whole
     for name in ("config.yaml", "initial.ckpt", "last.ckpt", "cohort.json", "summary.json"):
         assert f"rename /{name}" in events
     random = Random(mode)
-    numbers = random.sample(one_of_each(events, random), 10)
+    numbers = random.sample(one_of_each(events, random), samples)
     assert [*at_events(breakable, tmp_path, expected, mode, numbers, UNDRAWN)] == []
 
 

@@ -2,9 +2,10 @@
 name that is a tensor before a loop and a scalar within it, for example.
 
 A process without the interpreter takes each combination as far as Triton's own intermediate code,
-for NVIDIA and for AMD, in a fraction of a second; machine code is for `test_compile_targets`. The
-combinations are those of a covering array: any two values of any two settings meet, and any three
-of those settings that decide what a gradient is made of.
+for NVIDIA and for AMD (of any two options for one of them, in turn), in a fraction of a second;
+machine code is for `test_compile_targets`. The combinations are those of a covering array: any two
+values of any two settings meet, and any three of those settings that decide what a gradient is made
+of.
 """
 
 from __future__ import annotations
@@ -94,10 +95,10 @@ def augmented(stored, channels, pad, reflect, flip, erase, cutout, dtype, epoch,
     )
     return kernel, named, lambda nvidia: options
 
-for name, settings in json.loads(sys.argv[1]):
+for name, settings, archs in json.loads(sys.argv[1]):
     kernel, named, options = globals()[name](**settings)
     raised = {}
-    for arch in ("sm_90", "gfx942"):
+    for arch in archs:
         target = static_report.TARGETS[arch]
         try:
             static_report.compile_kernel(kernel, named, options(arch == "sm_90"), target)
@@ -161,13 +162,19 @@ def combinations_of_options(strength: int = 2) -> list[dict[str, Any]]:
 
 
 AT_ONCE = 150  # combinations in one process, whose command line holds them
+ARCHS = ("sm_90", "gfx942")
 
 
-def through_the_front_end(cases: list[dict[str, Any]], kind: str = "loss") -> list[str]:
-    """The kernels that the cases take, none of which may raise."""
+def through_the_front_end(
+    cases: list[dict[str, Any]], kind: str = "loss", *, in_turn: bool = False
+) -> list[str]:
+    """The kernels that the cases take, none of which may raise. in_turn: for one of the two
+    architectures each, which takes half of the time."""
     found = []
+    archs = [ARCHS[i % 2 : i % 2 + 1] if in_turn else ARCHS for i in range(len(cases))]
+    jobs = [(kind, case, own) for case, own in zip(cases, archs, strict=True)]
     for first in range(0, len(cases), AT_ONCE):
-        found += printed_by(CODE, [(kind, case) for case in cases[first : first + AT_ONCE]])
+        found += printed_by(CODE, jobs[first : first + AT_ONCE])
     assert len(found) == len(cases)
     raised = [(*each, case) for each, case in zip(found, cases, strict=True) if each[1]]
     kinds = [set(case.items()) for *_, case in raised]
@@ -180,7 +187,7 @@ def through_the_front_end(cases: list[dict[str, Any]], kind: str = "loss") -> li
 def passed() -> list[tuple[dict[str, Any], str]]:
     """Combinations of the loss's options, and the kernels that took them."""
     cases = combinations_of_options()
-    return list(zip(cases, through_the_front_end(cases), strict=True))
+    return list(zip(cases, through_the_front_end(cases, in_turn=True), strict=True))
 
 
 def test_any_two_options_combine(passed):
@@ -222,7 +229,12 @@ def test_smoothing_with_gradients_that_hold_divergences_compiles():
     ("kind", "space"), [("scale", SCALE), ("count", COUNT), ("augmented", AUGMENTED)]
 )
 def test_any_two_options_of_the_other_kernels_combine(kind, space):
-    through_the_front_end(Covering(space).rows(), kind)
+    through_the_front_end(Covering(space).rows(), kind, in_turn=True)
+
+
+@pytest.mark.slow
+def test_any_two_options_combine_for_both_architectures():
+    through_the_front_end(combinations_of_options())
 
 
 @pytest.mark.slow
