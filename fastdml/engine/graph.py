@@ -136,6 +136,8 @@ class CudaCapture:
 class GraphStep:
     """`step(images, labels)`, or what `assemble` takes, as one graph of the step `inner`."""
 
+    warm_up = WARM_UP
+
     def __init__(self, inner: EagerStep, capture: type[CudaCapture] = CudaCapture) -> None:
         device = inner.amp.device
         make_capturable(inner.optimizer, device)
@@ -226,7 +228,7 @@ class GraphStep:
             with warnings.catch_warnings(), capture.warm_up():
                 for usual in ("This instance was constructed with capturable", SUPERVISED):
                     warnings.filterwarnings("ignore", usual)
-                for _ in range(WARM_UP - 1):
+                for _ in range(self.warm_up - 1):
                     self._run()
                 with capture.supervised():
                     self._run()

@@ -31,11 +31,12 @@ from fastdml.engine.execution import (
     executions,
     in_turn,
 )
-from fastdml.engine.mesh_step import mesh_step
+from fastdml.engine.mesh_executions import mesh_step
 from fastdml.engine.optimizers import check_optimizer
 from fastdml.engine.rehearsal import Uncopyable
 from fastdml.engine.weights import check_weights
 from fastdml.errors import InputError
+from fastdml.parallel.remote_peer import RemotePeer
 
 if TYPE_CHECKING:
     from fastdml.cohort import Cohort
@@ -313,14 +314,16 @@ def _check_metric(
             f"accumulate={accumulate} does not go with a metric loss, which compares the images of "
             "the whole batch: use accumulate=1"
         )
-    for name, peer in zip(cohort.names, cohort.peers, strict=True):
+    here = {k: p for k, p in enumerate(cohort.peers) if not isinstance(p, RemotePeer)}
+    for k, peer in here.items():
         if not hasattr(peer, "logits_and_features"):
             raise InputError(
-                f"peer {name} gives no features for a metric loss: build the cohort with "
-                "head=ReidHead()"
+                f"peer {cohort.names[k]} gives no features for a metric loss: build the cohort "
+                "with head=ReidHead()"
             )
-    dims = tuple(getattr(peer, "num_features", None) for peer in cohort.peers)
-    if None not in dims and dims != metric.dims:
+    dims = tuple(getattr(peer, "num_features", None) for peer in here.values())
+    same = len(metric.dims) == len(cohort) and dims == tuple(metric.dims[k] for k in here)
+    if None not in dims and not same:
         raise InputError(
             f"the metric loss is for peers of {metric.dims} features, and the cohort's have {dims}"
         )

@@ -11,64 +11,61 @@ torch's generators are seeded by (seed, peer, step, part) for each forward pass 
 back behind it, 3 microseconds of a CPU: what a peer draws (dropout) does not depend on which peers
 run beside it, nor on the mesh, of which the parts of a batch are `accumulate` a column.
 
+Peers on different rows may learn from each other at every n-th step only, or from copies of each
+other that are refreshed then (`exchange` and `exchange_every` of `make_step`).
+
 A mesh of one rank runs the same code and communicates with nobody.
 """
 
 from __future__ import annotations
 
+import copy
 import hashlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
 import torch
+from fastdml_kernels.stats_layout import stats_layout
 from torch import Tensor, nn
-from torch.optim import Optimizer
 
-from fastdml.engine.amp import Amp
-from fastdml.engine.eager import EagerStep, Outputs, WithFeatures, widened
-from fastdml.engine.execution import (
-    EXECUTIONS,
-    Builder,
-    ExecutionName,
-    Step,
-    StepOptions,
-    StepOutput,
-    UpdateOrder,
-)
+from fastdml.engine.eager import EagerStep, Outputs, WithFeatures, widened, with_metric
+from fastdml.engine.execution import ExecutionName, StepOutput
 from fastdml.engine.streams import StreamsStep
 from fastdml.engine.update import NOTHING_TRAINED
 from fastdml.errors import InputError
 from fastdml.loss import MutualLoss
+from fastdml.metric_losses import MetricLoss
+from fastdml.mutual_stats import MutualStats
 from fastdml.parallel.exchange import Exchange, Kind, Transfer
-from fastdml.parallel.global_means import GlobalMeans, check_loss
+from fastdml.parallel.global_means import GlobalMeans
 from fastdml.parallel.mesh import Mesh
-from fastdml.parallel.remote_peer import RemotePeer
+from fastdml.parallel.metric_share import MetricShare
 from fastdml.parallel.replicas import Replicas
-from fastdml.parallel.shards import is_sharded
-
-if TYPE_CHECKING:
-    from fastdml.cohort import Cohort
+from fastdml.parallel.stale_peers import StalePeers
 
 
 class Part(NamedTuple):
-    """A part of the batch after its forward passes, its logits under way."""
+    """A part of the batch after its forward passes, with its logits under way."""
 
-    outputs: list[Outputs]  # of the K peers, () of those elsewhere, and of the teachers
+    outputs: list[Outputs]  # of K peers and M teachers; () of those that do not run here
     labels: Tensor
-    transfer: Transfer
+    transfer: Transfer | None
+    metric: MetricShare | None
 
 
 class MeshStep(EagerStep):
     """What steps of any execution do on a mesh. `number`: of steps begun, which seeds what peers
-    draw; a run that resumes sets it. The output is this column's share (`parallel.total` adds the
-    columns'); what it says of peers elsewhere is not to be used."""
+    draw and says when they exchange; a run that resumes sets it. `exchange`: counts what travels.
+    The output is this column's share (`parallel.total` adds the columns'); what it says of peers
+    elsewhere is not to be used. At steps without an exchange of logits the divergences and the
+    ensemble's hits are 0."""
 
     mesh: Mesh
 
     def __init__(self, *arguments: Any) -> None:
         super().__init__(*arguments)
-        mesh = self.options.mesh
+        mesh, options = self.options.mesh, self.options
         assert mesh is not None
         self.mesh, self.local = mesh, mesh.local
         self.exchange = Exchange(mesh)
@@ -76,18 +73,61 @@ class MeshStep(EagerStep):
         self.number = 0
         self.part = 0  # of the whole batch's, the one that runs
         self.transfer: Transfer | None = None  # of that part
-        self.dtypes: dict[int, torch.dtype] = {}  # in which the logits of each peer travel
-        self.agreed = False  # whether all ranks know them
+        # In which dtypes each peer's logits and features come, once all ranks have said so.
+        self.dtypes: dict[int, tuple[torch.dtype, ...]] = {}
+        self.agreed = False
+        self.drawing: frozenset[int] = frozenset()  # peers that drew at the first step
+        self.in_graph = False  # the call is a part of a captured step
+        self.stale_peers: StalePeers | None = None
+        if options.exchange == "weights" and self.remote:
+            self.stale_peers = StalePeers(self.cohort, mesh, self.exchange)
+            for k, peer in self.stale_peers.copies.items():
+                self.forwards[k] = self._wrap(peer)
+
+    # ---- networks
+
+    def _wrap(self, peer: nn.Module) -> nn.Module:
+        return peer if self.options.metric is None else WithFeatures(peer)
 
     def networks(self) -> list[nn.Module]:
         assert self.options.mesh is not None
-        wrap = (lambda peer: peer) if self.options.metric is None else WithFeatures
-        self.replicas = Replicas(self.cohort, self.options.mesh, wrap)
-        return self.replicas.networks
+        self.replicas = Replicas(self.cohort, self.options.mesh, self._wrap)
+        return [*self.replicas.networks]
 
     def refresh(self) -> None:
         if self.replicas.refresh(self.update.refresh()):
-            self.forwards[: self.learning] = self.replicas.networks
+            for k in self.local:
+                self.forwards[k] = self.replicas.networks[k]
+
+    def fetch(self) -> None:
+        """Brings the copies of the other rows' peers up to date, at the steps at which that is
+        due."""
+        if self.stale_peers is not None:
+            self.stale_peers.follow()
+            if not self.stale_peers.fetched or self.number % self.options.exchange_every == 0:
+                self.stale_peers.fetch()
+
+    def state_dict(self) -> dict[str, Any]:
+        """What this rank must keep to go on bit for bit, beside what `tensors` lists."""
+        return {} if self.stale_peers is None else self.stale_peers.state_dict()
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Without a state of the same mesh the next step fetches the copies anew."""
+        if self.stale_peers is not None:
+            self.stale_peers.load_state_dict(state)
+
+    # ---- a step
+
+    def __call__(self, *batch: Tensor) -> StepOutput:
+        if not self.in_graph:
+            self.fetch()
+        return super().__call__(*batch)
+
+    @property
+    def mutual(self) -> bool:
+        """Whether peers learn from each other at this step."""
+        every = self.options.exchange_every
+        return self.options.exchange == "weights" or self.number % every == 0
 
     def train(self, images: Tensor, labels: Tensor) -> StepOutput:
         mesh, parts = self.mesh, self.options.accumulate
@@ -108,80 +148,145 @@ class MeshStep(EagerStep):
             self.replicas.synchronise()
         found.append(self.finished(waiting, means.loss if means else self.loss))
         self.replicas.check()
+        metric = found[-1].metric
         output = StepOutput(*means.whole(found)) if means else found[0]
         self.update.apply(self.local)
+        output = self._of_peers(output)
+        if metric is not None:
+            output = output._replace(losses=with_metric(output.losses, metric), metric=metric)
         self.number += 1
-        return self.of_peers(output)
+        return output
+
+    def _of_peers(self, output: StepOutput) -> StepOutput:
+        if self.mutual:
+            return self.of_peers(output)
+        K, M = len(self.peers), len(self.teachers)
+        zeros = output.losses.new_zeros(M, K) if M else None
+        return output._replace(teacher_kl=zeros)
 
     def forwarded(self, images: Tensor, labels: Tensor) -> Part:
         """Runs the local peers and the teachers; the peers' logits leave as each is done."""
-        if not self.agreed:
-            return self._first(images, labels)
-        self.transfer = self.exchange.begin(self._kinds(len(labels)))
-        return Part(self.outputs(images), labels, self.transfer)
+        metric = None
+        if self.options.metric is not None:
+            loss = self.options.metric if self.mutual else without_mutual(self.options.metric)
+            metric = MetricShare(loss, self.mesh, self.exchange, len(labels))
+        sends = self.mutual and self.stale_peers is None and self.mesh.peer > 1
+        if self.agreed:
+            self.transfer = self._begin(len(labels)) if sends else None
+            outputs = self.outputs(images)
+        else:
+            outputs = self._first(images, labels)
+            if sends:
+                self.transfer = self._begin(len(labels))
+                for k in self.local:  # fp16 was widened, which this undoes exactly
+                    self.transfer.give(k, outputs[k][0].detach().to(self.dtypes[k][0]))
+        if metric is not None:
+            features = {k: out[1] for k, out in enumerate(outputs[: self.learning]) if out}
+            metric.post(features, labels, {k: own[1] for k, own in self.dtypes.items()})
+        return Part(outputs, labels, self.transfer, metric)
 
     def finished(self, part: Part, loss: MutualLoss) -> StepOutput:
         """The losses of a part whose forward passes are done, and the local peers' backward."""
-        received = {k: widened(z) for k, z in part.transfer.wait().items()}
-        logits = [out[0].detach() if out else received[k] for k, out in enumerate(part.outputs)]
-        students = self.local if self.remote or self.teachers else None
-        losses, stats, grads = self.logit_grads(logits, part.labels, loss, students)
-        local = [part.outputs[k] for k in self.local]
-        self.backward(local, [(grads[k],) for k in self.local])
-        return StepOutput(losses, stats)
+        received = {} if part.transfer is None else part.transfer.wait()
+        if self.mutual:
+            logits = [
+                out[0].detach() if out else widened(received[k])
+                for k, out in enumerate(part.outputs)
+            ]
+            losses, stats, grads = self.logit_grads(logits, part.labels, loss, self._students())
+        else:
+            losses, stats, grads = self._alone(part, loss)
+        of_outputs: list[Outputs] = [(grads[k],) for k in self.local]
+        metric = None
+        if part.metric is not None:
+            metric, more = part.metric.value_and_grad()
+            of_outputs = [(grads[k], more[k]) for k in self.local]
+        self.backward([part.outputs[k] for k in self.local], of_outputs)
+        return StepOutput(losses, stats, metric)
+
+    def _students(self) -> Sequence[int] | None:
+        """The peers that the loss computes gradients for; None for all. Gradients into teachers are
+        sums over the losses of all that learn from them."""
+        if not self.loss.options.detach_targets:
+            return range(len(self.peers)) if self.teachers else None
+        return self.local if self.remote or self.teachers else None
+
+    def _alone(self, part: Part, loss: MutualLoss) -> tuple[Tensor, MutualStats, list[Any]]:
+        """The local peers' losses at a step at which nobody learns from anybody."""
+        K, index = len(self.peers), torch.tensor(self.local, device=part.labels.device)
+        logits = [part.outputs[k][0].detach() for k in self.local]
+        losses, stats, own = without_kl(loss).value_and_grad(logits, part.labels)
+        grads: list[Any] = [None] * K
+        for k, grad in zip(self.local, own, strict=True):
+            grads[k] = grad
+        views = stats.layout.views(stats.packed)
+        found = {name: views[name] for name in ("label_weight", "labelled")}
+        for name in ("ce", "entropy", "correct"):
+            found[name] = _spread(views[name], index, K)
+        found["kl"], found["pairwise_kl"] = (stats.packed.new_zeros(s) for s in ((K,), (K, K)))
+        found["ensemble_correct"] = torch.zeros_like(views["ensemble_correct"])
+        whole = MutualStats.from_packed(stats_layout(K).pack(found), K)
+        return _spread(losses, index, K), whole, grads
 
     # ---- forward passes
 
     def run(self, k: int, images: Tensor) -> Outputs:
-        """Of a local peer or a teacher as ever; of a peer elsewhere nothing."""
+        """Of a local peer, a copy or a teacher as ever; of a peer elsewhere nothing."""
         if k >= self.learning:
-            return super().run(k, images)
-        if k not in self.local:
+            return super().run(k, images) if self.mutual else ()
+        if k not in self.local and self.stale_peers is None:
             return ()
-        with seeded((self.options.seed, k, self.number, self.part), images.device):
+        key = (self.options.seed, k, self.number, self.part)
+        with nullcontext() if self.in_graph else seeded(key, images.device) as drew:
+            if k not in self.local:
+                with torch.no_grad():
+                    return super().run(k, images)
             out = super().run(k, images)
-        dtype = self.dtypes.setdefault(k, out[0].dtype)
-        if out[0].dtype != dtype:
+            if not self.agreed and drew is not None and drew():
+                self.drawing |= {k}
+        dtypes = tuple(t.dtype for t in out)
+        if self.dtypes.setdefault(k, dtypes) != dtypes:
+            was, now = (", ".join(map(str, ds)) for ds in (self.dtypes[k], dtypes))
             raise InputError(
-                f"peer {self.cohort.names[k]} gives logits of {out[0].dtype}, and at the first "
-                f"step gave {dtype}, which other ranks expect: make a new step"
+                f"peer {self.cohort.names[k]} gives {now}, and at the first step gave {was}, which "
+                "other ranks expect: make a new step"
             )
         if self.transfer is not None:
             self.transfer.give(k, out[0])
         return out
 
-    def _kinds(self, rows: int) -> dict[int, Kind]:
+    def _begin(self, rows: int) -> Transfer:
         shape = (rows, self.cohort.num_classes)
-        return {k: Kind(shape, self.dtypes[k]) for k in self.remote}
+        return self.exchange.begin({k: Kind(shape, self.dtypes[k][0]) for k in self.remote})
 
-    def _first(self, images: Tensor, labels: Tensor) -> Part:
-        """The first part of the first step: nothing travels before all ranks know that all peers
-        give logits, and in which dtype. Raises InputError on every rank where one cannot go on."""
+    def _first(self, images: Tensor, labels: Tensor) -> list[Outputs]:
+        """The outputs of the first part of the first step: nothing travels before all ranks know
+        that all peers give logits, and in which dtype. Raises on every rank where one cannot go on,
+        InputError of one rank on all."""
         self.transfer, outputs, failed = None, [], None
         try:
             outputs = self.outputs(images)
         except Exception as error:
             failed = error
-        own = {k: str(self.dtypes[k]).removeprefix("torch.") for k in self.local if not failed}
-        trains = any(w.requires_grad for ws in self.update.holdings.weights for w in ws)
-        told = self.mesh.gather(
-            {"failed": _brief(failed), "own": [*own.items()], "rows": len(labels), "any": trains}
-        )
-        if failed is not None:
-            raise failed
-        self._take(told)
-        self.transfer = self.exchange.begin(self._kinds(len(labels)))
-        for k in self.local:  # fp16 was widened, which this undoes exactly
-            self.transfer.give(k, outputs[k][0].to(self.dtypes[k]))
-        return Part(outputs, labels, self.transfer)
+        own = {} if failed else {k: [_name(d) for d in self.dtypes[k]] for k in self.local}
+        told = {
+            "failed": _brief(failed, self.mesh.rank),
+            "own": [*own.items()],
+            "rows": len(labels),
+            "trains": any(w.requires_grad for ws in self.update.holdings.weights for w in ws),
+            "drawing": sorted(self.drawing),
+        }
+        self._take(self.mesh.gather(told), failed)
+        return outputs
 
-    def _take(self, told: list[dict[str, Any]]) -> None:
+    def _take(self, told: list[dict[str, Any]], failed: Exception | None) -> None:
         """Takes in what every rank said of its first step."""
         mesh = self.mesh
-        for rank, of_rank in enumerate(told):
+        for of_rank in told:
             if of_rank["failed"]:
-                raise InputError(f"{of_rank['failed']} (on rank {rank})")
-        if not any(of_rank["any"] for of_rank in told):
+                own = failed is not None and not isinstance(failed, InputError)
+                raise failed if own and failed else InputError(of_rank["failed"])
+        if not any(of_rank["trains"] for of_rank in told):
             raise InputError(NOTHING_TRAINED)
         column = range(mesh.column, mesh.world, mesh.data)
         rows = {rank: told[rank]["rows"] for rank in column}
@@ -191,15 +296,13 @@ class MeshStep(EagerStep):
                 f"ranks whose peers learn from each other take the same batch, and got other "
                 f"numbers of rows: {each}"
             )
-        self.dtypes = {k: getattr(torch, name) for rank in column for k, name in told[rank]["own"]}
+        self.dtypes = {
+            k: tuple(getattr(torch, name) for name in names)
+            for rank in column
+            for k, names in told[rank]["own"]
+        }
+        self.drawing = frozenset(k for of_rank in told for k in of_rank["drawing"])
         self.agreed = True
-
-
-def _brief(error: Exception | None) -> str:
-    """An error in one line; "" for none."""
-    if error is None or isinstance(error, InputError):
-        return str(error or "")
-    return f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
 
 
 class MeshEagerStep(MeshStep):
@@ -210,63 +313,48 @@ class MeshStreamsStep(MeshStep, StreamsStep):
     name: ExecutionName = "streams"
 
 
-ON_A_MESH: dict[str, Builder] = {"eager": MeshEagerStep, "streams": MeshStreamsStep}
+def without_kl(loss: MutualLoss) -> MutualLoss:
+    """The cross-entropy of `loss` alone, of any number of peers."""
+    options = loss.options
+    return MutualLoss(
+        ce_weight=loss.ce_weight,
+        kl_weight=0.0,
+        class_weight=loss.class_weight,
+        label_smoothing=options.label_smoothing,
+        ignore_index=options.ignore_index,
+        mimic_ignored=options.mimic_ignored,
+        reduction=options.reduction,
+    )
 
 
-def mesh_step(
-    execution: ExecutionName,
-    update: UpdateOrder,
-    threads: int | None,
-    cohort: Cohort,
-    loss: MutualLoss,
-    optimizer: Optimizer,
-    amp: Amp,
-    options: StepOptions,
-) -> Step:
-    """The step of this execution on `options.mesh`. Raises InputError for what does not go with
-    one."""
-    mesh = options.mesh
-    assert mesh is not None
-    check_loss(loss)
-    if len(mesh.rows) != len(cohort) or any(
-        isinstance(peer, RemotePeer) == (k in mesh.local) for k, peer in enumerate(cohort)
-    ):
-        raise InputError(
-            "the cohort's peers are not where the mesh has placed them: call "
-            "mesh.distribute(cohort) on every rank first"
-        )
-    if update != "simultaneous":
-        raise InputError(
-            f"update={update!r} updates one peer after the other, for which ranks would wait: on a "
-            "mesh use simultaneous"
-        )
-    if options.compile:
-        raise InputError("compile does not go with a mesh: leave it out")
-    if threads:
-        raise InputError(
-            f"threads={threads} does not go with a mesh: set OMP_NUM_THREADS, as torchrun does"
-        )
-    on_cuda = amp.device.type == "cuda"
-    able = [name for name in ON_A_MESH if on_cuda or "cpu" in EXECUTIONS[name].devices]
-    where = f"a mesh on {amp.device.type}"
-    if any(map(is_sharded, cohort.peers)):  # FSDP2 has streams of its own
-        able, where = ["eager"], "peers that are sharded"
-    name = execution
-    if execution == "auto":
-        name = "streams" if "streams" in able else "eager"
-    if name not in able:
-        raise InputError(
-            f"execution {execution!r} does not go with {where}: use {' or '.join(able)}"
-        )
-    if options.exchange_every < 1:
-        raise InputError(f"exchange_every must be 1 or more, not {options.exchange_every!r}")
-    return ON_A_MESH[name](cohort, loss, optimizer, amp, options)
+def without_mutual(metric: MetricLoss) -> MetricLoss:
+    """`metric` without what peers learn from each other's distances; the centres are its own."""
+    own = copy.copy(metric)
+    own.weights = metric.weights | {"distance_mutual": 0.0}
+    return own
+
+
+def _spread(values: Tensor, index: Tensor, K: int) -> Tensor:
+    """Values of some peers (L, ...) at their places among K, and 0 elsewhere."""
+    return values.new_zeros(K, *values.shape[1:]).index_copy_(0, index, values)
+
+
+def _name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
+
+
+def _brief(error: Exception | None, rank: int) -> str:
+    """An error in one line; "" for none."""
+    if error is None or isinstance(error, InputError):
+        return str(error or "")
+    return f"rank {rank}: {type(error).__name__}: {' '.join(str(error).split())[:300]}"
 
 
 @contextmanager
-def seeded(key: tuple[int, int, int, int], device: torch.device) -> Iterator[None]:
+def seeded(key: tuple[int, int, int, int], device: torch.device) -> Iterator[Callable[[], bool]]:
     """Within it torch's generators, the host's and the device's, draw what belongs to `key`: (seed,
-    peer, step, part). Behind it they go on as if nothing had been drawn."""
+    peer, step, part). Behind it they go on as if nothing had been drawn. Gives a function that says
+    whether anything was."""
     generators = [torch.default_generator]
     if device.type == "cuda":
         generators.append(torch.cuda.default_generators[device.index])
@@ -275,8 +363,16 @@ def seeded(key: tuple[int, int, int, int], device: torch.device) -> Iterator[Non
     before = [g.get_state() for g in generators]
     for g in generators:
         g.manual_seed(seed)
+
+    def drew() -> bool:
+        now = [g.get_state() for g in generators]
+        for g in generators:
+            g.manual_seed(seed)
+        fresh = [g.get_state() for g in generators]
+        return not all(map(torch.equal, now, fresh))
+
     try:
-        yield
+        yield drew
     finally:
         for g, state in zip(generators, before, strict=True):
             g.set_state(state)

@@ -22,6 +22,7 @@ from fastdml.engine.apex import NAMES as APEX_NAMES
 from fastdml.engine.apex import make_apex_optimizer, takes_number
 from fastdml.engine.weights import check_weights, same
 from fastdml.errors import InputError
+from fastdml.parallel.remote_peer import RemotePeer
 from fastdml.torch_private import step_pre_hooks
 
 if TYPE_CHECKING:
@@ -62,9 +63,10 @@ def make_optimizer(
         {"params": [w for w in peer.parameters() if w.requires_grad]} for peer in cohort.peers
     ]
     tensors = [w for group in groups for w in group["params"]]
-    if not tensors:
+    # Of a mesh's peers those that train may be on other ranks: the first step asks them.
+    if not tensors and not any(isinstance(peer, RemotePeer) for peer in cohort.peers):
         raise InputError("no peer has a parameter to train: all have requires_grad=False")
-    device = tensors[0].device
+    device = next(cohort.parameters()).device
     if name in APEX_NAMES:
         return make_apex_optimizer(
             name,
