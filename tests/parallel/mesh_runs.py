@@ -64,12 +64,14 @@ def train(
     loss: MutualLoss | None = None,
     batches: Any = batch,
     optimizer: Any = "sgd",
+    rounds: bool = False,
     **options: Any,
 ) -> tuple[list[StepOutput], Any]:
-    """Trains a cohort; its outputs step by step, and the step."""
+    """Trains a cohort; its outputs step by step, and the step. rounds: tensors travel in the order
+    that they have on NCCL."""
     torch.set_num_threads(1)
     if mesh is not None:
-        mesh.distribute(peers)
+        mesh.distribute(peers, keep=options.get("exchange") == "weights")
         options["mesh"] = mesh
     else:
         options.setdefault("execution", "eager")
@@ -78,5 +80,7 @@ def train(
     if isinstance(optimizer, str):
         made = make_optimizer(peers, optimizer, lr=0.1)
     step = make_step(peers, loss or MutualLoss(temperature=2.0), made, **options)
+    if mesh is not None:
+        step.exchange.in_rounds = rounds
     dtype = next(peers.parameters()).dtype
     return [step(*share(batches(i, dtype), mesh)) for i in range(steps)], step
