@@ -182,6 +182,11 @@ class Mesh:
         it."""
         return self._group(range(self.world), "gloo")
 
+    def new_row_control(self) -> dist.ProcessGroup:
+        """As `new_control`, of the own row."""
+        rows = [range(row * self.data, (row + 1) * self.data) for row in range(self.peer)]
+        return [self._group(ranks, "gloo") for ranks in rows][self.row]
+
     def share(self, value: Any, group: dist.ProcessGroup | None = None) -> Any:
         """What rank 0 gave, on every rank: plain values, which go through JSON. All ranks call it,
         and the others' values do not matter. group: of `new_control`, by default `control`."""

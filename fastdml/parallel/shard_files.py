@@ -81,13 +81,14 @@ def write(folder: Path, parts: Mapping[str, State], group: dist.ProcessGroup) ->
         raise InputError(f"cannot write the checkpoint {folder}: {reasons[0]}") from None
 
 
-def joined(state: State, folder: Path, peer: nn.Module) -> State:
-    """What `divided` and `write` got. Where `peer` is sharded, tensors that belong to a shard of it
-    are such shards, whether the state has markers or whole tensors; else all are whole. No
-    communication; each rank reads what it needs. Raises InputError for another peer's."""
-    weights = dict(peer.named_parameters())
+def joined(state: State, folder: Path | None, module: nn.Module | None) -> State:
+    """What `divided` and `write` got. Where a weight of `module` is a shard, tensors that belong to
+    it, by their names, are such shards, whether the state has markers or whole tensors; else all
+    are whole. folder: None for a state without markers. No communication; each rank reads what it
+    needs. Raises InputError for another module's."""
+    weights = {} if module is None else dict(module.named_parameters())
     wanted: dict[str, Tensor] = {}
-    known = _sizes(folder) if folder.is_dir() else {}
+    known = {} if folder is None else _sizes(folder)
 
     def placed(value: Any, path: tuple[str, ...]) -> Any:
         weight = next((weights[name] for name in reversed(path) if name in weights), None)
@@ -104,7 +105,7 @@ def joined(state: State, folder: Path, peer: nn.Module) -> State:
         return value
 
     found = placed(state, ())
-    if wanted:
+    if folder is not None:
         _read(folder, wanted)
     return found
 

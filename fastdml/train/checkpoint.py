@@ -25,6 +25,7 @@ from fastdml.cohort import Cohort
 from fastdml.errors import InputError
 from fastdml.files import NO_ROOM, Staged, partial, writing
 from fastdml.parallel import RemotePeer
+from fastdml.parallel.shard_files import joined
 from fastdml.report.metrics_log import INDEPENDENT, METRICS, read_metrics
 from fastdml.train.checkpoint_folder import (
     CHECKPOINTS,
@@ -171,7 +172,7 @@ def load_weights(cohort: Cohort, weights: dict[str, Tensor], path: Path) -> None
     away = [f"peers.{k}." for k, peer in enumerate(cohort) if isinstance(peer, RemotePeer)]
     weights = {name: t for name, t in weights.items() if not name.startswith(tuple(away))}
     try:
-        cohort.load_state_dict(weights)
+        cohort.load_state_dict(joined(weights, None, cohort))
     except RuntimeError as error:  # names the tensors
         reason = " ".join(str(error).split())
         raise InputError(f"{path} was written for other peers: {reason}") from None

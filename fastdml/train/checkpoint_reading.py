@@ -8,14 +8,15 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from fastdml.errors import InputError
+from fastdml.parallel.shard_files import joined
 from fastdml.train import checkpoint
 from fastdml.train.checkpoint_folder import (
     MANIFEST,
@@ -109,9 +110,12 @@ def fallen_back(damage: Sequence[str], path: Path) -> str:
     return f"{damage[0]}{more}: going on from the checkpoint before, {path}"
 
 
-def read(path: Path, reader: Reader = EVERYTHING) -> dict[str, Any]:
+def read(
+    path: Path, reader: Reader = EVERYTHING, peers: Mapping[int, nn.Module] | None = None
+) -> dict[str, Any]:
     """What a checkpoint of either form holds, as `trainer_state.restore` takes it. Of a folder each
-    file that is read is compared with the manifest first. Raises InputError."""
+    file that is read is compared with the manifest first. peers: to load into, which tell what is
+    read as shards; all is whole where they are not known. Raises InputError."""
     if path.name == LAST_CHECKPOINT:
         state = checkpoint.load(path)
         _in_column_0(state.get("totals"), reader)
@@ -123,11 +127,9 @@ def read(path: Path, reader: Reader = EVERYTHING) -> dict[str, Any]:
     weights: dict[str, Tensor] = {}
     averages: dict[str, Tensor] = {}
     centers: dict[str, Tensor] = {}
-    state["optimizer"], state["shards"] = {}, {}
+    state["optimizer"] = {}
     for k in local:
-        found = _peer(manifest, k, names[k], state["shards"])
-        if found is None:
-            continue
+        found = _peer(manifest, k, names[k], peers[k] if peers else None)
         weights |= {f"peers.{k}.{name}": t for name, t in found["weights"].items()}
         averages |= {f"peers.{k}.{name}": t for name, t in (found["ema"] or {}).items()}
         centers |= {f"centers.{k}.{name}": t for name, t in (found["metric"] or {}).items()}
@@ -193,17 +195,14 @@ def _file(manifest: Manifest, name: str) -> dict[str, Any]:
     return checkpoint.load(manifest.folder / name, mark)
 
 
-def _peer(manifest: Manifest, k: int, name: str, shards: dict[int, Path]) -> dict[str, Any] | None:
-    """What belongs to a peer; None where it is in shards, whose folder `shards` gets."""
+def _peer(manifest: Manifest, k: int, name: str, peer: nn.Module | None) -> dict[str, Any]:
+    """What belongs to a peer. Its shards are read when their digests have been compared: their
+    index is a pickle."""
     called = peer_name(k, name)
-    if f"{called}.ckpt" in manifest.files:
-        return _file(manifest, f"{called}.ckpt")
-    found = manifest.below(called)
-    if not found:
-        raise InputError(f"{manifest.folder / MANIFEST} is damaged: it has no {called}.ckpt")
-    check_files(manifest.folder, found)
-    shards[k] = manifest.folder / called
-    return None
+    found = _file(manifest, f"{called}.ckpt")
+    shards = manifest.below(called)
+    check_files(manifest.folder, shards)
+    return joined(found, manifest.folder / called if shards else None, peer)
 
 
 def _position(last: Path) -> int | None:

@@ -22,6 +22,8 @@ from fastdml import cohort_files
 from fastdml.cohort import Cohort
 from fastdml.errors import InputError, one_line
 from fastdml.files import Staged, writing
+from fastdml.parallel.shard_files import divided, write
+from fastdml.parallel.shards import is_sharded
 from fastdml.paths import expanded
 from fastdml.train import checkpoint, checkpoint_folder
 from fastdml.train.checkpoint_folder import CHECKPOINTS, RUN, Manifest, Mark
@@ -91,6 +93,7 @@ class FolderCheckpoints:
         self.thread: threading.Thread | None = None
         self.error: str | None = None
         self.group: Any = None  # of all ranks, for the threads alone
+        self.row_group: Any = None  # of those that have the same peers, as well
 
     @property
     def path(self) -> Path:
@@ -118,7 +121,7 @@ class FolderCheckpoints:
         for path in self._candidates():
             state, error = None, None
             try:
-                state = read(path, Reader.on(self.mesh))
+                state = read(path, Reader.on(self.mesh), dict(enumerate(self.trainer.cohort)))
             except InputError as caught:
                 error = str(caught)
             errors = [text for text in self.mesh.gather(error) if text]
@@ -144,10 +147,16 @@ class FolderCheckpoints:
         trainer, mesh = self.trainer, self.mesh
         folder = self._new_folder()
         files = {checkpoint_folder.rank_name(mesh.rank): on_host(rank_state(trainer))}
+        shards: dict[str, Any] = {}
         with _averaged(trainer, mesh):
-            for k in mesh.local if mesh.column == 0 else ():
+            for k in mesh.local:
                 name = checkpoint_folder.peer_name(k, trainer.cohort.names[k])
-                files[f"{name}.ckpt"] = on_host(peer_state(trainer, k))
+                state = peer_state(trainer, k)
+                if is_sharded(trainer.cohort.peers[k]):
+                    state, parts = divided(state)
+                    shards[name] = on_host(parts)
+                if mesh.column == 0:
+                    files[f"{name}.ckpt"] = on_host(state)
         if mesh.lead:
             own = {"rows": list(mesh.rows), "with_ema": trainer.ema is not None}
             files[RUN] = on_host({**run_state(trainer), **own})
@@ -164,11 +173,11 @@ class FolderCheckpoints:
             {},
         )
         if self.group is None:
-            self.group = mesh.new_control()
+            self.group, self.row_group = mesh.new_control(), mesh.new_row_control()
         begun = self.last is not None
         self.last = folder
         self.thread = threading.Thread(
-            target=self._write, args=(whole, files, copied), name="checkpoint", daemon=True
+            target=self._write, args=(whole, files, shards, copied), name="checkpoint", daemon=True
         )
         self.thread.start()
         if not begun:  # a run with results always has a checkpoint
@@ -192,12 +201,15 @@ class FolderCheckpoints:
             name = checkpoint_folder.folder_name(step, max(saves, default=0) + 1)
         return run / CHECKPOINTS / self.mesh.share(name)
 
-    def _write(self, whole: Manifest, files: dict[str, Any], copied: Any) -> None:
+    def _write(
+        self, whole: Manifest, files: dict[str, Any], shards: dict[str, Any], copied: Any
+    ) -> None:
         """In the thread. Every rank ends with the same `error`, or none."""
         try:
             if copied is not None:
                 copied.synchronize()
-            outcomes = self.mesh.gather(self._written(whole.folder, files), self.group)
+            written = self._written(whole.folder, files, shards)
+            outcomes = self.mesh.gather(written, self.group)
             error = next((outcome for outcome in outcomes if isinstance(outcome, str)), None)
             if error is None and self.mesh.lead:
                 error = self._complete(whole, outcomes)
@@ -207,17 +219,23 @@ class FolderCheckpoints:
         except Exception as error:  # of another rank that is gone, most of all
             self.error = f"the checkpoint {whole.folder} is not complete: {one_line(error)}"
 
-    def _written(self, folder: Path, files: dict[str, Any]) -> dict[str, Mark] | str:
+    def _written(
+        self, folder: Path, files: dict[str, Any], shards: dict[str, Any]
+    ) -> dict[str, Mark] | str:
         """The marks of this rank's files, or why they could not be written."""
         others = [p for p in checkpoint_folder.whole_folders(self.trainer.folder) if p != folder]
+        marks: dict[str, Mark] = {}
         try:
+            for name, parts in shards.items():  # first, where all ranks of a row are sure to come
+                write(folder / name, parts, self.row_group)
+            for name in shards if self.mesh.column == 0 else ():
+                marks |= checkpoint_folder.marks_below(folder, name)
             with writing(folder):
                 folder.mkdir(parents=True, exist_ok=True)
             kept = KEPT if others else ""
-            return {
-                name: checkpoint.save_marked(folder / name, state, kept)
-                for name, state in files.items()
-            }
+            for name, state in files.items():
+                marks[name] = checkpoint.save_marked(folder / name, state, kept)
+            return marks
         except Exception as error:
             return one_line(error) or type(error).__name__
 

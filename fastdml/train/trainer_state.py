@@ -14,6 +14,7 @@ from fastdml.engine import executions
 from fastdml.engine.auto import Choice
 from fastdml.engine.optimizer_state import by_name, load_by_name, state_by_name
 from fastdml.errors import InputError
+from fastdml.parallel.shard_files import joined
 from fastdml.train import checkpoint
 from fastdml.train.random_state import rng_state, set_rng_state
 from fastdml.train.same_data import check_same_data
@@ -168,7 +169,7 @@ def _take(trainer: Trainer, state: dict[str, Any], path: Path) -> None:
     if trainer.amp.scaler:
         trainer.amp.scaler.load_state_dict(state["scaler"])
     if trainer.ema:
-        trainer.ema.load_state_dict(state["ema"])
+        trainer.ema.load_state_dict(joined(state["ema"], None, trainer.cohort))
     if trainer.metric:
         own = _own(trainer, CENTERS, state["metric"])
         trainer.metric.load_state_dict({**trainer.metric.state_dict(), **own})
@@ -208,6 +209,7 @@ def _load_optimizer(trainer: Trainer, saved: dict[Any, Any]) -> None:
         return
     peers = {k: trainer.cohort.peers[k] for k in local_peers(trainer)}
     states = by_name(saved, peers) if "param_groups" in saved else {k: saved[k] for k in peers}
+    states = {k: joined(of_peer, None, peers[k]) for k, of_peer in states.items()}
     load_by_name(trainer.optimizer, peers, states)
 
 
