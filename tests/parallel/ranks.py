@@ -20,7 +20,8 @@ import torch.distributed as dist
 
 PRELOADED = [
     "pytest", "numpy", "torch", "torch.distributed", "torch.distributed.device_mesh",
-    "torch.nn.parallel", "torch.distributed.fsdp", "torch.distributed.checkpoint", "fastdml", "fastdml.parallel", "fastdml.engine", "fastdml.train",
+    "torch.nn.parallel", "torch.distributed.fsdp", "torch.distributed.checkpoint",
+    "fastdml", "fastdml.parallel", "fastdml.engine", "fastdml.train",
 ]  # fmt: skip
 
 

@@ -72,7 +72,7 @@ def on_four(folder: Path) -> dict:
     torch.distributed.all_gather_object(sent := [None] * 4, rest)
     rests = [sent[0], sent[2]]
     seen = [joined(rests[j], folder / f"peer-{j}", others.peers[j]) for j in range(2)]
-    scattered = joined(saved, folder / "none", made.peers[k])
+    scattered = joined(saved, None, made.peers[k])
     fails = None
     try:
         joined(rests[0], folder / "peer-0", others.peers[1])
