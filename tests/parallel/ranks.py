@@ -20,6 +20,7 @@ import torch.distributed as dist
 
 PRELOADED = [
     "pytest", "numpy", "torch", "torch.distributed", "torch.distributed.device_mesh",
+    "torch._dynamo",  # which the first optimizer imports, for a second
     "torch.nn.parallel", "torch.distributed.fsdp", "torch.distributed.checkpoint",
     "fastdml", "fastdml.parallel", "fastdml.engine", "fastdml.train",
 ]  # fmt: skip
