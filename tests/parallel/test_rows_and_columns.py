@@ -53,7 +53,7 @@ def overflows(mesh: Mesh | None) -> dict[str, Any]:
             return []
 
     accumulate = 2 if mesh is None else 1
-    train(peers, mesh, steps=8, amp=Amp(CPU, torch.float16, scale), after=After(),
+    train(peers, mesh, steps=5, amp=Amp(CPU, torch.float16, scale), after=After(),
           accumulate=accumulate)  # fmt: skip
     return {"flags": torch.stack(flags), "weights": parameters(peers)}
 
@@ -64,7 +64,7 @@ def whole_batch(mesh: Mesh | None) -> Any:
         mesh.distribute(peers)
         sync_batchnorm(peers, mesh)
     loss = MutualLoss(temperature=2.0, mimic_ignored=True)
-    outputs, _ = train(peers, mesh, steps=10, loss=loss, batches=unlabelled)
+    outputs, _ = train(peers, mesh, steps=3, loss=loss, batches=unlabelled)
     state = {n: t.clone() for n, t in peers.state_dict().items()}
     return state, figures(outputs, mesh)
 
