@@ -29,6 +29,7 @@ if TYPE_CHECKING:
     from fastdml.parallel.mesh import Mesh
 
 GRACE = 2.0  # seconds in which the ranks that still live report
+ANSWER = 3.0  # seconds in which a store that can be reached answers
 # What errors of collectives say which torch raises as a RuntimeError.
 OF_COLLECTIVES = ("gloo", "Connection closed by peer", "Timed out waiting", "NCCL")
 NOTE, TOLD = "failed", "told"
@@ -106,7 +107,7 @@ def _note(store: dist.Store, text: str) -> str:
 
 
 def _cause(mesh: Mesh, error: Exception) -> str:
-    found = within(GRACE + 3, lambda: _look(mesh, error))
+    found = within(GRACE + ANSWER, lambda: _look(mesh, error))
     if found is not None:
         return found
     own = mesh.whereabouts[mesh.rank].machine
@@ -251,7 +252,7 @@ def tell(line: str) -> bool:
             return own
         return store.compare_set(f"{TOLD}/{node}/{attempt}", "", own).decode()
 
-    return within(3.0, first) in (own, None)
+    return within(ANSWER, first) in (own, None)
 
 
 def _into_report(line: str) -> None:

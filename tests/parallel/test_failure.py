@@ -26,7 +26,7 @@ NAMES = ["resnet8-1", "resnet8-2", "mobilenet"]
 def fail(how: str) -> tuple[str, str, float]:
     """Three rows in a loop of broadcasts, as peers' logits travel, in which rank 2 fails: what the
     others raise, its line, and the seconds until then."""
-    failure.GRACE = 0.5
+    failure.GRACE = failure.ANSWER = 0.5
     mesh = make_mesh(3, 1, timeout=TIMEOUT)
     mesh.distribute(Cohort(["resnet8", "resnet8", "mobilenet"], 10))
     start = time.monotonic()
