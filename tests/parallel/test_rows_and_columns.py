@@ -6,13 +6,14 @@ from typing import Any
 
 import pytest
 import torch
-from mesh_runs import batch, cohort, train
+from mesh_runs import SIDE, C, batch, cohort, train
 from ranks import run_ranks
-from torch import Tensor
+from torch import Tensor, nn
 
 from fastdml import Cohort, MutualLoss
 from fastdml.engine import Ema
 from fastdml.engine.amp import Amp, LossScale
+from fastdml.metric_losses import MetricLoss
 from fastdml.parallel import Mesh, averaged_statistics, make_mesh, sync_batchnorm, total
 
 K = 3
@@ -85,6 +86,43 @@ def in_parts(mesh: Mesh | None) -> Any:
     return found
 
 
+class WithFeatures(nn.Module):
+    """A network of re-identification in small: features, BatchNorm over them, a classifier."""
+
+    def __init__(self, seed: int, width: int) -> None:
+        super().__init__()
+        self.num_features, self.num_classes = width, C
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed)
+            self.first = nn.Linear(2 * SIDE * SIDE, width)
+            self.neck = nn.BatchNorm1d(width)
+            self.classifier = nn.Linear(width, C, bias=False)
+        self.double()
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.logits_and_features(x)[0]
+
+    def logits_and_features(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        features = self.first(x.flatten(1)).tanh()
+        return self.classifier(self.neck(features)), features
+
+
+def on_features(mesh: Mesh | None) -> Any:
+    """A batch of eleven, cut into five and six: identities lie in both columns."""
+    peers = Cohort([WithFeatures(k, 4 + k) for k in range(K)], C)
+    metric = MetricLoss(num_classes=C, dims=(4, 5, 6), triplet=1.0, margin=None, circle=0.1,
+                        center=0.5, distance_mutual=0.5).double()  # fmt: skip
+    if mesh is not None:
+        mesh.distribute(peers)
+        sync_batchnorm(peers, mesh)
+    outputs, _ = train(
+        peers, mesh, steps=4, metric=metric, batches=lambda i, dtype: batch(i, dtype, 11)
+    )
+    metrics = [o.metric if mesh is None else total(o, mesh).metric for o in outputs]
+    centers = {k: m.centers.clone() for k, m in enumerate(metric.centers)}
+    return parameters(peers), figures(outputs, mesh), metrics, centers
+
+
 def on_four_ranks() -> dict[str, Any]:
     mesh = make_mesh(2, 2, timeout=30)
     return {
@@ -92,6 +130,8 @@ def on_four_ranks() -> dict[str, Any]:
         "in parts": in_parts(mesh),
         "whole batch": whole_batch(mesh),
         "overflows": overflows(mesh),
+        "on features": on_features(mesh),
+        "local": mesh.local,
     }
 
 
@@ -120,6 +160,21 @@ def test_with_group_batch_norm_it_is_one_process_with_the_whole_batch(ranks):
         for name, t in now.items():
             torch.testing.assert_close(t, state[name], rtol=1e-9, atol=1e-12)
         torch.testing.assert_close(found, whole, rtol=1e-9, atol=1e-12)
+
+
+def test_losses_on_features_are_of_the_whole_batch(ranks):
+    weights, whole, metrics, centers = on_features(None)
+    near = {"rtol": 1e-9, "atol": 1e-12}
+    for rank in ranks:
+        now, found, found_metrics, found_centers = rank["on features"]
+        torch.testing.assert_close(now, {n: weights[n] for n in now}, **near)
+        torch.testing.assert_close(found, whole, **near)
+        torch.testing.assert_close(found_metrics, metrics, **near)
+        for k in rank["local"]:
+            assert centers[k].any()
+            torch.testing.assert_close(found_centers[k], centers[k], **near)
+            beside = ranks[2 * rank["at"][0]]["on features"][3][k]  # in column 0
+            assert torch.equal(found_centers[k], beside)
 
 
 def test_every_rank_has_the_flags_of_all_peers_and_one_scale(ranks):
