@@ -88,7 +88,7 @@ def _check_exchange(cohort: Cohort, options: StepOptions) -> None:
         raise InputError(f"exchange must be logits or weights, not {options.exchange!r}")
     if options.exchange_every < 1:
         raise InputError(f"exchange_every must be 1 or more, not {options.exchange_every!r}")
-    if options.exchange == "logits":
+    if options.exchange == "logits" or not any(isinstance(p, RemotePeer) for p in cohort):
         return
     if any(map(is_sharded, cohort.peers)):
         raise InputError(
