@@ -14,7 +14,8 @@ from torch import Tensor, nn
 from fastdml import Cohort, MutualLoss
 from fastdml.engine import Ema
 from fastdml.engine.amp import Amp, LossScale
-from fastdml.parallel import Mesh, make_mesh
+from fastdml.errors import InputError
+from fastdml.parallel import Mesh, make_mesh, sync_batchnorm
 
 CPU = torch.device("cpu")
 K, FEW = 5, 6  # peers, three on the first of two ranks; steps where many tell no more
@@ -159,7 +160,16 @@ def test_only_logits_travel_in_their_dtype(two_ranks):
 def on_four_ranks() -> dict[Any, Any]:
     row, square = make_mesh(4, timeout=30), make_mesh(2, 2, timeout=30)
     found: dict[Any, Any] = {n: run(row, unequal(n)) for n in (4, 6, 16)}
-    return {**found, "square": run(square, unequal(3))}
+    return {**found, "square": run(square, unequal(3)), "refused": copies_of_a_group(square)}
+
+
+def copies_of_a_group(mesh: Mesh) -> str:
+    peers = cohort(3)
+    mesh.distribute(peers, keep=True)
+    sync_batchnorm(peers, mesh)
+    with pytest.raises(InputError) as caught:
+        train(peers, mesh, exchange="weights")
+    return str(caught.value)
 
 
 def unequal(peers: int) -> dict[str, Any]:
@@ -195,3 +205,10 @@ def test_two_by_two_train_as_one_process(four_ranks):
         local = [*rank["local"]]
         shares = sum(r["losses"] for r in ranks if r["local"] == rank["local"])
         torch.testing.assert_close(shares[:, local], alone["losses"][:, local], rtol=0, atol=1e-14)
+
+
+def test_copies_of_peers_whose_batchnorm_sees_the_whole_batch_are_refused(four_ranks):
+    assert {rank["refused"] for rank in four_ranks} == {
+        "exchange='weights' runs copies of peers, whose BatchNorm sees one column's share of a "
+        "batch: leave sync_batchnorm out, or use exchange='logits'"
+    }
