@@ -16,7 +16,6 @@ import logging
 import sys
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -37,7 +36,6 @@ from fastdml.engine.auto import Choice
 from fastdml.engine.execution import ExecutionName
 from fastdml.engine.profile import Profile
 from fastdml.errors import InputError
-from fastdml.eval_mode import evaluating
 from fastdml.notebook import progress_bar
 from fastdml.parallel import RemotePeer
 from fastdml.report.metrics_log import METRICS
@@ -45,7 +43,7 @@ from fastdml.train import learning_rate
 from fastdml.train.batches import Batches, assembler
 from fastdml.train.callbacks import Calls
 from fastdml.train.config.base import TrainConfig
-from fastdml.train.evaluations import Evaluations, read_test_set
+from fastdml.train.evaluations import Evaluations, read_test_set, scored, scoring_weights
 from fastdml.train.loss_schedules import loss_schedules
 from fastdml.train.meters import Clock, Record, Totals
 from fastdml.train.peer_costs import peer_seconds
@@ -407,9 +405,8 @@ class Trainer:
         progress, evaluate = self.progress, self.evaluations.during
         if evaluate is None:
             return
-        with self.ema.applied() if self.ema else nullcontext():
-            with evaluating(self.cohort):
-                scores = evaluate(self.cohort)
+        with scoring_weights(self):
+            scores = scored(evaluate, self.cohort)
             best = progress.evaluated(scores)
             values = dataclasses.asdict(scores)
             self.log.log(progress.images, progress.position, progress.trained, **values)

@@ -37,12 +37,12 @@ SIZES = {"several batches": 26, "a batch fewer than columns": 11, "one batch": 3
 class Peer(nn.Module):
     num_classes = CLASSES
 
-    def __init__(self, seed):
+    def __init__(self, seed, running=True):
         super().__init__()
         with torch.random.fork_rng():
             torch.manual_seed(seed)
             self.conv = nn.Conv2d(3, 4 + seed, 3)
-            self.norm = nn.BatchNorm2d(4 + seed)
+            self.norm = nn.BatchNorm2d(4 + seed, track_running_stats=running)
             self.head = nn.Linear(4 + seed, CLASSES)
 
     def forward(self, x):
@@ -174,9 +174,10 @@ def refused(cohort, mesh):
     return said
 
 
-def peers():
-    """One more than the ranks, so that rows have unequal numbers of them."""
-    return Cohort([Peer(k) for k in range(1, 6)], CLASSES)
+def peers(running=True):
+    """One more than the ranks, so that rows have unequal numbers of them. running: whether they
+    keep running statistics."""
+    return Cohort([Peer(k, running) for k in range(1, 6)], CLASSES)
 
 
 def on_meshes(root, folder):
