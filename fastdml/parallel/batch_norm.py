@@ -198,11 +198,14 @@ def _grouped(kind: Any) -> type[nn.Module] | None:
 
 def sync_batchnorm(cohort: Cohort, mesh: Mesh) -> None:
     """Has the batch normalisations of the local peers take the statistics of the whole batch: in
-    training mode, and in evaluation mode nothing changes. Without effect where data is 1.
+    training mode, and in evaluation mode nothing changes. Without effect where data is 1. All ranks
+    call it, after `mesh.distribute`.
 
     The layers stay the objects that they are, with their parameters, buffers and names. Raises
-    InputError for layers that normalise by a batch in a way of their own.
+    InputError for layers that normalise by a batch in a way of their own, and for a cohort that the
+    mesh has not distributed.
     """
+    _check_placed(cohort, mesh)
     if mesh.data == 1:
         return
     found = []
@@ -249,8 +252,9 @@ def averaged_statistics(
     """Within it the running statistics of the local peers, and of their moving averages, are the
     means over the columns; afterwards each column has its own again. A collective along the data
     axis at the beginning, and for evaluations and saved weights: training goes on as if it had not
-    been.
+    been. Raises InputError for a cohort that the mesh has not distributed.
     """
+    _check_placed(cohort, mesh)
     own = _statistics_of(cohort, mesh, ema) if mesh.data > 1 else []
     with torch.no_grad():
         kept = [t.clone() for t in own]
@@ -268,6 +272,14 @@ def averaged_statistics(
         with torch.no_grad():
             for t, value in zip(own, kept, strict=True):
                 t.copy_(value)
+
+
+def _check_placed(cohort: Cohort, mesh: Mesh) -> None:
+    if len(mesh.rows) != len(cohort):
+        raise InputError(
+            f"the mesh has placed {len(mesh.rows)} peers, and the cohort has {len(cohort)}: call "
+            "mesh.distribute(cohort) on every rank first"
+        )
 
 
 def _statistics_of(cohort: Cohort, mesh: Mesh, ema: HasAverages | None) -> list[Tensor]:

@@ -44,7 +44,6 @@ class Output(HasLosses, Protocol):
     def metric(self) -> Tensor | None: ...
     @property
     def teacher_kl(self) -> Tensor | None: ...
-    def _replace(self, **changes: Any) -> Any: ...
 
 
 AnyOutput = TypeVar("AnyOutput", bound=Output)
@@ -141,7 +140,8 @@ def total(output: AnyOutput, mesh: Mesh) -> AnyOutput:
     parts = flat.split([t.numel() for t, _ in figures])
     whole = [part.view_as(t).to(t.dtype) for part, (t, _) in zip(parts, figures, strict=True)]
     losses, packed, *others = whole
-    return output._replace(
+    named: Any = output  # a named tuple
+    return named._replace(
         losses=losses,
         stats=MutualStats.from_packed(packed, K),
         metric=None if output.metric is None else others[0],

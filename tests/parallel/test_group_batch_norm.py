@@ -253,11 +253,11 @@ def test_averaged_statistics(ranks):
 
 
 class OneColumn:
-    data = 1
+    data, rows = 1, (0,)
 
 
 class TwoColumns:
-    data, local = 2, (0,)
+    data, rows, local = 2, (0,), (0,)
 
     def data_group_of(self, k):
         raise AssertionError("refused before")
@@ -271,6 +271,15 @@ def test_layers_of_their_own_kind_are_refused_by_name(norm):
         sync_batchnorm(cohort, TwoColumns())
     sync_batchnorm(cohort, OneColumn())
     assert type(layer) is norm
+
+
+def test_a_cohort_that_is_not_distributed_is_refused():
+    mesh = TwoColumns()
+    mesh.rows = ()
+    cohort = Cohort([nn.Linear(3, 5)], 5)
+    for call in (sync_batchnorm, lambda *given: averaged_statistics(*given).__enter__()):
+        with pytest.raises(InputError, match=r"mesh\.distribute\(cohort\) on every rank first"):
+            call(cohort, mesh)
 
 
 @pytest.mark.slow
