@@ -40,7 +40,10 @@ from fastdml.report.metrics_log import MetricsLog
 from fastdml.report.summary import versions
 from fastdml.train import checks
 from fastdml.train.config.mesh_sizes import MeshSizes
+from fastdml.train.config.sources import load_config
 from fastdml.train.peer_costs import peer_seconds
+from fastdml.train.run_folder import resume_folder
+from fastdml.yaml_file import CONFIG
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -67,6 +70,7 @@ class OneProcess:
 
     mesh: Mesh | None = None
     lead = True  # whether this process writes and speaks
+    device: torch.device | None = None  # of this process, where the mesh says it
 
     # --- decisions ---
 
@@ -187,7 +191,7 @@ class Ranks(OneProcess):
 
     def __init__(self, mesh: Mesh) -> None:
         self.mesh: Mesh = mesh
-        self.lead = mesh.lead
+        self.lead, self.device = mesh.lead, mesh.device
         self.agreement = Agreement(mesh)
         self.run = next(RUNS)
 
@@ -243,7 +247,8 @@ class Ranks(OneProcess):
         return Choice(step.name, threads, threads)
 
     def whole(self, output: StepOutput) -> StepOutput:
-        return total(output, self.mesh)
+        found: Any = total(output, self.mesh)  # type: ignore[type-var]
+        return found
 
     def stands_at(self, step: Any, position: int) -> None:
         step.number = position
@@ -369,8 +374,11 @@ class Ranks(OneProcess):
             return None
         if not self.lead:
             return None
-        images = next(iter(train.epoch(0)))[0]
-        found = [peer_seconds([peer.to(amp.device)], images, amp) for peer in cohort]
+        images, device = next(iter(train.epoch(0)))[0], next(cohort.parameters()).device
+        found = []
+        for peer in cohort:  # of which there may be more than the device holds
+            found.append(peer_seconds([peer.to(amp.device)], images, amp))
+            peer.to(device)
         return None if None in found else [each[0] for each in found if each]
 
     def prepare_layers(self, cohort: Cohort, config: TrainConfig) -> None:
@@ -383,11 +391,24 @@ class Ranks(OneProcess):
 def ranks_of(config: TrainConfig, K: int, mesh: Mesh | None = None) -> OneProcess:
     """The ranks of a mesh that the caller made, or that `config` asks for, or one process. K: the
     number of peers. Raises InputError where the processes that there are do not fit."""
-    if mesh is None and not config.mesh:
+    if mesh is None and not config.mesh and not _begun_on_a_mesh(config):
         checks.one_process()
+        for name, usual in (("exchange", "logits"), ("exchange_every", 1), ("fsdp", False)):
+            if (value := getattr(config, name)) != usual:
+                raise InputError(
+                    f"{name}={value} is for peers on several devices: give mesh, or leave {name} "
+                    "out"
+                )
         return OneProcess()
+    if config.cache_teachers:
+        raise InputError(
+            "cache_teachers does not go with a mesh, whose ranks see shares of the batches: leave "
+            "it out, and every rank runs the teachers"
+        )
     if mesh is None:
-        sizes = config.mesh_sizes or MeshSizes(*auto_sizes(world_size(), [1.0] * K))
+        sizes = config.mesh_sizes or MeshSizes()
+        if config.mesh == "auto":
+            sizes = MeshSizes(*auto_sizes(world_size(), [1.0] * K))
         if sizes.processes != world_size():
             sizes = _sizes_left(sizes, config, K)
         mesh = make_mesh(*sizes, timeout=config.timeout, device=config.device)
@@ -405,6 +426,11 @@ def _sizes_left(sizes: MeshSizes, config: TrainConfig, K: int) -> MeshSizes:
     if own_rank() == 0:
         logger.info("%d ranks go on where %d were: mesh %s", world, sizes.processes, found)
     return found
+
+
+def _begun_on_a_mesh(config: TrainConfig) -> bool:
+    """Whether the run to go on with had one: its steps go on as they were, on one process too."""
+    return config.resume and bool(load_config(resume_folder(config) / CONFIG).mesh)
 
 
 class Silent:

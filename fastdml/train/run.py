@@ -80,7 +80,7 @@ def run(
     task = task_of(config)
     with held() as show, ranks.speaking(), ExitStack() as stack:
         config = ranks.begun(config)
-        device = choose_device(config.device) if ranks.mesh is None else ranks.mesh.device
+        device = ranks.device or choose_device(config.device)
         with ranks.in_turn():
             found = prepared(task, config, device, hint, **ranks.share)
             ready = stack.enter_context(found)
@@ -89,7 +89,7 @@ def run(
                 f"validation={config.validation:g}: {config.data} keeps no validation images; set "
                 "validation to 0"
             )
-        return _fit(task, ready, config, ranks, show, command, callbacks)
+        return _fit(task, ready, config, ranks, show, command, callbacks, device=device)
 
 
 def fit(
@@ -138,7 +138,8 @@ def fit(
     with held() as show, ranks.speaking():
         ready, config = Prepared(cohort, train, test, validation), ranks.begun(config)
         run_of = partial(_fit, task, ready, config, ranks, show, "fastdml.train.fit", callbacks)
-        return run_of(own=True, teachers=teachers, unlabelled=unlabelled)
+        device = ranks.device or next(cohort.parameters()).device
+        return run_of(own=True, device=device, teachers=teachers, unlabelled=unlabelled)
 
 
 def _fit(
@@ -150,6 +151,7 @@ def _fit(
     command: str,
     callbacks: Sequence[Callback],
     *,
+    device: torch.device,
     own: bool = False,
     teachers: Sequence[str | nn.Module] = (),
     unlabelled: Any = None,
@@ -158,7 +160,6 @@ def _fit(
     recorded in summary.json. own: data and peers are the caller's, not those that `config`
     names. teachers: beside the cohort's and the settings' own. unlabelled: of the caller's data."""
     cohort, train, test, validation = ready
-    device = next(cohort.parameters()).device if ranks.mesh is None else ranks.mesh.device
     kinds = checks.kinds_of(cohort)
     train = _batches(train, unlabelled, cohort, device, config, task, ranks)
     amp = resolve_amp(config.amp, device)

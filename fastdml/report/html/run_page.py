@@ -16,7 +16,7 @@ from fastdml.report.plots import pairwise_spans
 from fastdml.report.run_files import PLACES, RunFiles, number, numbers, table
 from fastdml.report.scoring import Scoring
 from fastdml.report.summary import versions
-from fastdml.units import duration
+from fastdml.units import duration, size
 
 RANKS = (1, 5, 10, 20, 50)
 
@@ -213,6 +213,16 @@ def _training_images(phase: Mapping[str, Any]) -> str | None:
     return f"{labelled:,.0f} with labels{without}"
 
 
+def _mesh(phase: Mapping[str, Any]) -> str | None:
+    """The ranks of a run on several devices, and what they told each other of their peers."""
+    found = table(phase.get("mesh"))
+    rows, columns, sent = (number(found.get(n)) for n in ("peer", "data", "bytes_a_step"))
+    if rows is None or columns is None:
+        return None
+    exchanged = f"; {size(sent)} of logits, distances or weights a step" if sent else ""
+    return f"{rows:.0f} rows of peers, {columns:.0f} columns of data{exchanged}"
+
+
 def _environment(run: RunFiles) -> list[tuple[str, str]]:
     """What the run ran on, as far as its summary tells."""
     summary, phase = run.summary, run.phase
@@ -228,6 +238,7 @@ def _environment(run: RunFiles) -> list[tuple[str, str]]:
         *_teachers(run),
         ("training images", _training_images(phase)),
         ("device", summary.get("device")),
+        ("mesh", _mesh(phase)),
         ("precision", phase.get("precision")),
         ("execution of the steps", summary.get("execution")),
         ("threads of the steps", summary.get("threads")),

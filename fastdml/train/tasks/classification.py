@@ -96,7 +96,7 @@ class Classification(Task):
             seed=config.seed,
             pretrained=needs_pretrained(config),
             image_size=size,
-        ).to(device)
+        )
         sets = self.normalised(sets, config)
         images, sampler = self.with_unlabelled(sets, rest, config)
         train = make_loader(

@@ -305,7 +305,7 @@ def prepare(
         head=ReidHead(config.pooling, config.neck, config.last_stride),
         pretrained=needs_pretrained(config),
         image_size=config.size,
-    ).to(device)
+    )
     train = make_loader(
         kind,
         split,

@@ -35,7 +35,7 @@ Evaluate = Callable[[Cohort], Any]  # to its scores
 class Prepared(NamedTuple):
     """The peers and the data of a run."""
 
-    cohort: Cohort  # on the device
+    cohort: Cohort  # on the host: the run moves to its device what belongs there
     train: Any  # batches, as `fastdml.train.fit` takes them
     test: Any | Evaluate | None  # batches, or what gives a cohort's scores
     validation: Any | Evaluate | None = None  # the same, of images that choose the best weights
