@@ -9,6 +9,7 @@ become part of the step's graph where there is one: everything that `add` does i
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Sequence
 from typing import Any
@@ -36,9 +37,10 @@ class Totals:
         metric: bool = False,
         teachers: Sequence[str] = (),
         ranks: OneProcess | None = None,
+        exchange_every: int = 1,
     ) -> None:
         self.K, self.teachers = K, tuple(teachers)
-        self.ranks = ranks or OneProcess()
+        self.ranks, self.exchange_every = ranks or OneProcess(), exchange_every
         self.watched = ("ce", "kl", "metric") if metric else ("ce", "kl")
         self.per_peer = ("loss", *self.watched, "entropy", "top1")
         # each of per_peer (K), ensemble_correct (1), pairwise (K*K), teachers' (M*K), and the rows
@@ -51,15 +53,17 @@ class Totals:
         )
         self.step = torch.zeros((), dtype=torch.int64, device=device)  # of the run, the last added
         self.steps = 0
+        self.exchanges = 0  # steps in which peers learnt from each other
         self._mark()
 
     def tensors(self) -> list[Tensor]:
         """Those that `add` changes."""
         return [self.sums, self.first_bad, self.step]
 
-    def count(self) -> None:
-        """Counts a step on the host."""
+    def count(self, step: int = 1) -> None:
+        """Counts a step on the host. step: its number in the run, from 1 on."""
         self.steps += 1
+        self.exchanges += (step - 1) % self.exchange_every == 0
 
     def add(self, output: StepOutput) -> None:
         """Adds a step's statistics on the device."""
@@ -86,7 +90,8 @@ class Totals:
         """Means since the last read. Waits for the device, and on a mesh for all ranks."""
         sums = self._share()
         unread = self.ranks.sum(sums - self.marked_sums)
-        means = self._means(unread, self.steps - self.marked_steps)
+        steps = self.steps - self.marked_steps
+        means = self._means(unread, steps, self.exchanges - self.marked_exchanges)
         self._mark(sums)
         return means
 
@@ -117,7 +122,7 @@ class Totals:
 
     def epoch(self) -> dict[str, Any]:
         """Means over the whole epoch so far. Waits as `read`."""
-        return self._means(self.ranks.sum(self._share()), self.steps)
+        return self._means(self.ranks.sum(self._share()), self.steps, self.exchanges)
 
     @property
     def unread(self) -> int:
@@ -126,7 +131,7 @@ class Totals:
 
     def reset(self) -> None:
         self.sums.zero_()
-        self.steps = 0
+        self.steps = self.exchanges = 0
         self._mark()
 
     def state(self) -> dict[str, Any]:
@@ -136,6 +141,7 @@ class Totals:
             "first_bad": self._first_bad(),
             "step": self.step,
             "counts": [self.steps, self.marked_steps],
+            "exchanges": [self.exchanges, self.marked_exchanges],
             "marked_sums": self.marked_sums,
         }
 
@@ -151,17 +157,25 @@ class Totals:
         self.first_bad.copy_(state["first_bad"])
         self.step.copy_(state["step"])
         self.steps, self.marked_steps = counts
+        self.exchanges, self.marked_exchanges = state.get("exchanges", counts)
         self.marked_sums = marked
 
     def _mark(self, sums: Tensor | None = None) -> None:
         self.marked_sums = torch.zeros_like(self.sums, device="cpu") if sums is None else sums
-        self.marked_steps = self.steps
+        self.marked_steps, self.marked_exchanges = self.steps, self.exchanges
 
-    def _means(self, sums: Tensor, steps: int) -> dict[str, Any]:
+    def _means(self, sums: Tensor, steps: int, exchanges: int) -> dict[str, Any]:
+        """What peers say of each other is of the steps with an exchange, NaN where there were
+        none."""
         K, P = self.K, len(self.per_peer) * self.K
         count = torch.full_like(sums, max(steps, 1))
         # of the rows with a label those that are right; the others are means over rows
-        count[P - K : P + 1] = sums[-1].clamp(min=1)
+        rows = sums[-1].clamp(min=1)
+        count[P - K : P + 1] = rows
+        if exchanges < steps:
+            k = self.per_peer.index("kl") * K
+            count[k : k + K] = count[P + 1 : -1] = exchanges or math.nan
+            count[P] = rows * (exchanges / steps or math.nan)
         means = (sums / count).tolist()
         record = {name: means[i * K : (i + 1) * K] for i, name in enumerate(self.per_peer)}
         record["ensemble_top1"] = means[P]

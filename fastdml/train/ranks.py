@@ -362,6 +362,7 @@ class Ranks(OneProcess):
         except BaseException:  # of this rank alone, perhaps: nothing can be collected
             for k, peer in taken.items():
                 cohort.peers[k] = peer
+            cohort.mesh = None
             raise
         separate_batchnorm(cohort)
         if give_back:

@@ -130,6 +130,7 @@ class Trainer:
             metric=self.metric is not None,
             teachers=[teacher.name for teacher in cohort.teachers],
             ranks=self.ranks,
+            exchange_every=config.exchange_every if config.exchange == "logits" else 1,
         )
         self.record = Record(self.schedule, self.totals, [*self.loss_schedules.values()])
         self.ema = Ema(cohort, config.ema) if config.ema else None
@@ -271,7 +272,7 @@ class Trainer:
             self.seen.add(batch[-1])
             rows = self.ranks.rows(len(batch[-1]), self.train)
             progress.position += 1
-            totals.count()
+            totals.count(progress.position)
             clock.step(rows)
             self.bar.update(rows)
             self.profile.step()
