@@ -11,6 +11,7 @@ import logging
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from itertools import count
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
@@ -42,12 +43,9 @@ from fastdml.train import checks
 from fastdml.train.config.mesh_sizes import MeshSizes
 from fastdml.train.config.sources import load_config
 from fastdml.train.peer_costs import peer_seconds
-from fastdml.train.run_folder import resume_folder
 from fastdml.yaml_file import CONFIG
 
 if TYPE_CHECKING:
-    from pathlib import Path
-
     from fastdml.cohort import Cohort
     from fastdml.engine.amp import Amp
     from fastdml.engine.execution import Step, StepOutput
@@ -431,7 +429,8 @@ def _sizes_left(sizes: MeshSizes, config: TrainConfig, K: int) -> MeshSizes:
 
 def _begun_on_a_mesh(config: TrainConfig) -> bool:
     """Whether the run to go on with had one: its steps go on as they were, on one process too."""
-    return config.resume and bool(load_config(resume_folder(config) / CONFIG).mesh)
+    recorded = Path(config.folder or "") / CONFIG
+    return config.resume and recorded.is_file() and bool(load_config(recorded).mesh)
 
 
 class Silent:
