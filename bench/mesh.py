@@ -38,6 +38,7 @@ from fastdml.plan import Batch, Layout, Line, Link, PeerCost, costs, measure
 ROOT = Path(__file__).resolve().parents[1]
 LAYERS = 4
 WARM, STEPS = 4, 12
+TRIES = 10  # a second each, of which the fastest counts: others use the CPUs too
 SMALL, LARGE = 4, 8 << 20  # bytes of the two broadcasts from which a link is known
 SLOW = 25e6  # bytes a second that a rank sends over the slow link
 # $1: ranks, $2: what slows down each one's device, then the command that each runs.
@@ -78,6 +79,10 @@ class Case:
     @property
     def world(self) -> int:
         return self.peer * self.data
+
+    @property
+    def computes(self) -> bool:
+        return isinstance(self.peers[0], str)
 
 
 def _cases() -> list[Case]:
@@ -153,7 +158,7 @@ def cohort_of(case: Case) -> Cohort:
 
 
 def images_of(case: Case, rows: int) -> tuple[Tensor, Tensor]:
-    side = 32 if isinstance(case.peers[0], str) else 1
+    side = 32 if case.computes else 1
     images = torch.randn(rows, 3, side, side).contiguous(memory_format=torch.channels_last)
     return images, torch.arange(rows) % case.classes
 
@@ -171,12 +176,12 @@ def single(case: Case) -> tuple[list[PeerCost], Line]:
     for name, peer in zip(cohort.names, cohort.peers, strict=True):
         alone = Cohort([peer], case.classes)
         nbytes = sum(w.nbytes for w in peer.parameters())
-        forward, backward, update = measure.lines(
-            alone, [images_of(case, n)[0] for n in sizes], "off", "sgd"
-        )
-        found.append(
-            PeerCost(name, forward, backward, update, nbytes, nbytes, nbytes, Line(0.0, 0.0))
-        )
+        batches = [images_of(case, n)[0] for n in sizes]
+        rounds = []
+        for _ in range(TRIES if case.computes else 1):
+            times = measure.lines(alone, batches, "off", "sgd")
+            rounds.append(PeerCost(name, *times, nbytes, nbytes, nbytes, Line(0.0, 0.0)))
+        found.append(min(rounds, key=lambda cost: cost.seconds(case.batch)))
     K = len(case.peers)
     return found, measure.loss_seconds(K, case.classes, sizes, torch.device("cpu"))
 
@@ -223,7 +228,8 @@ def _measured(case: Case) -> dict[str, Any]:
     logits, wire = step.exchange.sent, _carried()
     dist.barrier()
     times = []
-    for _ in range(STEPS):
+    steps = 4 * STEPS if case.computes else STEPS
+    for _ in range(steps):
         start = time.perf_counter()
         step(*batch)
         times.append(time.perf_counter() - start)
@@ -235,7 +241,7 @@ def _measured(case: Case) -> dict[str, Any]:
     return {
         "small": small, "bandwidth": bandwidth, "rows": list(mesh.rows),
         "median": statistics.median(times), "fastest": min(times),
-        "logits": sent[0].item() / STEPS, "wire": sent[1].item() / STEPS,
+        "logits": sent[0].item() / steps, "wire": sent[1].item() / steps,
     }  # fmt: skip
 
 
@@ -317,7 +323,7 @@ def _row(case: Case, peers: list[PeerCost], loss: Line, found: dict[str, Any]) -
         "one_device": alone + case.parts * loss(case.batch / case.parts),
         "predicted": step.seconds,
         "predicted_wait": step.exchange + step.reduction,
-        "measured": found["fastest" if isinstance(case.peers[0], str) else "median"],
+        "measured": found["fastest" if case.computes else "median"],
         "logits_predicted": sum(nbytes) if case.peer > 1 else 0,
         "logits_counted": found["logits"],
         "wire_predicted": (case.peer - 1) * sum(nbytes) + gradients,
