@@ -4,7 +4,7 @@ share, and all rows of a column the same.
 fastdml's loaders, arrays and data sets of torch are cut by fastdml. A DataLoader cuts by itself, by
 a sampler with `num_replicas` and `rank` as torch's DistributedSampler has them; other batches say
 by attributes `rank` and `world` which share they are. That rows see the same is compared while
-training goes on, by a sum over the labels.
+training goes on, by a sum over labels and some values of the inputs.
 """
 
 from __future__ import annotations
@@ -25,6 +25,8 @@ if TYPE_CHECKING:
     from fastdml.train.batches import Batches
 
 FACTOR = 6364136223846793005  # odd, so that multiplying by it loses nothing modulo 2**64
+SOME = 16  # values of an input that are looked at
+WHOLE = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}  # by bytes
 
 
 def check_shares(source: Any, what: str, rank: int, world: int) -> None:
@@ -73,15 +75,15 @@ def sharding_sampler(source: Any) -> Any:
     return None
 
 
-class LabelSum:
-    """A sum over the labels of batches that knows their order; never waits for their device."""
+class BatchSum:
+    """A sum over tensors of batches that knows their order; never waits for their device."""
 
     def __init__(self) -> None:
         self.total: Tensor | None = None  # () int64, modulo 2**64
 
-    def add(self, labels: Tensor) -> None:
-        """Labels (N, ...) of the next batch."""
-        flat = labels.detach().flatten().to(torch.int64)
+    def add(self, values: Tensor) -> None:
+        """Whole numbers (...), such as the labels of the next batch."""
+        flat = values.detach().flatten().to(torch.int64)
         places = torch.arange(1, len(flat) + 1, device=flat.device)
         batch = (flat * (2 * places + 1) + places).sum()
         self.total = batch if self.total is None else self.total * FACTOR + batch
@@ -90,19 +92,20 @@ class LabelSum:
         return 0 if self.total is None else int(self.total)
 
 
-class SeenLabels:
-    """The labels of all batches of a training, of which the rows of a column must have seen the
-    same. Of batches that are functions of the seed and the step, which fastdml makes, and without a
-    second row nothing is done."""
+class SeenBatches:
+    """A sum over the labels, and some values of each input, of all batches of a training, of which
+    the rows of a column must have seen the same. Of batches that are functions of the seed and the
+    step, which fastdml makes, and without a second row nothing is done."""
 
     def __init__(self, mesh: Mesh | None, train: Any) -> None:
-        self.mesh, self.seen = mesh, LabelSum()
+        self.mesh, self.seen = mesh, BatchSum()
         self.needed = mesh is not None and mesh.peer > 1 and not _by_seed(train)
 
-    def add(self, labels: Tensor) -> None:
-        """Labels (N, ...) of the next batch."""
+    def add(self, inputs: Tensor, labels: Tensor, *others: Tensor) -> None:
+        """Inputs (N, ...) and labels (N, ...) of the next batch, and what else a step is given."""
         if self.needed:
-            self.seen.add(labels)
+            self.seen.add(_bits(inputs))
+            self.seen.add(_bits(labels))
 
     def check(self) -> None:
         """Refuses rows of one column that saw other batches; all ranks call it."""
@@ -113,8 +116,9 @@ class SeenLabels:
             if len({*found[column::columns]}) > 1:
                 raise InputError(
                     f"the rows of column {column} of the mesh have trained on other batches than "
-                    "each other: a DataLoader must shuffle by the same generator on all of them, "
-                    "and a sampler cut by mesh.data and mesh.column, not by the number of ranks"
+                    "each other: a DataLoader must shuffle and augment by the same generators on "
+                    "all of them, and its sampler cut by mesh.data and mesh.column, not by the "
+                    "number of ranks"
                 )
 
 
@@ -138,7 +142,7 @@ class Dealt:
     def __init__(self, test: Batches, mesh: Mesh | None) -> None:
         self.test, self.mesh = test, mesh
         self.column, self.columns = (mesh.column, mesh.data) if mesh else (0, 1)
-        self.seen = LabelSum()
+        self.seen = BatchSum()
         self.steps = 0  # of an epoch; known after one
         self.compared = mesh is not None and not _by_seed(test)
 
@@ -156,11 +160,11 @@ class Dealt:
             yield Turn(0, *next(iter(test.epoch(0))), False)
 
     def _read_all(self) -> Iterator[Turn]:
-        self.seen, self.steps, start = LabelSum(), 0, 0
+        self.seen, self.steps, start = BatchSum(), 0, 0
         for step, (images, labels) in enumerate(self.test.epoch(0)):
             self.steps = step + 1
             if self.compared:
-                self.seen.add(labels)
+                self.seen.add(_bits(labels))
             if step % self.columns == self.column:
                 yield Turn(start, images, labels, True)
             start += len(labels)
@@ -176,6 +180,13 @@ class Dealt:
                     "the batches to score on differ between the ranks: give a DataLoader that does "
                     "not shuffle or shard, or the data set or the arrays themselves"
                 )
+
+
+def _bits(values: Tensor) -> Tensor:
+    """Some values of each of N, as whole numbers: (N, at most SOME)."""
+    flat = values.detach().flatten(1) if values.dim() > 1 else values.detach()[:, None]
+    some = flat[:, :: max(1, -(-flat.shape[1] // SOME))].contiguous()
+    return some.view(WHOLE[some.element_size()])
 
 
 def _by_seed(train: Any) -> bool:

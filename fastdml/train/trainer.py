@@ -54,7 +54,7 @@ from fastdml.train.result import TrainResult
 from fastdml.train.run_folder import BEST
 from fastdml.train.same_data import data_mark
 from fastdml.train.saving import checkpoints_of, save_cohort
-from fastdml.train.sharding import SeenLabels
+from fastdml.train.sharding import SeenBatches
 from fastdml.train.stopping import FAILED, SAVE, Stop
 from fastdml.train.tasks.task import Task, scoring_of
 from fastdml.train.teacher_cache import TeacherCache
@@ -140,7 +140,7 @@ class Trainer:
         self.step = self._make_step()
         self.clock = Clock(self.device)
         self.calls = Calls(self, callbacks)
-        self.seen = SeenLabels(self.mesh, train)
+        self.seen = SeenBatches(self.mesh, train)
         self.shares = ""  # of the peers in the time of a step, for the bar
         self.data_marks = {"training": data_mark(train), **evaluations.marks}
         self.checkpoints = checkpoints_of(self)
@@ -269,7 +269,7 @@ class Trainer:
                 self._begin(batch)
             clock.got()
             self.step(*batch)
-            self.seen.add(batch[-1])
+            self.seen.add(*batch)
             rows = self.ranks.rows(len(batch[-1]), self.train)
             progress.position += 1
             totals.count(progress.position)

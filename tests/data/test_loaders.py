@@ -208,6 +208,17 @@ def test_dali_on_a_gpu_makes_the_batches_of_a_cpu():
         assert (on_gpu.cpu() - images).abs().max() <= EXACT
 
 
+@pytest.mark.parametrize("kind", ["resident", "torch", pytest.param("dali", marks=needs_dali)])
+@pytest.mark.parametrize("train", [True, False])
+def test_batches_between_are_left_out(kind, train):
+    loader = KINDS[kind](numbered_set(29), 4, train=train, pad=0)
+    whole = [labels.tolist() for _, labels in loader.epoch(1)]
+    for start, every in ((0, 2), (2, 3), (1, 20), (9, 2)):
+        assert [labels.tolist() for _, labels in loader.epoch(1, start, every)] == (
+            whole[start::every]
+        )
+
+
 @both
 def test_iterators_beside_each_other(market, make):
     """None of them shows another's batches."""

@@ -10,6 +10,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from ranks import run_ranks
+from torch import nn
 from torch.utils.data import (
     BatchSampler,
     DataLoader,
@@ -19,15 +20,17 @@ from torch.utils.data import (
     TensorDataset,
 )
 
+from fastdml.cohort import Cohort
 from fastdml.data import ImageSet, ResidentLoader
 from fastdml.data.image_set import IGNORED
 from fastdml.data.samplers import part
 from fastdml.errors import InputError
 from fastdml.parallel import make_mesh
-from fastdml.train import TrainConfig
+from fastdml.report import plots
+from fastdml.train import TrainConfig, fit
 from fastdml.train.batches import as_batches
 from fastdml.train.config.reid import ReidConfig
-from fastdml.train.sharding import SeenLabels
+from fastdml.train.sharding import SeenBatches
 from fastdml.train.tasks.task import Prepared, Task, prepared, task_of
 from fastdml.train.unlabelled import PairedBatches, learns_without_labels, with_unlabelled
 
@@ -252,11 +255,63 @@ def rows_of_a_mesh(seeds):
     for name, (shuffled, seed) in seeds.items():
         generator = torch.Generator().manual_seed(seed[mesh.rank])
         loader = DataLoader(data, 4, sampler=RandomSampler(data, generator=generator))
-        seen = SeenLabels(mesh, SimpleNamespace(epoch=None) if shuffled else resident())
-        for _, labels in loader:
-            seen.add(labels)
+        seen = SeenBatches(mesh, SimpleNamespace(epoch=None) if shuffled else resident())
+        for batch in loader:
+            seen.add(*batch)
         try:
             seen.check()
+            said[name] = None
+        except InputError as error:
+            said[name] = str(error)
+    return said
+
+
+class Linear(nn.Module):
+    """A peer that draws."""
+
+    num_classes = CLASSES
+
+    def __init__(self, seed):
+        super().__init__()
+        with torch.random.fork_rng():
+            torch.manual_seed(seed)
+            self.layers = nn.Sequential(nn.Dropout(0.5), nn.Linear(3, CLASSES))
+
+    def forward(self, x):
+        return self.layers(x)
+
+
+class Noisy(TensorDataset):
+    """Augmented by torch's generator, or by one of each process's own."""
+
+    def __init__(self, own=None):
+        super().__init__(rows(16), torch.arange(16) % CLASSES)
+        self.own = own
+
+    def __getitem__(self, i):
+        x, y = super().__getitem__(i)
+        return x + torch.randn(3, generator=self.own), y
+
+
+def runs_with_loaders(folder):
+    """What the ranks of peer=2 say of runs with DataLoaders: None of one that went through."""
+    plots.draw = lambda folder, headlines, formats: []
+    torch.set_num_threads(1)
+    mesh, said = make_mesh(2, 1, timeout=60), {}
+    shuffled = torch.Generator().manual_seed(mesh.rank)
+    loaders = {
+        "alike": DataLoader(Noisy(), 4, shuffle=True),
+        "order": DataLoader(Noisy(), 4, shuffle=True, generator=shuffled),
+        "noise": DataLoader(Noisy(own=torch.Generator().manual_seed(mesh.rank)), 4),
+    }
+    for name, loader in loaders.items():
+        cohort = Cohort([Linear(1), Linear(2)], CLASSES)
+        config = TrainConfig(
+            folder=str(folder / name), epochs=2, log_every=2, eval_every=1, amp="off", threads=1,
+            tensorboard=False, execution="eager",
+        )  # fmt: skip
+        try:
+            fit(cohort, loader, None, config, mesh=mesh)
             said[name] = None
         except InputError as error:
             said[name] = str(error)
@@ -277,12 +332,21 @@ def test_rows_that_saw_other_batches_are_refused_on_all_ranks():
         assert "\n" not in said["others"]
 
 
-def test_the_sum_over_labels_tells_orders_apart():
-    mesh = SimpleNamespace(peer=2)
-    sums = set()
+def test_a_run_takes_a_shuffling_loader_and_stops_where_rows_shuffle_or_augment_otherwise(
+    tmp_path,
+):
+    for said in run_ranks(2, runs_with_loaders, tmp_path):
+        assert said["alike"] is None
+        for name in ("order", "noise"):
+            assert "the rows of column 0 of the mesh have trained on other batches" in said[name]
+
+
+def test_the_sum_over_batches_tells_orders_and_inputs_apart():
+    mesh, sums = SimpleNamespace(peer=2), set()
     for order in ([[1, 2], [3, 4]], [[2, 1], [3, 4]], [[3, 4], [1, 2]], [[1], [2, 3, 4]]):
-        seen = SeenLabels(mesh, [])
-        for labels in order:
-            seen.add(torch.tensor(labels))
-        sums.add(int(seen.total))
-    assert len(sums) == 4
+        for shift in (0.0, 1e-6):
+            seen = SeenBatches(mesh, [])
+            for labels in order:
+                seen.add(torch.ones(len(labels), 3, 40, 40) + shift, torch.tensor(labels))
+            sums.add(seen.seen.value())
+    assert len(sums) == 8

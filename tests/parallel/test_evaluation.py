@@ -99,8 +99,10 @@ def classified(cohort, folder):
     amp, found = resolve_amp("off", CPU), {}
     cohort.eval()
     for size, n in SIZES.items():
-        for kind, batches in sources(n).items():
-            scorer = Scorer(batches, amp)
+        of_size = sources(n)
+        kinds = of_size if n == 26 else ["resident", "batches"]
+        for kind in kinds:
+            scorer = Scorer(of_size[kind], amp)
             found[f"{size}, {kind}"] = (
                 asdict(scorer(cohort)),
                 *kept(scorer.predictions(cohort, "last")),
