@@ -49,8 +49,10 @@ class Rows:
         sizes = self.sizes
         if len(sizes) == 1:
             return t
-        sent = t.new_zeros((max(sizes), *t.shape[1:]))
-        sent[: len(t)] = t
+        sent = t.contiguous()
+        if len(t) < max(sizes):
+            sent = t.new_zeros((max(sizes), *t.shape[1:]))
+            sent[: len(t)] = t
         found = t.new_empty((len(sizes), *sent.shape))
         dist.all_gather(list(found.unbind(0)), sent, group=group)
         return torch.cat([share[:n] for share, n in zip(found.unbind(0), sizes, strict=True)])

@@ -116,9 +116,17 @@ def scheduled(mesh: Mesh | None) -> Any:
     return parameters(peers), figures(outputs, mesh)
 
 
+def in_three_parts(mesh: Mesh | None) -> Any:
+    peers = cohort(2)
+    options = {"accumulate": 3 if mesh is None else 1, "batches": labelled(FEW[:9])}
+    outputs, _ = train(peers, mesh, steps=10, **options)
+    return parameters(peers), figures(outputs, mesh)
+
+
 def on_three_columns() -> dict[Any, Any]:
     mesh = make_mesh(1, 3, timeout=30)
-    return {**with_losses(mesh), "scheduled": scheduled(mesh)}
+    found = {"scheduled": scheduled(mesh), "in three parts": in_three_parts(mesh)}
+    return {**with_losses(mesh), **found}
 
 
 @pytest.fixture(scope="module")
@@ -147,6 +155,12 @@ def test_schedules_of_the_loss_go_on(three_columns):
     weights, whole = scheduled(None)
     for rank in three_columns:
         close(rank["scheduled"], (weights, whole))
+
+
+def test_three_columns_are_three_parts_to_rounding(three_columns):
+    expected = in_three_parts(None)
+    for rank in three_columns:
+        close(rank["in three parts"], expected)
 
 
 def test_without_any_label_nothing_is_trained_by_nan(three_columns):
