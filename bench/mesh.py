@@ -7,8 +7,8 @@ All processes share the CPUs of one machine, on gloo. Where their number would d
 in place of computing: their passes take a time that no other process changes. Each rank has a
 network namespace of its own, with a device that counts what it sends; a bridge joins them. Links
 are as fast as the machine makes them, or slowed down by the kernel's token bucket filter (tc-tbf).
-What the model is given is measured without a mesh: each peer's passes in one process, and between
-the ranks how long a small broadcast takes and, of the fast link, a large one.
+What the model is given, and a file holds, is measured without a mesh: each peer's passes in one
+process, and between the ranks how long a small broadcast takes and, of the fast link, a large one.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ import tempfile
 import time
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -310,45 +310,61 @@ def _on_ranks(cases: list[Case], world: int, slow: bool) -> dict[str, Any]:
 
 
 def _row(case: Case, peers: list[PeerCost], loss: Line, found: dict[str, Any]) -> dict[str, Any]:
-    layout = Layout(tuple(found["rows"]), case.data)
-    batch = Batch(case.batch, case.classes, 4, case.parts)
-    step = costs.step(peers, layout, batch, link_of(found, case), loss=loss)
-    nbytes = [costs.exchange_bytes(case.batch, case.classes, 4) for _ in peers]
-    gradients = sum(case.data * costs.all_reduce_bytes(peer.gradients, case.data) for peer in peers)
-    alone = sum(peer.seconds(case.batch / case.parts) * case.parts for peer in peers)
+    """What was measured of a case, and what the model is given."""
     return {
-        "name": case.name,
-        "processes": case.world,
-        "mesh": f"peer={case.peer},data={case.data}",
-        "one_device": alone + case.parts * loss(case.batch / case.parts),
-        "predicted": step.seconds,
-        "predicted_wait": step.exchange + step.reduction,
-        "measured": found["fastest" if case.computes else "median"],
-        "logits_predicted": sum(nbytes) if case.peer > 1 else 0,
-        "logits_counted": found["logits"],
-        "wire_predicted": (case.peer - 1) * sum(nbytes) + gradients,
-        "wire_counted": found["wire"],
+        **dataclasses.asdict(case),
+        "rows": found["rows"],
+        "seconds": found["fastest" if case.computes else "median"],
+        "logits": found["logits"],
+        "wire": found["wire"],
+        "costs": [dataclasses.asdict(peer) for peer in peers],
+        "loss": loss,
         "link": dataclasses.asdict(link_of(found, case)),
     }
 
 
-def table(rows: list[dict[str, Any]], where: str, commit: str) -> str:
-    head = (
-        f"{'':<49}{'mesh':<16}{'one device':>11}{'predicted':>10}{'measured':>10}{'ratio':>7}"
-        f"{'wire MB':>9}{'counted':>9}"
+class Predicted(NamedTuple):
+    one_device: float  # seconds of a step of all peers on one device, in as many parts
+    step: costs.Step
+    wire: float  # bytes that all ranks send in a step
+
+
+def predicted(row: dict[str, Any]) -> Predicted:
+    """What the cost model says of a case, from what was measured without a mesh."""
+    lines = ("forward", "backward", "activations")
+    peers = [
+        PeerCost(**{**each, **{name: Line(*each[name]) for name in lines}}) for each in row["costs"]
+    ]
+    loss, (P, D) = Line(*row["loss"]), (row["peer"], row["data"])
+    batch = Batch(row["batch"], row["classes"], 4, row["parts"])
+    layout = Layout(tuple(row["rows"]), D)
+    step = costs.step(peers, layout, batch, Link(**row["link"]), loss=loss)
+    images, parts = row["batch"] / row["parts"], row["parts"]
+    alone = sum(p.forward(images) + p.backward(images) for p in peers) + loss(images)
+    logits = costs.exchange_bytes(row["batch"], row["classes"], 4)
+    gradients = sum(D * costs.all_reduce_bytes(peer.gradients, D) for peer in peers)
+    return Predicted(
+        parts * alone + sum(p.update for p in peers),
+        step,
+        (P - 1) * len(peers) * logits + gradients,
     )
+
+
+def table(rows: list[dict[str, Any]], where: str, commit: str) -> str:
     lines = [
         f"{where}; commit {commit}",
         "ms a step; wire: bytes that all ranks together send in a step, as predicted, as counted",
         "",
-        head,
+        f"{'':<49}{'mesh':<16}{'one device':>11}{'predicted':>10}{'measured':>10}{'ratio':>7}"
+        f"{'wire MB':>9}{'counted':>9}",
     ]
     for row in rows:
+        said, mesh = predicted(row), f"peer={row['peer']},data={row['data']}"
         lines.append(
-            f"{row['name']:<49}{row['mesh']:<16}{1e3 * row['one_device']:>11.1f}"
-            f"{1e3 * row['predicted']:>10.1f}{1e3 * row['measured']:>10.1f}"
-            f"{row['measured'] / row['predicted']:>7.2f}{row['wire_predicted'] / 1e6:>9.2f}"
-            f"{row['wire_counted'] / 1e6:>9.2f}"
+            f"{row['name']:<49}{mesh:<16}{1e3 * said.one_device:>11.1f}"
+            f"{1e3 * said.step.seconds:>10.1f}{1e3 * row['seconds']:>10.1f}"
+            f"{row['seconds'] / said.step.seconds:>7.2f}{said.wire / 1e6:>9.2f}"
+            f"{row['wire'] / 1e6:>9.2f}"
         )
     return "\n".join(lines)
 

@@ -177,24 +177,28 @@ def gather_seconds(nbytes: float, ranks: int, link: Link) -> float:
 # --- what of it the device waits for ---
 
 
-def exchange_wait(forwards: Sequence[float], rounds: Sequence[float]) -> float:
-    """Seconds from the last forward pass until all logits are there. The peers of a row run in
-    turn; round i of the exchange, `rounds[i]` seconds, begins when pass i has ended and round i - 1
-    is through, while later passes go on."""
-    now = arrived = 0.0
-    for passed, takes in zip(forwards, rounds, strict=True):
-        now += passed
-        arrived = max(now, arrived) + takes
-    return arrived - now
+def exchange_wait(
+    forwards: Sequence[float], backward: float, transfer: float, latency: float, parts: int = 1
+) -> float:
+    """Seconds that a row waits for logits in a step of a batch in `parts`.
 
-
-def pipelined_wait(forward: float, backward: float, exchange: float, parts: int) -> float:
-    """The same of a batch in `parts`, whose passes take `forward` and `backward` seconds and whose
-    exchange takes `exchange` after the forward pass: part i's logits travel during the forward pass
-    of part i + 1, the last part's during the backward pass of the part before."""
-    if parts == 1:
-        return exchange
-    return (parts - 1) * max(0.0, exchange - forward) + max(0.0, exchange - backward)
+    In each part the row's peers run in turn, `forwards` seconds each; when one has ended, a round
+    of the exchange takes the link for `transfer` seconds and is there `latency` later. A part's
+    backward passes, `backward` seconds, come after the forward passes of the next part: meanwhile
+    its logits travel.
+    """
+    now = free = waited = 0.0
+    before = None  # when the logits of the part before are there
+    for _ in range(parts):
+        for passed in forwards:
+            now += passed
+            free = max(now, free) + transfer
+        if before is not None:
+            wait = max(0.0, before - now)
+            waited += wait
+            now += wait + backward
+        before = free + latency
+    return waited + max(0.0, (before or 0.0) - now)
 
 
 def reduction_wait(gradients: Iterable[float], backward: float, ranks: int, link: Link) -> float:
@@ -310,9 +314,12 @@ def _step_of_row(
     along_peer = link_along_peer(layout, link, network)
     nbytes = exchange_bytes(share, batch.classes, batch.itemsize) if P > 1 else 0
     received = (len(peers) - len(own)) * nbytes / parts
-    a_round = broadcast_seconds(received / len(own), P, along_peer)
-    wait = exchange_wait(forwards, [a_round] * len(own))
-    exchange = pipelined_wait(forward, backward, wait, parts)
+    if P > 1:
+        transfer = received / len(own) / along_peer.bandwidth
+        latency = broadcast_seconds(0, P, along_peer)
+        exchange = exchange_wait(forwards, backward, transfer, latency, parts)
+    else:
+        exchange = 0.0
 
     along_data = link_along_data(layout, link, network)
     if layout.fsdp:

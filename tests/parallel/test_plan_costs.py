@@ -131,17 +131,32 @@ def test_bytes_of_a_peer_that_is_cut_over_its_row():
 
 
 def test_the_last_pass_hides_no_exchange_and_the_ones_before_hide_theirs():
-    assert costs.exchange_wait([5.0], [3.0]) == 3.0
-    assert costs.exchange_wait([5.0, 5.0], [3.0, 3.0]) == 3.0
-    assert costs.exchange_wait([5.0, 5.0], [7.0, 7.0]) == 9.0  # the link is the slower one
-    assert costs.exchange_wait([5.0, 1.0, 1.0], [3.0, 3.0, 3.0]) == 7.0
+    assert costs.exchange_wait([5.0], 10.0, 3.0, 0.0) == 3.0
+    assert costs.exchange_wait([5.0], 10.0, 2.0, 1.0) == 3.0
+    assert costs.exchange_wait([5.0, 5.0], 10.0, 3.0, 0.0) == 3.0
+    assert costs.exchange_wait([5.0, 5.0], 10.0, 7.0, 0.0) == 9.0  # the link is the slower one
+    assert costs.exchange_wait([5.0, 5.0], 10.0, 0.0, 7.0) == 7.0  # what is under way overlaps
+    assert costs.exchange_wait([5.0, 1.0, 1.0], 10.0, 3.0, 0.0) == 7.0
 
 
 def test_parts_hide_the_exchange_while_it_is_shorter_than_a_part():
-    assert costs.pipelined_wait(4.0, 8.0, 3.0, parts=1) == 3.0
-    assert costs.pipelined_wait(2.0, 4.0, 1.5, parts=2) == 0.0
-    assert costs.pipelined_wait(2.0, 4.0, 3.0, parts=2) == 1.0  # the second behind the backward
-    assert costs.pipelined_wait(1.0, 2.0, 3.0, parts=4) == 3 * 2.0 + 1.0
+    assert costs.exchange_wait([2.0], 4.0, 1.5, 0.0, parts=2) == 0.0
+    assert costs.exchange_wait([2.0], 4.0, 0.0, 1.5, parts=4) == 0.0
+    assert costs.exchange_wait([2.0], 4.0, 3.0, 0.0, parts=2) == 1.0  # the second behind the pass
+    assert costs.exchange_wait([1.0], 2.0, 3.0, 0.0, parts=2) == 2.0 + 1.0
+
+
+@pytest.mark.parametrize(
+    ("parts", "waits"),
+    [(1, (5, 10, 20, 40)), (2, (0, 0, 10, 30)), (4, (0, 5, 25, 65))],
+)
+def test_a_link_that_only_delays(parts, waits):
+    """Forward 20 ms, backward 40: what bench/mesh_pipeline.py has measured, to a few ms."""
+    found = [
+        costs.exchange_wait([20 / parts], 40 / parts, 0.0, delay, parts)
+        for delay in (5, 10, 20, 40)
+    ]
+    assert found == pytest.approx(waits)
 
 
 @given(st.integers(0, 10**9))
