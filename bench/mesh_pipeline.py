@@ -1,6 +1,7 @@
 """How long ranks wait for each other's logits in a step, over a link that is late.
 
 python -m bench.mesh_pipeline [--delays 0 5 10 20 40] [--forward 20] [--json FILE]
+python -m bench.mesh_pipeline --table FILE         prints a stored one
 
 Two ranks on gloo with one peer each, whose forward pass sleeps for a time and whose backward pass
 for twice that, so that other processes on the machine change little. Every broadcast arrives later
@@ -27,6 +28,7 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 from torch import Tensor, nn
 
+from bench import report
 from fastdml import Cohort, MutualLoss
 from fastdml.engine import make_optimizer, make_step
 from fastdml.parallel import make_mesh
@@ -151,8 +153,29 @@ def rank(number: int, given: argparse.Namespace) -> None:
         if mesh.lead:
             print("".join(f"{value:>11}" for value in row.values()), flush=True)
     if mesh.lead and given.json:
-        given.json.write_text(json.dumps({"forward": given.forward, "rows": rows}, indent=1) + "\n")
+        where = f"{report.machine(torch.device('cpu'))}, {os.cpu_count()} CPUs"
+        found = {"forward": given.forward, "rows": rows, "where": where, "commit": report.commit()}
+        given.json.write_text(json.dumps(found, indent=1) + "\n")
     dist.destroy_process_group()
+
+
+def table(forward: float, rows: list[dict[str, Any]], where: str, commit: str) -> str:
+    """What a step waits in each number of parts, and what the order of its passes leaves."""
+    waits = {(row["receptions"], row["parts"], row["delay"]): row for row in rows}
+    parts, delays = ([*dict.fromkeys(row[name] for row in rows)] for name in ("parts", "delay"))
+    lines = [
+        f"{where}; commit {commit}",
+        f"ms that a step waits, and in brackets what the order of its passes leaves; forward "
+        f"{forward:g} ms, backward {2 * forward:g}",
+        "",
+        f"{'a link that is late by':<26}" + "".join(f"{f'{d:g} ms':>15}" for d in delays),
+    ]
+    for number in parts:
+        cells = [waits["first", number, delay] for delay in delays]
+        texts = [f"{cell['waited']:.1f} ({cell['theory']:.1f})" for cell in cells]
+        name = "a batch at once" if number == 1 else f"accumulate {number}"
+        lines.append(f"{name:<26}" + "".join(f"{text:>15}" for text in texts))
+    return "\n".join(lines)
 
 
 def main() -> None:
@@ -161,7 +184,11 @@ def main() -> None:
     parser.add_argument("--forward", type=float, default=20, help="ms of a batch's forward pass")
     parser.add_argument("--port", type=int, default=29571)
     parser.add_argument("--json", type=Path, help="write the rows there")
+    parser.add_argument("--table", type=Path, metavar="FILE", help="print a stored file, no more")
     given = parser.parse_args()
+    if given.table:
+        print(table(**json.loads(given.table.read_text())))
+        return
     print(f"ms, median of {STEPS} steps; forward {given.forward:g}, backward {2 * given.forward:g}")
     names = ("parts", "receptions", "delay", "step", "waited", "theory")
     print("".join(f"{name:>11}" for name in names))
