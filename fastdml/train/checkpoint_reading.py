@@ -179,12 +179,21 @@ def run_part(run: Path) -> dict[str, Any] | None:
     return None
 
 
-def written_with(path: Path) -> tuple[int, int]:
-    """`accumulate` and the columns of the mesh when a checkpoint was written."""
-    if path.name != LAST_CHECKPOINT:
-        manifest = read_manifest(path)
+def written_with(run: Path) -> tuple[int, int] | None:
+    """`accumulate` and the columns of the mesh when the newest checkpoint that can be read was
+    written; None without one. A process is one column."""
+    for path in checkpoints(run):
+        if path.name == LAST_CHECKPOINT:
+            found = (_mapped(path) or {}).get("config", {}).get("accumulate")
+            if found is not None:
+                return int(found), 1
+            continue
+        try:
+            manifest = read_manifest(path)
+        except InputError:  # said where it is restored
+            continue
         return manifest.accumulate, manifest.data
-    return int((_mapped(path) or {}).get("config", {}).get("accumulate", 1)), 1
+    return None
 
 
 def _file(manifest: Manifest, name: str) -> dict[str, Any]:

@@ -96,9 +96,12 @@ class Totals:
         return means
 
     def _share(self) -> Tensor:
-        """The sums on the host. On a mesh they are this rank's share: of the peers that it holds,
-        and of what belongs to no peer on its first row."""
-        sums = self.sums.to("cpu", copy=True)
+        """The sums on the host, on a mesh this rank's share."""
+        return self._own(self.sums.to("cpu", copy=True))
+
+    def _own(self, sums: Tensor) -> Tensor:
+        """On a mesh the share of a rank: of the peers that it holds, and on its first row of what
+        belongs to no peer."""
         own = torch.tensor([self.ranks.holds(k) for k in range(self.K)])
         P = len(self.per_peer)
         first = torch.tensor([self.ranks.first_row])
@@ -158,7 +161,7 @@ class Totals:
         self.step.copy_(state["step"])
         self.steps, self.marked_steps = counts
         self.exchanges, self.marked_exchanges = state.get("exchanges", counts)
-        self.marked_sums = marked
+        self.marked_sums = self._own(marked)
 
     def _mark(self, sums: Tensor | None = None) -> None:
         self.marked_sums = torch.zeros_like(self.sums, device="cpu") if sums is None else sums

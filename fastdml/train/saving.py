@@ -11,7 +11,6 @@ from __future__ import annotations
 import logging
 import threading
 from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -22,11 +21,12 @@ from fastdml import cohort_files
 from fastdml.cohort import Cohort
 from fastdml.errors import InputError, one_line
 from fastdml.files import Staged, writing
+from fastdml.parallel import averaged_statistics
 from fastdml.parallel.shard_files import divided, write
 from fastdml.parallel.shards import is_sharded
 from fastdml.paths import expanded
 from fastdml.train import checkpoint, checkpoint_folder
-from fastdml.train.checkpoint_folder import CHECKPOINTS, RUN, Manifest, Mark
+from fastdml.train.checkpoint_folder import CHECKPOINTS, RUN, Manifest, Mark, whole_folders
 from fastdml.train.checkpoint_reading import (
     Reader,
     checkpoints,
@@ -91,7 +91,7 @@ class FolderCheckpoints:
         self.trainer, self.mesh, self.keep = trainer, mesh, keep
         self.last: Path | None = None  # the last one saved or restored
         self.thread: threading.Thread | None = None
-        self.error: str | None = None
+        self.error: Exception | None = None  # that the thread has met
         self.group: Any = None  # of all ranks, for the threads alone
         self.row_group: Any = None  # of those that have the same peers, as well
 
@@ -148,7 +148,7 @@ class FolderCheckpoints:
         folder = self._new_folder()
         files = {checkpoint_folder.rank_name(mesh.rank): on_host(rank_state(trainer))}
         shards: dict[str, Any] = {}
-        with _averaged(trainer, mesh):
+        with averaged_statistics(trainer.cohort, mesh, trainer.ema):
             for k in mesh.local:
                 name = checkpoint_folder.peer_name(k, trainer.cohort.names[k])
                 state = peer_state(trainer, k)
@@ -190,7 +190,7 @@ class FolderCheckpoints:
             self.thread.join()
             self.thread = None
         if self.error is not None:
-            raise InputError(self.error)
+            raise self.error
 
     def _new_folder(self) -> Path:
         """Made by rank 0, and by every rank that does not see it yet."""
@@ -215,15 +215,16 @@ class FolderCheckpoints:
                 error = self._complete(whole, outcomes)
             if error is not None and self.mesh.lead:
                 checkpoint_folder.remove(whole.folder)
-            self.error = self.mesh.share(error, self.group)
-        except Exception as error:  # of another rank that is gone, most of all
-            self.error = f"the checkpoint {whole.folder} is not complete: {one_line(error)}"
+            if error := self.mesh.share(error, self.group):
+                self.error = InputError(error)
+        except Exception as error:  # of a collective, most of all: another rank is gone
+            self.error = error
 
     def _written(
         self, folder: Path, files: dict[str, Any], shards: dict[str, Any]
     ) -> dict[str, Mark] | str:
         """The marks of this rank's files, or why they could not be written."""
-        others = [p for p in checkpoint_folder.whole_folders(self.trainer.folder) if p != folder]
+        others = [p for p in whole_folders(self.trainer.folder) if p != folder]
         marks: dict[str, Mark] = {}
         try:
             for name, parts in shards.items():  # first, where all ranks of a row are sure to come
@@ -257,23 +258,14 @@ def checkpoints_of(trainer: Trainer) -> LastCheckpoint | FolderCheckpoints:
     return FolderCheckpoints(trainer, trainer.mesh, trainer.config.keep_checkpoints)
 
 
-def _averaged(trainer: Trainer, mesh: Mesh) -> AbstractContextManager:
-    """In it running statistics are those of all columns."""
-    if mesh.data == 1:
-        return nullcontext()
-    from fastdml.parallel import averaged_statistics
-
-    return averaged_statistics(trainer.cohort, mesh, trainer.ema)
-
-
 def accumulate_on(folder: Path, config: TrainConfig, mesh: Mesh | None) -> TrainConfig:
     """The settings to go on with where a batch is to have as many parts as before: BatchNorm sees
     them one at a time. A column of the mesh is a part, and `accumulate` makes more of it, so that
     this follows the mesh. Raises InputError where it cannot."""
-    found = checkpoints(folder)
-    if not found or (mesh is None and found[0].name == LAST_CHECKPOINT):
+    found = written_with(folder)
+    if found is None or (mesh is None and not whole_folders(folder)):
         return config
-    was, columns = written_with(found[0])
+    was, columns = found
     data = 1 if mesh is None else mesh.data
     parts = was if config.sync_batchnorm else was * columns
     own = 1 if config.sync_batchnorm else data  # of a batch, made by the columns

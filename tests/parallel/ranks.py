@@ -22,7 +22,8 @@ PRELOADED = [
     "pytest", "numpy", "torch", "torch.distributed", "torch.distributed.device_mesh",
     "torch._dynamo",  # which the first optimizer imports, for a second
     "torch.nn.parallel", "torch.distributed.fsdp", "torch.distributed.checkpoint",
-    "fastdml", "fastdml.parallel", "fastdml.engine", "fastdml.train",
+    "torch._dynamo", "fastdml", "fastdml.parallel", "fastdml.engine", "fastdml.train",
+    "fastdml.train.run", "safetensors.torch", "matplotlib.pyplot",
 ]  # fmt: skip
 
 
