@@ -7,8 +7,9 @@
     stacked   peers of one architecture as one network; on CUDA captured as one graph too
 
 Each is a file that registers a small class (`execution.register_execution`). Of the other files
-here, `update`, `amp`, `optimizers`, `ema` and `accumulate` are shared by them, `auto` and
-`rehearsal` choose one, and `guards`, `stackable` and `stack_proof` check that one is safe.
+here, `update`, `amp`, `optimizers` and `ema` are shared by them, `auto` and `rehearsal` choose one,
+and `guards`, `stackable` and `stack_proof` check that one is safe. `mesh_step` is the step on
+several ranks, and `mesh_executions` says which of these there are for it.
 """
 
 from __future__ import annotations
