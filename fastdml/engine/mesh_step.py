@@ -70,6 +70,7 @@ class MeshStep(EagerStep):
         self.mesh, self.local = mesh, mesh.local
         self.exchange = Exchange(mesh)
         self.remote = self.exchange.remote
+        self.places = torch.tensor(self.local, device=self.amp.device)
         self.number = 0
         self.part = 0  # of the whole batch's, the one that runs
         self.transfer: Transfer | None = None  # of that part
@@ -98,6 +99,10 @@ class MeshStep(EagerStep):
         if self.replicas.refresh(self.update.refresh()):
             for k in self.local:
                 self.forwards[k] = self.replicas.networks[k]
+
+    def tensors(self) -> list[Tensor]:
+        copies = {} if self.stale_peers is None else self.stale_peers.copies
+        return super().tensors() + [t for peer in copies.values() for t in peer.buffers()]
 
     def fetch(self) -> None:
         """Brings the copies of the other rows' peers up to date, at the steps at which that is
@@ -213,7 +218,7 @@ class MeshStep(EagerStep):
 
     def _alone(self, part: Part, loss: MutualLoss) -> tuple[Tensor, MutualStats, list[Any]]:
         """The local peers' losses at a step at which nobody learns from anybody."""
-        K, index = len(self.peers), torch.tensor(self.local, device=part.labels.device)
+        K, index = len(self.peers), self.places
         logits = [part.outputs[k][0].detach() for k in self.local]
         losses, stats, own = without_kl(loss).value_and_grad(logits, part.labels)
         grads: list[Any] = [None] * K
