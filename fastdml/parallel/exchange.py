@@ -64,10 +64,12 @@ class Transfer:
             shape, dtype = kinds[k]
             self.tensors[k] = torch.empty(shape, dtype=dtype, device=device)
         self.works: list[dist.Work] = []
+        self.to_give = sum(k in exchange.mesh.local for k in peers)
         self.rounds = exchange.rounds(peers) if exchange.in_rounds else []
         if not exchange.in_rounds:
             for k in self.remote:
                 self._post(k)
+        self._remaining_rounds()
 
     def give(self, k: int, tensor: Tensor) -> None:
         """Sends the tensor of local peer k, which stays as it is until `wait`. Local peers give in
@@ -75,20 +77,25 @@ class Transfer:
         if self.exchange.mesh.peer == 1:
             return
         self.tensors[k] = tensor.detach().contiguous()
+        self.to_give -= 1
         if not self.exchange.in_rounds:
             self._post(k)
             return
         self._next_round()
+        self._remaining_rounds()
 
     def wait(self) -> dict[int, Tensor]:
         """The tensors of the other rows' peers by their numbers. The current stream, on a CPU the
         caller, waits for all that is under way."""
-        while self.rounds:
-            self._next_round()
         for work in self.works:
             work.wait()
         self.works = []
         return {k: self.tensors[k] for k in self.remote}
+
+    def _remaining_rounds(self) -> None:
+        """Of rows with more peers than this one: they come before any other transfer."""
+        while self.rounds and not self.to_give:
+            self._next_round()
 
     def _next_round(self) -> None:
         for k in self.rounds.pop(0):
