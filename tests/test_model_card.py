@@ -115,7 +115,7 @@ def test_code_of_the_cards_runs_without_fastdml(tmp_path):
             assert places == expected.indices.tolist()
 
 
-@pytest.mark.parametrize("stored", [None, (64, 32)])
+@pytest.mark.parametrize("stored", [pytest.param(None, marks=pytest.mark.slow), (64, 32)])
 def test_code_of_reidentification_runs_without_fastdml(tmp_path, stored):
     torch.manual_seed(0)
     record = {

@@ -61,7 +61,9 @@ def row(direction: str, *names: str) -> bench_loss.Row:
     return bench_loss.Row(case, direction, names, wanted="cpu", dry=False)
 
 
-@pytest.mark.parametrize("direction", ["forward", "forward_backward"])
+@pytest.mark.parametrize(
+    "direction", [pytest.param("forward", marks=pytest.mark.slow), "forward_backward"]
+)
 def test_a_failed_loss_frees_its_memory(monkeypatch, hungry, no_collector, direction):
     call, watched = hungry
     monkeypatch.setattr(bench_loss.pairwise, "losses", call)
@@ -73,7 +75,7 @@ def test_a_failed_loss_frees_its_memory(monkeypatch, hungry, no_collector, direc
         measured.errors["pairwise"].end_test()
 
 
-@pytest.mark.parametrize("where", ["made", "checked"])
+@pytest.mark.parametrize("where", [pytest.param("made", marks=pytest.mark.slow), "checked"])
 def test_a_failed_step_frees_its_memory(monkeypatch, hungry, no_collector, where):
     call, watched = hungry
     made = []

@@ -89,7 +89,7 @@ def test_interrupting_says_how_to_go_on(tmp_path):
 @pytest.mark.parametrize(
     ("environment", "shown"),
     [
-        ({"PYTHONIOENCODING": "ascii"}, b"\\xe9"),
+        pytest.param({"PYTHONIOENCODING": "ascii"}, b"\\xe9", marks=pytest.mark.slow),
         (C_LOCALE | {"PYTHONIOENCODING": "ascii"}, "é".encode()),
     ],
 )
