@@ -19,7 +19,7 @@ COMMAND = Path(sysconfig.get_path("scripts"), "fastdml")
 EXTRAS = ("tyro", "yaml", "safetensors", "PIL", "sklearn", "matplotlib", "tensorboard", "tqdm",
           "timm", "torchvision", "onnx", "onnxruntime", "wandb")  # fmt: skip
 PACKAGES = ("fastdml", "fastdml.data", "fastdml.engine", "fastdml.metrics", "fastdml.models",
-            "fastdml.train", "fastdml_kernels")  # fmt: skip
+            "fastdml.parallel", "fastdml.train", "fastdml_kernels")  # fmt: skip
 
 
 def command(*arguments: str, code: int = 0) -> str:
