@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from fastdml.absent_tensors import absence
+from fastdml.absent_tensors import absence, local_part
 from fastdml.cohort_teachers import Identity
 from fastdml.errors import InputError, one_line, require
 from fastdml.files import Staged, safe_name, writing
@@ -45,19 +45,27 @@ def stage_peers(
     cohort: Cohort, numbers: Iterable[int], folder: Path, staged: Staged
 ) -> dict[int, str]:
     """Writes the weights of these peers, and returns the SHA-256 of their files. Raises OSError."""
+    return {
+        k: stage_peer(k, cohort.names[k], cohort.peers[k].state_dict(), folder, staged)
+        for k in numbers
+    }
+
+
+def stage_peer(
+    k: int, name: str, weights: Mapping[str, Tensor], folder: Path, staged: Staged
+) -> str:
+    """Writes the weights of one peer, and returns the SHA-256 of the file. Raises OSError."""
     safetensors = require("safetensors.torch", "train")
     (folder / "peers").mkdir(parents=True, exist_ok=True)
-    digests = {}
-    for k in numbers:
-        # A copy per tensor: safetensors wants them contiguous and refuses shared storage.
-        weights = {
+    # A copy per tensor: safetensors wants them contiguous and refuses shared storage.
+    data = safetensors.save(
+        {
             key: value.detach().to("cpu", copy=True, memory_format=torch.contiguous_format)
-            for key, value in cohort.peers[k].state_dict().items()
+            for key, value in weights.items()
         }
-        data = safetensors.save(weights)
-        staged.write(folder / peer_file(k, cohort.names[k]), data)
-        digests[k] = hashlib.sha256(data).hexdigest()
-    return digests
+    )
+    staged.write(folder / peer_file(k, name), data)
+    return hashlib.sha256(data).hexdigest()
 
 
 def stage_description(
@@ -86,8 +94,9 @@ def describe(cohort: Cohort) -> dict[str, Any]:
     }
 
 
-def check_savable(cohort: Cohort) -> None:
-    """Raises InputError for peers that the files cannot hold: see `Cohort.check_savable`."""
+def check_savable(cohort: Cohort, *, shards: bool = False) -> None:
+    """Raises InputError for peers that the files cannot hold: see `Cohort.check_savable`. shards:
+    some weights may be, which are made whole one peer after the other."""
     safetensors = require("safetensors.torch", "train")
     for name, peer in zip(cohort.names, cohort.peers, strict=True):
         for key, value in peer.state_dict().items():
@@ -97,10 +106,10 @@ def check_savable(cohort: Cohort) -> None:
                     "cohort hold tensors: let get_extra_state return one, or save with "
                     "torch.save(cohort.state_dict(), path)"
                 )
-            if (why := absence(value)) is not None:
+            if (why := absence(value, shards=shards)) is not None:
                 raise InputError(f"{key} of peer {name} is {why}")
             try:
-                safetensors.save({key: value.new_empty(0, device="cpu")})
+                safetensors.save({key: local_part(value).new_empty(0, device="cpu")})
             except Exception:  # of several kinds, and of tensor subclasses' own
                 kind = f"{value.dtype}, {value.layout}".replace("torch.", "")
                 raise InputError(

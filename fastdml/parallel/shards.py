@@ -232,6 +232,8 @@ def load_weights(peer: nn.Module, weights: Iterable[tuple[str, Tensor]]) -> None
     found = dict(weights)
     missing, surplus = [*own.keys() - found.keys()], [*found.keys() - own.keys()]
     if missing or surplus:
-        raise RuntimeError(f"missing {sorted(missing)}, surplus {sorted(surplus)}")
+        raise InputError(
+            f"the weights are of another peer: missing {sorted(missing)}, surplus {sorted(surplus)}"
+        )
     for name, value in own.items():
         take(value, found[name])

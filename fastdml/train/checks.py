@@ -13,6 +13,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from fastdml import cohort_files
 from fastdml.cohort import REMEDY, Cohort, check_logits
 from fastdml.data import dataset_names
 from fastdml.data.image_set import IGNORED
@@ -102,7 +103,7 @@ def first_look(cohort: Cohort, train: Batches, config: TrainConfig, amp: Amp) ->
     if images.dim() == 4:  # else the inputs are no images
         cohort.image_shape = tuple(images.shape[1:])
         cohort.in_channels = images.shape[1]
-    cohort.check_savable()
+    cohort_files.check_savable(cohort, shards=cohort.mesh is not None)
     cohort.record()  # refuses values that the caller set and that do not fit
     for name, value in described(train, cohort.in_channels).items():
         before = getattr(cohort, name)

@@ -37,6 +37,7 @@ from fastdml.parallel.failure import explained
 from fastdml.parallel.node_turns import wait_for, working
 from fastdml.parallel.placement import refitted
 from fastdml.parallel.processes import own_device, own_rank, start, started, world_size
+from fastdml.parallel.shards import is_sharded
 from fastdml.report.metrics_log import MetricsLog
 from fastdml.report.summary import versions
 from fastdml.train import checks
@@ -175,7 +176,8 @@ class OneProcess:
         self, cohort: Cohort, train: Batches, config: TrainConfig, amp: Amp, give_back: bool
     ) -> Iterator[dict[str, Tensor] | None]:
         """Within it this process holds its own peers, on its device. give_back: at the end the
-        cohort has all of them again, with the weights that were trained. Gives the lead the weights
+        cohort has all of them again, with the weights that were trained, but for sharded ones, of
+        which no rank can hold all: those stay where and as they are. Gives the lead the weights
         of all peers where an independent run begins with them, None: those are in the cohort."""
         cohort.to(amp.device)
         yield None
@@ -352,8 +354,13 @@ class Ranks(OneProcess):
         if config.independent and self.lead:
             initial = {n: t.detach().to("cpu", copy=True) for n, t in cohort.state_dict().items()}
         taken = mesh.distribute(cohort, keep=config.exchange == "weights")
+        sharded = config.fsdp or any(map(is_sharded, cohort.peers))
+        if sharded:  # before they move, since a device may not hold a whole peer
+            if config.sync_batchnorm:
+                sync_batchnorm(cohort, mesh)
+            shard(cohort, mesh)
         cohort.to(mesh.device)
-        if not give_back:
+        if sharded or not give_back:
             taken.clear()
         try:
             yield initial
@@ -363,7 +370,7 @@ class Ranks(OneProcess):
             cohort.mesh = None
             raise
         separate_batchnorm(cohort)
-        if give_back:
+        if give_back and not sharded:
             mesh.collect(cohort, taken)
             cohort.to(device)
 
@@ -383,8 +390,6 @@ class Ranks(OneProcess):
     def prepare_layers(self, cohort: Cohort, config: TrainConfig) -> None:
         if config.sync_batchnorm:
             sync_batchnorm(cohort, self.mesh)
-        if config.fsdp:
-            shard(cohort, self.mesh)
 
 
 def ranks_of(config: TrainConfig, K: int, mesh: Mesh | None = None) -> OneProcess:

@@ -35,6 +35,7 @@ from fastdml.errors import InputError
 from fastdml.files import writing
 from fastdml.logs import held
 from fastdml.parallel import Mesh
+from fastdml.parallel.shards import is_sharded
 from fastdml.report import plots
 from fastdml.report.metrics_log import INDEPENDENT
 from fastdml.report.summary import write_summary
@@ -124,7 +125,9 @@ def fit(
     are replaced in the run's record by those of `train` and `cohort`. callbacks: see `Callback`.
     mesh: of the ranks that all call this, with the same cohort and data, from
     `fastdml.parallel.make_mesh`; config.mesh does the same. batch_size is then that of all, of
-    which a DataLoader must give each column its share. Returns None after a dry run.
+    which a DataLoader must give each column its share. Of sharded peers (config.fsdp, or the
+    caller's `fully_shard`) each rank keeps its part at the end, and the weights are in the folder.
+    Returns None after a dry run.
 
     Raises InputError, one line with the remedy, for peers, batches, settings or a folder that
     cannot be used; TrainingDiverged, also an InputError, where a loss is no longer finite;
@@ -174,7 +177,8 @@ def _fit(
         # 1. Prepare: refuse what cannot run before anything is written.
         if len(cohort) + len(cohort.teachers) == 1:
             logger.info("one peer learns from the labels alone: nothing is mutual below two")
-        cohort.to(memory_format=torch.channels_last)
+        if not any(map(is_sharded, cohort)):
+            cohort.to(memory_format=torch.channels_last)
         images = checks.first_look(cohort, train, config, amp)
         scored = evaluations(task, cohort, validation, test, config, amp)
         if own:

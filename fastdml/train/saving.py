@@ -11,6 +11,7 @@ from __future__ import annotations
 import logging
 import threading
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -23,7 +24,7 @@ from fastdml.errors import InputError, one_line
 from fastdml.files import Staged, writing
 from fastdml.parallel import averaged_statistics
 from fastdml.parallel.shard_files import divided, write
-from fastdml.parallel.shards import is_sharded
+from fastdml.parallel.shards import is_sharded, whole_weights
 from fastdml.paths import expanded
 from fastdml.train import checkpoint, checkpoint_folder
 from fastdml.train.checkpoint_folder import CHECKPOINTS, RUN, Manifest, Mark, whole_folders
@@ -290,23 +291,28 @@ def accumulate_on(folder: Path, config: TrainConfig, mesh: Mesh | None) -> Train
 
 def save_cohort(cohort: Cohort, mesh: Mesh | None, folder: Path) -> None:
     """As `Cohort.save`, of a cohort whose peers are on the ranks of a mesh: each is written where
-    it is, by column 0, and cohort.json by rank 0 when all are. All ranks call it. Raises
-    InputError on all, where one cannot write."""
+    it is, by column 0, and cohort.json by rank 0 when all are. A sharded peer is made whole on
+    column 0's host. All ranks call it. Raises InputError on all, where one cannot write."""
     if mesh is None:
         cohort.save(folder)
         return
-    own = mesh.local if mesh.column == 0 else ()
     folder, staged, digests = expanded(folder), Staged(), {}
 
-    def stage() -> None:
-        cohort.check_savable()
-        digests.update(cohort_files.stage_peers(cohort, own, folder, staged))
+    def stage(k: int, weights: dict[str, Tensor]) -> None:
+        digests[k] = cohort_files.stage_peer(k, cohort.names[k], weights, folder, staged)
 
     def describe() -> None:
         with Staged() as last:
             cohort_files.stage_description(cohort, digests, folder, last)
 
-    errors = mesh.gather(_attempt(folder, stage))
+    unfit = _attempt(folder, lambda: cohort_files.check_savable(cohort, shards=True))
+    failed = None
+    for k in () if unfit else mesh.local:  # unfit are peers in all columns or in none
+        peer = cohort.peers[k]
+        weights = whole_weights(peer) if is_sharded(peer) else peer.state_dict()
+        if mesh.column == 0 and weights is not None and failed is None:
+            failed = _attempt(folder, partial(stage, k, weights))
+    errors = mesh.gather(unfit or failed)
     errors += mesh.gather(_attempt(folder, lambda: staged.close(not any(errors))))
     for found in mesh.gather({str(k): digest for k, digest in digests.items()}):
         digests |= {int(k): digest for k, digest in found.items()}
