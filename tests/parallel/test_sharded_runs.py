@@ -12,11 +12,12 @@ from ranks import run_ranks
 from sharded_nets import C, Net
 
 from fastdml import Cohort
+from fastdml.errors import InputError
 from fastdml.parallel import make_mesh
 from fastdml.train import TrainConfig, fit
 
 ROWS, BATCH = 48, 16
-NAMES = [f"peers.{k}" for k in range(2)]
+SHARDED = {"fsdp": True, "accumulate": 2}
 
 
 def cohort() -> Cohort:
@@ -63,15 +64,30 @@ def saved(folder: Path) -> dict:
 
 
 def close(ours: dict, theirs: dict) -> None:
+    """Weights; running statistics depend on which parts of a batch a process sees."""
     assert ours.keys() == theirs.keys()
     for name, t in ours.items():
-        torch.testing.assert_close(t, theirs[name], rtol=2e-5, atol=2e-6, msg=name)
+        if "running" not in name and "tracked" not in name:
+            torch.testing.assert_close(t, theirs[name], rtol=2e-5, atol=2e-6, msg=name)
 
 
 def on_two(tmp: Path) -> dict:
+    found = {"sharded": trained(tmp / "sharded", (1, 2), **SHARDED)}
+    trained(tmp / "half", (1, 2), epochs=1, **SHARDED)
+    if torch.distributed.get_rank() == 0:
+        for name in ("same", "one", "square", "wide", "unsharded"):
+            shutil.copytree(tmp / "half", tmp / name)
+    torch.distributed.barrier()
+    return {**found, "same": trained(tmp / "same", (1, 2), resume=True, **SHARDED)}
+
+
+def on_four(tmp: Path) -> dict:
     return {
-        "sharded": trained(tmp / "sharded", (1, 2), fsdp=True),
-        "whole": trained(tmp / "whole", (1, 2)),
+        "square": trained(tmp / "square", (2, 2), resume=True, **SHARDED),
+        "wide": trained(tmp / "wide", (1, 4), resume=True, **SHARDED),
+        "unsharded": trained(tmp / "unsharded", (2, 2), resume=True, accumulate=2),
+        "begun by one": trained(tmp / "begun by one", (2, 2), resume=True, **SHARDED),
+        "independent": trained(tmp / "independent", (2, 2), independent=True, **SHARDED),
     }
 
 
@@ -81,11 +97,47 @@ def runs(tmp_path_factory):
     return tmp, run_ranks(2, on_two, tmp, timeout=100)
 
 
-def test_a_run_of_sharded_peers_is_that_of_whole_ones(runs):
-    _, ranks = runs
-    for found in ranks:
-        ours, theirs = found["sharded"], found["whole"]
-        for what in ("weights", "best"):
-            close(ours[what], theirs[what])
-        torch.testing.assert_close(ours["history"], theirs["history"], rtol=1e-5, atol=1e-5)
-        assert ours["parameters"] == theirs["parameters"]
+def check(ours: dict, theirs: dict) -> None:
+    for what in ("weights", "best"):
+        close(ours[what], theirs[what])
+    torch.testing.assert_close(ours["history"], theirs["history"], rtol=1e-5, atol=1e-5)
+    assert ours["parameters"] == theirs["parameters"]
+
+
+def test_a_run_goes_on_bit_for_bit_where_it_was_sharded(runs):
+    for found in runs[1]:
+        assert found["same"]["history"] == found["sharded"]["history"]
+        for name, t in found["same"]["weights"].items():
+            assert torch.equal(t, found["sharded"]["weights"][name]), name
+
+
+def test_a_sharded_run_is_one_process_and_goes_on_in_one(runs):
+    folder, ranks = runs
+    check(trained(folder / "all", accumulate=4), ranks[0]["sharded"])
+    check(trained(folder / "one", resume=True, accumulate=2), ranks[0]["sharded"])
+
+
+def test_shards_that_were_changed_are_not_read(runs):
+    """Neither their values nor their index, which is a pickle."""
+    folder, _ = runs
+    for name in (".metadata", "__1_0.distcp"):
+        run = folder / f"changed{name}"
+        shutil.copytree(folder / "half", run)
+        for path in (run / "checkpoints").rglob(name):
+            data = bytearray(path.read_bytes())
+            data[len(data) // 2] ^= 1
+            path.write_bytes(data)
+        with pytest.raises(InputError, match=rf"{name} is damaged: its SHA-256"):
+            trained(run, resume=True, accumulate=2)
+
+
+@pytest.mark.slow
+def test_a_sharded_run_goes_on_on_other_meshes(runs):
+    folder, ranks = runs
+    trained(folder / "begun by one", epochs=1, accumulate=4)
+    expected = ranks[0]["sharded"]
+    for found in run_ranks(4, on_four, folder, timeout=200):
+        for name in ("square", "wide", "unsharded", "begun by one", "independent"):
+            check(found[name], expected)
+    alone = folder / "independent" / "independent"
+    assert saved(alone).keys() == expected["weights"].keys()
