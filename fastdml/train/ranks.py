@@ -247,7 +247,7 @@ class Ranks(OneProcess):
         return Choice(step.name, threads, threads)
 
     def whole(self, output: StepOutput) -> StepOutput:
-        found: Any = total(output, self.mesh)  # type: ignore[type-var]
+        found: Any = total(output, self.mesh)
         return found
 
     def stands_at(self, step: Any, position: int) -> None:
