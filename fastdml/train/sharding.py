@@ -101,11 +101,12 @@ class SeenBatches:
         self.mesh, self.seen = mesh, BatchSum()
         self.needed = mesh is not None and mesh.peer > 1 and not _by_seed(train)
 
-    def add(self, inputs: Tensor, labels: Tensor, *others: Tensor) -> None:
-        """Inputs (N, ...) and labels (N, ...) of the next batch, and what else a step is given."""
+    def add(self, *batch: Tensor) -> None:
+        """The next batch as a step takes it: inputs (N, ...) and labels (N, ...) first, unless it
+        is the index of a loader of fastdml, at which nobody looks."""
         if self.needed:
-            self.seen.add(_bits(inputs))
-            self.seen.add(_bits(labels))
+            for values in batch[:2]:
+                self.seen.add(_bits(values))
 
     def check(self) -> None:
         """Refuses rows of one column that saw other batches; all ranks call it."""

@@ -18,16 +18,16 @@ from fastdml.errors import InputError
 from fastdml.parallel import RemotePeer, make_mesh
 from fastdml.train import Callback, TrainingDiverged, TrainingStopped, fit
 from fastdml.train import trainer as trainer_module
-from fastdml.train.sharding import SeenLabels
+from fastdml.train.sharding import SeenBatches
 
 
-class Signalled(SeenLabels):
+class Signalled(SeenBatches):
     """Sends this process a signal after so many steps."""
 
     number, after = 0, 0
 
-    def add(self, labels: torch.Tensor) -> None:
-        super().add(labels)
+    def add(self, *batch: torch.Tensor) -> None:
+        super().add(*batch)
         Signalled.after -= 1
         if Signalled.after == 0:
             os.kill(os.getpid(), Signalled.number)
@@ -36,13 +36,13 @@ class Signalled(SeenLabels):
 def signalled(rank: int, number: int, after: int, *arguments: Any, **changes: Any) -> Any:
     """A run of which one rank gets a signal; its result, or how it was stopped."""
     Signalled.number, Signalled.after = number, after if rank else -1
-    trainer_module.SeenLabels = Signalled
+    trainer_module.SeenBatches = Signalled
     try:
         return trained(*arguments, **changes)
     except TrainingStopped as stop:
         return stop.code, str(stop)
     finally:
-        trainer_module.SeenLabels = SeenLabels
+        trainer_module.SeenBatches = SeenBatches
 
 
 class Watcher(Callback):
