@@ -181,7 +181,7 @@ def single(case: Case) -> tuple[list[PeerCost], Line]:
         for _ in range(TRIES if case.computes else 1):
             times = measure.lines(alone, batches, "off", "sgd")
             rounds.append(PeerCost(name, *times, nbytes, nbytes, nbytes, Line(0.0, 0.0)))
-        found.append(min(rounds, key=lambda cost: cost.seconds(case.batch)))
+        found.append(min(rounds, key=lambda cost: sum(map(cost.seconds, sizes))))
     K = len(case.peers)
     return found, measure.loss_seconds(K, case.classes, sizes, torch.device("cpu"))
 
