@@ -132,7 +132,7 @@ def _last_and_best(trainer: Trainer, evaluate: Evaluate) -> dict[str, Any]:
         return {"last": last, "best": last}
     trained = {key: value.clone() for key, value in cohort.state_dict().items()}
     try:
-        _load(cohort, trainer.folder / BEST, trainer.device)
+        load_into(cohort, trainer.folder / BEST, trainer.device)
         with evaluating(cohort):
             return {"last": last, "best": scored(evaluate, cohort)}
     finally:
@@ -172,8 +172,8 @@ def scored(evaluate: Evaluate, cohort: Cohort) -> Any:
     return scores
 
 
-def _load(cohort: Cohort, folder: Path, device: torch.device) -> None:
-    """Weights that were saved into the cohort, on a mesh into the peers that are here."""
+def load_into(cohort: Cohort, folder: Path, device: torch.device) -> None:
+    """Puts the weights of a saved cohort into this one, on a mesh into the peers that are here."""
     if cohort.mesh is None:
         Cohort.load(folder, device, peers=list(cohort.peers))
         return

@@ -13,7 +13,7 @@ from ranks import run_ranks
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
-from fastdml import Cohort
+from fastdml import Cohort, parallel
 from fastdml.data import ImageSet, Market1501, ResidentLoader, TorchLoader
 from fastdml.engine import Ema
 from fastdml.engine.amp import resolve_amp
@@ -24,7 +24,7 @@ from fastdml.report.predictions import PREDICTIONS
 from fastdml.train import extract_features
 from fastdml.train.batches import as_batches
 from fastdml.train.config.reid import ReidConfig
-from fastdml.train.evaluations import scored, scoring_weights
+from fastdml.train.evaluations import load_into, scored, scoring_weights
 from fastdml.train.predictions import Scorer, save_predictions
 from fastdml.train.tasks import classification
 from fastdml.train.tasks.retrieval import Retrieval
@@ -212,6 +212,37 @@ def trained(cohort):
     for weight in cohort.parameters():
         weight.data.mul_(1.5)
     return ema
+
+
+def of_shards(folder):
+    """What is said of peers that are cut over two columns, whose forward passes are collectives; a
+    saved cohort is then read into them."""
+    torch.set_num_threads(1)
+    mesh, cohort, amp = make_mesh(1, 2, timeout=30), peers(), resolve_amp("off", CPU)
+    mesh.distribute(cohort)
+    parallel.shard(cohort, mesh)
+    found = {}
+    for size, n in SIZES.items():
+        scorer = Scorer(sources(n)["resident"], amp)
+        cohort.eval()
+        scores = asdict(scorer(cohort))
+        found[f"{size}, resident"] = scores, *kept(scorer.predictions(cohort, "last"))
+    load_into(cohort, folder, CPU)
+    return found, asdict(Scorer(sources(26)["resident"], amp)(cohort))
+
+
+@pytest.mark.slow
+def test_sharded_peers_are_scored_as_whole_ones(expected, tmp_path):
+    cohort = peers()
+    for weight in cohort.parameters():
+        weight.data.mul_(-1.0)
+    cohort.save(tmp_path)
+    cohort.eval()
+    wanted = asdict(Scorer(sources(26)["resident"], resolve_amp("off", CPU))(cohort))
+    for found, again in run_ranks(2, of_shards, tmp_path):
+        for name, said in found.items():
+            assert same(said, expected["classified"][name]), name
+        assert same(again, wanted)
 
 
 @pytest.fixture(scope="module")
