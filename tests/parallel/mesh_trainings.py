@@ -68,8 +68,8 @@ def train(
     config = settings(folder, resume=resume, **changes)
     counted = Totals.count
 
-    def count_and_stop(totals: Totals) -> None:
-        counted(totals)
+    def count_and_stop(totals: Totals, *steps: int) -> None:
+        counted(totals, *steps)
         if int(totals.step) == stop_after:
             os.kill(os.getpid(), signal.SIGTERM)
 

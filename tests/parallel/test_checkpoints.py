@@ -129,10 +129,11 @@ def test_another_mesh_goes_on_to_rounding(runs, name):
 
 
 def test_a_run_without_a_mesh_goes_on_on_one_and_back(runs):
-    """It was stopped after 4 steps on one process and after 6 on four; the newest counts."""
+    """It was stopped after 2 steps on one process and after 6 on four; the newest counts."""
     root, _, _ = runs
     run = root / "plain to four"
-    assert [path.name for path in checkpoints(run)][:2] == ["last.ckpt", "step-00000006"]
+    found = [path.name for path in checkpoints(run)]
+    assert found == ["step-00000012", "step-00000006", "last.ckpt"]
     found, wanted = (without_statistics(outcome(path)) for path in (run, root / "whole plain"))
     assert furthest(found, wanted) < ROUNDING
 
