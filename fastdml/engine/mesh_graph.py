@@ -8,7 +8,8 @@ from the first step; a replay cannot seed them one by one, and such peers are re
 A rank that captured anew by itself would meet nobody in its warm-up steps, so that a step whose
 peers, optimizer or loss have changed is refused, not captured again.
 
-Nothing here has run on a device yet: its tests let another class stand in for the capture.
+On a device this has run with one rank, of which nothing travels: that collectives between devices
+are captured and replayed in order is shown by a class that stands in for the capture alone.
 """
 
 from __future__ import annotations
