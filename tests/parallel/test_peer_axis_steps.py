@@ -21,7 +21,7 @@ from fastdml.errors import InputError
 from fastdml.metric_losses import MetricLoss
 from fastdml.parallel import Mesh, make_mesh, total
 
-K, STEPS, CPU = 3, 6, torch.device("cpu")
+K, STEPS, CPU = 3, 4, torch.device("cpu")
 
 
 # ---- peers that draw
@@ -321,7 +321,7 @@ def test_losses_on_features_at_every_second_step(two_ranks):
 
 
 def test_losses_on_features_of_two_columns(two_ranks):
-    """Sums in another order, six steps of which grow apart by some hundred roundings."""
+    """Sums in another order, four steps of which grow apart by some hundred roundings."""
     alone = with_features(None)
     for rank in two_ranks:
         found = rank["features in columns"]
