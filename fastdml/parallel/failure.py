@@ -252,7 +252,10 @@ def tell(line: str) -> bool:
             return own
         return store.compare_set(f"{TOLD}/{node}/{attempt}", "", own).decode()
 
-    return within(ANSWER, first) in (own, None)
+    teller = within(ANSWER, first)
+    if teller is None:  # the store is out of reach
+        return os.environ.get("LOCAL_RANK", "0") == "0"
+    return teller == own
 
 
 def _into_report(line: str) -> None:

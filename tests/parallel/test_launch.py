@@ -28,6 +28,7 @@ def job(how: str, restarts: int = 0, before: tuple[str, ...] = ()) -> subprocess
     )  # fmt: skip
 
 
+@pytest.mark.slow
 def test_a_job_begins_again_after_a_rank_was_killed():
     done = job("kill", restarts=1)
     assert done.stderr == "fastdml: error: rank 1 was killed by SIGKILL\n"
