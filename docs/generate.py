@@ -18,7 +18,7 @@ from pathlib import Path
 from types import NoneType
 from typing import Any, Literal, get_args, get_origin, get_type_hints
 
-from bench import host_time, linear, report
+from bench import host_time, linear, mesh, mesh_pipeline, report, scaling
 from fastdml.data.registry import dataset_names
 from fastdml.train import FolderConfig, ReidConfig, TrainConfig
 from fastdml.train.checkpoint import FREE_ON_RESUME
@@ -28,7 +28,7 @@ from fastdml.train.config.sources import preset
 ROOT = Path(__file__).resolve().parents[1]
 PAGES = (
     "README.md", "docs/settings.md", "docs/performance.md", "docs/benchmarks.md",
-    "docs/api.md", "kernels/README.md",
+    "docs/api.md", "docs/scaling.md", "kernels/README.md",
 )  # fmt: skip
 RESULTS = ROOT / "bench" / "results"
 PART = re.compile(r"(<!-- generated: (.+?) -->\n).*?(<!-- end -->)", re.DOTALL)
@@ -55,6 +55,14 @@ def part(name: str) -> str:
     if name.startswith("host-time"):
         found = json.loads((RESULTS / f"{name}.json").read_text())
         return f"```text\n{host_time.table(**found)}\n```"
+    if name.startswith("mesh-pipeline"):
+        found = json.loads((RESULTS / f"{name}.json").read_text())
+        return f"```text\n{mesh_pipeline.table(**found)}\n```"
+    if name.startswith("mesh"):
+        found = json.loads((RESULTS / f"{name}.json").read_text())
+        return f"```text\n{mesh.table(**found)}\n```"
+    if name in scaling.TABLES:
+        return f"```text\n{scaling.TABLES[name]()}\n```"
     if name.startswith("linear"):
         found = json.loads((RESULTS / f"{name}.json").read_text())
         return f"```text\n{linear.table(**found)}\n```"

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 from fastdml import logs
 
 if TYPE_CHECKING:
-    from fastdml import data, engine, metrics, models, parallel, train
+    from fastdml import data, engine, metrics, models, parallel, plan, train
     from fastdml.cohort import Cohort
     from fastdml.linear_loss import LinearRows, linear_mutual_loss
     from fastdml.loss import MutualLoss, mutual_loss, mutual_losses
@@ -48,7 +48,7 @@ _HOMES = {
     "mutual_losses": "fastdml.loss",
     "triplet_loss": "fastdml.metric_losses",
 }
-_MODULES = ("data", "engine", "metrics", "models", "parallel", "train")
+_MODULES = ("data", "engine", "metrics", "models", "parallel", "plan", "train")
 
 __all__ = [
     "CenterLoss",
@@ -72,6 +72,7 @@ __all__ = [
     "mutual_loss",
     "mutual_losses",
     "parallel",
+    "plan",
     "train",
     "triplet_loss",
 ]

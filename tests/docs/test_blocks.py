@@ -34,6 +34,7 @@ SMALLER_COMMANDS = {
     "fastdml train folder": (
         "--epochs 1 --batch-size 8 --size 16 --no-tensorboard --execution eager --threads 1"
     ),
+    "torchrun --nproc-per-node 2 -m fastdml train digits": "--epochs 1 --subset 128",
     "fastdml bench": "--seconds 1",
     "fastdml kernels": "--shapes 2x100 --archs sm_90",
 }
@@ -55,6 +56,9 @@ NOT_RUN = {
     "fastdml train cifar100 --root data --seed 0 --device cuda:0": "needs a GPU",
     "fastdml train cifar100 --root data --seed 1 --device cuda:1": "needs two GPUs",
     "fastdml train folder --root photos --validation 0.1 --peers timm:": "fetches weights",
+    "torchrun --nnodes 2": "needs two machines",
+    "sbatch examples/train.sbatch": "needs Slurm; test_mesh_example.py has stand-ins",
+    "python -m bench.mesh": "measures for minutes",
     "pre-commit install": "changes the clone",
     "bash bench/gpu-tests.sh": "needs a GPU; tests/bench runs it with --dry-run",
     "bash bench/gpu-bench.sh": "needs a GPU; tests/bench runs it with --dry-run",
