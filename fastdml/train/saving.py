@@ -238,8 +238,10 @@ class FolderCheckpoints:
             for name, state in files.items():
                 marks[name] = checkpoint.save_marked(folder / name, state, kept)
             return marks
+        except InputError as error:
+            return str(error)
         except Exception as error:
-            return one_line(error) or type(error).__name__
+            return one_line(error)
 
     def _complete(self, whole: Manifest, outcomes: list[dict[str, Any]]) -> str | None:
         for marks in outcomes:
@@ -249,6 +251,8 @@ class FolderCheckpoints:
             checkpoint_folder.remove_old(self.trainer.folder, self.keep)
         except InputError as error:
             return str(error)
+        except Exception as error:  # which the other ranks wait for
+            return one_line(error)
         return None
 
 

@@ -21,6 +21,7 @@ from fastdml.parallel.failure import line_of
 from fastdml.train import checkpoint_folder
 
 ENDS = 20.0  # seconds in which ranks end that have lost one, above the mesh's timeout
+PARTS = 4  # of a batch, on all meshes
 LIMIT = 90.0  # seconds that no training here needs
 
 
@@ -130,8 +131,9 @@ def killed_and_resumed(
         sizes = random.choice(meshes)
         world = sizes[0] * sizes[1]
         timeout = 2.0 if kind == "stop" else 30.0
+        parts = {"accumulate": PARTS // sizes[1]}
         kill = (kind, random.randrange(world), random.uniform(0.05, seconds))
-        ended = job(world, sizes, folder, settings, timeout, kill)
+        ended = job(world, sizes, folder, settings | parts, timeout, kill)
         told = f"kill {number} ({kind} of {sizes} after {kill[2]:.3f} s)"
         try:
             check_checkpoints(folder)
@@ -143,6 +145,7 @@ def killed_and_resumed(
             if code > 0 and (not line or "\n" in line):
                 yield f"{told}: rank {rank} ended with {code} and said {line!r}"
     sizes = meshes[-1]
-    ended = job(sizes[0] * sizes[1], sizes, folder, settings)
+    parts = {"accumulate": PARTS // sizes[1]}
+    ended = job(sizes[0] * sizes[1], sizes, folder, settings | parts)
     if not ended.fine:
         yield f"the end: {ended}"

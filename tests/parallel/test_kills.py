@@ -11,7 +11,7 @@ import pytest
 from killing import job, killed_and_resumed
 from mesh_trainings import furthest, outcome, without_statistics
 
-SAVING = {"accumulate": 2, "save_every_steps": 1, "drop": 0.2, "optimizer": "adam", "lr": 0.01}
+SAVING = {"save_every_steps": 1, "drop": 0.2, "optimizer": "adam", "lr": 0.01}
 KINDS = ["job", "rank", "stop"]
 
 
@@ -20,7 +20,7 @@ def whole(tmp_path_factory):
     """What a run leaves that nothing breaks, and its seconds."""
     folder = tmp_path_factory.mktemp("whole") / "run"
     begun = time.monotonic()
-    ended = job(4, (2, 2), folder, SAVING)
+    ended = job(4, (2, 2), folder, SAVING | {"accumulate": 2})
     assert ended.fine, ended
     return outcome(folder), time.monotonic() - begun
 
