@@ -8,8 +8,10 @@ passes. With accumulate of 2 or more the parts are pipelined: part i's logits tr
 runs forward, so that the exchange hides where it is shorter than a part's forward passes.
 
 torch's generators are seeded by (seed, peer, step, part) for each forward pass of a peer and put
-back behind it, 3 microseconds of a CPU: what a peer draws (dropout) does not depend on which peers
-run beside it, nor on the mesh, of which the parts of a batch are `accumulate` a column.
+back behind it: what a peer draws (dropout) does not depend on which peers run beside it, nor on the
+mesh, of which the parts of a batch are `accumulate` a column. That takes the host 5 microseconds
+(one thread of a shared AMD EPYC), so that nobody looks whether a peer draws. Python's own and
+numpy's generators are left alone.
 
 Peers on different rows may learn from each other at every n-th step only, or from copies of each
 other that are refreshed then (`exchange` and `exchange_every` of `make_step`).
