@@ -247,7 +247,7 @@ def test_the_tasks_give_each_column_its_share(name, market_root):
         assert torch.equal(torch.cat(shares), values)
 
 
-def rows_of_a_mesh(seeds):
+def rows_that_see(seeds):
     """What each rank of peer=2, data=2 says of labels that it shuffles by its own seed."""
     mesh = make_mesh(2, 2, timeout=20)
     data = TensorDataset(rows(16), torch.arange(16) % CLASSES)
@@ -258,12 +258,16 @@ def rows_of_a_mesh(seeds):
         seen = SeenBatches(mesh, SimpleNamespace(epoch=None) if shuffled else resident())
         for batch in loader:
             seen.add(*batch)
-        try:
-            seen.check()
-            said[name] = None
-        except InputError as error:
-            said[name] = str(error)
+        said[name] = refusal(seen.check)
     return said
+
+
+def refusal(function):
+    try:
+        function()
+    except InputError as error:
+        return str(error)
+    return None
 
 
 class Linear(nn.Module):
@@ -294,51 +298,63 @@ class Noisy(TensorDataset):
 
 
 def runs_with_loaders(folder):
-    """What the ranks of peer=2 say of runs with DataLoaders: None of one that went through."""
+    """What the ranks of peer=2, data=2 say of runs with DataLoaders that cut by themselves."""
     plots.draw = lambda folder, headlines, formats: []
     torch.set_num_threads(1)
-    mesh, said = make_mesh(2, 1, timeout=60), {}
-    shuffled = torch.Generator().manual_seed(mesh.rank)
+    mesh, said = make_mesh(2, 2, timeout=60), {}
+
+    def loader(data, seed=0):
+        sampler = DistributedSampler(data, mesh.data, mesh.column, seed=seed)
+        return DataLoader(data, 4, sampler=sampler)
+
     loaders = {
-        "alike": DataLoader(Noisy(), 4, shuffle=True),
-        "order": DataLoader(Noisy(), 4, shuffle=True, generator=shuffled),
-        "noise": DataLoader(Noisy(own=torch.Generator().manual_seed(mesh.rank)), 4),
+        "alike": loader(Noisy()),
+        "order": loader(Noisy(), seed=mesh.row),
+        "noise": loader(Noisy(own=torch.Generator().manual_seed(mesh.rank))),
+        "whole": DataLoader(Noisy(), 4),
     }
-    for name, loader in loaders.items():
+    for name, train in loaders.items():
         cohort = Cohort([Linear(1), Linear(2)], CLASSES)
         config = TrainConfig(
-            folder=str(folder / name), epochs=2, log_every=2, eval_every=1, amp="off", threads=1,
+            folder=str(folder / name), epochs=2, log_every=1, eval_every=1, amp="off", threads=1,
             tensorboard=False, execution="eager",
         )  # fmt: skip
-        try:
-            fit(cohort, loader, None, config, mesh=mesh)
-            said[name] = None
-        except InputError as error:
-            said[name] = str(error)
+        said[name] = refusal(lambda c=cohort, t=train, f=config: fit(c, t, None, f, mesh=mesh))
     return said
 
 
-def test_rows_that_saw_other_batches_are_refused_on_all_ranks():
-    """Rows 0 and 1 are ranks 0, 1 and 2, 3; column 1 is ranks 1 and 3."""
+def ranks_that_see(seeds, folder):
+    return rows_that_see(seeds), runs_with_loaders(folder)
+
+
+@pytest.fixture(scope="module")
+def seen(tmp_path_factory):
+    pytest.importorskip("tqdm", reason="runs need the extra train")
     seeds = {
         "alike": (True, [5, 6, 5, 6]),
         "others": (True, [5, 6, 5, 7]),
         "by the seed": (False, [1, 2, 3, 4]),
     }
-    found = run_ranks(4, rows_of_a_mesh, seeds)
-    assert all(said["alike"] is None and said["by the seed"] is None for said in found), found
-    for said in found:
+    return run_ranks(4, ranks_that_see, seeds, tmp_path_factory.mktemp("loaders"))
+
+
+def test_rows_that_saw_other_batches_are_refused_on_all_ranks(seen):
+    """Rows 0 and 1 are ranks 0, 1 and 2, 3; column 1 is ranks 1 and 3."""
+    for said, _ in seen:
+        assert said["alike"] is said["by the seed"] is None
         assert said["others"].startswith("the rows of column 1 of the mesh have trained on other")
         assert "\n" not in said["others"]
 
 
-def test_a_run_takes_a_shuffling_loader_and_stops_where_rows_shuffle_or_augment_otherwise(
-    tmp_path,
-):
-    for said in run_ranks(2, runs_with_loaders, tmp_path):
+def test_a_run_takes_a_loader_that_cuts_and_stops_where_rows_shuffle_or_augment_otherwise(seen):
+    for _, said in seen:
         assert said["alike"] is None
         for name in ("order", "noise"):
             assert "the rows of column 0 of the mesh have trained on other batches" in said[name]
+        assert (
+            "a DataLoader gives each of the 2 columns of the mesh the same batches"
+            in (said["whole"])
+        )
 
 
 def test_the_sum_over_batches_tells_orders_and_inputs_apart():

@@ -64,6 +64,7 @@ def records(folder):
 
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory):
+    pytest.importorskip("tqdm", reason="runs need the extra train")
     folder = tmp_path_factory.mktemp("runs")
     one = run_ranks(1, own_run, (1, 1), 2, folder / "one", timeout=120)
     four = run_ranks(4, own_run, (2, 2), 1, folder / "four", timeout=120)
