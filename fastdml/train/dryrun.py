@@ -12,8 +12,9 @@ import torch
 from fastdml.devices import device_name
 from fastdml.report.loggers import TABLE
 from fastdml.report.predictions import PREDICTIONS
+from fastdml.train.checkpoint_folder import CHECKPOINTS
 from fastdml.train.predictions import Scorer
-from fastdml.train.run_folder import run_name
+from fastdml.train.run_folder import LAST_CHECKPOINT, run_name
 from fastdml.train.teacher_cache import TABLES
 from fastdml.train.unlabelled import image_counts
 from fastdml.units import size
@@ -86,7 +87,10 @@ def _files(trainer: Trainer) -> list[str]:
     config = trainer.config
     state = [v for s in trainer.optimizer.state.values() for v in s.values() if torch.is_tensor(v)]
     held = sum(v.nbytes for v in (*trainer.cohort.state_dict().values(), *state))
-    files = ["config.yaml", "metrics.jsonl", f"last.ckpt ({size(held)})", "cohort.json", "peers/"]
+    saved = f"{LAST_CHECKPOINT} ({size(held)})"
+    if trainer.mesh is not None:
+        saved = f"{CHECKPOINTS}/"  # most of it belongs to peers elsewhere
+    files = ["config.yaml", "metrics.jsonl", saved, "cohort.json", "peers/"]
     files += ["best/"]
     files += [f"{stem}.{kind}" for kind in config.figures for stem in ("curves", "pairwise_kl")]
     files += ["summary.json"]

@@ -1,10 +1,10 @@
 """Whole runs, each into a folder: data, peers and one or two phases of training.
 
-A run folder holds config.yaml, from before the first step last.ckpt, metrics.jsonl, tensorboard/,
-and at the end cohort.json and peers/ (the last weights), curves.png, pairwise_kl.png, summary.json
-and, of classification, predictions.npz; best/ has the weights of the epoch with the highest mean
-accuracy, or mAP, of the peers. Where validation images chose them, the summary's table reports the
-best weights; where the test images did, which flatters, the last ones.
+A run folder holds config.yaml, from before the first step last.ckpt (on a mesh checkpoints/),
+metrics.jsonl, tensorboard/, and at the end cohort.json and peers/ (the last weights), curves.png,
+pairwise_kl.png, summary.json and, of classification, predictions.npz; best/ has the weights of the
+epoch with the highest mean accuracy, or mAP, of the peers. Where validation images chose them, the
+summary's table reports the best weights; where the test images did, which flatters, the last ones.
 With `independent` there is also initial.ckpt, the weights both phases start from, and independent/,
 a run folder of its own. The empty .lock keeps a second process out while one trains.
 

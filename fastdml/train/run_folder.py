@@ -1,6 +1,6 @@
 """The folder of a run: named, made or found, used by one process at a time, never overwritten.
 
-From its first moment a run has config.yaml, and before the first step last.ckpt. Runs without a
+From its first moment a run has config.yaml, and before the first step a checkpoint. Runs without a
 folder of their own are numbered below runs/.
 """
 
