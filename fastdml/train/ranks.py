@@ -342,7 +342,7 @@ class Ranks(OneProcess):
 
     def found_folder(self, folder: Path) -> None:
         if self.lead and self.mesh.job_store is not None:
-            self.mesh.job_store.set(self._key, str(folder.absolute()))
+            self.mesh.job_store.set(self._key, str(folder))
 
     @contextmanager
     def distributed(

@@ -145,6 +145,9 @@ class TrainResult:
         rows = list(zip(*([label, *values] for label, values in columns), strict=True))
         return [*rows, tuple(ensemble)] if ensemble and len(self.peers) > 1 else rows
 
+    def _ranks(self) -> str:
+        return f", each of {self.mesh['ranks']} ranks" if self.mesh else ""
+
     def _note(self) -> str:
         best = f", best epoch {self.best_epoch:.4g}" if self.best_epoch else ""
         if self.chosen_on == "validation":
@@ -160,5 +163,5 @@ class TrainResult:
             best += f"{self.images['unlabelled']:,} without"
         return (
             f"{epochs:.4g} epoch{'s' * (epochs != 1)}{best}, {self.seconds:,.0f} s{rate}, "
-            f"{self.precision} on {self.device}; run folder: {self.folder}"
+            f"{self.precision} on {self.device}{self._ranks()}; run folder: {self.folder}"
         )
