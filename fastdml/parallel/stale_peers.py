@@ -34,12 +34,14 @@ class StalePeers:
         self.stand_ins: dict[int, RemotePeer] = {}
         self.copies: dict[int, nn.Module] = {}
         self.networks: list[nn.Module] = []  # of all K peers, the local ones themselves
+        self.names = cohort.names
         self.fetched = False  # whether the copies hold weights that were trained
         for k, peer in enumerate(cohort):
             if isinstance(peer, RemotePeer):
                 self.stand_ins[k] = peer
                 self.copies[k] = _copied(peer).to(mesh.device)
             self.networks.append(self.copies.get(k, peer))
+        self.shapes = {k: _shapes(self.networks[k]) for k in mesh.local}
 
     def follow(self) -> None:
         """Copies are in training mode where their cohort is."""
@@ -50,7 +52,14 @@ class StalePeers:
 
     @torch.no_grad()
     def fetch(self) -> None:
-        """The copies get the weights and buffers that their peers have now."""
+        """The copies get the weights and buffers that their peers have now. Raises InputError
+        where a local peer has others than its copies have."""
+        for k, shapes in self.shapes.items():
+            if _shapes(self.networks[k]) != shapes:
+                raise InputError(
+                    f"peer {self.names[k]} has other weights than when the step was made, of which "
+                    "other ranks keep copies: make a new step on every rank"
+                )
         tensors = [_by_dtype(network) for network in self.networks]
         transfers: dict[torch.dtype, Transfer] = {}
         # A peer without tensors of a dtype sends none, which the others know from its copy.
@@ -104,3 +113,7 @@ def _by_dtype(network: nn.Module) -> Mapping[torch.dtype, list[Tensor]]:
     for t in [*network.parameters(), *network.buffers()]:
         found.setdefault(t.dtype, []).append(t)
     return found
+
+
+def _shapes(network: nn.Module) -> list[tuple[torch.Size, torch.dtype]]:
+    return [(t.shape, t.dtype) for t in [*network.parameters(), *network.buffers()]]

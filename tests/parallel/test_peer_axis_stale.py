@@ -154,7 +154,14 @@ def refused(mesh: Mesh) -> dict[str, str]:
     mesh.distribute(lost)
     odd = Cohort([NoCopy(), NoCopy(), NoCopy()], C)
     mesh.distribute(odd, keep=True)
+    grown = cohort(K)
+    _, step = train(grown, mesh, steps=1, exchange="weights")
+    for k in mesh.local:
+        grown[k][-1] = nn.Linear(grown[k][-1].in_features, C, bias=False, dtype=torch.float64)
+    with pytest.raises(InputError) as caught:
+        step(*batch(1))
     return {
+        "grown": str(caught.value),
         "lost": message(lost, mesh, exchange="weights"),
         "uncopied": message(odd, mesh, exchange="weights"),
         "every": message(lost, mesh, exchange_every=0),
@@ -217,6 +224,8 @@ def test_copies_are_resumed_or_fetched(ranks):
 def test_what_cannot_be(ranks):
     for rank in ranks:
         refused = rank["refused"]
+        assert "Sequential-" in refused["grown"]
+        assert "has other weights than when the step was made, of which" in refused["grown"]
         assert "call mesh.distribute(cohort, keep=True)" in refused["lost"]
         assert "cannot be copied, which exchange='weights' needs: held by" in refused["uncopied"]
         assert refused["every"] == "exchange_every must be 1 or more, not 0"
