@@ -155,8 +155,10 @@ def _statistics(x: Tensor) -> tuple[Tensor, Tensor]:
     if x.is_cuda:
         return batch_norm_stats(x)
     x = x.to(torch.promote_types(x.dtype, torch.float32))
-    var, mean = torch.var_mean(x, [d for d in range(x.dim()) if d != 1], correction=0)
-    return mean, var
+    dims = [d for d in range(x.dim()) if d != 1]
+    mean = x.mean(dims, keepdim=True)
+    # In two passes: torch.var_mean takes 12 to 19 times as long (a thread of a shared AMD EPYC).
+    return mean.flatten(), (x - mean).square_().mean(dims)
 
 
 def _input_gradient(
