@@ -203,6 +203,9 @@ def on_mesh(shape, root, folder):
     cohort = reid_cohort()
     mesh.distribute(cohort)
     found["retrieved"] = retrieved(cohort, root, rank=mesh.column, world=mesh.data)
+    with pytest.raises(InputError) as error:
+        retrieved(cohort, root, rank=0, world=mesh.data + 1)
+    found["refused"]["other share"] = str(error.value)
     return found
 
 
@@ -311,3 +314,5 @@ class TestMeshes:
         for said in (rank[shape] for rank in meshes[0]):
             assert said["refused"]["shuffled"].startswith("the batches to score on differ")
             assert "says something else on rank 1 than on rank 0" in said["refused"]["drawn"]
+            wrong = f"features of the share 0 of {shape[1] + 1}, in column "
+            assert said["refused"]["other share"].startswith(wrong)
