@@ -9,12 +9,15 @@ from pathlib import Path
 import pytest
 import torch
 from ranks import run_ranks
+from reid_runs import SMALL
 from sharded_nets import C, Net
+from torch.distributed.fsdp import fully_shard
 
 from fastdml import Cohort
 from fastdml.errors import InputError
 from fastdml.parallel import make_mesh
-from fastdml.train import TrainConfig, fit
+from fastdml.report import plots
+from fastdml.train import TrainConfig, fit, market1501
 
 ROWS, BATCH = 48, 16
 SHARDED = {"fsdp": True, "accumulate": 2}
@@ -41,10 +44,15 @@ def config(folder: Path, **changes) -> TrainConfig:
     return TrainConfig(**settings | changes)
 
 
-def trained(folder: Path, sizes=None, **changes) -> dict:
+def trained(folder: Path, sizes=None, *, own: bool = False, **changes) -> dict:
+    """own: the caller has sharded the peers."""
+    plots.draw = lambda *_: []  # which takes longer than these runs
     torch.set_num_threads(1)
     made = cohort()
     mesh = None if sizes is None else make_mesh(*sizes)
+    if own:
+        for peer in made:
+            fully_shard(peer, mesh=mesh.device_mesh["data"])
     result = fit(
         made, arrays(1), arrays(2, 37), config(folder, **changes), mesh=mesh,
         validation=arrays(3, 21),
@@ -88,6 +96,7 @@ def on_four(tmp: Path) -> dict:
         "unsharded": trained(tmp / "unsharded", (2, 2), resume=True, accumulate=2),
         "begun by one": trained(tmp / "begun by one", (2, 2), resume=True, **SHARDED),
         "independent": trained(tmp / "independent", (2, 2), independent=True, **SHARDED),
+        "own": trained(tmp / "own", (2, 2), own=True, accumulate=2),
     }
 
 
@@ -137,7 +146,24 @@ def test_a_sharded_run_goes_on_on_other_meshes(runs):
     trained(folder / "begun by one", epochs=1, accumulate=4)
     expected = ranks[0]["sharded"]
     for found in run_ranks(4, on_four, folder, timeout=200):
-        for name in ("square", "wide", "unsharded", "begun by one", "independent"):
+        for name in ("square", "wide", "unsharded", "begun by one", "independent", "own"):
             check(found[name], expected)
     alone = folder / "independent" / "independent"
     assert saved(alone).keys() == expected["weights"].keys()
+
+
+def reid(root: Path, tmp: Path) -> list[dict]:
+    plots.draw = lambda *_: []
+    settings = {**SMALL, "mesh": "peer=1,data=2", "triplet_weight": 1.0, "sync_batchnorm": True}
+    found = []
+    for fsdp in (False, True):
+        result = market1501(root=str(root), folder=str(tmp / f"fsdp {fsdp}"), fsdp=fsdp, **settings)
+        found.append({"scores": str(result.scores), "loss": result.history[-1]["loss"]})
+    return found
+
+
+@pytest.mark.slow
+def test_a_reidentification_run_of_sharded_peers(market_root, tmp_path):
+    for whole, sharded in run_ranks(2, reid, market_root, tmp_path, timeout=200):
+        assert sharded["scores"] == whole["scores"]
+        torch.testing.assert_close(sharded["loss"], whole["loss"], rtol=1e-5, atol=1e-5)

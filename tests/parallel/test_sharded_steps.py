@@ -104,7 +104,7 @@ CASES: dict[str, Any] = {
     "fp16's scale": (half, 1e-6),
     "a frozen peer": (frozen, 1e-12),
     "frozen blocks": (partly_frozen, 1e-12),
-    # "metric": (with_metric, 1e-12),
+    "metric": (with_metric, 1e-12),
     "teacher": (taught, 1e-12),
 }
 
@@ -167,7 +167,7 @@ def on_two():
     return run_ranks(2, on, 1, 2, [*CASES])
 
 
-WIDE = ["sgd", "bf16", "fp16's scale", "adamw, clipped"]
+WIDE = ["sgd", "metric", "bf16", "fp16's scale", "adamw, clipped"]
 
 
 @pytest.fixture(scope="module")
