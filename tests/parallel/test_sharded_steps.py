@@ -206,3 +206,30 @@ def test_two_rows_of_two_columns_are_one_process():
 @pytest.mark.parametrize("name", WIDE)
 def test_more_of_two_rows_of_two_columns(on_four, name):
     check(name, on_four)
+
+
+def by_policy() -> list[tuple]:
+    """Losses of peers that compute in bfloat16 by their owner's policy, and by autocast."""
+    from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+
+    mesh = make_mesh(1, 2)
+    mesh.place(2)
+    policy = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
+    found = []
+    for amp in ("off", "bf16"):
+        made = cohort(dtype=torch.float32)
+        for peer in made if amp == "off" else ():
+            fully_shard(peer, mesh=mesh.device_mesh["data"], mp_policy=policy)
+        shard(made, mesh)
+        outputs, _ = train(
+            made, mesh, steps=STEPS, amp=amp, batches=lambda step, dtype: batch(step, ROWS, dtype)
+        )
+        found.append(torch.stack([total(output, mesh).losses for output in outputs]))
+    return found
+
+
+@pytest.mark.slow
+def test_an_owners_policy_of_precision_trains_as_autocast_does():
+    for policy, autocast in run_ranks(2, by_policy):
+        torch.testing.assert_close(policy, autocast, rtol=0.01, atol=0.01)  # bfloat16's rounding
+        assert not torch.equal(policy, autocast)
