@@ -18,16 +18,17 @@ from fastdml.data import ImageSet, Market1501, ResidentLoader, TorchLoader
 from fastdml.engine import Ema
 from fastdml.engine.amp import resolve_amp
 from fastdml.errors import InputError
+from fastdml.metrics import Classification
 from fastdml.models import ReidHead
 from fastdml.parallel import make_mesh
 from fastdml.report.predictions import PREDICTIONS
-from fastdml.train import extract_features
+from fastdml.train import extract_features, predictions
 from fastdml.train.batches import as_batches
 from fastdml.train.config.reid import ReidConfig
 from fastdml.train.evaluations import load_into, scored, scoring_weights
 from fastdml.train.predictions import Scorer, save_predictions
 from fastdml.train.tasks import classification
-from fastdml.train.tasks.retrieval import Retrieval
+from fastdml.train.tasks.retrieval import Features, Retrieval
 
 CPU, CLASSES, SIDE, BATCH = torch.device("cpu"), 5, 6, 4
 SHAPES = [(2, 2), (4, 1), (1, 4)]  # rows and columns
@@ -316,3 +317,39 @@ class TestMeshes:
             assert "says something else on rank 1 than on rank 0" in said["refused"]["drawn"]
             wrong = f"features of the share 0 of {shape[1] + 1}, in column "
             assert said["refused"]["other share"].startswith(wrong)
+
+
+def on_cuda(root):
+    """What a mesh of one GPU says, also by the collectives that several columns make."""
+    torch.backends.cudnn.deterministic = True
+    mesh, amp = make_mesh(1, 1, timeout=60), resolve_amp("off", torch.device("cuda"))
+    cohort, said = peers().eval().to("cuda"), []
+    batches = ResidentLoader(images(26), BATCH, train=False, device="cuda")
+    for on_mesh in (False, True):
+        if on_mesh:
+            mesh.distribute(cohort)
+        scorer = Scorer(batches, amp)
+        said.append((asdict(scorer(cohort)), kept(scorer.predictions(cohort, "last"))))
+    counts = Classification(len(cohort), CLASSES, "cuda", keep=True)
+    for pixels, labels in batches.epoch(0):
+        counts.update(cohort(pixels), labels)
+    alone = asdict(counts.compute())
+    predictions._add_columns(counts, len(batches), mesh)
+    rows = predictions._all_rows(counts.kept_rows(), torch.arange(26), mesh)
+    scorer.pictures.join(mesh)
+    joined = asdict(counts.compute()), all(map(torch.equal, rows, counts.kept_rows()))
+    share = {"rank": 0, "world": 1}
+    market, heads = Market1501(root, progress=False), reid_cohort().to("cuda")
+    features = Features(market.query, (16, 8), torch.device("cuda"), batch_size=4, **share)
+    plain = features(heads, amp)
+    mesh.distribute(heads)
+    found = features(heads, amp)
+    return said, alone, joined, all(map(torch.equal, plain, found))
+
+
+@pytest.mark.gpu
+def test_a_gpu_scores_on_a_mesh_as_without_one(market_root):
+    ((plain, on_mesh), alone, joined, equal), *_ = run_ranks(1, on_cuda, market_root)
+    assert same(on_mesh, plain)
+    assert joined == (alone, True)
+    assert equal
