@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import pickle
 from functools import partial
+from itertools import chain
 
 import pytest
 import torch
@@ -56,14 +57,15 @@ def passes(case: str, layer: nn.Module, rows: slice) -> dict[str, list[torch.Ten
     """Of two training steps and an evaluation of these rows: outputs, gradients, statistics."""
     found: dict[str, list[torch.Tensor]] = {"outputs": [], "input gradients": []}
     dtype = {"float32": torch.float32, "bf16": torch.bfloat16, "autocast": torch.bfloat16}
+    device = next(chain(layer.parameters(), layer.buffers())).device
     for step in range(2):
-        x = batch(case, step)[rows].to(dtype.get(case, torch.float64))
+        x = batch(case, step)[rows].to(device, dtype.get(case, torch.float64))
         if case == "channels_last":
             x = x.contiguous(memory_format=torch.channels_last)
         x.requires_grad_()
-        with torch.autocast("cpu", torch.bfloat16, enabled=case == "autocast"):
+        with torch.autocast(device.type, torch.bfloat16, enabled=case == "autocast"):
             y = layer(x)
-        weights = batch(case, 10 + step)[rows]
+        weights = batch(case, 10 + step)[rows].to(device)
         (weights * y.double().sin()).sum().backward()
         found["outputs"].append(y.detach())
         found["input gradients"].append(x.grad)
@@ -72,7 +74,7 @@ def passes(case: str, layer: nn.Module, rows: slice) -> dict[str, list[torch.Ten
     if layer.running_mean is not None:  # else of the batch at hand
         found["evaluated"] = [layer.eval()(x.detach()).detach()]
         layer.train()
-    return found
+    return {what: [t.cpu() for t in values] for what, values in found.items()}
 
 
 def on_a_mesh() -> dict:
@@ -183,13 +185,17 @@ def ranks() -> list[dict]:
 
 @pytest.mark.parametrize("case", LAYERS)
 def test_it_is_one_process_with_the_whole_batch(case, ranks):
+    check(case, [rank[case] for rank in ranks])
+
+
+def check(case: str, found: list[dict[str, list[torch.Tensor]]]) -> None:
+    """What the columns found, against one process on the CPU."""
     low = case in ("bf16", "autocast")
     # Both compute in float32 and round to bf16 once, which can fall to either side.
     near = {"rtol": 1e-2, "atol": 1e-2} if low else {"rtol": 1e-9, "atol": 1e-9}
     if case == "float32":
         near = {"rtol": 1e-4, "atol": 1e-4}
     expected = passes(case, layer_of(case), slice(None))
-    found = [rank[case] for rank in ranks]
     for what in expected.keys() - {"weight gradients", "statistics"}:
         for i, whole in enumerate(expected[what]):
             together = torch.cat([rank[what][i] for rank in found])
