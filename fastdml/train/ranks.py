@@ -350,7 +350,14 @@ class Ranks(OneProcess):
     ) -> Iterator[dict[str, Tensor] | None]:
         mesh, initial, device = self.mesh, None, next(cohort.parameters()).device
         if len(mesh.rows) != len(cohort):
-            mesh.place(len(cohort), self._costs(cohort, train, amp))
+            sizes = [float(sum(w.numel() for w in peer.parameters())) for peer in cohort]
+            # A device may not hold a peer that is to be sharded, to measure it.
+            mesh.place(len(cohort), sizes if config.fsdp else self._costs(cohort, train, amp))
+        if config.independent and any(map(is_sharded, cohort.peers)):
+            raise InputError(
+                "independent starts a second time from the first weights, and these peers are "
+                "sharded already: give them whole, with fsdp=True"
+            )
         if config.independent and self.lead:
             initial = {n: t.detach().to("cpu", copy=True) for n, t in cohort.state_dict().items()}
         taken = mesh.distribute(cohort, keep=config.exchange == "weights")

@@ -81,6 +81,8 @@ def close(ours: dict, theirs: dict) -> None:
 
 def on_two(tmp: Path) -> dict:
     found = {"sharded": trained(tmp / "sharded", (1, 2), **SHARDED)}
+    with pytest.raises(InputError, match=r"independent starts a second time.* fsdp=True"):
+        trained(tmp / "refused", (1, 2), own=True, independent=True)
     trained(tmp / "half", (1, 2), epochs=1, **SHARDED)
     if torch.distributed.get_rank() == 0:
         for name in ("same", "one", "square", "wide", "unsharded"):

@@ -24,7 +24,7 @@ from fastdml.parallel import (
     total,
 )
 
-STEPS, ROWS, CPU = 5, 16, torch.device("cpu")
+STEPS, ROWS, CPU = 3, 16, torch.device("cpu")
 
 
 def unlabelled(step: int, dtype: torch.dtype) -> tuple:
