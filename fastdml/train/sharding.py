@@ -148,8 +148,9 @@ class Dealt:
         self.compared = mesh is not None and not _by_seed(test)
 
     def __iter__(self) -> Iterator[Turn]:
-        skips = "every" in inspect.signature(self.test.epoch).parameters
-        return self._read_own() if self.columns > 1 and skips else self._read_all()
+        if self.columns > 1 and "every" in inspect.signature(self.test.epoch).parameters:
+            return self._read_own()
+        return self._read_all()
 
     def _read_own(self) -> Iterator[Turn]:
         test, self.steps = self.test, len(self.test)
