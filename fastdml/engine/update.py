@@ -184,9 +184,12 @@ class Update:
         scaler, overflow = self.scaler, self.overflow
         for k in trained:
             if scaler is not None and overflow is not None:
-                grads = [local_part(w.grad) for w in weights[k] if w.grad is not None]
+                grads = [w.grad for w in weights[k] if w.grad is not None]
+                if self.holdings.sharded:
+                    grads = [local_part(grad) for grad in grads]
                 overflow[k].copy_(scaler.unscale_(grads))
-                any_of(overflow[k], weights[k])
+                if self.holdings.sharded:
+                    any_of(overflow[k], weights[k])
             if self.grad_clip:
                 nn.utils.clip_grad_norm_(weights[k], self.grad_clip)
         if overflow is None and trained:

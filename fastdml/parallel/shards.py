@@ -6,6 +6,8 @@ after it, so that a rank must hold the largest block, not the peer.
 
 Gradients are summed over the columns, as those of replicas are, since the loss is a mean over the
 whole batch already; torch's own default divides by the number of ranks.
+
+Tested on CPUs with gloo, against replicas and one process; on CUDA it has not run.
 """
 
 from __future__ import annotations
