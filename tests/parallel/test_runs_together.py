@@ -16,9 +16,12 @@ from whole_runs import EPOCHS, arrays, assert_same, logged, quick, settings, tra
 
 from fastdml.errors import InputError
 from fastdml.parallel import RemotePeer, make_mesh
-from fastdml.train import Callback, TrainingDiverged, TrainingStopped, fit
+from fastdml.report.html.run_page import run_page
+from fastdml.report.run_files import read_run
+from fastdml.train import Callback, TrainingDiverged, TrainingStopped, checks, fit, load_config
 from fastdml.train import trainer as trainer_module
 from fastdml.train.sharding import SeenBatches
+from fastdml.train.tasks.classification import SCORING
 
 
 class Signalled(SeenBatches):
@@ -182,3 +185,32 @@ def test_rank_0_alone_writes_metrics(runs):
     records = logged(runs[1] / "whole")
     assert [r["step"] for r in records if r["kind"] == "epoch"] == [6, 12, 18, 24, 30]
     assert whole_runs.QUIET["tensorboard"] is False
+
+
+def test_a_run_begun_on_a_mesh_goes_on_with_its_steps(tmp_path):
+    """Without the setting too: what peers draw tells its steps from those of other runs."""
+    whole = trained("peer=1", tmp_path / "whole", drop=0.2)
+    trained("peer=1", tmp_path / "run", drop=0.2, epochs=2)
+    again = trained("", tmp_path / "run", drop=0.2, resume=True)
+    assert_same(again, whole)
+    assert load_config(tmp_path / "run" / "config.yaml").mesh == "peer=1,data=1"
+    with pytest.raises(AssertionError):
+        assert_same(trained("", tmp_path / "other", drop=0.2), whole)
+
+
+@pytest.mark.parametrize(
+    ("name", "value"), [("exchange", "weights"), ("exchange_every", 2), ("fsdp", True)]
+)
+def test_settings_of_several_devices_need_a_mesh(tmp_path, name, value):
+    with pytest.raises(InputError, match=f"{name}={value} is for peers on several devices"):
+        trained("", tmp_path, **{name: value})
+
+
+def test_several_processes_without_a_mesh_are_told_how_to_share_a_run():
+    with pytest.raises(InputError, match="say how they share it"):
+        checks.one_process({"WORLD_SIZE": "2"})
+
+
+def test_the_report_has_the_mesh(runs):
+    page = run_page(read_run(runs[1] / "whole"), SCORING)
+    assert "peer=2,data=1; 0.5 kB of logits, distances or weights a step" in page

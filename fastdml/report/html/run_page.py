@@ -220,7 +220,7 @@ def _mesh(phase: Mapping[str, Any]) -> str | None:
     if rows is None or columns is None:
         return None
     exchanged = f"; {size(sent)} of logits, distances or weights a step" if sent else ""
-    return f"{rows:.0f} rows of peers, {columns:.0f} columns of data{exchanged}"
+    return f"peer={rows:.0f},data={columns:.0f}{exchanged}"
 
 
 def _environment(run: RunFiles) -> list[tuple[str, str]]:
