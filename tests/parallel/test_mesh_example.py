@@ -30,7 +30,6 @@ RUN = (
 
 
 def example(rows: int, columns: int) -> list[float]:
-    pytest.importorskip("sklearn")
     spec = importlib.util.spec_from_file_location("mesh_example", ROOT / "examples" / "mesh.py")
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
@@ -38,6 +37,7 @@ def example(rows: int, columns: int) -> list[float]:
 
 
 def test_the_example_learns_and_all_processes_have_all_peers():
+    pytest.importorskip("sklearn")
     for rows, columns in ((2, 1), (1, 2)):
         first, second = run_ranks(2, example, rows, columns)
         assert first == second
