@@ -130,7 +130,7 @@ def killed_and_resumed(
     for number, kind in enumerate(kinds):
         sizes = random.choice(meshes)
         world = sizes[0] * sizes[1]
-        timeout = 2.0 if kind == "stop" else 30.0
+        timeout = 1.0 if kind == "stop" else 30.0
         parts = {"accumulate": PARTS // sizes[1]}
         kill = (kind, random.randrange(world), random.uniform(0.05, seconds))
         ended = job(world, sizes, folder, settings | parts, timeout, kill)

@@ -5,33 +5,45 @@ same bits."""
 from __future__ import annotations
 
 import time
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 from random import Random
+from typing import Any
 
 import pytest
-from killing import job, killed_and_resumed
+from killing import PARTS, job, killed_and_resumed
 from mesh_trainings import furthest, outcome, without_statistics
 
 SAVING = {"save_every_steps": 1, "drop": 0.2, "optimizer": "adam", "lr": 0.01}
 KINDS = ["job", "rank", "stop"]
 
 
-@pytest.fixture(scope="module")
-def whole(tmp_path_factory):
+def unbroken(folder: Path, sizes: tuple[int, int]) -> tuple[dict[str, Any], float]:
     """What a run leaves that nothing breaks, and its seconds."""
-    folder = tmp_path_factory.mktemp("whole") / "run"
     begun = time.monotonic()
-    ended = job(4, (2, 2), folder, SAVING | {"accumulate": 2})
+    ended = job(sizes[0] * sizes[1], sizes, folder, SAVING | {"accumulate": PARTS // sizes[1]})
     assert ended.fine, ended
     return outcome(folder), time.monotonic() - begun
 
 
-def test_three_of_each(whole, tmp_path):
-    expected, seconds = whole
-    random = Random(1)
-    kinds = random.sample(3 * KINDS, 9)
-    said = killed_and_resumed(tmp_path, kinds, [(2, 2)], random, SAVING, seconds)
-    assert [*said] == []
-    assert furthest(outcome(tmp_path / "killed"), expected) == 0
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory):
+    """On 2 x 2."""
+    return unbroken(tmp_path_factory.mktemp("whole") / "run", (2, 2))
+
+
+def test_three_of_each(tmp_path):
+    """A run of each kind of kill, at the same time: most of it is waiting for ranks that end."""
+    expected, seconds = unbroken(tmp_path / "whole", (2, 1))
+
+    def killed(kind: str) -> tuple[list[str], float]:
+        root = tmp_path / kind
+        root.mkdir()
+        said = killed_and_resumed(root, 3 * [kind], [(2, 1)], Random(kind), SAVING, seconds)
+        return [*said], furthest(outcome(root / "killed"), expected)
+
+    with ThreadPoolExecutor(len(KINDS)) as runs:
+        assert [*runs.map(killed, KINDS)] == len(KINDS) * [([], 0)]
 
 
 @pytest.mark.slow
