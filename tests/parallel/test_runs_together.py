@@ -9,16 +9,24 @@ from typing import Any
 
 import pytest
 import torch
-import whole_runs
 from mesh_runs import cohort
 from ranks import run_ranks
-from whole_runs import EPOCHS, arrays, assert_same, logged, quick, settings, trained
+from whole_runs import EPOCHS, QUIET, arrays, assert_same, logged, quick, settings, trained
 
 from fastdml.errors import InputError
 from fastdml.parallel import RemotePeer, make_mesh
 from fastdml.report.html.run_page import run_page
 from fastdml.report.run_files import read_run
-from fastdml.train import Callback, TrainingDiverged, TrainingStopped, checks, fit, load_config
+from fastdml.train import (
+    Callback,
+    TrainingDiverged,
+    TrainingStopped,
+    checks,
+    digits,
+    fit,
+    load_config,
+)
+from fastdml.train import ranks as ranks_module
 from fastdml.train import trainer as trainer_module
 from fastdml.train.sharding import SeenBatches
 from fastdml.train.tasks.classification import SCORING
@@ -184,7 +192,7 @@ def test_what_all_ranks_refuse_alike(runs, name, text):
 def test_rank_0_alone_writes_metrics(runs):
     records = logged(runs[1] / "whole")
     assert [r["step"] for r in records if r["kind"] == "epoch"] == [6, 12, 18, 24, 30]
-    assert whole_runs.QUIET["tensorboard"] is False
+    assert QUIET["tensorboard"] is False
 
 
 def test_a_run_begun_on_a_mesh_goes_on_with_its_steps(tmp_path):
@@ -214,3 +222,22 @@ def test_several_processes_without_a_mesh_are_told_how_to_share_a_run():
 def test_the_report_has_the_mesh(runs):
     page = run_page(read_run(runs[1] / "whole"), SCORING)
     assert "peer=2,data=1; 0.5 kB of logits, distances or weights a step" in page
+
+
+def balanced(folder: str) -> tuple[int, ...]:
+    """Each peer takes as long as it has weights."""
+    quick()
+    ranks_module.peer_seconds = lambda peers, images, amp: [
+        sum(w.numel() for w in peers[0].parameters())
+    ]
+    values = {"subset": 40, "batch_size": 20, "epochs": 1}
+    result = digits(
+        peers=("resnet8", "resnet8", "resnet32", "resnet8"), mesh="auto", folder=folder,
+        **{**QUIET, **values},
+    )  # fmt: skip
+    return tuple(result.mesh["rows"])
+
+
+def test_a_mesh_by_itself_gives_a_dear_peer_a_row(tmp_path):
+    found = run_ranks(2, balanced, str(tmp_path / "run"))
+    assert found == [(1, 1, 0, 1)] * 2
