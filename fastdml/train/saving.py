@@ -3,7 +3,8 @@
 Without a mesh it is one file, last.ckpt, written between two steps. On a mesh each save is a folder
 that all ranks write into beside training: at the step a copy on the host is taken, which costs the
 step's time for that copy; a thread writes it and waits for the other ranks' threads, and rank 0
-writes the manifest, from which on the checkpoint counts.
+writes the manifest, from which on the checkpoint counts. The copies from CUDA devices, in pinned
+memory, have not run on one.
 """
 
 from __future__ import annotations
