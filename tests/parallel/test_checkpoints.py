@@ -81,7 +81,13 @@ def _damaged(run: Path, mesh: Mesh, begun: dict) -> list[str]:
 
 
 def on_two(root: Path) -> str:
-    train(root / "to two", made(2, 1), **DROP)
+    mesh = made(2, 1)
+    train(root / "to two", mesh, **DROP)
+    copies = {"exchange": "weights", "exchange_every": 5, "save_every_steps": 3, **DROP}
+    train(root / "copies", mesh, **copies)
+    stop = {"stop_after": STOP + 4 if mesh.lead else None}  # saved between two exchanges
+    assert train(root / "stopped copies", mesh, **stop, **copies) is None
+    train(root / "stopped copies", mesh, **copies)
     mesh = made(1, 2)
     copy(root / "one", root / "cannot", mesh)
     for path in (root / "cannot").glob(f"{CHECKPOINTS}/*/{MANIFEST}") if mesh.lead else ():
@@ -118,6 +124,11 @@ def test_the_same_mesh_goes_on_bit_for_bit(runs):
     for path in weights:
         other = root / "same" / path.relative_to(root / "whole")
         assert other.read_bytes() == path.read_bytes()
+
+
+def test_copies_of_peers_elsewhere_go_on_bit_for_bit(runs):
+    root, _, _ = runs
+    assert furthest(outcome(root / "stopped copies"), outcome(root / "copies")) == 0
 
 
 @pytest.mark.parametrize("name", ["columns", "to two", "to one", "one to four"])
