@@ -24,7 +24,6 @@ from fastdml.engine.auto import Choice
 from fastdml.errors import InputError
 from fastdml.logs import LOGGER
 from fastdml.parallel import (
-    auto_sizes,
     averaged_statistics,
     make_mesh,
     separate_batchnorm,
@@ -35,14 +34,13 @@ from fastdml.parallel import (
 from fastdml.parallel.agreement import Agreement
 from fastdml.parallel.failure import explained
 from fastdml.parallel.node_turns import wait_for, working
-from fastdml.parallel.placement import refitted
-from fastdml.parallel.processes import own_device, own_rank, start, started, world_size
 from fastdml.parallel.shards import is_sharded
 from fastdml.report.metrics_log import MetricsLog
 from fastdml.report.summary import versions
 from fastdml.train import checks
 from fastdml.train.config.mesh_sizes import MeshSizes
 from fastdml.train.config.sources import load_config
+from fastdml.train.mesh_choice import measured, remember, sizes_of
 from fastdml.train.peer_costs import peer_seconds
 from fastdml.yaml_file import CONFIG
 
@@ -70,6 +68,11 @@ class OneProcess:
     mesh: Mesh | None = None
     lead = True  # whether this process writes and speaks
     device: torch.device | None = None  # of this process, where the mesh says it
+
+    @property
+    def sizes(self) -> str:
+        """Of the mesh, as the setting has them."""
+        return ""
 
     # --- decisions ---
 
@@ -168,6 +171,11 @@ class OneProcess:
         a run to go on with where the launcher has started its ranks again."""
         return config
 
+    def measured(self, cohort: Cohort, train: Batches, amp: Amp) -> OneProcess:
+        """The ranks as a mesh that suits what a step of each peer takes, measured here; these where
+        that is theirs."""
+        return self
+
     def found_folder(self, folder: Path) -> None:
         """Tells ranks that a launcher starts again where the run is."""
 
@@ -194,6 +202,10 @@ class Ranks(OneProcess):
         self.lead, self.device = mesh.lead, mesh.device
         self.agreement = Agreement(mesh)
         self.run = next(RUNS)
+
+    @property
+    def sizes(self) -> str:
+        return str(MeshSizes(self.mesh.peer, self.mesh.data))
 
     def ask(self, flags: int) -> int:
         return self.agreement.ask(flags)
@@ -327,7 +339,7 @@ class Ranks(OneProcess):
         folder = mesh.share(self._folder_before())
         if folder is not None:
             config = config.replace(folder=folder, resume=True)
-        return config.replace(mesh=str(MeshSizes(mesh.peer, mesh.data)), timeout=mesh.timeout)
+        return config.replace(mesh=self.sizes, timeout=mesh.timeout)
 
     @property
     def _key(self) -> str:
@@ -343,6 +355,7 @@ class Ranks(OneProcess):
     def found_folder(self, folder: Path) -> None:
         if self.lead and self.mesh.job_store is not None:
             self.mesh.job_store.set(self._key, str(folder))
+            remember(self.mesh)
 
     @contextmanager
     def distributed(
@@ -352,7 +365,10 @@ class Ranks(OneProcess):
         if len(mesh.rows) != len(cohort):
             sizes = [float(sum(w.numel() for w in peer.parameters())) for peer in cohort]
             # A device may not hold a peer that is to be sharded, to measure it.
-            mesh.place(len(cohort), sizes if config.fsdp else self._costs(cohort, train, amp))
+            costs = sizes if config.fsdp else None
+            if mesh.peer > 1 and not config.fsdp:
+                costs = self._costs(cohort, train, amp)
+            mesh.place(len(cohort), costs)
         if config.independent and any(map(is_sharded, cohort.peers)):
             raise InputError(
                 "independent starts a second time from the first weights, and these peers are "
@@ -381,9 +397,17 @@ class Ranks(OneProcess):
             mesh.collect(cohort, taken)
             cohort.to(device)
 
+    def measured(self, cohort: Cohort, train: Batches, amp: Amp) -> OneProcess:
+        mesh = measured(self.mesh, self._costs(cohort, train, amp))
+        if mesh is self.mesh:
+            return self
+        found = Ranks(mesh)
+        found.run = self.run
+        return found
+
     def _costs(self, cohort: Cohort, train: Batches, amp: Amp) -> list[float] | None:
         """What a step of each peer takes, measured on the lead, where peers differ."""
-        if len(set(cohort.models)) == 1 or self.mesh.peer == 1:
+        if len(set(cohort.models)) == 1:
             return None
         if not self.lead:
             return None
@@ -417,26 +441,8 @@ def ranks_of(config: TrainConfig, K: int, mesh: Mesh | None = None) -> OneProces
             "it out, and every rank runs the teachers"
         )
     if mesh is None:
-        sizes = config.mesh_sizes or MeshSizes()
-        if config.mesh == "auto":
-            sizes = MeshSizes(*auto_sizes(world_size(), [1.0] * K))
-        if sizes.processes != world_size():
-            sizes = _sizes_left(sizes, config, K)
-        mesh = make_mesh(*sizes, timeout=config.timeout, device=config.device)
+        mesh = make_mesh(*sizes_of(config, K), timeout=config.timeout, device=config.device)
     return Ranks(mesh)
-
-
-def _sizes_left(sizes: MeshSizes, config: TrainConfig, K: int) -> MeshSizes:
-    """The mesh of a job that was started again with another number of ranks; `sizes` for one that
-    begins."""
-    if not started() or start(own_device(config.device), config.timeout).attempt == 0:
-        return sizes
-    world = world_size()
-    parts = 0 if config.sync_batchnorm else config.accumulate * sizes.data
-    found = MeshSizes(*refitted(*sizes, world, K, parts))
-    if own_rank() == 0:
-        logger.info("%d ranks go on where %d were: mesh %s", world, sizes.processes, found)
-    return found
 
 
 def _begun_on_a_mesh(config: TrainConfig) -> bool:

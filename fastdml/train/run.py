@@ -80,11 +80,24 @@ def run(
     checks.extras(config)
     task = task_of(config)
     with held() as show, ranks.speaking(), ExitStack() as stack:
+        auto = config.mesh == "auto"
         config = ranks.begun(config)
         device = ranks.device or choose_device(config.device)
-        with ranks.in_turn():
-            found = prepared(task, config, device, hint, **ranks.share)
-            ready = stack.enter_context(found)
+
+        def prepare(ranks: OneProcess) -> Prepared:
+            with ranks.in_turn():
+                return stack.enter_context(prepared(task, config, device, hint, **ranks.share))
+
+        ready = prepare(ranks)
+        if auto and not (config.resume or config.fsdp):
+            amp = resolve_amp(config.amp, device)
+            train = _batches(ready.train, None, ready.cohort, device, config, task, ranks)
+            chosen = ranks.measured(ready.cohort, train, amp)
+            if chosen is not ranks:  # whose share of a batch may be another
+                ranks = chosen
+                stack.enter_context(ranks.speaking())
+                config = config.replace(mesh=ranks.sizes)
+                ready = prepare(ranks)
         if config.validation and ready.validation is None:
             raise InputError(
                 f"validation={config.validation:g}: {config.data} keeps no validation images; set "

@@ -1,0 +1,83 @@
+"""How many rows and columns the mesh of a run has, where the settings leave it open or the number
+of ranks has changed."""
+
+from __future__ import annotations
+
+import logging
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from fastdml.parallel import Mesh, auto_sizes, make_mesh
+from fastdml.parallel.placement import refitted
+from fastdml.parallel.processes import own_device, own_rank, start, started, world_size
+from fastdml.train.config.mesh_sizes import MeshSizes, read_mesh
+from fastdml.train.config.sources import load_config
+from fastdml.yaml_file import CONFIG
+
+if TYPE_CHECKING:
+    from fastdml.train.config.base import TrainConfig
+
+logger = logging.getLogger(__name__)
+
+FIRST = "mesh"  # that a job began with, in the launcher's store
+
+
+def sizes_of(config: TrainConfig, K: int) -> MeshSizes:
+    """Those that the settings name. Of "auto" those with which the run began; of a new run what
+    suits K peers of equal cost, until their times are measured. Where the number of ranks is
+    another than at the beginning, those that fit it. Raises InputError where none do."""
+    sizes, accumulate = config.mesh_sizes or MeshSizes(), config.accumulate
+    auto, begun = config.mesh == "auto", started() and _attempt(config) > 0
+    if auto:
+        sizes = MeshSizes(*auto_sizes(world_size(), [1.0] * K))
+        recorded = Path(config.folder or "") / CONFIG
+        before = load_config(recorded) if config.resume and recorded.is_file() else None
+        if before and before.mesh_sizes:
+            sizes, accumulate, begun = before.mesh_sizes, before.accumulate, True
+        elif first := _first(config):
+            sizes, begun = first, True
+    world = world_size()
+    if sizes.processes == world or not begun:
+        return sizes
+    parts = 0 if config.sync_batchnorm else accumulate * sizes.data
+    found = MeshSizes(*refitted(*sizes, world, K, parts))
+    if own_rank() == 0:
+        logger.info("%d ranks go on where %d were: mesh %s", world, sizes.processes, found)
+    return found
+
+
+def remember(mesh: Mesh) -> None:
+    """Keeps the sizes for ranks that the launcher starts again, on the lead."""
+    if mesh.job_store is not None:
+        mesh.job_store.compare_set(FIRST, "", str(MeshSizes(mesh.peer, mesh.data)))
+
+
+def measured(mesh: Mesh, costs: list[float] | None) -> Mesh:
+    """The mesh with which a step should take the least time, which may be this one, with the peers
+    placed. costs: seconds of each on a whole batch, on rank 0; None where they are alike. All ranks
+    call it."""
+    costs = mesh.share(costs)
+    if costs is None:
+        return mesh
+    sizes = MeshSizes(*auto_sizes(mesh.world, costs))
+    if sizes != (mesh.peer, mesh.data):
+        mesh = make_mesh(*sizes, timeout=mesh.timeout, device=mesh.device)
+    mesh.place(len(costs), costs)
+    if mesh.lead:
+        logger.info("mesh %s, by the peers' measured times; rows of the peers: %s", sizes,
+                    " ".join(map(str, mesh.rows)))  # fmt: skip
+    return mesh
+
+
+def _attempt(config: TrainConfig) -> int:
+    return start(own_device(config.device), config.timeout).attempt
+
+
+def _first(config: TrainConfig) -> MeshSizes | None:
+    """The sizes that ranks of an earlier attempt began with."""
+    if not started():
+        return None
+    store = start(own_device(config.device), config.timeout).job_store
+    if store is None or not store.check([FIRST]):
+        return None
+    return read_mesh(store.get(FIRST).decode())
