@@ -4,6 +4,7 @@ that names the rank, its peers and the reason."""
 from __future__ import annotations
 
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -59,7 +60,7 @@ def end(how: str) -> None:
 @pytest.mark.parametrize(
     ("how", "reason"),
     [
-        ("kill", "is gone"),  # its parent is told at once, and forgets it
+        ("kill", "(was killed by SIGKILL|is gone)"),  # until or after its parent has taken note
         ("stop", "is stopped, as by SIGSTOP"),
         ("hang", "did not answer within 1 s"),
     ],
@@ -68,7 +69,8 @@ def test_a_rank_that_is_lost(how, reason):
     *found, none = run_ranks(3, fail, how, lost=[LOST])
     assert none is None
     for kind, line, seconds in found:
-        assert (kind, line) == ("RankLost", f"rank 2 (peer mobilenet) {reason}")
+        assert kind == "RankLost"
+        assert re.fullmatch(rf"rank 2 \(peer mobilenet\) {reason}", line)
         assert seconds < TIMEOUT + 5  # that it ends at all: a busy machine takes its time
 
 
