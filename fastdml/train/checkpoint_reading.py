@@ -184,8 +184,9 @@ def written_with(run: Path) -> tuple[int, int] | None:
     written; None without one. A process is one column."""
     for path in checkpoints(run):
         if path.name == LAST_CHECKPOINT:
-            found = (_mapped(path) or {}).get("config", {}).get("accumulate")
-            if found is not None:
+            settings = (_mapped(path) or {}).get("config")
+            found = settings.get("accumulate") if isinstance(settings, dict) else None
+            if isinstance(found, int):
                 return int(found), 1
             continue
         try:
