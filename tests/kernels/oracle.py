@@ -81,6 +81,12 @@ class Answer:
     grads: Sequence[Tensor] | None  # K tensors (N, C)
     stats: dict[str, Tensor] | None = None
 
+    def cpu(self) -> Answer:
+        """The same beside a reference, which is on the CPU."""
+        grads = self.grads and [None if g is None else g.cpu() for g in self.grads]
+        stats = self.stats and {name: value.cpu() for name, value in self.stats.items()}
+        return Answer(self.losses.cpu(), grads, stats)
+
 
 def place(values: Tensor, strides: tuple[int, ...]) -> Tensor:
     """(N, C) values with the given strides."""
@@ -181,7 +187,12 @@ def unpack(packed: Tensor, K: int) -> dict[str, Tensor]:
 
 def run(compute: Callable, p: Problem, *, grad: bool = True, stats: bool = True,
         **extra: Any) -> Answer:  # fmt: skip
-    """The answer of `mutual_loss_cpu` or `launch`, every buffer poisoned beforehand."""
+    """The answer of `mutual_loss_cpu` or `launch`, every buffer poisoned beforehand. Neither looks
+    where its arguments are: an address of another memory ends the process."""
+    if extra.get("upstream") is not None:
+        extra["upstream"] = extra["upstream"].to(p.logits[0].device)
+    given = (*p.logits, p.labels, *p.weights.values())
+    assert len({t.device for t in given if isinstance(t, Tensor)}) == 1
     students = p.options.students or range(len(p.logits))
     grads = [
         torch.full(z.shape, torch.nan, dtype=z.dtype, device=z.device) if k in students else None
@@ -199,7 +210,7 @@ def run(compute: Callable, p: Problem, *, grad: bool = True, stats: bool = True,
 
 
 def cpu(p: Problem, **extra: Any) -> Answer:
-    return run(mutual_loss_cpu, p, **extra)
+    return run(mutual_loss_cpu, p.on("cpu"), **extra)
 
 
 def register(p: Problem, **extra: Any) -> Answer:
@@ -415,7 +426,7 @@ def check(p: Problem, compute: Callable[..., Answer] = cpu, *, upstream: Tensor 
           yardsticks: bool = True, **extra: Any) -> Answer:  # fmt: skip
     """Holds `compute` to the tolerance rule on losses, gradients and statistics."""
     if upstream is not None:
-        extra["upstream"] = upstream.to("cpu" if compute is cpu else DEVICE)
+        extra["upstream"] = upstream
     ours, exact = compute(p, **extra), reference(p, upstream)
     K = len(p.logits)
     eps = torch.finfo(torch.float32).eps
