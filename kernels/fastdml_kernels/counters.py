@@ -59,6 +59,11 @@ class Counters:
         counter = self.of_stream.get(stream)
         return self._of_new_stream(stream) if counter is None else counter
 
+    def example(self) -> Tensor:
+        """What a kernel is compiled for before it is launched; of no launch, and none is used up,
+        which a capture would keep."""
+        return self._counter(0)
+
     def _of_new_stream(self, stream: int) -> Tensor:
         with self.lock:
             if stream not in self.of_stream:

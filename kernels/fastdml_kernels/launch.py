@@ -118,6 +118,7 @@ def arguments(
     regime: Regime,
     tile: Tile,
     programs: int = 1,
+    counter: Tensor | None = None,  # None takes one
 ) -> tuple[Any, dict[str, Any], int]:
     """The kernel, its arguments by name, outputs and buffers included, and its warps."""
     K, (N, C), device = len(logits), logits[0].shape, logits[0].device
@@ -134,7 +135,7 @@ def arguments(
         losses=torch.empty(shape, dtype=torch.float32, device=device),
         stats=torch.empty(layout.size, dtype=torch.float32, device=device),
         partials=torch.empty((programs, layout.size), dtype=torch.float32, device=device),
-        counter=counters_of(device).take(),
+        counter=counters_of(device).take() if counter is None else counter,
         counts=counts,
         N=N, label_stride=labels.stride(0), ignore_index=options.ignore_index,
         ce_weight=ce_weight, kl_weight=kl_weight, temperature=temperature,
@@ -216,7 +217,10 @@ def _make_plan(
         stats=rest["want_stats"], upstream=rest["upstream"], regime=regime, tile=tile,
         size=logits[0].element_size(), arch=architecture(logits[0].device),
     )  # fmt: skip
-    kernel, named, warps = arguments(logits, labels, options, regime=regime, tile=tile, **rest)
+    kernel, named, warps = arguments(
+        logits, labels, options, regime=regime, tile=tile,
+        counter=counters_of(logits[0].device).example(), **rest,
+    )  # fmt: skip
     compiled = compiled_for(kernel, named, compiler_options(warps, torch.version.hip is None))
     most = max_programs or _most_programs(logits, regime, tile, compiled)
     scratch = named.get("scratch")

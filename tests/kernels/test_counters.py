@@ -12,12 +12,15 @@ from fastdml_kernels import (
     Call,
     Options,
     counters,
+    launch,
     linear_mutual_loss,
     losses_and_grads,
     mutual_loss,
 )
 from fastdml_kernels.counters import Counters, counters_of
 from fastdml_kernels.graph_end import GraphEnd
+from fastdml_kernels.launch_plan import Plans
+from oracle import DEVICE
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -91,6 +94,17 @@ def apart(taken: list[torch.Tensor]) -> bool:
 
 def call(labels: torch.Tensor) -> Call:
     return Call(labels, Options(), 1.0, 1.0, 1.0, None, None, None, True)
+
+
+def test_the_first_launch_of_a_shape_takes_one_too(monkeypatch):
+    """None for the compilation before it: in a capture it would be the graph's until its end."""
+    takes, take = [], Counters.take
+    monkeypatch.setattr(Counters, "take", lambda *own: takes.append(1) or take(*own))
+    monkeypatch.setattr(launch, "_PLANS", Plans())
+    logits = [torch.zeros(3, 5, device=DEVICE) for _ in range(2)]
+    for launches in (1, 2):
+        launch.launch(logits, torch.arange(3, device=DEVICE), Options())
+        assert len(takes) == launches
 
 
 def block_of(taken: torch.Tensor) -> int:
