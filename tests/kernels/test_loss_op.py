@@ -561,7 +561,8 @@ def test_no_host_synchronisation(settings):
 @pytest.mark.parametrize("N", [64, 5000])
 @pytest.mark.parametrize("settings", OPTIONS)
 def test_forward_and_backward_in_a_cuda_graph(settings, N):
-    """New values in the same memory, replayed; several launches in one graph, and one outside."""
+    """New values in the same memory, replayed; several launches in one graph, and one outside.
+    Twice a gradient, and the rounded sum of both, are as exact as three times it."""
     z, weight = leaves(N=N), torch.ones((), device=DEVICE)
     y = labels_for(z)
     settings = {**settings, "kl_weight": weight}
@@ -572,7 +573,7 @@ def test_forward_and_backward_in_a_cuda_graph(settings, N):
     graph = torch.cuda.CUDAGraph()
     with without_collector(), torch.cuda.graph(graph):
         values = [mutual_loss(z, call(y, **settings))[0] for _ in range(2)]
-        grads = torch.autograd.grad(values[0].sum() + 3 * values[1].sum(), z)
+        grads = torch.autograd.grad(values[0].sum() + 2 * values[1].sum(), z)
     for seed in (1, 2, 3):
         with torch.no_grad():
             for x, new in zip(z, leaves(N=N, seed=seed), strict=True):
@@ -581,7 +582,7 @@ def test_forward_and_backward_in_a_cuda_graph(settings, N):
         graph.replay()
         expected = mutual_loss(z, call(y, **settings))[0]
         same(values, [expected, expected])
-        same(grads, [4 * g for g in torch.autograd.grad(expected.sum(), z)])
+        same(grads, [3 * g for g in torch.autograd.grad(expected.sum(), z)])
 
 
 @pytest.mark.gpu
