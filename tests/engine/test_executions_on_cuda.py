@@ -29,6 +29,12 @@ def cuda_run(execution, *, update="simultaneous", precision="off", **options):
     return Run("", make=make, device=device, precision=precision, **options)
 
 
+# Adam divides a gradient by its own size: what rounding leaves of one that is zero (the bias of a
+# convolution before BatchNorm) may move a weight by the whole rate. What is within this share of
+# the rate is half the smallest step of a run, so that a step left out shows.
+OF_RATE = 0.05
+
+
 def close(found, expected, name, **tolerances) -> None:
     torch.testing.assert_close(found, expected, msg=lambda how: f"{name}: {how}", **tolerances)
 
@@ -41,9 +47,10 @@ def test_on_cuda_fifty_steps_are_the_eager_ones(execution, options):
     eager = cuda_run("eager", **options).train()
     other = cuda_run(execution, **options).train()
     assert getattr(other.step, "failure", None) is None
+    atol = options["rate"] * OF_RATE if "optimizer" in options else 1e-5
     a, b = eager.state(), other.state()
     for name in a:
-        close(b[name], a[name], name, rtol=1e-4, atol=1e-5)
+        close(b[name], a[name], name, rtol=1e-4, atol=atol)
 
 
 @pytest.mark.gpu
@@ -174,7 +181,7 @@ def test_on_cuda_any_optimizer_that_can_be_captured_skips_overflows_in_the_graph
         assert precision.scaler.scale < 2.0**30
         states.append([*cohort.state_dict().values(), precision.scaler.scale])
     for a, b in zip(*states, strict=True):
-        torch.testing.assert_close(b, a, rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(b, a, rtol=1e-4, atol=0.01 * OF_RATE)
 
 
 @pytest.mark.gpu

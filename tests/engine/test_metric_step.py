@@ -333,13 +333,16 @@ def test_executions_on_a_gpu(execution, precision):
 @pytest.mark.gpu
 @pytest.mark.usefixtures("_deterministic")
 def test_a_sequential_graph_on_a_gpu():
+    """Of smooth peers: where a rounding moves an activation across the kink of a ReLU, gradients
+    jump, and among the thousands of a ResNet's some are as close to it as that."""
     device = torch.device("cuda")
-    data = list(images(5, torch.float32, device))
+    data = list(batches(5, torch.float32, device))
     runs = []
-    for name in ("eager", "graph"):
-        cohort = Cohort(["resnet8"] * 2, C, seed=3, head=ReidHead()).to(device)
+    for name in ("eager", "eager", "graph"):
+        cohort = Cohort([Peer(0, 5), Peer(1, 7)], C).to(device).train()
         runs.append(Run(EXECUTIONS[name].builders["sequential"], cohort).train(data))
-    assert runs[1].step.failure is None
+    assert runs[2].step.failure is None
     expected = runs[0].state()
-    for key, value in runs[1].state().items():
-        close(value, expected[key], key, 1e-3)
+    for run in runs[1:]:
+        for key, value in run.state().items():
+            close(value, expected[key], key, 1e-4)
