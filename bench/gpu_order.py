@@ -32,6 +32,8 @@ TESTS = (
     r"^tests/engine/",
     r"^tests/(bench|cohort|data|machine|metrics|train)/",
     r"^tests/kernels/",
+    r"^tests/(?!parallel/)",
+    r"^tests/parallel/",  # ranks of their own, which share the device
 )
 
 BENCHMARKS = (
