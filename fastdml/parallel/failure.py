@@ -16,6 +16,7 @@ import socket
 import threading
 import time
 from collections.abc import Callable, Iterator
+from itertools import count
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -34,12 +35,17 @@ ANSWER = 3.0  # seconds in which a store that can be reached answers
 OF_COLLECTIVES = ("gloo", "Connection closed by peer", "Timed out waiting", "NCCL")
 NOTE, TOLD = "failed", "told"
 TOGETHER = 0.5  # seconds in which ranks that fail alike do so
+BLOCKS = count()  # of this process, which the other ranks enter too
 
 
 @contextlib.contextmanager
 def explained(mesh: Mesh) -> Iterator[None]:
     """In this block an error of a collective becomes RankLost. Other errors go on as they are, and
-    leave a note, so that the other ranks say why they end; `line_of` has it."""
+    leave a note, so that the other ranks say why they end; `line_of` has it. All ranks enter such
+    blocks in the same order: each has keys of its own in the store, so that what one left says
+    nothing to the next, where a script goes on after a refusal."""
+    store = mesh.store
+    mesh.store = dist.PrefixStore(f"block{next(BLOCKS)}", store)
     try:
         yield
     except RankLost:
@@ -55,6 +61,8 @@ def explained(mesh: Mesh) -> Iterator[None]:
         error.__dict__["line"] = text
         within(1.0, lambda: _note(mesh.store, text))
         raise
+    finally:
+        mesh.store = store
 
 
 def line_of(error: BaseException) -> str:

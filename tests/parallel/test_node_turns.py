@@ -59,3 +59,26 @@ def test_a_refusal_of_the_first_rank_ends_the_wait():
 def test_a_first_rank_that_is_stopped_is_named():
     _, second = run_ranks(2, failing, "stops", lost=[0])
     assert second.startswith("rank 0 has not been heard of for 1 s while it prepared data")
+
+
+def after_a_refusal() -> list[float]:
+    """All ranks refuse the first settings, and the script goes on with others."""
+    mesh = make_mesh(data=2, timeout=TIMEOUT)
+    ranks = ranks_of(TrainConfig(), 2, mesh)
+    try:
+        with explained(mesh), ranks.in_turn():
+            pass
+        with explained(mesh):
+            raise InputError("batch_size must be above 0")
+    except InputError:
+        pass
+    with explained(mesh), ranks.in_turn():
+        begun = time.time()
+        if mesh.local_rank == 0:
+            time.sleep(0.2)
+        return [begun, time.time()]
+
+
+def test_a_refusal_that_a_script_went_on_from_is_forgotten():
+    first, second = run_ranks(2, after_a_refusal)
+    assert second[0] >= first[1]  # in turn again
