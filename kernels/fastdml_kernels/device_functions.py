@@ -32,6 +32,13 @@ def times(q, gap):
 
 
 @triton.jit
+def rounded_product(a, b):
+    """a * b, rounded before anything is added to it. A compiler left to choose fuses the product
+    with a difference that it goes into: a b - a b is then one product's rounding error, not 0."""
+    return tl.fma(a, b, 0.0)  # fused already; of +0, as a compiler makes a product of a sum with -0
+
+
+@triton.jit
 def log_probability(z, inv_t, lse, TEMPERED: tl.constexpr):
     """log softmax(z / T) from its normaliser. Product and sum are fused by name: a compiler left
     to choose may fuse them for one peer and not for another, and identical peers then differ."""

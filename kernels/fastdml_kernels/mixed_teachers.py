@@ -55,10 +55,9 @@ def mean_logits_normalisers(logits, n64, peer_weights, GATES, DIVISOR, inv_t,
             z = mean_logits(k, Z, peer_weights, GATES, DIVISOR[k], K, EDGE, GATED)
             m = tl.maximum(M[k], tl.max(z, axis=0))
             shift = tl.where(m == float("-inf"), 0.0, m)
-            total = SUM[k] * tl.exp((M[k] - shift) * inv_t)
-            total += tl.sum(tl.exp((z - shift) * inv_t), axis=0)
+            more = tl.sum(tl.exp((z - shift) * inv_t), axis=0)
             NEW_M = NEW_M + (m,)
-            NEW_SUM = NEW_SUM + (total,)
+            NEW_SUM = NEW_SUM + (tl.fma(SUM[k], tl.exp((M[k] - shift) * inv_t), more),)
         M = NEW_M
         SUM = NEW_SUM
     LSE = ()

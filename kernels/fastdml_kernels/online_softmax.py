@@ -6,7 +6,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from .device_functions import put, times
+from .device_functions import put, rounded_product, times
 from .wide_functions import load_peers, peer_sums
 
 
@@ -28,10 +28,11 @@ def joined_lanes(M, SUM, SUM_T, ENERGY, SPREAD, FIRST, GAP, energy, inv_t, peer,
         shift = tl.where(m == float("-inf"), 0.0, m)
         shrink = tl.exp(M[k] - shift)
         OF_M = OF_M + (m,)
-        OF_SUM = OF_SUM + (tl.sum(SUM[k] * shrink, axis=0),)
+        OF_SUM = OF_SUM + (tl.sum(rounded_product(SUM[k], shrink), axis=0),)
         sum_t = tl.cast(0.0, tl.float32)
         if TEMPERED:
-            sum_t = tl.sum(SUM_T[k] * tl.exp((M[k] - shift) * inv_t), axis=0)
+            shrink_t = tl.exp((M[k] - shift) * inv_t)
+            sum_t = tl.sum(rounded_product(SUM_T[k], shrink_t), axis=0)
         OF_SUM_T = OF_SUM_T + (sum_t,)
         if REVERSE:
             gap = times(tl.exp((M[k] - shift) * inv_t), GAP[k])
@@ -117,14 +118,14 @@ def online_sums(logits, class_weight, peer_weights, n64, inv_t, peer, teacher,
             e = tl.exp(z - shift[:, None])
             shrink = tl.exp(M[k] - shift)
             NEW_M = NEW_M + (m,)
-            NEW_SUM = NEW_SUM + (SUM[k] * shrink + tl.sum(e, axis=1),)
+            NEW_SUM = NEW_SUM + (tl.fma(SUM[k], shrink, tl.sum(e, axis=1)),)
             e_t = e
             shrink_t = shrink
             sum_t = SUM_T[k]
             if TEMPERED:
                 e_t = tl.exp((z - shift[:, None]) * inv_t)
                 shrink_t = tl.exp((M[k] - shift) * inv_t)
-                sum_t = sum_t * shrink_t + tl.sum(e_t, axis=1)
+                sum_t = tl.fma(sum_t, shrink_t, tl.sum(e_t, axis=1))
             NEW_SUM_T = NEW_SUM_T + (sum_t,)
             grown = ENERGY[k]
             if ENTROPY and LANES == 1:

@@ -13,7 +13,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from .device_functions import times
+from .device_functions import rounded_product, times
 from .register_divergences import edge, exponential
 from .register_reductions import reduced
 
@@ -95,10 +95,10 @@ def normalised(Z, is_y, inv_t, K: tl.constexpr, TEMPERED: tl.constexpr):
         Z_Y = Z_Y + (SUMS[K + k],)
         if TEMPERED:
             LSE_T = LSE_T + (tl.fma(TOP[k], inv_t, tl.log(SUMS_T[k])),)
-            Q = Q + (COOLED[k] * (1.0 / SUMS_T[k])[:, None],)
+            Q = Q + (rounded_product(COOLED[k], (1.0 / SUMS_T[k])[:, None]),)
         else:
             LSE_T = LSE_T + (lse,)
-            Q = Q + (E[k] * (1.0 / SUMS[k])[:, None],)
+            Q = Q + (rounded_product(E[k], (1.0 / SUMS[k])[:, None]),)
     return TOP, LSE, LSE_T, Z_Y, Q
 
 

@@ -137,6 +137,29 @@ def test_the_divergences_of_identical_peers_start_from_equal_numbers(code, case)
         assert not (op == "math.log" and taken), operands
 
 
+@pytest.mark.skipif(torch.version.hip is not None, reason="compiles for NVIDIA's architectures")
+@pytest.mark.parametrize(
+    "case",
+    [i for i, (regime, *_) in enumerate(CASES + DIVERGENCES) if regime == "register"],
+    ids=lambda i: "-".join(map(str, (CASES + DIVERGENCES)[i])),
+)
+def test_probabilities_are_rounded_before_their_differences(code, case):
+    """Gradients are made of differences of e^z / sum: with one of the two products unrounded in a
+    fused one, those of identical peers are not 0. No such product is left to a compiler."""
+    text, (_, K, *_) = code[case], (CASES + DIVERGENCES)[case]
+    parsed = instructions(text)
+    inverse = {name for name, op, _ in parsed if op == "arith.divf" and name.startswith("%Q")}
+    assert len(inverse) == K
+    rounded = 0
+    for name, op, operands in parsed:
+        taken = inverse.intersection(re.findall(r"%\w+", operands))
+        if op in (*SAME_VALUE, "ttg.convert_layout") and taken:
+            inverse.add(name)
+        rounded += op == "math.fma" and bool(taken)
+        assert not (op == "arith.mulf" and taken), operands
+    assert rounded == K
+
+
 OPTIMISED = [
     *((arch, "register", 2, 751, {}) for arch in ("sm_90", "sm_100", "gfx942")),
     *((arch, "register", 4, 100, {}) for arch in ("sm_90", "gfx942")),
