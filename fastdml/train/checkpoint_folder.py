@@ -218,10 +218,13 @@ def remove_partial(run: Path) -> None:
             remove(folder)
 
 
-def remove_old(run: Path, keep: int) -> None:
-    """Removes all whole checkpoints but the last `keep`."""
-    for folder in whole_folders(run)[:-keep]:
-        remove(folder)
+def remove_old(run: Path, keep: int, best: int | None = None) -> None:
+    """Removes all whole checkpoints but the last `keep`, and the last one of step `best`."""
+    folders = whole_folders(run)
+    of_best = [folder for folder in folders if (place(folder) or ())[:1] == (best,)]
+    for folder in folders[:-keep]:
+        if folder not in of_best[-1:]:
+            remove(folder)
 
 
 def set_aside(folder: Path) -> None:

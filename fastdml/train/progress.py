@@ -91,6 +91,11 @@ class Progress:
         return best
 
     @property
+    def best_step(self) -> int | None:
+        """The step after which the best weights were found; None before an evaluation."""
+        return None if self.best_scores is None else round(self.best_epoch * self.steps)
+
+    @property
     def evaluated_now(self) -> bool:
         """Whether the last epoch was evaluated."""
         return self.images in self.history[-1]

@@ -86,12 +86,13 @@ class LastCheckpoint:
 
 
 class FolderCheckpoints:
-    """A folder a save, written by all ranks of a mesh, the last few of which are kept. All ranks
-    call each method at the same step."""
+    """A folder a save, written by all ranks of a mesh, the last few of which are kept, and that of
+    the best weights. All ranks call each method at the same step."""
 
     def __init__(self, trainer: Trainer, mesh: Mesh, keep: int) -> None:
         self.trainer, self.mesh, self.keep = trainer, mesh, keep
         self.last: Path | None = None  # the last one saved or restored
+        self.best: int | None = None  # the step of the best weights
         self.thread: threading.Thread | None = None
         self.error: Exception | None = None  # that the thread has met
         self.group: Any = None  # of all ranks, for the threads alone
@@ -177,7 +178,7 @@ class FolderCheckpoints:
         if self.group is None:
             self.group, self.row_group = mesh.new_control(), mesh.new_row_control()
         begun = self.last is not None
-        self.last = folder
+        self.last, self.best = folder, trainer.progress.best_step
         self.thread = threading.Thread(
             target=self._write, args=(whole, files, shards, copied), name="checkpoint", daemon=True
         )
@@ -249,7 +250,7 @@ class FolderCheckpoints:
             whole.files.update({name: Mark(*mark) for name, mark in marks.items()})
         try:
             checkpoint_folder.write_manifest(whole)
-            checkpoint_folder.remove_old(self.trainer.folder, self.keep)
+            checkpoint_folder.remove_old(self.trainer.folder, self.keep, self.best)
         except InputError as error:
             return str(error)
         except Exception as error:  # which the other ranks wait for

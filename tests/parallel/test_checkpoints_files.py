@@ -152,6 +152,15 @@ def test_partial_and_old_ones_go_and_damaged_ones_stay(tmp_path):
     assert (kept[0].parent / "step-00000030.damaged" / "run.ckpt").is_file()
 
 
+def test_the_one_of_the_best_weights_is_kept_beside_the_last(tmp_path):
+    for step, save in ((10, 1), (20, 1), (20, 2), (30, 1), (40, 1)):
+        write(tmp_path, step, save)
+    folders.remove_old(tmp_path, 1, best=20)
+    assert names(folders.checkpoint_folders(tmp_path)) == ["step-00000020-2", "step-00000040"]
+    folders.remove_old(tmp_path, 1, best=40)
+    assert names(folders.checkpoint_folders(tmp_path)) == ["step-00000040"]
+
+
 def test_a_folder_that_is_half_removed_is_not_whole(tmp_path, monkeypatch):
     folder = write(tmp_path, 10)
     monkeypatch.setattr(folders.shutil, "rmtree", lambda *args, **options: None)
