@@ -107,6 +107,22 @@ def diverging(mesh: Any, folder: Path) -> tuple[str, Any]:
     return "nothing", None
 
 
+def by_the_clock(folder: Path) -> tuple[list[int], Any]:
+    """A run that saves as soon as its lead's clock says so, and the steps at which it did."""
+    saved, save = [], trainer_module.Trainer.save
+
+    def noted(trainer: Any) -> None:
+        saved.append(trainer.progress.position)
+        save(trainer)
+
+    trainer_module.Trainer.save = noted
+    try:
+        values = {"save_every_minutes": 1e-9, "keep_checkpoints": 1, "epochs": EPOCHS}
+        return saved, trained("peer=2", folder, **values)
+    finally:
+        trainer_module.Trainer.save = save
+
+
 def together(folder: str) -> dict[str, Any]:
     mesh = make_mesh(peer=2, timeout=30)
     top, found = Path(folder), {}
@@ -117,6 +133,7 @@ def together(folder: str) -> dict[str, Any]:
     stopped = mesh.rank, signal.SIGTERM, 8, "peer=2", top / "stopped"
     found["stopped"] = signalled(*stopped, **kept)
     found["resumed"] = trained("peer=2", top / "stopped", resume=True, **kept)
+    found["clock"] = by_the_clock(top / "clock")
     watcher = Watcher()
     found["watched"] = trained("peer=2", top / "watched", callbacks=[watcher])
     found["called"] = watcher.called
@@ -146,6 +163,16 @@ def test_a_signal_to_any_rank_saves_at_one_step_and_goes_on(runs):
     more = set(steps_saved(folder / "saved")) - set(steps_saved(folder / "whole"))
     assert more == {"step-00000010"}  # two steps after the signal to rank 1
     assert second["saved"].result.scores == first["saved"].result.scores
+
+
+def test_saves_by_time_are_at_one_step_and_the_best_checkpoint_stays(runs):
+    (first, second), folder = runs
+    (steps, run), (others, _) = first["clock"], second["clock"]
+    assert steps == others
+    assert steps[:4] == [3, 6, 9, 12]  # each epoch of 6 ends with one anyway
+    best = int(run.result.best_epoch) * 6
+    assert steps_saved(folder / "clock") == sorted({f"step-{step:08d}" for step in (best, 30)})
+    assert_same(run, first["whole"])
 
 
 def test_a_signal_to_any_rank_stops_all_at_one_step(runs):
