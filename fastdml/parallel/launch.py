@@ -8,12 +8,15 @@ asked to end.
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import os
 import signal
 import sys
+import threading
 import uuid
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -59,7 +62,8 @@ def launch(command: Sequence[str], ranks: int, max_restarts: int = 0) -> int:
     """Runs a command, such as ["python", "train.py"], on so many ranks, and returns the exit code:
     0; 2 where a rank ended so; 128 + the number of a signal that ended the job; else 1.
 
-    max_restarts: how often all ranks are started again after one has failed.
+    max_restarts: how often all ranks are started again after one has failed. While they run a
+    SIGUSR1 to this process reaches one of them.
     """
     from torch.distributed.elastic.multiprocessing.api import SignalException
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
@@ -83,7 +87,8 @@ def launch(command: Sequence[str], ranks: int, max_restarts: int = 0) -> int:
     )
     program, *arguments = command
     try:
-        elastic_launch(config, program)(*arguments)
+        with _saving_on_request():
+            elastic_launch(config, program)(*arguments)
         return 0
     except SignalException as stop:
         return 128 + int(stop.sigval)
@@ -92,6 +97,41 @@ def launch(command: Sequence[str], ranks: int, max_restarts: int = 0) -> int:
         if not told:
             print(f"fastdml: error: {_line(error.failures)}", file=sys.stderr)
         return exit_code(failure.exitcode for failure in error.failures.values())
+
+
+@contextlib.contextmanager
+def _saving_on_request() -> Iterator[None]:
+    """Passes SIGUSR1, which would end the agent and with it the job, to a rank; one that is ignored
+    stays so. (Only the main thread can have it so.)"""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = signal.getsignal(signal.SIGUSR1)
+    if before is signal.SIG_DFL:
+        signal.signal(signal.SIGUSR1, lambda *_: ask_to_save(_children()))
+    try:
+        yield
+    finally:
+        if before is signal.SIG_DFL:
+            signal.signal(signal.SIGUSR1, before)
+
+
+def ask_to_save(processes: Iterable[int]) -> int | None:
+    """Sends SIGUSR1 to the first process that handles it, and returns its number. None: nobody
+    does, as before the ranks train, when there is nothing to save and it would end them."""
+    for process in processes:
+        with contextlib.suppress(OSError, ValueError):
+            status = Path(f"/proc/{process}/status").read_text(encoding="utf-8")
+            caught = int(status.partition("SigCgt:")[2].split()[0], 16)
+            if caught >> (signal.SIGUSR1 - 1) & 1:
+                os.kill(process, signal.SIGUSR1)
+                return process
+    return None
+
+
+def _children() -> list[int]:
+    threads = Path("/proc/self/task").glob("*/children")
+    return [int(number) for of in threads for number in of.read_text(encoding="utf-8").split()]
 
 
 def exit_code(codes: Iterable[int]) -> int:

@@ -116,3 +116,38 @@ def test_ranks_of_a_mesh_that_is_chosen(monkeypatch):
     assert [launch.ranks_here("auto", peers) for peers in (1, 3, 9)] == [1, 3, 4]
     with pytest.raises(InputError, match="takes 2 GPUs, and torch finds 0 here"):
         launch.check_devices("cuda", 2, "peer=2")
+
+
+HANDLES = "import signal; signal.signal(signal.SIGUSR1, lambda *_: print('saved', flush=True))"
+WAITS = "print('ready', flush=True); input()"
+
+
+def test_a_request_to_save_reaches_a_rank_that_handles_it_and_ends_none():
+    """Sent to the launcher, as `kill -USR1` with the number of `fastdml train`."""
+    ranks = [
+        subprocess.Popen([sys.executable, "-S", "-c", f"{first}; {WAITS}"], text=True,
+                         stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+        for first in ("pass", HANDLES)
+    ]  # fmt: skip
+    try:
+        assert [rank.stdout.readline() for rank in ranks] == ["ready\n"] * 2
+        with launch._saving_on_request():
+            mine = {*launch._children()}
+            assert {rank.pid for rank in ranks} <= mine
+            assert launch.ask_to_save([ranks[0].pid]) is None
+            assert launch.ask_to_save([rank.pid for rank in ranks]) == ranks[1].pid
+            assert ranks[1].stdout.readline() == "saved\n"
+            assert ranks[0].poll() is None
+    finally:
+        for rank in ranks:
+            rank.communicate("\n")
+
+
+def test_a_request_to_save_does_not_end_the_launcher(monkeypatch):
+    asked = []
+    monkeypatch.setattr(launch, "_children", lambda: [1, 2])
+    monkeypatch.setattr(launch, "ask_to_save", asked.append)
+    with launch._saving_on_request():
+        os.kill(os.getpid(), signal.SIGUSR1)
+    assert asked == [[1, 2]]
+    assert signal.getsignal(signal.SIGUSR1) is signal.SIG_DFL
