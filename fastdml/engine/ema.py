@@ -90,7 +90,8 @@ class Ema:
             lists = copied if frozen else trained
             lists[0].append(average)
             lists[1].append(t)
-        foreach_lerp_(*trained, 1 - self.decay)
+        if trained[0]:  # of a mesh's rows one may have frozen peers alone
+            foreach_lerp_(*trained, 1 - self.decay)
         if copied[0]:
             foreach_copy_(*copied)
 
