@@ -236,14 +236,15 @@ class Update:
         return on_local_parts(self.optimizer) if sharded else nullcontext()
 
     def _flags_of_all(self, mesh: Mesh, overflow: Tensor) -> Tensor:
-        """The flags of the peers of all rows (K,), also put into `overflow`. One collective."""
+        """The flags of the peers of all rows (K,) in this step, also put into `overflow`, where
+        peers that have not trained keep theirs. One collective."""
         found = torch.full_like(overflow, -1.0)  # of a peer that has not trained
         for k in self.updated:
             found[k].copy_(overflow[k])
         dist.all_reduce(found, dist.ReduceOp.MAX, group=mesh.peers_group)
-        overflow.copy_(found.clamp(min=0))
+        overflow.copy_(torch.where(found < 0, overflow, found))
         torch.amin(found.masked_fill(found < 0, 1.0), dim=0, out=self.skipped)
-        return overflow
+        return found.clamp(min=0)
 
     def _guarded(self, k: int, overflow: Tensor) -> None:
         """A step of peer k that changes nothing where its gradients overflowed."""
