@@ -11,7 +11,7 @@ import json
 import math
 import os
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any, NoReturn, cast
 
 import torch
 import torch.distributed as dist
@@ -107,6 +107,12 @@ class Mesh:
     def __deepcopy__(self, memo: dict[int, Any]) -> Mesh:
         return self  # a copy of a cohort is on the same ranks
 
+    def __reduce__(self) -> NoReturn:
+        raise InputError(
+            "a mesh belongs to the processes of its ranks and cannot be pickled, nor can what "
+            "knows it, such as a cohort on it: save the cohort's state_dict()"
+        )
+
     # ---- peers
 
     def place(self, K: int, costs: Sequence[float] | None = None) -> None:
@@ -142,6 +148,12 @@ class Mesh:
         """Puts a `RemotePeer` in the place of each peer that is not local, and returns the peers
         that were there by their numbers. All ranks have built the same cohort and call it; peers
         that nothing has placed are placed. keep: steps that exchange weights copy these peers."""
+        for name, peer in zip(cohort.names, cohort, strict=True):
+            if not isinstance(peer, RemotePeer) and next(peer.parameters(), None) is None:
+                raise InputError(
+                    f"peer {name} has no parameters, and a mesh shares out peers that train: leave "
+                    "it out, or train without a mesh"
+                )
         if len(self.rows) != len(cohort):
             self.place(len(cohort))
         self.names = tuple(cohort.names)
