@@ -114,8 +114,9 @@ def make_step(
         step and call it, each on its column's share. The cohort has been distributed. "auto" is
         eager on a CPU and streams on CUDA; compile, threads, stacked and sequential updates are
         refused. The output is the column's share, whose sum over the columns is the whole batch's,
-        and right for the peers that are here. Peers may be sharded (`fastdml.parallel.shard`), and
-        then run eager.
+        and right for the peers that are here. Gradients that weights have before a step count as
+        the column's share too. Peers may be sharded (`fastdml.parallel.shard`), and then run eager.
+        After a step that failed between ranks no other one is taken: all start anew.
     exchange, exchange_every: on a mesh, what peers on different rows learn from. "logits": those of
         the same batch; of n > 1, the KL term exists at every n-th step only and nothing travels at
         the others. "weights": copies of the other rows' peers, run by every row, whose weights are

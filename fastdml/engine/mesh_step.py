@@ -69,7 +69,7 @@ class MeshStep(EagerStep):
         super().__init__(*arguments)
         mesh, options = self.options.mesh, self.options
         assert mesh is not None
-        self.mesh, self.local = mesh, mesh.local
+        self.mesh, self.local, self.rows = mesh, mesh.local, mesh.rows
         self.exchange = Exchange(mesh)
         self.remote = self.exchange.remote
         self.places = torch.tensor(self.local, device=self.amp.device)
@@ -79,6 +79,7 @@ class MeshStep(EagerStep):
         # In which dtypes each peer's logits and features come, once all ranks have said so.
         self.dtypes: dict[int, tuple[torch.dtype, ...]] = {}
         self.agreed = False
+        self.broken = False  # a step failed here, and other ranks may have gone on
         self.drawing: frozenset[int] = frozenset()  # peers that drew at the first step
         self.in_graph = False  # the call is a part of a captured step
         self.stale_peers: StalePeers | None = None
@@ -86,6 +87,10 @@ class MeshStep(EagerStep):
             self.stale_peers = StalePeers(self.cohort, mesh, self.exchange)
             for k, peer in self.stale_peers.copies.items():
                 self.forwards[k] = self._wrap(peer)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """A copy draws and exchanges from the same step on. It is made on all ranks together."""
+        return (*super().__reduce__(), {"number": self.number})
 
     # ---- networks
 
@@ -126,6 +131,16 @@ class MeshStep(EagerStep):
     # ---- a step
 
     def __call__(self, *batch: Tensor) -> StepOutput:
+        if self.broken:
+            raise InputError(
+                "a step failed on this rank, so that what ranks of the mesh send each other no "
+                "longer belongs together: start all ranks anew, from a checkpoint"
+            )
+        if self.mesh.rows is not self.rows:
+            raise InputError(
+                "the mesh has given rows to the peers of another cohort since this step was made: "
+                "make a mesh for each cohort"
+            )
         if not self.in_graph:
             self.fetch()
         return super().__call__(*batch)
@@ -137,8 +152,15 @@ class MeshStep(EagerStep):
         return self.options.exchange == "weights" or self.number % every == 0
 
     def train(self, images: Tensor, labels: Tensor) -> StepOutput:
+        batches, agreed = self.parts_of(images, labels), self.agreed
+        try:
+            return self._train(batches, labels)
+        except BaseException:  # at the first part of all, every rank raises
+            self.broken = (agreed or self.agreed) and self.mesh.world > 1 and not self.in_graph
+            raise
+
+    def _train(self, batches: Iterator[tuple[Tensor, Tensor]], labels: Tensor) -> StepOutput:
         mesh, parts = self.mesh, self.options.accumulate
-        batches = self.parts_of(images, labels)
         whole = parts == mesh.data == 1
         means = None if whole else GlobalMeans(self.loss, labels, mesh, parts)
         found: list[StepOutput] = []
