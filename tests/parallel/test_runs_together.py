@@ -21,6 +21,7 @@ from fastdml.train import (
     Callback,
     TrainingDiverged,
     TrainingStopped,
+    checkpoint,
     checks,
     digits,
     fit,
@@ -134,6 +135,11 @@ def together(folder: str) -> dict[str, Any]:
     found["stopped"] = signalled(*stopped, **kept)
     found["resumed"] = trained("peer=2", top / "stopped", resume=True, **kept)
     found["clock"] = by_the_clock(top / "clock")
+    half = {"amp": "fp16", "dtype": torch.float32, "epochs": 3}
+    found["fp16"] = trained("peer=2", top / "fp16", **half)
+    stopped = mesh.rank, signal.SIGTERM, 8, "peer=2", top / "fp16 stopped"
+    found["fp16, stopped"] = signalled(*stopped, **half)
+    found["fp16, resumed"] = trained("peer=2", top / "fp16 stopped", resume=True, **half)
     watcher = Watcher()
     found["watched"] = trained("peer=2", top / "watched", callbacks=[watcher])
     found["called"] = watcher.called
@@ -182,6 +188,19 @@ def test_a_signal_to_any_rank_stops_all_at_one_step(runs):
     assert code == 128 + signal.SIGTERM
     assert "stopped by SIGTERM in epoch 2, after 4 of 6 steps" in text
     assert_same(first["resumed"], first["whole"])
+
+
+def test_half_precision_goes_on_with_its_scale(runs):
+    (first, second), folder = runs
+    assert first["fp16, stopped"] == second["fp16, stopped"]
+    assert first["fp16, stopped"][0] == 128 + signal.SIGTERM
+    assert_same(first["fp16, resumed"], first["fp16"])
+    scales = []
+    for run in ("fp16", "fp16 stopped"):
+        last = max((folder / run / "checkpoints").iterdir())
+        scales.append(checkpoint.load(last / "run.ckpt")["scaler"])
+    assert scales[0] == scales[1]
+    assert scales[0]
 
 
 def test_callbacks_of_rank_0_decide_for_all(runs, tmp_path):
