@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from PIL import Image
 from ranks import run_ranks
 
 from fastdml import load
@@ -51,6 +52,11 @@ def test_its_peers_are_evaluated_exported_and_reported(tmp_path, capsys, monkeyp
     assert main(["evaluate", str(run), "--device", "cpu"]) == 0
     shown = capsys.readouterr()
     assert f"weights of {checkpoint}, from epoch 2, after 0 of 4 steps" in shown.err
+    assert "resnet8-2" in shown.out
+    Image.new("L", (8, 8), 128).save("digit.png")
+    assert main(["predict", str(run), "digit.png", "--device", "cpu"]) == 0
+    shown = capsys.readouterr()
+    assert str(checkpoint) in shown.err
     assert "resnet8-2" in shown.out
     assert main(["report", str(run)]) == 0
     assert (run / "report.html").is_file()
