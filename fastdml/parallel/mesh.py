@@ -122,7 +122,10 @@ class Mesh:
         instead of equal numbers of peers. Those of rank 0 count.
         Raises InputError for more rows than peers. Called again, it only changes what differs.
         """
-        rows = placement.place(K, self.peer, self.share(costs and [*costs]))
+        self.put(placement.place(K, self.peer, self.share(costs and [*costs])))
+
+    def put(self, rows: tuple[int, ...]) -> None:
+        """As `place`, where the row of each peer is known."""
         if rows == self.rows:
             return
         self.rows = rows

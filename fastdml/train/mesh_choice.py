@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 from fastdml.parallel import Mesh, auto_sizes, make_mesh
 from fastdml.parallel.placement import refitted
 from fastdml.parallel.processes import own_device, own_rank, start, started, world_size
+from fastdml.train.checkpoint_reading import run_part
 from fastdml.train.config.mesh_sizes import MeshSizes, read_mesh
 from fastdml.train.config.sources import load_config
 from fastdml.yaml_file import CONFIG
@@ -44,6 +45,16 @@ def sizes_of(config: TrainConfig, K: int) -> MeshSizes:
     if own_rank() == 0:
         logger.info("%d ranks go on where %d were: mesh %s", world, sizes.processes, found)
     return found
+
+
+def rows_before(config: TrainConfig, K: int, peer: int) -> list[int] | None:
+    """The row of each of K peers in the newest checkpoint of a run that goes on, so that what ranks
+    keep of their own stays theirs; None of a new run, and where it had not `peer` rows."""
+    if not config.resume or config.folder is None:
+        return None
+    rows = (run_part(Path(config.folder)) or {}).get("rows")
+    fits = isinstance(rows, list) and len(rows) == K and {*rows} == {*range(peer)}
+    return rows if fits else None
 
 
 def remember(mesh: Mesh) -> None:

@@ -40,7 +40,7 @@ from fastdml.report.summary import versions
 from fastdml.train import checks
 from fastdml.train.config.mesh_sizes import MeshSizes
 from fastdml.train.config.sources import load_config
-from fastdml.train.mesh_choice import measured, remember, sizes_of
+from fastdml.train.mesh_choice import measured, remember, rows_before, sizes_of
 from fastdml.train.peer_costs import peer_seconds
 from fastdml.yaml_file import CONFIG
 
@@ -362,13 +362,17 @@ class Ranks(OneProcess):
         self, cohort: Cohort, train: Batches, config: TrainConfig, amp: Amp, give_back: bool
     ) -> Iterator[dict[str, Tensor] | None]:
         mesh, initial, device = self.mesh, None, next(cohort.parameters()).device
-        if len(mesh.rows) != len(cohort):
+        K = len(cohort)
+        before = self.decided(lambda: rows_before(config, K, mesh.peer))
+        if len(mesh.rows) != K and before is not None:
+            mesh.put(tuple(before))
+        elif len(mesh.rows) != K:
             sizes = [float(sum(w.numel() for w in peer.parameters())) for peer in cohort]
             # A device may not hold a peer that is to be sharded, to measure it.
             costs = sizes if config.fsdp else None
             if mesh.peer > 1 and not config.fsdp:
                 costs = self._costs(cohort, train, amp)
-            mesh.place(len(cohort), costs)
+            mesh.place(K, costs)
         if config.independent and any(map(is_sharded, cohort.peers)):
             raise InputError(
                 "independent starts a second time from the first weights, and these peers are "

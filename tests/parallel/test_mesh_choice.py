@@ -61,3 +61,23 @@ def sizes_again(folder: str) -> tuple:
 def test_a_run_keeps_the_sizes_that_it_began_with(tmp_path):
     TrainConfig(data="digits", peers=PEERS, mesh="peer=1,data=4").save(tmp_path / "config.yaml")
     assert run_ranks(2, sizes_again, str(tmp_path)) == [((1, 2), (1, 2), 2)] * 2
+
+
+def dear_peers(folder: str) -> list:
+    """The rows of two peers in a run, and where it goes on though the other peer is the dear one by
+    then."""
+    rows = []
+    for costs in ([1.0, 10.0], [10.0, 1.0]):
+        times = iter(costs)
+        train_ranks.peer_seconds = lambda peers, images, amp, times=times: [next(times)]
+        config = TrainConfig(
+            data="digits", peers=PEERS, mesh="peer=2", subset=32, batch_size=32, epochs=1,
+            folder=folder, device="cpu", amp="off", resume=bool(rows), figures=[],
+        )  # fmt: skip
+        rows.append(run(config).mesh["rows"])
+    return rows
+
+
+def test_a_run_that_goes_on_keeps_the_rows_of_its_peers(tmp_path):
+    found = run_ranks(2, dear_peers, str(tmp_path / "run"))
+    assert found == [[[1, 0], [1, 0]]] * 2
