@@ -23,6 +23,7 @@ from fastdml.train.checkpoint_folder import (
     RUN,
     Manifest,
     check_files,
+    is_whole,
     peer_name,
     place,
     rank_name,
@@ -68,12 +69,11 @@ def checkpoints(run: Path) -> list[Path]:
     folders, last = whole_folders(run), run / LAST_CHECKPOINT
     if not folders or not last.is_file():
         return [last] if last.is_file() else folders[::-1]
-    newest = (folders[-1] / MANIFEST).stat().st_mtime
-    written = last.stat().st_mtime
+    newest, written = _written(folders[-1] / MANIFEST), _written(last)
     at: float | None = _position(last)
     if at is None:  # it cannot be read, which is said where it is the newest
         at = math.inf if written >= newest else -1
-    keyed = [((place(folder) or (0, 0))[0], (folder / MANIFEST).stat().st_mtime, folder)
+    keyed = [((place(folder) or (0, 0))[0], _written(folder / MANIFEST), folder)
              for folder in folders]  # fmt: skip
     return [path for *_, path in sorted([*keyed, (at, written, last)], reverse=True)]
 
@@ -86,13 +86,19 @@ class Found(NamedTuple):
 
 def read_newest(run: Path, reader: Reader = EVERYTHING) -> Found | None:
     """The newest checkpoint that is whole; None where there is none. Says so where it is not the
-    newest. Raises InputError where none of them can be read."""
+    newest. Looks again where a running training removes one that is being read. Raises InputError
+    where none of them can be read."""
     reasons: list[str] = []
     damaged: list[Path] = []
-    for path in checkpoints(run):
+    paths = checkpoints(run)
+    while paths:
+        path = paths.pop(0)
         try:
             state = read(path, reader)
         except InputError as error:
+            if not (path.is_file() or is_whole(path)):
+                paths = [found for found in checkpoints(run) if found not in damaged]
+                continue
             reasons.append(str(error))
             damaged.append(path)
             continue
@@ -213,6 +219,14 @@ def _peer(manifest: Manifest, k: int, name: str, peer: nn.Module | None) -> dict
     shards = manifest.below(called)
     check_files(manifest.folder, shards)
     return joined(found, manifest.folder / called if shards else None, peer)
+
+
+def _written(path: Path) -> float:
+    """When, by its file system; before all others where a running training has removed it."""
+    try:
+        return path.stat().st_mtime
+    except OSError:
+        return -math.inf
 
 
 def _position(last: Path) -> int | None:

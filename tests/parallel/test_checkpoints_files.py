@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from fastdml.errors import InputError
-from fastdml.train import checkpoint
+from fastdml.train import checkpoint, checkpoint_reading
 from fastdml.train import checkpoint_folder as folders
 from fastdml.train.checkpoint_folder import MANIFEST, Manifest, Mark
 
@@ -167,6 +167,30 @@ def test_a_folder_that_is_half_removed_is_not_whole(tmp_path, monkeypatch):
     folders.remove(folder)
     assert folders.whole_folders(tmp_path) == []
     assert (folder / "run.ckpt").is_file()
+
+
+def test_one_that_is_removed_while_it_is_read_gives_way_to_a_newer_one(tmp_path, monkeypatch):
+    """As by a training that goes on and keeps one."""
+    old = write(tmp_path, 10)
+
+    def read(path, reader):
+        if path == old:
+            write(tmp_path, 20)
+            folders.remove_old(tmp_path, 1)
+        return {"step": folders.read_manifest(path).step}
+
+    monkeypatch.setattr(checkpoint_reading, "read", read)
+    found = checkpoint_reading.read_newest(tmp_path)
+    assert (found.state, found.damaged) == ({"step": 20}, [])
+
+
+def test_one_that_is_removed_while_they_are_listed(tmp_path, monkeypatch):
+    gone = write(tmp_path, 10)
+    (tmp_path / "last.ckpt").write_bytes(b"damaged")
+    listed = folders.whole_folders(tmp_path)
+    folders.remove(gone)
+    monkeypatch.setattr(checkpoint_reading, "whole_folders", lambda run: listed)
+    assert checkpoint_reading.checkpoints(tmp_path) == [tmp_path / "last.ckpt", gone]
 
 
 def test_no_checkpoints(tmp_path):
