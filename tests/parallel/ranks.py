@@ -20,10 +20,11 @@ import torch.distributed as dist
 
 PRELOADED = [
     "pytest", "numpy", "torch", "torch.distributed", "torch.distributed.device_mesh",
-    "torch._dynamo",  # which the first optimizer imports, for a second
     "torch.nn.parallel", "torch.distributed.fsdp", "torch.distributed.checkpoint",
-    "torch._dynamo", "fastdml", "fastdml.parallel", "fastdml.engine", "fastdml.train",
-    "fastdml.train.run", "safetensors.torch", "matplotlib.pyplot",
+    "torch._dynamo",  # which the first optimizer imports, for a second
+    "fastdml", "fastdml.parallel", "fastdml.engine", "fastdml.train",
+    "fastdml.train.run", "fastdml.cli.train", "safetensors.torch", "matplotlib.pyplot", "yaml",
+    "sklearn.datasets",
 ]  # fmt: skip
 
 

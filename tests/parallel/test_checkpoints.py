@@ -54,16 +54,20 @@ def on_four(root: Path) -> dict[str, object]:
     stop = {"stop_after": STOP if mesh.rank == 3 else None}  # a signal to one rank
     assert train(root / "stopped", mesh, **stop, **begun) is None
     said["stopped"] = folders(root / "stopped")
-    for name in ("same", "columns", "flipped", "to two", "to one"):
+    for name in ("same", "flipped", "to two", "to one"):
         copy(root / "stopped", root / name, mesh)
     train(root / "same", mesh, **begun)
     said["flipped"] = _damaged(root / "flipped", mesh, begun)
-    train(root / "columns", made(1, 4), **DROP)
-    for name in ("one", "plain"):
-        copy(root / name, root / f"{name} to four", mesh)
-    train(root / "one to four", mesh, **DROP)
+    copy(root / "plain", root / "plain to four", mesh)
     train(root / "plain to four", mesh, stop_after=STOP + 2)
     return said
+
+
+def more_on_four(root: Path) -> None:
+    mesh = made(1, 4)
+    train(copy(root / "stopped", root / "columns", mesh), mesh, **DROP)
+    mesh = made(2, 2)
+    train(copy(root / "one", root / "one to four", mesh), mesh, **DROP)
 
 
 def _damaged(run: Path, mesh: Mesh, begun: dict) -> list[str]:
@@ -131,12 +135,27 @@ def test_copies_of_peers_elsewhere_go_on_bit_for_bit(runs):
     assert furthest(outcome(root / "stopped copies"), outcome(root / "copies")) == 0
 
 
-@pytest.mark.parametrize("name", ["columns", "to two", "to one", "one to four"])
-def test_another_mesh_goes_on_to_rounding(runs, name):
-    root, _, _ = runs
+@pytest.fixture(scope="module")
+def more(runs):
+    run_ranks(4, more_on_four, runs[0])
+
+
+def check_goes_on(root, name):
     found, wanted = (without_statistics(outcome(root / run)) for run in (name, "whole"))
     assert found["position"] == 2 * STEPS
     assert furthest(found, wanted) < ROUNDING
+
+
+@pytest.mark.parametrize("name", ["to two", "to one"])
+def test_another_mesh_goes_on_to_rounding(runs, name):
+    check_goes_on(runs[0], name)
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("more")
+@pytest.mark.parametrize("name", ["columns", "one to four"])
+def test_more_of_other_meshes(runs, name):
+    check_goes_on(runs[0], name)
 
 
 def test_a_run_without_a_mesh_goes_on_on_one_and_back(runs):

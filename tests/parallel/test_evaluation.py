@@ -31,7 +31,10 @@ from fastdml.train.tasks import classification
 from fastdml.train.tasks.retrieval import Features, Retrieval
 
 CPU, CLASSES, SIDE, BATCH = torch.device("cpu"), 5, 6, 4
-SHAPES = [(2, 2), (4, 1), (1, 4)]  # rows and columns
+SHAPES = [
+    (2, 2),
+    *(pytest.param(s, marks=pytest.mark.slow) for s in [(4, 1), (1, 4)]),
+]  # rows, columns
 SIZES = {"several batches": 26, "a batch fewer than columns": 11, "one batch": 3}
 
 
@@ -183,12 +186,8 @@ def peers(running=True):
     return Cohort([Peer(k, running) for k in range(1, 6)], CLASSES)
 
 
-def on_meshes(root, folder):
-    torch.set_num_threads(1)
-    return {shape: on_mesh(shape, root, folder / f"{shape[0]}x{shape[1]}") for shape in SHAPES}
-
-
 def on_mesh(shape, root, folder):
+    torch.set_num_threads(1)
     mesh, cohort = make_mesh(*shape, timeout=30), peers()
     taken = mesh.distribute(cohort)
     if mesh.lead:
@@ -259,7 +258,7 @@ def expected(market_root, tmp_path_factory):
         "predictions": (folder / PREDICTIONS).read_bytes(),
         "retrieved": retrieved(reid_cohort(), market_root),
     }
-    for data in {columns for _, columns in SHAPES}:
+    for data in (1, 2, 4):
         cohort = peers()
         statistics(cohort, sum(range(data)) / data)
         found["averaged", data] = averaged(cohort, trained(cohort))
@@ -267,11 +266,16 @@ def expected(market_root, tmp_path_factory):
     return found
 
 
+@pytest.fixture(scope="module", params=SHAPES, ids=str)
+def shape(request):
+    return request.param
+
+
 @pytest.fixture(scope="module")
-def meshes(market_root, tmp_path_factory):
-    """What the ranks say of each mesh, and the folder of what they write."""
-    folder = tmp_path_factory.mktemp("meshes")
-    return run_ranks(4, on_meshes, market_root, folder, timeout=120), folder
+def ranks(shape, market_root, tmp_path_factory):
+    """What the ranks of a mesh say, and the folder of what they write."""
+    folder = tmp_path_factory.mktemp("mesh") / "run"
+    return run_ranks(4, on_mesh, shape, market_root, folder, timeout=120), folder
 
 
 def same(found, wanted):
@@ -285,34 +289,33 @@ def same(found, wanted):
     return found == wanted or (found != found and wanted != wanted)
 
 
-@pytest.mark.parametrize("shape", SHAPES, ids=str)
 class TestMeshes:
     def test_every_rank_gets_the_scores_and_predictions_of_one_process(
-        self, meshes, expected, shape
+        self, ranks, expected, shape
     ):
-        for said in (rank[shape] for rank in meshes[0]):
+        for said in ranks[0]:
             for name, wanted in expected["classified"].items():
                 assert same(said["classified"][name], wanted), name
 
-    def test_rank_0_writes_the_file_of_one_process(self, meshes, expected, shape):
-        path = meshes[1] / f"{shape[0]}x{shape[1]}" / PREDICTIONS
+    def test_rank_0_writes_the_file_of_one_process(self, ranks, expected, shape):
+        path = ranks[1] / PREDICTIONS
         assert path.read_bytes() == expected["predictions"]
 
-    def test_averages_of_weights_and_columns_are_scored(self, meshes, expected, shape):
-        for said in (rank[shape] for rank in meshes[0]):
+    def test_averages_of_weights_and_columns_are_scored(self, ranks, expected, shape):
+        for said in ranks[0]:
             assert same(said["averaged"], expected["averaged", shape[1]])
             assert said["own again"]
             assert said["collected"]
 
-    def test_retrieval_is_that_of_one_process(self, meshes, expected, shape):
+    def test_retrieval_is_that_of_one_process(self, ranks, expected, shape):
         scores, features = expected["retrieved"]
         assert {"single", "single_expanded_reranked", "multi_reranked"} <= scores.keys()
-        for said in (rank[shape] for rank in meshes[0]):
+        for said in ranks[0]:
             assert same(said["retrieved"][1], features)
             assert same(said["retrieved"][0], scores)
 
-    def test_what_differs_between_ranks_is_refused_on_all(self, meshes, shape):
-        for said in (rank[shape] for rank in meshes[0]):
+    def test_what_differs_between_ranks_is_refused_on_all(self, ranks, shape):
+        for said in ranks[0]:
             assert said["refused"]["shuffled"].startswith("the batches to score on differ")
             assert "says something else on rank 1 than on rank 0" in said["refused"]["drawn"]
             wrong = f"features of the share 0 of {shape[1] + 1}, in column "

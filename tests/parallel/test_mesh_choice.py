@@ -26,7 +26,7 @@ def auto(folder: str, costs: dict[str, float]) -> tuple:
     train_ranks.peer_seconds = seconds
     config = TrainConfig(
         data="digits", peers=PEERS, mesh="auto", subset=64, batch_size=32, epochs=1, folder=folder,
-        device="cpu", amp="off",
+        device="cpu", amp="off", tensorboard=False, figures=[],
     )  # fmt: skip
     result = run(config)
     return result.config.mesh, len(seen)

@@ -162,9 +162,18 @@ ALSO = {"batchnorm, accumulate", "bf16"}  # as replicas too
 KINDS = {False: ["sharded"], True: ["sharded", "replicas"]}
 
 
+MORE = ["accumulate", "batchnorm"]  # which "batchnorm, accumulate" has together
+QUICK = [name for name in CASES if name not in MORE]
+
+
 @pytest.fixture(scope="module")
 def on_two():
-    return run_ranks(2, on, 1, 2, [*CASES])
+    return run_ranks(2, on, 1, 2, QUICK)
+
+
+@pytest.fixture(scope="module")
+def more_on_two():
+    return run_ranks(2, on, 1, 2, MORE)
 
 
 WIDE = ["sgd", "metric", "bf16", "fp16's scale", "adamw, clipped"]
@@ -193,9 +202,15 @@ def check(name: str, ranks: list[dict]) -> None:
                         torch.testing.assert_close(t, other[k][what][key], rtol=near, atol=near)
 
 
-@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize("name", QUICK)
 def test_two_columns_are_one_process(on_two, name):
     check(name, on_two)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", MORE)
+def test_more_of_two_columns(more_on_two, name):
+    check(name, more_on_two)
 
 
 def test_two_rows_of_two_columns_are_one_process():
