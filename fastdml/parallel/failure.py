@@ -50,6 +50,11 @@ def explained(mesh: Mesh) -> Iterator[None]:
         yield
     except RankLost:
         raise
+    except SystemExit as stop:
+        if type(stop) is SystemExit and mesh.world > 1:  # of somebody else's code, on this rank
+            text = f"{describe(mesh, mesh.rank)}: sys.exit({stop.code!r})"
+            within(1.0, lambda: _note(mesh.store, text))
+        raise
     except Exception as error:
         if mesh.world == 1:
             raise
@@ -118,6 +123,9 @@ def _cause(mesh: Mesh, error: Exception) -> str:
     found = within(GRACE + ANSWER, lambda: _look(mesh, error))
     if found is not None:
         return found
+    # The store is out of reach: it may have ended with the rank that held it, or with the agent.
+    if fates := _fates(mesh):
+        return _told(mesh, fates)
     own = mesh.whereabouts[mesh.rank].machine
     far = [r for r, place in enumerate(mesh.whereabouts) if place.machine != own]
     what = "no contact with the job's store"
@@ -133,7 +141,7 @@ def _look(mesh: Mesh, error: Exception) -> str:
     mesh.store.set(f"reports/{mesh.rank}", "")
     end = time.monotonic() + GRACE
     while True:
-        fates = {rank: fate for rank in others if (fate := mesh.whereabouts[rank].fate())}
+        fates = _fates(mesh)
         if mesh.store.check([NOTE]):
             return mesh.store.get(NOTE).decode()
         silent = [r for r in others if not mesh.store.check([f"reports/{r}"])]
@@ -141,8 +149,7 @@ def _look(mesh: Mesh, error: Exception) -> str:
             break
         time.sleep(0.05)
     if fates:
-        each = [f"{describe(mesh, rank)} {fate}" for rank, fate in fates.items()]
-        text = " and ".join(each)
+        text = _told(mesh, fates)
         silent = [*fates]
     elif silent:
         text = f"{_listed(mesh, silent)} {_waited(mesh, error)}"
@@ -153,6 +160,16 @@ def _look(mesh: Mesh, error: Exception) -> str:
         for rank in silent:
             mesh.whereabouts[rank].kill()
     return agreed
+
+
+def _fates(mesh: Mesh) -> dict[int, str]:
+    """What has become of other ranks that no longer run, as far as it is seen from here."""
+    others = [rank for rank in range(mesh.world) if rank != mesh.rank]
+    return {rank: fate for rank in others if (fate := mesh.whereabouts[rank].fate())}
+
+
+def _told(mesh: Mesh, fates: dict[int, str]) -> str:
+    return " and ".join(f"{describe(mesh, rank)} {fate}" for rank, fate in fates.items())
 
 
 def _listed(mesh: Mesh, ranks: list[int]) -> str:
@@ -209,7 +226,7 @@ class Whereabouts(NamedTuple):
         if state in "ZX":
             number = code & 127
             if number:
-                return f"was killed by {signal.Signals(number).name}"
+                return f"was killed by {signal_name(number)}"
             return f"has ended with code {code >> 8}"
         return "is stopped, as by SIGSTOP" if state in "Tt" else None
 
@@ -230,6 +247,12 @@ def process_state(pid: int) -> tuple[str, str, int] | None:
         return None
     fields = text.rpartition(")")[2].split()
     return fields[0], fields[19], int(fields[49])
+
+
+def signal_name(number: int) -> str:
+    """Also of real-time signals, for most of which Python has no name."""
+    names = {int(known): known.name for known in signal.Signals}
+    return names.get(number, f"signal {number}")
 
 
 def _machine() -> str:

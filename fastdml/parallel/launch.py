@@ -24,7 +24,7 @@ import torch.distributed as dist
 
 from fastdml.errors import InputError
 from fastdml.host import cpus
-from fastdml.parallel.failure import TOLD
+from fastdml.parallel.failure import TOLD, signal_name
 
 if TYPE_CHECKING:
     from torch.distributed.elastic.multiprocessing.errors import ProcessFailure
@@ -93,8 +93,8 @@ def launch(command: Sequence[str], ranks: int, max_restarts: int = 0) -> int:
     except SignalException as stop:
         return 128 + int(stop.sigval)
     except ChildFailedError as error:
-        told = any(store.check([f"fastdml/{TOLD}/0/{n}"]) for n in range(max_restarts + 1))
-        if not told:
+        # torchrun gives up after the last attempt, whatever those before it have said.
+        if not store.check([f"fastdml/{TOLD}/0/{max_restarts}"]):
             print(f"fastdml: error: {_line(error.failures)}", file=sys.stderr)
         return exit_code(failure.exitcode for failure in error.failures.values())
 
@@ -145,7 +145,7 @@ def _line(failures: dict[int, ProcessFailure]) -> str:
     """What the agent knows of ranks that ended, all at once, before any could say why."""
     rank = min(failures, key=lambda rank: (failures[rank].timestamp, rank))
     code = failures[rank].exitcode
-    what = f"was killed by {signal.Signals(-code).name}" if code < 0 else f"ended with code {code}"
+    what = f"was killed by {signal_name(-code)}" if code < 0 else f"ended with code {code}"
     others = len(failures) - 1
     return f"rank {rank} {what}" + (f", and {others} more" if others else "")
 

@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 import time
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -40,7 +41,7 @@ def fail(how: str) -> tuple[str, str, float]:
                         end(how)
                 for k in range(3):
                     dist.broadcast(torch.zeros(5), mesh.owner(k), group=mesh.peer_group_of(k))
-    except Exception as error:
+    except (Exception, SystemExit) as error:
         return type(error).__name__, line_of(error), time.monotonic() - start
     raise AssertionError("nothing failed")
 
@@ -54,6 +55,8 @@ def end(how: str) -> None:
         time.sleep(1000)
     if how == "raise":
         raise ValueError("no such\nimage")
+    if how == "exit":
+        sys.exit(0)
     raise InputError("labels must be below 10")
 
 
@@ -87,6 +90,29 @@ def test_an_input_that_one_rank_refuses():
     assert [other[:2] for other in others] == [("RankLost", line)] * 2
 
 
+def test_a_rank_whose_code_exits():
+    *others, (kind, _, _) = run_ranks(3, fail, "exit")
+    assert kind == "SystemExit"
+    line = "rank 2 (peer mobilenet): sys.exit(0)"
+    assert [other[:2] for other in others] == [("RankLost", line)] * 2
+
+
+def test_a_rank_that_took_the_store_with_it():
+    """As rank 0 does where no agent holds the store."""
+
+    class Gone:
+        def set(self, *_):
+            raise dist.DistNetworkError("no store")
+
+    gone = Whereabouts.own()._replace(started="0")
+    mesh = SimpleNamespace(
+        world=2, rank=1, data=1, names=("a", "b"), rows=(0, 1), store=Gone(), timeout=1.0,
+        whereabouts=[gone, Whereabouts.own()],
+    )  # fmt: skip
+    error = RuntimeError("[gloo] Connection closed by peer")
+    assert failure._cause(mesh, error) == "rank 0 (peer a) is gone"
+
+
 def test_what_all_ranks_refuse_blames_none():
     found = run_ranks(3, fail, "all")
     assert [f[:2] for f in found] == [("InputError", "labels must be below 10")] * 3
@@ -105,6 +131,7 @@ def test_one_rank_keeps_its_own_errors():
     [
         (signal.SIGKILL, "was killed by SIGKILL"),
         (signal.SIGTERM, "was killed by SIGTERM"),
+        (40, "was killed by signal 40"),  # a real-time one, which Python has no name for
         (signal.SIGSTOP, "is stopped, as by SIGSTOP"),
         (None, "has ended with code 3"),
     ],

@@ -10,9 +10,12 @@ import time
 from pathlib import Path
 
 import pytest
+import torch.distributed as dist
+from torch.distributed.elastic.multiprocessing.errors import ChildFailedError, ProcessFailure
 
 from fastdml.errors import InputError
 from fastdml.parallel import launch
+from fastdml.parallel.failure import TOLD
 
 JOBS = Path(__file__).with_name("jobs.py")
 ROOT = JOBS.parents[2]
@@ -88,6 +91,30 @@ def test_ranks_end_with_their_launcher():
     while left := subprocess.run(["pgrep", "-f", str(JOBS)], capture_output=True).stdout:
         assert time.monotonic() < deadline, left
         time.sleep(0.1)
+
+
+@pytest.mark.parametrize(("spoke", "lines"), [(0, 1), (1, 0)])
+def test_an_attempt_that_says_nothing_is_spoken_for(monkeypatch, capsys, spoke, lines):
+    """Whatever the attempt before it has said."""
+    failure = ProcessFailure(0, 1, -signal.SIGKILL, "")
+
+    def elastic_launch(config, program):
+        host, port = config.rdzv_endpoint.split(":")
+        store = dist.TCPStore(host, int(port), is_master=False)
+        store.set(f"fastdml/{TOLD}/0/{spoke}", "1")
+
+        def failed(*_):
+            raise ChildFailedError("job", {0: failure, 1: failure})
+
+        return failed
+
+    for name in ("TORCH_ELASTIC_SHUTDOWN_TIMEOUT", "OMP_NUM_THREADS"):
+        monkeypatch.setenv(name, "1")
+    monkeypatch.setattr("torch.distributed.launcher.api.elastic_launch", elastic_launch)
+    monkeypatch.setattr(launch, "_quieten", lambda: None)
+    assert launch.launch(["true"], 2, max_restarts=1) == 1
+    line = "fastdml: error: rank 0 was killed by SIGKILL, and 1 more\n"
+    assert capsys.readouterr().err == line * lines
 
 
 @pytest.mark.parametrize(
