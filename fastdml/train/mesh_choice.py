@@ -4,15 +4,16 @@ of ranks has changed."""
 from __future__ import annotations
 
 import logging
-from pathlib import Path
 from typing import TYPE_CHECKING
 
+from fastdml.errors import InputError
 from fastdml.parallel import Mesh, auto_sizes, make_mesh
 from fastdml.parallel.placement import refitted
 from fastdml.parallel.processes import own_device, own_rank, start, started, world_size
 from fastdml.train.checkpoint_reading import run_part
 from fastdml.train.config.mesh_sizes import MeshSizes, read_mesh
 from fastdml.train.config.sources import load_config
+from fastdml.train.run_folder import resume_folder
 from fastdml.yaml_file import CONFIG
 
 if TYPE_CHECKING:
@@ -31,8 +32,7 @@ def sizes_of(config: TrainConfig, K: int) -> MeshSizes:
     auto, begun = config.mesh == "auto", started() and _attempt(config) > 0
     if auto:
         sizes = MeshSizes(*auto_sizes(world_size(), [1.0] * K))
-        recorded = Path(config.folder or "") / CONFIG
-        before = load_config(recorded) if config.resume and recorded.is_file() else None
+        before = settings_before(config)
         if before and before.mesh_sizes:
             sizes, accumulate, begun = before.mesh_sizes, before.accumulate, True
         elif first := _first(config):
@@ -50,11 +50,21 @@ def sizes_of(config: TrainConfig, K: int) -> MeshSizes:
 def rows_before(config: TrainConfig, K: int, peer: int) -> list[int] | None:
     """The row of each of K peers in the newest checkpoint of a run that goes on, so that what ranks
     keep of their own stays theirs; None of a new run, and where it had not `peer` rows."""
-    if not config.resume or config.folder is None:
+    if settings_before(config) is None:
         return None
-    rows = (run_part(Path(config.folder)) or {}).get("rows")
+    rows = (run_part(resume_folder(config)) or {}).get("rows")
     fits = isinstance(rows, list) and len(rows) == K and {*rows} == {*range(peer)}
     return rows if fits else None
+
+
+def settings_before(config: TrainConfig) -> TrainConfig | None:
+    """Those of the run that is to go on, where there is one; what is wrong is said later."""
+    if not config.resume:
+        return None
+    try:
+        return load_config(resume_folder(config) / CONFIG)
+    except InputError:
+        return None
 
 
 def remember(mesh: Mesh) -> None:

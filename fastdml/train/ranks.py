@@ -38,11 +38,10 @@ from fastdml.parallel.shards import is_sharded
 from fastdml.report.metrics_log import MetricsLog
 from fastdml.report.summary import versions
 from fastdml.train import checks
+from fastdml.train.config.base import TrainConfig
 from fastdml.train.config.mesh_sizes import MeshSizes
-from fastdml.train.config.sources import load_config
-from fastdml.train.mesh_choice import measured, remember, rows_before, sizes_of
+from fastdml.train.mesh_choice import measured, remember, rows_before, settings_before, sizes_of
 from fastdml.train.peer_costs import peer_seconds
-from fastdml.yaml_file import CONFIG
 
 if TYPE_CHECKING:
     from fastdml.cohort import Cohort
@@ -50,7 +49,6 @@ if TYPE_CHECKING:
     from fastdml.engine.execution import Step, StepOutput
     from fastdml.parallel import Mesh
     from fastdml.train.batches import Batches
-    from fastdml.train.config.base import TrainConfig
     from fastdml.train.trainer import Trainer
 
 logger = logging.getLogger(__name__)
@@ -432,8 +430,8 @@ def ranks_of(config: TrainConfig, K: int, mesh: Mesh | None = None) -> OneProces
     number of peers. Raises InputError where the processes that there are do not fit."""
     if mesh is None and not config.mesh and not _begun_on_a_mesh(config):
         checks.one_process()
-        for name, usual in (("exchange", "logits"), ("exchange_every", 1), ("fsdp", False)):
-            if (value := getattr(config, name)) != usual:
+        for name in ("exchange", "exchange_every", "fsdp", "sync_batchnorm"):
+            if (value := getattr(config, name)) != getattr(TrainConfig, name):
                 raise InputError(
                     f"{name}={value} is for peers on several devices: give mesh, or leave {name} "
                     "out"
@@ -451,8 +449,8 @@ def ranks_of(config: TrainConfig, K: int, mesh: Mesh | None = None) -> OneProces
 
 def _begun_on_a_mesh(config: TrainConfig) -> bool:
     """Whether the run to go on with had one: its steps go on as they were, on one process too."""
-    recorded = Path(config.folder or "") / CONFIG
-    return config.resume and recorded.is_file() and bool(load_config(recorded).mesh)
+    before = settings_before(config)
+    return before is not None and bool(before.mesh)
 
 
 class Silent:

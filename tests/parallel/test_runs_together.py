@@ -253,7 +253,8 @@ def test_a_run_begun_on_a_mesh_goes_on_with_its_steps(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("name", "value"), [("exchange", "weights"), ("exchange_every", 2), ("fsdp", True)]
+    ("name", "value"),
+    [("exchange", "weights"), ("exchange_every", 2), ("fsdp", True), ("sync_batchnorm", True)],
 )
 def test_settings_of_several_devices_need_a_mesh(tmp_path, name, value):
     with pytest.raises(InputError, match=f"{name}={value} is for peers on several devices"):
