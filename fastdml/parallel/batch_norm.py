@@ -12,7 +12,7 @@ A layer changes its class in place: parameters, buffers, hooks and names stay wh
 or pickle of it is the layer that it was, which communicates with nobody.
 
 The path on a CPU is tested against one process with the whole batch. That on CUDA calls the kernels
-of torch's SyncBatchNorm and has not run on a device.
+of torch's SyncBatchNorm; it is tested with ranks that share a device, not between devices.
 """
 
 from __future__ import annotations

@@ -194,7 +194,7 @@ def check(case: str, found: list[dict[str, list[torch.Tensor]]]) -> None:
     # Both compute in float32 and round to bf16 once, which can fall to either side.
     near = {"rtol": 1e-2, "atol": 1e-2} if low else {"rtol": 1e-9, "atol": 1e-9}
     if case == "float32":
-        near = {"rtol": 1e-4, "atol": 1e-4}
+        near = {"rtol": 2e-3, "atol": 5e-4}
     expected = passes(case, layer_of(case), slice(None))
     for what in expected.keys() - {"weight gradients", "statistics"}:
         for i, whole in enumerate(expected[what]):
