@@ -20,7 +20,7 @@ def describe(plan: Plan, device: str, command: Sequence[str], *, measured: bool)
     images = list(dict.fromkeys((whole, share)))
     peers = [
         ("peer", "weights", "gradients", "optimizer", "activations",
-         *(f"step of {n} ms" for n in images)),
+         *(f"ms a step of {n}" for n in images)),
         *(
             (p.name, size(p.weights), size(p.gradients), size(p.optimizer),
              size(p.activations(whole)), *(milliseconds(p.seconds(n)) for n in images))
