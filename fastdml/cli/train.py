@@ -73,7 +73,7 @@ def _launched(config: TrainConfig, args: list[str]) -> int | None:
     if count == 1:
         return None
     command = [sys.executable, "-m", "fastdml", "train", *args]
-    return launch.launch(command, count, config.max_restarts)
+    return launch.launch(command, count, config.max_restarts, config.timeout)
 
 
 def train_config(data: str, options: list[str]) -> TrainConfig:

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import math
 import os
 import signal
 import sys
@@ -30,7 +31,7 @@ if TYPE_CHECKING:
     from torch.distributed.elastic.multiprocessing.errors import ProcessFailure
 
 INTERVAL = 2.0  # seconds between looks at the processes
-SAVING = 300  # seconds that ranks have to save and end after a signal
+SAVING = 30.0  # seconds that ranks have at least to save and end after a signal
 
 
 def check_devices(device: str, ranks: int, mesh: str) -> None:
@@ -58,18 +59,22 @@ def ranks_here(device: str, peers: int) -> int:
     return max(1, min(peers, cpus()))
 
 
-def launch(command: Sequence[str], ranks: int, max_restarts: int = 0) -> int:
+def launch(
+    command: Sequence[str], ranks: int, max_restarts: int = 0, timeout: float = 300.0
+) -> int:
     """Runs a command, such as ["python", "train.py"], on so many ranks, and returns the exit code:
     0; 2 where a rank ended so; 128 + the number of a signal that ended the job; else 1.
 
     max_restarts: how often all ranks are started again after one has failed. While they run a
-    SIGUSR1 to this process reaches one of them.
+    SIGUSR1 to this process reaches one of them. timeout: seconds that ranks wait for each other;
+    those that do not end after a signal, or after another has failed, are killed after as long, at
+    the least after `SAVING`, by torch 2.11 after 30.
     """
     from torch.distributed.elastic.multiprocessing.api import SignalException
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
     from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
-    os.environ.setdefault("TORCH_ELASTIC_SHUTDOWN_TIMEOUT", str(SAVING))
+    os.environ.setdefault("TORCH_ELASTIC_SHUTDOWN_TIMEOUT", str(math.ceil(max(SAVING, timeout))))
     os.environ.setdefault("OMP_NUM_THREADS", str(max(1, cpus() // ranks)))
     _quieten()
     # The agent's own store, as a process has one server a port, and notes can be read at the end.

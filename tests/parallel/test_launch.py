@@ -112,7 +112,9 @@ def test_an_attempt_that_says_nothing_is_spoken_for(monkeypatch, capsys, spoke, 
         monkeypatch.setenv(name, "1")
     monkeypatch.setattr("torch.distributed.launcher.api.elastic_launch", elastic_launch)
     monkeypatch.setattr(launch, "_quieten", lambda: None)
-    assert launch.launch(["true"], 2, max_restarts=1) == 1
+    monkeypatch.delenv("TORCH_ELASTIC_SHUTDOWN_TIMEOUT")
+    assert launch.launch(["true"], 2, max_restarts=1, timeout=45.5) == 1
+    assert os.environ["TORCH_ELASTIC_SHUTDOWN_TIMEOUT"] == "46"  # as long as ranks wait
     line = "fastdml: error: rank 0 was killed by SIGKILL, and 1 more\n"
     assert capsys.readouterr().err == line * lines
 
