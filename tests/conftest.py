@@ -116,3 +116,24 @@ def cache_weights():
         return weights
 
     return cache
+
+
+@pytest.fixture
+def small_disk(tmp_path):
+    """Mounts an empty file system of so many MB, unmounted behind the test."""
+    folder = tmp_path / "disk"
+
+    def mounted(megabytes: int) -> Path:
+        folder.mkdir()
+        mount = ["mount", "-t", "tmpfs", "-o", f"size={megabytes}m", "tmpfs", str(folder)]
+        try:
+            done = subprocess.run(mount, capture_output=True, text=True)
+        except FileNotFoundError as error:
+            pytest.skip(f"no mount: {error}")
+        if done.returncode:
+            pytest.skip(f"a small tmpfs cannot be mounted here: {done.stderr.strip()}")
+        return folder
+
+    yield mounted
+    if folder.is_mount():
+        subprocess.run(["umount", "--lazy", str(folder)], check=True)

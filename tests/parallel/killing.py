@@ -14,7 +14,7 @@ from typing import Any
 
 import torch.distributed as dist
 from mesh_trainings import made, train
-from ranks import PRELOADED
+from ranks import PRELOADED, become
 
 from fastdml.errors import InputError
 from fastdml.parallel.failure import line_of
@@ -95,11 +95,7 @@ def _rank(
     settings: dict[str, Any],
     timeout: float,
 ) -> None:
-    os.environ.update(
-        RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(world), LOCAL_WORLD_SIZE=str(world),
-        MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port), TORCHELASTIC_USE_AGENT_STORE="True",
-        TORCHELASTIC_RESTART_COUNT="0",
-    )  # fmt: skip
+    become(rank, world, port)
     try:
         mesh = made(*sizes, timeout=timeout)
         train(folder, mesh, **settings)

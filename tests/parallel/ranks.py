@@ -92,14 +92,19 @@ def _results(readers: dict[Any, int], deadline: float, timeout: float) -> dict[i
     return results
 
 
-def _rank(
-    rank: int, world: int, port: int, writer: Any, function: Callable[..., Any], args: tuple
-) -> None:
+def become(rank: int, world: int, port: int) -> None:
+    """Tells this process what torchrun's agent, whose store is at `port`, would."""
     os.environ.update(
         RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(world), LOCAL_WORLD_SIZE=str(world),
         MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port), TORCHELASTIC_USE_AGENT_STORE="True",
         TORCHELASTIC_RESTART_COUNT="0",
     )  # fmt: skip
+
+
+def _rank(
+    rank: int, world: int, port: int, writer: Any, function: Callable[..., Any], args: tuple
+) -> None:
+    become(rank, world, port)
     try:
         message = True, function(*args)
         if dist.is_initialized():
