@@ -14,6 +14,7 @@ from pathlib import Path
 # Triton's interpreter: they are part of the tests on a device without being marked `gpu`.
 ON_DEVICE = (
     "tests/kernels/test_augment.py",
+    "tests/kernels/test_counters.py",
     "tests/kernels/test_divergences.py",
     "tests/kernels/test_every_path.py",
     "tests/kernels/test_loss_op.py",

@@ -79,7 +79,8 @@ def pytest_addoption(parser):
     return tmp_path
 
 
-@pytest.mark.parametrize("what", [pytest.param("tests", marks=pytest.mark.slow), "bench"])
+@pytest.mark.slow
+@pytest.mark.parametrize("what", ["tests", "bench"])
 def test_what_hangs_crashes_or_breaks_the_device_costs_itself_alone(folder, what):
     stored = folder / "out" / "results.jsonl"
     gpu.begin(stored, None)

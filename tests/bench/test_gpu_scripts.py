@@ -81,6 +81,7 @@ def ends_well(results: Path, out: Path, output: str) -> gpu_summary.Stored:
     return found
 
 
+@pytest.mark.slow
 def test_the_benchmarks_that_matter_most_run_stored_in_their_order(tmp_path):
     out = tmp_path / "out"
     done, results = script("bench", out, "-k", KEY)

@@ -115,7 +115,7 @@ def test_a_reading_in_between_would_be_seen(trainer_of):
         trainer = trainer_of(cuda, "cifar100", amp="off")
         trainer._begin = cuda.meant(trainer._begin)
         trainer.profile.step = lambda: trainer.totals.bad()
-        with pytest.raises(Offence, match="waits"), cuda.watched():
+        with pytest.raises(Offence, match="copies from"), cuda.watched():
             trainer._epoch(Stop())
         trainer.clock.skip = 0
         trainer.clock.start()

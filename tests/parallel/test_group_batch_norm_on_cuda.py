@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import cache
 from typing import Any
 
 import pytest
@@ -29,11 +30,11 @@ def on_a_mesh() -> dict[str, Any]:
     return found
 
 
-@pytest.fixture(scope="module")
+@cache
 def ranks() -> list[dict[str, Any]]:
     return run_ranks(3, on_a_mesh, timeout=120)
 
 
 @pytest.mark.parametrize("case", LAYERS)
-def test_it_is_one_process_with_the_whole_batch(case, ranks):
-    check(case, [rank[case] for rank in ranks])
+def test_it_is_one_process_with_the_whole_batch(case):
+    check(case, [rank[case] for rank in ranks()])

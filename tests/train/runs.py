@@ -52,11 +52,11 @@ def crashing(at: int) -> Iterator[None]:
     recorded."""
     count, steps = Totals.count, []
 
-    def counting(totals: Totals) -> None:
+    def counting(totals: Totals, step: int) -> None:
         steps.append(totals)
         if len(steps) == at:
             raise Crash
-        count(totals)
+        count(totals, step)
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(Totals, "count", counting)
