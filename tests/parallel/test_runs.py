@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 import pytest
 import torch
 from ranks import run_ranks
-from whole_runs import Run, assert_same, of_people, on_digits, trained
+from whole_runs import Run, assert_same, of_people, on_cifar, on_digits, trained
 
 from fastdml.report.metrics_log import read_metrics
 from fastdml.report.summary import read_summary
@@ -154,3 +154,10 @@ def test_long_cases(tmp_path, market_root):
         found = compared(world, tmp_path / str(world), cases)
         for name, case in cases.items():
             check(name, case, *found)
+
+
+@pytest.mark.slow
+def test_real_images_of_cifar100(tmp_path, cifar100_root):
+    near = {"metrics": 1e-4, "weights": 1e-4, **OWN}
+    case = Case("peer=2,data=2", {"root": str(cifar100_root)}, {"accumulate": 2}, near, on_cifar)
+    check("cifar", case, *compared(4, tmp_path, {"cifar": case}))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -14,7 +15,7 @@ from torch import Tensor
 from fastdml import Cohort
 from fastdml.report import plots
 from fastdml.report.metrics_log import read_metrics
-from fastdml.train import TrainConfig, TrainResult, digits, fit, market1501
+from fastdml.train import TrainConfig, TrainResult, cifar100, digits, fit, market1501
 
 ROWS, BATCH, EPOCHS = 48, 8, 5  # 30 steps
 CLOCKS = ("time", "images_per_second", "data_wait")
@@ -86,13 +87,18 @@ def trained(
 
 
 def on_digits(mesh: str, folder: Path, **changes: Any) -> Run:
+    return of_images(digits, mesh, folder, eval_every=5, **changes)
+
+
+def on_cifar(mesh: str, folder: Path, **changes: Any) -> Run:
+    return of_images(cifar100, mesh, folder, eval_every=10, **changes)
+
+
+def of_images(train: Callable[..., Any], mesh: str, folder: Path, **changes: Any) -> Run:
     """Real images, cropped at random, in float32."""
     quick()
-    values = {
-        "peers": ("resnet8", "resnet8"), "subset": 96, "batch_size": 32, "epochs": 10,
-        "eval_every": 5,
-    }  # fmt: skip
-    found = digits(mesh=mesh, folder=folder, **{**QUIET, **values, **changes})
+    values = {"peers": ("resnet8", "resnet8"), "subset": 96, "batch_size": 32, "epochs": 10}
+    found = train(mesh=mesh, folder=folder, **{**QUIET, **values, **changes})
     assert found is not None
     return Run(logged(folder), Cohort.load(folder).state_dict(), None, found)
 
