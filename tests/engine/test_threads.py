@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import copy
-import os
 import random
-import socket
 import threading
 
 import numpy as np
@@ -282,10 +280,9 @@ def test_auto_leaves_threads_to_peers_without_a_replicated_part(capsys):
     assert line.endswith(" (by rule: several processes might choose differently)\n")
 
 
-def replicas(rank, port, folder):
+def replicas(rank, folder):
     """A process of two: the same step, over other images, in every execution that takes it."""
-    os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
-    dist.init_process_group("gloo", rank=rank, world_size=2)
+    dist.init_process_group("gloo", f"file://{folder}/store", rank=rank, world_size=2)
     found = {}
     for execution in ("eager", "auto", "threads", "stacked"):
         cohort = Cohort([DistributedDataParallel(dense(k)) for k in range(2)], C)
@@ -303,9 +300,7 @@ def replicas(rank, port, folder):
 
 
 def test_replicas_of_two_processes_stay_equal_or_are_refused(tmp_path):
-    with socket.create_server(("127.0.0.1", 0)) as server:
-        port = server.getsockname()[1]
-    torch.multiprocessing.spawn(replicas, (port, tmp_path), 2)
+    torch.multiprocessing.spawn(replicas, (tmp_path,), 2)
     one, two = (torch.load(tmp_path / str(rank)) for rank in range(2))
     for found in (one, two):
         assert found["threads"].startswith("execution 'threads' does not go with peers that talk")
