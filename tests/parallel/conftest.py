@@ -5,7 +5,10 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+import torch
 from market_files import write_market
+
+from fastdml.report import plots
 
 
 @pytest.fixture(scope="session")
@@ -17,3 +20,12 @@ def market_root(tmp_path_factory) -> Path:
 @pytest.fixture(autouse=True)
 def _own_scans(scans):
     """The scans of these files are not kept in the user's own cache."""
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _own_process():
+    """Runs that ranks are compared with draw nothing and take one thread: in this module alone."""
+    draw, threads = plots.draw, torch.get_num_threads()
+    yield
+    plots.draw = draw
+    torch.set_num_threads(threads)
