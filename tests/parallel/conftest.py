@@ -8,8 +8,6 @@ import pytest
 import torch
 from market_files import write_market
 
-from fastdml.report import plots
-
 
 @pytest.fixture(scope="session")
 def market_root(tmp_path_factory) -> Path:
@@ -23,9 +21,8 @@ def _own_scans(scans):
 
 
 @pytest.fixture(autouse=True, scope="module")
-def _own_process():
-    """Runs that ranks are compared with draw nothing and take one thread: in this module alone."""
-    draw, threads = plots.draw, torch.get_num_threads()
+def _own_threads():
+    """Runs that ranks are compared with take one thread: in this module alone."""
+    threads = torch.get_num_threads()
     yield
-    plots.draw = draw
     torch.set_num_threads(threads)

@@ -26,7 +26,6 @@ from fastdml.data.image_set import IGNORED
 from fastdml.data.samplers import part
 from fastdml.errors import InputError
 from fastdml.parallel import make_mesh
-from fastdml.report import plots
 from fastdml.train import TrainConfig, fit
 from fastdml.train.batches import as_batches
 from fastdml.train.config.reid import ReidConfig
@@ -299,7 +298,6 @@ class Noisy(TensorDataset):
 
 def runs_with_loaders(folder):
     """What the ranks of peer=2, data=2 say of runs with DataLoaders that cut by themselves."""
-    plots.draw = lambda folder, headlines, formats: []
     torch.set_num_threads(1)
     mesh, said = make_mesh(2, 2, timeout=60), {}
 
@@ -317,7 +315,7 @@ def runs_with_loaders(folder):
         cohort = Cohort([Linear(1), Linear(2)], CLASSES)
         config = TrainConfig(
             folder=str(folder / name), epochs=2, log_every=1, eval_every=1, amp="off", threads=1,
-            tensorboard=False, execution="eager",
+            tensorboard=False, figures=(), execution="eager",
         )  # fmt: skip
         said[name] = refusal(lambda c=cohort, t=train, f=config: fit(c, t, None, f, mesh=mesh))
     return said

@@ -16,7 +16,6 @@ from torch.distributed.fsdp import fully_shard
 from fastdml import Cohort
 from fastdml.errors import InputError
 from fastdml.parallel import make_mesh
-from fastdml.report import plots
 from fastdml.train import TrainConfig, fit, market1501
 
 ROWS, BATCH = 48, 16
@@ -40,13 +39,13 @@ def config(folder: Path, **changes) -> TrainConfig:
     settings = {
         "batch_size": BATCH, "epochs": 2, "lr": 0.05, "amp": "off", "ema": 0.9, "seed": 3,
         "folder": str(folder), "tensorboard": False, "threads": 1, "execution": "eager",
+        "figures": (),
     }  # fmt: skip
     return TrainConfig(**settings | changes)
 
 
 def trained(folder: Path, sizes=None, *, own: bool = False, **changes) -> dict:
     """own: the caller has sharded the peers."""
-    plots.draw = lambda *_: []  # which takes longer than these runs
     torch.set_num_threads(1)
     made = cohort()
     mesh = None if sizes is None else make_mesh(*sizes)
@@ -155,8 +154,13 @@ def test_a_sharded_run_goes_on_on_other_meshes(runs):
 
 
 def reid(root: Path, tmp: Path) -> list[dict]:
-    plots.draw = lambda *_: []
-    settings = {**SMALL, "mesh": "peer=1,data=2", "triplet_weight": 1.0, "sync_batchnorm": True}
+    settings = {
+        **SMALL,
+        "mesh": "peer=1,data=2",
+        "triplet_weight": 1.0,
+        "sync_batchnorm": True,
+        "figures": (),
+    }
     found = []
     for fsdp in (False, True):
         result = market1501(root=str(root), folder=str(tmp / f"fsdp {fsdp}"), fsdp=fsdp, **settings)
