@@ -10,11 +10,11 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from ranks import run_ranks
+from runs import Inputs
 from torch import nn
 from torch.utils.data import (
     BatchSampler,
     DataLoader,
-    Dataset,
     DistributedSampler,
     RandomSampler,
     TensorDataset,
@@ -34,19 +34,6 @@ from fastdml.train.tasks.task import Prepared, Task, prepared, task_of
 from fastdml.train.unlabelled import PairedBatches, learns_without_labels, with_unlabelled
 
 CPU, CLASSES = torch.device("cpu"), 7
-
-
-class Inputs(Dataset):
-    """Rows alone, as those without a label may be given."""
-
-    def __init__(self, x):
-        self.x = x
-
-    def __len__(self):
-        return len(self.x)
-
-    def __getitem__(self, i):
-        return self.x[i]
 
 
 def rows(n, first=0):

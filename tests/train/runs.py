@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch.utils.data import Dataset
 
 from fastdml.cohort import Cohort
 from fastdml.report.metrics_log import read_metrics
@@ -84,3 +85,16 @@ class CrashingLoader:
             if epoch * len(self) + step == self.at:
                 self.action()
             yield batch
+
+
+class Inputs(Dataset):
+    """Samples without a label, as some sets give them."""
+
+    def __init__(self, x):
+        self.x = x
+
+    def __len__(self):
+        return len(self.x)
+
+    def __getitem__(self, i):
+        return self.x[i]

@@ -8,9 +8,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from runs import crashing, logged, same_weights
+from runs import Inputs, crashing, logged, same_weights
 from torch import nn
-from torch.utils.data import DataLoader, Dataset, TensorDataset
+from torch.utils.data import DataLoader, TensorDataset
 
 from fastdml.cli.main import main
 from fastdml.cohort import Cohort
@@ -144,19 +144,6 @@ def mlps() -> Cohort:
             for w in (8, 9)
         ]
     return Cohort(peers, CLASSES)
-
-
-class Inputs(Dataset):
-    """Samples without a label, as some sets give them."""
-
-    def __init__(self, x):
-        self.x = x
-
-    def __len__(self):
-        return len(self.x)
-
-    def __getitem__(self, i):
-        return self.x[i]
 
 
 KINDS = {
