@@ -18,7 +18,9 @@ COHORT = {
     "cohort", "cohort_export", "cohort_files", "cohort_teachers", "export_check",
     "exported_weights", "image_record", "models", "peer_outputs",
 }  # fmt: skip
-PARTS = {"engine", "parallel", "plan", "data", "machine", "report", "train"}
+PARTS = {
+    "analysis", "data", "engine", "machine", "parallel", "plan", "report", "reproduce", "train",
+}  # fmt: skip
 BUILT_ON = {"model_card", "preprocessing", "predictor"}  # the trainers
 MAY_IMPORT = {
     "fastdml_kernels": set(),
@@ -29,6 +31,8 @@ MAY_IMPORT = {
     "engine": {*LOSSES, *COHORT, "parallel"},
     "parallel": {*LOSSES, *COHORT},
     "train": {*LOSSES, *COHORT, "engine", "parallel", "data", "metrics", "report"},
+    "analysis": {*LOSSES, *COHORT, "engine", "data", "metrics", "report", "train"},
+    "reproduce": {*LOSSES, *COHORT, "engine", "data", "metrics", "report", "train", "analysis"},
     "machine": {*LOSSES, *COHORT, "engine"},
     "plan": {*LOSSES, *COHORT, "engine", "parallel", "data", "report"},
     "preprocessing": {*COHORT, "data"},

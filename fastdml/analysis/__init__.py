@@ -1,0 +1,1 @@
+"""What trained peers and their predictions show, beside their scores."""
