@@ -63,8 +63,8 @@ def plot_curves(
     folder: Path, headlines: Sequence[Headline], formats: Sequence[str] = ("png",)
 ) -> list[Path]:
     """curves: training losses and scores by epoch, with those of independent/ where it is."""
-    with _style():
-        return _save(_curves(_runs(folder), headlines), folder / "curves", formats)
+    with in_style():
+        return save_figure(_curves(_runs(folder), headlines), folder / "curves", formats)
 
 
 def plot_pairwise_kl(folder: Path, formats: Sequence[str] = ("png",)) -> list[Path]:
@@ -74,9 +74,9 @@ def plot_pairwise_kl(folder: Path, formats: Sequence[str] = ("png",)) -> list[Pa
     spans = {run: found for run, r in records.items() if (found := pairwise_spans(r))}
     if not spans:
         return []
-    with _style():
+    with in_style():
         figure = _heat_maps(spans, _names(next(iter(records.values()))))
-        return _save(figure, folder / "pairwise_kl", formats)
+        return save_figure(figure, folder / "pairwise_kl", formats)
 
 
 def _curves(runs: dict[str, Records], headlines: Sequence[Headline]) -> Any:
@@ -86,7 +86,7 @@ def _curves(runs: dict[str, Records], headlines: Sequence[Headline]) -> Any:
     legend = _legend(names, list(runs))
     columns = 2 if max(len(entry[-1]) for entry in legend) <= LETTERS // 2 - 6 else 1
     rows = math.ceil(len(legend) / columns)
-    figure, axes = _figure(1.55 * len(panels) + 0.14 * rows + 0.3, len(panels), 1, sharex=True)
+    figure, axes = new_figure(1.55 * len(panels) + 0.14 * rows + 0.3, len(panels), 1, sharex=True)
     for axis, (kind, key, title, unit) in zip(axes[:, 0], panels, strict=True):
         for number, run in enumerate(runs.values()):
             _draw_run(axis, run, kind, key, unit, names, dashed=number > 0)
@@ -184,7 +184,7 @@ def _heat_maps(runs: dict[str, list[tuple[str, list[list[float]]]]], names: list
     rows = sum(math.ceil(len(spans) / columns) for spans in runs.values())
     numbered = "   ".join(f"{k}:\xa0{name}" for k, name in enumerate(names, 1))
     caption = textwrap.wrap(numbered, LETTERS, break_on_hyphens=False)
-    figure, axes = _figure(1.55 * rows + 0.13 * len(caption) + 0.6, rows, columns)
+    figure, axes = new_figure(1.55 * rows + 0.13 * len(caption) + 0.6, rows, columns)
     values = [v for spans in runs.values() for _, m in spans for row in m for v in row if v == v]
     top = max(values, default=0.0) or 1.0
     image, row = None, 0
@@ -298,17 +298,20 @@ def _look(k: int, count: int) -> tuple[Any, str]:
     return require("matplotlib", "train").colormaps["viridis"](k / count), marker
 
 
-def _style() -> Any:
+def in_style() -> Any:
+    """A context in which matplotlib draws as the pictures of a run are drawn."""
     return require("matplotlib", "train").rc_context(STYLE)
 
 
-def _figure(height: float, rows: int, columns: int, **options: Any) -> tuple[Any, Any]:
+def new_figure(height: float, rows: int, columns: int, **options: Any) -> tuple[Any, Any]:
+    """A figure as wide as a column, and its axes (rows, columns). height: inches."""
     # Figure by itself, not pyplot: no global state, no display, no backend to choose.
     figure = require("matplotlib.figure", "train").Figure((WIDTH, height), layout="constrained")
     return figure, figure.subplots(rows, columns, squeeze=False, **options)
 
 
-def _save(figure: Any, path: Path, formats: Sequence[str]) -> list[Path]:
+def save_figure(figure: Any, path: Path, formats: Sequence[str]) -> list[Path]:
+    """Writes PATH.FORMAT for each of the formats, each in one step."""
     paths = []
     for kind in dict.fromkeys(formats):
         picture = io.BytesIO()

@@ -52,7 +52,7 @@ def drawn(monkeypatch):
         kept[path.name] = figure
         return []
 
-    monkeypatch.setattr(plots, "_save", keep)
+    monkeypatch.setattr(plots, "save_figure", keep)
     return kept
 
 
