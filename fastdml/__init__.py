@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 from fastdml import logs
 
 if TYPE_CHECKING:
-    from fastdml import data, engine, metrics, models, parallel, plan, train
+    from fastdml import analysis, data, engine, metrics, models, parallel, plan, train
     from fastdml.cohort import Cohort
     from fastdml.linear_loss import LinearRows, linear_mutual_loss
     from fastdml.loss import MutualLoss, mutual_loss, mutual_losses
@@ -48,7 +48,7 @@ _HOMES = {
     "mutual_losses": "fastdml.loss",
     "triplet_loss": "fastdml.metric_losses",
 }
-_MODULES = ("data", "engine", "metrics", "models", "parallel", "plan", "train")
+_MODULES = ("analysis", "data", "engine", "metrics", "models", "parallel", "plan", "train")
 
 __all__ = [
     "CenterLoss",
@@ -60,6 +60,7 @@ __all__ = [
     "Predictor",
     "ReidHead",
     "ScalarSchedule",
+    "analysis",
     "circle_loss",
     "create_model",
     "data",
