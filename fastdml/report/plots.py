@@ -310,12 +310,13 @@ def new_figure(height: float, rows: int, columns: int, **options: Any) -> tuple[
     return figure, figure.subplots(rows, columns, squeeze=False, **options)
 
 
-def save_figure(figure: Any, path: Path, formats: Sequence[str]) -> list[Path]:
-    """Writes PATH.FORMAT for each of the formats, each in one step."""
+def save_figure(figure: Any, path: Path, formats: Sequence[str], **options: Any) -> list[Path]:
+    """Writes PATH.FORMAT for each of the formats, each in one step. options: matplotlib's, such as
+    `metadata`."""
     paths = []
     for kind in dict.fromkeys(formats):
         picture = io.BytesIO()
-        figure.savefig(picture, dpi=DPI, format=kind)
+        figure.savefig(picture, dpi=DPI, format=kind, **options)
         paths.append(path.with_name(f"{path.name}.{kind}"))
         write_atomically(paths[-1], picture.getvalue())
     return paths

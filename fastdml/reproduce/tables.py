@@ -1,0 +1,272 @@
+"""The record of a reproduction as a Markdown table and as CSV: functions of the record alone."""
+
+from __future__ import annotations
+
+import csv
+import io
+import re
+from collections.abc import Callable, Iterable, Sequence
+from functools import partial
+
+from fastdml.reproduce.record import FULL, Record, RowRecord, Side
+from fastdml.reproduce.statistics import Difference, difference, present, spread
+from fastdml.units import duration
+
+NONE = "-"
+DIGITS = {"%": 2}  # after the point, of a unit; of others:
+MORE_DIGITS = 4
+SPECIAL = re.compile(r"([\\`*_\[\]<>|~#])")
+COLUMNS = (
+    "experiment", "scale", "row", "unit", "seed", "baseline_name", "ours_name", "paper_baseline",
+    "paper_ours", "baseline", "baseline_sd", "ours", "ours_sd", "difference", "low", "high", "p",
+    "pairs",
+)  # fmt: skip
+
+
+def markdown(record: Record) -> str:
+    """table.md: what was scaled down, the table, its seeds, and what made it."""
+    parts = [
+        scaled_down(record),
+        f"# {escaped(record.title)}\n\n{escaped(record.place)}",
+        table(record),
+        " ".join(legend(record)),
+        *map(escaped, record.notes),
+        made_by(record),
+    ]
+    return "\n\n".join(filter(None, parts)) + "\n"
+
+
+def scaled_down(record: Record) -> str:
+    """The first line of every output of a scale but the full one."""
+    if record.scale == FULL:
+        return ""
+    changes = "; ".join(record.changes)
+    return f"Scaled down: {escaped(f'{record.scale}: {changes}' if changes else record.scale)}."
+
+
+def table(record: Record) -> str:
+    """The rows: the paper's figures where there are any, ours, and the difference where there are
+    two."""
+    columns: list[tuple[str, Callable[[RowRecord], str]]] = [("", lambda row: escaped(row.label))]
+    sides = _sides(record)
+    for title, of in sides:
+        if any(side.paper is not None for side in map(of, record.rows) if side):
+            columns.append((f"paper, {title}", partial(_paper, of, title)))
+    columns += [(title, partial(_measured, of, title)) for title, of in sides]
+    if any(row.baseline for row in record.rows):
+        columns += [("difference (95 % interval)", difference_text), ("p", _p_of)]
+    head = [title for title, _ in columns]
+    return columns_of([head, *([cell(row) for _, cell in columns] for row in record.rows)])
+
+
+SideOf = Callable[[RowRecord], Side | None]
+
+
+def _sides(record: Record) -> list[tuple[str, SideOf]]:
+    """Title of its column, and the side: by the name that all rows give it, or else by what it
+    is."""
+    sides: list[tuple[str, SideOf]] = [
+        ("baseline", lambda row: row.baseline),
+        ("ours", lambda row: row.ours),
+    ]
+    found = []
+    for title, of in sides:
+        names = {side.name for side in map(of, record.rows) if side}
+        if names:
+            found.append((escaped(names.pop()) if len(names) == 1 else title, of))
+    return found
+
+
+def _named(text: str, side: Side, title: str) -> str:
+    """A cell that names its side where the column's title does not."""
+    return text if title == escaped(side.name) else f"{text} ({escaped(side.name)})"
+
+
+def _paper(of: SideOf, title: str, row: RowRecord) -> str:
+    side = of(row)
+    if side is None or side.paper is None:
+        return NONE
+    return _named(plain(side.paper, row.unit), side, title)
+
+
+def _measured(of: SideOf, title: str, row: RowRecord) -> str:
+    side = of(row)
+    if side is None:
+        return NONE
+    n, mean, sd = spread(side.values)
+    if mean is None:
+        return _named("failed", side, title)
+    text = (
+        plain(mean, row.unit) if sd is None else f"{plain(mean, row.unit)} ± {plain(sd, row.unit)}"
+    )
+    text = _with_unit(text, row.unit)
+    if n < len(side.values):
+        text += f", {n} of {len(side.values)} seeds"
+    return _named(text, side, title)
+
+
+def difference_of(row: RowRecord) -> Difference | None:
+    """ours - baseline; None where there is no baseline."""
+    return None if row.baseline is None else difference(row.baseline.values, row.ours.values)
+
+
+def difference_text(row: RowRecord) -> str:
+    """The mean difference, with its interval or the reason why there is none."""
+    found = difference_of(row)
+    if found is None or found.mean is None:
+        return NONE
+    text = signed(found.mean, row.unit)
+    if found.same:
+        return f"{text} in every seed"
+    if found.low is None or found.high is None:
+        return f"{text} (one seed: no interval)"
+    return f"{text} ({signed(found.low, row.unit)} to {signed(found.high, row.unit)})"
+
+
+def _p_of(row: RowRecord) -> str:
+    found = difference_of(row)
+    if found is None or found.p is None:
+        return NONE
+    return p_text(found.p)
+
+
+def p_text(p: float) -> str:
+    return f"{p:.3f}" if p >= 0.0005 else "below 0.001"
+
+
+def plain(value: float, unit: str) -> str:
+    """A value with as many digits as its unit has, without the unit."""
+    return f"{value:.{DIGITS.get(unit, MORE_DIGITS)}f}"
+
+
+def signed(value: float, unit: str) -> str:
+    """A difference with its sign; one that rounds to nothing has none."""
+    digits = DIGITS.get(unit, MORE_DIGITS)
+    text = f"{value:+.{digits}f}"
+    return text[1:] if float(text) == 0 else text
+
+
+def _with_unit(text: str, unit: str) -> str:
+    return text if unit in ("", "%") else f"{text} {escaped(unit)}"
+
+
+def legend(record: Record) -> list[str]:
+    """What the columns are: seeds, and what stands behind the plus-minus and the interval."""
+    units = list(dict.fromkeys(row.unit for row in record.rows if row.unit))
+    seeds = ", ".join(map(str, record.seeds))
+    count = len(record.seeds)
+    found = [f"Seed{'s' * (count > 1)} {seeds}."]
+    if "%" in units:
+        found.append("Numbers without a unit are in %, their differences in points.")
+    if count > 1:
+        found.append("Mean ± standard deviation over seeds.")
+    if any(row.baseline for row in record.rows):
+        found.append(
+            "Difference: on the same seeds, with its interval and p of the paired t-test."
+            if count > 1
+            else "With one seed a difference has neither interval nor test."
+        )
+    return found + missing(record)
+
+
+def missing(record: Record) -> list[str]:
+    """A sentence for each value that is not there."""
+    return [
+        f"No value of {escaped(side.name)}, {escaped(row.label)}, seed {seed}: "
+        "it is in no mean, nor is its pair."
+        for row in record.rows
+        for side in (row.baseline, row.ours)
+        if side is not None
+        for seed, value in zip(record.seeds, side.values, strict=True)
+        if not present([value])
+    ]
+
+
+def made_by(record: Record) -> str:
+    """Command, versions, commit, device, date and cost."""
+    found = record.provenance
+    if not found:
+        return ""
+    lines = [f"```sh\n{found['command']}\n```"]
+    versions = ", ".join(f"{name} {version}" for name, version in found["versions"].items())
+    code = f"commit {found['commit']}" if found["commit"] else "installed, no checkout"
+    facts = [versions, code, found["device"], found["date"]]
+    lines.append(escaped("; ".join(facts)) + ".")
+    if record.trainings:
+        lines.append(escaped(cost(record)))
+    return "\n\n".join(lines)
+
+
+def cost(record: Record) -> str:
+    """How many trainings, how long all of them took, where and by which code."""
+    count = len(record.trainings)
+    devices = _listed(training.device for training in record.trainings)
+    commits = _listed(commit for training in record.trainings for commit in training.commits)
+    code = f", by commit {commits}" if commits else ""
+    return (
+        f"{count} training{'s' * (count > 1)}, {duration(record.seconds)} in all, on "
+        f"{devices}{code}."
+    )
+
+
+def _listed(texts: Iterable[str]) -> str:
+    return " and ".join(dict.fromkeys(texts))
+
+
+def escaped(text: str) -> str:
+    """Text as Markdown shows it unchanged, in a cell of a table too."""
+    return SPECIAL.sub(r"\\\1", " ".join(text.split()))
+
+
+def columns_of(rows: Sequence[Sequence[str]]) -> str:
+    """A table of Markdown whose columns line up as text, too."""
+    widths = [max(3, *(len(row[i]) for row in rows)) for i in range(len(rows[0]))]
+    head, *rest = rows
+    rule = ["-" * width for width in widths]
+    return "\n".join(
+        f"| {' | '.join(cell.ljust(width) for cell, width in zip(row, widths, strict=True))} |"
+        for row in (head, rule, *rest)
+    )
+
+
+def comma_separated(record: Record) -> str:
+    """table.csv: of each row a line with means ("seed" is "all"), then a line a seed. Empty cells
+    where there is no number."""
+    text = io.StringIO()
+    writer = csv.DictWriter(text, COLUMNS, restval="", lineterminator="\n")
+    writer.writeheader()
+    for row in record.rows:
+        writer.writerows([_line_of_row(record, row), *_lines_of_seeds(record, row)])
+    return text.getvalue()
+
+
+def _names_in(record: Record, row: RowRecord) -> dict[str, str]:
+    names = {"ours_name": row.ours.name}
+    if row.baseline:
+        names["baseline_name"] = row.baseline.name
+    keys = {"experiment": record.experiment, "scale": record.scale}
+    return {**keys, "row": row.label, "unit": row.unit, **names}
+
+
+def _line_of_row(record: Record, row: RowRecord) -> dict[str, str | float | None]:
+    line: dict[str, str | float | None] = {**_names_in(record, row), "seed": "all"}
+    for key, side in (("baseline", row.baseline), ("ours", row.ours)):
+        if side is not None:
+            _, line[key], line[f"{key}_sd"] = spread(side.values)
+            line[f"paper_{key}"] = side.paper
+    if found := difference_of(row):
+        line |= {"difference": found.mean, "low": found.low, "high": found.high}
+        line |= {"p": found.p, "pairs": found.n}
+    return line
+
+
+def _lines_of_seeds(record: Record, row: RowRecord) -> Iterable[dict[str, str | float | None]]:
+    for number, seed in enumerate(record.seeds):
+        line: dict[str, str | float | None] = {**_names_in(record, row), "seed": seed}
+        ours = present(row.ours.values[number : number + 1])
+        line["ours"] = ours[0] if ours else None
+        if row.baseline:
+            baseline = present(row.baseline.values[number : number + 1])
+            line["baseline"] = baseline[0] if baseline else None
+            line["difference"] = ours[0] - baseline[0] if ours and baseline else None
+        yield line
