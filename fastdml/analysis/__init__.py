@@ -13,20 +13,34 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from fastdml.analysis.posteriors import Posterior, posterior
+    from fastdml.analysis.run import (
+        RunPeers,
+        flat_minima_of_run,
+        peers_of_run,
+        posterior_of_run,
+    )
     from fastdml.analysis.weight_noise import FlatMinima, flat_minima
 
 _HOMES = {
     "FlatMinima": "weight_noise",
     "Posterior": "posteriors",
+    "RunPeers": "run",
     "flat_minima": "weight_noise",
+    "flat_minima_of_run": "run",
+    "peers_of_run": "run",
     "posterior": "posteriors",
+    "posterior_of_run": "run",
 }
 
 __all__ = [
     "FlatMinima",
     "Posterior",
+    "RunPeers",
     "flat_minima",
+    "flat_minima_of_run",
+    "peers_of_run",
     "posterior",
+    "posterior_of_run",
 ]
 
 
