@@ -6,10 +6,13 @@ makes them; the page of a run shows those that it knows.
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
+
+import numpy as np
 
 from fastdml.errors import InputError
 from fastdml.files import write_atomically
@@ -19,6 +22,25 @@ from fastdml.report.metrics_log import to_json
 ANALYSIS = "analysis.json"
 VERSION = 1
 LARGEST = 1 << 26  # bytes
+
+
+class Result:
+    """The base of results, which are frozen dataclasses of numbers, texts and arrays."""
+
+    def to_dict(self) -> dict[str, Any]:
+        """The fields as numbers, texts, lists and dicts, which is what JSON knows."""
+        fields = dataclasses.fields(self)  # type: ignore[arg-type]
+        return {field.name: _plain(getattr(self, field.name)) for field in fields}
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, Result):
+        return value.to_dict()
+    if isinstance(value, np.ndarray | np.generic):
+        return value.tolist()
+    if isinstance(value, (list, tuple)):
+        return [_plain(one) for one in value]
+    return value
 
 
 def write_analysis(folder: str | Path, found: Mapping[str, Any]) -> Path:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from html.parser import HTMLParser
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -39,6 +40,29 @@ def predictions(K=2, N=40, C=3, *, seed=0, weights="last", peers=None, classes=N
         pictures=random.integers(0, 256, (pictures, 8, 8, 3)).astype(np.uint8),
         true_colours=True,
     )
+
+
+def predictions_of(top, label, confidence=None, *, num_classes: int | None = None, **changes: Any):
+    """Of answers that are known. top: (K + 1, N) classes, by K peers and, last, by the ensemble.
+    label: (N,)."""
+    top, label = np.asarray(top, np.int32), np.asarray(label, np.int32)
+    sure = np.full(top.shape, 0.5) if confidence is None else np.asarray(confidence)
+    C = num_classes or int(max(top.max(), label.max())) + 1
+    values: dict[str, Any] = {
+        "peers": tuple(f"peer {k + 1}" for k in range(len(top) - 1)),
+        "classes": (),
+        "num_classes": C,
+        "weights": "last",
+        "label": label,
+        "top": top,
+        "confidence": sure.astype(np.float32),
+        "label_log": np.log(np.full(top.shape, 0.5, np.float32)),
+        "disagreement": np.zeros(len(label), np.float32),
+        "pictured": np.zeros(0, np.int64),
+        "pictures": np.zeros((0, 1, 1, 1), np.uint8),
+        "true_colours": False,
+    }
+    return Predictions(**values | changes)
 
 
 def scores(found: Predictions) -> dict:

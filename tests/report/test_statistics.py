@@ -62,6 +62,27 @@ def test_paired_interval_is_scipys_of_the_differences():
     assert paired_interval(a, b) == pytest.approx(expected, rel=1e-9)
 
 
+def test_paired_interval_of_as_many_answers_an_image_is_the_plain_one():
+    random = np.random.default_rng(1)
+    a, b = random.random((2, 50))
+    for count in (1, 3):
+        of_counts = paired_interval(a, b, np.full(50, count))
+        assert of_counts == pytest.approx(paired_interval(a, b), rel=1e-12)
+
+
+def test_paired_interval_covers_what_it_says_where_images_have_unlike_numbers_of_answers():
+    """Answers about an image share its luck; 95 % of the intervals hold the true gain, 0.1."""
+    random = np.random.default_rng(2)
+    held = 0
+    for _ in range(1000):
+        counts = random.integers(1, 6, 120)
+        luck = 0.1 + random.normal(0, 0.3, 120)
+        gap = luck + random.normal(0, 0.2, 120) / np.sqrt(counts)
+        low, high = paired_interval(gap, np.zeros(120), counts)
+        held += low <= 0.1 <= high
+    assert held / 1000 == pytest.approx(0.95, abs=0.025)
+
+
 def test_classes_and_confusion_are_scikit_learns():
     sklearn = pytest.importorskip("sklearn.metrics")
     found = predictions(K=2, N=300, C=5)

@@ -7,13 +7,17 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
-import numpy as np
-
 from fastdml.report.html.curves import ENSEMBLE, evaluations
 from fastdml.report.predictions import Predictions
 from fastdml.report.run_files import RunFiles, data_text, number, numbers, table
 from fastdml.report.scoring import Headline
-from fastdml.report.statistics import Interval, binomial_interval, paired_interval, right
+from fastdml.report.statistics import (
+    Interval,
+    binomial_interval,
+    comparable,
+    paired_interval,
+    right,
+)
 
 IN_NATS = {"nll": "NLL (nats)", "entropy": "entropy (nats)"}
 TITLES = {"top1": "top-1", "top5": "top-5", "ece": "calibration error"}  # of others, their names
@@ -55,9 +59,7 @@ class Shown:
         """Predictions of the same images, mutual and independent."""
         other = self.run.independent
         a, b = self.run.predictions, other.predictions if other else None
-        if a is None or b is None or a.weights != b.weights:
-            return None
-        return (a, b) if np.array_equal(a.label, b.label) else None
+        return (a, b) if a is not None and b is not None and comparable(a, b) else None
 
     @property
     def pairs(self) -> tuple[Predictions, Predictions] | None:
