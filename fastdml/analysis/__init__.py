@@ -12,6 +12,35 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from fastdml.analysis.agreement import (
+        PeerAgreement,
+        agreement_of,
+        peer_agreement,
+        plot_agreement,
+    )
+    from fastdml.analysis.calibration import (
+        CalibrationScores,
+        PeersTemperatureScaling,
+        TemperatureScaling,
+        calibration_scores,
+        fit_temperature,
+        peers_temperature_scaling,
+        plot_reliability,
+        plot_temperature_scaling,
+        temperature_scaling,
+    )
+    from fastdml.analysis.confusion import ConfusionMatrix, confusion_matrix, plot_confusion
+    from fastdml.analysis.divergence import PairwiseKL, pairwise_kl, plot_pairwise_kl
+    from fastdml.analysis.from_predictions import analyse_predictions
+    from fastdml.analysis.gains import (
+        Gains,
+        gains_by_class,
+        gains_by_confidence,
+        gains_by_group,
+        gains_by_noise,
+        gains_by_noise_level,
+        plot_gains,
+    )
     from fastdml.analysis.posteriors import Posterior, posterior
     from fastdml.analysis.run import (
         RunPeers,
@@ -20,27 +49,86 @@ if TYPE_CHECKING:
         posterior_of_run,
     )
     from fastdml.analysis.weight_noise import FlatMinima, flat_minima
+    from fastdml.report.statistics import Reliability, reliability
 
 _HOMES = {
+    "CalibrationScores": "calibration",
+    "ConfusionMatrix": "confusion",
     "FlatMinima": "weight_noise",
+    "Gains": "gains",
+    "PairwiseKL": "divergence",
+    "PeerAgreement": "agreement",
+    "PeersTemperatureScaling": "calibration",
     "Posterior": "posteriors",
+    "Reliability": "calibration",
     "RunPeers": "run",
+    "TemperatureScaling": "calibration",
+    "agreement_of": "agreement",
+    "analyse_predictions": "from_predictions",
+    "calibration_scores": "calibration",
+    "confusion_matrix": "confusion",
+    "fit_temperature": "calibration",
     "flat_minima": "weight_noise",
     "flat_minima_of_run": "run",
+    "gains_by_class": "gains",
+    "gains_by_confidence": "gains",
+    "gains_by_group": "gains",
+    "gains_by_noise": "gains",
+    "gains_by_noise_level": "gains",
+    "pairwise_kl": "divergence",
+    "peer_agreement": "agreement",
     "peers_of_run": "run",
+    "peers_temperature_scaling": "calibration",
+    "plot_agreement": "agreement",
+    "plot_confusion": "confusion",
+    "plot_gains": "gains",
+    "plot_pairwise_kl": "divergence",
+    "plot_reliability": "calibration",
+    "plot_temperature_scaling": "calibration",
     "posterior": "posteriors",
     "posterior_of_run": "run",
+    "reliability": "calibration",
+    "temperature_scaling": "calibration",
 }
 
 __all__ = [
+    "CalibrationScores",
+    "ConfusionMatrix",
     "FlatMinima",
+    "Gains",
+    "PairwiseKL",
+    "PeerAgreement",
+    "PeersTemperatureScaling",
     "Posterior",
+    "Reliability",
     "RunPeers",
+    "TemperatureScaling",
+    "agreement_of",
+    "analyse_predictions",
+    "calibration_scores",
+    "confusion_matrix",
+    "fit_temperature",
     "flat_minima",
     "flat_minima_of_run",
+    "gains_by_class",
+    "gains_by_confidence",
+    "gains_by_group",
+    "gains_by_noise",
+    "gains_by_noise_level",
+    "pairwise_kl",
+    "peer_agreement",
     "peers_of_run",
+    "peers_temperature_scaling",
+    "plot_agreement",
+    "plot_confusion",
+    "plot_gains",
+    "plot_pairwise_kl",
+    "plot_reliability",
+    "plot_temperature_scaling",
     "posterior",
     "posterior_of_run",
+    "reliability",
+    "temperature_scaling",
 ]
 
 

@@ -59,7 +59,7 @@ class TestReliability:
         right = np.random.default_rng(seed).random(len(values)) < confidence
         of = reliability(confidence, right, bins=bins, equal_mass=equal_mass)
         assert of.images.sum() == len(values)
-        assert 0 <= of.ece <= of.mce <= 1
+        assert 0 <= of.ece <= of.mce + 1e-15 <= 1 + 1e-15
         for m, (low, high) in enumerate(zip(of.edges[:-1], of.edges[1:], strict=True)):
             inside = (confidence > low - 1e-12) & (confidence <= high + 1e-12)
             assert of.images[m] <= inside.sum()
