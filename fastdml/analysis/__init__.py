@@ -48,6 +48,7 @@ if TYPE_CHECKING:
         peers_of_run,
         posterior_of_run,
     )
+    from fastdml.analysis.sections import LossPlane, LossSection, loss_plane, loss_section
     from fastdml.analysis.weight_noise import FlatMinima, flat_minima
     from fastdml.report.statistics import Reliability, reliability
 
@@ -56,6 +57,8 @@ _HOMES = {
     "ConfusionMatrix": "confusion",
     "FlatMinima": "weight_noise",
     "Gains": "gains",
+    "LossPlane": "sections",
+    "LossSection": "sections",
     "PairwiseKL": "divergence",
     "PeerAgreement": "agreement",
     "PeersTemperatureScaling": "calibration",
@@ -75,6 +78,8 @@ _HOMES = {
     "gains_by_group": "gains",
     "gains_by_noise": "gains",
     "gains_by_noise_level": "gains",
+    "loss_plane": "sections",
+    "loss_section": "sections",
     "pairwise_kl": "divergence",
     "peer_agreement": "agreement",
     "peers_of_run": "run",
@@ -96,6 +101,8 @@ __all__ = [
     "ConfusionMatrix",
     "FlatMinima",
     "Gains",
+    "LossPlane",
+    "LossSection",
     "PairwiseKL",
     "PeerAgreement",
     "PeersTemperatureScaling",
@@ -115,6 +122,8 @@ __all__ = [
     "gains_by_group",
     "gains_by_noise",
     "gains_by_noise_level",
+    "loss_plane",
+    "loss_section",
     "pairwise_kl",
     "peer_agreement",
     "peers_of_run",

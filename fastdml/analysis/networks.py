@@ -11,6 +11,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, NamedTuple, TypeAlias
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -183,3 +184,11 @@ def filters(weight: Tensor) -> Tensor:
         return weight.float().norm().expand(weight.shape)
     norms = weight.detach().flatten(1).float().norm(dim=1)
     return norms.view(-1, *[1] * (weight.dim() - 1))
+
+
+def standard_normal(like: Sequence[Tensor], seeds: Sequence[int]) -> list[Tensor]:
+    """Standard normal numbers in the shapes, precision and places of these tensors: drawn on the
+    CPU, so that every device gets the same."""
+    state = int(np.random.SeedSequence(tuple(seeds)).generate_state(1)[0])
+    generator = torch.Generator().manual_seed(state)
+    return [torch.randn(t.shape, generator=generator, device="cpu").to(t) for t in like]

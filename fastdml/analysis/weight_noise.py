@@ -36,6 +36,7 @@ from fastdml.analysis.networks import (
     networks,
     rows_of,
     score,
+    standard_normal,
     weights_kept,
 )
 from fastdml.errors import InputError
@@ -164,14 +165,6 @@ def _unit(weight: Tensor) -> Tensor:
     """The root mean square of each filter, in a shape that multiplies `weight`."""
     numbers = weight[0].numel() if weight.dim() > 1 else weight.numel()
     return (filters(weight) / math.sqrt(max(numbers, 1))).to(weight.dtype)
-
-
-def standard_normal(like: Sequence[Tensor], seeds: Sequence[int]) -> list[Tensor]:
-    """Standard normal numbers in the shapes, precision and places of these tensors: drawn on the
-    CPU, so that every device gets the same."""
-    state = int(np.random.SeedSequence(tuple(seeds)).generate_state(1)[0])
-    generator = torch.Generator().manual_seed(state)
-    return [torch.randn(t.shape, generator=generator, device="cpu").to(t) for t in like]
 
 
 def _checked_scales(scales: Sequence[float]) -> tuple[float, ...]:
