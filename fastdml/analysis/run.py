@@ -63,17 +63,21 @@ def peers_of_run(
     phase: Phase = "mutual",
     *,
     weights: Weights | None = None,
+    root: str | os.PathLike | None = None,
     device: str = "auto",
     peers: Sequence[str | nn.Module] | None = None,
 ) -> RunPeers:
     """The peers of a finished run, in evaluation mode.
 
     phase: "mutual", or "independent" for the peers that were trained each by itself. weights:
-    "last" or "best"; None: the best where validation images chose them, else the last. peers: what
+    "last" or "best"; None: the best where validation images chose them, else the last. root: the
+    folder of the data set's files, where they are no longer where the run found them. peers: what
     to load into, as for `Cohort.load`. Raises InputError.
     """
     folder = expanded(run)
     config = run_config(folder)
+    if root is not None:
+        config = config.replace(root=os.fspath(root))
     weights = weights or default_weights(folder)
     place = _weights_folder(folder, phase, weights)
     cohort = Cohort.load(place, choose_device(device), peers=peers)
@@ -90,11 +94,12 @@ def flat_minima_of_run(
     draws: int = 5,
     noise: Noise = "filter",
     seed: int = 0,
+    root: str | os.PathLike | None = None,
     device: str = "auto",
 ) -> FlatMinima:
     """`flat_minima` of the peers of a run, on its training images, not augmented. Raises
     InputError."""
-    found = peers_of_run(run, phase, device=device)
+    found = peers_of_run(run, phase, root=root, device=device)
     batches = found.batches(images)
     return flat_minima(found.cohort, batches, scales=scales, draws=draws, noise=noise, seed=seed)
 
@@ -105,10 +110,11 @@ def posterior_of_run(
     *,
     images: int = 0,
     images_of: ImagesOf = "training",
+    root: str | os.PathLike | None = None,
     device: str = "auto",
 ) -> Posterior:
     """`posterior` of the peers of a run, on its images, not augmented. Raises InputError."""
-    found = peers_of_run(run, phase, device=device)
+    found = peers_of_run(run, phase, root=root, device=device)
     return posterior(found.cohort, found.batches(images, images_of))
 
 

@@ -59,6 +59,12 @@ def test_weights_of_a_run(finished_run):
     assert alone.folder == finished_run / "independent"
 
 
+def test_data_that_have_moved(finished_run, tmp_path):
+    found = peers_of_run(finished_run, root=tmp_path, device="cpu")
+    assert found.config.root == str(tmp_path)
+    assert posterior_of_run(finished_run, images=10, root=tmp_path, device="cpu").images == 10
+
+
 @pytest.mark.parametrize(
     ("options", "words"),
     [({"phase": "both"}, "phase"), ({"weights": "first"}, "weights")],
