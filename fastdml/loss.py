@@ -163,8 +163,9 @@ def mutual_loss(
         which a schedule can change inside a captured graph, and without compiling anew.
     target: what a peer learns from. "peers": each other peer, KL(p_l || p_k). "ensemble": the
         probability mean of the others, the paper's DML_e: the same gradient as "peers", since
-        cross-entropy is linear in its target, and a smaller value. "ensemble_logits": the softmax
-        of the mean of the others' logits (Chen et al. 2020, OKDDip's baseline).
+        cross-entropy is linear in its target (on the CPU bit for bit), and a smaller value.
+        "ensemble_logits": the softmax of the mean of the others' logits (Chen et al. 2020, OKDDip's
+        baseline).
     peer_weights: (K, K), not negative; row k says how much peer k learns from each peer, 0 is no
         edge, the diagonal is not used. A mixed teacher is the weighted mean, times the row's sum.
     gate: "none". "correct": a teacher counts only on rows that it classifies right (Minami et al.

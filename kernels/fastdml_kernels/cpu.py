@@ -189,13 +189,16 @@ class _Problem:
         if self.mutual:
             pull = {k: torch.zeros_like(q[0]) for k in self.students}
 
-        def learn(k: int, log_t: Tensor, t: Tensor, weight: Tensor) -> tuple[float, Sequence[Part]]:
-            """Adds weight * divergence(t, q_k) to peer k's KL term and gradient. Returns what
-            `divergence_of` does, of which the teachers' gradients are made."""
+        def learn(
+            k: int, log_t: Tensor, t: Tensor, weight: Tensor, gradient: bool = True
+        ) -> tuple[float, Sequence[Part]]:
+            """Adds weight * divergence(t, q_k) to peer k's KL term and, with `gradient`, to its
+            gradient. Returns what `divergence_of` does, of which the teachers' gradients are
+            made."""
             share, parts = divergence_of(options, log_t, t, log_q[k], q[k])
             for part in parts:
                 kl[k] += times(weight, share * part.value())
-                if k in pull:
+                if gradient and k in pull:
                     pull[k] += times((share * weight * up[k])[:, None], part.of_student())
             return share, parts
 
@@ -213,7 +216,13 @@ class _Problem:
             w_sum = weights[k, teachers].sum(0)  # (n,)
             log_t = self._mix(rows, log_q, weights[k], teachers, w_sum)
             log_t = torch.where((w_sum != 0)[:, None], log_t, log_q[k])
-            share, parts = learn(k, log_t, log_t.exp(), w_sum)
+            # Of the forward KL a student's gradient is that of the teachers one by one, as cross-
+            # entropy is linear in its target: taken so, it is the same number bit for bit.
+            by_each = options.target == "ensemble" and options.divergence == "forward"
+            for teacher in teachers if by_each and k in pull else ():
+                w = (weights[k, teacher] * up[k])[:, None]
+                pull[k] += (q[k] - q[teacher]).mul_(w).masked_fill_(w == 0, 0.0)
+            share, parts = learn(k, log_t, log_t.exp(), w_sum, gradient=not by_each)
             for teacher in taught:
                 if options.target == "ensemble":
                     slope = _added([part.of_mixed(q[teacher], log_q[teacher]) for part in parts])

@@ -33,18 +33,26 @@ INLINE void scale_row(float *e, int64_t C, float scale) {
 }
 
 /* The mixture of teachers in positive shares that add up to 1: of probabilities. It is found relative
-   to the most likely of them, so that equal ones give exactly themselves. */
-INLINE Distribution mix_probabilities(int64_t C, const Distribution *peers, const float *share,
-                                      int count, float *q_of, float *log_of_q) {
+   to the most likely of them, so that equal ones give exactly themselves. With `pull`, unless NULL, the
+   student's gradient of the forward KL as `meet` finds it of the teachers one by one, of their
+   weights: the same number, here with the same bits. */
+INLINE Distribution mix_probabilities(int64_t C, const Distribution *student, const Distribution *peers,
+                                      const float *weights, const float *share, int count,
+                                      float *q_of, float *log_of_q, float *pull) {
     for (int64_t c = 0; c < C; c += LANES) {
-        vec top = all(-INFINITY), q = all(0), sum = all(0), sum_less_1 = all(0);
+        vec top = all(-INFINITY), q = all(0), sum = all(0), sum_less_1 = all(0), toward = all(0);
+        vec logs[PEERS];
         for (int l = 0; l < count; l++) {
-            top = maximum(log_of(&peers[l], c), top);
-            q = maximum(get(peers[l].q, c), q);
+            const vec t = get(peers[l].q, c);
+            logs[l] = log_of(&peers[l], c);
+            top = maximum(logs[l], top);
+            q = maximum(t, q);
+            if (pull) toward = muladd(all(weights[l]), get(student->q, c) - t, toward);
         }
+        if (pull) put(pull, c, toward);
         for (int l = 0; l < count; l++) {
             vec less_1;
-            const vec ratio = exp_and_expm1(log_of(&peers[l], c) - top, &less_1);
+            const vec ratio = exp_and_expm1(logs[l] - top, &less_1);
             sum_less_1 = muladd(less_1, all(share[l]), sum_less_1);
             sum = muladd(ratio, all(share[l]), sum);
         }

@@ -1,12 +1,14 @@
 /* Rows of the usual loss: every other peer is a teacher of the same weight, the divergence is the
-   forward one, rows and classes count alike. O(K C) work, O(K^2 C) with statistics.
+   forward one, rows and classes count alike. O(K C) work, O(K^2 C) with statistics. Where the mean of
+   the other peers' probabilities is the teacher, the loss takes another O(K^2 C), and the gradients
+   are these same ones, bit for bit, as cross-entropy is linear in its target.
 
    Each peer's row is read for its maximum, for its normalisers and for everything else, the last
    two times from cache; exponentials wait in scratch memory; a gradient is written once. */
 
 /* The sums that are accumulated as vectors; `flush` adds their lanes to `Totals`. */
 typedef struct {
-    vec energy, pull[PEERS], entropy[PEERS], towards_all[PEERS], cross[PEERS][PEERS];
+    vec energy, pull[PEERS], entropy[PEERS], towards_all[PEERS], cross[PEERS][PEERS], mixed[PEERS];
     int vectors;
 } Lanes;
 
@@ -46,13 +48,14 @@ INLINE vec fresh(vec x, int64_t C) {
     return (vec)((ints)x & mask);
 }
 
-INLINE void begin_sums(Lanes *lanes, Totals *totals, int K, int stats) {
+INLINE void begin_sums(Lanes *lanes, Totals *totals, int K, int stats, int mixed) {
     lanes->energy = all(0);
     lanes->vectors = 0;
     totals->energy = 0;
     for (int k = 0; k < K; k++) {
         lanes->pull[k] = lanes->towards_all[k] = all(0);
         totals->pull[k] = 0;
+        if (mixed) lanes->mixed[k] = all(0);
         if (!stats) continue;
         lanes->entropy[k] = all(0);
         for (int l = 0; l < K; l++) {
@@ -62,12 +65,17 @@ INLINE void begin_sums(Lanes *lanes, Totals *totals, int K, int stats) {
     }
 }
 
-INLINE void flush(Lanes *lanes, Totals *totals, Sums *sums, int K, double spread, int stats) {
+INLINE void flush(Lanes *lanes, Totals *totals, Sums *sums, int K, double spread, int stats,
+                  int mixed) {
     totals->energy += total(lanes->energy);
     lanes->energy = all(0);
     for (int k = 0; k < K; k++) {
         totals->pull[k] += total(lanes->pull[k]);
         lanes->pull[k] = all(0);
+        if (mixed) {
+            sums->kl[k] += total(lanes->mixed[k]);
+            lanes->mixed[k] = all(0);
+        }
         if (spread != 0) {
             sums->ce[k] -= spread * total(lanes->towards_all[k]);
             lanes->towards_all[k] = all(0);
@@ -171,11 +179,33 @@ INLINE View view_of(const Problem *p, const Row *row, int K, int narrow, int tem
     return v;
 }
 
+/* Adds m (log m - log q_k) of LANES classes for every peer k, m the mean of the other peers' q, to
+   `sums`; gap: log q less its largest, whose q is `most`. All is found relative to that peer, so that m
+   is exactly q where all are equal; where it is k itself and so far ahead that the others' ratios
+   stop at exp(-87), so does their part in the sum. */
+INLINE void add_towards_means(const vec *gap, vec most, int K, vec *sums) {
+    const vec share = all(1 / (float)(K - 1));
+    vec ratios[PEERS], less_1[PEERS];
+    for (int l = 0; l < K; l++) ratios[l] = exp_and_expm1(gap[l], &less_1[l]);
+    for (int k = 0; k < K; k++) {
+        vec sum = all(0), sum_less_1 = all(0);
+        for (int l = 0; l < K; l++) {
+            if (l == k) continue;
+            sum_less_1 = muladd(less_1[l], share, sum_less_1);
+            sum = muladd(ratios[l], share, sum);
+        }
+        const ints near = sum_less_1 > -0.5f;
+        const vec ratio = choose(near, sum_less_1 + 1.0f, sum);
+        const vec log_ratio = log_(ratio, choose(near, sum_less_1, ratio - 1.0f));
+        sums[k] = muladd(most * ratio, log_ratio - gap[k], sums[k]);
+    }
+}
+
 /* The terms of LANES classes from c on; `part` marks the last vector, which overlaps the previous.
    All of this is inlined, so that a flag that is off costs nothing where `plain_block` gets it as a
    constant. */
 INLINE void terms(const View *v, Lanes *lanes, int64_t c, int part, int K, int tempered, int stats,
-                  int grads) {
+                  int grads, int mixed) {
     vec prob[PEERS], q[PEERS], gap[PEERS], top = all(-INFINITY), sum = all(0), together = all(0);
     for (int k = 0; k < K; k++) {
         const vec x = load(v->z[k], v->types[k], c) - v->top[k];
@@ -197,6 +227,11 @@ INLINE void terms(const View *v, Lanes *lanes, int64_t c, int part, int K, int t
         if (part) gap[k] = fresh(gap[k], v->C);
         lanes->energy = muladd(q[k], gap[k], lanes->energy);
         lanes->pull[k] = muladd(sum, gap[k], lanes->pull[k]);
+    }
+    if (mixed) {
+        vec most = q[0];
+        for (int k = 1; k < K; k++) most = maximum(q[k], most);
+        add_towards_means(gap, most, K, lanes->mixed);
     }
     if (stats) {
         for (int l = 0; l < K; l++)
@@ -267,7 +302,7 @@ INLINE int read_row(const Problem *p, Row *row, Normalisers *of, Normalisers *of
 
 /* A row's terms of the sums, and its gradients, once it is normalised. */
 INLINE void finish_row(const Problem *p, const Row *row, Lanes *lanes, Totals *totals, Sums *sums,
-                       int K, int narrow, int tempered, int stats, int grads) {
+                       int K, int narrow, int tempered, int stats, int grads, int mixed) {
     const int64_t C = p->C;
     const double spread = p->smoothing / (double)C;
     const View v = view_of(p, row, K, narrow, tempered);
@@ -282,12 +317,12 @@ INLINE void finish_row(const Problem *p, const Row *row, Lanes *lanes, Totals *t
         }
     }
     for (int64_t c = 0; c < whole_vectors(C); c += LANES) {
-        terms(&v, lanes, c, 0, K, tempered, stats, grads);
-        if (lanes->vectors == FLUSH) flush(lanes, totals, sums, K, spread, stats);
+        terms(&v, lanes, c, 0, K, tempered, stats, grads, mixed);
+        if (lanes->vectors == FLUSH) flush(lanes, totals, sums, K, spread, stats, mixed);
     }
     if (C % LANES) {
-        terms(&v, lanes, last_vector(C), 1, K, tempered, stats, grads);
-        if (lanes->vectors == FLUSH) flush(lanes, totals, sums, K, spread, stats);
+        terms(&v, lanes, last_vector(C), 1, K, tempered, stats, grads, mixed);
+        if (lanes->vectors == FLUSH) flush(lanes, totals, sums, K, spread, stats, mixed);
     }
     for (int k = 0; k < K && C < LANES; k++)
         if (row->g[k])
@@ -304,14 +339,14 @@ INLINE void finish_row(const Problem *p, const Row *row, Lanes *lanes, Totals *t
 /* The rows `begin` to `end`; 0 where one holds a logit that is not finite. Several short rows are
    read before the first is finished, so that none waits for its own sums. */
 INLINE int plain_block(const Problem *p, int64_t begin, int64_t end, Sums *sums, float *memory,
-                       int K, int narrow, int tempered, int stats, int grads) {
+                       int K, int narrow, int tempered, int stats, int grads, int mixed) {
     const int64_t width = padded(p->C);
     const int group = (int)plain_group(K, p->C);
     Lanes lanes;
     Totals totals;
     Row rows[GROUP];
     Normalisers of, of_t;
-    begin_sums(&lanes, &totals, K, stats);
+    begin_sums(&lanes, &totals, K, stats, mixed);
     for (int i = 0; i < group; i++) {
         rows[i].mean = memory;
         for (int k = 0; k < K; k++) {
@@ -338,11 +373,11 @@ INLINE int plain_block(const Problem *p, int64_t begin, int64_t end, Sums *sums,
         normalise(&of, count * K);
         if (tempered) normalise(&of_t, count * K);
         for (int i = 0; i < count; i++)
-            finish_row(p, &rows[i], &lanes, &totals, sums, K, narrow, tempered, stats, grads);
+            finish_row(p, &rows[i], &lanes, &totals, sums, K, narrow, tempered, stats, grads, mixed);
     }
-    flush(&lanes, &totals, sums, K, p->smoothing / (double)p->C, stats);
+    flush(&lanes, &totals, sums, K, p->smoothing / (double)p->C, stats, mixed);
     for (int k = 0; k < K && K > 1; k++) {
-        sums->kl[k] = (totals.energy - totals.pull[k]) / (K - 1);
+        if (!mixed) sums->kl[k] = (totals.energy - totals.pull[k]) / (K - 1);
         for (int l = 0; l < K && stats; l++)
             sums->pair[l][k] = totals.cross[l][l] - totals.cross[l][k];
     }
@@ -352,33 +387,39 @@ INLINE int plain_block(const Problem *p, int64_t begin, int64_t end, Sums *sums,
 typedef int Rows(const Problem *p, int64_t begin, int64_t end, Sums *sums, float *memory);
 
 /* `plain_block` with constants: training of the most usual numbers of peers, two of them also with the
-   statistics of a training step, whose values then stay in registers; other float32; and all else. */
+   statistics of a training step, whose values then stay in registers; other float32; all else; and the
+   mean as the teacher. */
 static int two_peers(const Problem *p, int64_t begin, int64_t end, Sums *sums, float *memory) {
-    return plain_block(p, begin, end, sums, memory, 2, 0, 0, 0, 1);
+    return plain_block(p, begin, end, sums, memory, 2, 0, 0, 0, 1, 0);
 }
 static int two_peers_and_statistics(const Problem *p, int64_t begin, int64_t end, Sums *sums,
                                     float *memory) {
-    return plain_block(p, begin, end, sums, memory, 2, 0, 0, 1, 1);
+    return plain_block(p, begin, end, sums, memory, 2, 0, 0, 1, 1, 0);
 }
 static int two_tempered_peers(const Problem *p, int64_t begin, int64_t end, Sums *sums, float *memory) {
-    return plain_block(p, begin, end, sums, memory, 2, 0, 1, 0, 1);
+    return plain_block(p, begin, end, sums, memory, 2, 0, 1, 0, 1, 0);
 }
 static int four_peers(const Problem *p, int64_t begin, int64_t end, Sums *sums, float *memory) {
-    return plain_block(p, begin, end, sums, memory, 4, 0, 0, 0, 1);
+    return plain_block(p, begin, end, sums, memory, 4, 0, 0, 0, 1, 0);
 }
 static int eight_peers(const Problem *p, int64_t begin, int64_t end, Sums *sums, float *memory) {
-    return plain_block(p, begin, end, sums, memory, 8, 0, 0, 0, 1);
+    return plain_block(p, begin, end, sums, memory, 8, 0, 0, 0, 1, 0);
 }
 static int float32_peers(const Problem *p, int64_t begin, int64_t end, Sums *sums, float *memory) {
     return plain_block(p, begin, end, sums, memory, (int)p->K, 0, p->temperature != 1 && p->K > 1,
-                       p->stats != NULL, 1);
+                       p->stats != NULL, 1, 0);
 }
 static int any_peers(const Problem *p, int64_t begin, int64_t end, Sums *sums, float *memory) {
     return plain_block(p, begin, end, sums, memory, (int)p->K, 1, p->temperature != 1 && p->K > 1,
-                       p->stats != NULL, p->any_grads);
+                       p->stats != NULL, p->any_grads, 0);
+}
+static int taught_by_mean(const Problem *p, int64_t begin, int64_t end, Sums *sums, float *memory) {
+    return plain_block(p, begin, end, sums, memory, (int)p->K, 1, p->temperature != 1,
+                       p->stats != NULL, p->any_grads, 1);
 }
 
 static Rows *choose_plain(const Problem *p) {
+    if (p->target == ENSEMBLE) return taught_by_mean;
     for (int k = 0; k < p->K; k++)
         if (p->types[k] != FLOAT32 || !p->any_grads) return any_peers;
     if (p->stats) return p->K == 2 && p->temperature == 1 ? two_peers_and_statistics : float32_peers;

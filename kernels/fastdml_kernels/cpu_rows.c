@@ -149,8 +149,9 @@ static int read_problem(Problem *p, const Call *call) {
         p->types[k] = (int)call->peers[k].type;
         p->any_grads |= p->grads[k] != NULL;
     }
+    if (p->target == ENSEMBLE && p->K <= 2) p->target = EACH_PEER; /* the mean of one */
     p->plain = !peer_weights && !p->class_weight && !p->sample_weight && p->reduction != NONE &&
-               p->divergence == FORWARD && p->target == EACH_PEER && p->gate == NO_GATE &&
+               p->divergence == FORWARD && p->target != ENSEMBLE_LOGITS && p->gate == NO_GATE &&
                !p->mimic_ignored;
     for (int64_t c = 0; p->class_weight && c < p->C; c++) p->class_total += p->class_weight[c];
     if (!p->class_weight) p->class_total = (double)p->C;

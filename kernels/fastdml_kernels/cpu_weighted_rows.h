@@ -139,7 +139,9 @@ static void open_gates(const Problem *p, Sample *s) {
    z / T in s->pull. Returns whether it has a teacher. */
 static int learn(const Problem *p, Sample *s, const Distribution *peers, int k, int grads) {
     Distribution teachers[PEERS], mixed;
-    float weights[PEERS], sum = 0;
+    float weights[PEERS], shares[PEERS], sum = 0;
+    float *pull = grads ? s->pull : NULL;
+    const Distribution *own = &peers[k];
     int count = 0;
     for (int l = 0; l < p->K; l++) {
         if (s->edges[k][l] < FLT_MIN) continue;
@@ -149,21 +151,24 @@ static int learn(const Problem *p, Sample *s, const Distribution *peers, int k, 
     if (!count) return 0;
     if (p->target != EACH_PEER) {
         const float T = (float)p->temperature;
-        for (int l = 0; l < count; l++) weights[l] /= sum;
-        mixed = p->target == ENSEMBLE
-            ? mix_probabilities(p->C, teachers, weights, count, s->mixed, s->log_mixed)
-            : mix_logits(p->C, teachers, weights, count, PADDING * (T > 1 ? T : 1), s->mixed,
-                         s->log_mixed);
+        for (int l = 0; l < count; l++) shares[l] = weights[l] / sum;
+        if (p->target == ENSEMBLE) {
+            float *pull_of_each = p->divergence == FORWARD ? pull : NULL;
+            mixed = mix_probabilities(p->C, own, teachers, weights, shares, count, s->mixed,
+                                      s->log_mixed, pull_of_each);
+            if (pull_of_each) pull = NULL; /* is found */
+        } else {
+            mixed = mix_logits(p->C, teachers, shares, count, PADDING * (T > 1 ? T : 1), s->mixed,
+                               s->log_mixed);
+        }
         teachers[0] = mixed;
         weights[0] = sum;
         count = 1;
     }
     if (p->divergence == JEFFREYS)
         for (int l = 0; l < count; l++) weights[l] *= 0.5f;
-    float *pull = grads ? s->pull : NULL;
     const float beta = (float)p->beta;
     const int64_t C = p->C;
-    const Distribution *own = &peers[k];
     if (p->divergence == FORWARD)
         s->kl[k] = meet(C, own, teachers, weights, count, FORWARD, beta, pull, s->slope);
     else if (p->divergence == REVERSE)
