@@ -79,6 +79,8 @@ class Experiment:
     place: str  # of the paper, such as "Table 2"
     rows: Callable[[Scale], Sequence[Row]]  # raises InputError for a scale that it cannot have
     notes: Callable[[Scale], Sequence[str]] = field(default=lambda scale: ())
+    changes: Callable[[Scale], Sequence[str]] = field(default=lambda scale: scale.changes)
+    """What the scale changes in the paper's settings, phrases; none at the full scale alone."""
 
     def chosen(self, scale: Scale, choices: Sequence[str]) -> list[Row]:
         """The rows of these choices, all where there are none. Raises InputError for one that is

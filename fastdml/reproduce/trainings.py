@@ -5,29 +5,118 @@ FOLDER/trainings/SCALE/NAME/seed-S/
 
 from __future__ import annotations
 
+import errno
+import fcntl
 import json
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
+from fastdml.errors import InputError
 from fastdml.files import replacing, writing
+from fastdml.names import unique
 from fastdml.report.metrics_log import INDEPENDENT, to_json
 from fastdml.report.predictions import Predictions, read_predictions
-from fastdml.report.summary import read_summary
-from fastdml.reproduce.experiment import Phase, Training
+from fastdml.report.summary import prolonged, read_summary
+from fastdml.reproduce.experiment import PeerOf, Phase, Training
+from fastdml.train.checkpoint import FREE_ON_RESUME
+from fastdml.train.config.base import TrainConfig
+from fastdml.train.config.sources import load_config, preset
+from fastdml.train.run_folder import LOCK, check_new_folder
+from fastdml.yaml_file import CONFIG
 
+State = Literal["new", "begun", "finished"]
 MEASURED = "measured"  # a folder in that of a run, of what was measured on it when it had ended
 
 
 @dataclass(frozen=True)
+class Place:
+    """Where trainings are, and what they are trained from and on."""
+
+    folder: Path  # of all scales
+    scale: str
+    root: str = "data"  # of the data sets' files
+    device: str = "auto"
+    download: bool = False
+
+    def run_folder(self, training: Training, seed: int) -> Path:
+        return self.folder / "trainings" / self.scale / training.name / f"seed-{seed}"
+
+    def teacher(self, teacher: PeerOf, seed: int) -> str:
+        """Its name in the settings of a run."""
+        run = self.run_folder(teacher.training, seed)
+        folder = run if teacher.phase == "mutual" else run / INDEPENDENT
+        names = unique(teacher.training.settings["peers"])
+        return f"{folder}:{names[teacher.peer]}"
+
+    def config(self, training: Training, seed: int) -> TrainConfig:
+        settings = {**training.settings}
+        data = settings.pop("data")
+        if self.download and (data != "market1501" or settings.get("standin")):
+            settings["download"] = True
+        return preset(
+            data,
+            **settings,
+            teachers=tuple(self.teacher(one, seed) for one in training.teachers),
+            seed=seed,
+            root=self.root,
+            device=self.device,
+            folder=str(self.run_folder(training, seed)),
+        )
+
+
+def state_of(config: TrainConfig) -> State:
+    """How far the training in `config.folder` is. Raises InputError where the folder holds
+    something else: other files, or a run with other settings."""
+    folder = Path(config.folder or "")
+    if not (folder / CONFIG).is_file():
+        check_new_folder(config)
+        return "new"
+    saved = load_config(folder / CONFIG)
+    check_same_settings(folder, saved, config)
+    summary = read_summary(folder)
+    if not summary or prolonged(config.to_dict(), summary):
+        return "begun"
+    return "begun" if config.independent and summary.get("independent") is None else "finished"
+
+
+def check_same_settings(folder: Path, saved: TrainConfig, wanted: TrainConfig) -> None:
+    """Raises InputError for a run whose settings are not those of the training, but for such as
+    change no weight."""
+    before, now = saved.to_dict(), wanted.to_dict()
+    differ = [
+        f"{name} is {before.get(name)!r} there and {now.get(name)!r} here"
+        for name in {**now, **before}
+        if name not in FREE_ON_RESUME and before.get(name) != now.get(name)
+    ]
+    if differ:
+        raise InputError(
+            f"{folder} holds another training: {', '.join(differ)}; delete that folder, or choose "
+            "another with --folder"
+        )
+
+
+def is_locked(folder: Path) -> bool:
+    """Whether another process trains in a run folder. Not for a folder in which this one does,
+    whose lock would end."""
+    try:
+        with (folder / LOCK).open("rb+") as lock:
+            fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as error:
+        return error.errno in (errno.EAGAIN, errno.EACCES)
+    return False
+
+
+@dataclass(frozen=True)
 class Finished:
-    """A training that has ended, of one seed. device: on which more can be measured."""
+    """A training that has ended, of one seed. root, device: for what is measured on it."""
 
     training: Training
     seed: int
     folder: Path  # of the run
+    root: str = "data"
     device: str = "auto"
 
     @cached_property

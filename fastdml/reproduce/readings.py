@@ -1,0 +1,112 @@
+"""Numbers of finished trainings, as rows name them: percent and nats."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, Literal
+
+from fastdml.reproduce.experiment import Number, Phase
+from fastdml.reproduce.trainings import Finished
+
+Better = Literal["higher", "lower", ""]
+
+
+def peer(k: int, score: str = "top1") -> Number:
+    """A score of peer `k`, from 0, in percent."""
+    return Number(lambda run, phase: 100 * run.scores(phase)[score][k])
+
+
+def mean_of(
+    count: int, score: str = "top1", *, unit: str = "%", better: Better = "higher"
+) -> Number:
+    """A score's mean over the first `count` peers; of fractions in percent."""
+    factor = 100 if unit == "%" else 1
+
+    def read(run: Finished, phase: Phase) -> float:
+        values = run.scores(phase)[score][:count]
+        return factor * sum(values) / count
+
+    return Number(read, unit, better)
+
+
+def ensemble(score: str = "top1", *, unit: str = "%", better: Better = "higher") -> Number:
+    """A score of the ensemble of all peers."""
+    factor = 100 if unit == "%" else 1
+    return Number(lambda run, phase: factor * run.scores(phase)[f"ensemble_{score}"], unit, better)
+
+
+def ensemble_of(count: int) -> Number:
+    """Top-1 of the ensemble of the first `count` peers, which needs their weights."""
+
+    def read(run: Finished, phase: Phase) -> float:
+        folder = run.phase_folder(phase)
+        shares = run.measured("ensembles", phase, lambda: ensembles(folder, run))
+        return 100 * shares[count - 1]
+
+    return Number(read)
+
+
+def ensembles(folder: Path, run: Finished) -> list[float]:
+    """Top-1, as fractions, of the mean of the probabilities of a run's first 1, 2, ..., K peers on
+    the test images."""
+    import torch
+
+    from fastdml.devices import choose_device
+    from fastdml.engine.amp import resolve_amp
+    from fastdml.eval_mode import evaluating
+    from fastdml.metrics import Classification
+    from fastdml.train.run_weights import load_cohort, run_config
+    from fastdml.train.tasks.task import prepared, task_of
+
+    chosen = choose_device(run.device)
+    config = run_config(folder).replace(root=run.root, teachers=())
+    trained, _ = load_cohort(folder, None, chosen)
+    amp = resolve_amp(config.amp, chosen)
+    with prepared(task_of(config), config, chosen, "download") as ready:
+        test: Any = ready.test
+        sizes = range(1, len(trained) + 1)
+        counts = [Classification(K, trained.num_classes, chosen) for K in sizes]
+        with torch.inference_mode(), evaluating(trained):
+            for images, labels in test:
+                with amp.autocast():
+                    logits = [peer(images) for peer in trained.peers]
+                for K, count in zip(sizes, counts, strict=True):
+                    count.update(logits[:K], labels)
+    return [count.compute().ensemble_top1 for count in counts]
+
+
+def posterior(what: Literal["entropy", "top1"], count: int) -> Number:
+    """The mean entropy in nats, or largest probability in percent, of what the first `count` peers
+    say of the training images."""
+
+    def read(run: Finished, phase: Phase) -> float:
+        from fastdml.analysis import posterior_of_run
+
+        measure: Callable[[], Any] = lambda: posterior_of_run(  # noqa: E731
+            run.folder, phase, device=run.device
+        ).to_dict()
+        values = run.measured("training-posterior", phase, measure)[what][:count]
+        return (100 if what == "top1" else 1) * sum(values) / count
+
+    return Number(read, *(("%", "") if what == "top1" else ("nats", "")))
+
+
+NOISE = (0.05, 0.1, 0.2)  # standard deviations, as shares of the norm of each filter
+
+
+def noise_increase(scale: float, count: int) -> Number:
+    """By how many nats the training loss of the first `count` peers rises where noise of this scale
+    is added to their weights."""
+
+    def read(run: Finished, phase: Phase) -> float:
+        from fastdml.analysis import flat_minima_of_run
+
+        measure: Callable[[], Any] = lambda: flat_minima_of_run(  # noqa: E731
+            run.folder, phase, scales=NOISE, device=run.device
+        ).to_dict()
+        found = run.measured("weight-noise", phase, measure)
+        at = found["scales"].index(scale)
+        return sum(losses[at] - losses[0] for losses in found["loss"][:count]) / count
+
+    return Number(read, "nats", "lower")

@@ -1,0 +1,72 @@
+"""Few labels: peers that imitate each other on images without labels too (section 3.4)."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from fastdml.reproduce.cohorts import changes, network, training
+from fastdml.reproduce.experiment import Experiment, Phase, Row, Training, Value
+from fastdml.reproduce.readings import ensemble, mean_of
+from fastdml.reproduce.scales import Scale
+
+ALL = {"cifar100": 50_000, "digits": 1_442}  # training images
+
+
+def labels(scale: Scale) -> int:
+    """A tenth of the training images; of few a fifth, to have some of each class."""
+    images = scale.images or ALL[scale.data or "cifar100"]
+    return images // 10 if images >= 1000 else images // 5
+
+
+def trainings(scale: Scale) -> tuple[Training, Training]:
+    """With labels alone, and with all other images beside them: of as many steps."""
+    pair, count = [scale.network] * 2, labels(scale)
+    semi = training(scale, pair, kind="semi", labelled=count, independent=False)
+    images = scale.images or ALL[scale.data or "cifar100"]
+    times = images // count
+    epochs = scale.settings.get("epochs", 200) * times
+    over = {
+        "subset": count,
+        "epochs": epochs,
+        "eval_every": scale.settings.get("eval_every", 1) * times,
+    }
+    if "schedule" not in scale.settings:
+        over["lr_drop_every"] = 60 * times
+    alone = training(scale, pair, kind="labelled", over=over, independent=True)
+    return alone, semi
+
+
+def rows(scale: Scale) -> Sequence[Row]:
+    alone, semi = trainings(scale)
+    text = f"2 {network(scale)}, {labels(scale):,} labels"
+
+    def row(choice: str, what: str, baseline: tuple[str, Phase], ours: tuple[str, Training]) -> Row:
+        number = ensemble() if what == "ensemble" else mean_of(2)
+        return Row(
+            choice,
+            f"{text}: {what}",
+            Value(baseline[0], alone, baseline[1], number),
+            Value(ours[0], ours[1], "mutual", number),
+        )
+
+    independent: tuple[str, Phase] = ("labels alone, independent", "independent")
+    mutual: tuple[str, Phase] = ("labels alone, mutual", "mutual")
+    single = "mean of single networks"
+    return [
+        row("labelled", single, independent, ("labels alone, mutual", alone)),
+        row("unlabelled", single, independent, ("all images, mutual", semi)),
+        row("unlabelled", single, mutual, ("all images, mutual", semi)),
+        row("ensemble", "ensemble", independent, ("all images, mutual", semi)),
+    ]
+
+
+def notes(scale: Scale) -> Sequence[str]:
+    return (
+        "Cross-entropy on the images with labels, the KL term on all. Trainings with labels alone "
+        "see these images alone, in as many steps. The paper has no figures of CIFAR.",
+    )
+
+
+EXPERIMENT = Experiment(
+    "semi-supervised", "Few labels, and images without", "section 3.4", rows, notes, changes
+)

@@ -1,0 +1,241 @@
+"""What the experiments would train, at every scale, and what they set it beside."""
+
+from __future__ import annotations
+
+import pytest
+
+from fastdml.cli import reproduce as command
+from fastdml.errors import InputError
+from fastdml.reproduce import EXPERIMENTS, SCALES
+from fastdml.reproduce.experiment import Row, Training, trainings_of
+from fastdml.reproduce.experiments import find_experiments
+from fastdml.reproduce.trainings import Place
+
+# The paper's settings, where it states them, and beside them what its reproducers or its authors'
+# code use.
+CIFAR = {
+    "peers": None,  # of the row
+    "batch_size": 64,
+    "pad": 4,
+    "flip": True,
+    "augment": "standard",
+    "subset": 0,
+    "validation": 0.0,
+    "temperature": 1.0,
+    "ce_weight": 1.0,
+    "kl_weight": 1.0,
+    "kl_schedule": "constant",
+    "target": "peers",
+    "gate": "none",
+    "divergence": "forward",
+    "label_smoothing": 0.0,
+    "optimizer": "sgd",
+    "lr": 0.1,
+    "momentum": 0.9,
+    "nesterov": True,
+    "weight_decay": 5e-4,
+    "epochs": 200,
+    "iterations": 0,
+    "schedule": "step",
+    "lr_drop_every": 60,
+    "lr_drops": [],
+    "lr_drop_factor": 0.1,
+    "warmup_epochs": 0.0,
+    "grad_clip": 0.0,
+    "ema": 0.0,
+    "accumulate": 1,
+    "pretrained": False,
+}
+MARKET = {
+    **CIFAR,
+    "batch_size": 16,
+    "pad": 0,
+    "optimizer": "adam",
+    "lr": 2e-4,
+    "momentum": 0.5,
+    "weight_decay": 4e-5,
+    "epochs": 0,
+    "iterations": 100_000,
+    "lr_drop_every": 0,
+    "recipe": "paper",
+    "standin": False,
+    "height": 224,
+    "width": 224,
+    "images_per_id": 0,
+    "erasing": 0.0,
+    "triplet_weight": 0.0,
+    "kl_sum": False,
+}
+# What a training changes of these, by its name.
+CHANGED = {
+    "market1501-timm_mobilenetv1_100-x2-pretrained": {"pretrained": True},
+    "cifar100-resnet32-x5-ensemble-target": {"target": "ensemble"},
+    "cifar100-resnet32-x2-labelled": {"subset": 5000, "epochs": 2000, "lr_drop_every": 600},
+}
+ALL = [
+    (name, scale)
+    for name in EXPERIMENTS
+    for scale in SCALES
+    if (name, scale) != ("market", "digits")
+]
+
+
+def rows_of(name: str, scale: str) -> list[Row]:
+    return EXPERIMENTS[name].chosen(SCALES[scale], ())
+
+
+def all_trainings(scale: str) -> dict[str, Training]:
+    rows = [row for name, at in ALL if at == scale for row in rows_of(name, at)]
+    return {training.name: training for training in trainings_of(rows)}
+
+
+@pytest.fixture
+def place(tmp_path):
+    return Place(tmp_path, "full")
+
+
+@pytest.mark.parametrize(("name", "scale"), ALL)
+def test_every_experiment_can_be_trained_at_every_scale(name, scale, place):
+    experiment, rows = EXPERIMENTS[name], rows_of(name, scale)
+    assert rows
+    for training in trainings_of(rows):
+        config = place.config(training, 3)
+        assert config.seed == 3
+        assert config.folder.endswith(f"{training.name}/seed-3")
+        assert config.deterministic == (scale != "full")
+        assert len(config.teachers) == len(training.teachers)
+    for row in rows:
+        for value in (row.baseline, row.ours):
+            alone = value.training.settings.get("independent", False)
+            assert value.phase == "mutual" or alone, row.label
+        assert row.baseline.number.unit == row.ours.number.unit
+    assert bool(experiment.changes(SCALES[scale])) == (scale != "full")
+    assert all(note.endswith(".") for note in experiment.notes(SCALES[scale]))
+
+
+@pytest.mark.parametrize("scale", SCALES)
+def test_trainings_of_one_name_are_one_training(scale):
+    """`trainings_of` raises where they are not."""
+    assert all_trainings(scale)
+
+
+def test_the_full_scale_is_the_papers_settings(place):
+    found = all_trainings("full")
+    assert found.keys() >= CHANGED.keys()
+    for name, training in found.items():
+        market = training.settings["data"] == "market1501"
+        config = place.config(training, 0).to_dict()
+        expected = {**(MARKET if market else CIFAR), **CHANGED.get(name, {})}
+        expected["peers"] = list(training.settings["peers"])
+        assert {key: config[key] for key in expected} == expected, name
+    assert SCALES["full"].seeds == 3
+
+
+def test_the_papers_pairs_and_figures():
+    found = {}
+    for row in rows_of("table2", "full"):
+        peers = row.ours.training.settings["peers"]
+        assert row.baseline.training == row.ours.training
+        found.setdefault(peers, []).append((row.baseline.paper, row.ours.paper))
+    assert found == {
+        ("resnet32", "resnet32"): [(68.99, 71.19), (68.99, 70.75)],
+        ("wrn_28_10", "resnet32"): [(78.69, 78.96), (68.99, 70.73)],
+        ("mobilenet", "resnet32"): [(73.65, 76.13), (68.99, 71.10)],
+        ("mobilenet", "mobilenet"): [(73.65, 76.21), (73.65, 76.10)],
+        ("wrn_28_10", "mobilenet"): [(78.69, 80.28), (73.65, 77.39)],
+        ("wrn_28_10", "wrn_28_10"): [(78.69, 80.28), (78.69, 80.08)],
+    }
+    cifar10 = [(row.baseline.paper, row.ours.paper) for row in rows_of("cifar10", "full")]
+    assert cifar10 == [
+        (95.01, 95.75), (92.47, 93.18), (93.59, 94.24), (92.47, 93.32), (92.47, 92.68),
+        (92.47, 92.80),
+    ]  # fmt: skip
+
+
+def test_distillation_at_the_full_scale():
+    rows = rows_of("distillation", "full")
+    against = {row.choice: row for row in rows if "against one-way" in row.label}
+    figures = {choice: (row.baseline.paper, row.ours.paper) for choice, row in against.items()}
+    assert figures == {
+        "wrn_28_10+resnet32": (69.48, 70.73),
+        "mobilenet+resnet32": (69.12, 71.10),
+        "market-googlenet+mobilenet": (49.11, 52.87),
+        "market-mobilenet+mobilenet": (45.16, 51.26),
+    }
+    one_way = against["wrn_28_10+resnet32"].baseline.training
+    (teacher,) = one_way.teachers
+    assert one_way.settings["peers"] == ("resnet32",)
+    assert teacher.training.settings["peers"][teacher.peer] == "wrn_28_10"
+    assert teacher.phase == "independent"
+
+
+def test_the_small_trainings(place):
+    """By name: those that results are of."""
+    common = {
+        "data": "cifar100", "subset": 20_000, "epochs": 8, "schedule": "cosine", "eval_every": 4,
+        "deterministic": True, "tensorboard": False, "figures": (),
+    }  # fmt: skip
+    pair = ("resnet14", "resnet14")
+    expected = {
+        "cifar100-resnet14-x4": {**common, "peers": pair * 2, "independent": True},
+        "cifar100-resnet14-x2": {**common, "peers": pair, "independent": False},
+        "cifar100-resnet14-x4-ensemble-target": {
+            **common, "peers": pair * 2, "target": "ensemble", "independent": False,
+        },
+        "cifar100-resnet14-distilled": {**common, "peers": ("resnet14",)},
+        "cifar100-resnet14-x2-semi": {
+            **common, "peers": pair, "labelled": 2000, "independent": False,
+        },
+        "cifar100-resnet14-x2-labelled": {
+            **common, "peers": pair, "subset": 2000, "epochs": 80, "eval_every": 40,
+            "independent": True,
+        },
+    }  # fmt: skip
+    found = {name: each for name, each in all_trainings("small").items() if "resnet14" in name}
+    assert {name: each.settings for name, each in found.items()} == expected
+    (teacher,) = place.config(found["cifar100-resnet14-distilled"], 2).teachers
+    assert teacher.endswith("/cifar100-resnet14-x4/seed-2/independent:resnet14-2")
+
+
+def test_cohort_sizes():
+    rows = rows_of("cohort-size", "full")
+    assert [row.x for row in rows if row.series == "single"] == [*range(1, 9)]
+    assert [row.x for row in rows if row.series == "ensemble"] == [*range(2, 9)]
+    assert [len(row.ours.training.settings["peers"]) for row in rows[1:8]] == [*range(2, 9)]
+    assert {row.baseline.training.name for row in rows} == {"cifar100-resnet32-x8"}
+
+
+def test_names_of_experiments_and_rows():
+    ((table2, choices), (entropy, all_of_it)) = find_experiments(
+        ["table2:resnet32+resnet32", "entropy:posterior", "table2:mobilenet+resnet32", "entropy"]
+    )
+    assert choices == ("resnet32+resnet32", "mobilenet+resnet32")
+    assert (entropy.name, all_of_it) == ("entropy", ())
+    assert len(table2.chosen(SCALES["smoke"], choices)) == 4
+    digits = table2.chosen(SCALES["digits"], ("mobilenet+resnet32",))
+    assert digits[0].ours.training.settings["peers"] == ("resnet14", "resnet8")
+
+
+@pytest.mark.parametrize(
+    ("wrong", "said"),
+    [
+        ("tabel2", r"unknown experiment 'tabel2'; did you mean table2\?"),
+        ("table2:resnet32+resnet3", r"no row .* did you mean resnet32\+resnet32\?"),
+        ("cohort-size:k9", "no row 'k9' at scale small; there is k1, k2, k4"),
+    ],
+)
+def test_wrong_names_get_the_nearest(wrong, said):
+    def chosen() -> list:
+        return [one.chosen(SCALES["small"], rows) for one, rows in find_experiments([wrong])]
+
+    with pytest.raises(InputError, match=said):
+        chosen()
+
+
+def test_market_is_refused_where_it_makes_no_sense():
+    with pytest.raises(InputError, match="give --scale small or smoke or full"):
+        rows_of("market", "digits")
+
+
+def test_the_command_has_the_same_scales():
+    assert sorted(command.SCALES) == sorted(SCALES)
