@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 from fastdml import logs
 
 if TYPE_CHECKING:
-    from fastdml import analysis, data, engine, metrics, models, parallel, plan, train
+    from fastdml import analysis, data, engine, metrics, models, parallel, plan, reproduce, train
     from fastdml.cohort import Cohort
     from fastdml.linear_loss import LinearRows, linear_mutual_loss
     from fastdml.loss import MutualLoss, mutual_loss, mutual_losses
@@ -48,7 +48,9 @@ _HOMES = {
     "mutual_losses": "fastdml.loss",
     "triplet_loss": "fastdml.metric_losses",
 }
-_MODULES = ("analysis", "data", "engine", "metrics", "models", "parallel", "plan", "train")
+_MODULES = (
+    "analysis", "data", "engine", "metrics", "models", "parallel", "plan", "reproduce", "train",
+)  # fmt: skip
 
 __all__ = [
     "CenterLoss",
@@ -74,6 +76,7 @@ __all__ = [
     "mutual_losses",
     "parallel",
     "plan",
+    "reproduce",
     "train",
     "triplet_loss",
 ]

@@ -28,6 +28,7 @@ from fastdml.cli.models import models
 from fastdml.cli.plan import plan
 from fastdml.cli.predict import predict
 from fastdml.cli.report import report
+from fastdml.cli.reproduce import reproduce
 from fastdml.cli.train import train
 from fastdml.errors import InputError
 from fastdml.files import NO_ROOM
@@ -46,6 +47,7 @@ COMMANDS: dict[str, Callable[[list[str]], None]] = {
     "predict": predict,
     "export": export,
     "report": report,
+    "reproduce": reproduce,
     "doctor": doctor,
     "bench": bench,
     "kernels": kernels,

@@ -1,1 +1,116 @@
-"""The paper's tables and figures as experiments that one call repeats."""
+"""The paper's tables and figures as experiments that one call repeats.
+
+    found = fastdml.reproduce.run("table2:resnet32+resnet32", scale="smoke", root="data")
+    print(found)
+
+Each training is a run folder below FOLDER/trainings: what has ended is not repeated, and what was
+killed goes on. `EXPERIMENTS` and `SCALES` have what there is, by name.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+import os
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from fastdml.errors import InputError
+from fastdml.paths import expanded
+from fastdml.reproduce.experiment import Experiment, trainings_of
+from fastdml.reproduce.experiments import EXPERIMENTS, find_experiments
+from fastdml.reproduce.scales import SCALES, Scale, find_scale
+from fastdml.reproduce.trainings import Place
+
+if TYPE_CHECKING:
+    from fastdml.reproduce.record import Record
+
+__all__ = ["EXPERIMENTS", "SCALES", "Experiment", "Reproduction", "Scale", "run", "run_all"]
+
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Reproduction:
+    """What an experiment came to; its text is the table."""
+
+    record: Record  # every number, a value a seed
+    folder: Path  # of the table, as Markdown and CSV, the record and the plots
+    failures: tuple[str, ...] = ()  # of trainings and measurements, a line each
+
+    def __str__(self) -> str:
+        from fastdml.reproduce.tables import markdown
+
+        return markdown(self.record)
+
+    __repr__ = __str__
+
+
+def run(name: str, **options: Any) -> Reproduction:
+    """Repeats one experiment, NAME or NAME:ROW, with the options of `run_all`."""
+    return run_all([name], **options)[0]
+
+
+def run_all(
+    names: Sequence[str],
+    *,
+    scale: str = "small",
+    seeds: int | None = None,
+    root: str | os.PathLike[str] = "data",
+    folder: str | os.PathLike[str] = "reproductions",
+    device: str = "auto",
+    download: bool = False,
+    jobs: int = 1,
+    dry_run: bool = False,
+    command: Sequence[str] | None = None,
+    hint: str = "download=True",
+) -> list[Reproduction]:
+    """Repeats experiments, each NAME or NAME:ROW, and writes FOLDER/SCALE/NAME.
+
+    seeds: 0, 1, ..., so many; by default the scale's. root: folder of the data sets' files. jobs:
+    how many trainings at once, each in a process of its own if there is more than one. dry_run:
+    says what would be trained, and trains nothing. command,
+    hint: what the record says was called, and what messages say that a download is asked for by.
+
+    A training that fails leaves its numbers out of the table, and the others go on. Raises
+    InputError for names that there are not, and for a folder of a training that holds something
+    else; TrainingStopped, a SystemExit, after a signal, when what was trained is saved.
+    """
+    from fastdml.devices import choose_device, device_name
+    from fastdml.reproduce.provenance import provenance_of
+    from fastdml.reproduce.recording import Reader
+    from fastdml.reproduce.results import write_results
+    from fastdml.reproduce.runner import Runner, jobs_of, raising
+
+    began = time.monotonic()
+    wanted = find_scale(scale)
+    chosen = [(one, one.chosen(wanted, rows)) for one, rows in find_experiments(names)]
+    numbers = range(wanted.seeds if seeds is None else seeds)
+    for what, count in (("seeds", len(numbers)), ("jobs", jobs)):
+        if count < 1:
+            raise InputError(f"{what} must be 1 or more, not {count}")
+    place = Place(expanded(folder), scale, str(root), device, download)
+    hardware = device_name(choose_device(device))
+    trainings = trainings_of([row for _, rows in chosen for row in rows])
+    runner = Runner(jobs_of(trainings, numbers, place), jobs, hint)
+    logger.info(runner.plan())
+    if dry_run:
+        return []
+    runner.run()
+    found = []
+    with raising():
+        for experiment, rows in chosen:
+            reader = Reader(place, numbers, runner.failed)
+            record = reader.record(experiment, rows, wanted)
+            seconds = time.monotonic() - began
+            called = command or f"fastdml.reproduce.run_all({list(names)}, scale={scale!r})"
+            made_by = provenance_of(called, device=hardware, seconds=seconds)
+            record = dataclasses.replace(record, provenance=made_by)
+            results = place.folder / scale / experiment.name
+            write_results(results, record)
+            found.append(Reproduction(record, results, tuple(reader.failures)))
+    return found

@@ -1,0 +1,215 @@
+"""Trains what a reproduction needs: what has ended is left, what has begun goes on.
+
+One training after the other in this process, or several at once in processes of their own. One that
+fails costs those that learn from it and no others. A folder that another process trains in is left
+to that process until nothing else is to be done, and then waited for: two reproductions into one
+folder share the work.
+"""
+
+from __future__ import annotations
+
+import logging
+import signal
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from types import FrameType
+from typing import NoReturn
+
+from fastdml.errors import InputError
+from fastdml.notebook import without_advice_to_exit
+from fastdml.reproduce.child import Child, Ended, train_here
+from fastdml.reproduce.experiment import Training
+from fastdml.reproduce.trainings import Place, is_locked, state_of
+from fastdml.train.config.base import TrainConfig
+from fastdml.train.stopping import STOPPING, TrainingStopped
+from fastdml.yaml_file import CONFIG
+
+logger = logging.getLogger(__name__)
+
+POLL = 0.2  # seconds between two looks at processes of ours
+PATIENCE = 5.0  # seconds between two looks at folders of others
+
+
+Key = tuple[str, int]  # a training's name, and a seed
+
+
+@dataclass(frozen=True)
+class Job:
+    """A run: of a training one seed."""
+
+    training: Training
+    seed: int
+    config: TrainConfig
+
+    @property
+    def key(self) -> Key:
+        return self.training.name, self.seed
+
+    @property
+    def needs(self) -> list[Key]:
+        """Those whose peers teach."""
+        return [(one.training.name, self.seed) for one in self.training.teachers]
+
+    @property
+    def folder(self) -> Path:
+        return Path(str(self.config.folder))
+
+    def __str__(self) -> str:
+        return f"{self.training.name}, seed {self.seed}"
+
+
+def jobs_of(trainings: Sequence[Training], seeds: Sequence[int], place: Place) -> list[Job]:
+    """All seeds of all trainings, seed after seed, so that an early end leaves whole seeds."""
+    return [
+        Job(training, seed, place.config(training, seed))
+        for seed in seeds
+        for training in trainings
+    ]
+
+
+class Runner:
+    """Trains jobs, at most `at_once` of them at a time. `failed`: why one has not ended. Raises
+    InputError, before anything is trained, for a folder that holds something else."""
+
+    def __init__(self, jobs: Sequence[Job], at_once: int, hint: str) -> None:
+        self.at_once, self.hint = at_once, hint
+        self.count = len(jobs)
+        self.finished = {job.key for job in jobs if state_of(job.config) == "finished"}
+        self.waiting = [job for job in jobs if job.key not in self.finished]
+        self.failed: dict[Key, str] = {}
+        self.running: dict[Key, tuple[Job, Child]] = {}
+        self.left_to_others: set[Key] = set()
+
+    def plan(self) -> str:
+        """What there is to do."""
+        begun = [job for job in self.waiting if (job.folder / CONFIG).is_file()]
+        new = [job for job in self.waiting if job not in begun]
+        parts = [f"{self.count} trainings: {len(self.finished)} have ended"]
+        parts += [f"{len(begun)} go on ({_listed(begun)})"] if begun else []
+        parts += [f"{len(new)} begin ({_listed(new)})"] if new else []
+        return ", ".join(parts)
+
+    def run(self) -> None:
+        """Raises TrainingStopped after SIGINT, SIGTERM or SIGHUP, when all that train have saved
+        their state."""
+        try:
+            with raising():
+                while self.waiting or self.running:
+                    if not self._go_on():
+                        time.sleep(POLL if self.running else PATIENCE)
+        except TrainingStopped as stopped:
+            number = int(stopped.code or 0) - 128
+            self._end_children(number)
+            raise TrainingStopped(number, self._stopped(number)) from None
+        except BaseException:
+            self._end_children(signal.SIGTERM)
+            raise
+
+    def _go_on(self) -> bool:
+        """Starts what can be started and looks after what runs; whether anything changed."""
+        ended = [key for key, (_, child) in self.running.items() if child.ended]
+        for key in ended:
+            job, child = self.running.pop(key)
+            self._conclude(job, child.result())
+        following = self._next() if len(self.running) < self.at_once else None
+        if following is not None:
+            self._start(following)
+        return bool(ended) or following is not None
+
+    def _next(self) -> Job | None:
+        """The first job whose teachers are trained and in whose folder nobody else trains."""
+        for job in list(self.waiting):
+            lost = [key for key in job.needs if key in self.failed]
+            if lost:
+                self.waiting.remove(job)
+                self.failed[job.key] = f"its teacher, {lost[0][0]}, has not been trained"
+            elif all(key in self.finished for key in job.needs):
+                if not is_locked(job.folder):
+                    self.waiting.remove(job)
+                    return job
+                self._leave(job)
+        return None
+
+    def _leave(self, job: Job) -> None:
+        """To the process that trains it. Told once."""
+        if job.key not in self.left_to_others:
+            self.left_to_others.add(job.key)
+            logger.info(f"{job}: another process trains it, in {job.config.folder}")
+
+    def _start(self, job: Job) -> None:
+        try:
+            state = state_of(job.config)
+        except InputError as error:
+            self._conclude(job, Ended(str(error)))
+            return
+        if state == "finished":  # by another process
+            self.finished.add(job.key)
+            return
+        done = len(self.finished) + len(self.failed) + len(self.running)
+        what = "goes on" if state == "begun" else "begins"
+        logger.info(f"{job} {what} ({done + 1} of {self.count}), in {job.config.folder}")
+        config = job.config.replace(resume=state == "begun")
+        if self.at_once == 1:
+            self._conclude(job, train_here(config, self.hint))
+        else:
+            self.running[job.key] = job, Child(config, self.hint, self.at_once)
+
+    def _conclude(self, job: Job, ended: Ended) -> None:
+        if ended.failure is None:
+            self.finished.add(job.key)
+            return
+        if is_locked(job.folder):  # another process was a moment faster
+            self.waiting.append(job)
+            self._leave(job)
+            return
+        logger.warning(f"{job} has failed: {ended.failure}")
+        self.failed[job.key] = ended.failure
+
+    def _end_children(self, number: int) -> None:
+        """Lets all save their state and end; a signal meanwhile ends the waiting."""
+        for _, child in self.running.values():
+            child.stop(number)
+        for _, child in self.running.values():
+            child.result()
+
+    def _stopped(self, number: int) -> str:
+        how = f"{len(self.finished)} of {self.count} trainings have ended"
+        return (
+            f"stopped by {signal.Signals(number).name}: {how}, and all that "
+            "was trained is saved; the same command goes on"
+        )
+
+
+def _listed(jobs: Sequence[Job]) -> str:
+    """Each training, with its seeds."""
+    seeds: dict[str, list[int]] = {}
+    for job in jobs:
+        seeds.setdefault(job.training.name, []).append(job.seed)
+    return "; ".join(f"{name}, seed {' '.join(map(str, each))}" for name, each in seeds.items())
+
+
+@contextmanager
+def raising() -> Iterator[None]:
+    """In this block SIGINT, SIGTERM and SIGHUP raise TrainingStopped wherever the program is, but
+    within a training, which hears them itself and saves its state first. Ignored ones stay so."""
+
+    def stop(number: int, frame: FrameType | None) -> NoReturn:
+        without_advice_to_exit()
+        raise TrainingStopped(number, "stopped")
+
+    try:
+        before = {number: signal.signal(number, stop) for number in STOPPING if _heard(number)}
+    except ValueError:  # only the main thread may listen
+        before = {}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def _heard(number: int) -> bool:
+    return signal.getsignal(number) is not signal.SIG_IGN
