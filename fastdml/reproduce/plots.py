@@ -21,9 +21,9 @@ from fastdml.report.plots import (
     new_figure,
     save_figure,
 )
-from fastdml.reproduce.record import Record, RowRecord, Side
+from fastdml.reproduce.record import FULL, Record, RowRecord, Side
 from fastdml.reproduce.statistics import pairs, present, spread
-from fastdml.reproduce.tables import difference_of, scaled_down
+from fastdml.reproduce.texts import difference_of
 
 DIFFERENCES, CURVE = "differences", "curve"
 ROW = 0.36  # inches
@@ -33,15 +33,24 @@ MARK = "Record"  # of a PNG's metadata: the digest of the record it was drawn fr
 def draw(folder: Path, record: Record) -> list[Path]:
     """Draws what the record has into `folder`, as PNG; returns the paths. Raises MissingExtra where
     matplotlib is not installed."""
-    drawn = [(DIFFERENCES, differences(record)), (CURVE, curve(record))]
+    makers = {DIFFERENCES: differences, CURVE: curve}
     paths = []
-    for name, figure in drawn:
-        if figure is not None:
-            with in_style():
-                paths += save_figure(
-                    figure, folder / name, ("png",), metadata={MARK: digest(record)}
-                )
+    for name in pictures_of(record):
+        with in_style():
+            figure = makers[name](record)
+            metadata = {MARK: digest(record)}
+            paths += save_figure(figure, folder / name, ("png",), metadata=metadata)
     return paths
+
+
+def pictures_of(record: Record) -> list[str]:
+    """The pictures that a record has something for."""
+    found = [difference_of(row) for row in record.rows]
+    there = {
+        DIFFERENCES: any(one is not None and one.mean is not None for one in found),
+        CURVE: any(row.x is not None for row in record.rows),
+    }
+    return [name for name, is_there in there.items() if is_there]
 
 
 def digest(record: Record) -> str:
@@ -49,14 +58,12 @@ def digest(record: Record) -> str:
     return hashlib.sha256(json.dumps(record.to_dict(), sort_keys=True).encode()).hexdigest()
 
 
-def differences(record: Record) -> Any | None:
-    """A panel a unit. None where no row has a difference to show."""
+def differences(record: Record) -> Any:
+    """A panel a unit, with its rows that have a difference."""
     panels: dict[str, list[RowRecord]] = {}
     for row in record.rows:
         if (found := difference_of(row)) and found.mean is not None:
             panels.setdefault(row.unit, []).append(row)
-    if not panels:
-        return None
     heights = [len(rows) for rows in panels.values()]
     with in_style():
         figure, axes = new_figure(
@@ -107,11 +114,9 @@ def _sides_of(rows: Sequence[RowRecord]) -> str:
     return f"{ours} minus {baseline}"
 
 
-def curve(record: Record) -> Any | None:
-    """None where no rows are points of curves."""
+def curve(record: Record) -> Any:
+    """A line a series and side, of the rows that are points of curves."""
     rows = [row for row in record.rows if row.x is not None]
-    if not rows:
-        return None
     with in_style():
         figure, axes = new_figure(2.5, 1, 1)
         axis = axes[0, 0]
@@ -122,7 +127,7 @@ def curve(record: Record) -> Any | None:
             with_baseline = [(row.x, row.baseline) for row in points if row.baseline]
             dashed = {**look, "linestyle": "--", "markerfacecolor": "white"}
             _draw_line(axis, with_baseline, series, dashed)
-        axis.set_xlabel("peers")
+        axis.set_xlabel(rows[0].x_name)
         axis.set_xticks(sorted({row.x for row in rows if row.x is not None}))
         axis.set_ylabel(rows[0].unit)
         axis.spines[["top", "right"]].set_visible(False)
@@ -155,6 +160,6 @@ def _draw_line(
 def _entitle(figure: Any, record: Record) -> None:
     """Title, and that it is scaled down where it is."""
     lines = textwrap.wrap(record.title, LETTERS)
-    if scaled_down(record):
+    if record.scale != FULL:
         lines += textwrap.wrap(f"scaled down: {record.scale}", LETTERS)
     figure.suptitle("\n".join(lines), fontsize=7, x=0.02, ha="left")

@@ -42,6 +42,7 @@ class RowRecord:
     better: str = "higher"  # or "lower", or "" where neither is
     series: str = ""  # of a curve: which line the row is a point of
     x: float | None = None  # of a curve: where on it
+    x_name: str = "peers"
 
 
 @dataclass(frozen=True)

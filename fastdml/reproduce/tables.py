@@ -4,18 +4,16 @@ from __future__ import annotations
 
 import csv
 import io
-import re
 from collections.abc import Callable, Iterable, Sequence
 from functools import partial
 
+from fastdml.reproduce.outcome import outcome
 from fastdml.reproduce.record import FULL, Record, RowRecord, Side
-from fastdml.reproduce.statistics import Difference, difference, present, spread
+from fastdml.reproduce.statistics import present, spread
+from fastdml.reproduce.texts import difference_of, escaped, p_text, plain, signed
 from fastdml.units import duration
 
 NONE = "-"
-DIGITS = {"%": 2}  # after the point, of a unit; of others:
-MORE_DIGITS = 4
-SPECIAL = re.compile(r"([\\`*_\[\]<>|~#])")
 COLUMNS = (
     "experiment", "scale", "row", "unit", "seed", "baseline_name", "ours_name", "paper_baseline",
     "paper_ours", "baseline", "baseline_sd", "ours", "ours_sd", "difference", "low", "high", "p",
@@ -29,6 +27,7 @@ def markdown(record: Record) -> str:
         scaled_down(record),
         f"# {escaped(record.title)}\n\n{escaped(record.place)}",
         table(record),
+        " ".join(outcome(record)),
         " ".join(legend(record)),
         *map(escaped, record.notes),
         made_by(record),
@@ -105,11 +104,6 @@ def _measured(of: SideOf, title: str, row: RowRecord) -> str:
     return _named(text, side, title)
 
 
-def difference_of(row: RowRecord) -> Difference | None:
-    """ours - baseline; None where there is no baseline."""
-    return None if row.baseline is None else difference(row.baseline.values, row.ours.values)
-
-
 def difference_text(row: RowRecord) -> str:
     """The mean difference, with its interval or the reason why there is none."""
     found = difference_of(row)
@@ -128,22 +122,6 @@ def _p_of(row: RowRecord) -> str:
     if found is None or found.p is None:
         return NONE
     return p_text(found.p)
-
-
-def p_text(p: float) -> str:
-    return f"{p:.3f}" if p >= 0.0005 else "below 0.001"
-
-
-def plain(value: float, unit: str) -> str:
-    """A value with as many digits as its unit has, without the unit."""
-    return f"{value:.{DIGITS.get(unit, MORE_DIGITS)}f}"
-
-
-def signed(value: float, unit: str) -> str:
-    """A difference with its sign; one that rounds to nothing has none."""
-    digits = DIGITS.get(unit, MORE_DIGITS)
-    text = f"{value:+.{digits}f}"
-    return text[1:] if float(text) == 0 else text
 
 
 def _with_unit(text: str, unit: str) -> str:
@@ -211,11 +189,6 @@ def cost(record: Record) -> str:
 
 def _listed(texts: Iterable[str]) -> str:
     return " and ".join(dict.fromkeys(texts))
-
-
-def escaped(text: str) -> str:
-    """Text as Markdown shows it unchanged, in a cell of a table too."""
-    return SPECIAL.sub(r"\\\1", " ".join(text.split()))
 
 
 def columns_of(rows: Sequence[Sequence[str]]) -> str:

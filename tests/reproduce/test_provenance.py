@@ -24,13 +24,13 @@ from fastdml.reproduce.provenance import (
     ("called", "shown"),
     [
         ("fastdml reproduce table2 --scale small", "fastdml reproduce table2 --scale small"),
-        (["/home/me/.venv/bin/fastdml", "reproduce", "table2"], "fastdml reproduce table2"),
-        (["/opt/x/fastdml/__main__.py", "reproduce", "table2"], "fastdml reproduce table2"),
+        (["/srv/me/.venv/bin/fastdml", "reproduce", "table2"], "fastdml reproduce table2"),
+        (["/srv/x/fastdml/__main__.py", "reproduce", "table2"], "fastdml reproduce table2"),
         (
-            "fastdml train digits --root /mnt/data --seed 1",
+            "fastdml train digits --root /srv/data --seed 1",
             "fastdml train digits --root ROOT --seed 1",
         ),
-        ("fastdml train digits --root=/mnt/data", "fastdml train digits --root=ROOT"),
+        ("fastdml train digits --root=/srv/data", "fastdml train digits --root=ROOT"),
         ("fastdml train folder --root ~/photos", "fastdml train folder --root ROOT"),
         ("fastdml train folder --cache-dir ../me/x", "fastdml train folder --cache-dir CACHE_DIR"),
         ("fastdml train folder --teachers /a/run:net", "fastdml train folder --teachers TEACHERS"),
@@ -119,7 +119,7 @@ def test_a_damaged_note_is_one_line(tmp_path):
 
 
 def test_what_is_recorded_is_this_and_no_path():
-    found = provenance_of(["/home/me/fastdml", "reproduce"], device="AMD EPYC", seconds=1.26)
+    found = provenance_of(["/srv/me/fastdml", "reproduce"], device="AMD EPYC", seconds=1.26)
     assert set(found) == {"command", "versions", "commit", "device", "date", "seconds"}
     assert found["command"] == "fastdml reproduce"
     assert found["seconds"] == 1.3

@@ -26,14 +26,8 @@ from fastdml.reproduce.record import (
 )
 from fastdml.reproduce.results import write_results
 from fastdml.reproduce.statistics import difference
-from fastdml.reproduce.tables import (
-    comma_separated,
-    escaped,
-    markdown,
-    p_text,
-    signed,
-    table,
-)
+from fastdml.reproduce.tables import comma_separated, markdown, table
+from fastdml.reproduce.texts import escaped, p_text, signed
 
 
 def cells(text: str) -> list[list[str]]:
@@ -253,7 +247,7 @@ def test_a_record_that_is_not_there_is_one_line(tmp_path):
 def test_a_training_of_a_summary():
     phase = {"scores": {}, "wall_seconds": 10.5}
     summary = {
-        "command": "fastdml train digits --root /home/somebody/data",
+        "command": "fastdml train digits --root /srv/somebody/data",
         "device": "AMD EPYC, 1 thread",
         "threads": 1,
         "execution": "eager",
@@ -322,7 +316,7 @@ def test_the_picture_of_one_seed_has_no_interval():
     one = row(baseline=Side("independent", None, (60.0,)), ours=Side("mutual", None, (61.5,)))
     (axis,) = plots.differences(record(one, seeds=(0,))).axes
     assert [list(line.get_xdata()) for line in axis.lines[:2]] == [[1.5], [1.5]]
-    assert plots.differences(record(replace(one, baseline=None), seeds=(0,))) is None
+    assert plots.pictures_of(record(replace(one, baseline=None), seeds=(0,))) == []
 
 
 def test_curves_have_a_line_a_series_and_side():
@@ -345,4 +339,5 @@ def test_curves_have_a_line_a_series_and_side():
     means = [list(line.get_xdata()) for line in axis.lines if line.get_linestyle() in ("-", "--")]
     assert means.count([1.0, 2.0, 4.0]) == 2
     assert means.count([2.0, 4.0]) == 2
-    assert plots.curve(record()) is None
+    assert plots.pictures_of(record(*rows)) == [plots.DIFFERENCES, plots.CURVE]
+    assert plots.pictures_of(record()) == [plots.DIFFERENCES]

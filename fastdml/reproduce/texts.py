@@ -1,0 +1,38 @@
+"""Numbers and words of a record as texts, as tables and sentences have them."""
+
+from __future__ import annotations
+
+import re
+
+from fastdml.reproduce.record import RowRecord
+from fastdml.reproduce.statistics import Difference, difference
+
+DIGITS = {"%": 2}  # after the point, of a unit; of others:
+MORE_DIGITS = 4
+SPECIAL = re.compile(r"([\\`*_\[\]<>|~#])")
+
+
+def difference_of(row: RowRecord) -> Difference | None:
+    """ours - baseline; None where there is no baseline."""
+    return None if row.baseline is None else difference(row.baseline.values, row.ours.values)
+
+
+def p_text(p: float) -> str:
+    return f"{p:.3f}" if p >= 0.0005 else "below 0.001"
+
+
+def plain(value: float, unit: str) -> str:
+    """A value with as many digits as its unit has, without the unit."""
+    return f"{value:.{DIGITS.get(unit, MORE_DIGITS)}f}"
+
+
+def signed(value: float, unit: str) -> str:
+    """A difference with its sign; one that rounds to nothing has none."""
+    digits = DIGITS.get(unit, MORE_DIGITS)
+    text = f"{value:+.{digits}f}"
+    return text[1:] if float(text) == 0 else text
+
+
+def escaped(text: str) -> str:
+    """Text as Markdown shows it unchanged, in a cell of a table too."""
+    return SPECIAL.sub(r"\\\1", " ".join(text.split()))

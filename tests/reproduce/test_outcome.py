@@ -1,0 +1,82 @@
+"""What a record says: sentences that its intervals choose."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+from made_up import record, row
+
+from fastdml.reproduce.outcome import outcome, single_seeds
+from fastdml.reproduce.record import Side
+from fastdml.reproduce.statistics import difference
+
+BASELINE = Side("independent", None, (60.0, 61.0, 59.5))
+GAIN = row("up", ours=Side("mutual", None, (62.0, 62.5, 61.5)))
+LOSS = row("down", ours=Side("mutual", None, (58.0, 58.5, 57.5)))
+OPEN = row("open", ours=Side("mutual", None, (61.0, 60.0, 59.7)))
+SAME = row("same", ours=Side("mutual", None, BASELINE.values))
+
+
+def test_each_row_is_in_the_sentence_that_its_interval_chooses():
+    first, *texts = outcome(record(GAIN, LOSS, OPEN, SAME))
+    assert first == "Mutual against independent, 3 seeds."
+    gain, loss, undecided, same, seeds = texts
+    found = difference(GAIN.baseline.values, GAIN.ours.values)
+    assert gain == f"A gain: up (+1.83 points, {found.low:+.2f} to {found.high:+.2f})."
+    assert loss.startswith("A loss: down (-2.17 points, ")
+    assert undecided.startswith("No difference that 3 seeds can show: open (+0.07 points, -")
+    assert same == "The same in every seed: same."
+    assert seeds.startswith("Single seeds: ")
+
+
+@pytest.mark.parametrize(
+    ("better", "word"), [("higher", "A gain"), ("lower", "A loss"), ("", "A difference")]
+)
+def test_more_is_what_the_number_makes_of_it(better, word):
+    assert outcome(record(replace(GAIN, better=better)))[1].startswith(f"{word}: up (+1.83")
+
+
+def test_nats_are_no_points():
+    (_, text, _) = outcome(record(replace(GAIN, unit="nats", better="lower")))
+    assert text.startswith("A loss: up (+1.8333 nats, ")
+
+
+def test_one_difference_in_every_seed_has_no_interval():
+    shifted = row("shifted", ours=Side("mutual", None, (61.0, 62.0, 60.5)))
+    assert outcome(record(shifted))[1] == "One difference in every seed: shifted (+1.00 points)."
+
+
+def test_one_seed_says_nothing_of_others():
+    one = replace(
+        GAIN, baseline=Side("independent", None, (60.0,)), ours=Side("mutual", None, (61.0,))
+    )
+    assert outcome(record(one, seeds=(0,))) == [
+        "Mutual against independent, 1 seed.",
+        "Of one seed, which says nothing of others: up (+1.00 points).",
+    ]
+
+
+def test_trainings_that_failed_have_no_figure():
+    lost = row("lost", ours=Side("mutual", None, (None,) * 3))
+    assert outcome(record(lost))[1:] == ["No figure: lost."]
+
+
+def test_nothing_to_compare_says_nothing():
+    assert outcome(record(row(baseline=None))) == []
+
+
+def test_what_single_seeds_could_have_said():
+    noisy = row("noisy", ours=Side("mutual", None, (63.0, 60.5, 59.0)))  # +3, -0.5, -0.5
+    assert single_seeds(record(noisy, GAIN)) == [
+        "Single seeds: within one row from -0.50 to +3.00 points; 2 of 6 differences have another "
+        "sign than the mean of their row."
+    ]
+    assert single_seeds(record(SAME)) == []
+
+
+def test_several_comparisons_are_all_named():
+    other = replace(GAIN, label="b|c", baseline=replace(BASELINE, name="one_way"))
+    first, gain, *_ = outcome(record(GAIN, other))
+    assert first == r"Mutual against independent and mutual against one\_way, 3 seeds."
+    assert r"b\|c (" in gain
