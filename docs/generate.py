@@ -1,5 +1,5 @@
 """Writes the generated parts of the documentation: settings from the dataclasses that define them,
-tables of figures from the measurements in bench/results.
+tables of figures from the measurements in bench/results and the reproductions in results/.
 
 python -m docs.generate            writes what is out of date (make docs)
 
@@ -19,6 +19,7 @@ from types import NoneType
 from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 from bench import host_time, linear, mesh, mesh_pipeline, report, scaling
+from docs import results
 from fastdml.data.registry import dataset_names
 from fastdml.train import FolderConfig, ReidConfig, TrainConfig
 from fastdml.train.checkpoint import FREE_ON_RESUME
@@ -28,7 +29,7 @@ from fastdml.train.config.sources import preset
 ROOT = Path(__file__).resolve().parents[1]
 PAGES = (
     "README.md", "docs/settings.md", "docs/performance.md", "docs/benchmarks.md",
-    "docs/api.md", "docs/scaling.md", "kernels/README.md",
+    "docs/api.md", "docs/scaling.md", "docs/results.md", "kernels/README.md",
 )  # fmt: skip
 RESULTS = ROOT / "bench" / "results"
 PART = re.compile(r"(<!-- generated: (.+?) -->\n).*?(<!-- end -->)", re.DOTALL)
@@ -44,6 +45,8 @@ def part(name: str) -> str:
     """One generated part: `settings ...`, or a file of bench/results and the titles of tables."""
     if name.startswith("settings"):
         return SETTINGS[name]()
+    if name.startswith("results "):
+        return results.part(name)
     if name.startswith("api "):
         return _names_of(name.removeprefix("api "))
     if name == "loss against rivals":
@@ -260,6 +263,8 @@ SETTINGS = {
 
 
 def main() -> int:
+    for folder in results.write_outdated():
+        print(f"{folder}: written")
     for name in PAGES:
         path = ROOT / name
         before = path.read_text(encoding="utf-8")

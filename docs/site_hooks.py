@@ -2,8 +2,9 @@
 links to them.
 
 The pages are written for a code host, where a link is a path in the repository. In the site a link
-to a page that is part of it leads there; a file that is linked to is copied beside the pages; a
-link to a folder becomes plain text, as a site has no folders to show.
+to a page that is part of it leads there; an example that is linked to, or a picture of results/,
+is copied beside the pages; another link becomes plain text, such as one to a folder, as a site has
+no folders to show.
 """
 
 from __future__ import annotations
@@ -24,6 +25,7 @@ ELSEWHERE = {  # pages of the site by their path in the repository
 }
 NAMED = re.compile(r"^\| `(\w+)` \|", re.MULTILINE)  # a row of a table of names in api.md
 LINK = re.compile(r"(?<!!)\[((?:[^][]|\[[^]]*\])*)\]\(([^)\s]+)\)")
+PICTURE = re.compile(r'(<img src=")([^"]+)(")')
 BLOCK = re.compile(r"(^```.*?^```)", re.MULTILINE | re.DOTALL)
 
 
@@ -33,6 +35,9 @@ def on_files(files: Files, *, config: Any) -> Files:
     for path in sorted((ROOT / "examples").iterdir()):
         if path.is_file():
             files.append(File.generated(config, f"examples/{path.name}", abs_src_path=str(path)))
+    for path in sorted((ROOT / "results").rglob("*.png")):
+        place = path.relative_to(ROOT).as_posix()
+        files.append(File.generated(config, place, abs_src_path=str(path)))
     return files
 
 
@@ -41,6 +46,7 @@ def on_page_markdown(markdown: str, *, page: Any, files: Files, **_: Any) -> str
     source = written.get(page.file.src_uri, f"docs/{page.file.src_uri}")
     parts = BLOCK.split(markdown)  # every second part is a block of code
     parts[::2] = [LINK.sub(lambda m: _link(m[1], m[2], source, page, files), p) for p in parts[::2]]
+    parts[::2] = [PICTURE.sub(lambda m: _picture(m, source), part) for part in parts[::2]]
     text = "".join(parts)
     return _reference(text) if page.file.src_uri == "api.md" else text
 
@@ -58,6 +64,12 @@ def _link(text: str, link: str, source: str, page: Any, files: Files) -> str:
         return text
     here = posixpath.dirname(page.file.src_uri)
     return f"[{text}]({os.path.relpath(place, here or '.')}{mark}{anchor})"
+
+
+def _picture(found: re.Match[str], source: str) -> str:
+    """A picture of results/ as the site has it, whose pages are beside that folder."""
+    path = posixpath.normpath(posixpath.join(posixpath.dirname(source), found[2]))
+    return f"{found[1]}{path}{found[3]}" if path.startswith("results/") else found[0]
 
 
 def _reference(markdown: str) -> str:
