@@ -18,6 +18,7 @@ if TYPE_CHECKING:
         peer_agreement,
         plot_agreement,
     )
+    from fastdml.analysis.alignment import KernelAlignment, kernel_alignment, linear_cka
     from fastdml.analysis.calibration import (
         CalibrationScores,
         PeersTemperatureScaling,
@@ -57,6 +58,7 @@ _HOMES = {
     "ConfusionMatrix": "confusion",
     "FlatMinima": "weight_noise",
     "Gains": "gains",
+    "KernelAlignment": "alignment",
     "LossPlane": "sections",
     "LossSection": "sections",
     "PairwiseKL": "divergence",
@@ -78,6 +80,8 @@ _HOMES = {
     "gains_by_group": "gains",
     "gains_by_noise": "gains",
     "gains_by_noise_level": "gains",
+    "kernel_alignment": "alignment",
+    "linear_cka": "alignment",
     "loss_plane": "sections",
     "loss_section": "sections",
     "pairwise_kl": "divergence",
@@ -101,6 +105,7 @@ __all__ = [
     "ConfusionMatrix",
     "FlatMinima",
     "Gains",
+    "KernelAlignment",
     "LossPlane",
     "LossSection",
     "PairwiseKL",
@@ -122,6 +127,8 @@ __all__ = [
     "gains_by_group",
     "gains_by_noise",
     "gains_by_noise_level",
+    "kernel_alignment",
+    "linear_cka",
     "loss_plane",
     "loss_section",
     "pairwise_kl",

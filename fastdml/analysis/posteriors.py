@@ -23,12 +23,13 @@ from fastdml.analysis.networks import (
 )
 from fastdml.errors import InputError
 from fastdml.eval_mode import evaluating
+from fastdml.report.analysis_file import Result
 
 RANKS = 10
 
 
 @dataclass(frozen=True)
-class Posterior:
+class Posterior(Result):
     """Of K networks and, last, of their ensemble, the mean of their probabilities."""
 
     peers: tuple[str, ...]  # K names and "ensemble"
@@ -42,13 +43,7 @@ class Posterior:
         return self.ranked[:, 0]
 
     def to_dict(self) -> dict[str, Any]:
-        return {
-            "peers": list(self.peers),
-            "entropy": self.entropy.tolist(),
-            "top1": self.top1.tolist(),
-            "ranked": self.ranked.tolist(),
-            "images": self.images,
-        }
+        return {**super().to_dict(), "top1": self.top1.tolist()}
 
 
 def posterior(models: Models, batches: Any, *, ranks: int = RANKS) -> Posterior:

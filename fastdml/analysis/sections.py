@@ -43,12 +43,13 @@ from fastdml.analysis.networks import (
     weights_kept,
 )
 from fastdml.errors import InputError
+from fastdml.report.analysis_file import Result
 
 BatchNorm = Literal["reestimated", "stored"]
 
 
 @dataclass(frozen=True)
-class LossSection:
+class LossSection(Result):
     """The loss along a line."""
 
     peers: tuple[str, ...]  # two: 0 is the first, 1 the second; one: 0, and a random direction
@@ -71,21 +72,11 @@ class LossSection:
         return float((loss - ((1 - t) * loss[0] + t * loss[-1])).max())
 
     def to_dict(self) -> dict[str, Any]:
-        return {
-            "peers": list(self.peers),
-            "at": self.at.tolist(),
-            "loss": self.loss.tolist(),
-            "accuracy": self.accuracy.tolist(),
-            "barrier": self.barrier,
-            "distance": self.distance,
-            "images": self.images,
-            "batch_norm": self.batch_norm,
-            "seed": self.seed,
-        }
+        return {**super().to_dict(), "barrier": self.barrier}
 
 
 @dataclass(frozen=True)
-class LossPlane:
+class LossPlane(Result):
     """The loss over a plane."""
 
     peers: tuple[str, ...]  # one to three that the plane goes through
@@ -97,19 +88,6 @@ class LossPlane:
     images: int
     batch_norm: str
     seed: int
-
-    def to_dict(self) -> dict[str, Any]:
-        return {
-            "peers": list(self.peers),
-            "x": self.x.tolist(),
-            "y": self.y.tolist(),
-            "loss": self.loss.tolist(),
-            "points": self.points.tolist(),
-            "distance": self.distance,
-            "images": self.images,
-            "batch_norm": self.batch_norm,
-            "seed": self.seed,
-        }
 
 
 def loss_section(

@@ -40,6 +40,7 @@ from fastdml.analysis.networks import (
     weights_kept,
 )
 from fastdml.errors import InputError
+from fastdml.report.analysis_file import Result
 
 Noise = Literal["filter", "absolute"]
 Noised = Literal["weights", "all"]
@@ -47,7 +48,7 @@ SCALES = (0.05, 0.1, 0.2)
 
 
 @dataclass(frozen=True)
-class FlatMinima:
+class FlatMinima(Result):
     """Of K networks at S scales of noise, the first of them 0."""
 
     peers: tuple[str, ...]
@@ -66,18 +67,7 @@ class FlatMinima:
         return self.loss - self.loss[:, :1]
 
     def to_dict(self) -> dict[str, Any]:
-        return {
-            "peers": list(self.peers),
-            "scales": list(self.scales),
-            "loss": self.loss.tolist(),
-            "increase": self.increase.tolist(),
-            "spread": self.spread.tolist(),
-            "draws": self.draws,
-            "images": self.images,
-            "noise": self.noise,
-            "noised": self.noised,
-            "seed": self.seed,
-        }
+        return {**super().to_dict(), "increase": self.increase.tolist()}
 
 
 def flat_minima(
