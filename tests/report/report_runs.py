@@ -179,6 +179,68 @@ def make_retrieval_run(folder: Path) -> Path:
     return folder
 
 
+def analyses(names, *, layers=2, side=5) -> dict:
+    """What analysis.json holds of these peers, with numbers that are easy to find on a page."""
+    K = len(names)
+    ensemble = [*names, "ensemble"] if K > 1 else list(names)
+    told = {"weights": "last", "images": 1234, "sha256": "0" * 64, "seed": 0}
+    scales = [0.0, 0.1, 0.25]
+    at = [-0.25, 0.0, 0.5, 1.0, 1.25]
+    x = [-0.5 + i / 2 for i in range(side)]
+    square = [[1.0 if i == j else 0.25 + 0.125 * i for j in range(K)] for i in range(K)]
+    found: dict = {
+        "posterior": {
+            "peers": ensemble,
+            "entropy": [0.5 + 0.125 * k for k in range(len(ensemble))],
+            "top1": [0.75 - 0.03125 * k for k in range(len(ensemble))],
+            **told,
+        },
+        "flat_minima": {
+            "peers": list(names),
+            "scales": scales,
+            "loss": [[0.25 * (k + 1) + scale for scale in scales] for k in range(K)],
+            "spread": [[0.0, 0.01, 0.02] for _ in range(K)],
+            "draws": 5,
+            "noise": "filter",
+            **told,
+        },
+        "kernel_alignment": {
+            "peers": list(names),
+            "layers": [f"stage {k + 1}" for k in range(layers)],
+            "alignment": [square] * layers,
+            **told,
+        },
+        "temperature_scaling": {
+            "peers": ensemble,
+            "temperatures": [[1.5, 1.625]] * len(ensemble),
+            "scaled_ece": [0.0125 * (k + 1) for k in range(len(ensemble))],
+            "scaled_nll": [0.375] * len(ensemble),
+            **told,
+        },
+    }
+    if K > 1:
+        found["loss_section"] = [
+            {
+                "peers": [names[0], names[k]],
+                "at": at,
+                "loss": [0.5 + k + abs(t - 0.5) for t in at],
+                "accuracy": [0.875] * 5,
+                "barrier": 0.0625 * k,
+                **told,
+            }
+            for k in range(1, K)
+        ]
+        found["loss_plane"] = {
+            "peers": list(names[:3]),
+            "x": x,
+            "y": x,
+            "loss": [[0.125 + a * a + b * b for a in x] for b in x],
+            "points": [[0.0, 0.0], [1.0, 0.0], [0.5, 1.0]][: min(K, 3)],
+            **told,
+        }
+    return found
+
+
 class Page(HTMLParser):
     """A page as elements and text. Raises AssertionError where elements are not closed in order."""
 

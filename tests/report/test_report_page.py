@@ -20,7 +20,13 @@ from fastdml.report.html.run_page import run_page
 from fastdml.report.metrics_log import MetricsLog
 from fastdml.report.predictions import PREDICTIONS
 from fastdml.report.run_files import read_run
-from fastdml.report.statistics import binomial_interval, calibration, class_accuracy, confusion
+from fastdml.report.statistics import (
+    binomial_interval,
+    calibration,
+    class_accuracy,
+    confusion,
+    paired_interval,
+)
 from fastdml.train.config.sources import preset
 from fastdml.train.tasks import classification, reid
 
@@ -112,8 +118,15 @@ def test_gains_by_class_are_recomputed(run):
     _, *rows = page_of(run).table("Largest gain first")
     assert {row[0] for row in rows} == {"class 0", "class 1", "class 2"}
     gains = []
-    for name, images, a, b, gain, _ in rows:
+    right = [p.top[:2] == p.label for p in (alone, ours)]
+    for name, images, a, b, gain, gained, lost, _ in rows:
         c = int(name[-1])
+        was, now = (hits[:, ours.label == c] for hits in right)
+        assert (int(gained), int(lost)) == ((now & ~was).sum(), (was & ~now).sum())
+        gain, _, interval = gain.partition(" | ")
+        low, high = (float(v.replace("−", "-")) for v in interval.split(" to "))
+        expected = paired_interval(now.mean(axis=0), was.mean(axis=0))
+        assert (low, high) == pytest.approx([100 * v for v in expected], abs=0.051)
         assert int(images) == (ours.label == c).sum()
         assert (a, b) == (f"{100 * before[c]:.1f}", f"{100 * after[c]:.1f}")
         gains.append(float(gain.replace("−", "-")))

@@ -19,6 +19,7 @@ WIDTH, HEIGHT = 420, 250
 LEFT, RIGHT, TOP, BOTTOM = 52, 10, 10, 38
 MOST_COLUMNS = 240  # strips of a chart, and points of a line
 MARKED = 12  # markers on a line, about
+BANDS = 10  # shades of a plane
 
 
 class Line(NamedTuple):
@@ -32,14 +33,18 @@ def peer_look(k: int) -> str:
     return f"c{k % COLOURS} m{k // COLOURS % SHAPES if k >= COLOURS else k % SHAPES}"
 
 
-def line_chart(name: str, title: str, lines: Sequence[Line], x_label: str = "epoch") -> Markup:
-    """name: unique within the page. Lines without a single value are left out."""
+def line_chart(
+    name: str, title: str, lines: Sequence[Line], x_label: str = "epoch", whole: bool = True
+) -> Markup:
+    """name: unique within the page. Lines without a single value are left out. whole: x counts
+    something, so that between 1 and 2 there is no tick."""
     lines = [_thinned(line) for line in lines if any(y is not None for _, y in line.points)]
     xs = sorted({x for line in lines for x, _ in line.points})
     ys = [y for line in lines for _, y in line.points if y is not None]
     if not ys:
         return Markup("")
-    x_ticks = ticks(min(0.0, xs[0]), max(xs[-1], 1e-9), 6, 1.0 if xs[-1] >= 1 else 0.0)
+    least = 1.0 if whole and xs[-1] >= 1 else 0.0
+    x_ticks = ticks(min(0.0, xs[0]), max(xs[-1], 1e-9), 6, least)
     y_ticks = ticks(min(ys), max(ys), 5, _finest(max(map(abs, ys))))
     place = _Place((x_ticks[0], max(xs[-1], 1e-9)), (y_ticks[0], y_ticks[-1]))
     described = "; ".join(f"{line.label}: {_span(line.points)}" for line in lines[:8]) + (
@@ -122,6 +127,67 @@ def reliability_chart(name: str, title: str, described: str, bars: Sequence[Bar]
         ).format(x(0), y(0), x(1), y(1), x(0.5), size + 5)
     )
     return Markup("").join(parts)
+
+
+def plane_chart(
+    name: str,
+    title: str,
+    described: str,
+    x: Sequence[float],
+    y: Sequence[float],
+    values: Sequence[Sequence[float | None]],
+    points: Sequence[tuple[str, str, float, float]],
+) -> Markup:
+    """Values over a plane, the higher the darker, in bands of a logarithmic scale. x, y: rising,
+    two at least; values: (len(y), len(x)), None: no value. points: label, look, x and y of what is
+    marked on it."""
+    place = _Place(_edges(x), _edges(y))
+    there = [max(v, 1e-12) for row in values for v in row if v is not None]
+    low, high = math.log(min(there, default=1.0)), math.log(max(there, default=1.0))
+    parts = [_opening(name, title, described, WIDTH, HEIGHT)]
+    lefts, tops = _borders(x), _borders(y)
+    for j, row in enumerate(values):
+        for i, value in enumerate(row):
+            if value is None:
+                continue
+            share = (math.log(max(value, 1e-12)) - low) / (high - low or 1)
+            left, right = place.x(lefts[i]), place.x(lefts[i + 1])
+            top, bottom = place.y(tops[j + 1]), place.y(tops[j])
+            parts.append(
+                Markup(
+                    '<rect class="cell" x="{}" y="{}" width="{}" height="{}" fill-opacity="{}">'
+                    "<title>{}</title></rect>"
+                ).format(
+                    left, top, _short(right - left), _short(bottom - top),
+                    round(math.floor(share * BANDS * 0.999) / (BANDS - 1) * 0.9, 2),
+                    f"{_tick(x[i])}, {_tick(y[j])}: {number_text(value)}",
+                )
+            )  # fmt: skip
+    parts.append(_grid(place, *(_within(ticks(v[0], v[-1], 5), v) for v in (x, y))))
+    for label, look, at_x, at_y in points:
+        if x[0] <= at_x <= x[-1] and y[0] <= at_y <= y[-1]:
+            parts.append(
+                Markup('<g class="{} marked">{}<title>{}</title></g>').format(
+                    look, _marker(look, place.x(at_x), place.y(at_y)), label
+                )
+            )
+    parts.append(Markup("</svg>"))
+    return Markup("").join(parts)
+
+
+def _borders(values: Sequence[float]) -> list[float]:
+    """Half-way between the values, and as far beyond the first and the last."""
+    middles = [(a + b) / 2 for a, b in pairwise(values)]
+    return [2 * values[0] - middles[0], *middles, 2 * values[-1] - middles[-1]]
+
+
+def _edges(values: Sequence[float]) -> tuple[float, float]:
+    borders = _borders(values)
+    return borders[0], borders[-1]
+
+
+def _within(found: Sequence[float], values: Sequence[float]) -> list[float]:
+    return [tick for tick in found if values[0] - 1e-9 <= tick <= values[-1] + 1e-9]
 
 
 def ticks(low: float, high: float, count: int, least: float = 0.0) -> list[float]:

@@ -191,10 +191,12 @@ def _points(
     return sorted(dict(points).items())
 
 
-def panel(name: str, title: str, lines: Sequence[Line], x_label: str = "epoch") -> Panel:
-    """name: unique within the page."""
+def panel(
+    name: str, title: str, lines: Sequence[Line], x_label: str = "epoch", whole: bool = True
+) -> Panel:
+    """name: unique within the page. whole: as of `line_chart`."""
     lines = [line for line in lines if any(y is not None for _, y in line.points)]
-    chart = line_chart(name, title, lines, x_label)
+    chart = line_chart(name, title, lines, x_label, whole)
     values = [dict(line.points) for line in lines]
     xs = sorted({x for points in values for x in points})
     if len(xs) > MOST_COLUMNS:

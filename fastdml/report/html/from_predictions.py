@@ -18,34 +18,46 @@ from fastdml.report.html.headline import Shown
 from fastdml.report.predictions import Predictions
 from fastdml.report.statistics import (
     BINS,
+    Gain,
+    Interval,
     calibration,
     class_accuracy,
     class_counts,
     confusion,
+    gains,
     most_confused,
+    right,
 )
 
 WHOLE_MATRIX = 50  # classes, at most; of more, the pairs
 PAIRS = 30  # of confused classes
 FEW_CLASSES = 40  # of which a table holds every one at once; else the first and last of them
 ENDS = 12  # classes at each end of a long list
+COUNTED = (
+    "Below a gain its 95 % interval; gained and lost are the answers, one a peer and image, that "
+    "became right and wrong."
+)
 
 
-class ClassRow(NamedTuple):
-    name: str
+class GainRow(NamedTuple):
+    name: str  # of a class or another group of images
     images: int
     before: str  # %, of what is compared
     after: str
     gain: str  # points
     share: float  # of the largest gain or loss, -1 to 1, for a bar
+    interval: str = ""  # of the gain
+    gained: str = ""  # answers that became right
+    lost: str = ""
 
 
-class ByClass(NamedTuple):
+class GainTable(NamedTuple):
     before: str  # what the columns hold
     after: str
     note: str
-    rows: list[ClassRow]  # the largest gain first; of one peer the lowest accuracy first
+    rows: list[GainRow]
     several: bool  # whether there is anything to compare
+    counted: bool  # whether answers gained and lost are known
 
 
 class Diagram(NamedTuple):
@@ -73,19 +85,22 @@ class Picture(NamedTuple):
     says: list[Said]
 
 
-def by_class(shown: Shown) -> ByClass | None:
+def by_class(shown: Shown) -> GainTable | None:
     """Mutual against independent peers, the mean of their accuracies by class; without an
-    independent run the ensemble against the best peer."""
+    independent run the ensemble against the best peer. The largest gain first."""
     found = shown.run.predictions
     if found is None:
         return None
-    accuracy, K = class_accuracy(found), len(found.peers)
+    accuracy, K, C = class_accuracy(found), len(found.peers), found.num_classes
     note = _images_note(found)
+    nothing = Gain(0, math.nan, math.nan, Interval(math.nan, math.nan), 0, 0)
+    groups = [nothing._replace(images=int(n)) for n in class_counts(found)]
     if shown.both is not None:
-        alone = class_accuracy(shown.both[1])
-        before, after = alone[:K].mean(axis=0), accuracy[:K].mean(axis=0)
+        other = shown.both[1]
+        before, after = class_accuracy(other)[:K].mean(axis=0), accuracy[:K].mean(axis=0)
         titles = ("independent (%)", "mutual (%)")
-        note = f"Mean accuracy of the peers. {note}"
+        note = f"Mean accuracy of the peers. {note} {COUNTED}"
+        groups = gains(right(other)[:K], right(found)[:K], found.label, C)
     elif K > 1:
         best = int(np.argmax((found.top[:K] == found.label).mean(axis=1)))
         before, after = accuracy[best], accuracy[K]
@@ -93,23 +108,36 @@ def by_class(shown: Shown) -> ByClass | None:
     else:
         before = after = accuracy[0]
         titles = ("accuracy (%)", "accuracy (%)")
-    gain = after - before
     several = K > 1 or shown.both is not None
-    order = np.argsort(-gain if several else after, kind="stable")  # NaN last
-    largest = np.nanmax(np.abs(gain)) if np.isfinite(gain).any() else 0.0
-    counts = class_counts(found)
-    rows = [
-        ClassRow(
-            found.class_name(c),
-            int(counts[c]),
-            _percent(before[c]),
-            _percent(after[c]),
-            _gain(float(gain[c])),
-            float(gain[c] / largest) if largest and math.isfinite(gain[c]) else 0.0,
+    rows = gain_rows(
+        [
+            (found.class_name(c), group._replace(before=float(a), after=float(b)))
+            for c, (group, a, b) in enumerate(zip(groups, before, after, strict=True))
+        ]
+    )
+    order = np.argsort(-(after - before) if several else after, kind="stable")  # NaN last
+    counted = shown.both is not None
+    return GainTable(*titles, note, [rows[c] for c in order.tolist()], several, counted)
+
+
+def gain_rows(groups: Sequence[tuple[str, Gain]]) -> list[GainRow]:
+    """A row a group of images, by its name."""
+    sizes = [abs(of.after - of.before) for _, of in groups]
+    largest = max(filter(math.isfinite, sizes), default=0.0)
+    rows = []
+    for name, of in groups:
+        gain = of.after - of.before
+        share = gain / largest if largest and math.isfinite(gain) else 0.0
+        interval = ""
+        if all(map(math.isfinite, of.interval)):
+            interval = " to ".join(_gain(end) for end in of.interval)
+        rows.append(
+            GainRow(
+                *(name, of.images, _percent(of.before), _percent(of.after), _gain(gain), share),
+                *(interval, f"{of.gained:,}", f"{of.lost:,}"),
+            )
         )
-        for c in order.tolist()
-    ]
-    return ByClass(*titles, note, rows, several)
+    return rows
 
 
 def confusion_table(found: Predictions) -> dict[str, Any]:
@@ -177,7 +205,7 @@ def disputed(found: Predictions) -> list[Picture]:
     return pictures
 
 
-def ends(rows: Sequence[ClassRow]) -> tuple[Sequence[ClassRow], Sequence[ClassRow]]:
+def ends(rows: Sequence[GainRow]) -> tuple[Sequence[GainRow], Sequence[GainRow]]:
     """The rows to show at once, above and below the others; all of a short list."""
     return (rows, ()) if len(rows) <= FEW_CLASSES else (rows[:ENDS], rows[-ENDS:])
 

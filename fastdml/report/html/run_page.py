@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from fastdml import __version__
-from fastdml.report.html import curves, from_predictions, headline
+from fastdml.report.html import curves, from_analyses, from_predictions, headline
 from fastdml.report.html.curves import Panel
 from fastdml.report.html.headline import Shown
 from fastdml.report.html.render import render
@@ -28,17 +28,23 @@ def run_page(
     defaults: Mapping[str, Any] | None = None,
     weights: str | None = None,
     remedy: str = "",
+    analyses: Mapping[str, Any] | None = None,
+    alone: Mapping[str, Any] | None = None,
 ) -> str:
     """The HTML of a run. defaults: the settings of its data set as they are without any choice,
     None where nobody knows. weights: "last" or "best", by default the best if a validation set
-    chose them. remedy: how a run without predictions gets them."""
+    chose them. remedy: how a run without predictions gets them. analyses, alone: of the run, and of
+    its independent peers, by their name, in the form of analysis.json; those unknown are passed
+    over."""
     shown = Shown(run, headline.shown_weights(run, weights), scoring.headlines, scoring.ensemble)
     found = run.predictions
+    analysed, problems = from_analyses.sections(run, analyses or {}, alone or {})
     values = {
         "title": f"{run.name} – fastdml report",
         "run": run,
         "shown": shown,
         "state": _state(run),
+        "problems": [*run.problems, *problems],
         "table": headline.table_of(shown),
         "sentences": headline.sentences(shown),
         "curves": curves.training(run, scoring.headlines),
@@ -48,6 +54,7 @@ def run_page(
         "throughput": curves.throughput(run),
         "by_class": from_predictions.by_class(shown),
         "ends": from_predictions.ends,
+        "analysed": analysed,
         "settings": settings(run, defaults),
         "environment": _environment(run),
         "remedy": remedy,
