@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import shlex
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -48,13 +49,15 @@ def report(args: list[str]) -> None:
     _check_page(path)
     runs = [read_run(folder) for folder in options.runs]
     if len(runs) == 1:
-        run = runs[0]
+        run, analyses, alone = _analysed(runs[0])
         page = run_page(
             run,
             _scoring(run),
             defaults=_defaults(run),
             weights=options.weights,
             remedy=_remedy(run),
+            analyses=analyses,
+            alone=alone,
         )
     else:
         page = comparison_page(runs, [_scoring(run) for run in runs], weights=options.weights)
@@ -95,6 +98,26 @@ def _defaults(run: RunFiles) -> dict[str, Any] | None:
         return defaults_beside({**run.settings, "data": _data(run)}).to_dict()
     except InputError:
         return None
+
+
+def _analysed(run: RunFiles) -> tuple[RunFiles, dict[str, Any], dict[str, Any]]:
+    """What its predictions and its analysis.json tell of a run, and of its independent peers, by
+    name; the run with what cannot be read among its problems."""
+    from fastdml.analysis import analyse_predictions
+    from fastdml.report.analysis_file import read_analysis
+
+    inner, found = run.independent, []
+    predictions = inner.predictions if inner else None
+    for one, told in (
+        (run, analyse_predictions(run.predictions, predictions)),
+        (inner, analyse_predictions(predictions)),
+    ):
+        try:
+            found.append({**told, **(read_analysis(one.folder) if one else {})})
+        except InputError as error:
+            found.append(told)
+            run = dataclasses.replace(run, problems=[*run.problems, str(error)])
+    return run, found[0], found[1]
 
 
 def _remedy(run: RunFiles) -> str:

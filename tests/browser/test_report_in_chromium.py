@@ -8,9 +8,10 @@ import json
 
 import pytest
 from chromium import CHROMIUM, DRIVER, browser, look, requests
-from report_runs import make_retrieval_run, make_run, predictions
+from report_runs import analyses, make_retrieval_run, make_run, predictions
 
 from fastdml import cli
+from fastdml.analysis import analyse_predictions
 from fastdml.report.html.comparison_page import comparison_page
 from fastdml.report.html.run_page import run_page
 from fastdml.report.run_files import read_run
@@ -110,14 +111,18 @@ def pages(tmp_path_factory):
         found[name] = folder / f"{name}.html"
         found[name].write_text(text)
 
-    def single(run, name: str) -> None:
-        write(name, run_page(read_run(run), SCORING, defaults={"epochs": 20}))
+    def single(run, name: str, **options) -> None:
+        write(name, run_page(read_run(run), SCORING, defaults={"epochs": 20}, **options))
 
-    single(folder / "digits", "digits")
+    read = read_run(folder / "digits")
+    told = analyse_predictions(read.predictions, read.independent.predictions)
+    both = {**told, **analyses(read.peers)}
+    single(folder / "digits", "digits", analyses=both, alone=both)
     names = ['<b>"bold"</b>', "x" * 120, "مرحبا بالعالم", "resnet8 with a name of many words in it"]
     classes = [f"{name} {k}" for k in range(12) for name in ("class", "y" * 60, "日本語の分類")]
     odd = predictions(K=4, N=900, C=36, peers=names, classes=classes)
-    single(make_run(folder / ("z" * 100), odd, epochs=30), "odd")
+    told = {**analyse_predictions(odd), **analyses(names)}
+    single(make_run(folder / ("z" * 100), odd, epochs=30), "odd", analyses=told)
     many = predictions(K=2, N=4000, C=200)
     single(make_run(folder / "many", many), "many")
     single(make_run(folder / "unfinished", ended=False, keep=False), "unfinished")

@@ -7,9 +7,10 @@ import os
 import shutil
 
 import pytest
-from report_runs import Page, make_run
+from report_runs import Page, analyses, make_run
 
 from fastdml import cli
+from fastdml.report.analysis_file import ANALYSIS, write_analysis
 from fastdml.report.predictions import PREDICTIONS, read_predictions
 
 
@@ -77,6 +78,25 @@ def test_an_unfinished_run_and_one_without_predictions(unfinished, run, tmp_path
     assert cli.main(["train", "digits", "--resume", "--folder", str(old)]) == 0
     assert cli.main(["report", str(old)]) == 0
     assert "Confusion" in written(old / "report.html").text
+
+
+def test_analyses_of_a_run_are_on_its_page(run, tmp_path):
+    """Those of its predictions always; those of analysis.json, of both phases, where it is."""
+    copy = tmp_path / "copy"
+    shutil.copytree(run, copy)
+    names = ["resnet8-1", "resnet8-2"]
+    write_analysis(copy, analyses(names))
+    write_analysis(copy / "independent", analyses(names))
+    assert cli.main(["report", str(copy)]) == 0
+    page = written(copy / "report.html")
+    assert page.table("Equal answers (%), independent")
+    assert page.table("Gains by confidence")
+    assert page.table("stage 1, mutual")
+    (copy / "independent" / ANALYSIS).write_text("{")
+    assert cli.main(["report", str(copy)]) == 0
+    page = written(copy / "report.html")
+    assert f"{copy / 'independent' / ANALYSIS} is not JSON" in page.text
+    assert page.table("stage 1")
 
 
 def test_own_data_has_no_known_defaults(tmp_path):

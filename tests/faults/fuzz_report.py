@@ -11,6 +11,7 @@ from fuzz_registry import rewrite, target
 from fuzzing import Check
 from mutations import altered, mutated
 
+from fastdml.analysis import analyse_predictions
 from fastdml.report.html.comparison_page import comparison_page
 from fastdml.report.html.run_page import run_page
 from fastdml.report.metrics_log import METRICS
@@ -20,7 +21,9 @@ from fastdml.report.summary import SUMMARY
 from fastdml.train.tasks.classification import SCORING
 
 sys.path.append(str(Path(__file__).parents[1] / "report"))  # which pytest does for its tests
-from report_runs import Page, make_run, predictions
+from report_runs import Page, analyses, make_run, predictions
+
+NAMES = ["resnet8-1", "resnet8-2"]
 
 
 @target()
@@ -37,10 +40,12 @@ def predictions_file(folder: Path) -> Check:
 
 @target()
 def report_page(folder: Path) -> Check:
-    """Anything in a summary, and any log that is one, makes a page of whole elements."""
+    """Anything in a summary or an analysis, and any log that is one, makes a page of whole
+    elements."""
     run = make_run(folder / "run", predictions(N=12), independent=True)
     make_run(run / "independent", predictions(N=12), kl_weight=0.0)
     summary = json.loads((run / SUMMARY).read_text())
+    told = {**analyse_predictions(*[read_run(run).predictions] * 2), **analyses(NAMES)}
     lines = [json.loads(line) for line in (run / METRICS).read_text().splitlines()]
 
     def check(random: Random) -> None:
@@ -56,7 +61,9 @@ def report_page(folder: Path) -> Check:
         read = read_run(run)
         weights = random.choice((None, "last", "best"))
         if random.random() < 0.7:
-            page = run_page(read, SCORING, defaults={"lr": 1}, weights=weights)
+            shown = altered(random, told)
+            analysed = {"analyses": shown if isinstance(shown, dict) else told, "alone": told}
+            page = run_page(read, SCORING, defaults={"lr": 1}, weights=weights, **analysed)
         else:
             page = comparison_page([read, read], [SCORING] * 2, weights=weights)
         assert Page(page).headings[0][0] == 1
