@@ -21,7 +21,8 @@ from fastdml.cli.main import COMMANDS
 from fastdml.train import from_command_line
 
 ROOT = Path(__file__).resolve().parents[1]
-PAGES = sorted([*ROOT.glob("*.md"), *ROOT.glob("docs/*.md"), *ROOT.glob("kernels/*.md")])
+FOLDERS = ("", "docs/", "kernels/", "results/")
+PAGES = sorted(path for folder in FOLDERS for path in ROOT.glob(f"{folder}*.md"))
 LINK = re.compile(r"(?:\]\(|<img src=\")([^)\s\"]+)")
 CODE = re.compile(r"`([^`\n]+)`")
 BLOCK = re.compile(r"^```(\w*)\n(.*?)^```", re.MULTILINE | re.DOTALL)

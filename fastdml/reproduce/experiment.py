@@ -62,7 +62,7 @@ class Value:
 class Row:
     """A line of a table: `ours` against `baseline`, on the same seeds. choice: what comes after the
     experiment's name to ask for this row, and others with the same choice, alone. series, x: of
-    rows that are points of a curve."""
+    rows that are points of a curve, and what is varied on it."""
 
     choice: str
     label: str
@@ -70,6 +70,7 @@ class Row:
     ours: Value
     series: str = ""
     x: float | None = None
+    x_name: str = "peers"
 
 
 @dataclass(frozen=True)

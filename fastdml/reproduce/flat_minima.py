@@ -20,6 +20,7 @@ def rows(scale: Scale) -> Sequence[Row]:
             Value("mutual", pair, "mutual", noise_increase(noise, 2)),
             "increase of the training loss",
             noise,
+            "standard deviation of the noise",
         )
         for noise in NOISE
     ]

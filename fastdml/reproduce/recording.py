@@ -54,6 +54,7 @@ class Reader:
             number.better,
             row.series,
             row.x,
+            row.x_name,
         )
 
     def _side(self, value: Value) -> Side:
