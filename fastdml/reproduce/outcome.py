@@ -38,7 +38,7 @@ def compared(record: Record) -> str:
     """What is held against what: "Mutual against independent, 3 seeds"."""
     names = {(row.ours.name, row.baseline.name) for row in record.rows if row.baseline}
     texts = [f"{ours} against {baseline}" for ours, baseline in sorted(names)]
-    text = " and ".join(texts)
+    text = "; ".join(texts)
     return escaped(f"{text[:1].upper()}{text[1:]}, {_seeds(record)}")
 
 

@@ -47,7 +47,7 @@ SMALLER_CODE: list[tuple[str, str, str]] = [
 ]
 # Commands that are not run, by the beginning of a line, and why.
 NOT_RUN = {
-    "fastdml reproduce cohort-size": "trains for hours; tests/reproduce has smaller ones",
+    "fastdml reproduce": "trains for minutes to months; tests/reproduce has smaller ones",
     "make demo": "installs; its command is that of the next block",
     "make test": "these are the tests",
     "make help": "needs no environment; a test compares it with the targets",

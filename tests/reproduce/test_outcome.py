@@ -78,5 +78,5 @@ def test_what_single_seeds_could_have_said():
 def test_several_comparisons_are_all_named():
     other = replace(GAIN, label="b|c", baseline=replace(BASELINE, name="one_way"))
     first, gain, *_ = outcome(record(GAIN, other))
-    assert first == r"Mutual against independent and mutual against one\_way, 3 seeds."
+    assert first == r"Mutual against independent; mutual against one\_way, 3 seeds."
     assert r"b\|c (" in gain
