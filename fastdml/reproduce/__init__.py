@@ -50,9 +50,11 @@ class Reproduction:
     __repr__ = __str__
 
 
-def run(name: str, **options: Any) -> Reproduction:
-    """Repeats one experiment, NAME or NAME:ROW, with the options of `run_all`."""
-    return run_all([name], **options)[0]
+def run(name: str, **options: Any) -> Reproduction | None:
+    """Repeats one experiment, NAME or NAME:ROW, with the options of `run_all`. None after a dry
+    run."""
+    found = run_all([name], **options)
+    return found[0] if found else None
 
 
 def run_all(
