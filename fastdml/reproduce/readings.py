@@ -68,7 +68,7 @@ def ensembles(folder: Path, run: Finished) -> list[float]:
         sizes = range(1, len(trained) + 1)
         counts = [Classification(K, trained.num_classes, chosen) for K in sizes]
         with torch.inference_mode(), evaluating(trained):
-            for images, labels in test:
+            for images, labels in test.epoch(0):
                 with amp.autocast():
                     logits = [peer(images) for peer in trained.peers]
                 for K, count in zip(sizes, counts, strict=True):
@@ -84,7 +84,7 @@ def posterior(what: Literal["entropy", "top1"], count: int) -> Number:
         from fastdml.analysis import posterior_of_run
 
         measure: Callable[[], Any] = lambda: posterior_of_run(  # noqa: E731
-            run.folder, phase, device=run.device
+            run.folder, phase, root=run.root, device=run.device
         ).to_dict()
         values = run.measured("training-posterior", phase, measure)[what][:count]
         return (100 if what == "top1" else 1) * sum(values) / count
@@ -103,7 +103,7 @@ def noise_increase(scale: float, count: int) -> Number:
         from fastdml.analysis import flat_minima_of_run
 
         measure: Callable[[], Any] = lambda: flat_minima_of_run(  # noqa: E731
-            run.folder, phase, scales=NOISE, device=run.device
+            run.folder, phase, scales=NOISE, root=run.root, device=run.device
         ).to_dict()
         found = run.measured("weight-noise", phase, measure)
         at = found["scales"].index(scale)

@@ -69,12 +69,13 @@ class Warm:
         *,
         cwd: Path | None = None,
         kill_after: float | None = None,
+        by: int = signal.SIGKILL,
         arm: dict[str, Any] | None = None,
         limit: float = LIMIT,
     ) -> Ended:
         """Runs `module.job(arguments)`, or `job` of this module, in a fork; its output is in `log`.
 
-        kill_after: seconds until SIGKILL. arm: what `arm` of events.c is told.
+        kill_after: seconds until the signal `by`. arm: what `arm` of events.c is told.
         """
         request = {
             "job": job,
@@ -82,6 +83,7 @@ class Warm:
             "log": str(log),
             "cwd": str(cwd or log.parent),
             "kill_after": kill_after,
+            "by": by,
             "arm": arm,
             "limit": limit,
         }
@@ -152,6 +154,9 @@ def _serve() -> None:
             answers.close()
             _become(request)
         killed, limit = request["kill_after"], request["limit"]
+        if killed is not None and request["by"] != signal.SIGKILL:
+            _signal(child, killed, request["by"])
+            killed = None
         status, hung = _wait(child, limit if killed is None else killed)
         answer = {
             "code": os.waitstatus_to_exitcode(status),
@@ -170,6 +175,14 @@ def _wait(child: int, seconds: float) -> tuple[int, bool]:
         os.kill(child, signal.SIGKILL)
     os.close(handle)
     return os.waitpid(child, 0)[1], late
+
+
+def _signal(child: int, seconds: float, number: int) -> None:
+    """Sends it after so long, unless the child has ended."""
+    handle = os.pidfd_open(child)
+    if not select.select([handle], [], [], seconds)[0]:
+        os.kill(child, number)
+    os.close(handle)
 
 
 def _become(request: dict[str, Any]) -> None:
