@@ -253,9 +253,12 @@ def _grid(place: _Place, x_ticks: Sequence[float], y_ticks: Sequence[float]) -> 
         )
     for tick in x_ticks:
         if tick <= place.x_range[1] * (1 + 1e-9):
+            text, x = _tick(tick), place.x(tick)
+            if len(text) > 3:
+                x = _short(min(x, WIDTH - 3.6 * len(text)))  # so that it ends within the chart
             parts.append(
                 Markup('<text class="axis" x="{}" y="{}" text-anchor="middle">{}</text>').format(
-                    place.x(tick), HEIGHT - BOTTOM + 16, _tick(tick)
+                    x, HEIGHT - BOTTOM + 16, text
                 )
             )
     return Markup("").join(parts)

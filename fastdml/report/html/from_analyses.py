@@ -185,8 +185,7 @@ def _posterior(both: Both) -> Section:
     of = next(iter(both.of.values()))
     words = (
         "Entropy of the predicted probabilities, and the mean of the largest of them, on "
-        f"{images:,} {_set_of(of)} images{_weights(both)}. Peers that taught each other are "
-        "commonly less sure."
+        f"{images:,} {_set_of(of)} images{_weights(both)}."
     )
     body = [list(row) for row in zip(rows or [], *columns, strict=True)]
     table_of = Table("Entropy of the predictions", head, body)
