@@ -49,7 +49,7 @@ def test_agreement(page, run):
     assert page.table("Errors in common, 1: by chance, mutual")
     oracle = (found.top[:2] == found.label).any(axis=0).mean()
     assert f"Mutual peers: at least one is right on {100 * oracle:.2f} % of the images" in page.text
-    assert f"(Jensen-Shannon) {found.disagreement.mean():.4f} nats" in page.text
+    assert f"they are {found.disagreement.mean():.4f} nats apart" in page.text
 
 
 def test_gains_by_confidence(page):

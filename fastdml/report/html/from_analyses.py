@@ -7,7 +7,7 @@ is of another form than expected is left out, and named.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 from fastdml.report.analysis_file import ANALYSIS
@@ -40,7 +40,6 @@ class Heat(NamedTuple):
     """A table of numbers for each pair, with a shade of each."""
 
     title: str
-    names: list[str]
     rows: list[tuple[str, list[tuple[str, float | None]]]]  # text, share of the largest; None: none
 
 
@@ -54,9 +53,9 @@ class Section(NamedTuple):
     id: str
     title: str
     words: list[str]
-    panels: list[Panel] = []  # noqa: RUF012
-    heats: list[Heat] = []  # noqa: RUF012
-    tables: list[Table] = []  # noqa: RUF012
+    panels: Sequence[Panel] = ()
+    heats: Sequence[Heat] = ()
+    tables: Sequence[Table] = ()
 
 
 class Scaled(NamedTuple):
@@ -108,34 +107,23 @@ def _agreement(both: Both) -> Section:
     words, heats = [], []
     for label, of in both.of.items():
         names = peers(of, both.run)
-        K = len(names)
-        heats.append(
-            _heat(_titled("Equal answers (%)", label, both), names, needed(of, "same"), 100)
-        )
-        heats.append(_heat(_titled("Cohen's kappa", label, both), names, needed(of, "kappa"), 1))
-        overlap = matrix(needed(of, "overlap"), K, K)
-        heats.append(
-            _heat(_titled("Errors in common, 1: by chance", label, both), names, overlap, 1)
-        )
+        for key, title, unit in (
+            ("same", "Equal answers (%)", 100),
+            ("kappa", "Cohen's kappa", 1),
+            ("overlap", "Errors in common, 1: by chance", 1),
+        ):
+            heats.append(_heat(_titled(title, label, both), names, needed(of, key), unit))
         right, jsd = number(of.get("any_right")), number(of.get("jsd"))
-        text = f"{label.capitalize()} peers: " if len(both.of) > 1 else ""
         if right is not None:
-            text += f"at least one is right on {100 * right:.2f} % of the images"
-            text += (
-                "" if jsd is None else f"; divergence between all (Jensen-Shannon) {jsd:.4f} nats"
-            )
-        words.append(f"{text[:1].upper()}{text[1:]}." if right is not None else "")
-    return Section(
-        "agreement",
-        "Where the peers agree",
-        [
-            "How often two peers give the same answer; Cohen's kappa, which is 0 where they agree "
-            "no more than chance would have it and 1 where they always do; and how often both are "
-            "wrong, over how often they would be if each erred independently of the other.",
-            *filter(None, words),
-        ],
-        heats=heats,
+            who = f"{label.capitalize()} peers: at" if len(both.of) > 1 else "At"
+            apart = f"; they are {jsd:.4f} nats apart (Jensen-Shannon)" if jsd is not None else ""
+            words.append(f"{who} least one is right on {100 * right:.2f} % of the images{apart}.")
+    meaning = (
+        "How often two peers give the same answer; Cohen's kappa, which is 0 where they agree no "
+        "more than chance would have it and 1 where they always do; and how often both are wrong, "
+        "over how often they would be if each erred independently of the other."
     )
+    return Section("agreement", "Where the peers agree", [meaning, *words], heats=heats)
 
 
 def _by_confidence(both: Both) -> GainTable:
@@ -372,7 +360,7 @@ def _heat(title: str, names: list[str], values: Any, unit: float) -> Heat:
                 text = f"{unit * v:.{1 if unit == 100 else 3}f}".replace("-", "−")
                 cells.append((text, round(max(v, 0.0) / top, 3)))
         rows.append((name, cells))
-    return Heat(title, names, rows)
+    return Heat(title, rows)
 
 
 def _titled(title: str, label: str, both: Both) -> str:
