@@ -27,6 +27,7 @@ from fastdml.models.create import check_count, create_model
 from fastdml.models.own import is_own
 from fastdml.names import unique
 from fastdml.paths import expanded
+from fastdml.peer_groups import check_groups, check_one_ensemble
 
 REMEDY = "wrap it in a module that returns {it}"  # where a peer returns more than its logits
 
@@ -44,6 +45,10 @@ class Cohort(nn.Module):
     one. A module brings its own (`logits_and_features` and `embed`, as `ReidModel` has them).
     pretrained: peers begin with timm's weights; all must be models of timm.
     image_size: (height, width) that timm's networks of one size are built for.
+    groups: that the peers are, equal ones of consecutive peers, which do not learn from each other
+        in a training, and each of which is an ensemble of its own: several seeds in one run. A peer
+        that is given by its name begins as it would in a cohort of its group alone, of the seed
+        `seed + g` in group g, counted from 0. Groups name the same models.
     teachers: frozen networks that the peers learn from as well: trained modules that give logits
         (N, num_classes) of the peers' images, which are frozen and put into evaluation mode; and
         timm:NAME, with the classifier and the weights that timm has for it, which needs `mean` and
@@ -56,7 +61,7 @@ class Cohort(nn.Module):
 
     Attributes: `peers`, the modules; `names`, unique names for display; `models`, the name each
     peer was built from (None for a module); `num_classes`; `in_channels`; `head`; `image_size`;
-    `teachers`, a tuple, which may be assigned before a step is made.
+    `teachers`, a tuple, which may be assigned before a step is made; `groups`.
 
     Six more attributes describe the images that the peers were trained on; each is None until it
     is known. Training records them at the first batch, if the batches tell; set the others before
@@ -77,6 +82,7 @@ class Cohort(nn.Module):
     in_channels: int
     head: ReidHead | None
     image_size: tuple[int, int] | None
+    groups: int = 1  # an earlier version's pickle has none
     image_shape: Sequence[int] | None
     mean: Sequence[float] | None
     std: Sequence[float] | None
@@ -99,6 +105,7 @@ class Cohort(nn.Module):
         head: ReidHead | None = None,
         pretrained: bool = False,
         image_size: Sequence[int] | None = None,
+        groups: int = 1,
         teachers: Sequence[str | nn.Module] = (),
     ) -> None:
         super().__init__()
@@ -113,6 +120,9 @@ class Cohort(nn.Module):
         if image_size is not None:
             image_size = cohort_files.height_and_width(image_size)
 
+        check_groups(groups, [p if isinstance(p, str) else type(p).__name__ for p in peers])
+        self.groups = int(groups)
+        size = len(peers) // self.groups
         self.models = [peer if isinstance(peer, str) else None for peer in peers]
         self.names = unique([p if isinstance(p, str) else type(p).__name__ for p in peers])
         self.in_channels = in_channels
@@ -121,9 +131,12 @@ class Cohort(nn.Module):
         self.image_shape = self.mean = self.std = self.classes = self.resize = self.stored = None
         self.num_classes = int(self._common_class_count(peers, num_classes))
         self.peers = nn.ModuleList(
-            _build(p, self.num_classes, in_channels, seed, k, head, pretrained, image_size)
-            if isinstance(p, str)
-            else p
+            p
+            if not isinstance(p, str)
+            else _build(
+                *(p, self.num_classes, in_channels, seed + k // size, k % size),
+                *(head, pretrained, image_size),
+            )
             for k, p in enumerate(peers)
         )
         self._check_peers_differ()
@@ -171,7 +184,9 @@ class Cohort(nn.Module):
         return logits
 
     def ensemble(self, x: Tensor) -> Tensor:
-        """Mean of the peers' probabilities in float32, (N, C)."""
+        """Mean of the peers' probabilities in float32, (N, C). InputError where they are several
+        groups."""
+        check_one_ensemble(self)
         return torch.stack([z.float().softmax(dim=1) for z in self(x)]).mean(dim=0)
 
     def embed(self, x: Tensor) -> list[Tensor]:
@@ -287,7 +302,7 @@ class Cohort(nn.Module):
             cohort_files.load_peer(source, name, weights, path)
             modules.append(source)
 
-        same = {key: description[key] for key in ("in_channels", "head", "image_size")}
+        same = {key: description[key] for key in ("in_channels", "head", "image_size", "groups")}
         cohort = cls(modules, description["num_classes"], **same)
         cohort.names = [entry["name"] for entry in entries]
         cohort.models = [entry["model"] for entry in entries]

@@ -24,6 +24,7 @@ from fastdml.files import Staged, partial, writing
 from fastdml.models import standalone
 from fastdml.names import advice
 from fastdml.paths import expanded
+from fastdml.peer_groups import check_one_ensemble
 from fastdml.peer_outputs import (
     Embedding,
     Ensemble,
@@ -81,6 +82,7 @@ def exported(cohort: Cohort, peer: str | int) -> list[Exported]:
     chosen = peer_numbers(cohort.names, peer)
     if peer != ENSEMBLE:
         return [_one_peer(cohort, chosen[0])]
+    check_one_ensemble(cohort)
     output = "features" if all(map(has_head, cohort.peers)) else "probabilities"
     return [Exported(ENSEMBLE, "the ensemble", chosen, True, output)]
 

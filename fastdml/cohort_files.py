@@ -24,6 +24,7 @@ from fastdml.image_record import FIELDS, checked_record
 from fastdml.models import ReidHead
 from fastdml.models.create import check_count
 from fastdml.paths import expanded
+from fastdml.peer_groups import check_groups
 
 if TYPE_CHECKING:
     from fastdml.cohort import Cohort
@@ -89,6 +90,7 @@ def describe(cohort: Cohort) -> dict[str, Any]:
         "head": cohort.head and dataclasses.asdict(cohort.head),
         "image_size": cohort.image_size,
         **cohort.record(),
+        **({"groups": cohort.groups} if cohort.groups > 1 else {}),
         "peers": [{"name": name, "model": model, "sha256": ""} for name, model in models],
         **({"teachers": teachers} if teachers else {}),
     }
@@ -137,6 +139,8 @@ def checked_description(read: Callable[[], dict[str, Any]], path: Path) -> dict[
         description["head"] = None if head is None else ReidHead(**head)
         size = description.get("image_size")  # nor this, nor the record of the images
         description["image_size"] = None if size is None else height_and_width(size)
+        description["groups"] = description.get("groups", 1)
+        check_groups(description["groups"], [model or "" for _, model, _ in peers])
         teachers = [Identity(**entry) for entry in description.get("teachers", [])]
     except (ValueError, KeyError, TypeError, RecursionError) as error:
         if isinstance(error, InputError):

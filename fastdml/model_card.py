@@ -17,6 +17,7 @@ from fastdml.data.reid_split import STORED
 from fastdml.exported_weights import module_name
 from fastdml.files import write_atomically
 from fastdml.report.run_files import PLACES, data_text
+from fastdml.report.scoring import ensembles
 from fastdml.report.summary import versions
 from fastdml.train.config.base import TrainConfig
 from fastdml.train.config.sources import defaults_beside, is_known
@@ -111,8 +112,10 @@ def _scores(cohort: Cohort, what: Exported, run: Path, weights: Weights) -> str:
         values = (percent(scores[s.name][k]) for s in scoring.headlines)
         rows.append(f"| {cohort.names[k]} | {' | '.join(values)} |")
     if len(cohort) > 1:
-        values = (percent(scores[f"ensemble_{s.name}"]) for s in scoring.headlines)
-        rows.append(f"| ensemble of {len(cohort)} | {' | '.join(values)} |")
+        for name, own in ensembles(scores):
+            values = (percent(own[s.name]) for s in scoring.headlines)
+            who = name.replace("ensemble", f"ensemble of {len(cohort) // cohort.groups}", 1)
+            rows.append(f"| {who} | {' | '.join(values)} |")
     note = f"On the {scored_on} images. These are the {weights} weights"
     if weights == "best":
         flatters = ", which flatters the score" if chosen_on == scored_on else ""

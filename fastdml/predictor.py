@@ -12,6 +12,7 @@ from fastdml.cohort import Cohort
 from fastdml.devices import choose_device
 from fastdml.errors import InputError
 from fastdml.paths import expanded
+from fastdml.peer_groups import check_one_ensemble
 from fastdml.peer_outputs import (
     Embedding,
     Ensemble,
@@ -33,7 +34,8 @@ class Predictor(nn.Module):
     ensemble the mean of the peers'; where the peers have re-identification heads, features (N, D)
     as their `embed` gives them, of the ensemble concatenated to unit length. No gradients.
 
-    peer: a name or number of a peer of the cohort, or "ensemble".
+    peer: a name or number of a peer of the cohort, or "ensemble", which peers in several groups do
+        not have in common: InputError.
 
     Attributes: `names`, of the peers within, in order; `classes`, a name for each probability, None
     where unknown; `num_classes`; `features`, whether a call gives features; `peers`, the modules.
@@ -42,6 +44,8 @@ class Predictor(nn.Module):
     def __init__(self, cohort: Cohort, peer: str | int = "ensemble") -> None:
         super().__init__()
         chosen = peer_numbers(cohort.names, peer)
+        if peer == "ensemble":
+            check_one_ensemble(cohort)
         peers = [full_precision(cohort.peers[k]) for k in chosen]
         self.names = [cohort.names[k] for k in chosen]
         self.num_classes = cohort.num_classes

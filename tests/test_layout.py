@@ -11,8 +11,8 @@ ROOT = Path(__file__).resolve().parents[1]
 
 # What each part may import beside itself and what is `BELOW_ALL`, as docs/architecture.md draws it.
 LOSSES = {
-    "linear_checks", "linear_loss", "loss", "loss_checks", "loss_options", "metric_losses",
-    "mutual_stats", "scalar_schedule", "fastdml_kernels",
+    "grouped_loss", "linear_checks", "linear_loss", "loss", "loss_checks", "loss_options",
+    "metric_losses", "mutual_stats", "scalar_schedule", "fastdml_kernels",
 }  # fmt: skip
 COHORT = {
     "cohort", "cohort_export", "cohort_files", "cohort_teachers", "export_check",
@@ -44,8 +44,8 @@ MAY_IMPORT = {
 }
 BELOW_ALL = {
     "absent_tensors", "devices", "errors", "eval_mode", "files", "host", "list_options", "logs",
-    "names", "namesake", "notebook", "paths", "terminal", "torch_private", "units", "yaml_file",
-    "fastdml",
+    "names", "namesake", "notebook", "paths", "peer_groups", "terminal", "torch_private", "units",
+    "yaml_file", "fastdml",
 }  # fmt: skip
 
 

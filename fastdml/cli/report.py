@@ -24,6 +24,7 @@ def report(args: list[str]) -> None:
     from fastdml.files import write_atomically
     from fastdml.report.html.comparison_page import comparison_page
     from fastdml.report.html.run_page import run_page
+    from fastdml.report.metrics_log import group_folders
     from fastdml.report.run_files import read_run
 
     parser = Parser("report", report)
@@ -47,7 +48,7 @@ def report(args: list[str]) -> None:
 
     path = options.to or (Path(PAGE) if len(options.runs) > 1 else options.runs[0] / PAGE)
     _check_page(path)
-    runs = [read_run(folder) for folder in options.runs]
+    runs = [read_run(part) for run in options.runs for part in group_folders(run) or [run]]
     if len(runs) == 1:
         run, analyses, alone = _analysed(runs[0])
         page = run_page(

@@ -262,7 +262,7 @@ class EagerStep:
                 z.requires_grad_(k in students)
         losses, stats, grads = loss.value_and_grad(logits, labels)
         if self.teachers:
-            count_ensemble(stats, logits[:K], labels)
+            count_ensemble(stats, logits[:K], labels, self.cohort.groups)
         return losses, stats, grads[:K]
 
     def backward(self, outputs: Sequence[Outputs], grads: Sequence[Outputs]) -> None:
@@ -293,14 +293,21 @@ def with_metric(losses: Tensor, metric: Tensor) -> Tensor:
 
 
 @torch.no_grad()
-def count_ensemble(stats: MutualStats, logits: Sequence[Tensor], labels: Tensor) -> None:
-    """Makes `ensemble_correct` that of the peers' `logits` alone; the loss counted teachers too."""
-    right = stats.correct[0]
-    if len(logits) > 1:
-        kind = torch.promote_types(logits[0].dtype, torch.float32)
-        mean = torch.stack([z.softmax(1, dtype=kind) for z in logits]).mean(0)
-        right = (mean.argmax(1) == labels).sum()
-    stats.ensemble_correct.copy_(right)
+def count_ensemble(
+    stats: MutualStats, logits: Sequence[Tensor], labels: Tensor, groups: int = 1
+) -> None:
+    """Makes `ensemble_correct` that of the peers' `logits` alone, of groups the mean; the loss
+    counted teachers too."""
+    size, found = len(logits) // groups, []
+    for start in range(0, len(logits), size):
+        right = stats.correct[start]
+        if size > 1:
+            kind = torch.promote_types(logits[0].dtype, torch.float32)
+            own = logits[start : start + size]
+            mean = torch.stack([z.softmax(1, dtype=kind) for z in own]).mean(0)
+            right = (mean.argmax(1) == labels).sum()
+        found.append(right)
+    stats.ensemble_correct.copy_(found[0] if groups == 1 else torch.stack(found).double().mean())
 
 
 def widened(t: Tensor) -> Tensor:

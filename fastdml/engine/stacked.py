@@ -130,7 +130,7 @@ class StackedStep(EagerStep):
         taught = [self.forward(k, images)[0] for k in range(1, len(self.forwards))]
         peers = [z.requires_grad_() for z in stacked.detach().unbind()]  # those who learn
         losses, stats, found = loss.value_and_grad([*peers, *taught], labels)
-        count_ensemble(stats, peers, labels)
+        count_ensemble(stats, peers, labels, self.cohort.groups)
         return losses, stats, [torch.stack(cast(list[Tensor], found[: len(peers)]))]
 
 

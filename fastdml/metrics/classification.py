@@ -6,6 +6,8 @@ costs about four passes over each peer's (N, C) logits, and one (N, C) buffer of
 for the ensemble. With `keep` a fifth pass finds each row's class, and a few numbers a row stay on
 the device.
 
+Peers in groups that did not learn from each other have an ensemble a group, in place of one.
+
 Rules, the same for every peer and for the ensemble (the mean of the peers' probabilities):
 - Ties: of equal scores the lowest class index ranks first, as numpy's argmax has it.
 - Top-5 is top-min(5, C).
@@ -22,7 +24,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -54,33 +56,62 @@ class ClassificationScores:
     ensemble_entropy: float
 
 
+@dataclass(frozen=True)
+class GroupedScores(ClassificationScores):
+    """Of peers in groups: group_NAME has for each peer the score of its group's ensemble, and
+    ensemble_NAME is the mean over the groups."""
+
+    groups: int
+    group_top1: list[float]
+    group_top5: list[float]
+    group_ece: list[float]
+    group_nll: list[float]
+    group_entropy: list[float]
+
+
 class Rows(NamedTuple):
     """What is kept of each row, in the order of the batches. On axis 0 the K peers, then the
-    ensemble."""
+    ensemble, of G groups the G ensembles."""
 
     label: Tensor  # (N,) int64
-    top: Tensor  # (K + 1, N) int64: the class that ranks first; -1 where there are no probabilities
-    confidence: Tensor  # (K + 1, N) float32: its probability
-    label_log: Tensor  # (K + 1, N) float32: log-probability of the label, in nats
+    top: Tensor  # (K + G, N) int64: the class that ranks first; -1 where there are no probabilities
+    confidence: Tensor  # (K + G, N) float32: its probability
+    label_log: Tensor  # (K + G, N) float32: log-probability of the label, in nats
     disagreement: Tensor
     """(N,) float32, in nats: entropy of the mean of the peers' probabilities less the mean of their
-    entropies (the generalised Jensen-Shannon divergence), from 0, all alike, to log K."""
+    entropies (the generalised Jensen-Shannon divergence), from 0, all alike, to log K. Of several
+    groups (G, N), within each."""
+
+    def of_group(self, g: int, groups: int) -> Rows:
+        """Those of one of several groups, as if there were no other."""
+        size = len(self.top) // groups - 1
+        own = [*range(g * size, (g + 1) * size), groups * size + g]
+        top, confidence, label_log = (t[own] for t in (self.top, self.confidence, self.label_log))
+        return Rows(self.label, top, confidence, label_log, self.disagreement[g])
 
 
 class Classification:
-    """Sums over a test set of C classes for K peers: `update` with each batch, then `compute`.
-    keep: also keeps what `rows` gives. Raises InputError for K or C below 1."""
+    """Sums over a test set of C classes for K peers in equal groups, by default one: `update` with
+    each batch, then `compute`. keep: also keeps what `rows` gives. Raises InputError for K or C
+    below 1."""
 
     def __init__(
-        self, K: int, C: int, device: torch.device | str = "cpu", *, keep: bool = False
+        self,
+        K: int,
+        C: int,
+        device: torch.device | str = "cpu",
+        *,
+        keep: bool = False,
+        groups: int = 1,
     ) -> None:
         if K < 1 or C < 1:
             raise InputError(f"scores need at least one peer and one class, not K={K} and C={C}")
         self.K, self.C, self.device = K, C, torch.device(device)
+        self.groups, self.size = groups, K // groups
         self.rows = 0
         self.keep = keep
         self.kept: list[Rows] = []  # of each batch
-        self.sums: list[Tensor] = []  # of each batch, (K + 1, 21) float64
+        self.sums: list[Tensor] = []  # of each batch, (K + groups, 21) float64
 
     @torch.no_grad()
     def update(self, logits: Sequence[Tensor], labels: Tensor) -> None:
@@ -97,31 +128,41 @@ class Classification:
         # (N,) within range, since an index out of range leaves a CUDA context unusable
         labels = labels.long().clamp(0, self.C - 1)
 
-        found = []
-        p_sum = torch.zeros(N, self.C, device=self.device)
-        log_p_true = []
-        for z in logits:
+        found, ensembles, log_means = [], [], []
+        log_p_true: list[Tensor] = []
+        for k, z in enumerate(logits):
+            if k % self.size == 0:
+                p_sum = torch.zeros(N, self.C, device=self.device)
             z = z.float()
             log_p = z.log_softmax(dim=1)
             p = log_p.exp()
             p_sum += p
             log_p_true.append(log_p.gather(1, labels[:, None])[:, 0])
             found.append(_of_batch(z, p, log_p_true[-1], labels, bad_label, self.keep))
-        # log of the mean probability from the logs, so that an underflow does not make it -inf.
-        log_mean = torch.stack(log_p_true).logsumexp(dim=0) - math.log(self.K)
-        p_mean = p_sum / self.K
-        found.append(_of_batch(p_mean, p_mean, log_mean, labels, bad_label, self.keep))
-        self.sums.append(torch.stack([batch.sums for batch in found]))
+            if k % self.size < self.size - 1:
+                continue
+            # log of the mean probability from the logs, so that an underflow does not make it -inf.
+            own = torch.stack(log_p_true[-self.size :])
+            log_means.append(own.logsumexp(dim=0) - math.log(self.size))
+            p_mean = p_sum / self.size
+            ensembles.append(_of_batch(p_mean, p_mean, log_means[-1], labels, bad_label, self.keep))
+        self.sums.append(torch.stack([batch.sums for batch in [*found, *ensembles]]))
         self.rows += N
         if self.keep:
-            entropy = torch.stack([batch.entropy for batch in found])
+            both = [*found, *ensembles]
+            apart = torch.stack(
+                [
+                    mean.entropy - torch.stack([one.entropy for one in own]).mean(0)
+                    for mean, own in zip(ensembles, _in_groups(found, self.size), strict=True)
+                ]
+            ).clamp_min_(0)
             self.kept.append(
                 Rows(
                     label=labels,
-                    top=torch.stack([batch.top for batch in found if batch.top is not None]),
-                    confidence=torch.stack([batch.confidence for batch in found]),
-                    label_log=torch.stack([*log_p_true, log_mean]),
-                    disagreement=(entropy[-1] - entropy[:-1].mean(0)).clamp_min_(0),
+                    top=torch.stack([batch.top for batch in both if batch.top is not None]),
+                    confidence=torch.stack([batch.confidence for batch in both]),
+                    label_log=torch.stack([*log_p_true, *log_means]),
+                    disagreement=apart[0] if self.groups == 1 else apart,
                 )
             )
 
@@ -130,7 +171,7 @@ class Classification:
         nothing was added or a label is out of range."""
         if self.rows == 0:
             raise InputError("there is nothing to score: the test set gave no rows")
-        totals = torch.zeros(self.K + 1, COLUMNS, dtype=torch.float64)
+        totals = torch.zeros(self.K + self.groups, COLUMNS, dtype=torch.float64)
         for sums in torch.stack(self.sums).cpu():
             totals += sums
         if bad := int(totals[0, BAD_LABEL]):
@@ -138,31 +179,32 @@ class Classification:
         ece = totals[:, 6:].abs().sum(dim=1)
         ece[totals[:, NONFINITE] > 0] = torch.nan
         means = torch.cat([totals[:, :NONFINITE], ece[:, None]], dim=1) / self.rows
-        top1, top5, nll, entropy, ece = means.T.tolist()
-        return ClassificationScores(
-            rows=self.rows,
-            top1=top1[:-1],
-            top5=top5[:-1],
-            ece=ece[:-1],
-            nll=nll[:-1],
-            entropy=entropy[:-1],
-            nonfinite=[int(n) for n in totals[:-1, NONFINITE]],
-            ensemble_top1=top1[-1],
-            ensemble_top5=top5[-1],
-            ensemble_ece=ece[-1],
-            ensemble_nll=nll[-1],
-            ensemble_entropy=entropy[-1],
-        )
+        K, size = self.K, self.size
+        values: dict[str, Any] = {"groups": self.groups} if self.groups > 1 else {}
+        for name, column in zip(("top1", "top5", "nll", "entropy", "ece"), means.T, strict=True):
+            own = column.tolist()
+            values[name], values[f"ensemble_{name}"] = own[:K], own[-1]
+            if self.groups > 1:
+                values[f"ensemble_{name}"] = float(column[K:].mean())
+                values[f"group_{name}"] = [own[K + k // size] for k in range(K)]
+        kind = ClassificationScores if self.groups == 1 else GroupedScores
+        nonfinite = [int(n) for n in totals[:K, NONFINITE]]
+        return kind(rows=self.rows, nonfinite=nonfinite, **values)
 
     def kept_rows(self) -> Rows:
         """What `keep` kept of everything added so far, on the device. Raises InputError where it
         was not to keep anything."""
         if not self.keep:
             raise InputError("nothing was kept of the rows: make Classification with keep=True")
-        ints = torch.zeros(self.K + 1, 0, dtype=torch.int64, device=self.device)
-        none = Rows(ints[0], ints, ints.float(), ints.float(), ints[0].float())
+        ints = torch.zeros(self.K + self.groups, 0, dtype=torch.int64, device=self.device)
+        apart = ints[0] if self.groups == 1 else ints[: self.groups]
+        none = Rows(ints[0], ints, ints.float(), ints.float(), apart.float())
         parts = zip(none, *self.kept, strict=True)
         return Rows(*(torch.cat(tensors, dim=-1) for tensors in parts))
+
+
+def _in_groups(found: list[_OfBatch], size: int) -> list[list[_OfBatch]]:
+    return [found[start : start + size] for start in range(0, len(found), size)]
 
 
 class _OfBatch(NamedTuple):

@@ -19,6 +19,9 @@ A run folder holds, from this module:
     tensorboard/       the same scalars: KIND/NAME, with /PEER where there is one a peer
     metrics.csv        of epochs and evaluations, where it is asked for
     independent/       the comparison without the KL term, a run folder of the same form
+    groups/G/          of peers in groups, which are an ensemble each: group_NAME: [K] has for each
+                       peer its group's ensemble, ensemble_NAME is the mean over the groups, and
+                       each group has a run folder of the same form, written when the run ends
 """
 
 from __future__ import annotations
@@ -35,6 +38,7 @@ from typing import Any
 from fastdml.errors import InputError
 from fastdml.files import sync, write_atomically, writing
 from fastdml.paths import expanded
+from fastdml.peer_groups import GROUPS
 from fastdml.report.loggers import TABLE, Events, Logger, Table, WeightsAndBiases
 
 logger = logging.getLogger(__name__)
@@ -44,6 +48,19 @@ INDEPENDENT = "independent"
 TEACHER_KL = "teacher_kl/"  # before a teacher's name: T**2 KL(teacher || peer), one a peer
 
 Records = list[dict[str, Any]]
+
+
+def group_folder(folder: Path, g: int) -> Path:
+    """Of group g in the run `folder`, or in its independent one."""
+    if folder.name == INDEPENDENT:
+        return folder.parent / GROUPS / str(g) / INDEPENDENT
+    return folder / GROUPS / str(g)
+
+
+def group_folders(folder: Path) -> list[Path]:
+    """Those of a run that has ended, in order; none where its peers are one group."""
+    found = [path for path in folder.glob(f"{GROUPS}/*") if (path / METRICS).is_file()]
+    return sorted(found, key=lambda path: (len(path.name), path.name))
 
 
 class MetricsLog:

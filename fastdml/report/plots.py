@@ -83,7 +83,8 @@ def _curves(runs: dict[str, Records], headlines: Sequence[Headline]) -> Any:
     records = next(iter(runs.values()))
     names = _names(records)
     panels = _panels(records, len(names), headlines)
-    legend = _legend(names, list(runs))
+    grouped = any("groups" in record for record in records)
+    legend = _legend(names, list(runs), "ensembles' mean" if grouped else "ensemble")
     columns = 2 if max(len(entry[-1]) for entry in legend) <= LETTERS // 2 - 6 else 1
     rows = math.ceil(len(legend) / columns)
     figure, axes = new_figure(1.55 * len(panels) + 0.14 * rows + 0.3, len(panels), 1, sharex=True)
@@ -132,14 +133,16 @@ def whom_peers_learn_from(records: Records, K: int) -> str:
     return " and ".join(others)
 
 
-def _legend(names: Sequence[str], runs: Sequence[str]) -> list[tuple[Any, str, str, str]]:
+def _legend(
+    names: Sequence[str], runs: Sequence[str], ensemble: str
+) -> list[tuple[Any, str, str, str]]:
     """(colour, marker, line style, label) of each entry."""
     entries = [
         (*_look(k, len(names)), "-", "\n".join(textwrap.wrap(name, LETTERS - 6)))
         for k, name in enumerate(names)
     ]
     if len(names) > 1:
-        entries.append(("black", "", "-", "ensemble"))
+        entries.append(("black", "", "-", ensemble))
     if max(len(names), len(runs)) > 1:
         styles = zip(runs, ("-", "--"), strict=False)
         entries += [("0.5", "", style, run) for run, style in styles]

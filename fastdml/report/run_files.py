@@ -46,6 +46,11 @@ class RunFiles:
         return "mutual" if len(self.peers) == 1 or is_mutual(self.settings) else INDEPENDENT
 
     @property
+    def groups(self) -> int:
+        """In which the peers are, each an ensemble of its own."""
+        return int(number(self.settings.get("groups")) or 1)
+
+    @property
     def teachers(self) -> list[str]:
         """Names of the frozen networks that taught the peers."""
         found = self.summary.get("teachers")

@@ -47,6 +47,7 @@ def write_summary(
     images that these scores are of. teachers: name, source, model and digest of each.
     """
     runs = {"mutual": mutual, "independent": independent}
+    groups = config.get("groups", 1)
     key = "best_scores" if chosen_on == "validation" else "scores"
     summary = {
         "config": config,
@@ -61,6 +62,7 @@ def write_summary(
         "peers": [
             {
                 "name": name,
+                **({"group": k * groups // len(peers)} if groups > 1 else {}),
                 "parameters": count,
                 **{
                     f"{score.entry}_{run}": _score(values, key, score.name, k)

@@ -13,7 +13,6 @@ def summary_table(summary: dict[str, Any], scoring: Scoring) -> str:
     """Independent against mutual training, as papers compare them: the headline scores in %; of
     mutual training alone where there was no other."""
     runs = ("independent", "mutual") if summary["independent"] else ("mutual",)
-    ensemble = percent(summary["ensemble_mutual"])
     rate = _rate(summary["mutual"])
     entries = [score.entry for score in scoring.headlines]
     prefixes = [f"{score.label} " for score in scoring.headlines]
@@ -33,12 +32,14 @@ def summary_table(summary: dict[str, Any], scoring: Scoring) -> str:
             peer["name"],
             f"{peer['parameters']:,}",
             *(percent(peer[f"{x}_{run}"]) for x in entries for run in runs),
-            ensemble,
+            percent(_ensemble(summary, scoring, k)),
             rate,
         )
-        for peer in summary["peers"]
+        for k, peer in enumerate(summary["peers"])
     ]
     note = f"ensemble: {scoring.ensemble}"
+    if summary["config"].get("groups", 1) > 1:
+        note += ", of each group"
     if summary["independent"]:
         note += (
             f" (independent peers': {percent(summary['ensemble_independent'])} %)"
@@ -50,9 +51,20 @@ def summary_table(summary: dict[str, Any], scoring: Scoring) -> str:
     return "\n".join([fixed_columns(rows), *_chosen(summary), *_stopped(summary), note])
 
 
+def _ensemble(summary: dict[str, Any], scoring: Scoring, k: int) -> float:
+    """That of the group of peer k."""
+    scores = summary["mutual"]["best_scores" if _is_chosen(summary) else "scores"] or {}
+    each = scores.get(f"group_{scoring.leading}")
+    return each[k] if each else summary["ensemble_mutual"]
+
+
+def _is_chosen(summary: dict[str, Any]) -> bool:
+    return summary.get("chosen_on") == "validation"
+
+
 def _chosen(summary: dict[str, Any]) -> list[str]:
     """Which weights the table is of, where it is not of the last."""
-    if summary.get("chosen_on") != "validation":
+    if not _is_chosen(summary):
         return []
     runs = {run: summary[run] for run in ("mutual", "independent") if summary[run]}
     epochs = ", ".join(

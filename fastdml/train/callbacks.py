@@ -61,7 +61,7 @@ class EpochStartEvent(Event):
     from each; neither the diagonal nor the rows of teachers are used. It is `peer_weights` of
     `fastdml.mutual_loss`, in place of an equal share of each, and part of the checkpoint. Every
     execution follows it, and none captures anew. Raises InputError for another shape, and for
-    values that are negative or not finite."""
+    values that are negative or not finite, and where peers are in groups."""
 
 
 @dataclass(frozen=True)
@@ -173,7 +173,12 @@ class Calls:
         return len(self.trainer.cohort) + len(self.trainer.cohort.teachers)
 
     def _checked(self, weights: Any) -> Tensor:
-        size = self._networks
+        size, groups = self._networks, self.trainer.cohort.groups
+        if groups > 1:
+            raise InputError(
+                f"peer weights of a run of {groups} groups, which learn from nobody outside: leave "
+                "groups out"
+            )
         wanted = (
             f"give a matrix ({size}, {size}) of numbers from 0 on, row k how much network k learns "
             "from each"

@@ -20,6 +20,8 @@ from fastdml.data.image_set import IGNORED
 from fastdml.engine.amp import Amp
 from fastdml.errors import InputError, one_line, require
 from fastdml.eval_mode import evaluating
+from fastdml.grouped_loss import GroupedLoss
+from fastdml.loss import MutualLoss
 from fastdml.parallel import RemotePeer
 from fastdml.torch_private import wraps_compiled
 from fastdml.train.batches import Batches, described, first_batch, noun, sizes
@@ -86,8 +88,35 @@ def arguments(cohort: Any, config: Any) -> None:
                 f"peer {name} has lazy layers, whose weights are not there yet: call it on a batch "
                 "before the cohort is made"
             )
+    if config.groups not in (1, cohort.groups):
+        raise InputError(
+            f"groups={config.groups}: the cohort was made with {cohort.groups}: make it with "
+            f"Cohort(..., groups={config.groups}), and leave the setting out"
+        )
     if next(cohort.parameters(), None) is None:
         raise InputError("the peers have no parameters, so that there is nothing to train")
+
+
+def groups(cohort: Cohort, config: TrainConfig, on_a_mesh: bool) -> None:
+    """Refuses groups of peers where they would learn from each other, or not be told apart."""
+    if config.groups != cohort.groups:  # of a task of the user's
+        raise InputError(
+            f"groups={config.groups}, and {task_of(config).title} runs made {cohort.groups}: their "
+            "prepare must make Cohort(..., groups=config.groups)"
+        )
+    if cohort.groups > 1 and on_a_mesh:
+        raise InputError(
+            f"groups={cohort.groups} on a mesh: the groups share one device; train without a mesh"
+        )
+
+
+def keeps_groups_apart(loss: MutualLoss, groups: int) -> None:
+    """Refuses another task's loss, in which groups of peers would learn from each other."""
+    if groups > 1 and not isinstance(loss, GroupedLoss):
+        raise InputError(
+            f"groups={groups}: a {type(loss).__name__} does not keep groups of peers apart; train "
+            "without groups"
+        )
 
 
 def first_look(cohort: Cohort, train: Batches, config: TrainConfig, amp: Amp) -> Tensor:
@@ -285,6 +314,7 @@ def recorded(
         "flip": bool(getattr(augment, "flip", False)),
         "augment": getattr(labelled, "policy", None) or "standard",
         "peers": tuple(kinds),
+        "groups": cohort.groups,
         "teachers": tuple(teacher.source or teacher.name for teacher in cohort.teachers),
     }
     changes |= task_of(config).recorded(cohort, train, images)

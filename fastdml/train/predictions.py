@@ -21,9 +21,12 @@ from fastdml import parallel
 from fastdml.cohort import Cohort
 from fastdml.engine.amp import Amp
 from fastdml.eval_mode import evaluating
+from fastdml.files import writing
 from fastdml.metrics import Classification as Counts
 from fastdml.metrics import ClassificationScores
 from fastdml.metrics.classification import COLUMNS, Rows
+from fastdml.peer_groups import group_names
+from fastdml.report.metrics_log import group_folder
 from fastdml.report.predictions import (
     PICTURE_SIDE,
     PICTURES,
@@ -53,12 +56,13 @@ class Scorer:
         self.test, self.amp, self.keep = test, amp, keep
         self.rows: Rows | None = None  # of this rank's batches
         self.places = torch.empty(0, dtype=torch.int64)  # (N,) of these rows among all
-        self.pictures = Pictures()
+        self.pictures = [Pictures()]  # of each group of peers
 
     def __call__(self, cohort: Cohort) -> ClassificationScores:
-        mesh = cohort.mesh
-        counts = Counts(len(cohort), cohort.num_classes, self.amp.device, keep=self.keep)
-        self.pictures = Pictures()
+        mesh, groups = cohort.mesh, cohort.groups
+        size = (len(cohort), cohort.num_classes, self.amp.device)
+        counts = Counts(*size, keep=self.keep, groups=groups)
+        self.pictures = [Pictures() for _ in range(groups)]
         places = [self.places[:0]]
         turns = Dealt(self.test, mesh)
         with torch.inference_mode():
@@ -69,8 +73,8 @@ class Scorer:
                     continue
                 counts.update(logits, labels)
                 places.append(torch.arange(start, start + len(labels)))
-                if self.keep:
-                    self.pictures.add(images, counts.kept[-1], start)
+                for g, pictures in enumerate(self.pictures if self.keep else ()):
+                    pictures.add(images, _of_group(counts.kept[-1], g, groups), start)
             turns.check()
             if mesh is not None and mesh.data > 1:
                 _add_columns(counts, turns.steps, mesh)
@@ -79,20 +83,21 @@ class Scorer:
         self.places = torch.cat(places)
         return scores
 
-    def predictions(self, cohort: Cohort, weights: str) -> Predictions:
-        """Of the cohort that was scored last, which is `cohort`; on a mesh all ranks call it."""
+    def predictions(self, cohort: Cohort, weights: str, group: int = 0) -> Predictions:
+        """Of the cohort that was scored last, which is `cohort`, or of one of the groups that its
+        peers are in; on a mesh all ranks call it."""
         assert self.rows is not None, "nothing has been scored"
         known, mesh = cohort.record(), cohort.mesh
-        found = self.rows
+        found, chosen = _of_group(self.rows, group, cohort.groups), self.pictures[group]
         if mesh is not None and mesh.data > 1:
             found = _all_rows(found, self.places, mesh)
-            self.pictures.join(mesh)
+            chosen.join(mesh)
         rows = [tensor.cpu().numpy() for tensor in found]
         names = known["classes"] or getattr(self.test, "class_names", None) or ()
         mean, std = (known[n] or getattr(self.test, n, None) for n in ("mean", "std"))
-        pictured, pictures, true_colours = self.pictures.fetch(mean, std)
+        pictured, pictures, true_colours = chosen.fetch(mean, std)
         return Predictions(
-            peers=tuple(cohort.names),
+            peers=group_names(cohort, group),
             classes=tuple(map(str, names)) if len(names) == cohort.num_classes else (),
             num_classes=cohort.num_classes,
             weights=weights,
@@ -172,10 +177,10 @@ class Pictures:
 
 
 def save_predictions(folder: Path, cohort: Cohort, evaluate: Any, weights: str = "last") -> None:
-    """Saves into the run's folder what `evaluate` kept of the cohort that it scored last, which has
-    the weights of `cohort`. Where it has scored none, because the run was resumed at its end, and
-    nothing is saved yet, it scores the cohort first. Of other evaluations than a `Scorer` nothing
-    is saved. weights: "last" or "best".
+    """Saves into the run's folder, of groups into the folder of each, what `evaluate` kept of the
+    cohort that it scored last, which has the weights of `cohort`. Where it has scored none, because
+    the run was resumed at its end, and nothing is saved yet, it scores the cohort first. Of other
+    evaluations than a `Scorer` nothing is saved. weights: "last" or "best".
 
     On a mesh all ranks call it, and rank 0 writes. Raises InputError where the file cannot be
     written.
@@ -183,17 +188,27 @@ def save_predictions(folder: Path, cohort: Cohort, evaluate: Any, weights: str =
     if not isinstance(evaluate, Scorer) or not evaluate.keep:
         return
     mesh = cohort.mesh
+    places = [folder]
+    if cohort.groups > 1:
+        places = [group_folder(folder, g) for g in range(cohort.groups)]
     if evaluate.rows is None:
-        saved = (folder / PREDICTIONS).exists()
+        saved = all((place / PREDICTIONS).exists() for place in places)
         if saved if mesh is None else mesh.share(saved):
             return
         averaged = nullcontext() if mesh is None else parallel.averaged_statistics(cohort, mesh)
         with averaged, evaluating(cohort):
             evaluate(cohort)
-    predictions = evaluate.predictions(cohort, weights)
-    if mesh is None or mesh.lead:
-        write_predictions(folder, predictions)
+    for g, place in enumerate(places):
+        predictions = evaluate.predictions(cohort, weights, g)
+        if mesh is None or mesh.lead:
+            with writing(place):
+                place.mkdir(parents=True, exist_ok=True)
+            write_predictions(place, predictions)
     evaluate.rows = None  # another cohort's may follow
+
+
+def _of_group(rows: Rows, g: int, groups: int) -> Rows:
+    return rows if groups == 1 else rows.of_group(g, groups)
 
 
 def _add_columns(counts: Counts, steps: int, mesh: Mesh) -> None:

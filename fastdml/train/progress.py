@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from fastdml.errors import InputError
+from fastdml.report.scoring import ensembles
 from fastdml.train.tasks.task import scoring_of
 from fastdml.units import duration, percent, rate
 
@@ -126,7 +127,7 @@ class Progress:
         if scores := record.get(self.images):
             lead = scoring_of(scores).headlines[0]
             values = " ".join(map(percent, scores[lead.name]))
-            values += f" ens {percent(scores[f'ensemble_{lead.name}'])}"
+            values += " ens " + " ".join(percent(own[lead.name]) for _, own in ensembles(scores))
             parts.append(f"{'test' if self.images == 'test' else 'val'} {lead.label} {values}")
         if record["images_per_second"]:
             parts.append(f"{rate(record['images_per_second'])}/s")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import dataclasses
 import html
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -11,6 +12,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from fastdml.cohort_teachers import Identity
 from fastdml.errors import MissingExtra
+from fastdml.report.scoring import ensembles
 from fastdml.report.tables import fixed_columns
 from fastdml.train.config.base import TrainConfig
 from fastdml.train.tasks.task import scoring_of
@@ -123,7 +125,7 @@ class TrainResult:
             ("peer", list(self.peers)),
             ("parameters", [f"{count:,}" for count in self.parameters]),
         ]
-        ensemble = ["ensemble", ""]
+        together: list[list[str]] = []  # a row an ensemble
         runs = {"mutual": self.headline}
         if self.independent:
             runs = {"independent": self.independent.headline, **runs}
@@ -134,16 +136,18 @@ class TrainResult:
                 for key, label in LOSSES.items()
                 if key in last
             ]
-            ensemble = []
         else:
             for score in scoring_of(self.scores).headlines:
                 for run, scores in runs.items():
                     label = f"{score.label} %" + (f" {run}" if len(runs) > 1 else "")
                     values = getattr(scores, score.name)
                     columns.append((label, [percent(x) for x in values]))
-                    ensemble.append(percent(getattr(scores, f"ensemble_{score.name}")))
+                    found = ensembles(dataclasses.asdict(scores))
+                    together = together or [[name, ""] for name, _ in found]
+                    for row, (_, own) in zip(together, found, strict=True):
+                        row.append(percent(own[score.name]))
         rows = list(zip(*([label, *values] for label, values in columns), strict=True))
-        return [*rows, tuple(ensemble)] if ensemble and len(self.peers) > 1 else rows
+        return [*rows, *map(tuple, together)] if len(self.peers) > self.config.groups else rows
 
     def _ranks(self) -> str:
         return f", each of {self.mesh['ranks']} ranks" if self.mesh else ""

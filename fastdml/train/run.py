@@ -46,6 +46,7 @@ from fastdml.train.callbacks import Callback, check_callbacks
 from fastdml.train.config.base import TrainConfig
 from fastdml.train.dryrun import plan
 from fastdml.train.evaluations import concluding, evaluations, keep_predictions
+from fastdml.train.group_folders import write_group_folders
 from fastdml.train.ranks import OneProcess, ranks_of
 from fastdml.train.result import TrainResult
 from fastdml.train.run_folder import (
@@ -197,6 +198,7 @@ def _fit(
         if own:
             facts: Any = {"kinds": kinds, "rows": ranks.rows(len(images), train)}
             config = checks.recorded(config, cohort, train, images, validation, **facts)
+        checks.groups(cohort, config, ranks.mesh is not None)
         ranks.prepare_layers(cohort, config)
         new_trainer = partial(
             Trainer, cohort, train, scored, task, callbacks=callbacks, ranks=ranks
@@ -341,25 +343,26 @@ def _report(mutual: TrainResult, independent: TrainResult | None, command: str) 
             continue
         scoring = scoring_of(result.scores)
         plots.draw(result.folder, scoring.headlines, result.config.figures)
-        if result.scores is None:
-            continue  # nothing to sum up
-        beside = independent if result is mutual else None
-        write_summary(
-            result.folder,
-            config=result.config.to_dict(),
-            scoring=scoring,
-            peers=result.peers,
-            teachers=[identity._asdict() for identity in result.teachers],
-            parameters=result.parameters,
-            device=result.device,
-            execution=result.execution,
-            threads=result.threads,
-            command=command,
-            chosen_on=result.chosen_on,
-            scored_on=result.scored_on,
-            mutual=_summary(result),
-            independent=None if beside is None else _summary(beside),
-        )
+        summed_up = result.scores is not None
+        beside = independent if result is mutual and summed_up else None
+        facts: Any = {
+            "mutual": _summary(result) if summed_up else None,
+            "independent": None if beside is None else _summary(beside),
+            "scoring": scoring,
+            "teachers": [identity._asdict() for identity in result.teachers],
+            "parameters": result.parameters,
+            "device": result.device,
+            "execution": result.execution,
+            "threads": result.threads,
+            "command": command,
+            "chosen_on": result.chosen_on,
+            "scored_on": result.scored_on,
+        }
+        if result.config.groups > 1:
+            write_group_folders(result.folder, result.config, **facts)
+        if summed_up:  # the last file: it tells that all others are there
+            settings = result.config.to_dict()
+            write_summary(result.folder, config=settings, peers=result.peers, **facts)
 
 
 def _summary(result: TrainResult) -> dict[str, Any]:

@@ -17,7 +17,7 @@ import sys
 import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -39,7 +39,7 @@ from fastdml.errors import InputError
 from fastdml.notebook import progress_bar
 from fastdml.parallel import RemotePeer
 from fastdml.report.metrics_log import METRICS
-from fastdml.train import learning_rate
+from fastdml.train import checks, learning_rate
 from fastdml.train.batches import Batches, assembler
 from fastdml.train.callbacks import Calls
 from fastdml.train.config.base import TrainConfig
@@ -62,9 +62,6 @@ from fastdml.train.trainer_result import result_of
 from fastdml.train.unlabelled import learns_without_labels
 from fastdml.units import duration, milliseconds
 from fastdml.yaml_file import CONFIG
-
-if TYPE_CHECKING:
-    pass
 
 logger = logging.getLogger(__name__)
 
@@ -118,6 +115,7 @@ class Trainer:
         partly = {"mimic_ignored": True} if learns_without_labels(train) else {}
         networks = len(cohort) + len(cohort.teachers)
         self.loss = task.mutual_loss(config, networks, **partly).to(self.device)
+        checks.keeps_groups_apart(self.loss, cohort.groups)
         self.loss_schedules = loss_schedules(config, self.steps, total, self.device)
         for name, scheduled in self.loss_schedules.items():
             setattr(self.loss, name, scheduled.value)

@@ -21,6 +21,7 @@ import fastdml
 # Options that are added to a command whose beginning is this.
 SMALLER_COMMANDS = {
     "fastdml train digits": "--epochs 1 --subset 128",
+    "fastdml train digits --groups": "--subset 0",
     "fastdml train cifar100": "--epochs 1 --subset 64 --batch-size 16 --no-tensorboard",
     "fastdml train cifar100 --root data --labelled": "--subset 200 --labelled 100",
     "fastdml train market1501": "--iterations 2 --batch-size 8 --no-tensorboard --execution eager",

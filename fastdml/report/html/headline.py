@@ -219,6 +219,10 @@ def _ensemble(shown: Shown) -> str:
     value = number(shown.scores.get(f"ensemble_{lead}"))
     if value is None:
         return ""
+    if shown.run.groups > 1:
+        return (
+            f"Their {shown.run.groups} ensembles, one a group, reach a mean of {100 * value:.2f} %."
+        )
     text = f"Their ensemble reaches {100 * value:.2f} %"
     if interval := interval_text(binomial_interval(value, shown.cases(lead))):
         text += f" (95 % interval {interval})"

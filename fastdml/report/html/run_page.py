@@ -36,7 +36,8 @@ def run_page(
     chose them. remedy: how a run without predictions gets them. analyses, alone: of the run, and of
     its independent peers, by their name, in the form of analysis.json; those unknown are passed
     over."""
-    shown = Shown(run, headline.shown_weights(run, weights), scoring.headlines, scoring.ensemble)
+    together = scoring.ensemble + ", of each group, their mean" * (run.groups > 1)
+    shown = Shown(run, headline.shown_weights(run, weights), scoring.headlines, together)
     found = run.predictions
     analysed, problems = from_analyses.sections(run, analyses or {}, alone or {})
     values = {

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from fastdml.errors import InputError
 from fastdml.paths import expand
+from fastdml.peer_groups import check_groups
 from fastdml.train.config.fields import (
     COUNT,
     FRACTION,
@@ -79,6 +80,9 @@ class TrainConfig:
     # --- peers and loss ---
     peers: tuple[str, ...] = ("resnet32", "resnet32")
     """Models to train together; a name given twice is two peers with different initial weights."""
+    groups: int = 1
+    """Equal groups of consecutive peers that do not learn from each other: several seeds in one
+    run. Group g, from 0 on, begins with the weights of seed + g; all see the batches of seed."""
     teachers: tuple[str, ...] = ()
     """Frozen networks that teach too: RUN, RUN:PEER or timm:NAME (pretrained). Paper: no."""
     cache_teachers: bool = False
@@ -234,6 +238,7 @@ class TrainConfig:
         "labelled": NOT_NEGATIVE,
         "unlabelled_share": (lambda x: 0 <= x < 1, "at least 0 and below 1"),
         "batch_size": COUNT,
+        "groups": COUNT,
         "pad": NOT_NEGATIVE,
         "temperature": POSITIVE,
         "temperature_end": (lambda x: x is None or x > 0, "above 0, or none"),
@@ -321,7 +326,8 @@ class TrainConfig:
             )
         if not self.peers:
             raise InputError("peers is empty: name at least one model, for instance resnet32")
-        alone = self.independent or (len(self.peers) == 1 and not self.teachers)
+        self._check_groups()
+        alone = self.independent or (len(self.peers) == self.groups and not self.teachers)
         weights = [
             name
             for name in field_types(type(self))
@@ -332,6 +338,17 @@ class TrainConfig:
             learner = "a peer by itself" if alone else "the peers"
             raise InputError(
                 f"{' = '.join(weights)} = 0: {learner} would learn nothing; give a weight above 0"
+            )
+
+    def _check_groups(self) -> None:
+        """Raises InputError for groups that peers do not make, or that would not be seeds."""
+        check_groups(self.groups, self.peers)
+        chosen = [n for n in ("subset", "validation", "labelled") if getattr(self, n)]
+        if self.groups > 1 and chosen:
+            raise InputError(
+                f"groups {self.groups} with {chosen[0]} {getattr(self, chosen[0]):g}: the seed "
+                "chooses these images, and groups of other seeds share them; train each seed in a "
+                "run of its own"
             )
 
     def _check_schedules(self) -> None:
@@ -380,6 +397,11 @@ class TrainConfig:
     def _check_mesh(self) -> None:
         """Raises InputError for a mesh that cannot be read, or that an option does not go with."""
         sizes = self.mesh_sizes
+        if self.mesh and self.groups > 1:
+            raise InputError(
+                f"groups {self.groups} with mesh {self.mesh}: the groups share one device; give "
+                "each a run, and with it devices, of its own"
+            )
         if self.mesh and self.update == "sequential":
             raise InputError(
                 f"mesh {self.mesh} needs update simultaneous: sequential, one peer after the "

@@ -124,6 +124,7 @@ class ReidConfig(TrainConfig):
     mutual_weights: ClassVar[tuple[str, ...]] = ("kl_weight", "distance_mutual_weight")
     limits: ClassVar[dict[str, Limit]] = {
         **TrainConfig.limits,
+        "groups": (lambda x: x == 1, "1 in re-identification"),  # distances compare all peers
         "height": COUNT,
         "width": COUNT,
         "images_per_id": NOT_NEGATIVE,

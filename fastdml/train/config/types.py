@@ -25,6 +25,7 @@ class TrainSettings(TypedDict, total=False):
     flip: bool
     augment: Literal["none", "standard", "trivial", "rand"]
     loader: Literal["auto", "resident", "dali", "torch"]
+    groups: int
     teachers: Sequence[str]
     cache_teachers: bool
     pretrained: bool

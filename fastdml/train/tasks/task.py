@@ -22,6 +22,7 @@ from fastdml.cohort import Cohort
 from fastdml.data import HINT, dataset, dataset_names
 from fastdml.engine.amp import Amp
 from fastdml.errors import InputError
+from fastdml.grouped_loss import GroupedLoss
 from fastdml.loss import MutualLoss
 from fastdml.metric_losses import MetricLoss
 from fastdml.report.scoring import Scoring
@@ -114,7 +115,10 @@ class Task:
     def mutual_loss(self, config: Any, K: int, **options: Any) -> MutualLoss:
         """The loss on K peers' logits. options: more options of `MutualLoss`. For labels of another
         kind, return a subclass of it with its own `value_and_grad`."""
-        return MutualLoss(
+        kind: Any = MutualLoss
+        if config.groups > 1:
+            kind = partial(GroupedLoss, config.groups, len(config.peers))
+        return kind(
             temperature=config.temperature,
             ce_weight=config.ce_weight,
             kl_weight=config.kl_weight,
