@@ -31,6 +31,8 @@ def reproduce(args: list[str]) -> None:
         device=options.device,
         download=options.download,
         jobs=options.jobs,
+        grouped=options.grouped,
+        price_per_hour=options.price_per_hour,
         dry_run=options.dry_run,
         command=["fastdml", "reproduce", *args],
         hint="--download",
@@ -93,6 +95,13 @@ def _parser() -> Parser:
         metavar="N",
         help="trainings at once, each in a process of its own (default: %(default)s)",
     )
+    add(
+        "--grouped",
+        action=argparse.BooleanOptionalAction,
+        help="train the seeds of a training together, as groups of peers in one run, where they "
+        "can be (default: on a GPU)",
+    )
+    add("--price-per-hour", type=float, metavar="X", help="of the device: for what it would cost")
     add(
         "--dry-run",
         action="store_true",

@@ -67,6 +67,8 @@ def run_all(
     device: str = "auto",
     download: bool = False,
     jobs: int = 1,
+    grouped: bool | None = None,
+    price_per_hour: float | None = None,
     dry_run: bool = False,
     command: Sequence[str] | None = None,
     hint: str = "download=True",
@@ -74,15 +76,19 @@ def run_all(
     """Repeats experiments, each NAME or NAME:ROW, and writes FOLDER/SCALE/NAME.
 
     seeds: 0, 1, ..., so many; by default the scale's. root: folder of the data sets' files. jobs:
-    how many trainings at once, each in a process of its own if there is more than one. dry_run:
-    says what would be trained, and trains nothing. command,
+    how many trainings at once, each in a process of its own if there is more than one. grouped:
+    whether the seeds of a training are trained together, as groups of peers in one run, where they
+    can be; None: on a GPU. price_per_hour: of the device, for what it would cost. dry_run:
+    says what would be trained and what it would take, and trains nothing. command,
     hint: what the record says was called, and what messages say that a download is asked for by.
 
     A training that fails leaves its numbers out of the table, and the others go on. Raises
     InputError for names that there are not, and for a folder of a training that holds something
-    else; TrainingStopped, a SystemExit, after a signal, when what was trained is saved.
+    else, and for a disk that has no room; TrainingStopped, a SystemExit, after a signal, when what
+    was trained is saved.
     """
     from fastdml.devices import choose_device, device_name
+    from fastdml.reproduce.planning import cost_of, with_seeds_together
     from fastdml.reproduce.provenance import provenance_of
     from fastdml.reproduce.recording import Reader
     from fastdml.reproduce.results import write_results
@@ -98,8 +104,14 @@ def run_all(
     place = Place(expanded(folder), scale, str(root), device, download)
     hardware = device_name(choose_device(device))
     trainings = trainings_of([row for _, rows in chosen for row in rows])
-    runner = Runner(jobs_of(trainings, numbers, place), jobs, hint)
-    logger.info(runner.plan())
+    with raising():
+        place = with_seeds_together(place, trainings, numbers, grouped)
+        planned = jobs_of(trainings, numbers, place)
+        runner = Runner(planned, jobs, hint)
+        logger.info(runner.plan())
+        cost = cost_of(planned, runner.waiting, place, price_per_hour, keep=not dry_run)
+    logger.info(str(cost))
+    cost.check_room()
     if dry_run:
         return []
     runner.run()

@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 
 from fastdml.errors import InputError
 from fastdml.reproduce.experiment import Experiment, Row, Training, Value, trainings_of
+from fastdml.reproduce.groups import run_of
 from fastdml.reproduce.provenance import commits
 from fastdml.reproduce.record import Record, RowRecord, Side, TrainingRecord, training_record
 from fastdml.reproduce.scales import Scale
@@ -41,8 +42,22 @@ class Reader:
                 for seed in self.seeds
                 if (training.name, seed) not in self.failed
             ),
-            notes=tuple(experiment.notes(scale)),
+            notes=(*experiment.notes(scale), *self._together(trainings)),
         )
+
+    def _together(self, trainings: Sequence[Training]) -> list[str]:
+        """What to know of seeds that were trained in one run."""
+        names = [
+            training.name
+            for training in trainings
+            if any(len(self.place.seeds_of_run(training, seed)) > 1 for seed in self.seeds)
+        ]
+        if not names:
+            return []
+        return [
+            f"Seeds of {', '.join(names)} were trained together, as groups of peers in one run: "
+            "they differ in their initial weights, and saw the images in the same order."
+        ]
 
     def _row(self, row: Row) -> RowRecord:
         number = row.ours.number
@@ -82,4 +97,5 @@ class Reader:
         return self.finished[key]
 
     def _training(self, run: Finished) -> TrainingRecord:
-        return training_record(run.training.name, run.seed, run.summary, commits(run.folder))
+        noted = commits(run_of(run.folder))
+        return training_record(run.training.name, run.seed, run.summary, noted)

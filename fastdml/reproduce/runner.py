@@ -22,7 +22,7 @@ from fastdml.errors import InputError
 from fastdml.notebook import without_advice_to_exit
 from fastdml.reproduce.child import Child, Ended, train_here
 from fastdml.reproduce.experiment import Training
-from fastdml.reproduce.trainings import Place, is_locked, state_of
+from fastdml.reproduce.trainings import Key, Place, is_locked, state_of
 from fastdml.train.config.base import TrainConfig
 from fastdml.train.stopping import STOPPING, TrainingStopped
 from fastdml.yaml_file import CONFIG
@@ -33,20 +33,26 @@ POLL = 0.2  # seconds between two looks at processes of ours
 PATIENCE = 5.0  # seconds between two looks at folders of others
 
 
-Key = tuple[str, int]  # a training's name, and a seed
-
-
 @dataclass(frozen=True)
 class Job:
-    """A run: of a training one seed."""
+    """A run: of a training one seed, or several that are trained together."""
 
     training: Training
-    seed: int
+    seed: int  # the first
     config: TrainConfig
 
     @property
     def key(self) -> Key:
         return self.training.name, self.seed
+
+    @property
+    def seeds(self) -> range:
+        return range(self.seed, self.seed + self.config.groups)
+
+    @property
+    def keys(self) -> list[Key]:
+        """Of all its seeds."""
+        return [(self.training.name, seed) for seed in self.seeds]
 
     @property
     def needs(self) -> list[Key]:
@@ -58,7 +64,8 @@ class Job:
         return Path(str(self.config.folder))
 
     def __str__(self) -> str:
-        return f"{self.training.name}, seed {self.seed}"
+        seeds = " ".join(map(str, self.seeds))
+        return f"{self.training.name}, seed{'s' * (len(self.seeds) > 1)} {seeds}"
 
 
 def jobs_of(trainings: Sequence[Training], seeds: Sequence[int], place: Place) -> list[Job]:
@@ -67,6 +74,7 @@ def jobs_of(trainings: Sequence[Training], seeds: Sequence[int], place: Place) -
         Job(training, seed, place.config(training, seed))
         for seed in seeds
         for training in trainings
+        if seed == place.seeds_of_run(training, seed)[0]
     ]
 
 
@@ -76,9 +84,10 @@ class Runner:
 
     def __init__(self, jobs: Sequence[Job], at_once: int, hint: str) -> None:
         self.at_once, self.hint = at_once, hint
-        self.count = len(jobs)
-        self.finished = {job.key for job in jobs if state_of(job.config) == "finished"}
-        self.waiting = [job for job in jobs if job.key not in self.finished]
+        self.count = sum(len(job.keys) for job in jobs)
+        ended = [job for job in jobs if state_of(job.config) == "finished"]
+        self.finished = {key for job in ended for key in job.keys}
+        self.waiting = [job for job in jobs if job not in ended]
         self.failed: dict[Key, str] = {}
         self.running: dict[Key, tuple[Job, Child]] = {}
         self.left_to_others: set[Key] = set()
@@ -125,7 +134,8 @@ class Runner:
             lost = [key for key in job.needs if key in self.failed]
             if lost:
                 self.waiting.remove(job)
-                self.failed[job.key] = f"its teacher, {lost[0][0]}, has not been trained"
+                why = f"its teacher, {lost[0][0]}, has not been trained"
+                self.failed |= dict.fromkeys(job.keys, why)
             elif all(key in self.finished for key in job.needs):
                 if not is_locked(job.folder):
                     self.waiting.remove(job)
@@ -146,7 +156,7 @@ class Runner:
             self._conclude(job, Ended(str(error)))
             return
         if state == "finished":  # by another process
-            self.finished.add(job.key)
+            self.finished |= set(job.keys)
             return
         done = len(self.finished) + len(self.failed) + len(self.running)
         what = "goes on" if state == "begun" else "begins"
@@ -159,14 +169,14 @@ class Runner:
 
     def _conclude(self, job: Job, ended: Ended) -> None:
         if ended.failure is None:
-            self.finished.add(job.key)
+            self.finished |= set(job.keys)
             return
         if is_locked(job.folder):  # another process was a moment faster
             self.waiting.append(job)
             self._leave(job)
             return
         logger.warning(f"{job} has failed: {ended.failure}")
-        self.failed[job.key] = ended.failure
+        self.failed |= dict.fromkeys(job.keys, ended.failure)
 
     def _end_children(self, number: int) -> None:
         """Lets all save their state and end; a signal meanwhile ends the waiting."""
@@ -187,7 +197,7 @@ def _listed(jobs: Sequence[Job]) -> str:
     """Each training, with its seeds."""
     seeds: dict[str, list[int]] = {}
     for job in jobs:
-        seeds.setdefault(job.training.name, []).append(job.seed)
+        seeds.setdefault(job.training.name, []).extend(job.seeds)
     return "; ".join(f"{name}, seed {' '.join(map(str, each))}" for name, each in seeds.items())
 
 

@@ -1,6 +1,7 @@
 """The run folder of each training and seed, and what is read from those that have ended.
 
-FOLDER/trainings/SCALE/NAME/seed-S/
+FOLDER/trainings/SCALE/NAME/seed-S/, or of seeds that are trained together
+FOLDER/trainings/SCALE/NAME/seeds-A-B/, in which groups/0 is of seed A.
 """
 
 from __future__ import annotations
@@ -8,8 +9,8 @@ from __future__ import annotations
 import errno
 import fcntl
 import json
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal
@@ -20,6 +21,7 @@ from fastdml.names import unique
 from fastdml.report.metrics_log import INDEPENDENT, to_json
 from fastdml.report.predictions import Predictions, read_predictions
 from fastdml.report.summary import prolonged, read_summary
+from fastdml.reproduce import groups
 from fastdml.reproduce.experiment import PeerOf, Phase, Training
 from fastdml.train.checkpoint import FREE_ON_RESUME
 from fastdml.train.config.base import TrainConfig
@@ -28,6 +30,7 @@ from fastdml.train.run_folder import LOCK, check_new_folder
 from fastdml.yaml_file import CONFIG
 
 State = Literal["new", "begun", "finished"]
+Key = tuple[str, int]  # a training's name, and a seed
 MEASURED = "measured"  # a folder in that of a run, of what was measured on it when it had ended
 
 
@@ -40,9 +43,20 @@ class Place:
     root: str = "data"  # of the data sets' files
     device: str = "auto"
     download: bool = False
+    together: Mapping[Key, tuple[int, ...]] = field(default_factory=dict)
+    """The seeds of the run that trains a seed of a training, by name and seed, where these are
+    several: see `groups`."""
+
+    def training_folder(self, training: Training) -> Path:
+        return self.folder / "trainings" / self.scale / training.name
+
+    def seeds_of_run(self, training: Training, seed: int) -> tuple[int, ...]:
+        return self.together.get((training.name, seed), (seed,))
 
     def run_folder(self, training: Training, seed: int) -> Path:
-        return self.folder / "trainings" / self.scale / training.name / f"seed-{seed}"
+        """That has what is said of this seed."""
+        seeds = self.seeds_of_run(training, seed)
+        return groups.folder_of_seed(self.training_folder(training), seeds, seed)
 
     def teacher(self, teacher: PeerOf, seed: int) -> str:
         """Its name in the settings of a run."""
@@ -52,7 +66,9 @@ class Place:
         return f"{folder}:{names[teacher.peer]}"
 
     def config(self, training: Training, seed: int) -> TrainConfig:
-        settings = {**training.settings}
+        """Of the run that trains this seed."""
+        seeds = self.seeds_of_run(training, seed)
+        settings = groups.grouped_settings(training, len(seeds))
         data = settings.pop("data")
         if self.download and (data != "market1501" or settings.get("standin")):
             settings["download"] = True
@@ -60,10 +76,10 @@ class Place:
             data,
             **settings,
             teachers=tuple(self.teacher(one, seed) for one in training.teachers),
-            seed=seed,
+            seed=seeds[0],
             root=self.root,
             device=self.device,
-            folder=str(self.run_folder(training, seed)),
+            folder=str(self.training_folder(training) / groups.folder_name(seeds)),
         )
 
 

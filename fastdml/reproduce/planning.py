@@ -1,0 +1,56 @@
+"""What a reproduction plans before it trains: which seeds share a run, and what all of it takes."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+
+import torch
+
+from fastdml.devices import choose_device
+from fastdml.reproduce.estimate import Estimate, Run, estimate, measured
+from fastdml.reproduce.experiment import Training
+from fastdml.reproduce.groups import most_together, seeds_together
+from fastdml.reproduce.runner import Job
+from fastdml.reproduce.trainings import Place
+
+
+def with_seeds_together(
+    place: Place, trainings: Sequence[Training], seeds: Sequence[int], grouped: bool | None
+) -> Place:
+    """`place`, in which seeds of a training share a run as far as they can and the device has
+    memory. grouped: None: on a CUDA device."""
+    device = choose_device(place.device)
+
+    def most(training: Training) -> int:
+        if device.type != "cuda":
+            return len(seeds)
+        one = measured(Run(training.name, place.config(training, seeds[0]), False), device)
+        torch.cuda.empty_cache()
+        return most_together(one.memory or 0, torch.cuda.mem_get_info(device)[0])
+
+    wanted = device.type == "cuda" if grouped is None else grouped
+    together = seeds_together(trainings, seeds, place.training_folder, wanted, most)
+    return dataclasses.replace(place, together=together)
+
+
+def cost_of(
+    jobs: Sequence[Job],
+    waiting: Sequence[Job],
+    place: Place,
+    price_per_hour: float | None = None,
+    *,
+    keep: bool,
+) -> Estimate:
+    """Of the jobs that have not ended. keep: what was measured, for the next time."""
+    runs = [
+        Run(
+            job.training.name,
+            job.config,
+            job not in waiting,
+            tuple(one.training.settings["peers"][one.peer] for one in job.training.teachers),
+        )
+        for job in jobs
+    ]
+    folder = place.folder / "trainings" / place.scale
+    return estimate(runs, folder, place.device, price_per_hour=price_per_hour, keep=keep)
