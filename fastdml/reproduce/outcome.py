@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 
 from fastdml.reproduce.record import Record, RowRecord
 from fastdml.reproduce.statistics import Difference, pairs
-from fastdml.reproduce.texts import difference_of, escaped, signed
+from fastdml.reproduce.texts import difference_of, escaped, label_of, sides, signed
 
 Judged = tuple[RowRecord, Difference]
 
@@ -27,7 +27,7 @@ def outcome(record: Record) -> list[str]:
         ("No figure", lambda j: j[1].n == 0, False),
     ]
     texts = [
-        f"{title}: {'; '.join(_row(j, with_numbers) for j in chosen)}."
+        f"{title}: {'; '.join(_row(record, j, with_numbers) for j in chosen)}."
         for title, fits, with_numbers in kinds
         if (chosen := [j for j in judged if fits(j)])
     ]
@@ -35,10 +35,12 @@ def outcome(record: Record) -> list[str]:
 
 
 def compared(record: Record) -> str:
-    """What is held against what: "Mutual against independent, 3 seeds"."""
-    names = {(row.ours.name, row.baseline.name) for row in record.rows if row.baseline}
-    texts = [f"{ours} against {baseline}" for ours, baseline in sorted(names)]
-    text = "; ".join(texts)
+    """What is held against what, where it is the same in all rows, and over how many seeds:
+    "Mutual against independent, 3 seeds"."""
+    names = sides(record)
+    if len(names) != 1:
+        return _seeds(record)
+    text = " against ".join(*names)
     return escaped(f"{text[:1].upper()}{text[1:]}, {_seeds(record)}")
 
 
@@ -84,9 +86,9 @@ def _nothing(judged: Judged) -> bool:
     return found.mean is not None and signed(found.mean, row.unit) == signed(0.0, row.unit)
 
 
-def _row(judged: Judged, with_numbers: bool) -> str:
+def _row(record: Record, judged: Judged, with_numbers: bool) -> str:
     row, found = judged
-    label = escaped(row.label)
+    label = escaped(label_of(record, row))
     if not with_numbers or found.mean is None:
         return label
     text = _with(signed(found.mean, row.unit), row.unit)

@@ -10,6 +10,7 @@ import hashlib
 import json
 import textwrap
 from collections.abc import Sequence
+from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
@@ -23,10 +24,10 @@ from fastdml.report.plots import (
 )
 from fastdml.reproduce.record import FULL, Record, RowRecord, Side
 from fastdml.reproduce.statistics import pairs, present, spread
-from fastdml.reproduce.texts import difference_of
+from fastdml.reproduce.texts import difference_of, label_of, sides
 
 DIFFERENCES, CURVE = "differences", "curve"
-ROW = 0.36  # inches
+ROW, LINE = 0.26, 0.11  # inches, of a row without its label and of a line of that
 MARK = "Record"  # of a PNG's metadata: the digest of the record it was drawn from
 
 
@@ -64,24 +65,33 @@ def differences(record: Record) -> Any:
     for row in record.rows:
         if (found := difference_of(row)) and found.mean is not None:
             panels.setdefault(row.unit, []).append(row)
-    heights = [len(rows) for rows in panels.values()]
+    heights = [_places(record, rows)[-1] for rows in panels.values()]
     with in_style():
         figure, axes = new_figure(
-            *(ROW * sum(heights) + 0.55 * len(panels) + 0.2, len(panels), 1),
+            *(sum(heights) + 0.6 * len(panels) + 0.2, len(panels), 1),
             gridspec_kw={"height_ratios": heights},
         )
         for axis, (unit, rows) in zip(axes[:, 0], panels.items(), strict=True):
-            _draw_differences(axis, rows)
-            axis.set_xlabel(
-                f"{_sides_of(rows)} ({'points' if unit == '%' else unit or 'difference'})"
-            )
+            _draw_differences(axis, record, rows)
+            axis.set_xlabel(f"{_subtracted(record)} ({'points' if unit == '%' else unit})")
         _entitle(figure, record)
     return figure
 
 
-def _draw_differences(axis: Any, rows: Sequence[RowRecord]) -> None:
+def _places(record: Record, rows: Sequence[RowRecord]) -> list[float]:
+    """Where the rows end, in inches from above: each has its label, and a line below it."""
+    return list(accumulate(ROW + LINE * len(_lines(record, row)) for row in rows))
+
+
+def _lines(record: Record, row: RowRecord) -> list[str]:
+    return textwrap.wrap(label_of(record, row), LETTERS)
+
+
+def _draw_differences(axis: Any, record: Record, rows: Sequence[RowRecord]) -> None:
     """Of each row, from above: its label, the seeds, the mean and the interval."""
-    for y, row in enumerate(rows):
+    places = _places(record, rows)
+    for row, end in zip(rows, places, strict=True):
+        y = end - ROW / 2
         found = difference_of(row)
         assert found is not None
         assert row.baseline is not None
@@ -91,27 +101,27 @@ def _draw_differences(axis: Any, rows: Sequence[RowRecord]) -> None:
             axis.plot([found.low, found.high], [y, y], "-", color=COLOURS[0], linewidth=1.4)
         axis.plot([found.mean], [y], "o", color=COLOURS[0], markersize=4, zorder=3)
         axis.annotate(
-            textwrap.shorten(row.label, LETTERS, placeholder="..."),
-            *((0.0, y - 0.27),),
+            "\n".join(_lines(record, row)),
+            *((0.0, end - ROW),),
             xycoords=("axes fraction", "data"),
             xytext=(2, 0),
             textcoords="offset points",
-            va="center",
+            va="bottom",
+            linespacing=1.0,
             bbox={"facecolor": "white", "edgecolor": "none", "pad": 0.5},
             zorder=4,
         )
     axis.axvline(0, color="black", linewidth=0.6, zorder=1)
-    axis.set_ylim(len(rows) - 0.6, -0.6)
+    axis.set_ylim(places[-1], 0)
     axis.set_yticks([])
     axis.grid(False, axis="y")
     axis.spines[["top", "right", "left"]].set_visible(False)
 
 
-def _sides_of(rows: Sequence[RowRecord]) -> str:
-    """What is subtracted from what."""
-    names = {(row.ours.name, row.baseline.name) for row in rows if row.baseline}
-    ours, baseline = names.pop() if len(names) == 1 else ("ours", "baseline")
-    return f"{ours} minus {baseline}"
+def _subtracted(record: Record) -> str:
+    """What from what."""
+    names = sides(record)
+    return " minus ".join(*names) if len(names) == 1 else "difference"
 
 
 def curve(record: Record) -> Any:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 
-from fastdml.reproduce.record import RowRecord
+from fastdml.reproduce.record import Record, RowRecord
 from fastdml.reproduce.statistics import Difference, difference
 
 DIGITS = {"%": 2}  # after the point, of a unit; of others:
@@ -36,3 +36,15 @@ def signed(value: float, unit: str) -> str:
 def escaped(text: str) -> str:
     """Text as Markdown shows it unchanged, in a cell of a table too."""
     return SPECIAL.sub(r"\\\1", " ".join(text.split()))
+
+
+def sides(record: Record) -> set[tuple[str, str]]:
+    """(ours, baseline): what rows hold against what."""
+    return {(row.ours.name, row.baseline.name) for row in record.rows if row.baseline}
+
+
+def label_of(record: Record, row: RowRecord) -> str:
+    """A row's label, with what is held against what where that is not the same in all rows."""
+    if row.baseline is None or len(sides(record)) == 1:
+        return row.label
+    return f"{row.label} ({row.ours.name} against {row.baseline.name})"

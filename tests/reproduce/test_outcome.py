@@ -75,8 +75,9 @@ def test_what_single_seeds_could_have_said():
     assert single_seeds(record(SAME)) == []
 
 
-def test_several_comparisons_are_all_named():
+def test_where_rows_compare_other_things_each_says_which():
     other = replace(GAIN, label="b|c", baseline=replace(BASELINE, name="one_way"))
     first, gain, *_ = outcome(record(GAIN, other))
-    assert first == r"Mutual against independent; mutual against one\_way, 3 seeds."
-    assert r"b\|c (" in gain
+    assert first == "3 seeds."
+    assert "up (mutual against independent) (+1.83 points, " in gain
+    assert r"b\|c (mutual against one\_way) (+1.83 points, " in gain
