@@ -74,7 +74,7 @@ class Gain(NamedTuple):
     images: int
     before: float  # share of the answers that are right; NaN where there are none
     after: float
-    interval: Interval  # of after - before, 95 %
+    interval: Interval  # of after - before, 95 %; NaN where no answer changed, or of one image
     gained: int  # answers that became right
     lost: int  # answers that became wrong
 
@@ -92,13 +92,14 @@ def gains(before: np.ndarray, after: np.ndarray, group: np.ndarray, count: int) 
         answers = answers[images]
         inside, was, now = inside[:, images], before[:, images], after[:, images]
         shares_now, shares_was = ((inside & hit).sum(axis=0) / answers for hit in (now, was))
-        total = int(answers.sum())
+        total, changed = int(answers.sum()), bool((inside & (was != now)).any())
+        unknown = Interval(math.nan, math.nan)
         found.append(
             Gain(
                 len(images),
                 int((inside & was).sum()) / total if total else math.nan,
                 int((inside & now).sum()) / total if total else math.nan,
-                paired_interval(shares_now, shares_was, answers),
+                paired_interval(shares_now, shares_was, answers) if changed else unknown,
                 int((inside & now & ~was).sum()),
                 int((inside & was & ~now).sum()),
             )

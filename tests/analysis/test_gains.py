@@ -75,6 +75,11 @@ class TestByGroup:
         assert found.to_dict()["images"] == [400, 0]
         assert plot_gains(found, tmp_path / "gains.png").is_file()
 
+    def test_no_answer_that_changed_is_no_certainty(self):
+        found = gains_by_group(hits(), hits(), np.zeros(400, int), ["all"])
+        assert found.gain[0] == 0
+        assert math.isnan(found.low[0])
+
     def test_mistakes(self):
         with pytest.raises(InputError, match=r"not \[2, 400\], \[2, 400\] and \[3\]"):
             gains_by_group(hits(), hits(), np.zeros(3, int), ["all"])
