@@ -49,11 +49,13 @@ if TYPE_CHECKING:
         peers_of_run,
         posterior_of_run,
     )
+    from fastdml.analysis.run_analyses import ANALYSES, analyse, current_analyses
     from fastdml.analysis.sections import LossPlane, LossSection, loss_plane, loss_section
     from fastdml.analysis.weight_noise import FlatMinima, flat_minima
     from fastdml.report.statistics import Reliability, reliability
 
 _HOMES = {
+    "ANALYSES": "run_analyses",
     "CalibrationScores": "calibration",
     "ConfusionMatrix": "confusion",
     "FlatMinima": "weight_noise",
@@ -69,9 +71,11 @@ _HOMES = {
     "RunPeers": "run",
     "TemperatureScaling": "calibration",
     "agreement_of": "agreement",
+    "analyse": "run_analyses",
     "analyse_predictions": "from_predictions",
     "calibration_scores": "calibration",
     "confusion_matrix": "confusion",
+    "current_analyses": "run_analyses",
     "fit_temperature": "calibration",
     "flat_minima": "weight_noise",
     "flat_minima_of_run": "run",
@@ -101,6 +105,7 @@ _HOMES = {
 }
 
 __all__ = [
+    "ANALYSES",
     "CalibrationScores",
     "ConfusionMatrix",
     "FlatMinima",
@@ -116,9 +121,11 @@ __all__ = [
     "RunPeers",
     "TemperatureScaling",
     "agreement_of",
+    "analyse",
     "analyse_predictions",
     "calibration_scores",
     "confusion_matrix",
+    "current_analyses",
     "fit_temperature",
     "flat_minima",
     "flat_minima_of_run",

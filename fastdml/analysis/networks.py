@@ -63,6 +63,15 @@ def device_of(module: nn.Module) -> torch.device:
     return torch.device("cpu") if first is None else first.device
 
 
+def same_architecture(a: nn.Module, b: nn.Module) -> bool:
+    """Whether they differ in the values of parameters and buffers alone, as far as these tell."""
+    return _shapes(a) == _shapes(b)
+
+
+def _shapes(module: nn.Module) -> dict[str, torch.Size]:
+    return {name: tensor.shape for name, tensor in module.state_dict().items()}
+
+
 def fixed_batches(batches: Any, device: torch.device) -> list[Batch]:
     """All batches, read once and kept on `device`, so that every network and every change of its
     weights is judged on the same inputs.

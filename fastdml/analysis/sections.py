@@ -38,6 +38,7 @@ from fastdml.analysis.networks import (
     networks,
     reestimate_batch_norm,
     rows_of,
+    same_architecture,
     score,
     standard_normal,
     weights_kept,
@@ -333,11 +334,9 @@ def _check_points(points: int, beyond: float, reach: float) -> None:
 
 def _check_alike(names: Sequence[str], modules: Sequence[nn.Module]) -> None:
     """Raises InputError for networks whose weights cannot be mixed."""
-    shapes = [{name: t.shape for name, t in module.state_dict().items()} for module in modules]
-    for name, other in zip(names[1:], shapes[1:], strict=True):
-        if other != shapes[0]:
-            differs = {k for k in {*shapes[0], *other} if shapes[0].get(k) != other.get(k)}
+    for name, module in zip(names[1:], modules[1:], strict=True):
+        if not same_architecture(modules[0], module):
             raise InputError(
-                f"{names[0]} and {name} are of different architectures ({min(differs)} differs): "
-                "there is nothing between their weights; a random direction needs one of them"
+                f"{names[0]} and {name} are of different architectures: there is nothing "
+                "between their weights; a random direction needs one of them"
             )
