@@ -18,7 +18,12 @@ if TYPE_CHECKING:
         peer_agreement,
         plot_agreement,
     )
-    from fastdml.analysis.alignment import KernelAlignment, kernel_alignment, linear_cka
+    from fastdml.analysis.alignment import (
+        KernelAlignment,
+        kernel_alignment,
+        linear_cka,
+        plot_kernel_alignment,
+    )
     from fastdml.analysis.calibration import (
         CalibrationScores,
         PeersTemperatureScaling,
@@ -42,20 +47,26 @@ if TYPE_CHECKING:
         gains_by_noise_level,
         plot_gains,
     )
-    from fastdml.analysis.posteriors import Posterior, posterior
+    from fastdml.analysis.posteriors import Posterior, plot_posterior, posterior
     from fastdml.analysis.run import (
         RunPeers,
         flat_minima_of_run,
         peers_of_run,
         posterior_of_run,
     )
-    from fastdml.analysis.run_analyses import ANALYSES, analyse, current_analyses
-    from fastdml.analysis.sections import LossPlane, LossSection, loss_plane, loss_section
-    from fastdml.analysis.weight_noise import FlatMinima, flat_minima
+    from fastdml.analysis.run_analyses import analyse, current_analyses
+    from fastdml.analysis.sections import (
+        LossPlane,
+        LossSection,
+        loss_plane,
+        loss_section,
+        plot_loss_plane,
+        plot_loss_section,
+    )
+    from fastdml.analysis.weight_noise import FlatMinima, flat_minima, plot_flat_minima
     from fastdml.report.statistics import Reliability, reliability
 
 _HOMES = {
-    "ANALYSES": "run_analyses",
     "CalibrationScores": "calibration",
     "ConfusionMatrix": "confusion",
     "FlatMinima": "weight_noise",
@@ -94,8 +105,13 @@ _HOMES = {
     "peers_temperature_scaling": "calibration",
     "plot_agreement": "agreement",
     "plot_confusion": "confusion",
+    "plot_flat_minima": "weight_noise",
     "plot_gains": "gains",
+    "plot_kernel_alignment": "alignment",
+    "plot_loss_plane": "sections",
+    "plot_loss_section": "sections",
     "plot_pairwise_kl": "divergence",
+    "plot_posterior": "posteriors",
     "plot_reliability": "calibration",
     "plot_temperature_scaling": "calibration",
     "posterior": "posteriors",
@@ -105,7 +121,6 @@ _HOMES = {
 }
 
 __all__ = [
-    "ANALYSES",
     "CalibrationScores",
     "ConfusionMatrix",
     "FlatMinima",
@@ -144,8 +159,13 @@ __all__ = [
     "peers_temperature_scaling",
     "plot_agreement",
     "plot_confusion",
+    "plot_flat_minima",
     "plot_gains",
+    "plot_kernel_alignment",
+    "plot_loss_plane",
+    "plot_loss_section",
     "plot_pairwise_kl",
+    "plot_posterior",
     "plot_reliability",
     "plot_temperature_scaling",
     "posterior",

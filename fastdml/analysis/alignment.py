@@ -15,6 +15,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -29,6 +30,7 @@ from fastdml.analysis.networks import (
     networks,
     rows_of,
 )
+from fastdml.analysis.plots import drawn, heat_map
 from fastdml.errors import InputError
 from fastdml.eval_mode import evaluating
 from fastdml.names import advice
@@ -217,3 +219,19 @@ def _looking(taps: Sequence[Tap]) -> Iterator[dict[int, Any]]:
             else:
                 stack.enter_context(module.register_forward_hook(partial(gave, at)))
         yield seen
+
+
+def plot_kernel_alignment(
+    found: KernelAlignment, where: Any, layer: str | None = None
+) -> Path | None:
+    """The alignment of every pair of networks at a layer, by default the last, as a heat map.
+    where: as of `drawn`. Raises InputError for a layer that is not there."""
+    if layer is not None and layer not in found.layers:
+        raise InputError(f"there is no layer {layer!r}; {advice(layer, found.layers)}")
+    at = len(found.layers) - 1 if layer is None else found.layers.index(layer)
+
+    def draw(axes: Any) -> None:
+        heat_map(axes, found.alignment[at], found.peers, found.peers, "{:.2f}")
+        axes.set_title(f"alignment of {found.layers[at]}", loc="left")
+
+    return drawn(where, draw, height=0.9 + 0.4 * len(found.peers))

@@ -7,6 +7,7 @@ the probability over other classes than the right one (section 3.6).
 from __future__ import annotations
 
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -21,9 +22,11 @@ from fastdml.analysis.networks import (
     networks,
     rows_of,
 )
+from fastdml.analysis.plots import drawn
 from fastdml.errors import InputError
 from fastdml.eval_mode import evaluating
 from fastdml.report.analysis_file import Result
+from fastdml.report.plots import peer_style
 
 RANKS = 10
 
@@ -81,3 +84,20 @@ def posterior(models: Models, batches: Any, *, ranks: int = RANKS) -> Posterior:
         ranked=(ranked / images).cpu().numpy(),
         images=images,
     )
+
+
+def plot_posterior(found: Posterior, where: Any) -> Path | None:
+    """The mean of the sorted probabilities, as in the paper's figure; the ensemble in black. where:
+    as of `drawn`."""
+
+    def draw(axes: Any) -> None:
+        ranks = np.arange(1, found.ranked.shape[1] + 1)
+        K = len(found.peers) - 1
+        for k, name in enumerate(found.peers):
+            colour, marker = peer_style(k, K) if k < K else ("black", "")
+            label = f"{name}, {found.entropy[k]:.2f} nats"
+            axes.plot(ranks, found.ranked[k], color=colour, marker=marker, label=label)
+        axes.set(xlabel="rank of the class", ylabel="mean probability", xticks=ranks)
+        axes.legend()
+
+    return drawn(where, draw)

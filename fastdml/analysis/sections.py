@@ -20,6 +20,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 import numpy as np
@@ -43,8 +44,10 @@ from fastdml.analysis.networks import (
     standard_normal,
     weights_kept,
 )
+from fastdml.analysis.plots import drawn
 from fastdml.errors import InputError
 from fastdml.report.analysis_file import Result
+from fastdml.report.plots import COLOURS, MARKERS
 
 BatchNorm = Literal["reestimated", "stored"]
 
@@ -340,3 +343,39 @@ def _check_alike(names: Sequence[str], modules: Sequence[nn.Module]) -> None:
                 f"{names[0]} and {name} are of different architectures: there is nothing "
                 "between their weights; a random direction needs one of them"
             )
+
+
+def plot_loss_section(found: LossSection, where: Any) -> Path | None:
+    """The loss, and dashed the accuracy, along the line. where: as of `drawn`."""
+
+    def draw(axes: Any) -> None:
+        axes.plot(found.at, found.loss, color=COLOURS[0], marker=MARKERS[0])
+        axes.set_ylabel("loss (nats)", color=COLOURS[0])
+        other = axes.twinx()
+        other.plot(found.at, 100 * found.accuracy, color=COLOURS[1], linestyle="--")
+        other.set_ylabel("accuracy (%)", color=COLOURS[1])
+        other.grid(False)
+        for at, name in enumerate(found.peers):
+            axes.axvline(at, color="black", linewidth=0.6)
+            axes.annotate(name, (at, 1), xycoords=("data", "axes fraction"), va="bottom")
+        pair = len(found.peers) == 2
+        axes.set_xlabel("from the first peer to the second" if pair else "random direction")
+
+    return drawn(where, draw)
+
+
+def plot_loss_plane(found: LossPlane, where: Any) -> Path | None:
+    """The loss over the plane as contours, on a logarithmic scale, with the peers. where: as of
+    `drawn`."""
+
+    def draw(axes: Any) -> None:
+        loss = np.log10(np.maximum(found.loss, 1e-6))
+        image = axes.contourf(found.x, found.y, loss, levels=20, cmap="viridis")
+        axes.figure.colorbar(image, ax=axes, label="log10 of the loss (nats)")
+        for name, (x, y) in zip(found.peers, found.points, strict=True):
+            axes.plot(x, y, marker="o", color="white", markeredgecolor="black")
+            axes.annotate(name, (x, y), color="white", xytext=(3, 3), textcoords="offset points")
+        axes.set_aspect("equal")
+        axes.grid(False)
+
+    return drawn(where, draw, height=2.8)

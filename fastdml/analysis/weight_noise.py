@@ -21,6 +21,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
@@ -39,8 +40,10 @@ from fastdml.analysis.networks import (
     standard_normal,
     weights_kept,
 )
+from fastdml.analysis.plots import drawn
 from fastdml.errors import InputError
 from fastdml.report.analysis_file import Result
+from fastdml.report.plots import peer_style
 
 Noise = Literal["filter", "absolute"]
 Noised = Literal["weights", "all"]
@@ -162,3 +165,26 @@ def _checked_scales(scales: Sequence[float]) -> tuple[float, ...]:
     if not found or not all(math.isfinite(scale) and scale > 0 for scale in found):
         raise InputError(f"scales must be numbers above 0, not {list(scales)}: 0 is always there")
     return found
+
+
+def plot_flat_minima(found: FlatMinima, where: Any) -> Path | None:
+    """The rise of the loss over the scale of the noise, with its standard error over draws. where:
+    as of `drawn`."""
+
+    def draw(axes: Any) -> None:
+        for k, name in enumerate(found.peers):
+            colour, marker = peer_style(k, len(found.peers))
+            error = found.spread[k] / math.sqrt(found.draws)
+            axes.errorbar(
+                found.scales,
+                found.increase[k],
+                np.nan_to_num(error),
+                color=colour,
+                marker=marker,
+                label=name,
+            )
+        unit = "of the filter's root mean square" if found.noise == "filter" else "absolute"
+        axes.set(xlabel=f"noise on the weights ({unit})", ylabel="rise of the loss (nats)")
+        axes.legend()
+
+    return drawn(where, draw)

@@ -138,7 +138,7 @@ def _legend(
 ) -> list[tuple[Any, str, str, str]]:
     """(colour, marker, line style, label) of each entry."""
     entries = [
-        (*_look(k, len(names)), "-", "\n".join(textwrap.wrap(name, LETTERS - 6)))
+        (*peer_style(k, len(names)), "-", "\n".join(textwrap.wrap(name, LETTERS - 6)))
         for k, name in enumerate(names)
     ]
     if len(names) > 1:
@@ -160,7 +160,7 @@ def _draw_run(
         style["markerfacecolor"] = "white"
     every = math.ceil(len(line) / MARKED_POINTS) or None
     for k in range(len(names)):
-        colour, marker = _look(k, len(names))
+        colour, marker = peer_style(k, len(names))
         for points, look in (
             (dots, {"linestyle": "", "marker": ".", "markersize": 2, "alpha": 0.3}),
             (line, {**style, "marker": marker, "markevery": every}),
@@ -293,7 +293,7 @@ def _scaled(value: float | None, unit: float) -> float:
     return math.nan if value is None else unit * value
 
 
-def _look(k: int, count: int) -> tuple[Any, str]:
+def peer_style(k: int, count: int) -> tuple[Any, str]:
     """Colour and marker of peer k."""
     marker = MARKERS[k % len(MARKERS)]
     if count <= len(COLOURS):
