@@ -157,11 +157,13 @@ def current_analyses(folder: str | os.PathLike) -> dict[str, Any]:
     """What the analysis.json of a run's folder, or of its independent/, holds of the weights that
     are there now, by name. Raises InputError for a file that is damaged."""
     place = expanded(folder)
+    found = read_analysis(place)
+    if not found:
+        return {}
     digests: dict[str, str | None] = {}
     for weights, where in (("last", place), ("best", place / BEST)):
         there = (where / "cohort.json").is_file()
         digests[weights] = digest(where) if there else None
-    found = read_analysis(place)
     return {name: result for name, result in found.items() if _is_of(result, digests)}
 
 

@@ -10,6 +10,8 @@ import pytest
 from report_runs import Page, analyses, make_run
 
 from fastdml import cli
+from fastdml.analysis import run_analyses
+from fastdml.analysis.run import digest
 from fastdml.report.analysis_file import ANALYSIS, write_analysis
 from fastdml.report.predictions import PREDICTIONS, read_predictions
 
@@ -85,8 +87,8 @@ def test_analyses_of_a_run_are_on_its_page(run, tmp_path):
     copy = tmp_path / "copy"
     shutil.copytree(run, copy)
     names = ["resnet8-1", "resnet8-2"]
-    write_analysis(copy, analyses(names))
-    write_analysis(copy / "independent", analyses(names))
+    for folder in (copy, copy / "independent"):
+        write_analysis(folder, analyses(names, sha256=digest(folder)))
     assert cli.main(["report", str(copy)]) == 0
     page = written(copy / "report.html")
     assert page.table("Equal answers (%), independent")
@@ -97,6 +99,19 @@ def test_analyses_of_a_run_are_on_its_page(run, tmp_path):
     page = written(copy / "report.html")
     assert f"{copy / 'independent' / ANALYSIS} is not JSON" in page.text
     assert page.table("stage 1")
+    write_analysis(copy, analyses(names))  # of weights that are no longer there
+    assert cli.main(["report", str(copy)]) == 0
+    assert "stage 1" not in written(copy / "report.html").text
+
+
+def test_analysing_first(run, tmp_path, monkeypatch):
+    """--analyse writes analysis.json of both phases, which the page then shows."""
+    copy = shutil.copytree(run, tmp_path / "copy")
+    monkeypatch.setattr(run_analyses, "PLANE", 2)
+    assert cli.main(["report", str(copy), "--analyse", "--data", str(tmp_path)]) == 0
+    page = written(copy / "report.html")
+    assert page.table("features, mutual")
+    assert (copy / "independent" / ANALYSIS).is_file()
 
 
 def test_own_data_has_no_known_defaults(tmp_path):
@@ -116,6 +131,7 @@ def test_mistakes(refused, run, tmp_path):
     refused(["report", str(run), "--to", "x.pdf"], "x.pdf: the page is HTML")
     refused(["report", str(run), "--to", "no/such/x.html"], "cannot write no/such/x.html")
     refused(["report", str(run), "--weights", "first"], "invalid choice")
+    refused(["report", str(run), "--data", "."], "give --analyse too")
     refused(["report", str(run), "--open"], "unknown option --open")
     (tmp_path / "own.html").write_text("<p>mine</p>")
     refused(["report", str(run), "--to", "own.html"], "own.html is there already and is no report")

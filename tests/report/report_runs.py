@@ -179,11 +179,12 @@ def make_retrieval_run(folder: Path) -> Path:
     return folder
 
 
-def analyses(names, *, layers=2, side=5) -> dict:
-    """What analysis.json holds of these peers, with numbers that are easy to find on a page."""
+def analyses(names, *, layers=2, side=5, sha256="0" * 64) -> dict:
+    """What analysis.json holds of these peers, with numbers that are easy to find on a page.
+    sha256: of their weights."""
     K = len(names)
     ensemble = [*names, "ensemble"] if K > 1 else list(names)
-    told = {"weights": "last", "images": 1234, "sha256": "0" * 64, "seed": 0}
+    told = {"weights": "last", "images": 1234, "sha256": sha256, "seed": 0}
     scales = [0.0, 0.1, 0.25]
     at = [-0.25, 0.0, 0.5, 1.0, 1.25]
     x = [-0.5 + i / 2 for i in range(side)]
