@@ -114,11 +114,11 @@ def test_odd_files(copy):
 
 def test_peers_of_several_architectures():
     """Sections only between those alike; without any, a random direction of each."""
-    x = torch.randn(4, 3, 32, 32, generator=torch.Generator().manual_seed(0))
+    x = torch.randn(4, 3, 8, 8, generator=torch.Generator().manual_seed(0))
     data = [(x, torch.arange(4))]
     for names, pairs in (
-        (["resnet8", "mobilenet", "resnet8"], [["resnet8-1", "resnet8-2"]]),
-        (["resnet8", "mobilenet"], [["resnet8"], ["mobilenet"]]),
+        (["resnet8", "resnet14", "resnet8"], [["resnet8-1", "resnet8-2"]]),
+        (["resnet8", "resnet14"], [["resnet8"], ["resnet14"]]),
     ):
         peers = SimpleNamespace(cohort=Cohort(names, 4), batches=lambda *_: data)
         work = run_analyses._Work(peers, images=4, seed=0)
