@@ -11,7 +11,8 @@ from __future__ import annotations
 
 import logging
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -23,7 +24,8 @@ from fastdml import cohort_files
 from fastdml.cohort import Cohort
 from fastdml.errors import InputError, one_line
 from fastdml.files import Staged, writing
-from fastdml.parallel import averaged_statistics
+from fastdml.parallel import RankLost, averaged_statistics
+from fastdml.parallel.failure import of_collective
 from fastdml.parallel.shard_files import divided, write
 from fastdml.parallel.shards import is_sharded, whole_weights
 from fastdml.paths import expanded
@@ -48,6 +50,7 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 KEPT = " (the one before it is kept)"
+FINISHING = 30.0  # seconds that an error waits at most for the save under way
 
 
 class LastCheckpoint:
@@ -83,6 +86,10 @@ class LastCheckpoint:
     def wait(self) -> None:
         """Returns when the last save is on disk. Raises InputError where it could not be
         written."""
+
+    def finished(self) -> nullcontext[None]:
+        """Nothing goes on beside training."""
+        return nullcontext()
 
 
 class FolderCheckpoints:
@@ -194,6 +201,18 @@ class FolderCheckpoints:
             self.thread = None
         if self.error is not None:
             raise self.error
+
+    @contextmanager
+    def finished(self) -> Iterator[None]:
+        """An error that leaves this block waits for the save under way, which the threads of all
+        ranks finish though training does not go on; not where a rank is lost."""
+        try:
+            yield
+        except Exception as error:
+            lost = isinstance(error, RankLost) or of_collective(error)
+            if self.thread is not None and not lost:
+                self.thread.join(FINISHING)
+            raise
 
     def _new_folder(self) -> Path:
         """Made by rank 0, and by every rank that does not see it yet."""

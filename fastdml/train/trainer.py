@@ -216,6 +216,7 @@ class Trainer:
         if self.cache is not None and not progress.done:
             self.cache.open(self.folder)
         with (
+            self.checkpoints.finished(),
             self.ranks.metrics_log(
                 self.folder,
                 self.cohort.names,
