@@ -23,7 +23,7 @@ from typing import TYPE_CHECKING, NamedTuple
 import torch.distributed as dist
 
 from fastdml.errors import InputError, one_line
-from fastdml.parallel import processes
+from fastdml.parallel import ending, processes
 from fastdml.parallel.processes import RankLost
 
 if TYPE_CHECKING:
@@ -49,15 +49,18 @@ def explained(mesh: Mesh) -> Iterator[None]:
     try:
         yield
     except RankLost:
+        ending.failed()
         raise
     except SystemExit as stop:
         if type(stop) is SystemExit and mesh.world > 1:  # of somebody else's code, on this rank
+            ending.failed()
             text = f"{describe(mesh, mesh.rank)}: sys.exit({stop.code!r})"
             within(1.0, lambda: _note(mesh.store, text))
         raise
     except Exception as error:
         if mesh.world == 1:
             raise
+        ending.failed()
         if not isinstance(error, InputError) and of_collective(error):
             raise RankLost(_cause(mesh, error)) from error
         text = str(error) if isinstance(error, InputError) else one_line(error)

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 
 from fastdml.errors import InputError
-from fastdml.parallel import placement, processes
+from fastdml.parallel import ending, placement, processes
 from fastdml.parallel.failure import Whereabouts
 from fastdml.parallel.remote_peer import RemotePeer
 
@@ -77,6 +77,8 @@ class Mesh:
         self, peer: int, data: int, device: torch.device, timeout: float, job: processes.Job
     ) -> None:
         self.peer, self.data = peer, data
+        self.groups: list[dist.ProcessGroup] = []  # all that were made and that this rank is in
+        ending.hold(self)
         self.store, self.job_store, self.attempt = job
         self.rank, self.world = dist.get_rank(), dist.get_world_size()
         self.row, self.column = divmod(self.rank, data)
@@ -242,4 +244,7 @@ class Mesh:
         """All ranks call it for every group, whether they belong to it or not, in one order."""
         limit = datetime.timedelta(seconds=self.timeout)
         backend = backend or processes.backend_of(self.device)
-        return cast("dist.ProcessGroup", dist.new_group(list(ranks), limit, backend))
+        group = cast("dist.ProcessGroup", dist.new_group(list(ranks), limit, backend))
+        if self.rank in ranks:
+            self.groups.append(group)
+        return group

@@ -13,6 +13,7 @@ import torch
 import torch.distributed as dist
 
 from fastdml.errors import InputError
+from fastdml.parallel import ending
 from fastdml.torch_private import default_store
 
 # What torchrun, and whoever stands in for it, tells each process.
@@ -99,6 +100,8 @@ def start(device: torch.device, timeout: float) -> Job:
     else:
         job = Job(dist.HashStore(), None, 0)
     if not dist.is_initialized():
+        # Default arguments in it would keep the group that is there when it is imported.
+
         dist.init_process_group(
             backend_of(device),
             store=job.store,
@@ -106,6 +109,7 @@ def start(device: torch.device, timeout: float) -> Job:
             world_size=world_size(),
             timeout=datetime.timedelta(seconds=timeout),
         )
+        ending.started()
     _JOB[:] = [job]
     return job
 

@@ -24,6 +24,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from fastdml.errors import InputError
+from fastdml.parallel import ending
 from fastdml.parallel.shards import is_sharded, sum_gradients
 from fastdml.torch_private import sum_in_next_backward
 
@@ -55,6 +56,7 @@ class Replica(DistributedDataParallel):
         )
         self.sums = Sums(group)
         self.register_comm_hook(self.sums, _sum)
+        ending.hold(self)
 
 
 class Sums:
