@@ -9,6 +9,7 @@ import signal
 import sys
 import traceback
 from collections.abc import Callable
+from typing import NoReturn
 
 PR_SET_PDEATHSIG = 1  # of Linux's prctl
 
@@ -22,9 +23,9 @@ def lead() -> bool:
     return not started() or os.environ["RANK"] == "0"
 
 
-def run(command: Callable[[list[str]], int], args: list[str]) -> int:
-    """Runs a command on this rank. After a failure the process ends at once: what torch would do at
-    exit can wait for ranks that are gone."""
+def run(command: Callable[[list[str]], int], args: list[str]) -> NoReturn:
+    """Runs a command on this rank, and ends the process at once: at the interpreter's end torch can
+    wait for ranks that are gone, and its threads can abort this one (see `parallel.ending`)."""
     _end_with_launcher()
     try:
         code = command(args)
@@ -38,12 +39,10 @@ def run(command: Callable[[list[str]], int], args: list[str]) -> int:
             speaking = True
         if speaking:
             print(line, file=sys.stderr)
-    if code:
-        for stream in (sys.stdout, sys.stderr):
-            with contextlib.suppress(OSError, ValueError):
-                stream.flush()
-        os._exit(code)
-    return code
+    for stream in (sys.stdout, sys.stderr):
+        with contextlib.suppress(OSError, ValueError):
+            stream.flush()
+    os._exit(code)
 
 
 def line_of(error: Exception) -> str:

@@ -18,6 +18,7 @@ from ranks import run_ranks
 from whole_runs import trained
 
 from fastdml import Cohort, MutualLoss
+from fastdml.cli import main, ranks
 from fastdml.engine import make_optimizer, make_step
 from fastdml.errors import InputError
 from fastdml.parallel import ending, make_mesh, total
@@ -122,6 +123,23 @@ def test_an_error_waits_for_the_save_under_way(tmp_path):
     for whole, names in run_ranks(2, a_late_save, tmp_path / "run"):
         assert whole == [True, True]  # before the first step, and of the epoch
         assert "checkpoint" not in names
+
+
+def test_a_rank_of_the_command_ends_at_once(monkeypatch, capsys):
+    class Ended(BaseException):
+        pass
+
+    def ended(code: int) -> None:
+        raise Ended(code)
+
+    monkeypatch.setattr(os, "_exit", ended)
+    monkeypatch.setenv("RANK", "0")
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setattr(ranks, "_end_with_launcher", lambda: None)
+    with pytest.raises(Ended) as stop:
+        main(["data"])
+    assert stop.value.args == (0,)
+    assert "digits" in capsys.readouterr().out
 
 
 # The threads of gloo run where nobody else wants the one core: the script is at its end first.
