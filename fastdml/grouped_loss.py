@@ -24,8 +24,8 @@ from fastdml.mutual_stats import MutualStats
 
 
 class GroupedLoss(MutualLoss):
-    """`MutualLoss` of `peers` peers in `groups` equal groups, one after the other. Networks behind
-    them are teachers, which teach every group.
+    """`MutualLoss` of `peers` peers in `groups` equal groups, one after the other, and behind them
+    of `teachers` networks that teach every group.
 
     Of statistics what peers of different groups would say of each other is not computed, and NaN;
     `ensemble_correct` is the mean over the groups. Losses and statistics of the teachers are those
@@ -33,16 +33,20 @@ class GroupedLoss(MutualLoss):
     peers: peer_weights and students. Raises ValueError for these.
     """
 
-    fill: Tensor  # (2,)
+    fill: Tensor  # (2,): what no group has
+    index: Tensor  # where each of all statistics is among those of the groups, and then `fill`
 
-    def __init__(self, groups: int, peers: int, **options: Unpack[LossOptions]) -> None:
+    def __init__(
+        self, groups: int, peers: int, teachers: int = 0, **options: Unpack[LossOptions]
+    ) -> None:
         for name in ("peer_weights", "students"):
             if options.get(name) is not None:
                 raise ValueError(f"{name} go over all peers, and groups are computed one by one")
         super().__init__(**options)
         self.groups, self.size = groups, peers // groups
-        self._indices: dict[int, Tensor] = {}  # by the number of teachers, on the host
+        self.teachers = teachers
         self.register_buffer("fill", torch.tensor([torch.nan, 0.0]), persistent=False)
+        self.register_buffer("index", self._new_index(), persistent=False)
 
     def forward(
         self,
@@ -81,6 +85,11 @@ class GroupedLoss(MutualLoss):
     def parts(self, logits: Tensor | Sequence[Tensor]) -> list[Tensor | Sequence[Tensor]]:
         """The logits of each group, the teachers' behind them."""
         n, K = self.size, self.size * self.groups
+        if len(logits) != K + self.teachers:
+            raise ValueError(
+                f"logits of {len(logits)} networks: this loss is of {K} peers and {self.teachers} "
+                "teachers"
+            )
         starts = range(0, K, n)
         if isinstance(logits, Tensor):
             return [logits[start : start + n] for start in starts]
@@ -91,26 +100,17 @@ class GroupedLoss(MutualLoss):
         return torch.cat([*(own[: self.size] for own in found), found[0][self.size :]])
 
     def _statistics(self, found: Sequence[MutualStats]) -> MutualStats:
-        teachers = found[0].K - self.size
         parts = [stats.packed for stats in found]
         values = torch.cat([*parts, self.fill.to(parts[0].dtype)])
-        stats = MutualStats.from_packed(
-            values[self._index(teachers, values.device)], self.size * self.groups + teachers
-        )
+        networks = self.size * self.groups + self.teachers
+        stats = MutualStats.from_packed(values[self.index], networks)
         stats.ensemble_correct.copy_(torch.stack([own.ensemble_correct for own in found]).mean())
         return stats
 
-    def _index(self, teachers: int, device: torch.device) -> Tensor:
-        """Where each of all statistics is among those of the groups, one after the other, then a
-        NaN and a 0."""
-        if teachers not in self._indices or self._indices[teachers].device != device:
-            self._indices[teachers] = self._new_index(teachers).to(device)
-        return self._indices[teachers]
-
-    def _new_index(self, teachers: int) -> Tensor:
+    def _new_index(self) -> Tensor:
         n, G = self.size, self.groups
         K = n * G
-        own, all_layout = stats_layout(n + teachers), stats_layout(K + teachers)
+        own, all_layout = stats_layout(n + self.teachers), stats_layout(K + self.teachers)
         places = torch.arange(G * own.size).view(G, own.size)
         index = torch.full((all_layout.size,), G * own.size + 1)
         of_all = all_layout.views(index)

@@ -77,7 +77,7 @@ def test_teachers_teach_every_group(stacked):
     logits, labels = problem(K + teachers)
     for k, z in enumerate(logits):
         z.requires_grad_(k < K)
-    loss, own = GroupedLoss(groups, K), MutualLoss()
+    loss, own = GroupedLoss(groups, K, teachers), MutualLoss()
     losses, stats, grads = loss.value_and_grad(logits, labels)
     assert len(losses) == len(grads) == K + teachers
     assert grads[K] is None
@@ -88,7 +88,7 @@ def test_teachers_teach_every_group(stacked):
         assert all(map(torch.equal, grads[part], found_grads[:size]))
         assert torch.equal(stats.pairwise_kl[K:, part], found.pairwise_kl[size:, :size])
     if stacked:  # without teachers: one tensor in, one out
-        whole = torch.stack([z.detach() for z in logits[:K]])
+        whole, loss = torch.stack([z.detach() for z in logits[:K]]), GroupedLoss(groups, K)
         losses, _, (grad,) = loss.value_and_grad(whole, labels)
         one, _, apart = loss.value_and_grad([*whole], labels)
         assert torch.equal(losses, one)
@@ -112,3 +112,9 @@ def test_called_as_a_module_it_has_the_gradients_of_each_group():
 def test_options_over_all_peers_are_refused(options):
     with pytest.raises(ValueError, match=f"{next(iter(options))} go over all peers"):
         GroupedLoss(2, 4, **options)
+
+
+def test_logits_of_other_networks_are_refused():
+    logits, labels = problem(5)
+    with pytest.raises(ValueError, match="logits of 5 networks: this loss is of 4 peers and 0"):
+        GroupedLoss(2, 4).value_and_grad(logits, labels)

@@ -52,7 +52,9 @@ def trainer_of(tmp_path):
             if data == "market1501":
                 cohort, loader = Cohort(["resnet8"] * 2, C, head=ReidHead()), Loader(3, 16, 8)
             else:
-                cohort, loader = Cohort([peer(0), peer(1)], C), Loader(2, SIDE, SIDE)
+                groups = changes.get("groups", 1)
+                peers = [peer(k) for k in range(2 * groups)]
+                cohort, loader = Cohort(peers, C, groups=groups), Loader(2, SIDE, SIDE)
         values = {"folder": str(tmp_path), "log_every": 5, "ema": 0.9, "epochs": 2}
         config = task.settings(**{**values, **changes})
         cohort = moved(cohort).train()
@@ -78,6 +80,7 @@ def trainer_of(tmp_path):
         ("cifar100", {"execution": "eager", "amp": "fp16", "kl_warmup_epochs": 1.0}),
         ("cifar100", {"execution": "graph", "amp": "bf16", "accumulate": 2, "grad_clip": 1.0}),
         ("cifar100", {"execution": "auto", "amp": "bf16", "optimizer": "adamw"}),
+        ("cifar100", {"execution": "graph", "groups": 2, "peers": ("a",) * 4}),
         (
             "cifar100",
             {

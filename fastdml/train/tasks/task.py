@@ -117,7 +117,8 @@ class Task:
         kind, return a subclass of it with its own `value_and_grad`."""
         kind: Any = MutualLoss
         if config.groups > 1:
-            kind = partial(GroupedLoss, config.groups, len(config.peers))
+            peers = len(config.peers)
+            kind = partial(GroupedLoss, config.groups, peers, K - peers)
         return kind(
             temperature=config.temperature,
             ce_weight=config.ce_weight,
