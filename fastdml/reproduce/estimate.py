@@ -326,7 +326,18 @@ def image_shape(config: TrainConfig) -> tuple[int, int, int]:
 def measured(
     run: Run, device: torch.device, clock: Callable[[], float] = time.perf_counter
 ) -> Measured:
-    """Of a few steps of the run's peers on random images, and forward passes."""
+    """Of a few steps of the run's peers on random images, and forward passes. Leaves threads,
+    random generators and the device's memory as they were."""
+    threads = torch.get_num_threads()
+    try:
+        return _measured(run, device, clock)
+    finally:
+        torch.set_num_threads(threads)
+        if device.type == "cuda":
+            torch.cuda.empty_cache()
+
+
+def _measured(run: Run, device: torch.device, clock: Callable[[], float]) -> Measured:
     config, cuda = run.config, device.type == "cuda"
     with torch.random.fork_rng(devices=[device] if cuda else []):
         if cuda:

@@ -26,7 +26,6 @@ def with_seeds_together(
         if device.type != "cuda":
             return len(seeds)
         one = measured(Run(training.name, place.config(training, seeds[0]), False), device)
-        torch.cuda.empty_cache()
         return most_together(one.memory or 0, torch.cuda.mem_get_info(device)[0])
 
     wanted = device.type == "cuda" if grouped is None else grouped
