@@ -1,7 +1,7 @@
 """How sure the peers are: entropy of their predictions, and the mean of the sorted probabilities.
 
-The paper's figure of training images shows these: peers that learnt from each other spread more of
-the probability over other classes than the right one (section 3.6).
+The paper's figure of training images shows these: peers that learnt from each other leave more of
+the probability to other classes than the most probable one.
 """
 
 from __future__ import annotations

@@ -1,9 +1,9 @@
 """How flat the minima are: the loss under Gaussian noise on the weights.
 
 The paper adds noise of standard deviation sigma to the weights and reports a loss that rises by a
-tenth of a nat at sigma = 1 (section 3.6, after Chaudhari et al., "Entropy-SGD", 2017, and Keskar et
-al., 2017). It does not say what sigma is relative to; weights of a trained CIFAR network are some
-hundredths, so that noise of 1 would leave nothing of them. Two noises are measured here instead:
+tenth of a nat at sigma = 1 (after Chaudhari et al., "Entropy-SGD", 2017, and Keskar et al., 2017).
+It does not say what sigma is relative to; where weights are a tenth in size, noise of 1 leaves
+nothing of them. Two noises are measured here instead:
 
 "filter": the standard deviation is sigma times the root mean square of the filter that the weight
 is in, so that the noise is about sigma times as long as the filter. BatchNorm makes a network blind
