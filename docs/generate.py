@@ -18,7 +18,7 @@ from pathlib import Path
 from types import NoneType
 from typing import Any, Literal, get_args, get_origin, get_type_hints
 
-from bench import host_time, linear, mesh, mesh_pipeline, report, scaling
+from bench import host_time, linear, mesh, mesh_pipeline, report, scaling, traps_page
 from docs import results
 from fastdml.data.registry import dataset_names
 from fastdml.train import FolderConfig, ReidConfig, TrainConfig
@@ -29,7 +29,7 @@ from fastdml.train.config.sources import preset
 ROOT = Path(__file__).resolve().parents[1]
 PAGES = (
     "README.md", "docs/settings.md", "docs/performance.md", "docs/benchmarks.md",
-    "docs/api.md", "docs/scaling.md", "docs/results.md", "kernels/README.md",
+    "docs/api.md", "docs/scaling.md", "docs/results.md", "docs/faq.md", "kernels/README.md",
 )  # fmt: skip
 RESULTS = ROOT / "bench" / "results"
 PART = re.compile(r"(<!-- generated: (.+?) -->\n).*?(<!-- end -->)", re.DOTALL)
@@ -45,6 +45,8 @@ def part(name: str) -> str:
     """One generated part: `settings ...`, or a file of bench/results and the titles of tables."""
     if name.startswith("settings"):
         return SETTINGS[name]()
+    if name.startswith("traps "):
+        return traps_page.part(name)
     if name.startswith("results "):
         return results.part(name)
     if name.startswith("api "):
