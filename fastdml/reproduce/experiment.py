@@ -75,6 +75,8 @@ class Row:
 
 @dataclass(frozen=True)
 class Experiment:
+    """A table or figure of the paper, as rows that each scale has anew."""
+
     name: str
     title: str
     place: str  # of the paper, such as "Table 2"

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import math
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -17,6 +18,11 @@ def peer(k: int, score: str = "top1") -> Number:
     return Number(lambda run, phase: 100 * run.scores(phase)[score][k])
 
 
+def _mean(values: Sequence[float | None]) -> float:
+    """NaN, which JSON has as null, where one is."""
+    return sum(math.nan if value is None else value for value in values) / len(values)
+
+
 def mean_of(
     count: int, score: str = "top1", *, unit: str = "%", better: Better = "higher"
 ) -> Number:
@@ -24,8 +30,7 @@ def mean_of(
     factor = 100 if unit == "%" else 1
 
     def read(run: Finished, phase: Phase) -> float:
-        values = run.scores(phase)[score][:count]
-        return factor * sum(values) / count
+        return factor * _mean(run.scores(phase)[score][:count])
 
     return Number(read, unit, better)
 
@@ -87,7 +92,7 @@ def posterior(what: Literal["entropy", "top1"], count: int) -> Number:
             run.folder, phase, root=run.root, device=run.device
         ).to_dict()
         values = run.measured("training-posterior", phase, measure)[what][:count]
-        return (100 if what == "top1" else 1) * sum(values) / count
+        return (100 if what == "top1" else 1) * _mean(values)
 
     return Number(read, *(("%", "") if what == "top1" else ("nats", "")))
 
@@ -107,6 +112,8 @@ def noise_increase(scale: float, count: int) -> Number:
         ).to_dict()
         found = run.measured("weight-noise", phase, measure)
         at = found["scales"].index(scale)
-        return sum(losses[at] - losses[0] for losses in found["loss"][:count]) / count
+        return _mean([losses[at] for losses in found["loss"][:count]]) - _mean(
+            [losses[0] for losses in found["loss"][:count]]
+        )
 
     return Number(read, "nats", "lower")
