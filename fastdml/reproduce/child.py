@@ -22,6 +22,7 @@ from fastdml.train.callbacks import Callback, EpochStartEvent
 from fastdml.train.config.base import TrainConfig
 from fastdml.train.config.sources import preset
 from fastdml.train.run import run
+from fastdml.train.run_folder import FolderInUse
 from fastdml.train.stopping import TrainingStopped
 
 # The child finds the packages that this process finds, whatever it was started by.
@@ -29,13 +30,14 @@ CODE = (
     "import json, sys; sys.path[:] = json.loads(sys.argv[1]); "
     "from fastdml.reproduce.child import serve; sys.exit(serve())"
 )
-FAILED = 2
+FAILED, BUSY = 2, 3  # exit codes
 PR_SET_PDEATHSIG = 1  # of Linux's prctl: the signal that a process gets when its parent ends
 
 
 @dataclass(frozen=True)
 class Ended:
     failure: str | None = None  # one line; None: it is trained
+    busy: bool = False  # since another process trains it
 
 
 class NotesCommit(Callback):
@@ -57,7 +59,7 @@ def train_here(config: TrainConfig, hint: str) -> Ended:
             note_commit(folder)
         run(config, hint=hint, command="fastdml.reproduce", callbacks=[NotesCommit(folder)])
     except InputError as error:
-        return Ended(" ".join(str(error).split()))
+        return Ended(" ".join(str(error).split()), isinstance(error, FolderInUse))
     return Ended()
 
 
@@ -69,21 +71,18 @@ class Child:
         self.log = folder.with_name(f"{folder.name}.log")
         environment = {**os.environ}
         environment.setdefault("OMP_NUM_THREADS", str(max(1, host.cpus() // at_once)))
+        wanted = {"settings": config.to_dict(), "hint": hint, "parent": os.getpid()}
         with writing(self.log):
             self.log.parent.mkdir(parents=True, exist_ok=True)
             with self.log.open("ab") as log:
                 self.process = subprocess.Popen(
-                    [sys.executable, "-c", CODE, json.dumps(sys.path)],
-                    stdin=subprocess.PIPE,
+                    [sys.executable, "-c", CODE, json.dumps(sys.path), json.dumps(wanted)],
+                    stdin=subprocess.DEVNULL,
                     stdout=log,
                     stderr=log,
                     env=environment,
                     start_new_session=True,  # the terminal's Ctrl-C reaches it through its parent
                 )
-        wanted = {"settings": config.to_dict(), "hint": hint, "parent": os.getpid()}
-        assert self.process.stdin is not None
-        with self.process.stdin as stdin:
-            stdin.write(json.dumps(wanted).encode())
 
     @property
     def ended(self) -> bool:
@@ -101,14 +100,15 @@ class Child:
             return Ended(f"killed by {signal.Signals(-code).name}; {self.log} has what it said")
         said = self.log.read_text(errors="replace").strip().splitlines()
         last = said[-1].strip()[:500] if said else f"exit code {code}"
-        return Ended(last if code == FAILED else f"{last}; {self.log} has all of it")
+        known = code in (FAILED, BUSY)
+        return Ended(last if known else f"{last}; {self.log} has all of it", code == BUSY)
 
 
 def serve() -> int:
     """The child's side."""
     complete_streams()
     _end_with_parent()
-    wanted: dict[str, Any] = json.load(sys.stdin)
+    wanted: dict[str, Any] = json.loads(sys.argv[2])
     if os.getppid() != wanted["parent"]:  # it ended before it could be asked to tell
         return 128 + signal.SIGTERM
     settings = wanted["settings"]
@@ -119,7 +119,7 @@ def serve() -> int:
         return int(stopped.code or FAILED)
     if ended.failure is not None:
         print(ended.failure, file=sys.stderr, flush=True)
-        return FAILED
+        return BUSY if ended.busy else FAILED
     return 0
 
 

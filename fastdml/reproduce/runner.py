@@ -107,7 +107,7 @@ class Runner:
         try:
             with raising():
                 while self.waiting or self.running:
-                    if not self._go_on():
+                    if not self._go_on() and (self.waiting or self.running):
                         time.sleep(POLL if self.running else PATIENCE)
         except TrainingStopped as stopped:
             number = int(stopped.code or 0) - 128
@@ -164,14 +164,17 @@ class Runner:
         config = job.config.replace(resume=state == "begun")
         if self.at_once == 1:
             self._conclude(job, train_here(config, self.hint))
-        else:
+            return
+        try:
             self.running[job.key] = job, Child(config, self.hint, self.at_once)
+        except InputError as error:  # no room for what it says
+            self._conclude(job, Ended(str(error)))
 
     def _conclude(self, job: Job, ended: Ended) -> None:
         if ended.failure is None:
             self.finished |= set(job.keys)
             return
-        if is_locked(job.folder):  # another process was a moment faster
+        if ended.busy or is_locked(job.folder):  # another process was a moment faster
             self.waiting.append(job)
             self._leave(job)
             return

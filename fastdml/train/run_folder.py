@@ -127,6 +127,10 @@ def check_new_folder(config: TrainConfig) -> None:
         )
 
 
+class FolderInUse(InputError):
+    """Another process trains in a run's folder."""
+
+
 @contextmanager
 def alone_in(folder: Path) -> Iterator[None]:
     """Refuses a folder that another process trains in. The lock ends with its process, and is not
@@ -138,7 +142,7 @@ def alone_in(folder: Path) -> Iterator[None]:
             fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError as error:
             if error.errno in (errno.EAGAIN, errno.EACCES):
-                raise InputError(
+                raise FolderInUse(
                     f"another process is training in {folder}: wait until it ends, or choose "
                     "another folder"
                 ) from None

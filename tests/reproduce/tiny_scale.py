@@ -39,10 +39,10 @@ def arguments(folder: Path, names: list[str] = NAMES) -> list[str]:
     return [*names, "--scale", "digits", "--folder", str(folder), "--device", "cpu"]
 
 
-def values(folder: Path) -> dict[str, Any]:
+def values(folder: Path, scale: str = "digits") -> dict[str, Any]:
     """What a reproduction came to: tables and summaries of its trainings, without times."""
     found: dict[str, Any] = {}
-    for path in sorted((folder / "digits").rglob("reproduction.json")):
+    for path in sorted((folder / scale).rglob("reproduction.json")):
         record = json.loads(path.read_text())
         found[path.parent.name] = {key: record[key] for key in ("rows", "seeds", "changes")}
         found[f"{path.parent.name}.csv"] = (path.parent / "table.csv").read_text()
