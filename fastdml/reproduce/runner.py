@@ -112,7 +112,8 @@ class Runner:
         except TrainingStopped as stopped:
             number = int(stopped.code or 0) - 128
             self._end_children(number)
-            raise TrainingStopped(number, self._stopped(number)) from None
+            done = f"{len(self.finished)} of {self.count} trainings have ended, and "
+            raise TrainingStopped(number, _stopped(number, done)) from None
         except BaseException:
             self._end_children(signal.SIGTERM)
             raise
@@ -188,13 +189,6 @@ class Runner:
         for _, child in self.running.values():
             child.result()
 
-    def _stopped(self, number: int) -> str:
-        how = f"{len(self.finished)} of {self.count} trainings have ended"
-        return (
-            f"stopped by {signal.Signals(number).name}: {how}, and all that "
-            "was trained is saved; the same command goes on"
-        )
-
 
 def _listed(jobs: Sequence[Job]) -> str:
     """Each training, with its seeds."""
@@ -211,7 +205,7 @@ def raising() -> Iterator[None]:
 
     def stop(number: int, frame: FrameType | None) -> NoReturn:
         without_advice_to_exit()
-        raise TrainingStopped(number, "stopped")
+        raise TrainingStopped(number, _stopped(number, ""))
 
     try:
         before = {number: signal.signal(number, stop) for number in STOPPING if _heard(number)}
@@ -222,6 +216,13 @@ def raising() -> Iterator[None]:
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
+
+
+def _stopped(number: int, done: str) -> str:
+    return (
+        f"stopped by {signal.Signals(number).name}: {done}all that was trained is saved; the same "
+        "command goes on"
+    )
 
 
 def _heard(number: int) -> bool:
