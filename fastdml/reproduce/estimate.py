@@ -255,8 +255,9 @@ def _left(config: TrainConfig) -> float:
 
 
 def _there(folder: Path) -> int:
-    """Bytes that a run has written already."""
-    return sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
+    """Bytes that a run has written already. Groups have other names for some of its files."""
+    found = (path.stat() for path in folder.rglob("*") if path.is_file())
+    return sum({file.st_ino: file.st_size for file in found}.values())
 
 
 def _cost(run: Run, found: Measured, took: float | None) -> Cost:
