@@ -9,6 +9,7 @@ import fastdml
 
 @pytest.fixture(scope="session")
 def finished_run(tmp_path_factory):
+    pytest.importorskip("tqdm", reason="training needs the extra train")
     folder = tmp_path_factory.mktemp("runs") / "digits"
     fastdml.train.digits(
         ["resnet8", "resnet8"],
