@@ -1,6 +1,6 @@
 """What goes wrong when peers are trained and compared, built in on purpose and measured.
 
-python -m bench.traps [--only NAME ...] [--seeds N] [--to FILE]
+python -m bench.traps [--only NAME ...] [--seeds N] [--root DIR] [--to FILE]
 
 Each measurement is a function of a seed to numbers, in `MEASUREMENTS`; what it finds goes into the
 file (results/traps.json) at once, and a later call measures what is missing there. Peers are two
@@ -17,7 +17,7 @@ import logging
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -360,6 +360,35 @@ def mobilenet(seed: int) -> Numbers:
     return found
 
 
+TRAINED = "mobilenet-trained"  # takes --root, and minutes
+IMAGES_OF_CIFAR, EPOCHS_OF_CIFAR = 1600, 4
+
+
+def short_training(seed: int, root: str) -> Numbers:
+    """The first two forms on the same few batches of CIFAR-100, without each other."""
+    train, test = data.load("cifar100", root)
+    train, test = train.subset(IMAGES_OF_CIFAR, seed), test.subset(1000)
+    loader = make_loader("resident", train, 64, seed=seed, train=True)
+    forms = list(FORMS)[:2]
+    cohort = Cohort(["mobilenet"] * len(forms), 100, seed=seed)
+    for peer, form in zip(cohort.peers, forms, strict=True):
+        for at in FORMS[form]:
+            peer.features[at][0].stride = (2, 2)
+    cohort.to(memory_format=torch.channels_last)
+    optimizer = make_optimizer(cohort, lr=0.1, weight_decay=5e-4)
+    rates = learning_rates(lr=0.1, epochs=EPOCHS_OF_CIFAR, steps=len(loader), schedule="cosine")
+    schedule = Schedule(optimizer, rates)
+    step = make_step(cohort, MutualLoss(**ALONE), optimizer, amp="off", execution="eager")
+    cohort.train()
+    for epoch in range(EPOCHS_OF_CIFAR):
+        for batch in loader.epoch(epoch):
+            loss = step(*batch).stats.ce
+            schedule.advance()
+    found = dict(zip(forms, accuracies(cohort, _all_of(test)), strict=True))
+    last = {f"last cross-entropy, {form}": float(ce) for form, ce in zip(forms, loss, strict=True)}
+    return {**found, **last}
+
+
 MEASUREMENTS: Mapping[str, Callable[[int], Numbers]] = {
     "budgets": budgets,
     "class-mean": class_mean,
@@ -399,7 +428,7 @@ def measure_all(wanted: Mapping[str, tuple[Callable, Sequence[int]]], to: Path) 
             every = [one for found in stored["measurements"].values() for one in found.values()]
             spent = sum(one["seconds"] for one in every)
             device = device_name(torch.device("cpu"), torch.get_num_threads())
-            command = "python -m bench.traps"
+            command = "python -m bench.traps --root data"
             stored["provenance"] = provenance_of(command, device=device, seconds=spent)
             to.parent.mkdir(parents=True, exist_ok=True)
             write_atomically(to, json.dumps(stored, indent=1) + "\n")
@@ -410,8 +439,9 @@ def measure_all(wanted: Mapping[str, tuple[Callable, Sequence[int]]], to: Path) 
 
 def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m bench.traps", description=__doc__)
-    parser.add_argument("--only", nargs="+", choices=[*MEASUREMENTS])
+    parser.add_argument("--only", nargs="+", choices=[*MEASUREMENTS, TRAINED])
     parser.add_argument("--seeds", type=int, default=5)
+    parser.add_argument("--root", help="folder of CIFAR-100, for mobilenet-trained")
     parser.add_argument("--to", type=Path, default=RESULTS)
     args = parser.parse_args(argv)
     logging.getLogger("fastdml").setLevel(logging.WARNING)
@@ -421,6 +451,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         name: (function, range(args.seeds if name != UNTRAINED else 1))
         for name, function in MEASUREMENTS.items()
     }
+    if args.root:
+        wanted[TRAINED] = (partial(short_training, root=args.root), range(1))
     if args.only:
         wanted = {name: wanted[name] for name in args.only}
     measure_all(wanted, args.to)

@@ -132,6 +132,11 @@ TABLES: dict[str, list[Row]] = {
             ("side of the last map", "pixels"),
         )
     ],
+    "mobilenet-trained": [
+        Row(f"{what}{form}", unit=unit)
+        for form in ("CIFAR form", "64 -> 128 block of stride 2")
+        for what, unit in (("", "%"), ("last cross-entropy, ", "nats"))
+    ],
 }
 
 
