@@ -39,14 +39,17 @@ def peer_agreement(
     predicted: Any, labels: Any, names: Sequence[str], *, disagreement: Any = None
 ) -> PeerAgreement:
     """Agreement of K peers. predicted: (K, N) classes, -1 for none, which is wrong and agrees with
-    nothing. labels: (N,). names: K. disagreement: (N,), the Jensen-Shannon divergence of each
-    image, as predictions.npz has it. Raises InputError for shapes that do not fit."""
+    nothing. labels: (N,) classes. names: K. disagreement: (N,), the Jensen-Shannon divergence of
+    each image, as predictions.npz has it. Raises InputError for what does not fit."""
     top, label = np.asarray(predicted), np.asarray(labels)
     if top.ndim != 2 or not top.size or label.shape != top.shape[1:] or len(names) != len(top):
         raise InputError(
             f"predicted must be (K, N), labels (N,) and names K, not {list(top.shape)}, "
             f"{list(label.shape)} and {len(names)}"
         )
+    for name, values, low in (("predicted", top, -1), ("labels", label, 0)):
+        if values.dtype.kind not in "iu" or values.min() < low:
+            raise InputError(f"{name} must be whole numbers, {low} or more")
     K, N = top.shape
     wrong = top != label
     C = int(max(top.max(), label.max())) + 1

@@ -82,6 +82,11 @@ class TestAgreement:
     def test_mistakes(self):
         with pytest.raises(InputError, match=r"not \[2, 3\], \[3\] and 1"):
             peer_agreement(np.zeros((2, 3), int), np.zeros(3, int), ["a"])
+        answers, names = np.zeros((2, 2), int), ("a", "b")
+        with pytest.raises(InputError, match="labels must be whole numbers, 0 or more"):
+            peer_agreement(answers, np.array([0, -1]), names)  # which no answer would be right of
+        with pytest.raises(InputError, match="predicted must be whole numbers"):
+            peer_agreement(answers + 0.5, np.array([0, 1]), names)
 
 
 class TestConfusion:
