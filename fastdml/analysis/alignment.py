@@ -27,6 +27,7 @@ from fastdml.analysis.networks import (
     Networks,
     device_of,
     fixed_batches,
+    in_precision_of,
     networks,
     rows_of,
 )
@@ -114,7 +115,9 @@ def kernel_alignment(
 def _kernel(x: Tensor, debiased: bool) -> Tensor:
     """(N, N) float64 inner products of features (N, D): with a diagonal of 0, or centred."""
     x = x.double()
-    x = x - x.mean(0)  # changes neither, and keeps digits
+    # Centring changes neither, and keeps digits. What is the same for all images becomes 0, which
+    # its mean, rounded, would miss.
+    x = torch.where((x == x[:1]).all(0), 0.0, x - x.mean(0))
     kernel = x @ x.T
     return kernel.fill_diagonal_(0) if debiased else kernel
 
@@ -183,7 +186,8 @@ def _features(found: Networks, taps: Sequence[Sequence[Tap]], inputs: Tensor) ->
         for k, (name, module) in enumerate(zip(*found, strict=True)):
             with evaluating(module), _looking([row[k] for row in taps]) as seen:
                 anyone: Any = module
-                embedded = anyone.embed(inputs) if taps[0][k] is None else module(inputs)
+                run = anyone.embed if taps[0][k] is None else module
+                embedded = run(in_precision_of(module, inputs))
             for at, row in enumerate(taps):
                 value = embedded if row[k] is None else seen.get(at)
                 if not isinstance(value, Tensor) or value.shape[:1] != inputs.shape[:1]:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from typing import Any, NamedTuple, TypeAlias
 
 import numpy as np
@@ -64,12 +65,14 @@ def device_of(module: nn.Module) -> torch.device:
 
 
 def same_architecture(a: nn.Module, b: nn.Module) -> bool:
-    """Whether they differ in the values of parameters and buffers alone, as far as these tell."""
+    """Whether they differ in the values of parameters and buffers alone, as far as the names,
+    shapes and order of these tell."""
     return _shapes(a) == _shapes(b)
 
 
-def _shapes(module: nn.Module) -> dict[str, torch.Size]:
-    return {name: tensor.shape for name, tensor in module.state_dict().items()}
+def _shapes(module: nn.Module) -> list[tuple[str, torch.Size]]:
+    tensors = [*module.named_parameters(), *module.named_buffers()]
+    return [(name, tensor.shape) for name, tensor in tensors]
 
 
 def fixed_batches(batches: Any, device: torch.device) -> list[Batch]:
@@ -78,7 +81,8 @@ def fixed_batches(batches: Any, device: torch.device) -> list[Batch]:
 
     batches: any iterable of (inputs, labels), a pair of arrays (inputs, labels), or a loader of
     `fastdml.data`, of which it is the first epoch. Labels are class indices (N,), -100 where a row
-    has none. Raises InputError for other batches, and where there is none.
+    has none. torch's generator, from which a DataLoader draws, is left as it was. Raises InputError
+    for other batches, and where there is none.
     """
     source: Iterable[Any]
     if is_arrays(batches) and as_tensor(batches[1], "labels").dim() == 1:
@@ -89,23 +93,32 @@ def fixed_batches(batches: Any, device: torch.device) -> list[Batch]:
     else:
         source = batches
     found = []
-    for step, batch in enumerate(source):
-        inputs, labels = check_batch(batch, f"batch {step}")
-        if labels.shape != inputs.shape[:1] or labels.is_floating_point():
-            raise InputError(
-                f"batch {step}: labels of shape {tuple(labels.shape)} and {labels.dtype} for "
-                f"{len(inputs)} inputs: give class indices ({len(inputs)},)"
-            )
-        found.append((inputs.detach().to(device), labels.to(device, torch.int64)))
+    with torch.random.fork_rng(devices=[]):
+        for step, batch in enumerate(source):
+            inputs, labels = check_batch(batch, f"batch {step}")
+            if labels.shape != inputs.shape[:1] or labels.is_floating_point():
+                raise InputError(
+                    f"batch {step}: labels of shape {tuple(labels.shape)} and {labels.dtype} for "
+                    f"{len(inputs)} inputs: give class indices ({len(inputs)},)"
+                )
+            found.append((inputs.detach().to(device), labels.to(device, torch.int64)))
     if not found:
         raise InputError("there are no batches: a generator gives its batches once, give a list")
     return found
 
 
+def in_precision_of(model: nn.Module, inputs: Tensor) -> Tensor:
+    """Inputs that are floats in the precision of the network's first weights."""
+    if not inputs.is_floating_point():
+        return inputs
+    weight = next((p for p in model.parameters() if p.is_floating_point()), inputs)
+    return inputs.to(weight.dtype)
+
+
 def logits_of(model: nn.Module, inputs: Tensor) -> Tensor:
     """What the network says of a batch: its output (N, C), or the attribute `logits` of it, as the
     models of `transformers` have. float64. Raises InputError for an output of another kind."""
-    out = model(inputs)
+    out = model(in_precision_of(model, inputs))
     out = getattr(out, "logits", out)
     if not isinstance(out, Tensor) or out.dim() != 2 or len(out) != len(inputs):
         got = tuple(out.shape) if isinstance(out, Tensor) else type(out).__name__
@@ -122,8 +135,8 @@ class Score(NamedTuple):
 
 
 def score(model: nn.Module, batches: Sequence[Batch]) -> Score:
-    """Mean over the rows that have a label, of a network in the mode that it is in. Raises
-    InputError for a label that is no class."""
+    """Mean over the rows that have a label, of a network in the mode that it is in; an answer that
+    is NaN or infinite is wrong. Raises InputError for a label that is no class."""
     sums = torch.zeros(3, dtype=torch.float64, device=batches[0][0].device)
     with torch.inference_mode():
         for inputs, labels in batches:
@@ -135,7 +148,9 @@ def score(model: nn.Module, batches: Sequence[Batch]) -> Score:
                     f"{type(model).__name__} tells {z.shape[1]} classes apart"
                 )
             loss = F.cross_entropy(z, labels, ignore_index=IGNORED, reduction="sum")
-            sums += torch.stack([loss, (z.argmax(1) == labels).sum().double(), known.sum()])
+            largest, said = z.max(1)
+            right = (said == labels) & largest.isfinite()
+            sums += torch.stack([loss, right.sum().double(), known.sum()])
     loss, hits, rows = sums.tolist()
     if not rows:
         raise InputError("no row of the batches has a label: the loss needs some")
@@ -162,7 +177,8 @@ def reestimate_batch_norm(model: nn.Module, batches: Sequence[Batch]) -> None:
     """Gives each BatchNorm layer the mean over batches of what its inputs' mean and variance are
     with the present weights. Everything else stays in the mode it is in (`torch.optim.swa_utils`
     turns dropout on too). Batches smaller than the largest are left out, since each counts the
-    same. Does nothing for a network without running statistics."""
+    same. Does nothing for a network without running statistics. Raises InputError for batches of
+    which a layer gets one value a channel."""
     layers = [m for m in model.modules() if isinstance(m, BATCH_NORM) and m.track_running_stats]
     if not layers:
         return
@@ -176,7 +192,14 @@ def reestimate_batch_norm(model: nn.Module, batches: Sequence[Batch]) -> None:
         with torch.no_grad():
             for inputs, _ in batches:
                 if len(inputs) == rows:
-                    model(inputs)
+                    model(in_precision_of(model, inputs))
+    except ValueError as error:
+        if "more than 1 value per channel" not in str(error):
+            raise
+        raise InputError(
+            f"batches of {rows} are too small to estimate BatchNorm on: give larger ones, or "
+            'batch_norm="stored"'
+        ) from None
     finally:
         for layer, (momentum, training) in zip(layers, before, strict=True):
             layer.momentum, layer.training = momentum, training
@@ -200,4 +223,5 @@ def standard_normal(like: Sequence[Tensor], seeds: Sequence[int]) -> list[Tensor
     CPU, so that every device gets the same."""
     state = int(np.random.SeedSequence(tuple(seeds)).generate_state(1)[0])
     generator = torch.Generator().manual_seed(state)
-    return [torch.randn(t.shape, generator=generator, device="cpu").to(t) for t in like]
+    draw = partial(torch.randn, generator=generator, device="cpu", dtype=torch.float32)
+    return [draw(t.shape).to(t) for t in like]

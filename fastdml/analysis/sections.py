@@ -36,6 +36,7 @@ from fastdml.analysis.networks import (
     device_of,
     filters,
     fixed_batches,
+    logits_of,
     networks,
     reestimate_batch_norm,
     rows_of,
@@ -46,10 +47,12 @@ from fastdml.analysis.networks import (
 )
 from fastdml.analysis.plots import drawn
 from fastdml.errors import InputError
+from fastdml.eval_mode import evaluating
 from fastdml.report.analysis_file import Result
 from fastdml.report.plots import COLOURS, MARKERS
 
 BatchNorm = Literal["reestimated", "stored"]
+COMPARED = 16  # images that tell whether two networks are of one architecture
 
 
 @dataclass(frozen=True)
@@ -121,7 +124,7 @@ def loss_section(
     _check_points(points, beyond, reach)
     modules = [found.modules[k] for k in chosen]
     data = fixed_batches(batches, device_of(modules[0]))
-    _check_alike([found.names[k] for k in chosen], modules)
+    _check_alike([found.names[k] for k in chosen], modules, data[0][0][:COMPARED])
     anchors = [_state(module) for module in modules]
     if len(chosen) == 2:
         steps = round(beyond * (points - 1))
@@ -171,7 +174,7 @@ def loss_plane(
     _check_points(points, beyond, reach)
     modules = [found.modules[k] for k in chosen]
     data = fixed_batches(batches, device_of(modules[0]))
-    _check_alike([found.names[k] for k in chosen], modules)
+    _check_alike([found.names[k] for k in chosen], modules, data[0][0][:COMPARED])
     plane = _plane(modules, seed)
     x, y = _axes(plane.points, points, beyond, reach)
     mixes = [plane.mix(a, b) for b in y for a in x]
@@ -335,14 +338,26 @@ def _check_points(points: int, beyond: float, reach: float) -> None:
         raise InputError(f"beyond must be 0 or more and reach above 0, not {beyond} and {reach}")
 
 
-def _check_alike(names: Sequence[str], modules: Sequence[nn.Module]) -> None:
+def _check_alike(names: Sequence[str], modules: Sequence[nn.Module], inputs: Tensor) -> None:
     """Raises InputError for networks whose weights cannot be mixed."""
+    first = modules[0]
     for name, module in zip(names[1:], modules[1:], strict=True):
-        if not same_architecture(modules[0], module):
+        if not same_architecture(first, module) or not _answers_alike(first, module, inputs):
             raise InputError(
                 f"{names[0]} and {name} are of different architectures: there is nothing "
                 "between their weights; a random direction needs one of them"
             )
+
+
+def _answers_alike(first: nn.Module, other: nn.Module, inputs: Tensor) -> bool:
+    """Whether `first` says with the weights of `other` what `other` says, to rounding: neither
+    strides nor activations are seen in the shapes of weights."""
+    with weights_kept(first), evaluating(other), torch.no_grad():
+        for tensor, value in zip(_tensors(first), _tensors(other), strict=True):
+            tensor.copy_(value)
+        a, b = logits_of(first, inputs), logits_of(other, inputs)
+    near = 1e-2 * float(b.nan_to_num(0, 0, 0).abs().max())  # bf16 has two digits
+    return torch.allclose(a, b, rtol=0, atol=near, equal_nan=True)
 
 
 def plot_loss_section(found: LossSection, where: Any) -> Path | None:

@@ -94,7 +94,7 @@ def flat_minima(
     keeps the statistics that it has, and the networks run in evaluation mode.
 
     The networks come back as they were, bit for bit, also where it is interrupted. Costs
-    1 + scales x draws passes forward for each network, and a copy of one network's weights.
+    1 + scales x draws passes forward for each network, and three copies of one network's weights.
     Raises InputError.
     """
     checked = _checked_scales(scales)

@@ -149,3 +149,16 @@ def test_features_that_cannot_be_compared():
     with pytest.raises(InputError, match="batch of 4"):
         kernel_alignment(small_conv(), images(rows=3))
     assert np.isnan(linear_cka(np.ones((5, 2)), X[:5]))
+
+
+@pytest.mark.parametrize("debiased", [False, True])
+@pytest.mark.parametrize("n", [7, 9])
+def test_a_feature_that_is_the_same_for_all_images(n, debiased):
+    """Has no alignment with anything, itself included; and beside others it changes nothing."""
+    same, other = np.full((n, 3), 0.1), RNG.normal(size=(n, 4))
+    assert np.abs(same - same.mean(0)).max() > 0  # which centring alone does not show
+    assert np.isnan(linear_cka(same, other, debiased=debiased))
+    assert np.isnan(linear_cka(same, same, debiased=debiased))
+    beside = np.concatenate([1e9 * same, other], 1)
+    value = linear_cka(other, X[:n], debiased=debiased)
+    assert linear_cka(beside, X[:n], debiased=debiased) == value

@@ -189,3 +189,55 @@ def test_places_that_span_nothing():
     between = (np.array(A) + np.array(B)) / 2
     with pytest.raises(InputError, match="one line"):
         loss_plane([quadratic(w) for w in (A, B, between)], label_one())
+
+
+class TwoLayers(nn.Module):
+    def __init__(self, order="ab", tied=False):
+        super().__init__()
+        for name in order:
+            setattr(self, name, nn.Linear(6, 6))
+        self.last = nn.Linear(6, 3)
+        if tied:
+            self.b.weight = self.a.weight
+
+    def forward(self, x):
+        return self.last(self.b(self.a(x).relu()).relu())
+
+
+def activated(by):
+    return nn.Sequential(nn.Linear(6, 9), by, nn.Linear(9, 3))
+
+
+@pytest.mark.parametrize(
+    ("first", "second"),
+    [
+        (TwoLayers("ab"), TwoLayers("ba")),
+        (TwoLayers(tied=True), TwoLayers()),
+        (activated(nn.ReLU()), activated(nn.Tanh())),
+    ],
+    ids=["another order of layers", "a weight in common", "another activation"],
+)
+def test_networks_that_shapes_of_weights_do_not_tell_apart(first, second):
+    """At 1 the loss would not be the second network's own."""
+    generator = torch.Generator().manual_seed(0)
+    data = [(torch.randn(8, 6, generator=generator), torch.arange(8) % 3)]
+    before = state_of(first)
+    with pytest.raises(InputError, match="different architectures"):
+        loss_section([first, second], data)
+    assert same_state(first, before)
+
+
+def test_single_images():
+    """A layer gets one value a channel of each, which has no variance."""
+    torch.manual_seed(0)
+    models = [nn.Sequential(nn.Linear(6, 4), nn.BatchNorm1d(4)) for _ in range(2)]
+    data = [(torch.randn(1, 6), torch.zeros(1, dtype=torch.int64))] * 2
+    with pytest.raises(InputError, match=r'batches of 1 are too small .* batch_norm="stored"'):
+        loss_section(models, data)
+    assert np.isfinite(loss_section(models, data, batch_norm="stored").loss).all()
+
+
+def test_an_answer_that_is_nan_is_wrong():
+    found = score(nn.Identity(), [(torch.tensor([[math.nan, 1], [2, 1]]), torch.tensor([0, 0]))])
+    assert found.accuracy == 0.5
+    assert math.isnan(found.loss)

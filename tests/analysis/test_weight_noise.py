@@ -11,7 +11,7 @@ from torch import nn
 from toy_networks import Quadratic, images, label_one, same_state, small_conv, state_of
 
 from fastdml import Cohort
-from fastdml.analysis import flat_minima
+from fastdml.analysis import flat_minima, kernel_alignment, loss_section, posterior
 from fastdml.errors import InputError
 
 HESSIAN = np.array([[2.0, 0.5, 0.0], [0.5, 1.0, -0.3], [0.0, -0.3, 4.0]])
@@ -156,3 +156,31 @@ def test_options_that_mean_nothing(options, words):
 def test_batches_that_have_no_loss(batches, words):
     with pytest.raises(InputError, match=words):
         flat_minima(small_conv(), batches)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
+def test_networks_take_inputs_in_the_precision_of_their_weights(dtype):
+    exact, model = flat_minima(small_conv(), images(), draws=1), small_conv().to(dtype)
+    before = state_of(model)
+    found = flat_minima(model, images(), draws=1)
+    np.testing.assert_allclose(found.loss, exact.loss, rtol=0.05)
+    assert posterior(model, images()).entropy[0] > 0
+    assert np.isfinite(loss_section(model, images(), points=2).loss).all()
+    assert kernel_alignment([model, small_conv(1)], images()).alignment[0, 0, 1] < 1
+    assert same_state(model, before)
+
+
+def test_nothing_global_decides_or_is_changed():
+    """Neither torch's generator, from which a DataLoader draws, nor its default precision."""
+    whole = images(batch=48)[0]
+    data = torch.utils.data.TensorDataset(*whole)
+    before = flat_minima(small_conv(), whole).loss
+    model, state = small_conv(), torch.get_rng_state()
+    loader = torch.utils.data.DataLoader(data, 10, shuffle=True)
+    np.testing.assert_allclose(flat_minima(model, loader).loss, before, rtol=1e-6)
+    assert torch.equal(torch.get_rng_state(), state)
+    torch.set_default_dtype(torch.float64)
+    try:
+        np.testing.assert_array_equal(flat_minima(model, whole).loss, before)
+    finally:
+        torch.set_default_dtype(torch.float32)
