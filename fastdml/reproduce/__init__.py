@@ -83,12 +83,12 @@ def run_all(
     hint: what the record says was called, and what messages say that a download is asked for by.
 
     A training that fails leaves its numbers out of the table, and the others go on. Raises
-    InputError for names that there are not, and for a folder of a training that holds something
-    else, and for a disk that has no room; TrainingStopped, a SystemExit, after a signal, when what
-    was trained is saved.
+    InputError for names that there are not, for images that are missing, for a folder of a training
+    that holds something else, and for a disk that has no room; TrainingStopped, a SystemExit, after
+    a signal, when what was trained is saved.
     """
     from fastdml.devices import choose_device, device_name
-    from fastdml.reproduce.planning import cost_of, with_seeds_together
+    from fastdml.reproduce.planning import check_images, cost_of, with_seeds_together
     from fastdml.reproduce.provenance import provenance_of
     from fastdml.reproduce.recording import Reader
     from fastdml.reproduce.results import write_results
@@ -109,6 +109,8 @@ def run_all(
         planned = jobs_of(trainings, numbers, place)
         runner = Runner(planned, jobs, hint)
         logger.info(runner.plan())
+        if not dry_run:
+            check_images(runner.waiting, hint)
         cost = cost_of(planned, runner.waiting, place, price_per_hour, keep=not dry_run)
     logger.info(str(cost))
     cost.check_room()

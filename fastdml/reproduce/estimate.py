@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import logging
 import shutil
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -36,6 +37,8 @@ from fastdml.train.config.reid import ReidConfig
 from fastdml.train.learning_rate import total_steps
 from fastdml.train.tasks.task import task_of
 from fastdml.units import duration, size
+
+logger = logging.getLogger(__name__)
 
 COSTS = "costs.json"  # beside the trainings' folders: what was measured, for the next start
 STEPS = 3  # timed, after one that is not; fewer where one takes longer than
@@ -188,6 +191,7 @@ def estimate(
                 continue
             key = f"{run.name} {len(run.config.peers)}"
             if key not in known:
+                logger.info(f"timing a few steps of {run.name}")
                 try:
                     known[key] = (measure or measured)(run, chosen)
                 except (InputError, RuntimeError) as error:  # as training it may, and others go on

@@ -1,4 +1,5 @@
-"""What a reproduction plans before it trains: which seeds share a run, and what all of it takes."""
+"""What a reproduction plans before it trains: which seeds share a run, what all of it takes, and
+whether the images are there."""
 
 from __future__ import annotations
 
@@ -7,12 +8,16 @@ from collections.abc import Sequence
 
 import torch
 
+from fastdml.data import load
 from fastdml.devices import choose_device
 from fastdml.reproduce.estimate import Estimate, Run, estimate, measured
 from fastdml.reproduce.experiment import Training
 from fastdml.reproduce.groups import most_together, seeds_together
 from fastdml.reproduce.runner import Job
 from fastdml.reproduce.trainings import Place
+from fastdml.train.config.base import TrainConfig
+from fastdml.train.config.reid import ReidConfig
+from fastdml.train.tasks.reid import opened
 
 
 def with_seeds_together(
@@ -53,3 +58,18 @@ def cost_of(
     ]
     folder = place.folder / "trainings" / place.scale
     return estimate(runs, folder, place.device, price_per_hour=price_per_hour, keep=keep)
+
+
+def check_images(jobs: Sequence[Job], hint: str) -> None:
+    """Opens each data set that the jobs train on, once. Raises InputError where it is missing or
+    damaged, which would fail one training after the other."""
+    for config in {_images(job.config): job.config for job in jobs}.values():
+        if isinstance(config, ReidConfig):
+            with opened(config, hint=hint):
+                pass
+        else:
+            load(config.data, config.root, download=config.download, hint=hint)
+
+
+def _images(config: TrainConfig) -> tuple[str, bool]:
+    return config.data, isinstance(config, ReidConfig) and config.standin

@@ -64,8 +64,7 @@ class Job:
         return Path(str(self.config.folder))
 
     def __str__(self) -> str:
-        seeds = " ".join(map(str, self.seeds))
-        return f"{self.training.name}, seed{'s' * (len(self.seeds) > 1)} {seeds}"
+        return _named(self.training.name, self.seeds)
 
 
 def jobs_of(trainings: Sequence[Training], seeds: Sequence[int], place: Place) -> list[Job]:
@@ -195,7 +194,11 @@ def _listed(jobs: Sequence[Job]) -> str:
     seeds: dict[str, list[int]] = {}
     for job in jobs:
         seeds.setdefault(job.training.name, []).extend(job.seeds)
-    return "; ".join(f"{name}, seed {' '.join(map(str, each))}" for name, each in seeds.items())
+    return "; ".join(_named(name, each) for name, each in seeds.items())
+
+
+def _named(name: str, seeds: Sequence[int]) -> str:
+    return f"{name}, seed{'s' * (len(seeds) > 1)} {' '.join(map(str, seeds))}"
 
 
 @contextmanager

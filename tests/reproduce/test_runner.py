@@ -206,7 +206,7 @@ def test_what_is_measured_on_a_run_is_kept(tmp_path, trained, monkeypatch):
 
 def test_a_dry_run_trains_nothing(tmp_path, trained, caplog):
     assert main([*arguments_of("reproduce", tmp_path), "--dry-run"]) == 0
-    assert "4 trainings: 0 have ended, 4 begin (digits-resnet8-x2, seed 0 1; " in caplog.text
+    assert "4 trainings: 0 have ended, 4 begin (digits-resnet8-x2, seeds 0 1; " in caplog.text
     assert trained == []
     assert [*tmp_path.iterdir()] == []
 
@@ -232,6 +232,23 @@ def test_the_list(capsys):
     assert main(["reproduce", "--list"]) == 0
     out = capsys.readouterr().out
     assert all(name in out for name in (*EXPERIMENTS, *SCALES))
+
+
+def test_missing_images_are_told_before_anything_is_timed_or_written(tmp_path, capsys, caplog):
+    """One line in place of a failure a training; a dry run asks for none."""
+    folders = ["--root", str(tmp_path / "none"), "--folder", str(tmp_path / "out")]
+    command = ["reproduce", "semi-supervised", "--scale", "smoke", "--seeds", "1", *folders]
+    assert main([*command, "--device", "cpu"]) == 2
+    said = capsys.readouterr()
+    assert said.out == ""
+    assert said.err.splitlines()[-1] == (
+        f"fastdml: error: {tmp_path / 'none'}: no such folder: name the one that holds CIFAR-100, "
+        "or use --download"
+    )
+    assert "timing" not in caplog.text
+    assert not (tmp_path / "out").exists()
+    assert main([*command, "--device", "cpu", "--dry-run"]) == 0
+    assert "timing a few steps of cifar100-resnet8-x2-semi" in caplog.text
 
 
 def test_market_without_its_images_is_one_line(tmp_path, capsys):
