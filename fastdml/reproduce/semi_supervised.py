@@ -19,7 +19,8 @@ def labels(scale: Scale) -> int:
 
 
 def trainings(scale: Scale) -> tuple[Training, Training]:
-    """With labels alone, and with all other images beside them: of as many steps."""
+    """With labels alone, and with all other images beside them: of as many steps, but for what
+    the last batch of an epoch leaves out."""
     pair, count = [scale.network] * 2, labels(scale)
     semi = training(scale, pair, kind="semi", labelled=count, independent=False)
     images = scale.images or ALL[scale.data or "cifar100"]
@@ -61,9 +62,12 @@ def rows(scale: Scale) -> Sequence[Row]:
 
 
 def notes(scale: Scale) -> Sequence[str]:
+    # The seed draws from the data set there, and from the scale's images here: both lie within
+    # those, but are two draws.
+    which = "as many labelled images, another draw," if scale.images else "these images"
     return (
         "Cross-entropy on the images with labels, the KL term on all. Trainings with labels alone "
-        "see these images alone, in as many steps. The paper has no figures of CIFAR.",
+        f"see {which} in as many steps. The paper has no figures of CIFAR.",
     )
 
 

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import pytest
+import torch
 
 from fastdml.cli import reproduce as command
+from fastdml.data.image_set import evenly
 from fastdml.errors import InputError
-from fastdml.reproduce import EXPERIMENTS, SCALES
+from fastdml.reproduce import EXPERIMENTS, SCALES, semi_supervised
 from fastdml.reproduce.experiment import Row, Training, trainings_of
 from fastdml.reproduce.experiments import find_experiments
 from fastdml.reproduce.trainings import Place
@@ -72,6 +74,7 @@ CHANGED = {
     "cifar100-resnet32-x5-ensemble-target": {"target": "ensemble"},
     "cifar100-resnet32-x2-labelled": {"subset": 5000, "epochs": 2000, "lr_drop_every": 600},
 }
+ALL_IMAGES = 5000  # of a made-up data set, a tenth of CIFAR's
 ALL = [
     (name, scale)
     for name in EXPERIMENTS
@@ -195,6 +198,26 @@ def test_the_small_trainings(place):
     assert {name: each.settings for name, each in found.items()} == expected
     (teacher,) = place.config(found["cifar100-resnet14-distilled"], 2).teachers
     assert teacher.endswith("/cifar100-resnet14-x4/seed-2/independent:resnet14-2")
+
+
+@pytest.mark.parametrize("scale", SCALES)
+def test_the_note_says_whether_labels_alone_are_those_of_the_same_images(scale):
+    """Images that a set keeps are drawn by their place in it, so that a subset of a subset is
+    another draw than one of the whole."""
+    alone, semi = semi_supervised.trainings(SCALES[scale])
+    labels = torch.arange(ALL_IMAGES) % 10
+
+    def labelled(settings) -> set[int]:
+        whole = torch.arange(ALL_IMAGES)
+        for count in (settings.get("subset", 0) // 10, settings.get("labelled", 0) // 10):
+            if count:
+                whole = whole[evenly(labels[whole], count, 0)]
+        return {*whole.tolist()}
+
+    same = labelled(alone.settings) == labelled(semi.settings)
+    (note,) = semi_supervised.notes(SCALES[scale])
+    assert ("see these images in as many" in note) == same
+    assert ("another draw" in note) == (not same)
 
 
 def test_cohort_sizes():
