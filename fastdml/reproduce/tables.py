@@ -15,9 +15,9 @@ from fastdml.units import duration
 
 NONE = "-"
 COLUMNS = (
-    "experiment", "scale", "row", "unit", "seed", "baseline_name", "ours_name", "paper_baseline",
-    "paper_ours", "baseline", "baseline_sd", "ours", "ours_sd", "difference", "low", "high", "p",
-    "pairs",
+    "experiment", "scale", "scaled_down", "row", "unit", "seed", "baseline_name", "ours_name",
+    "paper_baseline", "paper_ours", "baseline", "baseline_sd", "ours", "ours_sd", "difference",
+    "low", "high", "p", "pairs",
 )  # fmt: skip
 
 
@@ -25,7 +25,7 @@ def markdown(record: Record) -> str:
     """table.md: what was scaled down, the table, its seeds, and what made it."""
     parts = [
         scaled_down(record),
-        f"# {escaped(record.title)}\n\n{escaped(record.place)}",
+        f"# {escaped(record.title)}\n\nIn the paper: {escaped(record.place)}.",
         table(record),
         " ".join(outcome(record)),
         " ".join(legend(record)),
@@ -218,6 +218,7 @@ def _names_in(record: Record, row: RowRecord) -> dict[str, str]:
     if row.baseline:
         names["baseline_name"] = row.baseline.name
     keys = {"experiment": record.experiment, "scale": record.scale}
+    keys["scaled_down"] = "; ".join(record.changes)  # what was changed; empty at the full scale
     return {**keys, "row": row.label, "unit": row.unit, **names}
 
 

@@ -66,7 +66,7 @@ def test_every_scale_but_the_full_one_says_at_its_top_what_was_changed(scale):
 
 def test_the_full_scale_is_not_scaled_down():
     text = markdown(record(scale="full", changes=()))
-    assert text.startswith("# Top-1 accuracy of two peers\n")
+    assert text.startswith("# Top-1 accuracy of two peers\n\nIn the paper: Table 2.\n")
     assert "caled down" not in text
 
 
@@ -189,6 +189,8 @@ def test_the_csv_has_a_line_a_row_and_a_line_a_seed():
     assert {(line["experiment"], line["scale"], line["unit"]) for line in lines} == {
         ("table2", "small", "%")
     }
+    assert {line["scaled_down"] for line in lines} == {"; ".join(found.changes)}
+    assert found.changes
 
 
 def test_a_record_is_what_was_written(tmp_path):
