@@ -19,7 +19,6 @@ from fastdml.errors import InputError
 from fastdml.files import replacing, writing
 from fastdml.names import unique
 from fastdml.report.metrics_log import INDEPENDENT, to_json
-from fastdml.report.predictions import Predictions, read_predictions
 from fastdml.report.summary import prolonged, read_summary
 from fastdml.reproduce import groups
 from fastdml.reproduce.experiment import PeerOf, Phase, Training
@@ -147,9 +146,6 @@ class Finished:
         `ensemble_NAME`."""
         best = self.summary.get("chosen_on") == "validation"
         return self.summary[phase]["best_scores" if best else "scores"]
-
-    def predictions(self, phase: Phase) -> Predictions | None:
-        return read_predictions(self.phase_folder(phase))
 
     def measured(self, name: str, phase: Phase, measure: Callable[[], Any]) -> Any:
         """What `measure` gives, plain values, which are kept in a file of the run folder: the next
