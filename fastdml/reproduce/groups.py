@@ -1,6 +1,6 @@
 """Which seeds of a training are trained together, as groups of the peers of one run.
 
-That is the fastest way to run seeds on a GPU that one cohort does not fill. The groups see the same
+One run of several seeds gives work to a GPU that one cohort does not fill. The groups see the same
 batches: such seeds differ in their initial weights alone. A training whose seed also chooses images
 (fewer labels, a subset, validation images), or with teachers, which are other ones for each seed,
 has a run a seed, and so have peers of re-identification.
