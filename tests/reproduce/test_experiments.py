@@ -172,6 +172,27 @@ def test_distillation_at_the_full_scale():
     assert teacher.phase == "independent"
 
 
+@pytest.mark.parametrize(
+    ("name", "figures"),
+    [
+        ("cohort-size", [
+            (46.4, 46), (46.4, 52.1), (46.4, 55), (46.4, 55.7), (46.4, 56), *[(None, None)] * 3,
+            (50.4, 57), (54.8, 58.4), (55.9, 60.6), (56.4, 61.7), *[(None, None)] * 3,
+        ]),
+        ("ensemble-target", [(56.0, 53.7), (None, None), (None, None)]),
+        ("market", [
+            (None, 68.83), (83.94, 87.73), (None, 77.14), (None, 91.66), (46.4, 52.1), (None, None),
+        ]),
+        ("semi-supervised", [(None, None)] * 4),
+        ("flat-minima", [(None, None)] * 3),
+        ("entropy", [(0.2602, 1.7099), (96, 70)]),
+    ],
+)  # fmt: skip
+def test_the_papers_other_figures(name, figures):
+    """Beside the baseline's and ours, row after row."""
+    assert [(row.baseline.paper, row.ours.paper) for row in rows_of(name, "full")] == figures
+
+
 def test_the_small_trainings(place):
     """By name: those that results are of."""
     common = {
