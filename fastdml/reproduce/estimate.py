@@ -32,6 +32,7 @@ from fastdml.files import write_atomically, writing
 from fastdml.models import ReidHead
 from fastdml.report.metrics_log import INDEPENDENT, read_metrics
 from fastdml.report.summary import read_summary
+from fastdml.reproduce.scales import IMAGES
 from fastdml.train.config.base import TrainConfig
 from fastdml.train.config.reid import ReidConfig
 from fastdml.train.learning_rate import total_steps
@@ -43,15 +44,8 @@ logger = logging.getLogger(__name__)
 COSTS = "costs.json"  # beside the trainings' folders: what was measured, for the next start
 STEPS = 3  # timed, after one that is not; fewer where one takes longer than
 LONG = 5.0  # seconds
-# Training images, and those of an evaluation: the test set, or query and gallery.
-IMAGES = {
-    "digits": (1442, 355),
-    "cifar10": (50_000, 10_000),
-    "cifar100": (50_000, 10_000),
-    "market1501": (12_936, 23_100),
-}
-STAND_IN = (1200, 1100)  # for Market-1501, of
-IDENTITIES = {True: 50, False: 751}  # by whether it is the stand-in
+STAND_IN = (1200, 1100)  # as `IMAGES`, of the stand-in for Market-1501
+IDENTITIES = {True: 50, False: 751}  # of the stand-in, and of Market-1501
 # Bytes, as found in folders of runs: of an archive beside its tensors, of each tensor in it, and of
 # what a peer says of a test image once it is compressed.
 ARCHIVE, OF_TENSOR, OF_PREDICTION = 4096, 400, 8.0

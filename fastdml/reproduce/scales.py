@@ -12,6 +12,14 @@ from fastdml.names import advice
 # Of all scales but the full one: runs repeat bit for bit, and write only what is read again.
 REPEATABLE = {"deterministic": True, "tensorboard": False, "figures": ()}
 
+# Training images, and those of an evaluation: the test set, or query and gallery.
+IMAGES = {
+    "digits": (1442, 355),
+    "cifar10": (50_000, 10_000),
+    "cifar100": (50_000, 10_000),
+    "market1501": (12_936, 23_100),
+}
+
 
 @dataclass(frozen=True)
 class Scale:

@@ -7,14 +7,16 @@ from collections.abc import Sequence
 from fastdml.reproduce.cohorts import changes, network, training
 from fastdml.reproduce.experiment import Experiment, Phase, Row, Training, Value
 from fastdml.reproduce.readings import ensemble, mean_of
-from fastdml.reproduce.scales import Scale
+from fastdml.reproduce.scales import IMAGES, Scale
 
-ALL = {"cifar100": 50_000, "digits": 1_442}  # training images
+
+def training_images(scale: Scale) -> int:
+    return scale.images or IMAGES[scale.data or "cifar100"][0]
 
 
 def labels(scale: Scale) -> int:
     """A tenth of the training images; of few a fifth, to have some of each class."""
-    images = scale.images or ALL[scale.data or "cifar100"]
+    images = training_images(scale)
     return images // 10 if images >= 1000 else images // 5
 
 
@@ -23,8 +25,7 @@ def trainings(scale: Scale) -> tuple[Training, Training]:
     the last batch of an epoch leaves out."""
     pair, count = [scale.network] * 2, labels(scale)
     semi = training(scale, pair, kind="semi", labelled=count, independent=False)
-    images = scale.images or ALL[scale.data or "cifar100"]
-    times = images // count
+    times = training_images(scale) // count
     epochs = scale.settings.get("epochs", 200) * times
     over = {
         "subset": count,
