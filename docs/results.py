@@ -13,7 +13,7 @@ from fastdml.reproduce import plots
 from fastdml.reproduce.outcome import outcome
 from fastdml.reproduce.record import RECORD, Record, read_record
 from fastdml.reproduce.results import CSV, TABLE, write_results
-from fastdml.reproduce.statistics import difference, t_quantile
+from fastdml.reproduce.statistics import t_quantile
 from fastdml.reproduce.tables import (
     comma_separated,
     cost,
@@ -22,7 +22,7 @@ from fastdml.reproduce.tables import (
     scaled_down,
     table,
 )
-from fastdml.reproduce.texts import escaped, signed
+from fastdml.reproduce.texts import difference_of, escaped, signed
 from fastdml.units import duration
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -93,9 +93,9 @@ def in_short() -> str:
 
 
 def _verdict(row) -> str:
-    if row.baseline is None:
+    found = difference_of(row)
+    if found is None:
         return "other"
-    found = difference(row.baseline.values, row.ours.values)
     if not found.clear:
         return "open" if found.low is not None else "other"
     if not row.better:
@@ -151,9 +151,9 @@ def front_page() -> str:
 
 def _gains(record: Record) -> Iterator[str]:
     for row in record.rows:
-        if row.baseline is None or row.series != "single" or (row.x or 0) < 2:
+        found = difference_of(row)
+        if found is None or row.series != "single" or (row.x or 0) < 2:
             continue
-        found = difference(row.baseline.values, row.ours.values)
         if found.low is not None and found.high is not None and found.mean is not None:
             between = f"{signed(found.low, '%')} to {signed(found.high, '%')}"
             yield f"{row.x:g} peers {signed(found.mean, '%')} points ({between})"
