@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 
 from fastdml.reproduce.experiment import Experiment, Row
 from fastdml.reproduce.scales import Scale
-from fastdml.reproduce.table2 import Figures, pair_rows
+from fastdml.reproduce.table2 import Figures, notes, pair_rows
 
 FIGURES: Figures = {
     ("wrn_28_10", "resnet32"): ((95.01, 92.47), (95.75, 93.18)),
@@ -20,5 +21,9 @@ def rows(scale: Scale) -> Sequence[Row]:
 
 
 EXPERIMENT = Experiment(
-    "cifar10", "Top-1 accuracy of pairs of networks on CIFAR-10", "the results on CIFAR-10", rows
+    "cifar10",
+    "Top-1 accuracy of pairs of networks on CIFAR-10",
+    "the results on CIFAR-10",
+    rows,
+    notes=partial(notes, data="CIFAR-10"),
 )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 
 from fastdml.reproduce.cohorts import LABELS, STAND_INS, training
 from fastdml.reproduce.experiment import Experiment, Row, Value
@@ -44,6 +45,20 @@ def rows(scale: Scale) -> Sequence[Row]:
     return pair_rows(scale, "cifar100", FIGURES)
 
 
+def notes(scale: Scale, data: str) -> Sequence[str]:
+    """Where other networks stand in the places of the paper's, whose figures are beside them."""
+    if not scale.data:
+        return ()
+    places = "; ".join(
+        f"{LABELS[theirs]}, here {LABELS[ours]}" for theirs, ours in STAND_INS.items()
+    )
+    return (f"The paper's figures are of its own networks on {data}: {places}.",)
+
+
 EXPERIMENT = Experiment(
-    "table2", "Top-1 accuracy of pairs of networks on CIFAR-100", "Table 2", rows
+    "table2",
+    "Top-1 accuracy of pairs of networks on CIFAR-100",
+    "Table 2",
+    rows,
+    notes=partial(notes, data="CIFAR-100"),
 )

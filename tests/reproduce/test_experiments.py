@@ -241,6 +241,18 @@ def test_the_note_says_whether_labels_alone_are_those_of_the_same_images(scale):
     assert ("another draw" in note) == (not same)
 
 
+@pytest.mark.parametrize("name", ["table2", "cifar10"])
+def test_figures_of_other_networks_are_said_to_be_that(name):
+    """A row that names ResNet-8 has the figure of the paper's ResNet-32 beside it."""
+    experiment = EXPERIMENTS[name]
+    assert not any(experiment.notes(SCALES[scale]) for scale in ("full", "small", "smoke"))
+    (note,) = experiment.notes(SCALES["digits"])
+    assert "paper's figures" in note
+    assert f"on {experiment.title.split()[-1]}" in note
+    for row in rows_of(name, "digits"):
+        assert f"here {row.label.split(', ')[-1]}" in note
+
+
 def test_cohort_sizes():
     rows = rows_of("cohort-size", "full")
     assert [row.x for row in rows if row.series == "single"] == [*range(1, 9)]
