@@ -202,5 +202,5 @@ def _provenance(found: dict[str, Any]) -> str:
     of = found["provenance"]
     return (
         f"Measured by `{of['command']}` on {of['device']}, torch {of['versions']['torch']}, "
-        f"{of['date'][:10]}, in {of['seconds'] / 60:.0f} minutes of its time."
+        f"{of['date'][:10]}, in {of['seconds'] / 60:.0f} minutes of CPU time."
     )
