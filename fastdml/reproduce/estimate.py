@@ -307,7 +307,8 @@ def image_counts(config: TrainConfig) -> tuple[int, int]:
     if config.data not in IMAGES:
         raise InputError(f"nothing is known of the number of images of {config.data}")
     images, tested = STAND_IN if _is_stand_in(config) else IMAGES[config.data]
-    return min(images, config.subset or images), tested
+    labelled_alone = 0 if config.unlabelled_share else config.labelled
+    return min(images, config.subset or images, labelled_alone or images), tested
 
 
 def _is_stand_in(config: TrainConfig) -> bool:

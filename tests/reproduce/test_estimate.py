@@ -163,6 +163,9 @@ def test_no_room_is_refused(tmp_path):
 
 def test_images_of_each_data_set():
     assert image_counts(preset("cifar100", subset=20_000)) == (20_000, 10_000)
+    few = {"subset": 20_000, "labelled": 2000}
+    assert image_counts(preset("cifar100", **few)) == (20_000, 10_000)
+    assert image_counts(preset("cifar100", **few, unlabelled_share=0)) == (2000, 10_000)
     assert image_counts(preset("market1501")) == (12_936, 23_100)
     assert image_counts(preset("market1501", standin=True)) == (1200, 1100)
     with pytest.raises(InputError, match="number of images of folder"):
