@@ -6,7 +6,7 @@ Each measurement is a function of a seed to numbers, in `MEASUREMENTS`; what it 
 file (results/traps.json) at once, and a later call measures what is missing there. Peers are two
 ResNet-8 on 200 of the digits' training images, 20 epochs, unless a measurement says otherwise; the
 steps are the library's own (`make_step`), in float32 on one thread. A score is the top-1 accuracy
-on the 355 test images, in percent, meaned over the peers. All takes some minutes of one core.
+on the 355 test images, in percent, averaged over the peers. All takes some minutes of one core.
 """
 
 from __future__ import annotations
