@@ -22,7 +22,7 @@ from fastdml.reproduce.tables import (
     scaled_down,
     table,
 )
-from fastdml.reproduce.texts import difference_of, escaped, signed
+from fastdml.reproduce.texts import difference_of, escaped, interval, signed
 from fastdml.units import duration
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -154,8 +154,7 @@ def _gains(record: Record) -> Iterator[str]:
         found = difference_of(row)
         if found is None or row.series != "single" or (row.x or 0) < 2:
             continue
-        if found.low is not None and found.high is not None and found.mean is not None:
-            between = f"{signed(found.low, '%')} to {signed(found.high, '%')}"
+        if (between := interval(found, "%")) and found.mean is not None:
             yield f"{row.x:g} peers {signed(found.mean, '%')} points ({between})"
 
 

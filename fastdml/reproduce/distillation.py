@@ -91,7 +91,11 @@ def paper_rows(scale: Scale) -> Sequence[Row]:
 
 
 def notes(scale: Scale) -> Sequence[str]:
-    same = "" if scale.name == "full" else " Here both are of one kind, as in the paper's last row."
+    same = (
+        " The student taught one-way begins with other weights than it has as the second of a pair."
+        if scale.name == "full"
+        else " Here both are of one kind, as in the paper's last row."
+    )
     return (
         "One-way: cross-entropy and the KL term from a network that was trained alone with the "
         f"same seed, and is frozen.{same}",

@@ -7,7 +7,15 @@ from collections.abc import Callable, Sequence
 
 from fastdml.reproduce.record import Record, RowRecord
 from fastdml.reproduce.statistics import Difference, pairs
-from fastdml.reproduce.texts import difference_of, escaped, label_of, sides, signed
+from fastdml.reproduce.texts import (
+    difference_of,
+    escaped,
+    interval,
+    label_of,
+    of_seeds,
+    sides,
+    signed,
+)
 
 Judged = tuple[RowRecord, Difference]
 
@@ -92,9 +100,9 @@ def _row(record: Record, judged: Judged, with_numbers: bool) -> str:
     if not with_numbers or found.mean is None:
         return label
     text = _with(signed(found.mean, row.unit), row.unit)
-    if found.low is None or found.high is None:
-        return f"{label} ({text})"
-    return f"{label} ({text}, {signed(found.low, row.unit)} to {signed(found.high, row.unit)})"
+    between = interval(found, row.unit)
+    between = "" if between is None else f", {between}"
+    return f"{label} ({text}{between}{of_seeds(row, found)})"
 
 
 def _with(text: str, unit: str) -> str:

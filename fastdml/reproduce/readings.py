@@ -15,12 +15,17 @@ Better = Literal["higher", "lower", ""]
 
 def peer(k: int, score: str = "top1") -> Number:
     """A score of peer `k`, from 0, in percent."""
-    return Number(lambda run, phase: 100 * run.scores(phase)[score][k])
+    return Number(lambda run, phase: 100 * _number(run.scores(phase)[score][k]))
+
+
+def _number(value: float | None) -> float:
+    """NaN, which JSON has as null."""
+    return math.nan if value is None else value
 
 
 def _mean(values: Sequence[float | None]) -> float:
-    """NaN, which JSON has as null, where one is."""
-    return sum(math.nan if value is None else value for value in values) / len(values)
+    """NaN where one is."""
+    return sum(map(_number, values)) / len(values)
 
 
 def mean_of(
@@ -38,7 +43,11 @@ def mean_of(
 def ensemble(score: str = "top1", *, unit: str = "%", better: Better = "higher") -> Number:
     """A score of the ensemble of all peers."""
     factor = 100 if unit == "%" else 1
-    return Number(lambda run, phase: factor * run.scores(phase)[f"ensemble_{score}"], unit, better)
+
+    def read(run: Finished, phase: Phase) -> float:
+        return factor * _number(run.scores(phase)[f"ensemble_{score}"])
+
+    return Number(read, unit, better)
 
 
 def ensemble_of(count: int) -> Number:

@@ -8,6 +8,7 @@ from fastdml.reproduce.cohorts import changes, network, training
 from fastdml.reproduce.experiment import Experiment, Phase, Row, Training, Value
 from fastdml.reproduce.readings import ensemble, mean_of
 from fastdml.reproduce.scales import IMAGES, Scale
+from fastdml.train.config.sources import preset
 
 
 def training_images(scale: Scale) -> int:
@@ -66,10 +67,19 @@ def notes(scale: Scale) -> Sequence[str]:
     # The seed draws from the data set there, and from the scale's images here: both lie within
     # those, but are two draws.
     which = "as many labelled images, another draw," if scale.images else "these images"
+    alone, semi = (_steps(training, scale) for training in trainings(scale))
     return (
-        "Cross-entropy on the images with labels, the KL term on all. Trainings with labels alone "
-        f"see {which} in as many steps. The paper has no figures of CIFAR.",
+        "Cross-entropy on the images with labels, half of each batch, the KL term on all. "
+        f"Trainings with labels alone see {which} in {alone:,} steps against {semi:,}. The paper "
+        "has no figures of CIFAR.",
     )
+
+
+def _steps(training: Training, scale: Scale) -> int:
+    """A last short batch of an epoch is left out."""
+    config = preset(**training.settings)
+    images = config.subset or training_images(scale)
+    return config.epochs * (images // config.batch_size)
 
 
 EXPERIMENT = Experiment(

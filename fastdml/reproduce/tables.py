@@ -10,7 +10,15 @@ from functools import partial
 from fastdml.reproduce.outcome import outcome
 from fastdml.reproduce.record import FULL, Record, RowRecord, Side
 from fastdml.reproduce.statistics import present, spread
-from fastdml.reproduce.texts import difference_of, escaped, p_text, plain, signed
+from fastdml.reproduce.texts import (
+    difference_of,
+    escaped,
+    interval,
+    of_seeds,
+    p_text,
+    plain,
+    signed,
+)
 from fastdml.units import duration
 
 NONE = "-"
@@ -111,10 +119,11 @@ def difference_text(row: RowRecord) -> str:
         return NONE
     text = signed(found.mean, row.unit)
     if found.same:
-        return f"{text} in every seed"
-    if found.low is None or found.high is None:
+        return f"{text} in every seed{of_seeds(row, found)}"
+    between = interval(found, row.unit)
+    if between is None:
         return f"{text} (one seed: no interval)"
-    return f"{text} ({signed(found.low, row.unit)} to {signed(found.high, row.unit)})"
+    return f"{text} ({between}){of_seeds(row, found)}"
 
 
 def _p_of(row: RowRecord) -> str:
@@ -143,6 +152,12 @@ def legend(record: Record) -> list[str]:
             "Difference: on the same seeds, with its interval and p of the paired t-test."
             if count > 1
             else "With one seed a difference has neither interval nor test."
+        )
+    judged = [one for row in record.rows if (one := difference_of(row)) and one.low is not None]
+    if len(judged) > 1:
+        found.append(
+            f"Each of the {len(judged)} intervals is judged by itself: where nothing differs, one "
+            "in twenty leaves 0 out."
         )
     return found + missing(record)
 

@@ -33,6 +33,21 @@ def signed(value: float, unit: str) -> str:
     return text[1:] if float(text) == 0 else text
 
 
+def interval(found: Difference, unit: str) -> str | None:
+    """Its bounds, each with its sign also where it rounds to nothing: on which side of 0 it is, is
+    what a row is judged by. None where there is no interval."""
+    if found.low is None or found.high is None:
+        return None
+    digits = DIGITS.get(unit, MORE_DIGITS)
+    return f"{found.low:+.{digits}f} to {found.high:+.{digits}f}"
+
+
+def of_seeds(row: RowRecord, found: Difference) -> str:
+    """How many of the seeds a difference is of, where it is not of all."""
+    count = len(row.ours.values)
+    return f", {found.n} of {count} seeds" if found.n < count else ""
+
+
 def escaped(text: str) -> str:
     """Text as Markdown shows it unchanged, in a cell of a table too."""
     return SPECIAL.sub(r"\\\1", " ".join(text.split()))

@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+import math
+from types import SimpleNamespace
+
 import pytest
 import torch
 
 from fastdml.cli import reproduce as command
+from fastdml.data import load, make_loader
 from fastdml.data.image_set import evenly
 from fastdml.errors import InputError
 from fastdml.reproduce import EXPERIMENTS, SCALES, semi_supervised
 from fastdml.reproduce.experiment import Row, Training, trainings_of
 from fastdml.reproduce.experiments import find_experiments
+from fastdml.reproduce.readings import ensemble, mean_of, peer
 from fastdml.reproduce.trainings import Place
 
 # The paper's settings, where it states them, and beside them what its reproducers or its authors'
@@ -237,7 +242,7 @@ def test_the_note_says_whether_labels_alone_are_those_of_the_same_images(scale):
 
     same = labelled(alone.settings) == labelled(semi.settings)
     (note,) = semi_supervised.notes(SCALES[scale])
-    assert ("see these images in as many" in note) == same
+    assert ("see these images in " in note) == same
     assert ("another draw" in note) == (not same)
 
 
@@ -295,3 +300,24 @@ def test_market_is_refused_where_it_makes_no_sense():
 
 def test_the_command_has_the_same_scales():
     assert sorted(command.SCALES) == sorted(SCALES)
+
+
+def test_the_steps_that_a_note_names():
+    """Of trainings with labels alone and with all images, as loaders of these images take them."""
+    scale = SCALES["digits"]
+    alone, semi = semi_supervised.trainings(scale)
+    images = load("digits")[0]
+    steps = []
+    for training in (alone, semi):
+        count = training.settings.get("subset") or len(images)
+        loader = make_loader("resident", images.subset(count), 64, train=True)
+        steps.append(training.settings["epochs"] * len(loader))
+    (note,) = semi_supervised.notes(scale)
+    assert f"in {steps[0]} steps against {steps[1]}." in note
+
+
+@pytest.mark.parametrize("number", [peer(0, "nll"), ensemble("nll"), mean_of(1, "nll")])
+def test_a_score_that_is_null_is_no_number(number):
+    scores = {"nll": [None], "ensemble_nll": None}
+    run = SimpleNamespace(scores=lambda phase: scores)
+    assert math.isnan(number.read(run, "mutual"))
