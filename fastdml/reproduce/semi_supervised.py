@@ -29,7 +29,8 @@ def trainings(scale: Scale) -> tuple[Training, Training]:
     times = training_images(scale) // count
     epochs = scale.settings.get("epochs", 200) * times
     over = {
-        "subset": count,
+        "labelled": count,
+        "unlabelled_share": 0.0,  # the same images keep their labels, and the others are not shown
         "epochs": epochs,
         "eval_every": scale.settings.get("eval_every", 1) * times,
     }
@@ -64,21 +65,18 @@ def rows(scale: Scale) -> Sequence[Row]:
 
 
 def notes(scale: Scale) -> Sequence[str]:
-    # The seed draws from the data set there, and from the scale's images here: both lie within
-    # those, but are two draws.
-    which = "as many labelled images, another draw," if scale.images else "these images"
     alone, semi = (_steps(training, scale) for training in trainings(scale))
     return (
         "Cross-entropy on the images with labels, half of each batch, the KL term on all. "
-        f"Trainings with labels alone see {which} in {alone:,} steps against {semi:,}. The paper "
-        "has no figures of CIFAR.",
+        f"Trainings with labels alone see the images that have one, in {alone:,} steps against "
+        f"{semi:,}. The paper has no figures of CIFAR.",
     )
 
 
 def _steps(training: Training, scale: Scale) -> int:
     """A last short batch of an epoch is left out."""
     config = preset(**training.settings)
-    images = config.subset or training_images(scale)
+    images = training_images(scale) if config.unlabelled_share else config.labelled
     return config.epochs * (images // config.batch_size)
 
 

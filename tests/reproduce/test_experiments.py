@@ -6,11 +6,9 @@ import math
 from types import SimpleNamespace
 
 import pytest
-import torch
 
 from fastdml.cli import reproduce as command
 from fastdml.data import load, make_loader
-from fastdml.data.image_set import evenly
 from fastdml.errors import InputError
 from fastdml.reproduce import EXPERIMENTS, SCALES, semi_supervised
 from fastdml.reproduce.experiment import Row, Training, trainings_of
@@ -77,9 +75,13 @@ MARKET = {
 CHANGED = {
     "market1501-timm_mobilenetv1_100-x2-pretrained": {"pretrained": True},
     "cifar100-resnet32-x5-ensemble-target": {"target": "ensemble"},
-    "cifar100-resnet32-x2-labelled": {"subset": 5000, "epochs": 2000, "lr_drop_every": 600},
+    "cifar100-resnet32-x2-labelled": {
+        "labelled": 5000,
+        "unlabelled_share": 0.0,
+        "epochs": 2000,
+        "lr_drop_every": 600,
+    },
 }
-ALL_IMAGES = 5000  # of a made-up data set, a tenth of CIFAR's
 ALL = [
     (name, scale)
     for name in EXPERIMENTS
@@ -216,8 +218,8 @@ def test_the_small_trainings(place):
             **common, "peers": pair, "labelled": 2000, "independent": False,
         },
         "cifar100-resnet14-x2-labelled": {
-            **common, "peers": pair, "subset": 2000, "epochs": 80, "eval_every": 40,
-            "independent": True,
+            **common, "peers": pair, "labelled": 2000, "unlabelled_share": 0.0, "epochs": 80,
+            "eval_every": 40, "independent": True,
         },
     }  # fmt: skip
     found = {name: each for name, each in all_trainings("small").items() if "resnet14" in name}
@@ -227,23 +229,12 @@ def test_the_small_trainings(place):
 
 
 @pytest.mark.parametrize("scale", SCALES)
-def test_the_note_says_whether_labels_alone_are_those_of_the_same_images(scale):
-    """Images that a set keeps are drawn by their place in it, so that a subset of a subset is
-    another draw than one of the whole."""
+def test_labels_alone_are_those_of_the_same_images(scale):
     alone, semi = semi_supervised.trainings(SCALES[scale])
-    labels = torch.arange(ALL_IMAGES) % 10
-
-    def labelled(settings) -> set[int]:
-        whole = torch.arange(ALL_IMAGES)
-        for count in (settings.get("subset", 0) // 10, settings.get("labelled", 0) // 10):
-            if count:
-                whole = whole[evenly(labels[whole], count, 0)]
-        return {*whole.tolist()}
-
-    same = labelled(alone.settings) == labelled(semi.settings)
-    (note,) = semi_supervised.notes(SCALES[scale])
-    assert ("see these images in " in note) == same
-    assert ("another draw" in note) == (not same)
+    for name in ("data", "subset", "labelled"):
+        assert alone.settings.get(name) == semi.settings.get(name)
+    assert alone.settings["unlabelled_share"] == 0.0
+    assert "unlabelled_share" not in semi.settings
 
 
 @pytest.mark.parametrize("name", ["table2", "cifar10"])
@@ -305,11 +296,12 @@ def test_the_command_has_the_same_scales():
 def test_the_steps_that_a_note_names():
     """Of trainings with labels alone and with all images, as loaders of these images take them."""
     scale = SCALES["digits"]
-    alone, semi = semi_supervised.trainings(scale)
+    trainings = semi_supervised.trainings(scale)
     images = load("digits")[0]
     steps = []
-    for training in (alone, semi):
-        count = training.settings.get("subset") or len(images)
+    for training in trainings:
+        alone = training.settings.get("unlabelled_share") == 0
+        count = training.settings["labelled"] if alone else len(images)
         loader = make_loader("resident", images.subset(count), 64, train=True)
         steps.append(training.settings["epochs"] * len(loader))
     (note,) = semi_supervised.notes(scale)
