@@ -92,7 +92,7 @@ def test_smoke_on_real_images_killed_at_any_moment(cifar100_root, tmp_path):
     """The command as it is typed, against one that is left alone."""
 
     def start(folder: Path) -> subprocess.Popen:
-        words = ["reproduce", "table2:resnet32+resnet32", "--scale", "smoke"]
+        words = ["reproduce", "table2:resnet32+resnet32", "--scale", "smoke", "--seeds", "1"]
         places = ["--root", str(cifar100_root), "--folder", str(folder), "--device", "cpu"]
         path = os.pathsep.join([str(HERE.parents[1]), str(HERE.parents[1] / "kernels"), *sys.path])
         environment = {**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1"}
