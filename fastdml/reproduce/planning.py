@@ -30,7 +30,10 @@ def with_seeds_together(
     def most(training: Training) -> int:
         if device.type != "cuda":
             return len(seeds)
-        one = measured(Run(training.name, place.config(training, seeds[0]), False), device)
+        try:
+            one = measured(Run(training.name, place.config(training, seeds[0]), False), device)
+        except Exception:  # the estimate says why it cannot be measured
+            return 1
         return most_together(one.memory or 0, torch.cuda.mem_get_info(device)[0])
 
     wanted = device.type == "cuda" if grouped is None else grouped

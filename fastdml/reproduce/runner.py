@@ -69,12 +69,14 @@ class Job:
 
 def jobs_of(trainings: Sequence[Training], seeds: Sequence[int], place: Place) -> list[Job]:
     """All seeds of all trainings, seed after seed, so that an early end leaves whole seeds."""
-    return [
-        Job(training, seed, place.config(training, seed))
-        for seed in seeds
-        for training in trainings
-        if seed == place.seeds_of_run(training, seed)[0]
-    ]
+    runs: dict[tuple[str, tuple[int, ...]], Job] = {}
+    for seed in seeds:
+        for training in trainings:
+            own = place.seeds_of_run(training, seed)
+            if (training.name, own) not in runs:
+                job = Job(training, own[0], place.config(training, seed))
+                runs[training.name, own] = job
+    return [*runs.values()]
 
 
 class Runner:

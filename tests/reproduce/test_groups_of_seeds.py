@@ -5,9 +5,10 @@ from __future__ import annotations
 import dataclasses
 
 import pytest
+import torch
 
 from fastdml.peer_groups import GROUPS
-from fastdml.reproduce import EXPERIMENTS, SCALES, run_all
+from fastdml.reproduce import EXPERIMENTS, SCALES, planning, run_all
 from fastdml.reproduce.experiment import PeerOf, Training, trainings_of
 from fastdml.reproduce.groups import (
     can_be_grouped,
@@ -82,6 +83,29 @@ def test_runs_that_have_begun_stay_as_they_are(tmp_path):
     }
     found = seeds_together([PAIR], range(7), lambda t: tmp_path / t.name, False, lambda t: 9)
     assert set(found) == {("pair", 4), ("pair", 5)}
+
+
+def test_runs_that_overlap_are_both_gone_on_with(tmp_path):
+    """As of two reproductions at once, of which one trains seeds together: no seed is lost."""
+    begun(tmp_path / "trainings/tiny/pair/seed-0")
+    begun(tmp_path / "trainings/tiny/pair/seeds-0-1")
+    place = with_seeds_together(Place(tmp_path, "tiny", device="cpu"), [PAIR], range(2), None)
+    jobs = jobs_of([PAIR], range(2), place)
+    assert [str(job) for job in jobs] == ["pair, seed 0", "pair, seeds 0 1"]
+    assert [job.folder.name for job in jobs] == ["seed-0", "seeds-0-1"]
+
+
+def test_seeds_whose_memory_cannot_be_measured_are_trained_one_by_one(tmp_path, monkeypatch):
+    """And the estimate says why."""
+
+    def fails(*arguments):
+        raise RuntimeError("no memory")
+
+    monkeypatch.setattr(planning, "measured", fails)
+    monkeypatch.setattr(planning, "choose_device", lambda name: torch.device("cuda"))
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (10**10, 10**10))
+    place = Place(tmp_path, "tiny", device="cpu")
+    assert with_seeds_together(place, [PAIR], range(3), None).together == {}
 
 
 def test_one_job_trains_seeds_together_and_their_students_wait_for_it(tmp_path):
