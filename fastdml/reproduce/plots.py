@@ -54,6 +54,13 @@ def pictures_of(record: Record) -> list[str]:
     return [name for name, is_there in there.items() if is_there]
 
 
+def out_of_date(folder: Path, record: Record) -> list[Path]:
+    """The pictures in `folder` that the record has nothing for, drawn from an earlier one."""
+    there = pictures_of(record)
+    paths = [folder / f"{name}.png" for name in (DIFFERENCES, CURVE) if name not in there]
+    return [path for path in paths if path.is_file()]
+
+
 def digest(record: Record) -> str:
     """SHA-256 of what the record holds: a picture that bears another one is out of date."""
     return hashlib.sha256(json.dumps(record.to_dict(), sort_keys=True).encode()).hexdigest()

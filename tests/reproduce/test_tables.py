@@ -282,6 +282,16 @@ def test_without_matplotlib_there_are_no_pictures(tmp_path, monkeypatch, caplog)
     assert "pip install 'fastdml[train]'" in caplog.text
 
 
+def test_a_picture_of_what_the_record_no_longer_has_goes(tmp_path):
+    """Where all its trainings have failed since, and it has no points of a curve."""
+    for name in (plots.DIFFERENCES, plots.CURVE):
+        (tmp_path / f"{name}.png").write_bytes(b"of an earlier record")
+    lost = row(baseline=Side("independent", None, (None,)), ours=Side("mutual", None, (None,)))
+    paths = write_results(tmp_path, record(lost, seeds=(0,), trainings=()))
+    assert {path.name for path in paths} == {path.name for path in tmp_path.iterdir()}
+    assert {path.name for path in paths} == {RECORD, "table.md", "table.csv"}
+
+
 def test_pictures_bear_the_digest_of_their_record(tmp_path):
     from PIL import Image
 
