@@ -188,7 +188,7 @@ def estimate(
                 logger.info(f"timing a few steps of {run.name}")
                 try:
                     known[key] = (measure or measured)(run, chosen)
-                except (InputError, RuntimeError) as error:  # as training it may, and others go on
+                except Exception as error:  # as training it may, and others go on
                     unknown[run.name] = " ".join(str(error).split())
                     continue
             costs.append(_cost(run, known[key], past.get((run.name, len(run.config.peers)))))
@@ -225,8 +225,8 @@ def _kept(folder: Path, device: str, keep: bool) -> Iterator[dict[str, Measured]
     path = folder / COSTS
     try:
         all_known = json.loads(path.read_text())
-        known = {name: Measured(**values) for name, values in all_known.get(device, {}).items()}
-    except (OSError, ValueError, TypeError, AttributeError):  # not there, or damaged
+        known = {name: _measured_of(of) for name, of in all_known.get(device, {}).items()}
+    except (OSError, ValueError, TypeError, AttributeError, KeyError):  # not there, or damaged
         all_known, known = {}, {}
     before = set(known)
     yield known
@@ -235,6 +235,19 @@ def _kept(folder: Path, device: str, keep: bool) -> Iterator[dict[str, Measured]
             folder.mkdir(parents=True, exist_ok=True)
         values = {name: dataclasses.asdict(found) for name, found in known.items()}
         write_atomically(path, json.dumps({**all_known, device: values}, indent=1))
+
+
+def _measured_of(values: Mapping[str, Any]) -> Measured:
+    """Raises TypeError, ValueError or KeyError for values of which some are no numbers."""
+    memory = values["memory"]
+    return Measured(
+        step=float(values["step"]),
+        image=float(values["image"]),
+        weights=int(values["weights"]),
+        state=int(values["state"]),
+        tensors=int(values["tensors"]),
+        memory=None if memory is None else int(memory),
+    )
 
 
 def _left(config: TrainConfig) -> float:

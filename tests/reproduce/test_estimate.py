@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from fastdml.devices import device_name
 from fastdml.errors import InputError
 from fastdml.report.metrics_log import INDEPENDENT, METRICS
 from fastdml.report.summary import SUMMARY
@@ -128,21 +129,39 @@ def test_what_was_measured_is_kept(tmp_path):
     for keep in (False, True, True):
         estimate([Run("run", config, False)], folder, "cpu", keep=keep, measure=measure)
     assert asked == ["run", "run"]
-    (folder / COSTS).write_text("{}}")
-    estimate([Run("run", config, False)], folder, "cpu", measure=measure)
-    assert len(asked) == 3
+
+
+@pytest.mark.parametrize(
+    "damaged",
+    ["", "{}}", "[1]", '{"DEVICE": 3}', '{"DEVICE": {"run 2": {"step": 1}}}']
+    + ['{"DEVICE": {"run 2": VALUES}}'.replace("VALUES", json.dumps({**vars(KNOWN), name: value}))
+       for name, value in {"step": None, "image": "x", "state": [], "memory": {}}.items()],
+)  # fmt: skip
+def test_a_damaged_file_of_what_was_measured_is_made_anew(tmp_path, damaged):
+    config = config_of(tmp_path / "run")
+    (tmp_path / COSTS).write_text(damaged.replace("DEVICE", device_name(CPU)))
+    for _ in range(2):
+        found = estimate(
+            [Run("run", config, False)], tmp_path, "cpu", keep=True, measure=lambda *_: KNOWN
+        )
+        assert found.costs[0].spare > KNOWN.weights
+    assert json.loads((tmp_path / COSTS).read_text())[device_name(CPU)]["run 2"]["step"] == 2.0
 
 
 def test_peers_that_cannot_be_measured_are_named_and_the_others_counted(tmp_path):
     def measure(run, device):
         if run.name == "broken":
             raise RuntimeError("no memory\nfor it")
+        if run.name == "odd":
+            raise ValueError("of a layer")
         return KNOWN
 
-    runs = [Run(name, config_of(tmp_path / name), False) for name in ("broken", "fine")]
+    names = ("broken", "odd", "fine")
+    runs = [Run(name, config_of(tmp_path / name), False) for name in names]
     found = estimate(runs, tmp_path, "cpu", measure=measure)
     assert [cost.name for cost in found.costs] == ["fine"]
     assert "broken: not known (no memory for it)" in str(found)
+    assert "odd: not known (of a layer)" in str(found)
 
 
 def test_no_room_is_refused(tmp_path):
