@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import dataclasses
 import logging
+import math
 import os
 import time
 from collections.abc import Sequence
@@ -97,10 +98,13 @@ def run_all(
     began = time.monotonic()
     wanted = find_scale(scale)
     chosen = [(one, one.chosen(wanted, rows)) for one, rows in find_experiments(names)]
-    numbers = range(wanted.seeds if seeds is None else seeds)
-    for what, count in (("seeds", len(numbers)), ("jobs", jobs)):
+    seeds = wanted.seeds if seeds is None else seeds
+    for what, count in (("seeds", seeds), ("jobs", jobs)):
         if count < 1:
             raise InputError(f"{what} must be 1 or more, not {count}")
+    if price_per_hour is not None and not 0 <= price_per_hour < math.inf:
+        raise InputError(f"price_per_hour must be a number of 0 or more, not {price_per_hour}")
+    numbers = range(seeds)
     place = Place(expanded(folder), scale, str(root), device, download)
     hardware = device_name(choose_device(device))
     trainings = trainings_of([row for _, rows in chosen for row in rows])

@@ -218,6 +218,8 @@ def test_a_dry_run_trains_nothing(tmp_path, trained, caplog):
         (["market"], "market has no scale digits"),
         (["table2", "--seeds", "0"], "seeds must be 1 or more, not 0"),
         (["table2", "--jobs", "0"], "jobs must be 1 or more, not 0"),
+        (["table2", "--price-per-hour", "-1"], "price_per_hour must be a number of 0 or more"),
+        (["table2", "--price-per-hour", "nan"], "price_per_hour must be a number of 0 or more"),
         (["table2", "--seedz", "1"], "did you mean --seeds?"),
         ([], "name an experiment; --list shows those there are"),
     ],
