@@ -16,6 +16,7 @@ from typing import Any
 from fastdml import host
 from fastdml.errors import InputError
 from fastdml.files import writing
+from fastdml.reproduce.failures import kept_traceback, log_of
 from fastdml.reproduce.provenance import note_commit
 from fastdml.terminal import complete_streams
 from fastdml.train.callbacks import Callback, EpochStartEvent
@@ -52,7 +53,8 @@ class NotesCommit(Callback):
 
 
 def train_here(config: TrainConfig, hint: str) -> Ended:
-    """Raises TrainingStopped after a signal."""
+    """Raises TrainingStopped after a signal. Of an error that is not foreseen the traceback goes to
+    a file beside the run folder."""
     folder = Path(str(config.folder))
     try:
         if config.resume:
@@ -60,6 +62,8 @@ def train_here(config: TrainConfig, hint: str) -> Ended:
         run(config, hint=hint, command="fastdml.reproduce", callbacks=[NotesCommit(folder)])
     except InputError as error:
         return Ended(" ".join(str(error).split()), isinstance(error, FolderInUse))
+    except Exception as error:
+        return Ended(kept_traceback(error, folder))
     return Ended()
 
 
@@ -68,7 +72,7 @@ class Child:
 
     def __init__(self, config: TrainConfig, hint: str, at_once: int) -> None:
         folder = Path(str(config.folder))
-        self.log = folder.with_name(f"{folder.name}.log")
+        self.log = log_of(folder)
         environment = {**os.environ}
         environment.setdefault("OMP_NUM_THREADS", str(max(1, host.cpus() // at_once)))
         wanted = {"settings": config.to_dict(), "hint": hint, "parent": os.getpid()}

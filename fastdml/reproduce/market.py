@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -92,8 +92,10 @@ def multi(score: str) -> Number:
 
     def read(run: Finished, phase: Phase) -> float:
         folder = run.phase_folder(phase)
-        found = run.measured("multi-query", phase, lambda: multi_query(folder, run))
-        return 100 * sum(found[score]) / len(found[score])
+        measure: Callable[[], Any] = lambda: multi_query(folder, run)  # noqa: E731
+        return run.measured(
+            "multi-query", phase, measure, lambda found: 100 * sum(found[score]) / len(found[score])
+        )
 
     return Number(read)
 

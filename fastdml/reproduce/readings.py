@@ -55,8 +55,8 @@ def ensemble_of(count: int) -> Number:
 
     def read(run: Finished, phase: Phase) -> float:
         folder = run.phase_folder(phase)
-        shares = run.measured("ensembles", phase, lambda: ensembles(folder, run))
-        return 100 * shares[count - 1]
+        measure: Callable[[], Any] = lambda: ensembles(folder, run)  # noqa: E731
+        return run.measured("ensembles", phase, measure, lambda shares: 100 * shares[count - 1])
 
     return Number(read)
 
@@ -100,8 +100,10 @@ def posterior(what: Literal["entropy", "top1"], count: int) -> Number:
         measure: Callable[[], Any] = lambda: posterior_of_run(  # noqa: E731
             run.folder, phase, root=run.root, device=run.device
         ).to_dict()
-        values = run.measured("training-posterior", phase, measure)[what][:count]
-        return (100 if what == "top1" else 1) * _mean(values)
+        factor = 100 if what == "top1" else 1
+        return run.measured(
+            "training-posterior", phase, measure, lambda found: factor * _mean(found[what][:count])
+        )
 
     return Number(read, *(("%", "") if what == "top1" else ("nats", "")))
 
@@ -119,10 +121,11 @@ def noise_increase(scale: float, count: int) -> Number:
         measure: Callable[[], Any] = lambda: flat_minima_of_run(  # noqa: E731
             run.folder, phase, scales=NOISE, root=run.root, device=run.device
         ).to_dict()
-        found = run.measured("weight-noise", phase, measure)
-        at = found["scales"].index(scale)
-        return _mean([losses[at] for losses in found["loss"][:count]]) - _mean(
-            [losses[0] for losses in found["loss"][:count]]
-        )
+
+        def number(found: Any) -> float:
+            at, losses = found["scales"].index(scale), found["loss"][:count]
+            return _mean([own[at] for own in losses]) - _mean([own[0] for own in losses])
+
+        return run.measured("weight-noise", phase, measure, number)
 
     return Number(read, "nats", "lower")

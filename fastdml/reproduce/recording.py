@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 
 from fastdml.errors import InputError
 from fastdml.reproduce.experiment import Experiment, Row, Training, Value, trainings_of
+from fastdml.reproduce.failures import kept_traceback
 from fastdml.reproduce.groups import run_of
 from fastdml.reproduce.provenance import commits
 from fastdml.reproduce.record import Record, RowRecord, Side, TrainingRecord, training_record
@@ -83,9 +84,14 @@ class Reader:
         try:
             return value.number.read(self._finished(value.training, seed), value.phase)
         except InputError as error:
-            logger.warning(f"{name}, seed {seed}: {error}")
-            self.failures[f"{name}, seed {seed}: {error}"] = None
-            return None
+            failure = f"{name}, seed {seed}: {error}"
+        except Exception as error:  # costs no other number
+            run = run_of(self._finished(value.training, seed).folder)
+            failure = f"{name}, seed {seed}: {kept_traceback(error, run)}"
+        if failure not in self.failures:
+            logger.warning(failure)
+        self.failures[failure] = None
+        return None
 
     def _finished(self, training: Training, seed: int) -> Finished:
         key = training.name, seed

@@ -22,6 +22,7 @@ from fastdml.report.metrics_log import INDEPENDENT, to_json
 from fastdml.report.summary import prolonged, read_summary
 from fastdml.reproduce import groups
 from fastdml.reproduce.experiment import PeerOf, Phase, Training
+from fastdml.reproduce.record import training_record
 from fastdml.train.checkpoint import FREE_ON_RESUME
 from fastdml.train.config.base import TrainConfig
 from fastdml.train.config.sources import load_config, preset
@@ -91,10 +92,24 @@ def state_of(config: TrainConfig) -> State:
         return "new"
     saved = load_config(folder / CONFIG)
     check_same_settings(folder, saved, config)
-    summary = read_summary(folder)
-    if not summary or prolonged(config.to_dict(), summary):
-        return "begun"
-    return "begun" if config.independent and summary.get("independent") is None else "finished"
+    own = [folder / groups.GROUPS / str(g) for g in range(config.groups)] * (config.groups > 1)
+    summaries = [_whole_summary(path, config) for path in (folder, *own)]
+    if None in summaries or prolonged(config.to_dict(), summaries[0] or {}):
+        return "begun"  # a run that goes on at its end writes them again
+    return "finished"
+
+
+def _whole_summary(folder: Path, config: TrainConfig) -> dict[str, Any] | None:
+    """None where there is none, or one that does not say what is read of it, as of a file that was
+    damaged."""
+    try:
+        summary = read_summary(folder)
+        training_record("", 0, summary)
+        for phase in ("mutual", INDEPENDENT)[: 1 + config.independent]:
+            dict(summary[phase]["scores"])
+    except (InputError, LookupError, TypeError, ValueError, AttributeError):
+        return None
+    return summary
 
 
 def check_same_settings(folder: Path, saved: TrainConfig, wanted: TrainConfig) -> None:
@@ -117,10 +132,14 @@ def is_locked(folder: Path) -> bool:
     """Whether another process trains in a run folder. Not for a folder in which this one does,
     whose lock would end."""
     try:
-        with (folder / LOCK).open("rb+") as lock:
+        lock = (folder / LOCK).open("rb+")
+    except OSError:  # not there, or not ours to write: training will say so
+        return False
+    with lock:
+        try:
             fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError as error:
-        return error.errno in (errno.EAGAIN, errno.EACCES)
+        except OSError as error:
+            return error.errno in (errno.EAGAIN, errno.EACCES)
     return False
 
 
@@ -147,17 +166,19 @@ class Finished:
         best = self.summary.get("chosen_on") == "validation"
         return self.summary[phase]["best_scores" if best else "scores"]
 
-    def measured(self, name: str, phase: Phase, measure: Callable[[], Any]) -> Any:
-        """What `measure` gives, plain values, which are kept in a file of the run folder: the next
-        time they are read from there. name: with all that decides the values."""
+    def measured(
+        self, name: str, phase: Phase, measure: Callable[[], Any], number: Callable[[Any], float]
+    ) -> float:
+        """`number` of what `measure` gives, plain values, which are kept in a file of the run
+        folder: the next time they are read from there. name: with all that decides the values."""
         path = self.folder / MEASURED / f"{name}-{phase}.json"
         try:
-            return json.loads(path.read_text())
-        except (OSError, ValueError):  # not there, or damaged
+            return float(number(json.loads(path.read_text())))
+        except (OSError, ValueError, LookupError, TypeError):  # not there, or damaged
             pass
         text = to_json(measure())
         with writing(path):
             path.parent.mkdir(exist_ok=True)
             with replacing(path) as file:
                 file.write(text.encode())
-        return json.loads(text)
+        return float(number(json.loads(text)))
