@@ -126,7 +126,7 @@ def test_one_job_trains_seeds_together_and_their_students_wait_for_it(tmp_path):
     assert all(need in grouped.keys for job in taught for need in job.needs)
     runner = Runner(jobs, 1, "")
     assert runner.count == 6
-    assert "pair, seed 0 1 2" in runner.plan()
+    assert "pair, seeds 0 1 2" in runner.plan()
     alone = with_seeds_together(Place(tmp_path, "tiny", device="cpu"), [PAIR], range(3), None)
     assert len(jobs_of([PAIR], range(3), alone)) == 3  # on a CPU a run a seed
 
