@@ -109,6 +109,7 @@ def posterior(what: Literal["entropy", "top1"], count: int) -> Number:
 
 
 NOISE = (0.05, 0.1, 0.2)  # standard deviations, as shares of the norm of each filter
+NOISY_IMAGES, DRAWS = 1000, 5  # training images that the loss is of, and draws of the noise
 
 
 def noise_increase(scale: float, count: int) -> Number:
@@ -119,7 +120,12 @@ def noise_increase(scale: float, count: int) -> Number:
         from fastdml.analysis import flat_minima_of_run
 
         measure: Callable[[], Any] = lambda: flat_minima_of_run(  # noqa: E731
-            run.folder, phase, scales=NOISE, root=run.root, device=run.device
+            *(run.folder, phase),
+            images=NOISY_IMAGES,
+            scales=NOISE,
+            draws=DRAWS,
+            root=run.root,
+            device=run.device,
         ).to_dict()
 
         def number(found: Any) -> float:
