@@ -38,6 +38,7 @@ from fastdml.train.tasks.task import task_of
 Phase = Literal["mutual", "independent"]
 ImagesOf = Literal["training", "test"]
 IMAGES = 1000
+HINT = "fastdml.data.load(..., download=True)"  # what fetches images that are missing
 
 
 @dataclass(frozen=True, eq=False)
@@ -139,7 +140,7 @@ def images_of_run(
         )
     if images < 0:
         raise InputError(f"images must be 0 (all) or more, not {images}")
-    sets, _ = divided(task.splits(config), config)
+    sets, _ = divided(task.splits(config, HINT), config)
     chosen = sets.train if images_of == "training" else sets.test or sets.validation
     if chosen is None:
         raise InputError(f"{config.data} has no test images")

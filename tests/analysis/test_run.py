@@ -17,8 +17,10 @@ from fastdml.analysis import (
     posterior,
     posterior_of_run,
 )
+from fastdml.analysis.run import images_of_run
 from fastdml.data import load
 from fastdml.errors import InputError
+from fastdml.train.config.sources import preset
 
 
 def test_images_of_a_run(finished_run):
@@ -95,3 +97,15 @@ def test_runs_that_cannot_be_analysed(finished_run, tmp_path):
     (own / "config.yaml").write_text(text.replace("data: digits", "data: mine"))
     with pytest.raises(InputError, match="peers and batches to the functions"):
         posterior_of_run(own)
+
+
+def test_missing_images_are_told_with_a_call_that_there_is(finished_run, tmp_path):
+    """The functions here have no option for a download."""
+    moved = preset("cifar100", root=str(tmp_path / "none"))
+    cohort = Cohort.load(finished_run)
+    with pytest.raises(InputError) as refused:
+        images_of_run(moved, cohort, torch.device("cpu"))
+    assert str(refused.value) == (
+        f"{tmp_path / 'none'}: no such folder: name the one that holds CIFAR-100, or use "
+        "fastdml.data.load(..., download=True)"
+    )
