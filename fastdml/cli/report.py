@@ -51,7 +51,7 @@ def report(args: list[str]) -> None:
         action="store_true",
         help="first analyse the peers, where that was not done: how flat their minima are, the "
         "loss between them, how alike their features are and how sure they are; some hundred "
-        "evaluations of 1,000 training images",
+        "evaluations of 1,000 training images; the page of one run shows it",
     )
     parser.add_argument(
         "--data",
@@ -84,6 +84,8 @@ def report(args: list[str]) -> None:
         page = comparison_page(runs, [_scoring(run) for run in runs], weights=options.weights)
     write_atomically(path, page)
     print(f"{path}: {size(len(page.encode()))}, opens in any browser, offline")
+    if options.analyse and len(runs) > 1:
+        print(f"analyses are on the page of one run alone: {parser.prog} {folders[0]}")
 
 
 def _check_page(path: Path) -> None:

@@ -114,6 +114,19 @@ def test_analysing_first(run, tmp_path, monkeypatch):
     assert (copy / "independent" / ANALYSIS).is_file()
 
 
+def test_analyses_of_several_runs_are_where_it_says(run, tmp_path, monkeypatch, capfd):
+    """The page that compares runs has no room for them."""
+    monkeypatch.setattr(run_analyses, "ANALYSES", {"posterior": run_analyses._posterior})
+    one, two = (shutil.copytree(run, tmp_path / name) for name in ("one", "two"))
+    page = str(tmp_path / "page.html")
+    assert cli.main(["report", str(one), str(two), "--analyse", "--to", page]) == 0
+    *_, last = capfd.readouterr().out.splitlines()
+    assert last == f"analyses are on the page of one run alone: fastdml report {one}"
+    assert cli.main(["report", str(one)]) == 0
+    assert "How sure the peers are" in written(one / "report.html").text
+    assert (two / ANALYSIS).is_file()
+
+
 def test_own_data_has_no_known_defaults(tmp_path):
     folder = make_run(tmp_path / "run", keep=False)
     settings = (folder / "config.yaml").read_text()
