@@ -16,6 +16,7 @@ import os
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
+from inspect import signature
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -127,10 +128,19 @@ def run_all(
             reader = Reader(place, numbers, runner.failed)
             record = reader.record(experiment, rows, wanted)
             seconds = time.monotonic() - began
-            called = command or f"fastdml.reproduce.run_all({list(names)}, scale={scale!r})"
+            called = command or _command(names, scale, seeds=seeds, root=place.root, device=device)
             made_by = provenance_of(called, device=hardware, seconds=seconds)
             record = dataclasses.replace(record, provenance=made_by)
             results = place.folder / scale / experiment.name
             write_results(results, record)
             found.append(Reproduction(record, results, tuple(reader.failures)))
     return found
+
+
+def _command(names: Sequence[str], scale: str, **options: int | str | None) -> list[str]:
+    """The command line that does the same."""
+    words = ["fastdml", "reproduce", *names, "--scale", scale]
+    for name, value in options.items():
+        if value not in (None, signature(run_all).parameters[name].default):
+            words += [f"--{name}", str(value)]
+    return words

@@ -162,7 +162,10 @@ class Runner:
             return
         done = len(self.finished) + len(self.failed) + len(self.running)
         what = "goes on" if state == "begun" else "begins"
-        logger.info(f"{job} {what} ({done + 1} of {self.count}), in {job.config.folder}")
+        where = f"in {job.config.folder}"
+        if self.at_once > 1:
+            where += f"; its progress is in {job.config.folder}.log"
+        logger.info(f"{job} {what} ({done + 1} of {self.count}), {where}")
         config = job.config.replace(resume=state == "begun")
         if self.at_once == 1:
             self._conclude(job, train_here(config, self.hint))
@@ -175,6 +178,8 @@ class Runner:
     def _conclude(self, job: Job, ended: Ended) -> None:
         if ended.failure is None:
             self.finished |= set(job.keys)
+            if self.at_once > 1:
+                logger.info(f"{job} has ended")
             return
         if ended.busy or is_locked(job.folder):  # another process was a moment faster
             self.waiting.append(job)

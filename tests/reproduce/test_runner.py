@@ -15,7 +15,9 @@ import fastdml
 from fastdml.cli import main
 from fastdml.errors import InputError
 from fastdml.reproduce import EXPERIMENTS, child, results, run, run_all, runner
+from fastdml.reproduce.experiment import trainings_of
 from fastdml.reproduce.scales import SCALES
+from fastdml.reproduce.trainings import Place
 from fastdml.train.trainer import TrainingDiverged
 
 pytest.importorskip("sklearn", reason="the digits come with scikit-learn, which is absent")
@@ -79,6 +81,27 @@ def test_what_has_ended_is_not_repeated(finished, trained, capsys):
     out = capsys.readouterr().out
     assert "ResNet-8 taught by ResNet-8" in out
     assert "Scaled down" in out
+
+
+def test_a_call_from_python_is_told_as_the_command_that_does_the_same(finished):
+    (found, _) = run_all(NAMES, scale="digits", folder=finished, seeds=1, device="cpu")
+    command = "fastdml reproduce table2:resnet32+resnet32 distillation --scale digits"
+    assert found.record.provenance["command"] == f"{command} --seeds 1 --device cpu"
+
+
+def test_of_several_trainings_at_once_the_end_of_each_is_told(tmp_path, monkeypatch, caplog):
+    """Each says what it does in a file of its own."""
+    caplog.set_level("INFO")
+    monkeypatch.setattr(
+        runner, "Child", lambda *_: SimpleNamespace(ended=True, result=lambda: child.Ended())
+    )
+    row = EXPERIMENTS["entropy"].rows(TINY)[:1]
+    jobs = runner.jobs_of(trainings_of(row), range(1), Place(tmp_path, "digits", device="cpu"))
+    runner.Runner(jobs, 2, "").run()
+    assert caplog.messages == [
+        f"{jobs[0]} begins (1 of 1), in {jobs[0].folder}; its progress is in {jobs[0].folder}.log",
+        f"{jobs[0]} has ended",
+    ]
 
 
 def test_numbers_are_those_of_the_runs(finished):
