@@ -163,13 +163,16 @@ def legend(record: Record) -> list[str]:
 
 
 def missing(record: Record) -> list[str]:
-    """A sentence for each value that is not there."""
-    return [
+    """A sentence for each value that is not there, but for those of a side that has none: of all of
+    these the table says that they failed."""
+    sides = [side for row in record.rows for side in (row.baseline, row.ours) if side is not None]
+    found = ["Failed: no seed has a value."] if any(not present(s.values) for s in sides) else []
+    return found + [
         f"No value of {escaped(side.name)}, {escaped(row.label)}, seed {seed}: "
         "it is in no mean, nor is its pair."
         for row in record.rows
         for side in (row.baseline, row.ours)
-        if side is not None
+        if side is not None and present(side.values)
         for seed, value in zip(record.seeds, side.values, strict=True)
         if not present([value])
     ]

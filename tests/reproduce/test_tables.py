@@ -131,8 +131,12 @@ def test_a_training_that_failed_is_told_of(lost):
 
 
 def test_trainings_that_all_failed():
-    line = cells(table(record(row(ours=Side("mutual", None, (None,) * 3)))))[2]
+    failed = record(row(ours=Side("mutual", None, (None,) * 3)))
+    line = cells(table(failed))[2]
     assert line[3:] == ["failed", "-", "-"]
+    text = markdown(failed)
+    assert text.count("Failed: no seed has a value.") == 1
+    assert "No value of" not in text  # a sentence a seed and row would say no more
 
 
 def test_a_figure_by_itself_has_no_difference():
