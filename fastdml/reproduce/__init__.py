@@ -90,7 +90,7 @@ def run_all(
     a signal, when what was trained is saved.
     """
     from fastdml.devices import choose_device, device_name
-    from fastdml.reproduce.planning import check_images, cost_of, with_seeds_together
+    from fastdml.reproduce.planning import check_needs, cost_of, with_seeds_together
     from fastdml.reproduce.provenance import provenance_of
     from fastdml.reproduce.recording import Reader
     from fastdml.reproduce.results import write_results
@@ -115,7 +115,7 @@ def run_all(
         runner = Runner(planned, jobs, hint)
         logger.info(runner.plan())
         if not dry_run:
-            check_images(runner.waiting, hint)
+            check_needs(runner.waiting, hint)
         cost = cost_of(planned, runner.waiting, place, price_per_hour, keep=not dry_run)
     logger.info(str(cost))
     cost.check_room()

@@ -1,5 +1,5 @@
 """What a reproduction plans before it trains: which seeds share a run, what all of it takes, and
-whether the images are there."""
+whether what it needs is there."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ import torch
 
 from fastdml.data import load
 from fastdml.devices import choose_device
+from fastdml.errors import require
 from fastdml.reproduce.estimate import Estimate, Run, estimate, measured
 from fastdml.reproduce.experiment import Training
 from fastdml.reproduce.groups import most_together, seeds_together
@@ -63,9 +64,13 @@ def cost_of(
     return estimate(runs, folder, place.device, price_per_hour=price_per_hour, keep=keep)
 
 
-def check_images(jobs: Sequence[Job], hint: str) -> None:
-    """Opens each data set that the jobs train on, once. Raises InputError where it is missing or
-    damaged, which would fail one training after the other."""
+def check_needs(jobs: Sequence[Job], hint: str) -> None:
+    """Imports what every run writes its files by, and opens each data set that the jobs train on,
+    once. Raises InputError for what is missing or damaged, which would fail one training after the
+    other."""
+    if jobs:
+        for package in ("yaml", "safetensors"):
+            require(package, "train")
     for config in {_images(job.config): job.config for job in jobs}.values():
         if isinstance(config, ReidConfig):
             with opened(config, hint=hint):

@@ -276,6 +276,21 @@ def test_missing_images_are_told_before_anything_is_timed_or_written(tmp_path, c
     assert "timing a few steps of cifar100-resnet8-x2-semi" in caplog.text
 
 
+@pytest.mark.parametrize("package", ["yaml", "safetensors"])
+def test_without_the_extra_for_training_nothing_begins(
+    package, tmp_path, trained, monkeypatch, capsys
+):
+    monkeypatch.setitem(sys.modules, package, None)
+    assert main(arguments_of("reproduce", tmp_path / "out")) == 2
+    said = capsys.readouterr()
+    assert said.out == ""
+    assert said.err.splitlines()[-1].endswith(
+        f"{package} is not installed: pip install 'fastdml[train]'"
+    )
+    assert trained == []
+    assert not (tmp_path / "out").exists()
+
+
 def test_market_without_its_images_is_one_line(tmp_path, capsys):
     words = ["reproduce", "market:scratch", "--scale", "full", "--seeds", "1", "--device", "cpu"]
     folders = ["--root", str(tmp_path), "--folder", str(tmp_path / "out")]
