@@ -97,9 +97,10 @@ class Runner:
         """What there is to do."""
         begun = [job for job in self.waiting if (job.folder / CONFIG).is_file()]
         new = [job for job in self.waiting if job not in begun]
-        parts = [f"{self.count} trainings: {len(self.finished)} have ended"]
-        parts += [f"{len(begun)} go on ({_listed(begun)})"] if begun else []
-        parts += [f"{len(new)} begin ({_listed(new)})"] if new else []
+        ended = len(self.finished)
+        parts = [f"{self.count} training{'s' * (self.count > 1)}: {ended} ended"]
+        parts += [f"{len(begun)} to go on with ({_listed(begun)})"] if begun else []
+        parts += [f"{len(new)} to begin ({_listed(new)})"] if new else []
         return ", ".join(parts)
 
     def run(self) -> None:

@@ -73,9 +73,10 @@ def record(folder, name):
     return json.loads((folder / "digits" / name / "reproduction.json").read_text())
 
 
-def test_what_has_ended_is_not_repeated(finished, trained, capsys):
+def test_what_has_ended_is_not_repeated(finished, trained, capsys, caplog):
     before = record(finished, "table2")["rows"]
     assert main([*arguments_of("reproduce", finished), "--seeds", "1"]) == 0
+    assert "2 trainings: 2 ended" in caplog.text
     assert trained == []
     assert record(finished, "table2")["rows"] == before
     out = capsys.readouterr().out
@@ -229,7 +230,7 @@ def test_what_is_measured_on_a_run_is_kept(tmp_path, trained, monkeypatch):
 
 def test_a_dry_run_trains_nothing(tmp_path, trained, caplog):
     assert main([*arguments_of("reproduce", tmp_path), "--dry-run"]) == 0
-    assert "4 trainings: 0 have ended, 4 begin (digits-resnet8-x2, seeds 0 1; " in caplog.text
+    assert "4 trainings: 0 ended, 4 to begin (digits-resnet8-x2, seeds 0 1; " in caplog.text
     assert trained == []
     assert [*tmp_path.iterdir()] == []
 
