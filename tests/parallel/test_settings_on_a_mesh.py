@@ -34,12 +34,14 @@ REFUSED = {
     "execution, stacked": EAGER,
     "compile": "compile does not go with a mesh: leave it out",
     "cache_teachers": "cache_teachers does not go with a mesh",
+    "groups": "the groups share one device",
     "unlabelled": "give labelled to drop labels of the set itself",
     "teachers": "teacher no-such-folder: there is no no-such-folder",
     "pretrained": "has no pretrained weights",
 }
 ARRAYS: dict[str, dict[str, Any]] = {
     "batch_size": {"batch_size": 6},
+    "groups": {"groups": 2},
     "temperature": {"temperature": 3.0},
     "temperature_schedule": {"temperature_schedule": "linear", "temperature_end": 3.0},
     "temperature_end": {"temperature_schedule": "cosine", "temperature_end": 3.0},

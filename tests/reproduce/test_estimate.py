@@ -133,13 +133,13 @@ def test_what_was_measured_is_kept(tmp_path):
 
 @pytest.mark.parametrize(
     "damaged",
-    ["", "{}}", "[1]", '{"DEVICE": 3}', '{"DEVICE": {"run 2": {"step": 1}}}']
-    + ['{"DEVICE": {"run 2": VALUES}}'.replace("VALUES", json.dumps({**vars(KNOWN), name: value}))
+    ["", "{}}", "[1]", '{"NAME": 3}', '{"NAME": {"run 2": {"step": 1}}}']
+    + ['{"NAME": {"run 2": VALUES}}'.replace("VALUES", json.dumps({**vars(KNOWN), name: value}))
        for name, value in {"step": None, "image": "x", "state": [], "memory": {}}.items()],
 )  # fmt: skip
 def test_a_damaged_file_of_what_was_measured_is_made_anew(tmp_path, damaged):
     config = config_of(tmp_path / "run")
-    (tmp_path / COSTS).write_text(damaged.replace("DEVICE", device_name(CPU)))
+    (tmp_path / COSTS).write_text(damaged.replace("NAME", device_name(CPU)))
     for _ in range(2):
         found = estimate(
             [Run("run", config, False)], tmp_path, "cpu", keep=True, measure=lambda *_: KNOWN

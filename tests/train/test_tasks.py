@@ -331,9 +331,9 @@ def test_what_cannot_be_a_task(third):
 
 def test_no_other_file_knows_which_tasks_there_are():
     """Settings, scores and data sets of re-identification are named in its own files, in those of
-    its data and metrics, and where they are public."""
+    its data and metrics, where they are public, and in the experiments that repeat it."""
     own = ("train/tasks/re", "train/config/reid.py", "train/config/types.py", "train/__init__.py")
-    own += ("data/", "metrics/")
+    own += ("data/", "metrics/", "reproduce/")
     words = {"ReidConfig", "RetrievalScores", "mAP", "rank1", "market1501", "standin", "recipe"}
     root = Path(fastdml.__file__).parent
     found = {}
