@@ -89,13 +89,14 @@ def read_summary(folder: Path) -> dict[str, Any]:
     try:
         if not path.exists():
             return {}
-        if not path.is_file() or path.stat().st_size > LARGEST:
-            raise InputError(f"{path} is no summary of a run")
-        found = json.loads(path.read_text())
+        regular = path.is_file() and path.stat().st_size <= LARGEST
+        found = json.loads(path.read_text()) if regular else None
     except OSError as error:
         raise InputError(f"cannot read {path}: {error.strerror}") from None
     except (ValueError, RecursionError):
         raise InputError(f"{path} is not JSON") from None
+    if not regular:
+        raise InputError(f"{path} is no summary of a run")
     if not isinstance(found, dict):
         raise InputError(f"{path} is not a JSON object")
     return found

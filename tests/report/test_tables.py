@@ -5,7 +5,10 @@ from __future__ import annotations
 import json
 import math
 
-from fastdml.report.summary import write_summary
+import pytest
+
+from fastdml.errors import InputError
+from fastdml.report.summary import SUMMARY, read_summary, write_summary
 from fastdml.report.tables import summary_table
 from fastdml.train.tasks.classification import SCORING, table
 
@@ -64,6 +67,18 @@ def test_summary_holds_what_was_run_and_what_came_out(tmp_path):
     assert summary["ensemble_independent"] == 0.7201
     assert summary["mutual"]["wall_seconds"] == 60.5
     assert summary["mutual"]["scores"]["ensemble_entropy"] is None
+
+
+@pytest.mark.parametrize(
+    ("text", "why"), [("{", "is not JSON"), ("[]", "is not a JSON object"), (None, "is no summary")]
+)
+def test_what_is_no_summary_is_said_to_be_none(tmp_path, text, why):
+    if text is None:
+        (tmp_path / SUMMARY).mkdir()
+    else:
+        (tmp_path / SUMMARY).write_text(text)
+    with pytest.raises(InputError, match=why):
+        read_summary(tmp_path)
 
 
 def test_table_compares_independent_and_mutual(tmp_path):
