@@ -120,7 +120,7 @@ $(DEV): pyproject.toml setup.py $(NATIVE)
 $(OLDEST_STAMP): pyproject.toml Makefile
 	$(call venv,.venv-oldest)
 	$(OLDEST)/python -m pip install --quiet torch==2.11.0 triton==3.6.0 'numpy<2.4' \
-	  pytest pytest-xdist pytest-benchmark hypothesis safetensors pyyaml
+	  pytest pytest-xdist pytest-benchmark hypothesis safetensors pyyaml scikit-learn
 	@touch $@
 
 # Makes the venv $(1) unless a working one is there; says what to do where Python cannot.
