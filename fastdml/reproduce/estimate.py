@@ -24,18 +24,20 @@ from torch import Tensor
 from fastdml.cohort import Cohort
 from fastdml.data import record
 from fastdml.devices import choose_device, device_name
-from fastdml.engine import make_optimizer, make_step
+from fastdml.engine import make_step
 from fastdml.engine.amp import resolve_amp
 from fastdml.errors import InputError
 from fastdml.eval_mode import evaluating
 from fastdml.files import write_atomically, writing
 from fastdml.models import ReidHead
 from fastdml.report.metrics_log import INDEPENDENT, read_metrics
+from fastdml.report.predictions import PICTURES
 from fastdml.report.summary import read_summary
 from fastdml.reproduce.scales import IMAGES
 from fastdml.train.config.base import TrainConfig
 from fastdml.train.config.reid import ReidConfig
 from fastdml.train.learning_rate import total_steps
+from fastdml.train.optimizer import optimizer_of
 from fastdml.train.tasks.task import task_of
 from fastdml.units import duration, size
 
@@ -51,7 +53,6 @@ IDENTITIES = {True: 50, False: 751}  # of the stand-in, and of Market-1501
 ARCHIVE, OF_TENSOR, OF_PREDICTION = 4096, 400, 8.0
 OF_NUMBER = 20  # of metrics.jsonl
 SETTINGS = 12_000  # config.yaml, summary.json and cohort.json
-PICTURES = 24  # of predictions.npz
 FIGURES = 200_000  # curves and pairwise_kl in one format
 EVENTS = 60  # of TensorBoard, a number
 
@@ -359,14 +360,7 @@ def _measured(run: Run, device: torch.device, clock: Callable[[], float]) -> Mea
         amp = resolve_amp(config.amp, device)
         networks = len(cohort) + len(cohort.teachers)
         loss = task_of(config).mutual_loss(config, networks).to(device)
-        optimizer = make_optimizer(
-            cohort,
-            config.optimizer,
-            lr=config.lr,
-            momentum=config.momentum,
-            nesterov=config.nesterov,
-            weight_decay=config.weight_decay,
-        )
+        optimizer = optimizer_of(config, cohort)
         threads = (config.threads or torch.get_num_threads()) if device.type == "cpu" else None
         execution: Any = "eager" if config.deterministic else config.execution
         step = make_step(

@@ -28,7 +28,6 @@ from fastdml.devices import device_name
 from fastdml.engine import (
     Ema,
     Schedule,
-    make_optimizer,
     make_step,
 )
 from fastdml.engine.amp import Amp
@@ -46,6 +45,7 @@ from fastdml.train.config.base import TrainConfig
 from fastdml.train.evaluations import Evaluations, read_test_set, scored, scoring_weights
 from fastdml.train.loss_schedules import loss_schedules
 from fastdml.train.meters import Clock, Record, Totals
+from fastdml.train.optimizer import optimizer_of
 from fastdml.train.peer_costs import peer_seconds
 from fastdml.train.progress import Progress
 from fastdml.train.random_state import seed_generators
@@ -101,14 +101,7 @@ class Trainer:
         total = learning_rate.total_steps(config, self.steps)
         after = total * config.independent
         self.progress = Progress(self.steps, total, evaluations.images, after)
-        self.optimizer = make_optimizer(
-            cohort,
-            config.optimizer,
-            lr=config.lr,
-            momentum=config.momentum,
-            nesterov=config.nesterov,
-            weight_decay=config.weight_decay,
-        )
+        self.optimizer = optimizer_of(config, cohort)
         rates = learning_rate.rates(config, self.steps)
         self.rates = rates.tolist()
         self.schedule = Schedule(self.optimizer, rates)
