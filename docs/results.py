@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from fastdml.reproduce import plots
-from fastdml.reproduce.outcome import outcome
+from fastdml.reproduce.outcome import outcome, verdict
 from fastdml.reproduce.record import RECORD, Record, read_record
 from fastdml.reproduce.results import CSV, TABLE, write_results
 from fastdml.reproduce.statistics import t_quantile
@@ -86,21 +86,12 @@ def in_short() -> str:
     for (scale, name), record in records().items():
         counts = dict.fromkeys(("gain", "open", "loss", "other"), 0)
         for row in record.rows:
-            counts[_verdict(row)] += 1
+            found = difference_of(row)
+            kind = verdict(row, found) if found else "other"
+            counts[kind if kind in counts else "other"] += 1
         cells = [f"`{name}`", scale, len(record.seeds), len(record.rows), *counts.values()]
         lines.append(f"| {' | '.join(map(str, cells))} |")
     return "\n".join(lines)
-
-
-def _verdict(row) -> str:
-    found = difference_of(row)
-    if found is None:
-        return "other"
-    if not found.clear:
-        return "open" if found.low is not None else "other"
-    if not row.better:
-        return "other"
-    return "gain" if (found.mean > 0) == (row.better == "higher") else "loss"
 
 
 def budget() -> str:

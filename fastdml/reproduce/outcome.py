@@ -3,7 +3,8 @@ trainings have ended."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
+from typing import Literal
 
 from fastdml.reproduce.record import Record, RowRecord
 from fastdml.reproduce.statistics import Difference, pairs
@@ -18,28 +19,44 @@ from fastdml.reproduce.texts import (
 )
 
 Judged = tuple[RowRecord, Difference]
+Verdict = Literal["gain", "loss", "difference", "open", "same", "constant", "one seed", "none"]
 
 
 def outcome(record: Record) -> list[str]:
     """A sentence for each kind of outcome that rows have: a gain or a loss where the interval
     leaves 0 out, no difference that so many seeds can show where it does not."""
     judged = [(row, found) for row in record.rows if (found := difference_of(row))]
-    kinds: list[tuple[str, Callable[[Judged], bool], bool]] = [
-        ("A gain", lambda j: j[1].clear and _better(j) > 0, True),
-        ("A loss", lambda j: j[1].clear and _better(j) < 0, True),
-        ("A difference", lambda j: j[1].clear and not j[0].better, True),
-        (f"No difference that {_seeds(record)} can show", _open, True),
-        ("The same in every seed", lambda j: j[1].same and _nothing(j), False),
-        ("One difference in every seed", lambda j: j[1].same and not _nothing(j), True),
-        ("Of one seed, which says nothing of others", lambda j: j[1].n == 1, True),
-        ("No figure", lambda j: j[1].n == 0, False),
+    kinds: list[tuple[Verdict, str, bool]] = [
+        ("gain", "A gain", True),
+        ("loss", "A loss", True),
+        ("difference", "A difference", True),
+        ("open", f"No difference that {_seeds(record)} can show", True),
+        ("same", "The same in every seed", False),
+        ("constant", "One difference in every seed", True),
+        ("one seed", "Of one seed, which says nothing of others", True),
+        ("none", "No figure", False),
     ]
     texts = [
         f"{title}: {'; '.join(_row(record, j, with_numbers) for j in chosen)}."
-        for title, fits, with_numbers in kinds
-        if (chosen := [j for j in judged if fits(j)])
+        for kind, title, with_numbers in kinds
+        if (chosen := [j for j in judged if verdict(*j) == kind])
     ]
     return [f"{compared(record)}.", *texts, *single_seeds(record)] if texts else []
+
+
+def verdict(row: RowRecord, found: Difference) -> Verdict:
+    """What the interval of a row's difference says of it: "open" is no difference that so many
+    seeds can show, "difference" one of a number that has no better direction."""
+    if found.clear and found.mean is not None:
+        if not row.better:
+            return "difference"
+        return "gain" if (found.mean > 0) == (row.better == "higher") else "loss"
+    if found.low is not None:
+        return "open"
+    if found.same and found.mean is not None:
+        nothing = signed(found.mean, row.unit) == signed(0.0, row.unit)
+        return "same" if nothing else "constant"
+    return "one seed" if found.n == 1 else "none"
 
 
 def compared(record: Record) -> str:
@@ -75,23 +92,6 @@ def single_seeds(record: Record) -> list[str]:
             "differences have another sign than the mean of their row."
         )
     return found
-
-
-def _better(judged: Judged) -> float:
-    """Above 0 for a gain, below for a loss, 0 where neither direction is better."""
-    row, found = judged
-    mean = found.mean or 0.0
-    return {"higher": mean, "lower": -mean}.get(row.better, 0.0)
-
-
-def _open(judged: Judged) -> bool:
-    """Whether there is an interval, with 0 in it."""
-    return judged[1].low is not None and not judged[1].clear
-
-
-def _nothing(judged: Judged) -> bool:
-    row, found = judged
-    return found.mean is not None and signed(found.mean, row.unit) == signed(0.0, row.unit)
 
 
 def _row(record: Record, judged: Judged, with_numbers: bool) -> str:
