@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 from fastdml.reproduce import market
 from fastdml.reproduce.cohorts import LABELS, changes, cohort, independent_pair, network, training
@@ -61,33 +61,41 @@ def small_rows(scale: Scale) -> Sequence[Row]:
 
 
 def paper_rows(scale: Scale) -> Sequence[Row]:
-    """The teacher is the first peer of the pair, trained alone; the student is the second."""
     found = []
     for teacher, (one_way, mutual) in CIFAR.items():
-        pair = training(scale, [teacher, STUDENT], independent=True)
-        distilled = training(
-            scale,
-            [STUDENT],
-            kind=f"distilled-{teacher}",
-            teachers=(PeerOf(pair, "independent", 0),),
-        )
         text = f"CIFAR-100, {LABELS[STUDENT]} taught by {LABELS[teacher]}"
         paper = (ALONE, one_way, mutual)
         choice = f"{teacher}+{STUDENT}"
-        found += pair_rows(choice, text, "top1", distilled, (pair, 1), (pair, 1), paper)
+        found += taught_rows(scale, training, (teacher, STUDENT), choice, text, "top1", paper)
     for teacher, (one_way, mutual) in MARKET.items():
-        pair = market.training(scale, [teacher, "mobilenet"], independent=True)
-        distilled = market.training(
-            scale,
-            ["mobilenet"],
-            kind=f"distilled-{teacher}",
-            teachers=(PeerOf(pair, "independent", 0),),
-        )
         text = f"Market-1501, mAP, MobileNet taught by {LABELS[teacher]}"
-        paper_figures = (None, one_way, mutual)
+        of_market = (None, one_way, mutual)
+        pair = (teacher, "mobilenet")
         choice = f"market-{teacher}+mobilenet"
-        found += pair_rows(choice, text, "mAP", distilled, (pair, 1), (pair, 1), paper_figures)
+        found += taught_rows(scale, market.training, pair, choice, text, "mAP", of_market)
     return found
+
+
+def taught_rows(
+    scale: Scale,
+    training: Callable[..., Training],
+    pair: tuple[str, str],
+    choice: str,
+    text: str,
+    score: str,
+    paper: tuple[float | None, float | None, float | None],
+) -> list[Row]:
+    """The teacher is the first peer of the pair, trained alone; the student is the second.
+    training: makes one of the data set."""
+    teacher, student = pair
+    both = training(scale, list(pair), independent=True)
+    distilled = training(
+        scale,
+        [student],
+        kind=f"distilled-{teacher}",
+        teachers=(PeerOf(both, "independent", 0),),
+    )
+    return pair_rows(choice, text, score, distilled, (both, 1), (both, 1), paper)
 
 
 def notes(scale: Scale) -> Sequence[str]:

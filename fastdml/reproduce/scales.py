@@ -9,6 +9,7 @@ from typing import Any
 from fastdml.errors import InputError
 from fastdml.names import advice
 
+COSINE = "the learning rate falls as half a cosine in place of steps"
 # Of all scales but the full one: runs repeat bit for bit, and write only what is read again.
 REPEATABLE = {"deterministic": True, "tensorboard": False, "figures": ()}
 
@@ -75,7 +76,7 @@ SCALES = {
             changes=(
                 "20,000 of 50,000 training images",
                 "8 epochs in place of 200",
-                "the learning rate falls as half a cosine in place of steps",
+                COSINE,
             ),
         ),
         Scale(
@@ -101,7 +102,7 @@ SCALES = {
                 "scikit-learn's handwritten digits (8x8 pixels) in place of CIFAR",
                 "smaller networks",
                 "10 epochs in place of 200",
-                "the learning rate falls as half a cosine in place of steps",
+                COSINE,
             ),
         ),
     )

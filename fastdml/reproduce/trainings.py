@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from fastdml.errors import InputError
-from fastdml.files import replacing, writing
+from fastdml.files import write_atomically, writing
 from fastdml.names import unique
 from fastdml.report.metrics_log import INDEPENDENT, to_json
 from fastdml.report.summary import prolonged, read_summary
@@ -179,6 +179,5 @@ class Finished:
         text = to_json(measure())
         with writing(path):
             path.parent.mkdir(exist_ok=True)
-            with replacing(path) as file:
-                file.write(text.encode())
+        write_atomically(path, text)
         return float(number(json.loads(text)))
