@@ -27,7 +27,7 @@ from fastdml.units import duration
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "results"
-SCALES = ("full", "small", "digits", "smoke")  # in the order of the page
+SCALES = ("full", "medium", "small", "digits", "smoke")  # in the order of the page
 PICTURES = {
     plots.DIFFERENCES: "Of each row the mean difference, its interval and the seeds",
     plots.CURVE: "Both sides by what is varied, mean and standard deviation, and the seeds",

@@ -26,20 +26,25 @@ OPTIONS = [
 ]
 
 
-def problem(K: int, seed: int = 0):
+DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
+
+
+def problem(K: int, seed: int = 0, device: str = "cpu"):
     torch.manual_seed(seed)
-    logits = [torch.randn(N, C) for _ in range(K)]
-    labels = torch.randint(0, C, (N,))
+    logits = [torch.randn(N, C).to(device) for _ in range(K)]
+    labels = torch.randint(0, C, (N,)).to(device)
     labels[::5] = -100
     return logits, labels
 
 
+@pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("options", OPTIONS, ids=str)
 @pytest.mark.parametrize(("groups", "size", "weighted"), [(3, 2, False), (2, 3, True)])
-def test_each_group_has_the_bits_of_a_cohort_of_its_own(options, groups, size, weighted):
-    logits, labels = problem(groups * size)
-    weight = torch.rand(N) * (torch.arange(N) % 4 > 0) if weighted else None
-    loss, own = GroupedLoss(groups, groups * size, **options), MutualLoss(**options)
+def test_each_group_has_the_bits_of_a_cohort_of_its_own(options, groups, size, weighted, device):
+    logits, labels = problem(groups * size, device=device)
+    weight = (torch.rand(N) * (torch.arange(N) % 4 > 0)).to(device) if weighted else None
+    loss = GroupedLoss(groups, groups * size, **options).to(device)
+    own = MutualLoss(**options).to(device)
     losses, stats, grads = loss.value_and_grad(logits, labels, weight)
     hits = []
     for g in range(groups):
@@ -52,7 +57,7 @@ def test_each_group_has_the_bits_of_a_cohort_of_its_own(options, groups, size, w
         assert torch.equal(stats.pairwise_kl[part, part], found.pairwise_kl)
         hits.append(found.ensemble_correct)
     assert torch.equal(stats.ensemble_correct, torch.stack(hits).mean())
-    apart = ~torch.block_diag(*[torch.ones(size, size)] * groups).bool()
+    apart = ~torch.block_diag(*[torch.ones(size, size, device=device)] * groups).bool()
     assert stats.pairwise_kl[apart].isnan().all()
     assert stats.packed[stats.layout.used :].eq(0).all()
 

@@ -7,7 +7,7 @@ import argparse
 from fastdml.cli.parsing import Parser, as_folder
 from fastdml.errors import InputError
 
-SCALES = ("smoke", "small", "full", "digits")
+SCALES = ("smoke", "small", "medium", "full", "digits")
 
 
 def reproduce(args: list[str]) -> None:

@@ -20,7 +20,7 @@ SINGLE, MULTI = (68.83, 87.73), (77.14, 91.66)
 INDEPENDENT_RANK1 = 83.94
 SCRATCH = (46.4, 52.1)  # mAP, independent and mutual, by eye
 # Of the pictures of CIFAR-100 in Market-1501's layout, where the scale is not full.
-STAND_IN = {"small": 5, "smoke": 1}  # epochs
+STAND_IN = {"medium": 20, "small": 5, "smoke": 1}  # epochs
 
 
 def training(
@@ -35,7 +35,8 @@ def training(
     data, own = "market1501", {}
     if scale.name in STAND_IN:
         data = "market1501-standin"
-        own = {"standin": True, "recipe": "paper", "epochs": STAND_IN[scale.name], **REPEATABLE}
+        own = {"standin": True, "recipe": "paper", "epochs": STAND_IN[scale.name]}
+        own |= {name: scale.settings[name] for name in REPEATABLE if name in scale.settings}
     name = safe_name("-".join(filter(None, [data, peers_text(peers), kind])))
     return Training(
         name, {"data": "market1501", "peers": tuple(peers), **settings, **own}, teachers

@@ -15,6 +15,7 @@ from fastdml.engine import Amp, make_optimizer, make_step
 from fastdml.engine.amp import LossScale
 from fastdml.engine.execution import EXECUTIONS
 from fastdml.engine.graph import CudaCapture
+from fastdml.grouped_loss import GroupedLoss
 from fastdml.loss import MutualLoss
 
 from .small_runs import CASES, SIDE, C, Run, batches, peer
@@ -79,10 +80,32 @@ def test_on_cuda_fifty_stacked_steps_follow_the_eager_ones(options):
     """To rounding, which 50 steps magnify."""
     eager, stacked = (cuda_run(name, **options).train() for name in ("eager", "stacked"))
     assert stacked.step.failure is None
+    close_for_stacked(eager, stacked)
+
+
+def close_for_stacked(eager, stacked) -> None:
     a, b = eager.state(), stacked.state()
     for name in a:
         loose = {"correct": 1.5, "ensemble_correct": 1.5}.get(name, 5e-3)
-        close(b[name], a[name], name, rtol=5e-3, atol=loose)
+        close(b[name], a[name], name, rtol=5e-3, atol=loose, equal_nan=True)
+
+
+@pytest.mark.gpu
+@pytest.mark.usefixtures("_deterministic")
+@pytest.mark.parametrize("execution", ["streams", "graph", "stacked"])
+def test_on_cuda_groups_of_peers_take_the_eager_steps(execution):
+    """What peers of different groups would say of each other stays NaN."""
+    eager, other = (
+        cuda_run(name, peers=range(4), loss=GroupedLoss(2, 4, label_smoothing=0.1).cuda()).train()
+        for name in ("eager", execution)
+    )
+    assert getattr(other.step, "failure", None) is None
+    assert eager.state()["pairwise_kl"].isnan().float().mean() == 0.5
+    if execution == "stacked":
+        close_for_stacked(eager, other)
+        return
+    for (name, a), b in zip(eager.state().items(), other.state().values(), strict=True):
+        close(b, a, name, rtol=1e-4, atol=1e-5, equal_nan=True)
 
 
 @pytest.mark.gpu

@@ -112,7 +112,7 @@ def test_every_experiment_can_be_trained_at_every_scale(name, scale, place):
         config = place.config(training, 3)
         assert config.seed == 3
         assert config.folder.endswith(f"{training.name}/seed-3")
-        assert config.deterministic == (scale != "full")
+        assert config.deterministic == (scale not in ("full", "medium"))
         assert len(config.teachers) == len(training.teachers)
     for row in rows:
         for value in (row.baseline, row.ours):
@@ -285,7 +285,7 @@ def test_wrong_names_get_the_nearest(wrong, said):
 
 
 def test_market_is_refused_where_it_makes_no_sense():
-    with pytest.raises(InputError, match="give --scale small or smoke or full"):
+    with pytest.raises(InputError, match="give --scale medium or small or smoke"):
         rows_of("market", "digits")
 
 

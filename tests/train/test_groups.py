@@ -93,6 +93,26 @@ def test_group_0_is_the_run_of_the_seed_bit_for_bit(tmp_path):
     assert [one["config"]["seed"] for one in each] == [5, 6]
 
 
+@pytest.mark.gpu
+@pytest.mark.parametrize("execution", ["streams", "graph", "stacked", "auto"])
+def test_group_0_follows_the_run_of_the_seed_on_a_gpu(tmp_path, execution):
+    """To rounding, which a few steps magnify little."""
+    on_gpu = {"device": "cuda", "execution": execution, "deterministic": False, "iterations": 8}
+    found = []
+    for name, groups in (("one", 1), ("grouped", 3)):
+        digits(tmp_path / name, groups, seed=5, log_every=1, **on_gpu)
+        found.append(tmp_path / name)
+    alone, together = (
+        [r["loss"] for r in logged(folder) if r["kind"] == "train"]
+        for folder in (found[0], group_folder(found[1], 0))
+    )
+    assert len(alone) == 8
+    for one, two in zip(alone, together, strict=True):
+        assert two == pytest.approx(one, rel=0.02)
+    whole = [r["loss"] for r in logged(found[1]) if r["kind"] == "train"]
+    assert len({loss[0] for loss in zip(*whole, strict=True)}) == 6  # six networks
+
+
 def test_group_1_begins_as_the_run_of_the_next_seed(tmp_path):
     grouped = Cohort(["resnet8"] * 4, 10, in_channels=1, seed=5, groups=2)
     for g, own in enumerate((grouped.peers[:2], grouped.peers[2:])):
