@@ -21,7 +21,7 @@ def choose_device(name: str) -> torch.device:
         if device.type in ("cpu", "cuda"):
             torch.empty(0, device=device)
             return device
-    except (RuntimeError, AssertionError):
+    except (RuntimeError, AssertionError, TypeError, ValueError):
         pass
     raise InputError(f"no run on device {name!r} here: use {_devices()}")
 

@@ -20,6 +20,8 @@ def expand(path: str | os.PathLike) -> str:
     A shell leaves it alone within quotes and in --folder='~/x'. Where an account has no home
     folder, `~` is refused, rather than made as a folder of that name; an unknown user's stays.
     """
+    if isinstance(path, bytes) or not isinstance(path, (str, os.PathLike)):
+        raise InputError(f"a path is text or a Path, not {path!r}")
     text = os.fspath(path)
     try:
         encoded = os.fsencode(text)

@@ -43,9 +43,9 @@ MAY_IMPORT = {
     **dict.fromkeys(COHORT - {"models"}, COHORT),
 }
 BELOW_ALL = {
-    "absent_tensors", "devices", "errors", "eval_mode", "files", "host", "list_options", "logs",
-    "names", "namesake", "notebook", "paths", "peer_groups", "terminal", "torch_private", "units",
-    "yaml_file", "fastdml",
+    "absent_tensors", "arguments", "devices", "errors", "eval_mode", "files", "host",
+    "list_options", "logs", "names", "namesake", "notebook", "paths", "peer_groups", "terminal",
+    "torch_private", "units", "yaml_file", "fastdml",
 }  # fmt: skip
 
 

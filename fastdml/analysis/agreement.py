@@ -9,9 +9,10 @@ from typing import Any
 import numpy as np
 
 from fastdml.analysis.plots import drawn, heat_map
+from fastdml.arguments import listed, numbers, of_kind
 from fastdml.errors import InputError
 from fastdml.report.analysis_file import Result
-from fastdml.report.predictions import Predictions
+from fastdml.report.predictions import READ, Predictions
 
 
 @dataclass(frozen=True)
@@ -41,7 +42,8 @@ def peer_agreement(
     """Agreement of K peers. predicted: (K, N) classes, -1 for none, which is wrong and agrees with
     nothing. labels: (N,) classes. names: K. disagreement: (N,), the Jensen-Shannon divergence of
     each image, as predictions.npz has it. Raises InputError for what does not fit."""
-    top, label = np.asarray(predicted), np.asarray(labels)
+    top, label = numbers("predicted", predicted), numbers("labels", labels)
+    names = listed("names", names, "names, one a peer")
     if top.ndim != 2 or not top.size or label.shape != top.shape[1:] or len(names) != len(top):
         raise InputError(
             f"predicted must be (K, N), labels (N,) and names K, not {list(top.shape)}, "
@@ -51,6 +53,9 @@ def peer_agreement(
         if values.dtype.kind not in "iu" or values.min() < low:
             raise InputError(f"{name} must be whole numbers, {low} or more")
     K, N = top.shape
+    apart = np.full(N, np.nan) if disagreement is None else numbers("disagreement", disagreement)
+    if apart.shape != (N,):
+        raise InputError(f"disagreement must be ({N},), one an image, not {list(apart.shape)}")
     wrong = top != label
     C = int(max(top.max(), label.max())) + 1
     shares = np.stack([np.bincount(row[row >= 0], minlength=C) for row in top]) / N  # (K, C)
@@ -72,18 +77,20 @@ def peer_agreement(
             overlap=both / np.outer(error, error),
             same_error=common / both,
             any_right=float((~wrong).any(axis=0).mean()),
-            jsd=float("nan") if disagreement is None else float(np.mean(disagreement, dtype=float)),
+            jsd=float(apart.mean(dtype=np.float64)),
         )
 
 
 def agreement_of(found: Predictions) -> PeerAgreement:
     """Of the peers of a run, from its predictions."""
+    found = of_kind("found", found, Predictions, READ)
     K = len(found.peers)
     return peer_agreement(found.top[:K], found.label, found.peers, disagreement=found.disagreement)
 
 
 def plot_agreement(found: PeerAgreement, where: Any) -> Any:
     """The share of equal predictions of each pair, as a heat map. where: as of `drawn`."""
+    of_kind("found", found, PeerAgreement, "peer_agreement")
     matrix = np.where(np.eye(len(found.peers), dtype=bool), np.nan, 100 * found.same)
 
     def draw(axes: Any) -> None:

@@ -32,6 +32,7 @@ from fastdml.analysis.networks import (
     rows_of,
 )
 from fastdml.analysis.plots import drawn, heat_map
+from fastdml.arguments import listed, numbers, of_kind
 from fastdml.errors import InputError
 from fastdml.eval_mode import evaluating
 from fastdml.names import advice
@@ -57,7 +58,10 @@ def linear_cka(x: Any, y: Any, *, debiased: bool = False) -> float:
     """Linear CKA of two features of the same N images, (N, D) and (N, E) arrays or tensors, in
     float64. debiased: may be slightly below 0, and needs 4 images. NaN where a feature is the same
     for all images. Raises InputError."""
-    a, b = (torch.as_tensor(value).detach().cpu().double() for value in (x, y))
+    a, b = (
+        torch.from_numpy(numbers(name, value).astype(np.float64))
+        for name, value in (("x", x), ("y", y))
+    )
     if a.dim() != 2 or b.dim() != 2 or len(a) != len(b):
         raise InputError(
             f"features must be (N, D) and (N, E) of the same images, not {tuple(a.shape)} and "
@@ -151,19 +155,23 @@ def _taps(
     """The names of the layers, and for each what is looked at in each network."""
     if layers is None:
         return (FEATURES,), [[_last(*pair) for pair in zip(*found, strict=True)]]
-    if isinstance(layers, str) or not layers:
-        raise InputError(f"layers must be a list of names of modules, not {layers!r}")
+    layers = listed("layers", layers, "names of modules")
+    if not layers:
+        raise InputError("layers must be a list of names of modules, not an empty one")
     taps: list[list[Tap]] = []
     titles = []
     for layer in layers:
-        wanted = [layer] * len(found.names) if isinstance(layer, str) else list(layer)
+        if isinstance(layer, str):
+            wanted = [layer] * len(found.names)
+        else:
+            wanted = listed("a layer", layer, "names, one a network")
         if len(wanted) != len(found.names):
             raise InputError(f"{layer} names {len(wanted)} modules for {len(found.names)} networks")
         row: list[Tap] = []
         for name, module, path in zip(*found, wanted, strict=True):
             known = dict(module.named_modules())
-            if path not in known:
-                raise InputError(f"{name} has no module {path!r}; {advice(path, known)}")
+            if not isinstance(path, str) or path not in known:
+                raise InputError(f"{name} has no module {path!r}; {advice(str(path), known)}")
             row.append((known[path], False))
         taps.append(row)
         titles.append(layer if isinstance(layer, str) else " / ".join(wanted))
@@ -230,8 +238,9 @@ def plot_kernel_alignment(
 ) -> Path | None:
     """The alignment of every pair of networks at a layer, by default the last, as a heat map.
     where: as of `drawn`. Raises InputError for a layer that is not there."""
+    of_kind("found", found, KernelAlignment, "kernel_alignment")
     if layer is not None and layer not in found.layers:
-        raise InputError(f"there is no layer {layer!r}; {advice(layer, found.layers)}")
+        raise InputError(f"there is no layer {layer!r}; {advice(str(layer), found.layers)}")
     at = len(found.layers) - 1 if layer is None else found.layers.index(layer)
 
     def draw(axes: Any) -> None:

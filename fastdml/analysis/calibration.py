@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 
 from fastdml.analysis.plots import drawn
+from fastdml.arguments import listed, numbers, of_kind, shown, whole_number
 from fastdml.errors import InputError
 from fastdml.report.analysis_file import Result
 from fastdml.report.statistics import BINS, Reliability, reliability
@@ -130,12 +131,12 @@ def temperature_scaling(
     and each is scaled by the temperature of the other. The rest is as of `calibration_scores`."""
     z, y = _checked(logits, labels)
     if fit is not None:
-        temperatures: tuple[float, ...] = (fit_temperature(*fit),)
+        temperatures: tuple[float, ...] = (fit_temperature(*_pair(fit)),)
         scaled = z / temperatures[0]
     else:
         if len(y) < 2:
             raise InputError("one image has no other half to fit a temperature on: give fit")
-        order = np.random.default_rng(seed).permutation(len(y))
+        order = np.random.default_rng(whole_number("seed", seed, 0)).permutation(len(y))
         halves = order[: len(y) // 2], order[len(y) // 2 :]
         fitted = [fit_temperature(z[half], y[half]) for half in halves]
         temperatures = (fitted[1], fitted[0])
@@ -153,8 +154,10 @@ def peers_temperature_scaling(
 ) -> PeersTemperatureScaling:
     """`temperature_scaling` of each peer by itself, and of the ensemble, whose logits are the
     logarithms of its probabilities. logits: K of (N, C). names: K."""
-    arrays = [_checked(z, labels)[0] for z in logits]
-    rows = list(names)
+    arrays = [_checked(z, labels)[0] for z in listed("logits", logits, "K arrays (N, C)")]
+    rows = listed("names", names, "names, one a peer")
+    if not arrays or len(rows) != len(arrays):
+        raise InputError(f"logits of {len(arrays)} peers and {len(rows)} names: give one for each")
     if len(arrays) > 1:
         log_p = np.stack([_log_softmax(z) for z in arrays])
         with np.errstate(divide="ignore"):
@@ -176,6 +179,7 @@ def plot_reliability(found: Reliability, where: Any) -> Any:
     """Accuracy over confidence as bars, darker where they hold more images, against the diagonal of
     the perfectly calibrated; and the share of images in each bin, which is the histogram of the
     confidence, as steps. where: as of `drawn`."""
+    of_kind("found", found, Reliability, "reliability")
 
     def draw(axes: Any) -> None:
         left, width = found.edges[:-1], np.diff(found.edges)
@@ -196,6 +200,7 @@ def plot_reliability(found: Reliability, where: Any) -> Any:
 
 def plot_temperature_scaling(found: TemperatureScaling, where: Any) -> Any:
     """Accuracy over mean confidence before and after. where: as of `drawn`."""
+    of_kind("found", found, TemperatureScaling, "temperature_scaling")
 
     def draw(axes: Any) -> None:
         for name, of, look in (("before", found.before, "o-"), ("after", found.after, "s-")):
@@ -214,7 +219,7 @@ def plot_temperature_scaling(found: TemperatureScaling, where: Any) -> Any:
 
 def _checked(logits: Any, labels: Any) -> tuple[np.ndarray, np.ndarray]:
     """Logits (N, C) in float64 and labels (N,) in int64."""
-    z, y = _array(logits).astype(np.float64), _array(labels)
+    z, y = numbers("logits", logits).astype(np.float64), numbers("labels", labels)
     if z.ndim != 2 or not z.size or y.shape != z.shape[:1]:
         raise InputError(
             f"logits must be (N, C) and labels (N,), not {list(z.shape)} and {list(y.shape)}"
@@ -224,11 +229,10 @@ def _checked(logits: Any, labels: Any) -> tuple[np.ndarray, np.ndarray]:
     return z, y.astype(np.int64)
 
 
-def _array(values: Any) -> np.ndarray:
-    if hasattr(values, "detach"):  # a tensor, on any device, of a dtype that numpy may not have
-        values = values.detach().cpu()
-        values = values.double() if values.is_floating_point() else values
-    return np.asarray(values)
+def _pair(fit: Any) -> Any:
+    if not isinstance(fit, (tuple, list)) or len(fit) != 2:
+        raise InputError(f"fit must be a pair (logits, labels), not {shown(fit)}")
+    return fit
 
 
 def _log_softmax(z: np.ndarray) -> np.ndarray:

@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 
 from fastdml.analysis.plots import drawn, heat_map
+from fastdml.arguments import listed, numbers, of_kind, whole_number
 from fastdml.errors import InputError
 from fastdml.report.analysis_file import Result
 from fastdml.report.statistics import Confused, confused_pairs, count_pairs
@@ -35,8 +36,9 @@ def confusion_matrix(
     """The confusion matrix of N images. labels, predicted: (N,) class indices below `num_classes`;
     of predicted -1 is no answer. classes: names, by default the indices. pairs: how many of the
     most confused classes to list. Raises InputError for what does not fit."""
-    label, said = np.asarray(labels), np.asarray(predicted)
-    C = num_classes
+    label, said = numbers("labels", labels), numbers("predicted", predicted)
+    C, pairs = whole_number("num_classes", num_classes, 1), whole_number("pairs", pairs, 0)
+    classes = listed("classes", classes, "names, one a class")
     if label.ndim != 1 or label.shape != said.shape or (classes and len(classes) != C):
         raise InputError(
             f"labels and predicted must be (N,) and classes {C} names, not {list(label.shape)}, "
@@ -58,6 +60,7 @@ def confusion_matrix(
 
 def plot_confusion(found: ConfusionMatrix, where: Any) -> Any:
     """The shares as a heat map. where: as of `drawn`."""
+    of_kind("found", found, ConfusionMatrix, "confusion_matrix")
 
     def draw(axes: Any) -> None:
         heat_map(axes, 100 * found.shares, found.classes, found.classes, "{:.0f}")

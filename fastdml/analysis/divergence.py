@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 
 from fastdml.analysis.plots import drawn
+from fastdml.arguments import of_kind, shown
 from fastdml.errors import InputError
 from fastdml.report.analysis_file import Result
 from fastdml.report.metrics_log import read_metrics
@@ -48,6 +49,10 @@ def pairwise_kl(folder: str | Path) -> PairwiseKL:
 def plot_pairwise_kl(found: Mapping[str, PairwiseKL], where: Any) -> Any:
     """The mean over the pairs of each run, by its label, and pale beside it the single pairs.
     where: as of `drawn`."""
+    if not isinstance(found, Mapping):
+        raise InputError(f"found must be a dict of labels and pairwise_kl, not {shown(found)}")
+    for of in found.values():
+        of_kind("found", of, PairwiseKL, "pairwise_kl")
 
     def draw(axes: Any) -> None:
         for k, (label, of) in enumerate(found.items()):

@@ -6,7 +6,8 @@ from typing import Any
 
 from fastdml.analysis.agreement import agreement_of
 from fastdml.analysis.gains import gains_by_confidence
-from fastdml.report.predictions import Predictions
+from fastdml.arguments import of_kind
+from fastdml.report.predictions import READ, Predictions
 from fastdml.report.statistics import comparable
 
 
@@ -15,6 +16,9 @@ def analyse_predictions(
 ) -> dict[str, dict[str, Any]]:
     """Results by their name, as analysis.json has them; those that cannot be told are missing.
     alone: of the independent peers."""
+    for name, value in (("found", found), ("alone", alone)):
+        if value is not None:
+            of_kind(name, value, Predictions, READ)
     if found is None:
         return {}
     results: dict[str, dict[str, Any]] = {}

@@ -13,9 +13,10 @@ from typing import Any
 import numpy as np
 
 from fastdml.analysis.plots import drawn
+from fastdml.arguments import finite_number, listed, numbers, of_kind, shown, whole_number
 from fastdml.errors import InputError
 from fastdml.report.analysis_file import Result
-from fastdml.report.predictions import Predictions
+from fastdml.report.predictions import READ, Predictions
 from fastdml.report.statistics import Gain, comparable, gains, right
 
 CONFIDENCES = 10  # bins
@@ -46,7 +47,11 @@ def gains_by_group(
     """before, after: (K, N) bool, which of K peers' answers to N images are right. group: (N,), the
     index among `names` of each image's group, or (K, N) where that is another for each peer; -1:
     none. Raises InputError for shapes that do not fit."""
-    was, now, group = (np.asarray(values) for values in (before, after, group))
+    was, now, group = (
+        numbers(name, values)
+        for name, values in (("before", before), ("after", after), ("group", group))
+    )
+    names = listed("names", names, "names, one a group")
     if was.ndim != 2 or was.shape != now.shape or group.shape not in (was.shape, was.shape[1:]):
         raise InputError(
             f"before and after must be (K, N) and group (N,) or (K, N), not {list(was.shape)}, "
@@ -69,6 +74,7 @@ def gains_by_confidence(alone: Predictions, mutual: Predictions, bins: int = CON
     on which it was unsure by chance would gain from any change at all, and those on which it was
     sure by chance would lose. One peer has no others, and its own confidence must do."""
     was, now = _answers(alone, mutual)
+    bins = whole_number("bins", bins, 1)
     K = len(was)
     own = alone.confidence[:K].astype(np.float64)
     sure = own if K == 1 else (own.sum(axis=0) - own) / (K - 1)
@@ -83,7 +89,7 @@ def gains_by_noise(alone: Predictions, mutual: Predictions, noisy: Any) -> Gains
     """By whether a label is right. noisy: (N,) bool, the images whose label is known to be wrong;
     an answer is right where it is the label, of these too."""
     was, now = _answers(alone, mutual)
-    mask = np.asarray(noisy)
+    mask = numbers("noisy", noisy)
     if mask.dtype != bool or mask.shape != mutual.label.shape:
         raise InputError(
             f"noisy must be {len(mutual.label)} values of true and false, one an image, not "
@@ -96,16 +102,23 @@ def gains_by_noise(alone: Predictions, mutual: Predictions, noisy: Any) -> Gains
 def gains_by_noise_level(runs: Mapping[float, tuple[Predictions, Predictions]]) -> Gains:
     """By the share of wrong labels that runs were trained with. runs: for each share the
     predictions of its independent and of its mutual peers, of the same images."""
+    if not isinstance(runs, Mapping) or not runs:
+        raise InputError(f"runs must be a dict of shares and predictions, not {shown(runs)}")
+    levels = sorted((finite_number("each share of wrong labels", key), key) for key in runs)
     found = []
-    for level in sorted(runs):
-        was, now = _answers(*runs[level])
+    for _, key in levels:
+        pair = listed("each of runs", runs[key], "two predictions: independent and mutual")
+        if len(pair) != 2:
+            raise InputError(f"each of runs must be two predictions, not {len(pair)}")
+        was, now = _answers(*pair)
         found += gains(was, now, np.zeros(was.shape[1], int), 1)
-    names = [f"{100 * level:g} %" for level in sorted(runs)]
+    names = [f"{100 * level:g} %" for level, _ in levels]
     return _gains("wrong labels in training", names, found)
 
 
 def plot_gains(found: Gains, where: Any) -> Any:
     """The gain of each group in points, with its interval. where: as of `drawn`."""
+    of_kind("found", found, Gains, "gains_by_...")
 
     def draw(axes: Any) -> None:
         there = np.flatnonzero(found.images)
@@ -128,6 +141,8 @@ def plot_gains(found: Gains, where: Any) -> Any:
 
 def _answers(alone: Predictions, mutual: Predictions) -> tuple[np.ndarray, np.ndarray]:
     """(K, N) bool of each: which answers are right."""
+    for name, value in (("alone", alone), ("mutual", mutual)):
+        of_kind(name, value, Predictions, READ)
     if not comparable(alone, mutual):
         raise InputError(
             "these predictions cannot be compared: they must be of the same images in the same "

@@ -17,6 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from fastdml.arguments import listed, shown
 from fastdml.cohort import Cohort
 from fastdml.data.image_set import IGNORED
 from fastdml.errors import InputError
@@ -50,7 +51,8 @@ def networks(models: Models) -> Networks:
         if models.mesh is not None:
             raise InputError("the peers are spread over a mesh: load them in one process")
         return Networks(tuple(models.names), tuple(models))
-    modules = (models,) if isinstance(models, nn.Module) else tuple(models)
+    what = "modules of torch, or a Cohort"
+    modules = (models,) if isinstance(models, nn.Module) else tuple(listed("models", models, what))
     for module in modules:
         if not isinstance(module, nn.Module):
             raise InputError(f"{module!r} is no network: give modules of torch or a Cohort")
@@ -87,11 +89,17 @@ def fixed_batches(batches: Any, device: torch.device) -> list[Batch]:
     source: Iterable[Any]
     if is_arrays(batches) and as_tensor(batches[1], "labels").dim() == 1:
         inputs, labels = as_tensor(batches[0], "inputs"), as_tensor(batches[1], "labels")
+        if inputs.dim() < 1 or len(inputs) != len(labels):
+            raise InputError(
+                f"inputs of shape {tuple(inputs.shape)} and {len(labels)} labels: give as many"
+            )
         source = zip(inputs.split(ROWS), labels.split(ROWS), strict=True)
     elif hasattr(batches, "epoch"):
         source = batches.epoch(0)
-    else:
+    elif hasattr(batches, "__iter__") or hasattr(batches, "__len__"):
         source = batches
+    else:
+        raise InputError(f"batches must be pairs (inputs, labels), not {shown(batches)}")
     found = []
     with torch.random.fork_rng(devices=[]):
         for step, batch in enumerate(source):

@@ -23,6 +23,7 @@ from fastdml.analysis.networks import (
     rows_of,
 )
 from fastdml.analysis.plots import drawn
+from fastdml.arguments import of_kind, whole_number
 from fastdml.errors import InputError
 from fastdml.eval_mode import evaluating
 from fastdml.report.analysis_file import Result
@@ -55,8 +56,7 @@ def posterior(models: Models, batches: Any, *, ranks: int = RANKS) -> Posterior:
     batches: of (inputs, labels), as `fixed_batches` takes them; the labels are not looked at.
     ranks: how many of the sorted probabilities, at most one for each class. Raises InputError.
     """
-    if ranks < 1:
-        raise InputError(f"ranks must be at least 1, not {ranks}")
+    ranks = whole_number("ranks", ranks, 1)
     names, modules = networks(models)
     data = fixed_batches(batches, device_of(modules[0]))
     entropy: Tensor | None = None
@@ -89,6 +89,7 @@ def posterior(models: Models, batches: Any, *, ranks: int = RANKS) -> Posterior:
 def plot_posterior(found: Posterior, where: Any) -> Path | None:
     """The mean of the sorted probabilities, as in the paper's figure; the ensemble in black. where:
     as of `drawn`."""
+    of_kind("found", found, Posterior, "posterior")
 
     def draw(axes: Any) -> None:
         ranks = np.arange(1, found.ranked.shape[1] + 1)

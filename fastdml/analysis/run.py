@@ -22,11 +22,12 @@ from torch import nn
 from fastdml.analysis.networks import Batch, fixed_batches
 from fastdml.analysis.posteriors import Posterior, posterior
 from fastdml.analysis.weight_noise import SCALES, FlatMinima, Noise, flat_minima
+from fastdml.arguments import shown, whole_number
 from fastdml.cohort import Cohort
 from fastdml.cohort_files import read_description
 from fastdml.devices import choose_device
 from fastdml.errors import InputError
-from fastdml.paths import expanded
+from fastdml.paths import expand, expanded
 from fastdml.report.metrics_log import INDEPENDENT
 from fastdml.train.config.base import TrainConfig
 from fastdml.train.config.sources import is_known
@@ -78,8 +79,8 @@ def peers_of_run(
     folder = expanded(run)
     config = run_config(folder)
     if root is not None:
-        config = config.replace(root=os.fspath(root))
-    weights = weights or default_weights(folder)
+        config = config.replace(root=expand(root))
+    weights = default_weights(folder) if weights is None else weights
     place = _weights_folder(folder, phase, weights)
     cohort = Cohort.load(place, choose_device(device), peers=peers)
     own = folder if phase == "mutual" else folder / INDEPENDENT
@@ -138,8 +139,9 @@ def images_of_run(
             f"analyses are of classification runs, and this one is on {config.data}: give its "
             "peers and batches to the functions of fastdml.analysis"
         )
-    if images < 0:
-        raise InputError(f"images must be 0 (all) or more, not {images}")
+    images = whole_number("images", images, 0)
+    if images_of not in ("training", "test"):
+        raise InputError(f'images_of must be "training" or "test", not {shown(images_of)}')
     sets, _ = divided(task.splits(config, HINT), config)
     chosen = sets.train if images_of == "training" else sets.test or sets.validation
     if chosen is None:

@@ -26,6 +26,7 @@ from fastdml.analysis.posteriors import posterior
 from fastdml.analysis.run import IMAGES, Phase, RunPeers, digest, peers_of_run
 from fastdml.analysis.sections import loss_plane, loss_section
 from fastdml.analysis.weight_noise import flat_minima
+from fastdml.arguments import listed, whole_number
 from fastdml.errors import InputError
 from fastdml.names import advice
 from fastdml.paths import expanded
@@ -139,10 +140,11 @@ def analyse(
     passes forward of `images` for each phase, most of them for loss_plane. Raises InputError.
     """
     folder = expanded(run)
-    names = [*ANALYSES] if what is None else [*what]
+    names = [*ANALYSES] if what is None else listed("what", what, "names of analyses")
     for name in names:
-        if name not in ANALYSES:
-            raise InputError(f"there is no analysis {name!r}; {advice(name, ANALYSES)}")
+        if not isinstance(name, str) or name not in ANALYSES:
+            raise InputError(f"there is no analysis {name!r}; {advice(str(name), ANALYSES)}")
+    images, seed = whole_number("images", images, 0), whole_number("seed", seed, 0)
     phases: list[Phase] = ["mutual"]
     if (folder / INDEPENDENT / "cohort.json").is_file():
         phases.append("independent")

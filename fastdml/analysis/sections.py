@@ -46,6 +46,7 @@ from fastdml.analysis.networks import (
     weights_kept,
 )
 from fastdml.analysis.plots import drawn
+from fastdml.arguments import finite_number, listed, of_kind, shown, whole_number
 from fastdml.errors import InputError
 from fastdml.eval_mode import evaluating
 from fastdml.report.analysis_file import Result
@@ -121,7 +122,7 @@ def loss_section(
     """
     found = networks(models)
     chosen = _chosen(found, peers, 2, batch_norm)
-    _check_points(points, beyond, reach)
+    points, seed = _checked(points, beyond, reach, seed)
     modules = [found.modules[k] for k in chosen]
     data = fixed_batches(batches, device_of(modules[0]))
     _check_alike([found.names[k] for k in chosen], modules, data[0][0][:COMPARED])
@@ -171,7 +172,7 @@ def loss_plane(
     """
     found = networks(models)
     chosen = _chosen(found, peers, 3, batch_norm)
-    _check_points(points, beyond, reach)
+    points, seed = _checked(points, beyond, reach, seed)
     modules = [found.modules[k] for k in chosen]
     data = fixed_batches(batches, device_of(modules[0]))
     _check_alike([found.names[k] for k in chosen], modules, data[0][0][:COMPARED])
@@ -325,17 +326,20 @@ def _chosen(
     """The numbers of the peers that a section goes through, of at most so many."""
     if batch_norm not in ("reestimated", "stored"):
         raise InputError(f'batch_norm must be "reestimated" or "stored", not {batch_norm!r}')
-    chosen = found.numbers(range(min(most, len(found.names))) if peers is None else peers)
+    if peers is None:
+        return list(range(min(most, len(found.names))))
+    given = listed("peers", peers, "names or numbers of peers")
+    chosen = found.numbers(given)
     if not 1 <= len(chosen) <= most or len({*chosen}) < len(chosen):
-        raise InputError(f"peers must be 1 to {most} different ones, not {list(peers or ())}")
+        raise InputError(f"peers must be 1 to {most} different ones, not {shown(given)}")
     return chosen
 
 
-def _check_points(points: int, beyond: float, reach: float) -> None:
-    if points < 2:
-        raise InputError(f"points must be at least 2, not {points}")
-    if not (0 <= beyond < math.inf and 0 < reach < math.inf):
+def _checked(points: int, beyond: float, reach: float, seed: int) -> tuple[int, int]:
+    """points and seed."""
+    if finite_number("beyond", beyond) < 0 or finite_number("reach", reach) <= 0:
         raise InputError(f"beyond must be 0 or more and reach above 0, not {beyond} and {reach}")
+    return whole_number("points", points, 2), whole_number("seed", seed, 0)
 
 
 def _check_alike(names: Sequence[str], modules: Sequence[nn.Module], inputs: Tensor) -> None:
@@ -362,6 +366,7 @@ def _answers_alike(first: nn.Module, other: nn.Module, inputs: Tensor) -> bool:
 
 def plot_loss_section(found: LossSection, where: Any) -> Path | None:
     """The loss, and dashed the accuracy, along the line. where: as of `drawn`."""
+    of_kind("found", found, LossSection, "loss_section")
 
     def draw(axes: Any) -> None:
         axes.plot(found.at, found.loss, color=COLOURS[0], marker=MARKERS[0])
@@ -382,6 +387,7 @@ def plot_loss_section(found: LossSection, where: Any) -> Path | None:
 def plot_loss_plane(found: LossPlane, where: Any) -> Path | None:
     """The loss over the plane as contours, on a logarithmic scale, with the peers. where: as of
     `drawn`."""
+    of_kind("found", found, LossPlane, "loss_plane")
 
     def draw(axes: Any) -> None:
         loss = np.log10(np.maximum(found.loss, 1e-6))

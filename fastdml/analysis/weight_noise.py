@@ -41,6 +41,7 @@ from fastdml.analysis.networks import (
     weights_kept,
 )
 from fastdml.analysis.plots import drawn
+from fastdml.arguments import finite_number, listed, of_kind, shown, whole_number
 from fastdml.errors import InputError
 from fastdml.report.analysis_file import Result
 from fastdml.report.plots import peer_style
@@ -98,8 +99,7 @@ def flat_minima(
     Raises InputError.
     """
     checked = _checked_scales(scales)
-    if draws < 1:
-        raise InputError(f"draws must be at least 1, not {draws}")
+    draws, seed = whole_number("draws", draws, 1), whole_number("seed", seed, 0)
     if noise not in ("filter", "absolute"):
         raise InputError(f'noise must be "filter" or "absolute", not {noise!r}')
     if noised not in ("weights", "all"):
@@ -161,15 +161,17 @@ def _unit(weight: Tensor) -> Tensor:
 
 
 def _checked_scales(scales: Sequence[float]) -> tuple[float, ...]:
-    found = tuple(float(scale) for scale in scales)
-    if not found or not all(math.isfinite(scale) and scale > 0 for scale in found):
-        raise InputError(f"scales must be numbers above 0, not {list(scales)}: 0 is always there")
+    given = listed("scales", scales, "numbers, such as [0.1]")
+    found = tuple(finite_number("each of scales", scale) for scale in given)
+    if not found or min(found) <= 0:
+        raise InputError(f"scales must be numbers above 0, not {shown(given)}: 0 is always there")
     return found
 
 
 def plot_flat_minima(found: FlatMinima, where: Any) -> Path | None:
     """The rise of the loss over the scale of the noise, with its standard error over draws. where:
     as of `drawn`."""
+    of_kind("found", found, FlatMinima, "flat_minima")
 
     def draw(axes: Any) -> None:
         for k, name in enumerate(found.peers):

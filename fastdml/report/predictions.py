@@ -24,6 +24,7 @@ PICTURES = 24  # at most
 PICTURE_SIDE = 96  # pixels, at most
 VERSION = 1
 TEXTS = ("peers", "classes", "files")
+READ = "fastdml.report.predictions.read_predictions(folder of a run)"  # for messages
 
 
 @dataclass(frozen=True)

@@ -12,6 +12,8 @@ from typing import NamedTuple
 
 import numpy as np
 
+from fastdml.arguments import numbers, whole_number
+from fastdml.errors import InputError
 from fastdml.report.analysis_file import Result
 from fastdml.report.predictions import Predictions
 
@@ -183,9 +185,15 @@ def reliability(
     of which NaN, no probabilities, counts as wrong, is in no bin and turns both errors into NaN.
     right: (N,) bool. equal_mass: bins of as equal numbers of images as equal confidences, which
     stay together, allow, in place of bins of equal width."""
-    confidence = np.asarray(confidence)
+    bins = whole_number("bins", bins, 1)
+    confidence, right = numbers("confidence", confidence), numbers("right", right)
+    if confidence.ndim != 1 or confidence.dtype.kind != "f" or right.shape != confidence.shape:
+        raise InputError(
+            f"confidence must be (N,) floats and right (N,), not {list(confidence.shape)} of "
+            f"{confidence.dtype} and {list(right.shape)}"
+        )
     finite = np.isfinite(confidence)
-    hit = np.asarray(right, bool) & finite
+    hit = right.astype(bool) & finite
     if equal_mass:
         ordered = np.sort(confidence[finite])
         ends = np.ceil(np.arange(1, bins + 1) * len(ordered) / bins).astype(int) - 1

@@ -23,7 +23,7 @@ class TestAgreement:
         random = np.random.default_rng(0)
         label = random.integers(0, 5, 300)
         top = np.where(random.random((3, 300)) < 0.6, label, random.integers(0, 5, (3, 300)))
-        found = peer_agreement(top, label, "abc")
+        found = peer_agreement(top, label, list("abc"))
         for i in range(3):
             for j in range(3):
                 expected = metrics.cohen_kappa_score(top[i], top[j])

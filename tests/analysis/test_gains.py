@@ -29,7 +29,7 @@ class TestByGroup:
     def test_of_one_peer_it_is_the_paired_interval_of_each_group(self):
         before, after = hits(1), hits(1, seed=1)
         group = np.random.default_rng(2).integers(0, 3, 400)
-        found = gains_by_group(before, after, group, "abc")
+        found = gains_by_group(before, after, group, list("abc"))
         for m in range(3):
             was, now = before[0, group == m], after[0, group == m]
             assert (found.low[m], found.high[m]) == pytest.approx(paired_interval(now, was))
