@@ -25,7 +25,7 @@ from fastdml.paths import expanded
 from fastdml.reproduce.experiment import Experiment, trainings_of
 from fastdml.reproduce.experiments import EXPERIMENTS, find_experiments
 from fastdml.reproduce.scales import SCALES, Scale, find_scale
-from fastdml.reproduce.trainings import Place
+from fastdml.reproduce.trainings import Place, one_at_a_time
 
 if TYPE_CHECKING:
     from fastdml.reproduce.record import Record
@@ -75,7 +75,8 @@ def run_all(
     command: Sequence[str] | None = None,
     hint: str = "download=True",
 ) -> list[Reproduction]:
-    """Repeats experiments, each NAME or NAME:ROW, and writes FOLDER/SCALE/NAME.
+    """Repeats experiments, each NAME or NAME:ROW, and writes FOLDER/SCALE/NAME, in which the rows
+    that are asked for replace themselves alone.
 
     seeds: 0, 1, ..., so many; by default the scale's. root: folder of the data sets' files. jobs:
     how many trainings at once, each in a process of its own if there is more than one. grouped:
@@ -90,6 +91,7 @@ def run_all(
     a signal, when what was trained is saved.
     """
     from fastdml.devices import choose_device, device_name
+    from fastdml.reproduce.earlier_rows import earlier_record, with_earlier_rows
     from fastdml.reproduce.planning import check_needs, cost_of, with_seeds_together
     from fastdml.reproduce.provenance import provenance_of
     from fastdml.reproduce.recording import Reader
@@ -109,6 +111,9 @@ def run_all(
     place = Place(expanded(folder), scale, str(root), device, download)
     hardware = device_name(choose_device(device))
     trainings = trainings_of([row for _, rows in chosen for row in rows])
+    partial = [one for one, rows in chosen if len(rows) < len(one.rows(wanted))]
+    for one in partial:
+        earlier_record(place.results(one), one, wanted)  # refused before anything is trained
     with raising():
         place = with_seeds_together(place, trainings, numbers, grouped)
         planned = jobs_of(trainings, numbers, place)
@@ -123,7 +128,7 @@ def run_all(
         return []
     runner.run()
     found = []
-    with raising():
+    with raising(), one_at_a_time(place.trainings):
         for experiment, rows in chosen:
             reader = Reader(place, numbers, runner.failed)
             record = reader.record(experiment, rows, wanted)
@@ -131,7 +136,9 @@ def run_all(
             called = command or _command(names, scale, seeds=seeds, root=place.root, device=device)
             made_by = provenance_of(called, device=hardware, seconds=seconds)
             record = dataclasses.replace(record, provenance=made_by)
-            results = place.folder / scale / experiment.name
+            results = place.results(experiment)
+            if experiment in partial and (earlier := earlier_record(results, experiment, wanted)):
+                record = with_earlier_rows(record, earlier, experiment, wanted)
             write_results(results, record)
             found.append(Reproduction(record, results, tuple(reader.failures)))
     return found

@@ -60,8 +60,7 @@ def cost_of(
         )
         for job in jobs
     ]
-    folder = place.folder / "trainings" / place.scale
-    return estimate(runs, folder, place.device, price_per_hour=price_per_hour, keep=keep)
+    return estimate(runs, place.trainings, place.device, price_per_hour=price_per_hour, keep=keep)
 
 
 def check_needs(jobs: Sequence[Job], hint: str) -> None:

@@ -179,11 +179,12 @@ def missing(record: Record) -> list[str]:
 
 
 def made_by(record: Record) -> str:
-    """Command, versions, commit, device, date and cost."""
+    """Commands; of the last, versions, commit, device and date; and the cost of all."""
     found = record.provenance
     if not found:
         return ""
-    lines = [f"```sh\n{found['command']}\n```"]
+    commands = "\n".join([*found.get("earlier", ()), found["command"]])
+    lines = [f"```sh\n{commands}\n```"]
     versions = ", ".join(f"{name} {version}" for name, version in found["versions"].items())
     code = f"commit {found['commit']}" if found["commit"] else "installed, no checkout"
     facts = [versions, code, found["device"], found["date"]]

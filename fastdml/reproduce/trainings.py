@@ -9,7 +9,10 @@ from __future__ import annotations
 import errno
 import fcntl
 import json
-from collections.abc import Callable, Mapping
+import logging
+import os
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -21,13 +24,15 @@ from fastdml.names import unique
 from fastdml.report.metrics_log import INDEPENDENT, to_json
 from fastdml.report.summary import prolonged, read_summary
 from fastdml.reproduce import groups
-from fastdml.reproduce.experiment import PeerOf, Phase, Training
+from fastdml.reproduce.experiment import Experiment, PeerOf, Phase, Training
 from fastdml.reproduce.record import training_record
 from fastdml.train.checkpoint import FREE_ON_RESUME
 from fastdml.train.config.base import TrainConfig
 from fastdml.train.config.sources import load_config, preset
 from fastdml.train.run_folder import LOCK, check_new_folder
 from fastdml.yaml_file import CONFIG
+
+logger = logging.getLogger(__name__)
 
 State = Literal["new", "begun", "finished"]
 Key = tuple[str, int]  # a training's name, and a seed
@@ -47,8 +52,15 @@ class Place:
     """The seeds of the run that trains a seed of a training, by name and seed, where these are
     several: see `groups`."""
 
+    @property
+    def trainings(self) -> Path:
+        return self.folder / "trainings" / self.scale
+
     def training_folder(self, training: Training) -> Path:
-        return self.folder / "trainings" / self.scale / training.name
+        return self.trainings / training.name
+
+    def results(self, experiment: Experiment) -> Path:
+        return self.folder / self.scale / experiment.name
 
     def seeds_of_run(self, training: Training, seed: int) -> tuple[int, ...]:
         return self.together.get((training.name, seed), (seed,))
@@ -141,6 +153,25 @@ def is_locked(folder: Path) -> bool:
         except OSError as error:
             return error.errno in (errno.EAGAIN, errno.EACCES)
     return False
+
+
+@contextmanager
+def one_at_a_time(folder: Path) -> Iterator[None]:
+    """In this block no other process is in such a block of the same folder of trainings: they
+    measure and write one after the other. Where the file system has no locks, nobody waits."""
+    with writing(folder):
+        folder.mkdir(parents=True, exist_ok=True)
+        lock = os.open(folder / LOCK, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o666)
+    try:
+        try:
+            fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            if error.errno in (errno.EAGAIN, errno.EACCES):
+                logger.info("another process writes results: waiting for it")
+                fcntl.lockf(lock, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(lock)
 
 
 @dataclass(frozen=True)

@@ -84,6 +84,23 @@ def test_what_has_ended_is_not_repeated(finished, trained, capsys, caplog):
     assert "Scaled down" in out
 
 
+def test_a_row_that_is_asked_for_alone_leaves_the_others_in_the_table(finished, trained, capsys):
+    path = finished / "digits/table2/reproduction.json"
+    before = json.loads(path.read_text())
+    label = next(row.label for row in EXPERIMENTS["table2"].rows(TINY) if "14 + " in row.label)
+    earlier = {**before["rows"][0], "label": label}
+    path.write_text(json.dumps({**before, "rows": [earlier]}))
+    assert main([*arguments_of("reproduce", finished, NAMES[:1]), "--seeds", "1"]) == 0
+    assert record(finished, "table2")["rows"] == [*before["rows"], earlier]
+    assert label in capsys.readouterr().out
+    path.write_text("{")
+    assert main([*arguments_of("reproduce", finished, NAMES[:1]), "--seeds", "1"]) == 2
+    assert "is no record of a reproduction" in capsys.readouterr().err
+    path.unlink()
+    assert main([*arguments_of("reproduce", finished, NAMES[:1]), "--seeds", "1"]) == 0
+    assert record(finished, "table2")["rows"] == before["rows"]
+
+
 def test_a_call_from_python_is_told_as_the_command_that_does_the_same(finished):
     (found, _) = run_all(NAMES, scale="digits", folder=finished, seeds=1, device="cpu")
     command = "fastdml reproduce table2:resnet32+resnet32 distillation --scale digits"
