@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import textwrap
 
 from fastdml.cli.parsing import Parser, as_folder
 from fastdml.errors import InputError
@@ -15,7 +16,7 @@ def reproduce(args: list[str]) -> None:
     parser = _parser()
     options = parser.parse(args)
     if options.list:
-        print(_listed())
+        print(_listed(options.scale))
         return
     if not options.names:
         raise InputError(f"{parser.prog}: name an experiment; --list shows those there are")
@@ -46,12 +47,23 @@ def reproduce(args: list[str]) -> None:
         raise InputError(f"not all is there: {failures[0]}{more}; the same command tries again")
 
 
-def _listed() -> str:
+def _listed(scale: str) -> str:
+    """Experiments, with their rows at a scale, and scales."""
     from fastdml.reproduce import EXPERIMENTS
     from fastdml.reproduce import SCALES as scales
 
     width = max(map(len, (*EXPERIMENTS, *scales)))
-    lines = [f"{name:<{width}}  {one.title} ({one.place})" for name, one in EXPERIMENTS.items()]
+    lines = [f"NAME[:ROW], with the rows at --scale {scale}"]
+    for name, experiment in EXPERIMENTS.items():
+        lines.append(f"{name:<{width}}  {experiment.title} ({experiment.place})")
+        try:
+            rows = "  ".join(f":{choice}" for choice in experiment.choices(scales[scale]))
+        except InputError:  # it has no such scale
+            rows = "none at this scale"
+        indent = " " * (width + 2)
+        lines += textwrap.wrap(
+            rows, 100, initial_indent=indent, subsequent_indent=indent, break_on_hyphens=False
+        )
     lines += ["", "--scale"]
     lines += [f"{name:<{width}}  {one.about}" for name, one in scales.items()]
     return "\n".join(lines)
@@ -68,7 +80,11 @@ def _parser() -> Parser:
         metavar="NAME",
         help="an experiment, such as table2, or rows of one, such as table2:resnet32+resnet32",
     )
-    add("--list", action="store_true", help="show the experiments and the scales")
+    add(
+        "--list",
+        action="store_true",
+        help="show the experiments, their rows at --scale, and the scales",
+    )
     add(
         "--scale",
         choices=SCALES,

@@ -85,11 +85,14 @@ class Experiment:
     changes: Callable[[Scale], Sequence[str]] = field(default=lambda scale: scale.changes)
     """What the scale changes in the paper's settings, phrases; none at the full scale alone."""
 
+    def choices(self, scale: Scale) -> list[str]:
+        """What rows can be asked for by."""
+        return list(dict.fromkeys(row.choice for row in self.rows(scale)))
+
     def chosen(self, scale: Scale, choices: Sequence[str]) -> list[Row]:
         """The rows of these choices, all where there are none. Raises InputError for one that is
         not there, with the nearest."""
-        rows = list(self.rows(scale))
-        known = list(dict.fromkeys(row.choice for row in rows))
+        rows, known = self.rows(scale), self.choices(scale)
         for choice in choices:
             if choice not in known:
                 raise InputError(

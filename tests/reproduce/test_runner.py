@@ -271,10 +271,20 @@ def test_mistakes_are_one_line(words, said, capsys):
     assert said in line
 
 
-def test_the_list(capsys):
-    assert main(["reproduce", "--list"]) == 0
-    out = capsys.readouterr().out
-    assert all(name in out for name in (*EXPERIMENTS, *SCALES))
+@pytest.mark.parametrize("scale", SCALES)
+def test_the_list_names_every_row_that_can_be_asked_for(scale, capsys):
+    assert main(["reproduce", "--list", "--scale", scale]) == 0
+    words = capsys.readouterr().out.split()
+    assert words[6] == scale
+    for name, experiment in EXPERIMENTS.items():
+        assert name in words
+        try:
+            rows = [f":{row.choice}" for row in experiment.rows(SCALES[scale])]
+        except InputError:
+            continue
+        there = iter(words[words.index(name) :])
+        assert all(choice in there for choice in dict.fromkeys(rows))
+    assert all(name in words for name in SCALES)
 
 
 def test_missing_images_are_told_before_anything_is_timed_or_written(tmp_path, capsys, caplog):
