@@ -16,6 +16,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from statistics import median
 from typing import Any, NamedTuple
 
 import torch
@@ -44,7 +45,7 @@ from fastdml.units import duration, size
 logger = logging.getLogger(__name__)
 
 COSTS = "costs.json"  # beside the trainings' folders: what was measured, for the next start
-STEPS = 3  # timed, after one that is not; fewer where one takes longer than
+STEPS = 3  # timed, after one that is not; one where it takes longer than
 LONG = 5.0  # seconds
 STAND_IN = (1200, 1100)  # as `IMAGES`, of the stand-in for Market-1501
 IDENTITIES = {True: 50, False: 751}  # of the stand-in, and of Market-1501
@@ -410,7 +411,8 @@ def _cohort(
 def _seconds(
     action: Callable[[], object], device: torch.device, clock: Callable[[], float]
 ) -> float:
-    """Of the fastest of a few, after one that is not counted unless it takes long."""
+    """The median of a few, after one that is not counted. The fastest would be the time of a
+    machine on which nothing else runs."""
 
     def timed() -> float:
         began = clock()
@@ -419,7 +421,5 @@ def _seconds(
             torch.cuda.synchronize(device)
         return clock() - began
 
-    first = timed()
-    if first > LONG:
-        return min(first, timed())
-    return min(timed() for _ in range(STEPS))
+    count = 1 if timed() > LONG else STEPS
+    return median(timed() for _ in range(count))

@@ -79,6 +79,10 @@ def test_time_is_that_of_steps_and_of_evaluations(tmp_path):
     run = Run("run", config_of(tmp_path / "run", batch_size=5), False, ("resnet8",))
     found = measured(run, CPU, clock=lambda: 2.0 * next(ticks))
     assert (found.step, found.image) == (2.0, 2.0 / 5)
+    disturbed = iter([0, 9, 9, 10, 10, 14, 14, 17, *range(20, 40)])  # 9, then 1, 4 and 3
+    assert measured(run, CPU, clock=lambda: next(disturbed)).step == 1.0  # the 9 says: one more
+    disturbed = iter([0, 5, 9, 10, 10, 14, 14, 17, *range(20, 40)])
+    assert measured(run, CPU, clock=lambda: next(disturbed)).step == 3.0
     assert found.memory is None
     assert found.weights > found.state > 0  # momentum has no statistics of BatchNorm
     config = config_of(tmp_path / "run", iterations=0, epochs=10, eval_every=4, independent=True)
