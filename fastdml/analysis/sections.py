@@ -345,12 +345,27 @@ def _checked(points: int, beyond: float, reach: float, seed: int) -> tuple[int, 
 def _check_alike(names: Sequence[str], modules: Sequence[nn.Module], inputs: Tensor) -> None:
     """Raises InputError for networks whose weights cannot be mixed."""
     first = modules[0]
+    for name, module in zip(names, modules, strict=True):
+        _check_repeats(name, module, inputs)
     for name, module in zip(names[1:], modules[1:], strict=True):
         if not same_architecture(first, module) or not _answers_alike(first, module, inputs):
             raise InputError(
                 f"{names[0]} and {name} are of different architectures: there is nothing "
                 "between their weights; a random direction needs one of them"
             )
+
+
+def _check_repeats(name: str, module: nn.Module, inputs: Tensor) -> None:
+    """Raises InputError for a network that draws at random also in evaluation mode: what it says
+    would differ from itself."""
+    with evaluating(module), torch.no_grad():
+        a, b = logits_of(module, inputs), logits_of(module, inputs)
+    if not _near(a, b):
+        raise InputError(
+            f"{name} gives other answers to the same inputs each time, in evaluation mode too, so "
+            "that its loss at a point is not one number: turn off what draws at random in it, such "
+            "as F.dropout without training=self.training"
+        )
 
 
 def _answers_alike(first: nn.Module, other: nn.Module, inputs: Tensor) -> bool:
@@ -360,6 +375,10 @@ def _answers_alike(first: nn.Module, other: nn.Module, inputs: Tensor) -> bool:
         for tensor, value in zip(_tensors(first), _tensors(other), strict=True):
             tensor.copy_(value)
         a, b = logits_of(first, inputs), logits_of(other, inputs)
+    return _near(a, b)
+
+
+def _near(a: Tensor, b: Tensor) -> bool:
     near = 1e-2 * float(b.nan_to_num(0, 0, 0).abs().max())  # bf16 has two digits
     return torch.allclose(a, b, rtol=0, atol=near, equal_nan=True)
 

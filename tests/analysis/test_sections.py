@@ -227,6 +227,25 @@ def test_networks_that_shapes_of_weights_do_not_tell_apart(first, second):
     assert same_state(first, before)
 
 
+class AlwaysDropped(nn.Linear):
+    """As people forget it: F.dropout is on unless training=self.training says otherwise."""
+
+    def forward(self, x):
+        return super().forward(nn.functional.dropout(x, 0.5))
+
+
+def test_networks_whose_evaluation_is_random_are_told_so():
+    """Not that they are of different architectures; a single one, too."""
+    models = [AlwaysDropped(6, 3), AlwaysDropped(6, 3)]
+    data = [(torch.randn(8, 6), torch.arange(8) % 3)]
+    before = [state_of(model) for model in models]
+    for call in (loss_section, loss_plane):
+        for given in (models, models[0]):
+            with pytest.raises(InputError, match=r"other answers to the same inputs .* F\.dropout"):
+                call(given, data)
+    assert all(same_state(m, was) for m, was in zip(models, before, strict=True))
+
+
 def test_single_images():
     """A layer gets one value a channel of each, which has no variance."""
     torch.manual_seed(0)
