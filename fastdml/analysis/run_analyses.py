@@ -21,6 +21,7 @@ from torch import nn
 
 from fastdml.analysis.alignment import kernel_alignment
 from fastdml.analysis.calibration import peers_temperature_scaling
+from fastdml.analysis.gains import gains_by_noise
 from fastdml.analysis.networks import Batch, logits_of, same_architecture
 from fastdml.analysis.posteriors import posterior
 from fastdml.analysis.run import IMAGES, Phase, RunPeers, digest, peers_of_run
@@ -32,6 +33,7 @@ from fastdml.names import advice
 from fastdml.paths import expanded
 from fastdml.report.analysis_file import read_analysis, write_analysis
 from fastdml.report.metrics_log import INDEPENDENT
+from fastdml.report.predictions import read_predictions
 from fastdml.train.run_folder import BEST
 from fastdml.train.run_weights import Weights
 
@@ -39,6 +41,7 @@ logger = logging.getLogger(__name__)
 
 SECTIONS = 3  # pairs of peers, or single ones, that there are sections of
 PLANE = 9  # points a side
+NOISE = "gains_by_noise"
 
 
 @dataclass(frozen=True, eq=False)
@@ -52,6 +55,13 @@ class _Work:
     @cached_property
     def training(self) -> list[Batch]:
         return self.peers.batches(self.images)
+
+    @property
+    def mark(self) -> dict[str, Any]:
+        """What a result says it is of."""
+        peers = self.peers
+        told = {"weights": peers.weights, "sha256": peers.sha256}
+        return {**told, "asked": self.images, "seed": self.seed}
 
     @property
     def alike(self) -> list[tuple[int, int]]:
@@ -127,6 +137,7 @@ def analyse(
     root: str | os.PathLike | None = None,
     device: str = "auto",
     peers: Sequence[str | nn.Module] | None = None,
+    noisy: Any = None,
 ) -> dict[Phase, dict[str, Any]]:
     """Analyses the peers of a finished classification run, and those of its independent phase, if
     it has one; returns what the analysis.json of each holds of them.
@@ -134,7 +145,9 @@ def analyse(
     what: names in `ANALYSES`: posterior, flat_minima, kernel_alignment, loss_section, loss_plane
     on training images, not augmented, and temperature_scaling on all test images; None: all.
     images: how many training images, 0 for all. seed: of noise and random directions. weights,
-    root, device, peers: as for `peers_of_run`.
+    root, device, peers: as for `peers_of_run`. noisy: (N,) bool, the test images, in their order,
+    whose label is known to be wrong, which no run can tell: adds `gains_by_noise`, of a run with an
+    independent phase.
 
     Where a result for these weights, images and seed is there, it is taken. Costs some hundred
     passes forward of `images` for each phase, most of them for loss_plane. Raises InputError.
@@ -151,8 +164,27 @@ def analyse(
     found: dict[Phase, dict[str, Any]] = {}
     for phase in phases:
         loaded = peers_of_run(folder, phase, weights=weights, root=root, device=device, peers=peers)
-        found[phase] = _analyse(_Work(loaded, images, seed), names, phase)
+        work = _Work(loaded, images, seed)
+        found[phase] = _analyse(work, names, phase)
+        if phase == "mutual" and noisy is not None:
+            found[phase][NOISE] = _keep(loaded, NOISE, {**_by_noise(loaded, noisy), **work.mark})
     return found
+
+
+def _by_noise(mutual: RunPeers, noisy: Any) -> dict[str, Any]:
+    folder = mutual.folder
+    told, alone = read_predictions(folder), read_predictions(folder / INDEPENDENT)
+    if told is None or alone is None:
+        raise InputError(
+            f"{folder} lacks predictions of mutual or of independent peers, which noisy compares: "
+            "train with independent=True"
+        )
+    if told.weights != mutual.weights:
+        raise InputError(
+            f"predictions of {folder} are of the {told.weights} weights: give weights="
+            f'"{told.weights}" with noisy'
+        )
+    return gains_by_noise(alone, told, noisy).to_dict()
 
 
 def current_analyses(folder: str | os.PathLike) -> dict[str, Any]:
@@ -176,13 +208,7 @@ def _is_of(result: Any, digests: Mapping[str, str | None]) -> bool:
 
 
 def _analyse(work: _Work, names: Sequence[str], phase: str) -> dict[str, Any]:
-    peers, results = work.peers, {}
-    mark = {
-        "weights": peers.weights,
-        "sha256": peers.sha256,
-        "asked": work.images,
-        "seed": work.seed,
-    }
+    peers, mark, results = work.peers, work.mark, {}
     for name in names:
         known = read_analysis(peers.folder).get(name)
         if known and all(mark.items() <= said.items() for said in _dicts(known)):
@@ -191,11 +217,16 @@ def _analyse(work: _Work, names: Sequence[str], phase: str) -> dict[str, Any]:
         begin = time.perf_counter()
         made = ANALYSES[name](work)
         marked = [{**one, **mark} for one in made] if isinstance(made, list) else {**made, **mark}
-        # read again: another call may have added to it meanwhile
-        write_analysis(peers.folder, {**read_analysis(peers.folder), name: marked})
-        results[name] = read_analysis(peers.folder)[name]
+        results[name] = _keep(peers, name, marked)
         logger.info(f"{phase}: {name}, {time.perf_counter() - begin:.1f} s")
     return results
+
+
+def _keep(peers: RunPeers, name: str, result: Any) -> Any:
+    """The result as analysis.json then has it."""
+    # read again: another call may have added to it meanwhile
+    write_analysis(peers.folder, {**read_analysis(peers.folder), name: result})
+    return read_analysis(peers.folder)[name]
 
 
 def _dicts(result: Any) -> list[Mapping[str, Any]]:

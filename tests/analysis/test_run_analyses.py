@@ -7,14 +7,17 @@ import json
 import shutil
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 
 from fastdml import analysis
 from fastdml.analysis import analyse, current_analyses, peers_of_run, run_analyses
 from fastdml.analysis.run_analyses import ANALYSES
+from fastdml.cli.main import main
 from fastdml.cohort import Cohort
 from fastdml.errors import InputError
+from fastdml.report.predictions import read_predictions
 
 
 @pytest.fixture(scope="module")
@@ -99,6 +102,29 @@ def test_results_of_other_weights_are_not_current(copy):
     again = analyse(copy, ["posterior"], images=20, device="cpu")
     assert list(current_analyses(copy)) == ["posterior"]
     assert again["mutual"]["posterior"] == current_analyses(copy)["posterior"]
+
+
+def test_which_labels_are_wrong_is_told_and_comes_onto_the_page(copy):
+    """No run knows it. Weights other than those that predictions are of cannot be compared."""
+    found, alone = (read_predictions(folder) for folder in (copy, copy / "independent"))
+    noisy = np.arange(len(found.label)) % 5 == 0
+    results = analyse(copy, [], noisy=noisy, device="cpu")
+    expected = analysis.gains_by_noise(alone, found, noisy)
+    told = current_analyses(copy)["gains_by_noise"]
+    assert results == {"mutual": {"gains_by_noise": told}, "independent": {}}
+    assert told["images"] == expected.images.tolist() == [(~noisy).sum(), noisy.sum()]
+    assert told["gained"] == expected.gained.tolist()
+    main(["report", str(copy)])
+    page = (copy / "report.html").read_text()
+    assert "Gains by label" in page
+    assert "wrong label" in page
+    with pytest.raises(InputError, match='weights="last" with noisy'):
+        analyse(copy, [], noisy=noisy, weights="best", device="cpu")
+    with pytest.raises(InputError, match="noisy must be 355 values"):
+        analyse(copy, [], noisy=noisy[1:], device="cpu")
+    shutil.rmtree(copy / "independent")
+    with pytest.raises(InputError, match="independent=True"):
+        analyse(copy, [], noisy=noisy, device="cpu")
 
 
 def test_odd_files(copy):

@@ -170,6 +170,7 @@ def test_what_is_of_another_form_is_left_out_in_one_line(run):
         ("temperature_scaling", {}),
         ("peer_agreement", {"peers": NAMES}),
         ("gains_by_confidence", {"groups": [[]]}),
+        ("gains_by_noise", {"groups": ["right label"], "images": ["x"]}),
     ):
         made, (line,) = sections(read, {**good, name: broken}, {})
         assert line.startswith(f"analysis.json: {name} is not as expected (")

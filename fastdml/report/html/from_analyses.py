@@ -93,6 +93,7 @@ def sections(run: RunFiles, found: Found, alone: Found) -> tuple[dict[str, Any],
     made = {
         "agreement": read("peer_agreement", _agreement),
         "by_confidence": read("gains_by_confidence", _by_confidence),
+        "by_noise": read("gains_by_noise", _by_noise),
         "posterior": read("posterior", _posterior),
         "flatness": read("flat_minima", _flat_minima),
         "section": read("loss_section", _loss_sections),
@@ -127,6 +128,20 @@ def _agreement(both: Both) -> Section:
 
 
 def _by_confidence(both: Both) -> GainTable:
+    others = (
+        "the independent peers other than the one compared are"
+        if len(both.run.peers) > 1
+        else "the independent peer is"
+    )
+    return _gains(both, f"Images grouped by how sure {others} of them.")
+
+
+def _by_noise(both: Both) -> GainTable:
+    what = "Images grouped by whether their label was said to be right; an answer counts as right"
+    return _gains(both, f"{what} where it is the label, of wrong ones too.")
+
+
+def _gains(both: Both, grouped: str) -> GainTable:
     of = both.of[both.run.label]
     groups = texts(needed(of, "groups"))
     columns = [
@@ -143,13 +158,7 @@ def _by_confidence(both: Both) -> GainTable:
     )
     if not rows:
         raise Unreadable("no images")
-    others = (
-        "the independent peers other than the one compared are"
-        if len(both.run.peers) > 1
-        else "the independent peer is"
-    )
-    note = f"Images grouped by how sure {others} of them. {COUNTED}"
-    return GainTable("independent (%)", "mutual (%)", note, rows, True, True)
+    return GainTable("independent (%)", "mutual (%)", f"{grouped} {COUNTED}", rows, True, True)
 
 
 def _count(value: float) -> int:
