@@ -77,6 +77,7 @@ def run(
     messages say that a download is asked for by. command: what summary.json says was called.
     callbacks: see `Callback`. Raises as `fit` does."""
     callbacks = check_callbacks(callbacks)
+    config.check_peers()
     ranks = ranks_of(config, len(config.peers))
     checks.extras(config)
     task = task_of(config)

@@ -189,7 +189,8 @@ def test_scores_are_a_groups_ensembles_and_their_mean(tmp_path, monkeypatch):
 
 def test_own_peers_in_groups(settings):
     cohort = Cohort(plain_peers(4), CLASSES, groups=2)
-    result = fit(cohort, *make_loaders(), settings(epochs=1))
+    # Of two groups of the settings' own two peers none would learn anything.
+    result = fit(cohort, *make_loaders(), settings(epochs=1, groups=2, ce_weight=0.0))
     assert result.config.groups == 2
     own = Cohort.load(group_folder(result.folder, 1), peers=[TinyPeer(4, 0), TinyPeer(4, 0)])
     assert torch.equal(own.peers[1].conv.weight, cohort.peers[3].conv.weight)
@@ -217,7 +218,13 @@ def test_what_groups_cannot_mean_is_refused(settings):
     with pytest.raises(InputError, match="groups must be 1 in re-identification, not 2"):
         ReidConfig(groups=2)
     with pytest.raises(InputError, match="the cohort was made with 1"):
-        fit(Cohort(plain_peers(4), CLASSES), *make_loaders(), settings(peers=("a",) * 4, groups=2))
+        fit(Cohort(plain_peers(3), CLASSES), *make_loaders(), settings(groups=3))
+    for changes, message in (
+        ({"groups": 3}, "groups must be a whole number from 1 to 2, the peers, not 3"),
+        ({"groups": 2, "ce_weight": 0.0}, "ce_weight = 0: a peer by itself"),
+    ):
+        with pytest.raises(InputError, match=message):
+            fastdml.train.run(TrainConfig(**changes))
     cohort = Cohort(plain_peers(4), CLASSES, groups=2)
     with pytest.raises(InputError, match="which learn from nobody outside"):
         fit(cohort, *make_loaders(), settings(), callbacks=[Ring()])

@@ -327,6 +327,13 @@ class TrainConfig:
         if not self.peers:
             raise InputError("peers is empty: name at least one model, for instance resnet32")
         self._check_groups()
+        if self.groups == 1 or self.peers != type(self).peers:
+            self.check_peers()
+
+    def check_peers(self) -> None:
+        """Raises InputError for groups that the peers do not make, and where one of them has no
+        loss. Of groups of the default peers only a run by names asks: `fit` has a cohort's."""
+        check_groups(self.groups, self.peers)
         alone = self.independent or (len(self.peers) == self.groups and not self.teachers)
         weights = [
             name
@@ -341,8 +348,7 @@ class TrainConfig:
             )
 
     def _check_groups(self) -> None:
-        """Raises InputError for groups that peers do not make, or that would not be seeds."""
-        check_groups(self.groups, self.peers)
+        """Raises InputError for groups that would not be seeds."""
         chosen = [n for n in ("subset", "validation", "labelled") if getattr(self, n)]
         if self.groups > 1 and chosen:
             raise InputError(
