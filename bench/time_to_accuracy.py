@@ -20,7 +20,6 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Any
 
 import torch
 
@@ -36,7 +35,7 @@ TARGETS = (20, 25, 30, 35, 40, 45, 50, 55)  # percent, mean of both networks
 Points = list[tuple[float, float]]  # seconds since the start and percent, after each epoch
 
 
-def ours(root: str, device: torch.device, epochs: int, subset: int) -> Points:
+def our_points(root: str, device: torch.device, epochs: int, subset: int) -> Points:
     points: Points = []
     with TemporaryDirectory() as folder:
         started = time.perf_counter()
@@ -53,7 +52,7 @@ def ours(root: str, device: torch.device, epochs: int, subset: int) -> Points:
     return points
 
 
-def usual(root: str, device: torch.device, epochs: int, subset: int) -> Points:
+def usual_points(root: str, device: torch.device, epochs: int, subset: int) -> Points:
     images, test = load_cifar100(root)
     images = images.subset(subset) if subset else images
     cohort = Cohort(PEERS, images.num_classes, seed=0).to(device)
@@ -85,25 +84,21 @@ def reached(points: Points, target: float) -> float | None:
     return next((seconds for seconds, percent in points if percent >= target), None)
 
 
-def table(found: dict[str, Any]) -> str:
-    points: dict[str, Points] = found["points"]
-    lines = [found["machine"], f"2 ResNet-32, CIFAR-100, {found['epochs']} epochs, batches of 64"]
-    if found["subset"]:
-        lines.append(f"scaled down: {found['subset']} training images")
-    lines += [
-        "",
-        "| test top-1, % | fastdml.train, s | usual loop, s | times |",
-        "|---|---|---|---|",
-    ]
+def table(points: dict[str, Points], where: str, epochs: int, subset: int, **_: object) -> str:
+    lines = [where, "", f"2 ResNet-32 on CIFAR-100, {epochs} epochs of batches of 64"]
+    if subset:
+        lines.append(f"scaled down: {subset} training images")
+    lines += ["", f"{'seconds until test top-1':<26}{'ours':>8}{'usual loop':>12}{'ratio':>8}"]
     for target in TARGETS:
-        times = [reached(points[name], target) for name in ("fastdml.train", "usual loop")]
-        if any(times):
-            cells = ["-" if each is None else f"{each:.1f}" for each in times]
-            ratio = f"{times[1] / times[0]:.1f}" if all(times) else "-"  # type: ignore[operator]
-            lines.append(f"| {target} | {cells[0]} | {cells[1]} | {ratio} |")
+        ours, usual = (reached(points[name], target) for name in ("fastdml.train", "usual loop"))
+        if ours or usual:
+            cells = [f"{each:.1f}" if each else "-" for each in (ours, usual)]
+            ratio = f"{usual / ours:.1f}" if ours and usual else "-"
+            lines.append(f"{f'{target} %':<26}{cells[0]:>8}{cells[1]:>12}{ratio:>8}")
+    lines.append("")
     for name, each in points.items():
-        text = ", ".join(f"{percent:.1f} % after {seconds:.1f} s" for seconds, percent in each)
-        lines.append(f"{name}: {text}")
+        text = ", ".join(f"{seconds:.1f} s {percent:.1f} %" for seconds, percent in each)
+        lines.append(f"{name}, after each epoch: {text}")
     return "\n".join(lines)
 
 
@@ -125,13 +120,13 @@ def main(arguments: Sequence[str] | None = None) -> None:
         if device.type == "cuda":
             torch.zeros((), device=device)  # the context is there for both
         found = {
-            "machine": report.machine(device), "versions": report.versions(device),
+            "where": report.machine(device), "versions": report.versions(device),
             "commit": report.commit(), "epochs": chosen.epochs, "subset": chosen.subset,
-            "points": {"fastdml.train": ours(*what), "usual loop": usual(*what)},
+            "points": {"fastdml.train": our_points(*what), "usual loop": usual_points(*what)},
         }  # fmt: skip
     if chosen.json:
         chosen.json.write_text(json.dumps(found, indent=1) + "\n")
-    print(table(found))
+    print(table(**found))
 
 
 if __name__ == "__main__":

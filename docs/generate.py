@@ -18,7 +18,16 @@ from pathlib import Path
 from types import NoneType
 from typing import Any, Literal, get_args, get_origin, get_type_hints
 
-from bench import host_time, linear, mesh, mesh_pipeline, report, scaling, traps_page
+from bench import (
+    host_time,
+    linear,
+    mesh,
+    mesh_pipeline,
+    report,
+    scaling,
+    time_to_accuracy,
+    traps_page,
+)
 from docs import results
 from fastdml.data.registry import dataset_names
 from fastdml.train import FolderConfig, ReidConfig, TrainConfig
@@ -57,20 +66,12 @@ def part(name: str) -> str:
         return _kernels("3.8")
     if name == "kernels before and now":
         return _kernels_before_and_now()
-    if name.startswith("host-time"):
-        found = json.loads((RESULTS / f"{name}.json").read_text())
-        return f"```text\n{host_time.table(**found)}\n```"
-    if name.startswith("mesh-pipeline"):
-        found = json.loads((RESULTS / f"{name}.json").read_text())
-        return f"```text\n{mesh_pipeline.table(**found)}\n```"
-    if name.startswith("mesh"):
-        found = json.loads((RESULTS / f"{name}.json").read_text())
-        return f"```text\n{mesh.table(**found)}\n```"
     if name in scaling.TABLES:
         return f"```text\n{scaling.TABLES[name]()}\n```"
-    if name.startswith("linear"):
-        found = json.loads((RESULTS / f"{name}.json").read_text())
-        return f"```text\n{linear.table(**found)}\n```"
+    for bench in (host_time, mesh_pipeline, mesh, linear, time_to_accuracy):
+        if name.startswith(bench.__name__.rpartition(".")[2].replace("_", "-")):
+            found = json.loads((RESULTS / f"{name}.json").read_text())
+            return f"```text\n{bench.table(**found)}\n```"
     rows, where = report.load(str(RESULTS / f"{name}.json"))
     return f"```text\n{report.tables(rows, where)}\n```"
 

@@ -67,7 +67,7 @@ def write_group_folders(
             continue
         phases = {"mutual": mutual, "independent": independent}
         own_phases: Any = {n: v and _phase(v, g, groups) for n, v in phases.items()}
-        which = f"group {g} of {groups} of {folder}, batches of seed {config.seed}"
+        which = f"group {g} of {groups}, batches of seed {config.seed}"
         write_summary(
             place,
             config=config_of_group.to_dict(),

@@ -68,6 +68,7 @@ NOT_RUN = {
     "python -m pytest bench/bench_reid.py": "measures for minutes",
     "python -m bench.host_time": "measures for minutes; needs the command above it",
     "python -m bench.linear": "measures for minutes",
+    "python -m bench.time_to_accuracy": "measures for minutes",
 }
 # Blocks of kind text, by their beginning, and what they are.
 NOT_CODE = {

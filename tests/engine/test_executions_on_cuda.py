@@ -60,7 +60,8 @@ def test_on_cuda_fifty_steps_are_the_eager_ones(execution, options):
     atol = options["rate"] * OF_RATE if "optimizer" in options else 1e-5
     a, b = eager.state(), other.state()
     for name in a:
-        close(b[name], a[name], name, rtol=1e-4, atol=atol)
+        sums = 4 if "running_" in name else 1  # BatchNorm's statistics are sums over many weights
+        close(b[name], a[name], name, rtol=1e-4, atol=sums * atol)
 
 
 @pytest.mark.gpu
