@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import dataclasses
 import logging
-import math
 import os
 import time
 from collections.abc import Sequence
@@ -20,8 +19,9 @@ from inspect import signature
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from fastdml.arguments import finite_number, listed, shown, whole_number
 from fastdml.errors import InputError
-from fastdml.paths import expanded
+from fastdml.paths import expand, expanded
 from fastdml.reproduce.experiment import Experiment, trainings_of
 from fastdml.reproduce.experiments import EXPERIMENTS, find_experiments
 from fastdml.reproduce.scales import SCALES, Scale, find_scale
@@ -92,7 +92,7 @@ def run_all(
     """
     from fastdml.devices import choose_device, device_name
     from fastdml.reproduce.earlier_rows import earlier_record, with_earlier_rows
-    from fastdml.reproduce.planning import check_needs, cost_of, with_seeds_together
+    from fastdml.reproduce.planning import check_needs, check_places, cost_of, with_seeds_together
     from fastdml.reproduce.provenance import provenance_of
     from fastdml.reproduce.recording import Reader
     from fastdml.reproduce.results import write_results
@@ -100,17 +100,21 @@ def run_all(
 
     began = time.monotonic()
     wanted = find_scale(scale)
+    names = listed("names", names, "experiments, such as ['table2']")
     chosen = [(one, one.chosen(wanted, rows)) for one, rows in find_experiments(names)]
-    seeds = wanted.seeds if seeds is None else seeds
-    for what, count in (("seeds", seeds), ("jobs", jobs)):
-        if count < 1:
-            raise InputError(f"{what} must be 1 or more, not {count}")
-    if price_per_hour is not None and not 0 <= price_per_hour < math.inf:
-        raise InputError(f"price_per_hour must be a number of 0 or more, not {price_per_hour}")
+    seeds = wanted.seeds if seeds is None else whole_number("seeds, how many from 0,", seeds, 1)
+    jobs = whole_number("jobs", jobs, 1)
+    if price_per_hour is not None and finite_number("price_per_hour", price_per_hour) < 0:
+        raise InputError(f"price_per_hour must be 0 or more, not {price_per_hour}")
+    for what, value in (("download", download), ("dry_run", dry_run), ("grouped", grouped)):
+        if not isinstance(value, bool) and not (what == "grouped" and value is None):
+            raise InputError(f"{what} must be True or False, not {shown(value)}")
     numbers = range(seeds)
-    place = Place(expanded(folder), scale, str(root), device, download)
+    place = Place(expanded(folder), scale, expand(root), device, download)
     hardware = device_name(choose_device(device))
     trainings = trainings_of([row for _, rows in chosen for row in rows])
+    results = [place.results(one) for one, _ in chosen]
+    check_places([place.trainings, *results], write=not dry_run)
     partial = [one for one, rows in chosen if len(rows) < len(one.rows(wanted))]
     for one in partial:
         earlier_record(place.results(one), one, wanted)  # refused before anything is trained
@@ -136,11 +140,11 @@ def run_all(
             called = command or _command(names, scale, seeds=seeds, root=place.root, device=device)
             made_by = provenance_of(called, device=hardware, seconds=seconds)
             record = dataclasses.replace(record, provenance=made_by)
-            results = place.results(experiment)
-            if experiment in partial and (earlier := earlier_record(results, experiment, wanted)):
+            where = place.results(experiment)
+            if experiment in partial and (earlier := earlier_record(where, experiment, wanted)):
                 record = with_earlier_rows(record, earlier, experiment, wanted)
-            write_results(results, record)
-            found.append(Reproduction(record, results, tuple(reader.failures)))
+            write_results(where, record)
+            found.append(Reproduction(record, where, tuple(reader.failures)))
     return found
 
 

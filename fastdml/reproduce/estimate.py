@@ -199,7 +199,7 @@ def estimate(
         unknown,
         sum(run.ended for run in runs),
         folder,
-        shutil.disk_usage(_existing(folder)).free,
+        shutil.disk_usage(existing(folder)).free,
         device_name(chosen),
         torch.cuda.mem_get_info(chosen)[0] if chosen.type == "cuda" else None,
         price_per_hour,
@@ -217,7 +217,8 @@ def _took(config: TrainConfig) -> float:
     return sum(phase.get("wall_seconds") or 0.0 for phase in phases)
 
 
-def _existing(folder: Path) -> Path:
+def existing(folder: Path) -> Path:
+    """The folder, or the nearest around it that is there. Raises OSError."""
     return next(path for path in (folder, *folder.absolute().parents) if path.exists())
 
 

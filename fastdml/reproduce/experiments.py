@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from fastdml.arguments import shown
 from fastdml.errors import InputError
 from fastdml.names import advice
 from fastdml.reproduce import (
@@ -40,6 +41,8 @@ def find_experiments(names: Sequence[str]) -> list[tuple[Experiment, tuple[str, 
     Raises InputError for a name that there is not, with the nearest."""
     wanted: dict[str, list[str]] = {}
     for text in names:
+        if not isinstance(text, str):
+            raise InputError(f"an experiment is a name, such as 'table2', not {shown(text)}")
         name, _, choice = text.partition(":")
         if name not in EXPERIMENTS:
             raise InputError(f"unknown experiment {name!r}; {advice(name, EXPERIMENTS)}")

@@ -4,14 +4,17 @@ whether what it needs is there."""
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+import tempfile
+from collections.abc import Iterable, Sequence
+from pathlib import Path
 
 import torch
 
 from fastdml.data import load
 from fastdml.devices import choose_device
-from fastdml.errors import require
-from fastdml.reproduce.estimate import Estimate, Run, estimate, measured
+from fastdml.errors import InputError, require
+from fastdml.files import writing
+from fastdml.reproduce.estimate import Estimate, Run, estimate, existing, measured
 from fastdml.reproduce.experiment import Training
 from fastdml.reproduce.groups import most_together, seeds_together
 from fastdml.reproduce.runner import Job
@@ -19,6 +22,25 @@ from fastdml.reproduce.trainings import Place
 from fastdml.train.config.base import TrainConfig
 from fastdml.train.config.reid import ReidConfig
 from fastdml.train.tasks.reid import opened
+
+FIRST = 1 << 14  # bytes: about what the settings of a run take
+
+
+def check_places(folders: Iterable[Path], *, write: bool) -> None:
+    """Raises InputError where a folder, or the one that it would be made in, is none or, with
+    `write`, takes no file. Leaves nothing there."""
+    for folder in folders:
+        with writing(folder):
+            there = existing(folder)
+            if not there.is_dir():
+                raise InputError(f"{there} is no folder: choose another with --folder")
+            try:
+                if write:
+                    with tempfile.TemporaryFile(dir=there) as file:
+                        file.write(bytes(FIRST))
+            except OSError as error:
+                error.filename = None  # that of the file, which nobody knows
+                raise
 
 
 def with_seeds_together(

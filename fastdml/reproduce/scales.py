@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+from fastdml.arguments import shown
 from fastdml.errors import InputError
 from fastdml.names import advice
 
@@ -123,6 +124,8 @@ SCALES = {
 
 def find_scale(name: str) -> Scale:
     """Raises InputError for a scale that there is not, with the nearest."""
+    if not isinstance(name, str):
+        raise InputError(f"scale must be a name, such as 'small', not {shown(name)}")
     if name not in SCALES:
         raise InputError(f"unknown scale {name!r}; {advice(name, SCALES)}")
     return SCALES[name]

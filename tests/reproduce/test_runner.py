@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import resource
 import subprocess
 import sys
 from types import SimpleNamespace
@@ -14,7 +15,7 @@ from tiny_scale import NAMES, TINY, arguments
 import fastdml
 from fastdml.cli import main
 from fastdml.errors import InputError
-from fastdml.reproduce import EXPERIMENTS, child, results, run, run_all, runner
+from fastdml.reproduce import EXPERIMENTS, child, planning, results, run, run_all, runner
 from fastdml.reproduce.experiment import trainings_of
 from fastdml.reproduce.scales import SCALES
 from fastdml.reproduce.trainings import Place
@@ -257,10 +258,13 @@ def test_a_dry_run_trains_nothing(tmp_path, trained, caplog):
     [
         (["tabel2"], "unknown experiment 'tabel2'; did you mean table2?"),
         (["market"], "market has no scale digits"),
-        (["table2", "--seeds", "0"], "seeds must be 1 or more, not 0"),
-        (["table2", "--jobs", "0"], "jobs must be 1 or more, not 0"),
-        (["table2", "--price-per-hour", "-1"], "price_per_hour must be a number of 0 or more"),
-        (["table2", "--price-per-hour", "nan"], "price_per_hour must be a number of 0 or more"),
+        (
+            ["table2", "--seeds", "0"],
+            "seeds, how many from 0, must be a whole number of at least 1, not 0",
+        ),
+        (["table2", "--jobs", "0"], "jobs must be a whole number of at least 1, not 0"),
+        (["table2", "--price-per-hour", "-1"], "price_per_hour must be 0 or more, not -1.0"),
+        (["table2", "--price-per-hour", "nan"], "price_per_hour must be a finite number, not nan"),
         (["table2", "--seedz", "1"], "did you mean --seeds?"),
         ([], "name an experiment; --list shows those there are"),
     ],
@@ -269,6 +273,37 @@ def test_mistakes_are_one_line(words, said, capsys):
     assert main(["reproduce", *words, "--scale", "digits"]) == 2
     (line,) = capsys.readouterr().err.splitlines()
     assert said in line
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "said"),
+    [
+        ("names", "table2", r"a list of experiments, such as \['table2'\], not 'table2'"),
+        ("names", [["table2"]], "an experiment is a name, such as 'table2', not "),
+        ("names", 2, "a list of experiments"),
+        ("scale", SCALES["digits"], "scale must be a name, such as 'small', not Scale"),
+        ("scale", None, "scale must be a name"),
+        ("seeds", [0, 1], r"seeds, how many from 0, must be a whole .* not \[0, 1\]"),
+        ("seeds", "2", "seeds, how many from 0, must be a whole number of at least 1, not '2'"),
+        ("seeds", True, "not True"),
+        ("jobs", 1.5, "jobs must be a whole number of at least 1, not 1.5"),
+        ("root", None, "a path is text or a Path, not None"),
+        ("folder", 3, "a path is text or a Path, not 3"),
+        ("device", 0, "device"),
+        ("device", [0], "device"),
+        ("price_per_hour", "3", "price_per_hour must be a finite number, not '3'"),
+        ("download", "no", "download must be True or False, not 'no'"),
+        ("dry_run", None, "dry_run must be True or False, not None"),
+        ("grouped", "auto", "grouped must be True or False, not 'auto'"),
+    ],
+)
+def test_arguments_of_another_kind_are_named(name, value, said, tmp_path, trained):
+    given = {"names": NAMES, "scale": "digits", "folder": tmp_path / "out", "device": "cpu"}
+    with pytest.raises(InputError, match=said) as refused:
+        run_all(**{**given, name: value})
+    assert "\n" not in str(refused.value)
+    assert trained == []
+    assert not (tmp_path / "out").exists()
 
 
 @pytest.mark.parametrize("scale", SCALES)
@@ -302,6 +337,40 @@ def test_missing_images_are_told_before_anything_is_timed_or_written(tmp_path, c
     assert not (tmp_path / "out").exists()
     assert main([*command, "--device", "cpu", "--dry-run"]) == 0
     assert "timing a few steps of cifar100-resnet8-x2-semi" in caplog.text
+
+
+def test_a_place_that_takes_no_file_is_told_before_anything_is_timed(
+    tmp_path, trained, monkeypatch, capsys, caplog
+):
+    def refused(folder, *options):
+        assert main(["reproduce", *arguments(folder), *options]) == 2
+        assert "timing" not in caplog.text
+        return capsys.readouterr().err.splitlines()[-1]
+
+    (tmp_path / "file").write_text("")
+    for folder in (tmp_path / "file", tmp_path / "file/deeper"):
+        for options in ((), ("--dry-run",)):
+            assert f"{tmp_path}/file is no folder: choose another" in refused(folder, *options)
+    (tmp_path / "out/digits").mkdir(parents=True)
+    (tmp_path / "out/digits/table2").write_text("")
+    assert "out/digits/table2 is no folder" in refused(tmp_path / "out")
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (99, before[1]))  # an empty file has its place
+    try:
+        line = refused(tmp_path / "full")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    assert f"cannot write {tmp_path}/full/trainings/digits: File too large: make room" in line
+
+    def refuses(dir, **options):
+        raise PermissionError(13, "Permission denied", f"{dir}/some name")
+
+    monkeypatch.setattr(planning.tempfile, "TemporaryFile", refuses)
+    line = refused(tmp_path / "ro")
+    assert "ro/trainings/digits: Permission denied: choose another place" in line
+    assert "cannot write" in refused(tmp_path / ("x" * 300))
+    assert trained == []
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["file", "out"]
 
 
 @pytest.mark.parametrize("package", ["yaml", "safetensors"])
