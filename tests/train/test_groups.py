@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import copy
+import html
 import json
+import re
 import sys
 from types import SimpleNamespace
 
@@ -15,6 +17,7 @@ from tiny_runs import CLASSES, SIDE, TinyPeer, make_loaders
 from torch import nn
 
 import fastdml
+from fastdml.cli.main import main
 from fastdml.cohort import Cohort
 from fastdml.errors import InputError
 from fastdml.report.metrics_log import group_folder, group_folders
@@ -91,6 +94,17 @@ def test_group_0_is_the_run_of_the_seed_bit_for_bit(tmp_path):
     assert rows[6:8] == ["ensemble of group 0", "ensemble of group 1"]
     each = [json.loads((p / "summary.json").read_text()) for p in group_folders(result.folder)]
     assert [one["config"]["seed"] for one in each] == [5, 6]
+    # a group's folder holds no checkpoint: the run makes it again, as the group's page says
+    run, lost = result.folder, group_folder(result.folder, 1) / "predictions.npz"
+    was = lost.read_bytes()
+    lost.unlink()
+    with pytest.raises(InputError, match=f"is a group of the run {re.escape(str(run))}"):
+        digits(place, resume=True)
+    main(["report", str(lost.parent)])
+    page = html.unescape((lost.parent / "report.html").read_text())
+    assert f"fastdml train digits --resume --folder {run} writes it" in page
+    assert main(["train", "digits", "--resume", "--folder", str(run)]) == 0
+    assert lost.read_bytes() == was
 
 
 @pytest.mark.gpu
@@ -127,7 +141,7 @@ def test_group_1_begins_as_the_run_of_the_next_seed(tmp_path):
     [
         {"target": "ensemble", "temperature": 2.0, "gate": "best"},
         {"divergence": "jsd", "gate": "entropy", "execution": "threads"},
-        {"update": "sequential"},
+        {"update": "sequential", "amp": "fp16"},
         {"accumulate": 2, "ema": 0.9, "kl_schedule": "linear", "kl_weight_end": 0.0},
         {"size": 3},
     ],
