@@ -3,16 +3,20 @@
 A file is written under another name, forced to disk and renamed, and its folder is forced to disk,
 so that a process or a machine that dies leaves the old file or the new one. The other name is
 always the same, `.NAME.partial`: a file that a killed process left there is replaced by the next
-writing, and a link put there is removed, not followed.
+writing, and a link put there is removed, not followed. Where several processes may write at once,
+each has a name with its number, `.NAME.PID.partial`, and a lock on it: what has none, of a process
+that was killed, is removed by the next writing.
 """
 
 from __future__ import annotations
 
 import contextlib
 import errno
+import fcntl
 import os
 import re
-from collections.abc import Iterator
+import shutil
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import BinaryIO
@@ -89,17 +93,87 @@ def write_atomically(path: Path, data: str | bytes) -> None:
 
 @contextmanager
 def replacing(path: Path) -> Iterator[BinaryIO]:
-    """A file that gets the name `path` at the end of the block, unless the block raises. Until then
-    its name has the process's number in it, so that several processes may write `path` at once;
-    the last one wins. Not forced to disk. Raises OSError."""
-    part = path.with_name(f".{path.name}.{os.getpid()}.partial")
+    """A file that gets the name `path` at the end of the block, unless the block raises. Several
+    processes may write `path` at once; the last one wins. Not forced to disk. Raises OSError."""
+    part = _own_partial(path)
+    _remove_abandoned(path)
     try:
-        with create(part) as file:
-            yield file
-        os.replace(part, path)
+        with _locked(part, lambda: create(part).close()):
+            with os.fdopen(os.open(part, os.O_WRONLY | os.O_CLOEXEC | os.O_NOFOLLOW), "wb") as file:
+                yield file
+            os.replace(part, path)
     finally:
         with contextlib.suppress(OSError):
             part.unlink()
+
+
+@contextmanager
+def draft_folder(path: Path) -> Iterator[Path]:
+    """An empty folder beside `path`, of this process alone, to be filled and given that name; it is
+    removed at the end of the block if it is still there. Raises OSError."""
+    part = _own_partial(path)
+    _remove_abandoned(path)
+    shutil.rmtree(part, ignore_errors=True)
+    try:
+        with _locked(part, lambda: part.mkdir(exist_ok=True)):
+            yield part
+    finally:
+        shutil.rmtree(part, ignore_errors=True)
+
+
+def _own_partial(path: Path) -> Path:
+    return path.with_name(f".{path.name}.{os.getpid()}.partial")
+
+
+@contextmanager
+def _locked(part: Path, make: Callable[[], None]) -> Iterator[None]:
+    """A lock on what `make` makes, which is made again where another process has taken it for
+    abandoned before it was locked. Without one where the file system has none."""
+    lock = None
+    while lock is None:
+        make()
+        lock = _lock(part)
+    try:
+        yield
+    finally:
+        os.close(lock)
+
+
+def _lock(part: Path) -> int | None:
+    """Of a file or folder, opened and locked; None where it is gone by then."""
+    try:
+        lock = os.open(part, os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW)
+    except FileNotFoundError:
+        return None
+    with contextlib.suppress(OSError):
+        fcntl.flock(lock, fcntl.LOCK_EX)
+    with contextlib.suppress(FileNotFoundError):
+        if os.path.samestat(os.fstat(lock), os.lstat(part)):
+            return lock
+    os.close(lock)
+    return None
+
+
+def _remove_abandoned(path: Path) -> None:
+    """Removes the partial files and folders of `path` that no process holds a lock on."""
+    name = re.compile(re.escape(f".{path.name}.") + r"\d+\.partial")
+    for part in path.parent.glob(".*.partial"):
+        if name.fullmatch(part.name):
+            with contextlib.suppress(OSError):
+                _remove_unlocked(part)
+
+
+def _remove_unlocked(part: Path) -> None:
+    """Raises OSError where it is locked."""
+    lock = os.open(part, os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK)
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        if part.is_dir():
+            shutil.rmtree(part)
+        else:
+            part.unlink()
+    finally:
+        os.close(lock)
 
 
 @contextmanager

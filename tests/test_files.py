@@ -5,6 +5,8 @@ from __future__ import annotations
 import errno
 import os
 import resource
+import subprocess
+import sys
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -12,9 +14,17 @@ import pytest
 import torch
 from torch import nn
 
+from fastdml import files
 from fastdml.cohort import Cohort
 from fastdml.errors import InputError
-from fastdml.files import partial, replacing, safe_name, write_atomically, writing
+from fastdml.files import (
+    draft_folder,
+    partial,
+    replacing,
+    safe_name,
+    write_atomically,
+    writing,
+)
 from fastdml.report.metrics_log import MetricsLog
 from fastdml.train import TrainConfig, checkpoint
 
@@ -136,6 +146,85 @@ def test_of_several_writers_at_once_the_last_wins(tmp_path, monkeypatch):
         file.write(bytes([1 // 0]))
     assert path.read_bytes() == b"first"
     assert [p.name for p in tmp_path.iterdir()] == ["cache"]
+
+
+HOLD = """
+import pathlib, sys
+from fastdml.files import draft_folder, replacing
+path = pathlib.Path(sys.argv[1])
+with replacing(path) as file, draft_folder(path.with_name("set")) as folder:
+    file.write(b"words")
+    (folder / "words").write_text("words")
+    print(flush=True)
+    sys.stdin.read()
+"""
+
+
+def test_what_killed_processes_left_goes_with_the_next_writing_and_what_others_write_stays(
+    tmp_path,
+):
+    path = tmp_path / "a[b]"
+    alien = tmp_path / ".a[b].x.partial"
+    alien.write_text("somebody's")
+    victim = tmp_path / "victim"
+    victim.write_text("not yours")
+    (tmp_path / ".a[b].7.partial").symlink_to(victim)
+    others = [
+        subprocess.Popen(
+            [sys.executable, "-c", HOLD, str(folder)],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+        )
+        for folder in (path, path)
+    ]
+    for other in others:
+        other.stdout.readline()
+    killed, alive = others
+    killed.kill()
+    killed.wait()
+    assert len([*tmp_path.glob(".*.partial")]) == 2 + 2 * 2
+    with replacing(path) as file, draft_folder(tmp_path / "set"):
+        file.write(b"mine")
+    assert path.read_bytes() == b"mine"
+    assert {p.name for p in tmp_path.glob(".*.partial")} == {
+        *(alien.name, ".a[b].7.partial"),
+        *(f".{name}.{alive.pid}.partial" for name in ("a[b]", "set")),
+    }  # fmt: skip
+    assert victim.read_text() == "not yours"
+    alive.communicate()
+    assert alive.returncode == 0
+    assert path.read_bytes() == b"words"
+
+
+def test_a_part_that_was_taken_for_abandoned_before_it_was_locked_is_made_again(
+    tmp_path, monkeypatch
+):
+    usual, taken = files.fcntl.flock, []
+
+    def flock(lock, how):
+        if not taken:
+            taken.append(partial_of_this_process())
+            taken[0].unlink()
+        usual(lock, how)
+
+    def partial_of_this_process():
+        return tmp_path / f".cache.{os.getpid()}.partial"
+
+    monkeypatch.setattr(files.fcntl, "flock", flock)
+    with replacing(tmp_path / "cache") as file:
+        file.write(b"words")
+    assert taken
+    assert (tmp_path / "cache").read_bytes() == b"words"
+    monkeypatch.setattr(files.fcntl, "flock", refuses)  # as a file system without locks
+    with replacing(tmp_path / "cache") as file, draft_folder(tmp_path / "folder") as folder:
+        file.write(b"others")
+        folder.rename(tmp_path / "folder")
+    assert (tmp_path / "cache").read_bytes() == b"others"
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["cache", "folder"]
+
+
+def refuses(lock, how):
+    raise OSError(errno.ENOLCK, "No locks available")
 
 
 @pytest.mark.parametrize(

@@ -29,7 +29,7 @@ from fastdml.engine import make_step
 from fastdml.engine.amp import resolve_amp
 from fastdml.errors import InputError
 from fastdml.eval_mode import evaluating
-from fastdml.files import write_atomically, writing
+from fastdml.files import replacing, writing
 from fastdml.models import ReidHead
 from fastdml.report.metrics_log import INDEPENDENT, read_metrics
 from fastdml.report.predictions import PICTURES
@@ -234,10 +234,12 @@ def _kept(folder: Path, device: str, keep: bool) -> Iterator[dict[str, Measured]
     before = set(known)
     yield known
     if keep and set(known) != before:
+        values = {name: dataclasses.asdict(found) for name, found in known.items()}
+        text = json.dumps({**all_known, device: values}, indent=1)
         with writing(path):
             folder.mkdir(parents=True, exist_ok=True)
-        values = {name: dataclasses.asdict(found) for name, found in known.items()}
-        write_atomically(path, json.dumps({**all_known, device: values}, indent=1))
+            with replacing(path) as file:  # other reproductions may begin now, too
+                file.write(text.encode())
 
 
 def _measured_of(values: Mapping[str, Any]) -> Measured:

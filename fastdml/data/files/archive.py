@@ -16,7 +16,6 @@ import hashlib
 import http.client
 import shutil
 import tarfile
-import tempfile
 import urllib.request
 import zlib
 from pathlib import Path, PurePosixPath
@@ -24,7 +23,7 @@ from typing import Any, BinaryIO
 
 from fastdml.data.registry import HINT
 from fastdml.errors import InputError
-from fastdml.files import replacing, sync
+from fastdml.files import draft_folder, replacing, sync
 
 CHUNK = 1 << 20
 TIMEOUT = 30  # seconds without a byte
@@ -99,13 +98,13 @@ def extract(archive: Path, root: Path, folder: str, hint: str = HINT) -> None:
             f"{root / folder}: is there but incomplete: move it away and use {hint} again"
         )
     try:
-        with tempfile.TemporaryDirectory(prefix=f".{folder}.", dir=root) as temporary:
+        with draft_folder(root / folder) as temporary:
             with tarfile.open(archive, "r:gz") as tar:
                 for entry in tar:
-                    _unpack(tar, entry, Path(temporary), archive, folder)
-            if not (Path(temporary) / folder).is_dir():
+                    _unpack(tar, entry, temporary, archive, folder)
+            if not (temporary / folder).is_dir():
                 raise InputError(f"{archive}: holds no folder {folder}: fetch the official archive")
-            (Path(temporary) / folder).rename(root / folder)
+            (temporary / folder).rename(root / folder)
     except (tarfile.TarError, zlib.error, EOFError, OSError) as error:
         raise InputError(
             f"{archive}: cannot be unpacked ({error}): delete it and use {hint} again"

@@ -14,7 +14,6 @@ from __future__ import annotations
 import contextlib
 import json
 import shutil
-import tempfile
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -22,6 +21,7 @@ from typing import TYPE_CHECKING, Any
 from fastdml.data.registry import HINT
 from fastdml.data.sets.cifar import load_cifar100
 from fastdml.errors import InputError, require
+from fastdml.files import draft_folder
 from fastdml.paths import expanded
 
 if TYPE_CHECKING:
@@ -84,20 +84,17 @@ def build_standin(
         images = load_cifar100(cifar_root, hint=hint)[0]
     try:
         root.mkdir(parents=True, exist_ok=True)
-        part = Path(tempfile.mkdtemp(prefix=f".{FOLDER}.", dir=root))
+        with draft_folder(target) as part:
+            _write(part, images, what)
+            (part / NOTE).write_text(note, encoding="utf-8")
+            try:
+                part.rename(target)
+            except OSError:
+                if not target.exists():
+                    raise
+                _check_same(target, note)  # another process was faster
     except OSError as error:
         raise InputError(f"cannot write the stand-in to {root}: {error.strerror}") from None
-    try:
-        _write(part, images, what)
-        (part / NOTE).write_text(note, encoding="utf-8")
-        try:
-            part.rename(target)
-        except OSError:
-            if not target.exists():
-                raise
-            _check_same(target, note)  # another process was faster
-    finally:
-        shutil.rmtree(part, ignore_errors=True)
     return root
 
 
