@@ -54,7 +54,7 @@ def write_card(path: Path, cohort: Cohort, peer: str | int, run: Path, weights: 
 
 
 def _introduction(cohort: Cohort, what: Exported, config: TrainConfig) -> str:
-    peers = len(cohort)
+    peers = len(cohort) // cohort.groups
     data = data_text(config.to_dict())
     if teachers := [teacher.name for teacher in cohort.taught_by]:
         data += f", taught by {', '.join(teachers)}"

@@ -197,6 +197,9 @@ def test_scores_are_a_groups_ensembles_and_their_mean(tmp_path, monkeypatch):
     with pytest.raises(InputError, match=r"2 groups .* take the folder of one, groups/0 to groups"):
         fastdml.load(result.folder)
     assert len(fastdml.load(result.folder, peer=3).peers) == 1
+    main(["export", str(result.folder), "--peer", "3", "--format", "safetensors"])
+    (card,) = (result.folder / "export").glob("*.md")
+    assert "One of 2 peers that learned together" in card.read_text()
     monkeypatch.setitem(sys.modules, "pandas", SimpleNamespace(DataFrame=list))
     assert len(result.to_frame()) == 4  # a row an epoch and peer
 

@@ -31,6 +31,9 @@ from fastdml.models import ReidHead
 from fastdml.report.metrics_log import read_metrics
 from fastdml.report.run_files import read_run
 from fastdml.report.tables import summary_table
+from fastdml.reproduce.experiment import Training
+from fastdml.reproduce.market import multi
+from fastdml.reproduce.trainings import Finished
 from fastdml.train import ReidConfig, RetrievalScores, checkpoint, learning_rate
 from fastdml.train.tasks import reid, retrieval
 from fastdml.train.tasks.task import task_of
@@ -468,6 +471,26 @@ def test_without_gt_bbox_there_is_no_multi_query(run, market_root, tmp_path, cap
     out = capfd.readouterr().out
     assert "no multiple queries: the folder gt_bbox is not there" in out
     assert "multi " not in out
+
+
+def test_a_reproduction_reads_multiple_queries_as_evaluate_does(run, market_root, tmp_path, capfd):
+    """Of the phase that is asked for, from real files; kept, so that nothing is evaluated again."""
+    folder = shutil.copytree(run, tmp_path / "run")
+    without = tmp_path / "market"
+    shutil.copytree(market_root, without, ignore=shutil.ignore_patterns("gt_bbox"))
+
+    def read(root: Path, name: str) -> float:
+        peers = Training("market", {"data": "market1501", "peers": SMALL["peers"]})
+        return multi(name).read(Finished(peers, 0, folder, str(root), "cpu"), "independent")
+
+    with pytest.raises(InputError, match="no gt_bbox, the images of multiple queries"):
+        read(without, "mAP")
+    found = [read(market_root, name) for name in ("mAP", "rank1")]
+    capfd.readouterr()
+    assert cli.main(["evaluate", str(folder / "independent"), "--no-rerank", "--json"]) == 0
+    scores = json.loads(capfd.readouterr().out)["scores"]["multi"]
+    assert found == pytest.approx([50 * sum(scores[name]) for name in ("mAP", "rank1")])
+    assert read(tmp_path / "gone", "mAP") == found[0]
 
 
 # --- data ---
