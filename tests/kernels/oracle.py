@@ -31,9 +31,11 @@ from fastdml_kernels.stats_layout import stats_layout
 from fastdml_kernels.tiles import Tile
 from hypothesis import assume
 from hypothesis import strategies as st
+from quick_interpreter import patch_once_a_launch
 from torch import Tensor
 
 if not torch.cuda.is_available():
+    patch_once_a_launch()
     # Triton 3.6's interpreter lets NaN through a maximum, which a GPU, and later ones, do not.
     from triton.runtime import interpreter
 
