@@ -2,6 +2,9 @@
 # `make PYTHON=python3.12 demo` picks the interpreter a venv is made from.
 
 PYTHON ?= python3
+# Tests start many processes; what each imports is compiled once and kept, also where containers
+# tell Python to keep nothing.
+export PYTHONDONTWRITEBYTECODE =
 PYTEST = -m pytest --durations=5
 # Two processes of one thread each; a file's tests stay together, for what they share is made once.
 TESTS = OMP_NUM_THREADS=1 $(BIN)/python $(PYTEST) -n 2 --dist loadfile
