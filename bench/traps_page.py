@@ -183,19 +183,27 @@ def _gap(row: Row, to: str, baseline: list[float], ours: list[float]) -> str:
     if found.low is None or found.high is None:
         return text + against
     low, high = (_number(end, row.unit, sign=True) for end in (found.low, found.high))
-    said = "" if found.clear else ": no clear effect"
-    return f"{text} [{low}, {high}]{against}{said}"
+    said = "" if found.clear else f": no clear effect{_one_way(baseline, ours)}"
+    return f"{text} ({low} to {high}){against}{said}"
+
+
+def _one_way(baseline: list[float], ours: list[float]) -> str:
+    """What an interval does not tell that is wide since the seeds differ by much: that all of them
+    differ one way."""
+    gaps = [b - a for a, b in zip(baseline, ours, strict=True)]
+    ways = {"lower": max(gaps) < 0, "higher": min(gaps) > 0}
+    return next((f", though {way} on each seed" for way, so in ways.items() if so), "")
 
 
 def _number(value: float, unit: str, sign: bool = False) -> str:
     if value == 0:
         return "0"
-    if abs(value) < 0.005 and unit in ("%", "points"):
+    if abs(value) < 0.005 and unit in ("%", "points") and not sign:
         return "0.00"
     if unit == "M":
         return f"{value / 1e6:.3g}"
     digits = {"%": ".2f", "points": ".2f", "pixels": ".0f"}.get(unit, ".3g")
-    return f"{value:{'+' if sign else ''}{digits}}".replace("-", "−")
+    return f"{value:{'+' if sign else ''}{digits}}"
 
 
 def _provenance(found: dict[str, Any]) -> str:

@@ -10,8 +10,10 @@ import pytest
 import torch
 
 from bench import traps, traps_page
+from fastdml.reproduce.statistics import difference
 
 ROOT = Path(__file__).resolve().parents[2]
+PHASES = ("independent", "mutual")
 
 
 @pytest.fixture
@@ -110,15 +112,21 @@ def test_a_table_says_what_is_clear_and_what_is_not():
         "independent": [90.0, 91.0, 92.0],
         "mutual": [90.5, 90.5, 92.5],
         "reverse": [80.0, 80.1, 82.2],
+        "no teacher": [90.0, 90.0, 90.0],
+        "taught in eval mode": [89.9, 89.0, 80.0],
+        "taught in train mode": [89.91, 89.0, 90.0],
     }
-    found = {"measurements": {"direction": made_up(numbers)}}
+    found = {"measurements": {"direction": made_up(numbers), "teacher-mode": made_up(numbers)}}
     assert traps_page.table("direction", found).splitlines() == [
         "| 3 seeds | measured | difference |",
         "| --- | --- | --- |",
         "| independent | 91.00 ± 1.00 % |  |",
-        "| mutual | 91.17 ± 1.15 % | +0.17 [−1.27, +1.60] against independent: no clear effect |",
-        "| KL in the other direction | 80.77 ± 1.24 % | −10.40 [−10.65, −10.15] against mutual |",
+        "| mutual | 91.17 ± 1.15 % | +0.17 (-1.27 to +1.60) against independent: no clear effect |",
+        "| KL in the other direction | 80.77 ± 1.24 % | -10.40 (-10.65 to -10.15) against mutual |",
     ]
+    taught, other = traps_page.table("teacher-mode", found).splitlines()[3:]
+    assert taught.endswith("against no teacher: no clear effect, though lower on each seed |")
+    assert other.endswith("against taught in eval mode: no clear effect |")  # once the same
 
 
 def test_a_table_of_numbers_that_are_all_the_same():
@@ -129,6 +137,38 @@ def test_a_table_of_numbers_that_are_all_the_same():
     table = traps_page.table("identical", {"measurements": {"identical": made_up(numbers)}})
     assert "| 0 on each seed against identical start, independent |" in table
     assert "| largest KL in any step | 0 nats |  |" in table
+
+
+def test_sentences_of_the_page_follow_from_the_numbers():
+    """What it says beside its tables, of single seeds and of what is clear."""
+    stored = json.loads(traps_page.RESULTS.read_text())["measurements"]
+
+    def of(name: str, *labels: str) -> list[list[float]]:
+        return [[one["values"][label] for one in stored[name].values()] for label in labels]
+
+    def clear(name: str, *labels: str) -> bool:
+        return difference(*of(name, *labels)).clear
+
+    budgets = (1, 2, 5, 10, 20, 40)
+    gains = [difference(*of("budgets", *(f"{p}, {n} epochs" for p in PHASES))) for n in budgets]
+    assert [n for n, found in zip(budgets, gains, strict=True) if found.clear] == [20]
+    shown = of("class-mean", *(f"apart, {p}" for p in (*PHASES, "mean over classes")))
+    assert all(low < mid < high for high, low, mid in zip(*shown, strict=True))
+    for pair in (("mutual", "not detached"), ("apart, mutual", "apart, not detached")):
+        assert all(b < a for a, b in zip(*of("detach", *pair), strict=True))
+        assert not clear("detach", *pair)
+    unclear = (
+        ("class-mean", "mutual", "mean over classes"),
+        ("temperature", "mutual", "T = 4, with T squared"),
+        ("temperature", "mutual", "T = 4, without"),
+        ("ensemble", "ensemble, independent", "ensemble, mutual"),
+        ("teacher-mode", "no teacher", "taught in eval mode"),
+        ("teacher-mode", "taught in eval mode", "taught in train mode"),
+    )
+    assert not any(clear(*these) for these in unclear)
+    for name in ("class-mean", "detach", "direction", "ensemble"):
+        labels = ("one independent peer", "one mutual peer") if name == "ensemble" else PHASES
+        assert of(name, *labels) == of("detach", *PHASES), name  # the same runs
 
 
 def test_every_measurement_is_in_the_results_and_on_the_page():
