@@ -47,7 +47,7 @@ logger = logging.getLogger(__name__)
 COSTS = "costs.json"  # beside the trainings' folders: what was measured, for the next start
 STEPS = 3  # timed, after one that is not; one where it takes longer than
 LONG = 5.0  # seconds
-STAND_IN = (1200, 1100)  # as `IMAGES`, of the stand-in for Market-1501
+STAND_IN = (10_000, 1060)  # as `IMAGES`, of the stand-in for Market-1501
 IDENTITIES = {True: 50, False: 751}  # of the stand-in, and of Market-1501
 # Bytes, as found in folders of runs: of an archive beside its tensors, of each tensor in it, and of
 # what a peer says of a test image once it is compressed.

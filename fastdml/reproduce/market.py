@@ -136,10 +136,11 @@ def notes(scale: Scale) -> Sequence[str]:
 def changes(scale: Scale) -> Sequence[str]:
     if scale.name not in STAND_IN:
         return ()
+    epochs = STAND_IN[scale.name]
     return (
         "pictures of CIFAR-100 in Market-1501's layout, 32x16 pixels",
         "ResNet-20 in place of MobileNet",
-        f"{STAND_IN[scale.name]} epochs in place of 100,000 steps",
+        f"{epochs} epoch{'s' * (epochs > 1)} in place of 100,000 steps",
         "learning rate and schedule of the stand-in",
     )
 

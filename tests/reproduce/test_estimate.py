@@ -24,6 +24,7 @@ from fastdml.reproduce.estimate import (
 )
 from fastdml.train.config.sources import preset
 from fastdml.train.run import run as train
+from fastdml.train.tasks.reid import STANDIN
 
 CPU = torch.device("cpu")
 TINY = {
@@ -190,7 +191,9 @@ def test_images_of_each_data_set():
     assert image_counts(preset("cifar100", **few)) == (20_000, 10_000)
     assert image_counts(preset("cifar100", **few, unlabelled_share=0)) == (2000, 10_000)
     assert image_counts(preset("market1501")) == (12_936, 23_100)
-    assert image_counts(preset("market1501", standin=True)) == (1200, 1100)
+    shown = STANDIN.train_ids * STANDIN.train_images
+    read = STANDIN.test_ids * STANDIN.images + STANDIN.distractors
+    assert image_counts(preset("market1501", standin=True)) == (shown, read)
     with pytest.raises(InputError, match="number of images of folder"):
         image_counts(preset("folder"))
 
