@@ -72,7 +72,7 @@ def run_all(
     grouped: bool | None = None,
     price_per_hour: float | None = None,
     dry_run: bool = False,
-    command: Sequence[str] | None = None,
+    command: str | Sequence[str] | None = None,
     hint: str = "download=True",
 ) -> list[Reproduction]:
     """Repeats experiments, each NAME or NAME:ROW, and writes FOLDER/SCALE/NAME, in which the rows
@@ -109,6 +109,8 @@ def run_all(
     for what, value in (("download", download), ("dry_run", dry_run), ("grouped", grouped)):
         if not isinstance(value, bool) and not (what == "grouped" and value is None):
             raise InputError(f"{what} must be True or False, not {shown(value)}")
+    if command is not None and not isinstance(command, str):
+        command = [str(word) for word in listed("command", command, "words")]
     numbers = range(seeds)
     place = Place(expanded(folder), scale, expand(root), device, download)
     hardware = device_name(choose_device(device))

@@ -294,6 +294,7 @@ def test_mistakes_are_one_line(words, said, capsys):
         ("price_per_hour", "3", "price_per_hour must be a finite number, not '3'"),
         ("download", "no", "download must be True or False, not 'no'"),
         ("dry_run", None, "dry_run must be True or False, not None"),
+        ("command", 3, "command must be a list of words, not 3"),
         ("grouped", "auto", "grouped must be True or False, not 'auto'"),
     ],
 )
