@@ -132,14 +132,15 @@ def front_page() -> str:
     if not texts:
         return "Results of our own: [docs/results.md](docs/results.md)."
     return (
-        "Mutual against independent networks on CIFAR-100, mean difference in top-1 and its 95 % "
-        f"interval, {'; '.join(texts)}. [What else came out](docs/results.md)."
+        "Scaled down, mutual against independent networks on CIFAR-100, mean difference in top-1 "
+        "and its 95 % interval (where that holds 0, no difference is shown): "
+        f"{'; '.join(texts)}. [What else came out](docs/results.md)."
     )
 
 
 def _shortly(record: Record) -> str:
     device = record.trainings[0].device
-    what = escaped("; ".join(change for change in record.changes[:2] if change != COSINE))
+    what = escaped("; ".join(change for change in record.changes if change != COSINE))
     gains = ", ".join(_gains(record))
     return f"on an {device} ({what}; {len(record.seeds)} seeds): {gains}"
 
@@ -150,7 +151,9 @@ def _gains(record: Record) -> Iterator[str]:
         if found is None or row.series not in ("", "single") or row.x == 1:
             continue
         if (between := interval(found, "%")) and found.mean is not None:
-            what = f"{row.x:g} peers" if row.x else row.label
+            # of a pair's row the last words name the network of the peer once more
+            label = row.label.partition(", ")[0].replace(": ", ", ")
+            what = f"{row.x:g} peers" if row.x else label
             yield f"{what} {signed(found.mean, '%')} points ({between})"
 
 

@@ -123,6 +123,11 @@ def test_the_line_of_the_front_page_is_of_the_larger_scale(made_up):
     assert "2 peers +1.83 points (" in line
     assert "4 peers +0.07 points (-" in line
     assert "\n" not in line
+    assert line.startswith("Scaled down, ")
+    pair = replace(GAIN, label="ResNet-32 + ResNet-32: peer 1, ResNet-32", series="", x=None)
+    found = replace(COHORTS, scale="medium", experiment="table2", rows=(pair,))
+    write_results(made_up / "medium" / "table2", found)
+    assert ": ResNet-32 + ResNet-32, peer 1 +1.83 points (" in results.part("results in a line")
 
 
 def test_a_file_that_is_out_of_date_is_found_and_written(made_up):
