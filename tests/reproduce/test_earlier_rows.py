@@ -15,14 +15,14 @@ from fastdml.reproduce.earlier_rows import _key, earlier_record, with_earlier_ro
 from fastdml.reproduce.experiment import trainings_of
 from fastdml.reproduce.record import Record, RowRecord, Side, write_record
 from fastdml.reproduce.tables import markdown
-from fastdml.reproduce.trainings import one_at_a_time
+from fastdml.reproduce.trainings import LOCK, one_at_a_time
 
 TABLE2, SMALL = EXPERIMENTS["table2"], SCALES["small"]
-# Holds the lock of a folder of trainings until it is told to end.
+# Holds a lock until it is told to end.
 HOLD = """
-import pathlib, sys
-from fastdml.reproduce.trainings import one_at_a_time
-with one_at_a_time(pathlib.Path(sys.argv[1])):
+import fcntl, sys
+with open(sys.argv[1], "w") as lock:
+    fcntl.lockf(lock, fcntl.LOCK_EX)
     print(flush=True)
     sys.stdin.read()
 """
@@ -112,7 +112,9 @@ def test_no_two_rows_of_an_experiment_are_taken_for_one():
 
 def test_results_are_written_one_process_after_the_other(tmp_path, monkeypatch):
     with subprocess.Popen(
-        [sys.executable, "-c", HOLD, str(tmp_path)], stdin=subprocess.PIPE, stdout=subprocess.PIPE
+        [sys.executable, "-c", HOLD, str(tmp_path / LOCK)],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
     ) as other:
         other.stdout.readline()
         said = []
