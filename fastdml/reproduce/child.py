@@ -20,6 +20,7 @@ from fastdml.reproduce.failures import kept_traceback, log_of
 from fastdml.reproduce.provenance import note_commit
 from fastdml.terminal import complete_streams
 from fastdml.train.callbacks import Callback, EpochStartEvent
+from fastdml.train.checkpoint import has_begun
 from fastdml.train.config.base import TrainConfig
 from fastdml.train.config.sources import preset
 from fastdml.train.run import run
@@ -57,7 +58,7 @@ def train_here(config: TrainConfig, hint: str) -> Ended:
     a file beside the run folder."""
     folder = Path(str(config.folder))
     try:
-        if config.resume:
+        if config.resume and has_begun(folder):  # else this is noted once there is a checkpoint
             note_commit(folder)
         run(config, hint=hint, command="fastdml.reproduce", callbacks=[NotesCommit(folder)])
     except InputError as error:

@@ -5,12 +5,13 @@ from __future__ import annotations
 import dataclasses
 import json
 import shutil
+import signal
 
 import pytest
 from tiny_scale import NAMES, TINY
 
 from fastdml.cli import main
-from fastdml.reproduce import child, results, trainings
+from fastdml.reproduce import child, provenance, results, trainings
 from fastdml.reproduce.experiment import Training
 from fastdml.reproduce.scales import SCALES
 from fastdml.reproduce.trainings import Finished, is_locked, state_of
@@ -46,6 +47,23 @@ def finished(tmp_path_factory):
 
 def rows(folder):
     return json.loads((folder / "digits/table2/reproduction.json").read_text())["rows"]
+
+
+def test_a_run_killed_before_its_first_checkpoint_can_be_killed_again(
+    finished, tmp_path, monkeypatch
+):
+    """Nothing is noted in its folder that a run begun anew would be refused for."""
+    folder = tmp_path / "seed-0"
+    folder.mkdir()
+    shutil.copy(finished / PAIR / "config.yaml", folder)
+    config = load_config(folder / "config.yaml").replace(folder=str(folder), resume=True)
+    monkeypatch.setattr(provenance, "commit", lambda: "a" * 40)
+    with monkeypatch.context() as killed:
+        killed.setattr(child, "run", lambda *_, **__: signal.raise_signal(signal.SIGINT))
+        with pytest.raises(KeyboardInterrupt):
+            child.train_here(config, "")
+    assert child.train_here(config, "") == child.Ended()
+    assert provenance.commits(folder) == ("a" * 40,)
 
 
 def test_a_damaged_summary_is_that_of_a_run_to_go_on_with(finished, tmp_path):
