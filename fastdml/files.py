@@ -4,8 +4,9 @@ A file is written under another name, forced to disk and renamed, and its folder
 so that a process or a machine that dies leaves the old file or the new one. The other name is
 always the same, `.NAME.partial`: a file that a killed process left there is replaced by the next
 writing, and a link put there is removed, not followed. Where several processes may write at once,
-each has a name with its number, `.NAME.PID.partial`, and a lock on it: what has none, of a process
-that was killed, is removed by the next writing.
+each writing has a name of its own, `.NAME.NUMBER.partial` with a random number, since processes in
+two containers may have the same, and a lock on it: what has none, of a process that was killed, is
+removed by the next writing.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ import errno
 import fcntl
 import os
 import re
+import secrets
 import shutil
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -94,7 +96,8 @@ def write_atomically(path: Path, data: str | bytes) -> None:
 @contextmanager
 def replacing(path: Path) -> Iterator[BinaryIO]:
     """A file that gets the name `path` at the end of the block, unless the block raises. Several
-    processes may write `path` at once; the last one wins. Not forced to disk. Raises OSError."""
+    processes and threads may write `path` at once; the last one wins. Not forced to disk. Raises
+    OSError."""
     part = _own_partial(path)
     _remove_abandoned(path)
     try:
@@ -109,11 +112,10 @@ def replacing(path: Path) -> Iterator[BinaryIO]:
 
 @contextmanager
 def draft_folder(path: Path) -> Iterator[Path]:
-    """An empty folder beside `path`, of this process alone, to be filled and given that name; it is
+    """An empty folder beside `path`, of this block alone, to be filled and given that name; it is
     removed at the end of the block if it is still there. Raises OSError."""
     part = _own_partial(path)
     _remove_abandoned(path)
-    shutil.rmtree(part, ignore_errors=True)
     try:
         with _locked(part, lambda: part.mkdir(exist_ok=True)):
             yield part
@@ -122,7 +124,7 @@ def draft_folder(path: Path) -> Iterator[Path]:
 
 
 def _own_partial(path: Path) -> Path:
-    return path.with_name(f".{path.name}.{os.getpid()}.partial")
+    return path.with_name(f".{path.name}.{secrets.randbits(32)}.partial")
 
 
 @contextmanager
