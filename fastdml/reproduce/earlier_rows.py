@@ -14,10 +14,15 @@ from fastdml.reproduce.scales import Scale
 
 def earlier_record(folder: Path, experiment: Experiment, scale: Scale) -> Record | None:
     """That of the results in `folder`; None where there are none. Raises InputError where its rows
-    cannot stand beside new ones: it is damaged, or of other settings."""
+    cannot stand beside new ones: it is damaged, or of another experiment or other settings."""
     if not (folder / RECORD).exists():
         return None
     found = read_record(folder / RECORD)
+    if (found.experiment, found.scale) != (experiment.name, scale.name):
+        raise InputError(
+            f"{folder} has results of {found.experiment} at scale {found.scale}, beside which no "
+            "others can stand: move it away, or choose another folder with --folder"
+        )
     if found.changes != tuple(experiment.changes(scale)):
         raise InputError(
             f"{folder} has rows of other settings ({'; '.join(found.changes)}), which cannot stand "
@@ -44,7 +49,8 @@ def with_earlier_rows(
     trainings = {(one.name, one.seed): one for one in earlier.trainings if one.name in names}
     trainings |= {(one.name, one.seed): one for one in record.trainings}
     last = record.provenance["command"]
-    commands = (*earlier.provenance.get("earlier", ()), earlier.provenance["command"])
+    commands = [*earlier.provenance.get("earlier", ())]
+    commands += [earlier.provenance["command"]] if earlier.provenance else []
     return dataclasses.replace(
         record,
         seeds=tuple(seeds),

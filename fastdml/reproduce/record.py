@@ -12,7 +12,7 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar, get_args, get_origin, get_type_hints
 
 from fastdml.errors import InputError
 from fastdml.files import write_atomically
@@ -117,19 +117,60 @@ def read_record(path: str | Path) -> Record:
 
 def _from_dict(found: dict[str, Any]) -> Record:
     rows = [
-        RowRecord(**{**row, **{name: _side(row[name]) for name in ("baseline", "ours")}})
+        _of(RowRecord, {**row, **{name: _side(row[name]) for name in ("baseline", "ours")}})
         for row in found.pop("rows")
     ]
-    trainings = [
-        TrainingRecord(**{**training, "commits": tuple(training["commits"])})
-        for training in found.pop("trainings")
-    ]
-    lists: dict[str, Any] = {name: tuple(found[name]) for name in ("changes", "seeds", "notes")}
-    return Record(**{**found, **lists, "rows": tuple(rows), "trainings": tuple(trainings)})
+    trainings = [_of(TrainingRecord, training) for training in found.pop("trainings")]
+    record = _of(Record, {**found, "rows": rows, "trainings": trainings})
+    if len({*record.seeds}) != len(record.seeds):
+        raise ValueError(f"seeds {record.seeds}, of which some are the same")
+    if record.provenance:
+        names = [each.name for each in dataclasses.fields(_Provenance)]
+        _of(_Provenance, {k: v for k, v in record.provenance.items() if k in names})
+    return record
 
 
 def _side(found: dict[str, Any] | None) -> Side | None:
-    return None if found is None else Side(**{**found, "values": tuple(found["values"])})
+    return None if found is None else _of(Side, found)
+
+
+@dataclass(frozen=True)
+class _Provenance:
+    """What pages say of a record's provenance; earlier: commands of rows that were there before."""
+
+    command: str
+    versions: dict[str, str]
+    commit: str | None
+    device: str
+    date: str
+    earlier: tuple[str, ...] = ()
+
+
+Kind = TypeVar("Kind")
+
+
+def _of(kind: type[Kind], found: Mapping[str, Any]) -> Kind:
+    """A dataclass of plain values, of which lists become tuples. Raises TypeError where a value is
+    of another type than its field."""
+    made = {name: tuple(v) if isinstance(v, list) else v for name, v in found.items()}
+    for name, wanted in get_type_hints(kind).items():
+        if name in made and not _fits(made[name], wanted):
+            raise TypeError(f"{name} of another type")
+    return kind(**made)
+
+
+def _fits(value: Any, kind: Any) -> bool:
+    inner = get_args(kind)
+    if kind is Any:
+        return True
+    if get_origin(kind) is tuple:
+        return isinstance(value, tuple) and all(_fits(one, inner[0]) for one in value)
+    if get_origin(kind) is dict:
+        return isinstance(value, dict) and all(_fits(one, inner[1]) for one in value.values())
+    if inner:  # any of several
+        return any(_fits(value, one) for one in inner)
+    wanted = (int, float) if kind is float else kind
+    return isinstance(value, wanted) and not isinstance(value, bool)
 
 
 def training_record(

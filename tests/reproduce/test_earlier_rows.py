@@ -82,6 +82,9 @@ def test_the_other_rows_stay_whole_and_each_row_keeps_its_seeds():
         "fastdml reproduce table2", f"fastdml reproduce table2 {SECOND}",
     ]  # fmt: skip
     assert again.rows[0].ours.values == (60.0, 61.0, 62.0)
+    unknown = replace(earlier, provenance={})
+    found = with_earlier_rows(made(50.0, range(2), SECOND), unknown, TABLE2, SMALL)
+    assert found.provenance["earlier"] == []
 
 
 def test_of_rows_that_are_asked_for_nothing_earlier_is_left():
@@ -98,6 +101,10 @@ def test_rows_of_other_settings_or_of_a_damaged_file_are_refused(tmp_path):
     longer = replace(SMALL, changes=("40 epochs in place of 200",))
     with pytest.raises(InputError, match=r"has rows of other settings .*8 epochs.* move it away"):
         earlier_record(tmp_path, TABLE2, longer)
+    with pytest.raises(InputError, match=r"has results of table2 at scale small, .* move it away"):
+        earlier_record(tmp_path, EXPERIMENTS["cifar10"], SMALL)  # whose rows have the same names
+    with pytest.raises(InputError, match=r"has results of table2 at scale small"):
+        earlier_record(tmp_path, TABLE2, replace(SMALL, name="digits"))
     (tmp_path / "reproduction.json").write_text("{")
     with pytest.raises(InputError, match="is no record of a reproduction"):
         earlier_record(tmp_path, TABLE2, SMALL)

@@ -239,6 +239,41 @@ def test_a_record_with_another_number_of_values_than_of_seeds_is_none(tmp_path):
         read_record(tmp_path / RECORD)
 
 
+def places(found, before=()):
+    """Where there is a value in plain JSON."""
+    for key, value in found.items() if isinstance(found, dict) else enumerate(found):
+        yield (*before, key)
+        if isinstance(value, (dict, list)):
+            yield from places(value, (*before, key))
+
+
+def test_a_value_of_another_type_than_its_field_is_no_record(tmp_path):
+    """Or it is one that is shown, where a field takes anything."""
+    whole = record(row(x=2.0, series="single"), row("alone", baseline=None))
+    provenance = {**whole.provenance, "earlier": ["fastdml reproduce table2"]}
+    text = json.dumps(replace(whole, provenance=provenance).to_dict())
+    path, refused = tmp_path / RECORD, set()
+    for place in places(json.loads(text)):
+        for value in (None, True, 3, "words", ["a", "b", "c"], [[1], [2], [3]], {"a": 1}):
+            damaged = json.loads(text)
+            inner = damaged
+            for key in place[:-1]:
+                inner = inner[key]
+            inner[place[-1]] = value
+            path.write_text(json.dumps(damaged))
+            try:
+                found = read_record(path)
+            except InputError:
+                refused.add(place[0])
+            else:
+                assert markdown(found).strip()
+                assert comma_separated(found).strip()
+    assert refused == json.loads(text).keys()
+    path.write_text(json.dumps({**json.loads(text), "seeds": [0, 1, 1]}))
+    with pytest.raises(InputError, match=r"seeds \(0, 1, 1\), of which some are the same"):
+        read_record(path)
+
+
 def test_a_record_of_a_later_version_is_refused(tmp_path):
     (tmp_path / RECORD).write_text(json.dumps({**record().to_dict(), "version": 2}))
     with pytest.raises(InputError, match="update fastdml"):
