@@ -99,10 +99,14 @@ def state_of(config: TrainConfig) -> State:
     """How far the training in `config.folder` is. Raises InputError where the folder holds
     something else: other files, or a run with other settings."""
     folder = Path(config.folder or "")
+    remedy = "or choose another with --folder"
     if not (folder / CONFIG).is_file():
-        check_new_folder(config)
+        check_new_folder(config, f"delete it, {remedy}")
         return "new"
-    saved = load_config(folder / CONFIG)
+    try:
+        saved = load_config(folder / CONFIG)
+    except InputError as error:
+        raise InputError(f"{error}; delete {folder}, {remedy}") from None
     check_same_settings(folder, saved, config)
     own = [folder / groups.GROUPS / str(g) for g in range(config.groups)] * (config.groups > 1)
     summaries = [_whole_summary(path, config) for path in (folder, *own)]

@@ -30,6 +30,7 @@ INITIAL_CHECKPOINT = "initial.ckpt"  # the weights that the independent phase st
 BEST = "best"
 LOCK = ".lock"
 DEEPEST = ("x" * 60,) * 5  # a relative path at least as long as any that a run writes
+ELSEWHERE = "resume it, choose another folder, or leave folder out for a new numbered one"
 # Files that a process may leave that is killed before it has written its settings.
 STILLBORN = {LOCK, partial(Path(CONFIG)).name}
 
@@ -107,8 +108,9 @@ def records_a_run(path: str | Path) -> bool:
     return file.name == CONFIG and (file.parent / METRICS).exists()
 
 
-def check_new_folder(config: TrainConfig) -> None:
-    """Refuses to begin a run where it would overwrite something, before anything is written."""
+def check_new_folder(config: TrainConfig, remedy: str = ELSEWHERE) -> None:
+    """Refuses to begin a run where it would overwrite something, before anything is written.
+    remedy: what to do then."""
     if config.folder is None:
         return
     folder = Path(config.folder)
@@ -121,10 +123,7 @@ def check_new_folder(config: TrainConfig) -> None:
     except OSError as error:
         raise InputError(f"cannot use the folder {folder}: {error.strerror}") from None
     if taken:
-        raise InputError(
-            f"{folder} is there already and is not overwritten: resume it, choose another folder, "
-            "or leave folder out for a new numbered one"
-        )
+        raise InputError(f"{folder} is there already and is not overwritten: {remedy}")
 
 
 class FolderInUse(InputError):

@@ -274,6 +274,7 @@ def test_names_of_experiments_and_rows():
     ("wrong", "said"),
     [
         ("tabel2", r"unknown experiment 'tabel2'; did you mean table2\?"),
+        ("table2:", "table2: names no row: leave the colon out for all of them"),
         ("table2:resnet32+resnet3", r"no row .* did you mean resnet32\+resnet32\?"),
         ("cohort-size:k9", "no row 'k9' at scale small; there is k1, k2, k4"),
     ],

@@ -155,7 +155,13 @@ def test_a_folder_of_something_else_is_refused(tmp_path, trained):
     folder = tmp_path / "trainings/digits/digits-resnet8-x2/seed-1"
     folder.mkdir(parents=True)
     (folder / "holiday.txt").write_text("photos")
-    with pytest.raises(InputError, match="seed-1 is there already and is not overwritten"):
+    remedy = "delete it, or choose another with --folder"
+    with pytest.raises(
+        InputError, match=f"seed-1 is there already and is not overwritten: {remedy}"
+    ):
+        run("table2:resnet32+resnet32", scale="digits", folder=tmp_path, device="cpu")
+    (folder / "config.yaml").write_text("data: digits\nunlabel")
+    with pytest.raises(InputError, match=r"not YAML: .*; delete .*seed-1, or choose another with"):
         run("table2:resnet32+resnet32", scale="digits", folder=tmp_path, device="cpu")
     assert trained == []
 
@@ -281,6 +287,7 @@ def test_mistakes_are_one_line(words, said, capsys):
         ("names", "table2", r"a list of experiments, such as \['table2'\], not 'table2'"),
         ("names", [["table2"]], "an experiment is a name, such as 'table2', not "),
         ("names", 2, "a list of experiments"),
+        ("names", [], "name an experiment, such as 'table2'"),
         ("scale", SCALES["digits"], "scale must be a name, such as 'small', not Scale"),
         ("scale", None, "scale must be a name"),
         ("seeds", [0, 1], r"seeds, how many from 0, must be a whole .* not \[0, 1\]"),
