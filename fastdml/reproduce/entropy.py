@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from fastdml.reproduce.cohorts import changes, cohort, independent_pair, network
+from fastdml.reproduce import cohorts
+from fastdml.reproduce.cohorts import cohort, independent_pair, network
 from fastdml.reproduce.experiment import Experiment, Row, Value
 from fastdml.reproduce.readings import posterior
 from fastdml.reproduce.scales import Scale
@@ -33,6 +34,11 @@ def notes(scale: Scale) -> Sequence[str]:
         "Of the training images, as stored, by the weights after the last epoch; mean over both "
         "peers. The paper's are of ResNet-32 on CIFAR-100.",
     )
+
+
+def changes(scale: Scale) -> Sequence[str]:
+    """The paper's are of ResNet-32, too."""
+    return scale.changes if scale.network == "resnet32" else cohorts.changes(scale)
 
 
 EXPERIMENT = Experiment(

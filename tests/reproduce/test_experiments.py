@@ -251,6 +251,12 @@ def test_figures_of_other_networks_are_said_to_be_that(name):
         assert f"here {row.label.split(', ')[-1]}" in note
 
 
+def test_networks_that_are_the_papers_are_no_change():
+    replaced = "in place of the paper's networks"
+    assert not any(replaced in text for text in EXPERIMENTS["entropy"].changes(SCALES["medium"]))
+    assert any(replaced in text for text in EXPERIMENTS["entropy"].changes(SCALES["small"]))
+
+
 def test_cohort_sizes():
     rows = rows_of("cohort-size", "full")
     assert [row.x for row in rows if row.series == "single"] == [*range(1, 9)]
