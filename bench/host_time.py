@@ -167,11 +167,7 @@ def main() -> None:
         chosen.before = chosen.before.resolve()
         if not (chosen.before / "kernels" / "fastdml_kernels").is_dir():
             parser.error(f"--before {chosen.before} is no checkout of this repository")
-    try:  # before minutes of measuring
-        if chosen.json:
-            chosen.json.open("a").close()
-    except OSError as error:
-        parser.error(f"--json: cannot write to {chosen.json}: {error.strerror}")
+    report.check_writable(parser, chosen.json)
     if chosen.table:
         found = json.loads(chosen.table.read_text())
     else:

@@ -195,6 +195,7 @@ def main() -> None:
     parser.add_argument("--json", type=Path, help="file for the figures")
     parser.add_argument("--table", type=Path, help="file of figures to print, nothing is measured")
     chosen = parser.parse_args()
+    report.check_writable(parser, chosen.json)
     if chosen.table:
         found = json.loads(chosen.table.read_text())
     else:

@@ -379,6 +379,7 @@ def main() -> int:
     if arguments.job:
         job(*arguments.job)
         return 0
+    report.check_writable(parser, arguments.json)
     if arguments.table:
         found = json.loads(arguments.table.read_text())
     else:

@@ -186,6 +186,7 @@ def main() -> None:
     parser.add_argument("--json", type=Path, help="write the rows there")
     parser.add_argument("--table", type=Path, metavar="FILE", help="print a stored file, no more")
     given = parser.parse_args()
+    report.check_writable(parser, given.json)
     if given.table:
         print(table(**json.loads(given.table.read_text())))
         return

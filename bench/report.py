@@ -340,6 +340,16 @@ def roofline(rows: list[Row], where: str, path: str) -> bool:
     return True
 
 
+def check_writable(parser: argparse.ArgumentParser, path: Path | None) -> None:
+    """Before minutes of measuring: ends with one line where the file for the figures cannot be
+    written."""
+    try:
+        if path:
+            path.open("a").close()
+    except OSError as error:
+        parser.error(f"--json: cannot write to {path}: {error.strerror}; give a file elsewhere")
+
+
 def load(path: str) -> tuple[list[Row], str]:
     """Rows and the machine's line of a file that --benchmark-json wrote."""
     stored = json.loads(Path(path).read_text())

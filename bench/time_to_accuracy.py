@@ -111,6 +111,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--json", type=Path, help="file for the figures")
     parser.add_argument("--table", type=Path, help="print this file's figures")
     chosen = parser.parse_args(arguments)
+    report.check_writable(parser, chosen.json)
+    if chosen.epochs < 1 or chosen.subset < 0:
+        parser.error("--epochs must be 1 or more, and --subset 0 or more")
     if chosen.table:
         found = json.loads(chosen.table.read_text())
     else:
