@@ -171,7 +171,8 @@ def _taps(
         for name, module, path in zip(*found, wanted, strict=True):
             known = dict(module.named_modules())
             if not isinstance(path, str) or path not in known:
-                raise InputError(f"{name} has no module {path!r}; {advice(str(path), known)}")
+                there = advice(str(path), known, others="its named_modules() has the names")
+                raise InputError(f"{name} has no module {path!r}; {there}")
             row.append((known[path], False))
         taps.append(row)
         titles.append(layer if isinstance(layer, str) else " / ".join(wanted))

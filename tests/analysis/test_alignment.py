@@ -129,7 +129,7 @@ def test_peers_with_a_head_are_compared_by_what_they_embed():
 @pytest.mark.parametrize(
     ("options", "words"),
     [
-        ({"layers": ["7"]}, "no module '7'"),
+        ({"layers": ["7"]}, "no module '7'; its named_modules"),
         ({"layers": "0"}, "list of names"),
         ({"layers": [["0"]]}, "1 modules for 2"),
     ],
