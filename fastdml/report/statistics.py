@@ -19,6 +19,7 @@ from fastdml.report.predictions import Predictions
 
 Z95 = 1.959963984540054  # of the normal distribution, two-sided
 BINS = 15
+ROUNDING = 0.01  # that a probability may be above 1
 
 
 class Interval(NamedTuple):
@@ -184,7 +185,8 @@ def reliability(
     (Guo et al., "On Calibration of Modern Neural Networks", 2017). confidence: (N,) floats in 0..1,
     of which NaN, no probabilities, counts as wrong, is in no bin and turns both errors into NaN.
     right: (N,) bool. equal_mass: bins of as equal numbers of images as equal confidences, which
-    stay together, allow, in place of bins of equal width."""
+    stay together, allow, in place of bins of equal width. Raises InputError for others, such as
+    percent, and predicted classes in place of whether they are right."""
     bins = whole_number("bins", bins, 1)
     confidence, right = numbers("confidence", confidence), numbers("right", right)
     if confidence.ndim != 1 or confidence.dtype.kind != "f" or right.shape != confidence.shape:
@@ -193,6 +195,11 @@ def reliability(
             f"{confidence.dtype} and {list(right.shape)}"
         )
     finite = np.isfinite(confidence)
+    low, high = confidence[finite].min(initial=0.0), confidence[finite].max(initial=1.0)
+    if low < 0 or high > 1 + ROUNDING:
+        raise InputError(f"confidence must be within 0 to 1, not {low:g} to {high:g}")
+    if right.dtype.kind != "b" and not np.isin(right, (0, 1)).all():
+        raise InputError("right must be true or false of each image, such as predicted == labels")
     hit = right.astype(bool) & finite
     if equal_mass:
         ordered = np.sort(confidence[finite])

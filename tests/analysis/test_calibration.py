@@ -205,6 +205,24 @@ class TestTemperature:
         assert found.to_dict()["peers"] == ["a", "b", "ensemble"]
 
 
+@pytest.mark.parametrize(
+    ("confidence", "right", "said"),
+    [
+        ([97.0, 50.0], [True, False], "confidence must be within 0 to 1, not 0 to 97"),
+        ([-0.5, 0.5], [True, False], "within 0 to 1, not -0.5 to 1"),
+        ([0.9, 0.5], [7, 0], "right must be true or false of each image"),  # predicted classes
+    ],
+)
+def test_percent_and_predicted_classes_are_not_taken_for_shares_and_hits(confidence, right, said):
+    with pytest.raises(InputError, match=said):
+        reliability(np.array(confidence), np.array(right))
+
+
+def test_a_probability_that_rounding_leaves_above_1_is_in_the_last_bin():
+    of = reliability(np.array([1.0000002], np.float32), np.array([1]))
+    assert of.images[-1] == 1
+
+
 def test_plots(tmp_path):
     found = temperature_scaling(*sample(100))
     assert plot_reliability(found.before.reliability, tmp_path / "a.svg").stat().st_size
