@@ -33,7 +33,8 @@ PICTURES = {
     plots.DIFFERENCES: "Of each row the mean difference, its interval and the seeds",
     plots.CURVE: "Both sides by what is varied, mean and standard deviation, and the seeds",
 }
-IN_SHORT = (("medium", "table2"), ("small", "cohort-size"))  # what the front page tells of
+# What the front page tells of.
+IN_SHORT = (("medium", "table2"), ("small", "table2"), ("small", "cohort-size"))
 
 
 def records() -> dict[tuple[str, str], Record]:
