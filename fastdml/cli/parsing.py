@@ -21,12 +21,13 @@ class Parser(argparse.ArgumentParser):
         super().__init__(f"fastdml {name}", description=command.__doc__, allow_abbrev=False)
 
     def parse(self, args: list[str]) -> argparse.Namespace:
-        """The options' values. `--peers a,b` is `--peers a b`."""
+        """The options' values, in any order with what has no option. `--peers a,b` is `--peers a
+        b`."""
         if _ASKED.get():
             raise _Made(self)
         check_options(args, self._option_string_actions, self.prog)
         lists = [name for a in self._actions if a.nargs == "+" for name in a.option_strings]
-        return self.parse_args(split_lists(args, lists))
+        return self.parse_intermixed_args(split_lists(args, lists))
 
     def options(self) -> list[argparse.Action]:
         """Its --options, but for --help."""

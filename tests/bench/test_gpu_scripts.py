@@ -155,14 +155,18 @@ def test_where_the_time_is_over_nothing_starts_and_the_rest_is_named(tmp_path):
 
 
 def test_tests_that_run_the_kernels_on_a_device_are_among_them():
-    """`DEVICE` is where the kernels run; these helpers launch one there, in the same process."""
+    """`DEVICE` is where the kernels run; these helpers launch one there, in the same process. What
+    is skipped on a device is not one of them."""
     launches = re.compile(
         r"\bDEVICE\b|^from oracle import (\([^)]*|.*)\b(launched|register|wide)\b", re.M
     )
+    texts = {path: path.read_text() for path in (ROOT / "tests").rglob("test_*.py")}
     found = [
         str(path.relative_to(ROOT))
-        for path in (ROOT / "tests").rglob("test_*.py")
-        if path != Path(__file__) and launches.search(path.read_text())
+        for path, text in texts.items()
+        if path != Path(__file__)
+        and launches.search(text)
+        and not re.search(r"^pytestmark = .*skipif\(DEVICE == .cuda.", text, re.M)
     ]
     assert sorted(found) == sorted(gpu_order.ON_DEVICE)
 

@@ -8,6 +8,7 @@ from types import SimpleNamespace
 import pytest
 
 from fastdml.cli import reproduce as command
+from fastdml.cli.parsing import parser_of
 from fastdml.data import load, make_loader
 from fastdml.errors import InputError
 from fastdml.reproduce import EXPERIMENTS, SCALES, semi_supervised
@@ -296,6 +297,12 @@ def test_wrong_names_get_the_nearest(wrong, said):
 def test_market_is_refused_where_it_makes_no_sense():
     with pytest.raises(InputError, match="give --scale medium or small or smoke"):
         rows_of("market", "digits")
+
+
+def test_names_may_stand_between_options():
+    words = ["table2", "--scale", "digits", "entropy", "--seeds", "2", "cifar10"]
+    parser = parser_of(command.reproduce)
+    assert parser.parse(words).names == ["table2", "entropy", "cifar10"]
 
 
 def test_the_command_has_the_same_scales():
