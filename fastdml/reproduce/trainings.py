@@ -6,7 +6,6 @@ FOLDER/trainings/SCALE/NAME/seeds-A-B/, in which groups/0 is of seed A.
 
 from __future__ import annotations
 
-import errno
 import fcntl
 import json
 import logging
@@ -29,7 +28,7 @@ from fastdml.reproduce.record import training_record
 from fastdml.train.checkpoint import FREE_ON_RESUME
 from fastdml.train.config.base import TrainConfig
 from fastdml.train.config.sources import load_config, preset
-from fastdml.train.run_folder import LOCK, check_new_folder
+from fastdml.train.run_folder import LOCK, check_new_folder, open_lock, take_lock
 from fastdml.yaml_file import CONFIG
 
 logger = logging.getLogger(__name__)
@@ -152,11 +151,7 @@ def is_locked(folder: Path) -> bool:
     except OSError:  # not there, or not ours to write: training will say so
         return False
     with lock:
-        try:
-            fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as error:
-            return error.errno in (errno.EAGAIN, errno.EACCES)
-    return False
+        return not take_lock(lock.fileno())
 
 
 @contextmanager
@@ -165,14 +160,11 @@ def one_at_a_time(folder: Path) -> Iterator[None]:
     measure and write one after the other. Where the file system has no locks, nobody waits."""
     with writing(folder):
         folder.mkdir(parents=True, exist_ok=True)
-        lock = os.open(folder / LOCK, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o666)
+    lock = open_lock(folder)
     try:
-        try:
-            fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as error:
-            if error.errno in (errno.EAGAIN, errno.EACCES):
-                logger.info("another process writes results: waiting for it")
-                fcntl.lockf(lock, fcntl.LOCK_EX)
+        if not take_lock(lock):
+            logger.info("another process writes results: waiting for it")
+            fcntl.lockf(lock, fcntl.LOCK_EX)
         yield
     finally:
         os.close(lock)

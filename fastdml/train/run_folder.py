@@ -130,21 +130,35 @@ class FolderInUse(InputError):
     """Another process trains in a run's folder."""
 
 
+def open_lock(folder: Path) -> int:
+    """Opens the file in `folder` that `take_lock` locks, for the caller to close. Raises InputError
+    where it cannot be written."""
+    with writing(folder):
+        flags = os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW
+        return os.open(folder / LOCK, flags, 0o666)
+
+
+def take_lock(lock: int) -> bool:
+    """Locks an open file for this process until it is closed; False where another process has it.
+    Where the file system has no locks, none has."""
+    try:
+        fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as error:
+        return error.errno not in (errno.EAGAIN, errno.EACCES)
+    return True
+
+
 @contextmanager
 def alone_in(folder: Path) -> Iterator[None]:
     """Refuses a folder that another process trains in. The lock ends with its process, and is not
     inherited by forks, as a flock would be. Where the file system has none, nothing is refused."""
-    with writing(folder):
-        lock = os.open(folder / LOCK, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o666)
+    lock = open_lock(folder)
     try:
-        try:
-            fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as error:
-            if error.errno in (errno.EAGAIN, errno.EACCES):
-                raise FolderInUse(
-                    f"another process is training in {folder}: wait until it ends, or choose "
-                    "another folder"
-                ) from None
+        if not take_lock(lock):
+            raise FolderInUse(
+                f"another process is training in {folder}: wait until it ends, or choose another "
+                "folder"
+            )
         yield
     except OSError as error:
         if error.errno not in NO_ROOM:
