@@ -70,8 +70,8 @@ def network(scale: Scale) -> str:
     return LABELS[scale.network]
 
 
-def changes(scale: Scale) -> Sequence[str]:
-    """Of an experiment whose rows name no networks."""
-    if not scale.scaled_down:
-        return ()
+def changes(scale: Scale, theirs: str = "") -> Sequence[str]:
+    """Of an experiment whose rows name no networks. theirs: the paper's network, if it is one."""
+    if not scale.scaled_down or scale.network == theirs:
+        return scale.changes
     return (*scale.changes, f"{network(scale)} in place of the paper's networks")

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 
-from fastdml.reproduce import cohorts
-from fastdml.reproduce.cohorts import cohort, independent_pair, network
+from fastdml.reproduce.cohorts import changes, cohort, independent_pair, network
 from fastdml.reproduce.experiment import Experiment, Row, Value
 from fastdml.reproduce.readings import posterior
 from fastdml.reproduce.scales import Scale
@@ -36,16 +36,11 @@ def notes(scale: Scale) -> Sequence[str]:
     )
 
 
-def changes(scale: Scale) -> Sequence[str]:
-    """The paper's are of ResNet-32, too."""
-    return scale.changes if scale.network == "resnet32" else cohorts.changes(scale)
-
-
 EXPERIMENT = Experiment(
     "entropy",
     "Entropy of predictions of training images",
     "the discussion of why it works",
     rows,
     notes,
-    changes,
+    partial(changes, theirs="resnet32"),
 )
