@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from fastdml.errors import InputError
@@ -32,6 +33,11 @@ def check_groups(groups: int, models: Sequence[str]) -> None:
                 f"groups {groups}: peer {k % size} is {models[k % size]} in group 0 and {model} in "
                 f"group {k // size}: name the same peers for each group, one group after the other"
             )
+
+
+def run_of(folder: Path) -> Path:
+    """The run that a folder is of a group of; a run's own folder itself."""
+    return folder.parent.parent if folder.parent.name == GROUPS else folder
 
 
 def group_names(cohort: Cohort, g: int) -> tuple[str, ...]:

@@ -155,7 +155,7 @@ def _analysed(run: RunFiles) -> tuple[RunFiles, dict[str, Any], dict[str, Any]]:
 
 def _remedy(run: RunFiles) -> str:
     """How a run gets the predictions that it lacks."""
-    from fastdml.peer_groups import GROUPS
+    from fastdml.peer_groups import run_of
     from fastdml.train.config.sources import is_known
 
     if not run.ended:
@@ -163,8 +163,7 @@ def _remedy(run: RunFiles) -> str:
     if run.chosen_on == "validation" and run.scored_on == "test":
         return ""  # the test set has been read, and is read once
     if is_known(_data(run)):
-        grouped = run.folder.parent.name == GROUPS
-        folder = shlex.quote(str(run.folder.parent.parent if grouped else run.folder))
+        folder = shlex.quote(str(run_of(run.folder)))
         return (
             f"fastdml train {_data(run)} --resume --folder {folder} writes it, without training "
             "again, if the test images are where they were."

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from fastdml.errors import InputError
-from fastdml.peer_groups import GROUPS
+from fastdml.report.metrics_log import group_folder
 from fastdml.reproduce.experiment import Training
 from fastdml.train.config.sources import preset
 from fastdml.yaml_file import CONFIG
@@ -64,12 +64,7 @@ def seeds_of_run(folder: Path, seed: int) -> tuple[int, ...] | None:
 def folder_of_seed(folder: Path, seeds: Sequence[int], seed: int) -> Path:
     """Where the run of these seeds has what it says of one of them, as a run folder."""
     run = folder / folder_name(seeds)
-    return run if len(seeds) == 1 else run / GROUPS / str(seed - seeds[0])
-
-
-def run_of(folder: Path) -> Path:
-    """The run that a folder is of a group of; a run's own folder itself."""
-    return folder.parent.parent if folder.parent.name == GROUPS else folder
+    return run if len(seeds) == 1 else group_folder(run, seed - seeds[0])
 
 
 def runs_of(seeds: Sequence[int], most: int) -> list[tuple[int, ...]]:

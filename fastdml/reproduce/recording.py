@@ -6,9 +6,9 @@ import logging
 from collections.abc import Mapping, Sequence
 
 from fastdml.errors import InputError
+from fastdml.peer_groups import run_of
 from fastdml.reproduce.experiment import Experiment, Row, Training, Value, trainings_of
 from fastdml.reproduce.failures import kept_traceback
-from fastdml.reproduce.groups import run_of
 from fastdml.reproduce.provenance import commits
 from fastdml.reproduce.record import Record, RowRecord, Side, TrainingRecord, training_record
 from fastdml.reproduce.scales import Scale

@@ -20,7 +20,7 @@ from typing import Any, Literal
 from fastdml.errors import InputError
 from fastdml.files import write_atomically, writing
 from fastdml.names import unique
-from fastdml.report.metrics_log import INDEPENDENT, to_json
+from fastdml.report.metrics_log import INDEPENDENT, group_folder, to_json
 from fastdml.report.summary import prolonged, read_summary
 from fastdml.reproduce import groups
 from fastdml.reproduce.experiment import Experiment, PeerOf, Phase, Training
@@ -107,7 +107,7 @@ def state_of(config: TrainConfig) -> State:
     except InputError as error:
         raise InputError(f"{error}; delete {folder}, {remedy}") from None
     check_same_settings(folder, saved, config)
-    own = [folder / groups.GROUPS / str(g) for g in range(config.groups)] * (config.groups > 1)
+    own = [group_folder(folder, g) for g in range(config.groups)] * (config.groups > 1)
     summaries = [_whole_summary(path, config) for path in (folder, *own)]
     if None in summaries or prolonged(config.to_dict(), summaries[0] or {}):
         return "begun"  # a run that goes on at its end writes them again

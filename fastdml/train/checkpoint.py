@@ -26,7 +26,7 @@ from fastdml.errors import InputError
 from fastdml.files import NO_ROOM, Staged, partial, writing
 from fastdml.parallel import RemotePeer
 from fastdml.parallel.shard_files import joined
-from fastdml.peer_groups import GROUPS
+from fastdml.peer_groups import run_of
 from fastdml.report.metrics_log import INDEPENDENT, METRICS, read_metrics
 from fastdml.train.checkpoint_folder import (
     CHECKPOINTS,
@@ -204,8 +204,8 @@ def has_begun(folder: Path) -> bool:
 def check_resume(folder: Path, config: TrainConfig) -> None:
     """Refuses to go on with the run in `folder` where something of it is missing or does not fit
     `config`, before anything is written. Raises InputError."""
-    whole = folder.parent.parent
-    if folder.parent.name == GROUPS and (whole / CONFIG).is_file():
+    whole = run_of(folder)
+    if whole != folder and (whole / CONFIG).is_file():
         raise InputError(f"{folder} is a group of the run {whole}, which goes on as one: resume it")
     check_resumable(load_config(folder / CONFIG).to_dict(), config)
     alone = folder / INDEPENDENT

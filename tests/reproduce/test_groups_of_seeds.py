@@ -7,13 +7,12 @@ import dataclasses
 import pytest
 import torch
 
-from fastdml.peer_groups import GROUPS
+from fastdml.peer_groups import GROUPS, run_of
 from fastdml.reproduce import EXPERIMENTS, SCALES, planning, run_all
 from fastdml.reproduce.experiment import PeerOf, Training, trainings_of
 from fastdml.reproduce.groups import (
     can_be_grouped,
     most_together,
-    run_of,
     runs_of,
     seeds_of_run,
     seeds_together,
